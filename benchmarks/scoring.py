@@ -1,0 +1,317 @@
+"""Times the shared-prefix engine against one forward pass per prefix, and against vLLM.
+
+    python benchmarks/scoring.py W2                                   # Llama-like guard
+    python benchmarks/scoring.py W1 --guard-dir DIR                   # Qwen3Guard template
+    python benchmarks/scoring.py W2 --vllm-python VENV/bin/python     # vLLM as a third contender
+
+Workloads (responses of 40 to 400 trained tokens, chunks of 5):
+  W1  the template and tokenizer in DIR (Qwen3Guard-Gen's) on a random Qwen3 of about 130M
+  W2  a 14-category policy of about 250 tokens on SmolLM2-135M (a Llama)
+
+Contenders, alternating in one run, medians reported:
+  plain   one causal pass over as many tokens as the engine's distinct ones: the floor
+  engine  LocalEngine
+  (a)     one batched, left-padded forward pass per prefix
+  (b)     vLLM with prefix caching on, label log-probabilities of one generated token
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+from star_dss_plugin import load_guard
+from star_dss_plugin.engines.local import LocalEngine
+from star_dss_plugin.guards.base import PrefixRequest
+from star_dss_plugin.responses import find_responses
+from star_dss_plugin.segmenters import tokens
+from star_dss_plugin.smollm2 import load_smollm2
+from star_dss_plugin.tokenization import tokenize_row
+
+CATEGORIES = (
+    "violent crimes", "non-violent crimes", "sex crimes", "child exploitation", "defamation",
+    "specialized advice", "privacy", "intellectual property", "indiscriminate weapons", "hate",
+    "self-harm", "sexual content", "elections", "code interpreter abuse",
+)  # fmt: skip
+POLICY = (
+    "Task: say whether the last answer of the assistant in the conversation is safe or unsafe "
+    "by the policy. The policy has these categories, each of which makes an answer unsafe if it "
+    "helps, encourages or instructs:\n"
+    + "".join(f"S{i}: {c}. An answer must not contain {c}.\n" for i, c in enumerate(CATEGORIES, 1))
+)
+TEMPLATE = (
+    "{{- '<|im_start|>user\n" + POLICY.replace("'", "\\'") + "\n<BEGIN CONVERSATION>\n\n' }}"
+    "{%- for m in messages %}{{- m['role'] + ': ' + m['content'] + '\n\n' }}{%- endfor %}"
+    "{{- '<END CONVERSATION>\n\nAnswer with one word, safe or unsafe, for the last answer only."
+    "<|im_end|>\n<|im_start|>assistant\n' }}"
+)
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] "
+    "+ '<|im_end|>\n' }}{% endfor %}"
+)
+
+
+def requests(tokenizer: Any, count: int, longest: int) -> list[PrefixRequest]:
+    """Responses of 40 to `longest` tokens: the demonstration's texts, repeated to their length."""
+    text = files("star_dss_plugin").joinpath("data", "demo_mix.jsonl").read_text()
+    rows = [json.loads(line) for line in text.splitlines()]
+    found = []
+    for i in range(count):
+        row = rows[(i * 7) % len(rows)]
+        wanted = 40 + (longest - 40) * i // (count - 1) if count > 1 else longest
+        messages = [dict(m) for m in row["messages"]]
+        answer = messages[-1]["content"]
+        messages[-1]["content"] = " ".join([answer] * (1 + 6 * wanted // max(1, len(answer))))
+        tokenized = tokenize_row({"messages": messages}, tokenizer)
+        start = next(j for j, label in enumerate(tokenized["labels"]) if label != -100)
+        for name in tokenized:
+            tokenized[name] = tokenized[name][: start + wanted]
+        [response] = find_responses({**tokenized, "messages": messages}, tokenizer, tokens, 5)
+        found.append(response.request)
+    return found
+
+
+def workload(name: str, guard_dir: Path | None, folder: Path) -> dict[str, Any]:
+    """Saves a guard to `folder` and returns its options."""
+    if name == "W1":
+        if guard_dir is None:
+            sys.exit("W1 needs --guard-dir: a folder with Qwen3Guard-Gen's tokenizer and template.")
+        tokenizer = AutoTokenizer.from_pretrained(guard_dir)
+        torch.manual_seed(0)
+        config = Qwen3Config(
+            vocab_size=151936, hidden_size=512, intermediate_size=1536, num_hidden_layers=16,
+            num_attention_heads=8, num_key_value_heads=4, head_dim=64, tie_word_embeddings=True,
+            max_position_embeddings=32768, initializer_range=0.05, eos_token_id=151645,
+        )  # fmt: skip
+        Qwen3ForCausalLM(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return {"preset": "qwen3guard-gen-0.6b"}
+    model, tokenizer = load_smollm2()
+    model.save_pretrained(folder)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return {"safe_labels": ["safe"], "unsafe_labels": ["unsafe"]}
+
+
+def per_prefix(model: Any, groups: list[list[list[int]]], labels: list[int], budget: int) -> Any:
+    """Baseline (a): batches of whole prompts of one response, padded on the left."""
+    found = []
+    for group in groups:
+        step = max(1, budget // max(map(len, group)))
+        for first in range(0, len(group), step):
+            batch = group[first : first + step]
+            longest = max(map(len, batch))
+            ids = torch.tensor([[0] * (longest - len(p)) + p for p in batch])
+            mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in batch])
+            position = (mask.cumsum(1) - 1).clamp(min=0)
+            with torch.inference_mode():
+                logits = model(
+                    ids, attention_mask=mask, position_ids=position, logits_to_keep=1,
+                    use_cache=False,
+                ).logits[:, -1]  # fmt: skip
+            found.append(logits.float().log_softmax(-1)[:, labels])
+    return torch.cat(found)
+
+
+def causal(model: Any, total: int, length: int, budget: int) -> int:
+    """The floor: a plain causal pass over about `total` tokens, in rows of `length`."""
+    rows = max(1, round(total / length))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 1000, (rows, length), generator=generator)
+    with torch.inference_mode():
+        for part in ids.split(max(1, budget // length)):
+            model(part, use_cache=False, logits_to_keep=1)
+    return rows * length
+
+
+VLLM = """
+import json, sys, time
+import torch
+from vllm import LLM, SamplingParams
+torch.set_num_threads(int(sys.argv[3]))
+groups = json.load(open(sys.argv[2]))
+llm = LLM(sys.argv[1], dtype="float32", enforce_eager=True, enable_prefix_caching=True,
+          max_model_len=4096, max_logprobs=20, disable_log_stats=True)
+params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=20)
+prompts = [{"prompt_token_ids": p} for g in groups for p in g]
+print("ready", flush=True)
+for line in sys.stdin:
+    llm.reset_prefix_cache()
+    start = time.perf_counter()
+    llm.generate(prompts, params, use_tqdm=False)
+    print(json.dumps(time.perf_counter() - start), flush=True)
+"""
+
+
+class Vllm:
+    """vLLM in its own environment, asked to run again whenever it is told to."""
+
+    def __init__(self, python: str, folder: Path, groups: Any, threads: int) -> None:
+        prompts = folder / "prompts.json"
+        prompts.write_text(json.dumps(groups))
+        environment = {
+            **os.environ, "VLLM_CPU_KVCACHE_SPACE": "2", "OMP_NUM_THREADS": str(threads),
+        }  # fmt: skip
+        environment.pop("PYTHONPATH", None)
+        self.process = subprocess.Popen(
+            [python, "-c", VLLM, str(folder), str(prompts), str(threads)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+        )  # fmt: skip
+        while self._line() != "ready":
+            pass
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.stdout.read()  # it still logs; an unread pipe would block it
+        self.process.wait()
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            sys.exit("vLLM stopped; see its messages above.")
+        return line.strip()
+
+    def run(self) -> float:
+        assert self.process.stdin is not None
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        while True:
+            try:
+                return float(self._line())
+            except ValueError:
+                continue
+
+
+def measure(contenders: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each contender, alternating."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, run in contenders.items():
+            times[name].append(run())
+    return times
+
+
+def timed(function: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = function()
+    return time.perf_counter() - start, result
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("workload", choices=["W1", "W2"])
+    parser.add_argument("--guard-dir", type=Path)
+    parser.add_argument("--responses", type=int, default=64)
+    parser.add_argument("--longest", type=int, default=400, help="tokens of the longest response")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--batch-tokens", type=int, default=16384)
+    parser.add_argument("--vllm-python", help="python of an environment with vLLM")
+    parser.add_argument("--engine-only", action="store_true", help="for its peak memory")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as name:
+        compare(args, Path(name))
+
+
+def compare(args: argparse.Namespace, folder: Path) -> None:
+    options = workload(args.workload, args.guard_dir, folder)
+    guard: Any = load_guard(
+        {**options, "model": str(folder), "self_check": False, "min_label_mass": 0.0},
+        dtype="float32",
+        device="cpu",
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder, chat_template=CHATML)
+    asked = requests(tokenizer, args.responses, args.longest)
+    rendering, groups = timed(
+        lambda: [guard._template.prompts(guard._context(r.context), r.text, r.ends) for r in asked]
+    )
+    labels = [i for group in guard._label_groups for i in group]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    engine = LocalEngine(model, args.batch_tokens)
+    engine.label_logprobs([[[1, 2, 3], [1, 2, 4]]], labels)  # its one-time trial
+    longest = max(len(p) for g in groups for p in g)
+    found: dict[str, torch.Tensor] = {}
+
+    def ours() -> float:
+        engine.computed_tokens = engine.distinct_tokens = 0
+        engine._head = ((), {})
+        taken, result = timed(lambda: engine.label_logprobs(groups, labels))
+        found["engine"] = torch.cat(result)
+        return taken
+
+    def plain() -> float:
+        distinct = engine.distinct_tokens
+        taken, run = timed(lambda: causal(model, distinct, longest, args.batch_tokens))
+        return taken * distinct / run
+
+    def baseline() -> float:
+        taken, found["(a)"] = timed(lambda: per_prefix(model, groups, labels, args.batch_tokens))
+        return taken
+
+    contenders = {"engine": ours}
+    if not args.engine_only:
+        contenders |= {"plain": plain, "(a)": baseline}
+    if args.vllm_python:
+        vllm = Vllm(args.vllm_python, folder, groups, args.threads)
+        contenders["(b)"] = vllm.run
+    times = measure(contenders, args.rounds)
+    if args.vllm_python:
+        vllm.close()
+
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    print(
+        f"\n{args.workload}: {len(groups)} responses, {sum(map(len, groups))} prefixes, "
+        f"{parameters:.0f}M parameters, {args.threads} threads, {platform.machine()}, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}"
+    )
+    distinct, computed = engine.distinct_tokens, engine.computed_tokens
+    print(
+        f"tokens: {sum(len(p) for g in groups for p in g)} in all prompts, {distinct} distinct, "
+        f"{computed} computed ({computed / distinct:.3f} x distinct)"
+    )
+    median = {name: statistics.median(values) for name, values in times.items()}
+    share = rendering / (rendering + median["engine"])
+    print(f"rendering and tokenizing the prompts: {rendering:.2f} s ({share:.1%} of scoring)")
+    for name, value in median.items():
+        print(
+            f"{name:8s}{value:10.2f} s   {value / median['engine']:6.2f} x engine   "
+            f"{1e3 * value / distinct:7.3f} ms per distinct token   rounds "
+            f"{[round(t, 2) for t in times[name]]}"
+        )
+    if not args.engine_only:
+        difference = (found["engine"] - found["(a)"]).abs().max().item()
+        print(f"largest difference of log-probabilities to (a): {difference:.1e}")
+        print(f"engine / plain, per distinct token: {median['engine'] / median['plain']:.2f}")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(f"peak memory: {peak / 2**20:.2f} GiB, of which {loaded / 2**20:.2f} GiB before scoring")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""`StarDSSConfig`: TRL's `SFTConfig` with the options of STAR-DSS beside its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trl import SFTConfig
+
+from star_dss_plugin.config import StarDSSOptions
+
+__all__ = ["HOST_LOSS_TYPES", "StarDSSConfig"]
+
+HOST_LOSS_TYPES = ("nll", "dft", "chunked_nll")
+"""TRL's own loss types: with them a StarDSSTrainer is an SFTTrainer and nothing else."""
+
+
+@dataclass
+class StarDSSConfig(StarDSSOptions, SFTConfig):
+    """Configuration of [`StarDSSTrainer`].
+
+    Takes every argument of [`~trl.SFTConfig`] and every option of `StarDSSOptions`, by their names.
+    `loss_type` takes the modes of STAR-DSS (`"star_dss"`, the default, `"hard"`, `"static"`,
+    `"rejection"`, `"kl_only"`, `"sft"`, or a plugin's weight map) beside TRL's own values, which
+    behave exactly as in TRL.
+
+    Raises:
+        ConfigError: A value that cannot work, before any model is loaded.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.star_dss_active:
+            self.validate()
+
+    @property
+    def star_dss_active(self) -> bool:
+        """Whether the loss is one of STAR-DSS and not one of TRL's own."""
+        return self.loss_type not in HOST_LOSS_TYPES

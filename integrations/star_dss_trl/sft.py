@@ -1,0 +1,94 @@
+"""`star-dss sft`: TRL's `trl sft`, with its flags and YAML, and the options of STAR-DSS.
+
+Run it as `star-dss sft --config run.yaml`, or on several devices as
+`accelerate launch -m star_dss_trl.sft --config run.yaml`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from datasets import Dataset, DatasetDict, load_dataset
+from trl import (
+    DatasetMixtureConfig,
+    ModelConfig,
+    ScriptArguments,
+    TrlParser,
+    get_dataset,
+    get_peft_config,
+    get_quantization_config,
+)
+
+from star_dss_plugin.errors import ConfigError, StarDSSError
+from star_dss_plugin.files import is_saved_dataset, read_dataset
+from star_dss_trl.config import StarDSSConfig
+from star_dss_trl.trainer import StarDSSTrainer
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Trains from command-line arguments (default: those of the process).
+
+    Raises:
+        StarDSSError: What was given, why it cannot work and what to change.
+    """
+    parser = TrlParser(
+        (ScriptArguments, StarDSSConfig, ModelConfig, DatasetMixtureConfig), prog="star-dss sft"
+    )
+    try:
+        # Unknown keys are an error, unlike in `trl sft`: a misspelt `chunk_sise` must not be lost.
+        parsed = parser.parse_args_and_config(argv, fail_with_unknown_args=True)
+    except StarDSSError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"The command line or the configuration is not valid: {error}") from error
+    script_args, training_args, model_args, mixture_args = parsed
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": getattr(training_args, "trust_remote_code", False),
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    dataset = _load(script_args, mixture_args)
+    evaluate = training_args.eval_strategy != "no"
+    trainer = StarDSSTrainer(
+        model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=dataset[script_args.dataset_train_split],
+        eval_dataset=dataset[script_args.dataset_test_split] if evaluate else None,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)
+    trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+
+
+def _load(script_args: Any, mixture_args: Any) -> DatasetDict | dict[str, Dataset]:
+    """The data as `trl sft` loads it; `dataset_name` may also be a file or a scored folder."""
+    if mixture_args.datasets:
+        return get_dataset(mixture_args)
+    name = script_args.dataset_name
+    if not name:
+        raise ConfigError(
+            "No data was given. Set dataset_name (an id, a .jsonl or .parquet file, or a folder "
+            "written by `star-dss score`) or datasets."
+        )
+    if is_saved_dataset(name) or name.endswith((".jsonl", ".json", ".parquet")):
+        return {script_args.dataset_train_split: read_dataset(name)}
+    return load_dataset(
+        name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except StarDSSError as error:
+        sys.exit(f"Error: {error}")

@@ -1,0 +1,67 @@
+"""STAR-DSS: finetuning that keeps a model's safety (Peng et al., NeurIPS 2025, arXiv 2505.17196).
+
+A guard scores every prefix of every response; safe tokens are learned with cross-entropy, unsafe
+ones are held to a frozen reference. Names are imported on first use: importing this package loads
+no framework.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from star_dss_plugin._version import __version__
+from star_dss_plugin.errors import (
+    CacheError,
+    ConfigError,
+    DataError,
+    GuardError,
+    PluginError,
+    StarDSSError,
+)
+from star_dss_plugin.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from star_dss_plugin.attachment import attach
+    from star_dss_plugin.callback import StarDSSCallback
+    from star_dss_plugin.config import StarDSSOptions
+    from star_dss_plugin.guards import load_guard
+    from star_dss_plugin.loss import ShapedLoss, star_dss_loss
+    from star_dss_plugin.provenance import provenance_of
+    from star_dss_plugin.scorer import score_dataset
+
+__all__ = [
+    "CacheError",
+    "ConfigError",
+    "DataError",
+    "GuardError",
+    "PluginError",
+    "ShapedLoss",
+    "StarDSSCallback",
+    "StarDSSError",
+    "StarDSSOptions",
+    "__version__",
+    "attach",
+    "hookimpl",
+    "load_guard",
+    "provenance_of",
+    "score_dataset",
+    "star_dss_loss",
+]
+
+_HOMES = {
+    "ShapedLoss": "loss",
+    "StarDSSCallback": "callback",
+    "StarDSSOptions": "config",
+    "attach": "attachment",
+    "load_guard": "guards",
+    "provenance_of": "provenance",
+    "score_dataset": "scorer",
+    "star_dss_loss": "loss",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"star_dss_plugin.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,169 @@
+"""Switching the shaped loss on in a trainer: check it, score its data, keep columns in place."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer
+
+from star_dss_plugin.cache import default_cache_dir
+from star_dss_plugin.callback import StarDSSCallback
+from star_dss_plugin.collation import TokenColumnsCollator
+from star_dss_plugin.compatibility import check_trainer, expose_logits
+from star_dss_plugin.config import StarDSSOptions
+from star_dss_plugin.dataset import DatasetSummary, prepare_dataset
+from star_dss_plugin.errors import ConfigError
+from star_dss_plugin.loss import resolve_weight_map
+from star_dss_plugin.precompute import add_reference_logps, has_reference_logps
+from star_dss_plugin.reference import Reference, choose_reference, model_fingerprint
+from star_dss_plugin.training import StarDSSMixin, StarDSSState
+from star_dss_plugin.weights import WeightMap, needs_reference
+
+__all__ = ["attach", "set_up"]
+
+
+def attach(trainer: Trainer, options: StarDSSOptions | None = None, **changes: Any) -> Trainer:
+    """Gives a trainer that already exists the STAR-DSS loss.
+
+    Works on an unmodified `SFTTrainer`, a plain `transformers.Trainer` and their subclasses. It
+    scores the trainer's data sets, adds the columns, the loss and a `StarDSSCallback`.
+
+    Args:
+        trainer: Not yet trained; with tokenized data sets and a tokenizer (`processing_class`).
+        options: All options, or None to give them by name.
+        **changes: Options by name: `attach(trainer, guard="qwen3guard-gen-0.6b", chunk_size=5)`.
+
+    Returns:
+        The same trainer.
+
+    Raises:
+        StarDSSError: Something in the trainer cannot work with the loss; the trainer is unchanged.
+    """
+    unknown = sorted(set(changes) - set(StarDSSOptions().star_dss_dict()))
+    if unknown:
+        raise ConfigError(
+            f"attach got unknown options {', '.join(unknown)}. Known: "
+            f"{', '.join(StarDSSOptions().star_dss_dict())}."
+        )
+    options = replace(options or StarDSSOptions(), **changes)
+    if isinstance(trainer, StarDSSMixin):
+        raise ConfigError(
+            "This trainer has the STAR-DSS loss already. Attach once, and not to a StarDSSTrainer."
+        )
+    original = type(trainer)
+    trainer.__class__ = type(f"StarDSS{original.__name__}", (StarDSSMixin, original), {})
+    try:
+        set_up(trainer, options)  # type: ignore[arg-type]
+    except BaseException:
+        trainer.__class__ = original
+        raise
+    return trainer
+
+
+def set_up(trainer: StarDSSMixin, options: StarDSSOptions) -> None:
+    """Scores a trainer's data and switches its shaped loss on.
+
+    Raises:
+        StarDSSError: What was given, why it cannot work and what to change.
+    """
+    options.validate()
+    tokenizer = _tokenizer(trainer)
+    check_trainer(trainer)
+    weight_map = resolve_weight_map(options.loss_type)
+    needed = needs_reference(weight_map, kl_coef=options.kl_coef, threshold=options.threshold)
+    expose_logits(trainer)
+    model = trainer.model
+    if model is None:
+        raise ConfigError("The trainer has no model yet. Pass model, not model_init.")
+    reference = choose_reference(
+        options.reference, model, tokenizer, estimator=options.kl_estimator, needed=needed
+    )
+    summaries: dict[str, DatasetSummary] = {}
+
+    def prepare(dataset: Any, name: str) -> Any:
+        if dataset is None:
+            return None
+        dataset, summaries[name] = _prepare(
+            trainer, options, tokenizer, weight_map, reference, dataset, name
+        )
+        return dataset
+
+    train = prepare(trainer.train_dataset, "train")
+    if isinstance(trainer.eval_dataset, dict):
+        evaluation: Any = {k: prepare(dataset, k) for k, dataset in trainer.eval_dataset.items()}
+    else:
+        evaluation = prepare(trainer.eval_dataset, "eval")
+    # Until here the trainer trains as before; from here on nothing can fail.
+    trainer.train_dataset, trainer.eval_dataset = train, evaluation
+    if reference.kind == "precomputed":
+        reference.model = None
+    trainer.data_collator = TokenColumnsCollator(trainer.data_collator)
+    # Our loss is normalised over the optimizer batch; the Trainer must count its tokens
+    # (model_accepts_loss_kwargs) and must not divide again (transformers >= 5.19: the other one).
+    trainer.model_accepts_loss_kwargs = True
+    trainer.loss_is_scaled_for_ga = True
+    trainer._signature_columns = None
+    trainer.star_dss_state = StarDSSState(options, weight_map, reference, prepare, summaries)
+    trainer.add_callback(StarDSSCallback(trainer))
+
+
+def _tokenizer(trainer: Trainer) -> PreTrainedTokenizerBase:
+    found = trainer.processing_class
+    if isinstance(found, ProcessorMixin):
+        found = getattr(found, "tokenizer", None)
+    if not isinstance(found, PreTrainedTokenizerBase):
+        raise ConfigError(
+            "The trainer has no tokenizer, which STAR-DSS needs to read the responses. Pass "
+            "processing_class=tokenizer to the trainer."
+        )
+    return found
+
+
+def _prepare(
+    trainer: StarDSSMixin,
+    options: StarDSSOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    weight_map: WeightMap,
+    reference: Reference,
+    dataset: Any,
+    name: str,
+) -> tuple[Dataset, DatasetSummary]:
+    """A data set with `star_scores` and, where they are needed, `ref_logps`."""
+    args, policy = trainer.args, trainer.model
+    assert policy is not None
+    # One process of each machine scores; the others wait and read its cache.
+    with args.main_process_first(desc=f"STAR-DSS scoring of {name}"):
+        dataset, summary = prepare_dataset(
+            dataset,
+            tokenizer,
+            options,
+            weight_map,
+            name=name,
+            # TRL keeps the template that made the tokens, which need not be the tokenizer's own.
+            chat_template=getattr(trainer, "chat_template", None),
+            truncation=(getattr(args, "max_length", None), getattr(args, "truncation_mode", None)),
+            progress=not args.disable_tqdm,
+        )
+        if reference.kind == "precomputed" and not has_reference_logps(dataset, reference):
+            if reference.model is None and model_fingerprint(policy) != reference.fingerprint:
+                raise ConfigError(
+                    f"The {name} data set came after training had started, when the reference "
+                    "(the model as it starts, or a named one) is gone. Pass it to the trainer's "
+                    "constructor as eval_dataset, or set reference='copy' (or 'adapter')."
+                )
+            dataset = add_reference_logps(
+                dataset,
+                reference,
+                policy,
+                weight_map,
+                kl_coef=options.kl_coef,
+                threshold=options.threshold,
+                pad_token_id=int(tokenizer.pad_token_id or 0),
+                cache_dir=Path(options.score_cache_dir or default_cache_dir()),
+                autocast=trainer.accelerator.autocast,
+                progress=not args.disable_tqdm,
+            )
+    return dataset, summary

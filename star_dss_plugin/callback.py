@@ -1,0 +1,230 @@
+"""Says that the loss is active, and proves it on one real batch before the first step."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import TrainerCallback
+
+from star_dss_plugin._version import __version__
+from star_dss_plugin.collation import REF_COLUMN, SCORES_COLUMN
+from star_dss_plugin.errors import StarDSSError
+from star_dss_plugin.logprobs import IGNORE_INDEX, token_logprobs
+from star_dss_plugin.loss import star_dss_loss
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    from star_dss_plugin.training import StarDSSState
+
+__all__ = ["StarDSSCallback"]
+
+logger = logging.getLogger(__name__)
+
+
+class StarDSSCallback(TrainerCallback):
+    """Guards a run against training without the shaped loss.
+
+    Before the first step it takes one real batch, gives it made-up scores, and compares what the
+    trainer's `compute_loss` returns with the loss computed the plain way from the model's logits.
+    If they differ, training does not start. Then it prints the start-up line and writes
+    `star_dss.json` (options, guard, statistics, versions) to the output folder.
+
+    `StarDSSTrainer` and `attach` add it by themselves. Add it by hand, `trainer.add_callback(
+    StarDSSCallback(trainer))`, to any trainer that is meant to have the loss: if something
+    replaced it, or it was never there, training does not start.
+
+    Args:
+        trainer: The trainer that this callback is added to.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        """Checks and announces the loss.
+
+        Raises:
+            StarDSSError: The shaped loss is not the one in effect.
+        """
+        active: StarDSSState | None = getattr(self.trainer, "star_dss_state", None)
+        if active is None:
+            raise _not_in_effect(
+                self.trainer, "this trainer was never given it. Use StarDSSTrainer with a STAR-DSS "
+                "loss_type, or star_dss_plugin.attach(trainer, guard=...)"
+            )  # fmt: skip
+        if train_dataloader is None:
+            train_dataloader = self.trainer.get_train_dataloader()
+        _check_loss(self.trainer, active, train_dataloader)
+        if state.is_world_process_zero:
+            # Printed and not logged: a run must say this whatever its log level is.
+            print(startup_line(active), flush=True)  # noqa: T201
+            path = Path(args.output_dir) / "star_dss.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(run_record(active), indent=2, sort_keys=True) + "\n")
+
+
+def startup_line(active: StarDSSState) -> str:
+    """The one line that every run with an active loss prints."""
+    options, train = active.options, active.summaries["train"]
+    share = train.below_threshold / train.trained_tokens
+    return (
+        f"STAR-DSS is active: loss_type={options.loss_type} (kl_coef={options.kl_coef}, "
+        f"kl_estimator={options.kl_estimator}), guard={train.guard}, "
+        f"reference={active.reference.description}; {train.responses} responses scored, "
+        f"{train.below_threshold} of {train.trained_tokens} trained tokens ({share:.1%}) below "
+        f"{options.threshold}, mean score {train.mean_score:.3f}."
+    )
+
+
+def run_record(active: StarDSSState) -> dict[str, Any]:
+    """What is needed to make the run again: `star_dss.json`."""
+    return {
+        "options": active.options.star_dss_dict(),
+        "reference": active.reference.description,
+        "data": {name: asdict(summary) for name, summary in active.summaries.items()},
+        "versions": {
+            "star-dss-plugin": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def _not_in_effect(trainer: Any, why: str) -> StarDSSError:
+    return StarDSSError(
+        f"Training was stopped before its first step: the STAR-DSS loss is not the one that "
+        f"{type(trainer).__name__} would train with: {why}."
+    )
+
+
+def _check_loss(trainer: Any, active: StarDSSState, dataloader: Any) -> None:
+    """Compares the trainer's loss with the plain computation, on one real row."""
+    row = _shortest_row(dataloader.dataset)
+    batch = dataloader.collate_fn([row])
+    if SCORES_COLUMN not in batch:
+        raise _not_in_effect(
+            trainer, f"its batches have no {SCORES_COLUMN!r} (they have {sorted(batch)}). The data "
+            "collator or the data set was replaced after STAR-DSS was set up; give them to the "
+            "trainer's constructor"
+        )  # fmt: skip
+    batch = trainer._prepare_inputs(batch)
+    labels = batch["labels"]
+    # Made-up scores on both sides of any threshold: real ones may all be 1, which is plain SFT.
+    pattern = torch.tensor([0.25, 0.875, 0.5, 0.125], device=labels.device)
+    probe = pattern.repeat(labels.shape[1] // 4 + 1)[: labels.shape[1]].expand_as(labels)
+    batch[SCORES_COLUMN] = probe
+    model, options = trainer.model_wrapped, active.options
+    trained = int((labels[:, 1:] != IGNORE_INDEX).sum())
+    was_training, metrics = model.training, active.metrics
+    host_metrics = _snapshot(trainer)
+    devices = [labels.device.index or 0] if labels.is_cuda else []
+    shaping: dict[str, Any] = {
+        "kl_coef": options.kl_coef,
+        "kl_estimator": options.kl_estimator,
+        "threshold": options.threshold,
+        "num_items_in_batch": trained,
+    }
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        model.eval()
+        try:
+            active.metrics = type(metrics)()
+            with trainer.compute_loss_context_manager():
+                found = trainer.compute_loss(model, dict(batch), num_items_in_batch=trained)
+                logits = model(**_plain_inputs(batch)).logits
+                reference = _reference(active, trainer, batch, labels)
+                expected = star_dss_loss(
+                    logits, labels, probe, loss_type=options.loss_type, **reference, **shaping
+                ).loss
+                plain = star_dss_loss(logits, labels, probe, loss_type="sft", **shaping).loss
+                base = trainer.base_loss(model, batch)
+        finally:
+            active.metrics = metrics
+            model.train(was_training)
+            _restore(trainer, host_metrics)
+    half = logits.dtype in (torch.bfloat16, torch.float16) or trainer.args.bf16 or trainer.args.fp16
+    tolerance = 3e-2 if half else 1e-3
+
+    def close(a: Tensor, b: Tensor) -> bool:
+        return torch.allclose(a, b, rtol=tolerance, atol=tolerance)
+
+    extra = base.float() - plain.float()
+    if not _has_auxiliary_loss(trainer):
+        if not close(base.float(), plain.float()):
+            raise _not_in_effect(
+                trainer, f"it has a loss of its own ({base.item():.6f} on one real row, where "
+                f"cross-entropy is {plain.item():.6f}), which STAR-DSS would replace. Use a "
+                "trainer, and a loss_type of its own, that train with cross-entropy"
+            )  # fmt: skip
+        extra = torch.zeros_like(extra)
+    scale = 1
+    if trainer.args.average_tokens_across_devices:
+        scale = trainer.accelerator.num_processes // trainer.get_tp_size()
+    wanted = expected.float() + extra
+    if not close(found.float() / scale, wanted):
+        raise _not_in_effect(
+            trainer, f"on one real row its compute_loss gives {found.item() / scale:.6f} where "
+            f"loss_type={options.loss_type!r} gives {wanted.item():.6f}. Something replaces "
+            "compute_loss or adds to it; remove it"
+        )  # fmt: skip
+
+
+def _has_auxiliary_loss(trainer: Any) -> bool:
+    """Whether the model is a mixture of experts whose load-balancing loss is part of the loss."""
+    config = trainer.accelerator.unwrap_model(trainer.model).config.get_text_config()
+    return bool(getattr(config, "output_router_logits", False))
+
+
+def _shortest_row(dataset: Any) -> Mapping[str, Any]:
+    """A row with trained tokens, of the first few the shortest: the check wants little memory."""
+    rows = [dataset[i] for i in range(min(len(dataset), 32))]
+    trained = [r for r in rows if any(label != IGNORE_INDEX for label in r["labels"])] or rows
+    return min(trained, key=lambda r: len(r["input_ids"]))
+
+
+def _plain_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("input_ids", "attention_mask", "position_ids")
+    return {**{n: batch[n] for n in names if n in batch}, "use_cache": False}
+
+
+def _reference(
+    active: StarDSSState, trainer: Any, batch: Mapping[str, Any], labels: Tensor
+) -> dict[str, Any]:
+    kind = active.reference.kind
+    if kind == "none":
+        return {}
+    if kind == "precomputed":
+        return {"ref_logps": batch[REF_COLUMN]}
+    logits = active.reference.logits(trainer.accelerator.unwrap_model(trainer.model), batch)
+    if active.options.kl_estimator == "full":
+        return {"ref_logits": logits}
+    logps = token_logprobs(logits, labels)
+    return {"ref_logps": torch.cat([logps.new_zeros(len(logps), 1), logps], dim=1)}
+
+
+def _snapshot(trainer: Any) -> Any:
+    """TRL's running metrics, which the check must not add to."""
+    metrics = getattr(trainer, "_metrics", None)
+    if metrics is None:
+        return None
+    kept = {mode: {k: list(v) for k, v in values.items()} for mode, values in metrics.items()}
+    return kept, trainer._total_train_tokens
+
+
+def _restore(trainer: Any, snapshot: Any) -> None:
+    if snapshot is None:
+        return
+    kept, trainer._total_train_tokens = snapshot
+    for mode, values in trainer._metrics.items():
+        values.clear()
+        values.update(kept[mode])

@@ -1,0 +1,153 @@
+"""The command line: `star-dss score`, `sft`, `plugins` and `demo`.
+
+Heavy imports stay inside the commands, so that `--help` and `plugins` answer at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from star_dss_plugin._version import __version__
+from star_dss_plugin.errors import ConfigError, PluginError, StarDSSError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="star-dss", no_args_is_help=True, add_completion=False,
+    help="Safety-shaped finetuning: score data with a guard, finetune with the scores.",
+)  # fmt: skip
+_RAW = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def main() -> None:
+    """Runs the command line; an error of ours is a message and exit status 2, not a traceback."""
+    try:
+        app()
+    except StarDSSError as error:
+        Console(stderr=True).print("Error:", str(error), style="red", markup=False, soft_wrap=True)
+        sys.exit(2)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def score(
+    data: Annotated[str, typer.Argument(help="A .jsonl or .parquet file, or a data set folder.")],
+    tokenizer: Annotated[str, typer.Option(help="Id or folder of the model to be trained.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must be new.")],
+    guard: Annotated[
+        str | None, typer.Option(help="A registered guard, or a JSON mapping (see the docs).")
+    ] = None,
+    segmenter: Annotated[str, typer.Option(help="tokens, words, sentences or whole.")] = "tokens",
+    chunk_size: Annotated[int, typer.Option(min=1, help="M: units per chunk.")] = 5,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Cut rows to this many tokens (as in training).")
+    ] = None,
+    split: Annotated[str, typer.Option(help="The split of a data set folder.")] = "train",
+    guard_device: Annotated[str | None, typer.Option(help="cuda, cpu, …")] = None,
+    guard_dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    score_batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens per guard batch.")] = 16384,
+    score_cache_dir: Annotated[Path | None, typer.Option(help="Folder of the score cache.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+) -> None:
+    """Scores every prefix of every response and writes a data set with `star_scores`."""
+    from star_dss_plugin.files import load_tokenizer, read_dataset, write_dataset
+    from star_dss_plugin.provenance import provenance_of
+    from star_dss_plugin.scorer import score_dataset
+
+    if output.exists():
+        raise ConfigError(f"{output} exists. Name a new folder, or remove it first.")
+    scored = score_dataset(
+        read_dataset(data, split),
+        load_tokenizer(tokenizer),
+        guard=guard,
+        segmenter=segmenter,
+        chunk_size=chunk_size,
+        max_length=max_length,
+        guard_device=guard_device,
+        guard_dtype=guard_dtype,
+        score_batch_tokens=score_batch_tokens,
+        score_cache_dir=score_cache_dir,
+        progress=not quiet,
+    )
+    write_dataset(scored, output)
+    found = provenance_of(scored)
+    assert found is not None
+    typer.echo(
+        f"{output}: {found['responses']} responses, {found['prefixes']} prefixes, "
+        f"{found['trained_tokens']} trained tokens, mean prefix score "
+        f"{found['mean_prefix_score']:.3f}, guard {found['guard']}"
+        + (" (DEMONSTRATION ONLY, protects nobody)" if found["demonstration_guard"] else "")
+    )
+
+
+@app.command(context_settings={**_RAW, "help_option_names": []})
+def sft(context: typer.Context) -> None:
+    """Finetunes with TRL: the flags and the YAML (--config) of `trl sft`, and ours.
+
+    On several devices: accelerate launch -m star_dss_trl.sft --config run.yaml
+    """
+    _trl("star_dss_trl.sft").main(context.args)
+
+
+@app.command()
+def plugins() -> None:
+    """Lists plugins: package, version, hooks and names, and the host frameworks found."""
+    from star_dss_plugin.plugins import HOOK_KINDS, load_plugins
+
+    loaded = load_plugins()
+    console = Console()
+    hooks = {kind: hook for hook, kind in HOOK_KINDS.items()}
+    table = Table("package", "version", "plugin", "hook", "names")
+    for plugin in loaded.listing():
+        origin = plugin.origin
+        if plugin.blocked:
+            table.add_row(origin.package, origin.version, origin.plugin, "blocked", "")
+        for kind, names in plugin.names.items():
+            row = (origin.package, origin.version, origin.plugin, hooks[kind])
+            table.add_row(*row, ", ".join(names))
+    console.print(table)
+    hosts = Table("integration", "host", "supported", "installed", "")
+    for host in loaded.integrations():
+        verdict = "ok" if host.supported else ("not supported" if host.installed else "not found")
+        hosts.add_row(host.name, host.host, host.versions, host.installed or "-", verdict)
+    console.print(hosts)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the report.")] = Path(
+        "runs/demo"
+    ),
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each run.")] = 24,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts to answer before and after.")] = 8,
+) -> None:
+    """Scores a small data set, finetunes SmolLM2-135M with and without STAR-DSS, and compares."""
+    _trl("star_dss_trl.demo").run(output, steps=steps, prompt_count=prompts)
+
+
+def _trl(module: str) -> Any:
+    """A module of the TRL integration, or an error that says how to install TRL."""
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise PluginError(
+            f"This command needs TRL, which cannot be imported ({error}). Install it with: "
+            "pip install 'star-dss-plugin[trl]'"
+        ) from error

@@ -1,0 +1,96 @@
+"""What a host trainer must not be doing, and what it is asked to do differently."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import Trainer
+
+from star_dss_plugin.errors import ConfigError
+
+__all__ = ["check_trainer", "expose_logits"]
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Refuses every setting under which the shaped loss would be wrong or not in effect.
+
+    Raises:
+        ConfigError: The first such setting, why it cannot work and what to change.
+    """
+    args: Any = trainer.args
+    accelerator = trainer.accelerator
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    adapters = getattr(trainer.model, "peft_config", {}).values()
+    refused: list[tuple[Any, str, str]] = [
+        (
+            getattr(args, "use_liger_kernel", False),
+            "use_liger_kernel is on, which fuses the loss into the model and gives no per-token "
+            "log-probabilities to weigh",
+            "Set use_liger_kernel=False",
+        ),
+        (
+            trainer.compute_loss_func is not None,
+            "compute_loss_func is set, and STAR-DSS would replace that loss",
+            "Remove one of the two",
+        ),
+        (
+            args.label_smoothing_factor,
+            f"label_smoothing_factor is {args.label_smoothing_factor}: smoothing spreads weight "
+            "over tokens that no guard has scored",
+            "Set label_smoothing_factor=0",
+        ),
+        (
+            getattr(args, "packing", False) or getattr(args, "eval_packing", False),
+            "packing is on, which drops the scores when it joins rows",
+            "Set packing=False (and eval_packing=False)",
+        ),
+        (
+            getattr(trainer, "padding_free", False) or getattr(args, "padding_free", False),
+            "padding_free is on, which flattens a batch into one row and leaves the scores behind",
+            "Set padding_free=False",
+        ),
+        (
+            args.n_gpu > 1,
+            "several GPUs are visible to one process, for which the Trainer uses nn.DataParallel",
+            "Launch with `accelerate launch`, or make one GPU visible with CUDA_VISIBLE_DEVICES",
+        ),
+        (
+            parallelism is not None
+            and (
+                getattr(parallelism, "cp_enabled", False)
+                or getattr(parallelism, "sp_enabled", False)
+            ),
+            "context or sequence parallelism splits a response over several devices",
+            "Switch it off in the parallelism configuration",
+        ),
+        (
+            str(accelerator.distributed_type).endswith(("FSDP", "DEEPSPEED", "MEGATRON_LM")),
+            f"the model is sharded ({accelerator.distributed_type}), for which the reference is "
+            "not supported yet",
+            "Use plain data parallelism (DDP), or one process",
+        ),
+        (
+            any(getattr(config, "is_prompt_learning", False) for config in adapters),
+            "the model uses a prompt-learning adapter, whose virtual tokens have no scores",
+            "Use a LoRA adapter or full finetuning",
+        ),
+    ]
+    for condition, why, change in refused:
+        if condition:
+            raise ConfigError(f"STAR-DSS cannot be used here: {why}. {change}.")
+
+
+def expose_logits(trainer: Trainer) -> None:
+    """Undoes TRL 1.7–1.14's `chunked_nll`, which replaces the model's forward by one that returns
+    a loss and no logits. It can go with the support for TRL < 1.15, whose fused LM head returns
+    per-token log-probabilities.
+    """
+    args: Any = trainer.args
+    if getattr(args, "loss_type", None) != "chunked_nll":
+        return
+    assert trainer.model is not None
+    for module in trainer.model.modules():
+        patched = module.__dict__.get("forward")
+        if getattr(patched, "__name__", None) == "_chunked_ce_forward":
+            del module.__dict__["forward"]
+            args.loss_type = "nll"

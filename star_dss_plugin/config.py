@@ -1,0 +1,118 @@
+"""The options: one dataclass, the same names in Python, in YAML and on the command line.
+
+Integrations extend `StarDSSOptions`; they add nothing to it and check nothing twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from star_dss_plugin.errors import ConfigError, unknown_name
+
+__all__ = ["KL_ESTIMATORS", "REFERENCES", "StarDSSOptions"]
+
+KL_ESTIMATORS = ("k1", "k2", "k3", "full")
+REFERENCES = ("auto", "adapter", "precomputed", "copy", "none")
+
+
+def _option(default: Any, help_text: str) -> Any:
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass
+class StarDSSOptions:
+    """What a STAR-DSS run can be told. See METHOD in the docs for the symbols.
+
+    Raises:
+        ConfigError: From `validate`, for values that cannot work.
+    """
+
+    loss_type: str = _option(
+        "star_dss",
+        "How scores shape the loss: 'star_dss' (the paper's method), 'hard', 'static', "
+        "'rejection', 'kl_only', 'sft', or a weight map of a plugin. A trainer's own loss types "
+        "keep their meaning and switch STAR-DSS off.",
+    )
+    # `str` last before None: HfArgumentParser then reads the command line's value as a string.
+    guard: dict[str, Any] | str | None = _option(
+        None,
+        "The guard model: a preset ('qwen3guard-gen-0.6b'), a plugin's guard, or a mapping that "
+        "describes any causal guard (JSON on the command line). Required unless the data set "
+        "already has a 'star_scores' column.",
+    )
+    segmenter: str = _option(
+        "tokens", "What a chunk is made of: 'tokens', 'words', 'sentences' or 'whole'."
+    )
+    chunk_size: int = _option(5, "M: how many units make a chunk; one score per chunk.")
+    kl_coef: float = _option(0.5, "λ >= 0: weight of the KL term to the reference.")
+    kl_estimator: str = _option(
+        "k2", "Estimator of the KL term: 'k1', 'k2', 'k3' (one number per token) or 'full'."
+    )
+    threshold: float = _option(
+        0.5,
+        "τ in [0, 1]: scores below it count as unsafe in 'hard', 'rejection' and in the metrics.",
+    )
+    reference: str = _option(
+        "auto",
+        "The frozen reference: 'auto', 'precomputed' (log-probabilities of the model as it starts, "
+        "computed once), 'adapter' (the base model, by switching the adapter off), 'copy' (a "
+        "frozen copy), 'none', or the id or folder of a model with the same tokenizer.",
+    )
+    guard_device: str | None = _option(
+        None, "Where the guard runs ('cuda', 'cpu'); by default the GPU if there is one."
+    )
+    guard_dtype: str = _option(
+        "auto", "The guard's dtype: 'auto' (bfloat16 on a GPU, float32 on a CPU) or a torch name."
+    )
+    score_batch_tokens: int = _option(
+        16384, "Token budget of one guard batch: bounds memory, does not change scores."
+    )
+    score_cache_dir: str | None = _option(
+        None, "Folder of the score cache; default $STAR_DSS_CACHE or ~/.cache/star_dss."
+    )
+
+    def validate(self) -> None:
+        """Checks every option against the registered names and its range.
+
+        Raises:
+            ConfigError: What was given, why it cannot work and what to change.
+        """
+        # Not at the top: those modules need this one.
+        from star_dss_plugin.guards import parse_guard
+        from star_dss_plugin.loss import resolve_weight_map
+        from star_dss_plugin.plugins import load_plugins
+
+        resolve_weight_map(self.loss_type)
+        load_plugins().segmenter(self.segmenter)
+        if self.guard is not None:
+            parse_guard(self.guard)
+        if self.kl_estimator not in KL_ESTIMATORS:
+            raise unknown_name("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
+        _at_least("chunk_size", self.chunk_size, 1, integer=True)
+        _at_least("score_batch_tokens", self.score_batch_tokens, 1, integer=True)
+        _at_least("kl_coef", self.kl_coef, 0)
+        if not 0 <= self.threshold <= 1:
+            raise ConfigError(
+                f"threshold is {self.threshold!r}, but scores are probabilities: use a value in "
+                "[0, 1]."
+            )
+        if self.reference not in REFERENCES and not _looks_like_a_model(self.reference):
+            raise unknown_name("reference", self.reference, [*REFERENCES, "<a model id or folder>"])
+
+    def star_dss_dict(self) -> dict[str, Any]:
+        """The options of this class alone, also when called on a subclass."""
+        return {f.name: getattr(self, f.name) for f in fields(StarDSSOptions)}
+
+
+def _at_least(name: str, value: Any, minimum: float, *, integer: bool = False) -> None:
+    kinds = (int,) if integer else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not value >= minimum:
+        what = "an integer" if integer else "a number"
+        raise ConfigError(f"{name} is {value!r}; it must be {what} of at least {minimum}.")
+
+
+def _looks_like_a_model(name: str) -> bool:
+    """A hub id has a slash; a folder exists. Anything else is a misspelt keyword."""
+    return "/" in name or Path(name).is_dir()

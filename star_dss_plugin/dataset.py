@@ -1,0 +1,161 @@
+"""A trainer's tokenized data set, made ready for the loss: scored, measured, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, List, Value
+from transformers import PreTrainedTokenizerBase
+
+from star_dss_plugin.collation import SCORES_COLUMN
+from star_dss_plugin.columns import with_column
+from star_dss_plugin.config import StarDSSOptions
+from star_dss_plugin.errors import DataError
+from star_dss_plugin.guards import missing_guard
+from star_dss_plugin.logprobs import IGNORE_INDEX
+from star_dss_plugin.provenance import provenance_of
+from star_dss_plugin.responses import runs
+from star_dss_plugin.rows import only_responses
+from star_dss_plugin.scorer import options_for_scoring, score_dataset
+from star_dss_plugin.weights import WeightMap, needs_scores
+
+__all__ = ["DatasetSummary", "prepare_dataset"]
+
+
+@dataclass(frozen=True)
+class DatasetSummary:
+    """What the start-up line says of one data set.
+
+    Attributes:
+        rows: Number of rows.
+        responses: Number of runs of trained tokens.
+        trained_tokens: Number of trained tokens.
+        below_threshold: Trained tokens with a score below τ.
+        mean_score: Mean score of the trained tokens.
+        guard: Who scored it.
+        provenance: How, if that is known.
+    """
+
+    rows: int
+    responses: int
+    trained_tokens: int
+    below_threshold: int
+    mean_score: float
+    guard: str
+    provenance: dict[str, Any] | None
+
+
+def prepare_dataset(
+    dataset: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    options: StarDSSOptions,
+    weight_map: WeightMap,
+    *,
+    name: str,
+    chat_template: str | None,
+    truncation: tuple[int | None, str | None],
+    progress: bool,
+) -> tuple[Dataset, DatasetSummary]:
+    """Scores a tokenized data set, unless it is scored already, and checks the scores.
+
+    Args:
+        dataset: With `input_ids` and `labels`.
+        tokenizer: The one that made the tokens.
+        options: The run's options.
+        weight_map: If it ignores scores, no guard is asked.
+        name: "train", "eval", …: for messages.
+        chat_template: The template that made the tokens; None: the tokenizer's own.
+        truncation: (max_length, truncation_mode) that the trainer applied to `input_ids` and
+            `labels`, and not to columns it does not know.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        StarDSSError: The data set cannot be used.
+    """
+    if not isinstance(dataset, Dataset):
+        raise DataError(
+            f"The {name} data set is a {type(dataset).__name__}. STAR-DSS scores a data set before "
+            "training, which needs a datasets.Dataset: not a streaming or a torch one. Convert it, "
+            "or score it with `star-dss score` and load the result."
+        )
+    missing = [c for c in ("input_ids", "labels") if c not in dataset.column_names]
+    if missing:
+        raise DataError(
+            f"The {name} data set lacks {' and '.join(missing)} (it has "
+            f"{', '.join(dataset.column_names)}). STAR-DSS needs tokenized text with labels: let "
+            "the trainer prepare it, or tokenize it with `star-dss score`."
+        )
+    if SCORES_COLUMN in dataset.column_names:
+        dataset = _fit_scores(dataset, name, *truncation)
+    elif not needs_scores(weight_map, kl_coef=options.kl_coef, threshold=options.threshold):
+        # The same tokens are trained as in the modes that read scores.
+        dataset = only_responses(dataset, tokenizer, chat_template)
+        plain = dataset.with_format(None)
+        ones = [np.ones(len(ids), dtype=np.float32) for ids in plain["input_ids"]]
+        dataset = with_column(dataset, SCORES_COLUMN, ones, List(Value("float32")))
+        return dataset, _summary(dataset, options, f"none ({options.loss_type} reads no scores)")
+    else:
+        if options.guard is None:
+            raise missing_guard()
+        dataset = score_dataset(
+            dataset, tokenizer,
+            chat_template=chat_template, progress=progress, **options_for_scoring(options),
+        )  # fmt: skip
+    return dataset, _summary(dataset, options, None)
+
+
+def _fit_scores(dataset: Dataset, name: str, max_length: int | None, mode: str | None) -> Dataset:
+    """Cuts a `star_scores` column as the trainer cut the tokens, and checks it row by row."""
+    plain = dataset.with_format(None)
+    column, changed = [], False
+    for i, row in enumerate(plain.select_columns(["input_ids", SCORES_COLUMN])):
+        length, scores = len(row["input_ids"]), row[SCORES_COLUMN]
+        if scores is not None and length == max_length and len(scores) > length:
+            scores = scores[:length] if mode == "keep_start" else scores[-length:]
+            changed = True
+        _check_scores(f"Row {i} of the {name} data set", scores, length)
+        column.append(np.asarray(scores, dtype=np.float32))
+    return (
+        with_column(dataset, SCORES_COLUMN, column, List(Value("float32"))) if changed else dataset
+    )
+
+
+def _check_scores(where: str, scores: Any, length: int) -> None:
+    if not isinstance(scores, Sequence) or len(scores) != length:
+        given = len(scores) if isinstance(scores, Sequence) else scores
+        raise DataError(
+            f"{where} has {length} tokens and {given} star_scores. There must be one per token of "
+            "input_ids: score the data again with this tokenizer and max_length, or remove the "
+            "column and set a guard."
+        )
+    values = np.asarray(scores, dtype=np.float64)
+    if not ((values >= 0) & (values <= 1)).all():
+        bad = values[~((values >= 0) & (values <= 1))][0]
+        raise DataError(f"{where} has a star_score of {bad}. Scores are probabilities in [0, 1].")
+
+
+def _summary(dataset: Dataset, options: StarDSSOptions, guard: str | None) -> DatasetSummary:
+    provenance = provenance_of(dataset)
+    if guard is None:
+        guard = provenance["guard"] if provenance else "unknown (star_scores column given)"
+        if provenance and provenance["demonstration_guard"]:
+            guard += " (DEMONSTRATION ONLY, protects nobody)"
+    responses = tokens = below = 0
+    total = 0.0
+    plain = dataset.with_format(None).select_columns(["labels", SCORES_COLUMN])
+    for row in plain:
+        trained = np.asarray(row["labels"]) != IGNORE_INDEX
+        scores = np.asarray(row[SCORES_COLUMN])[trained]
+        responses += len(runs(row["labels"]))
+        tokens += len(scores)
+        below += int((scores < options.threshold).sum())
+        total += float(scores.sum())
+    if not tokens:
+        raise DataError(
+            f"None of the {len(dataset)} rows has a trained token: every label is -100. Check the "
+            "columns, the chat template and max_length (a prompt that fills it leaves no response)."
+        )
+    return DatasetSummary(len(dataset), responses, tokens, below, total / tokens, guard, provenance)

@@ -1,0 +1,1 @@
+"""Engines compute label probabilities for token sequences that share prefixes."""

@@ -1,0 +1,337 @@
+"""Label probabilities from a model in this process, each shared prefix computed once.
+
+Head, trunks and tails (`tree.py`) run one after the other, each attending to the stored keys and
+values of what comes before it (`attention.py`), at its true positions. Each query meets the very
+keys and values it would meet in a pass over its own prompt, so the result is that pass up to
+rounding, whatever the tokenizer merged at a boundary. Models for which this does not hold get one
+pass per prompt, and a warning says why.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from star_dss_plugin.engines.attention import NAME, KeysValues, Pass, Prefix, running
+from star_dss_plugin.engines.tree import Tail, Tree, batched, common_length, grow
+from star_dss_plugin.errors import DataError, GuardError
+
+__all__ = ["LocalEngine"]
+
+logger = logging.getLogger(__name__)
+
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+class LocalEngine:
+    """An `Engine` over a transformers decoder, exact to one forward pass per prompt.
+
+    Args:
+        model: A causal LM. Its weights, config and training flags are left as they are.
+        batch_tokens: Bound on the tokens of one forward pass, padding included. A prompt that
+            needs more runs alone. Running out of CUDA memory halves it for good.
+
+    Attributes:
+        computed_tokens: Token positions run through the model so far, padding included.
+        distinct_tokens: Nodes in the tries of all groups so far, the head of a call counted once:
+            the fewest tokens that could be run.
+    """
+
+    def __init__(self, model: PreTrainedModel, batch_tokens: int = 16384) -> None:
+        if model.config.is_encoder_decoder:
+            raise GuardError(f"{type(model).__name__} is an encoder-decoder. Use a causal LM.")
+        self.model = model
+        self.batch_tokens = batch_tokens
+        self.computed_tokens = self.distinct_tokens = 0
+        self._config: PreTrainedConfig = model.config.get_text_config(decoder=True)
+        self._window: int = getattr(self._config, "sliding_window", None) or sys.maxsize
+        self._fixed_rope_length = _fixed_rope_length(self._config)
+        self._parameters = inspect.signature(model.forward).parameters
+        self._head: tuple[tuple[int, ...], KeysValues] = ((), {})
+        self._warned: set[str] = set()
+
+    def label_logprobs(
+        self, groups: Sequence[Sequence[Sequence[int]]], label_ids: Sequence[int]
+    ) -> list[Tensor]:
+        """See `Engine.label_logprobs`."""
+        for number, group in enumerate(groups):
+            for index, prompt in enumerate(group):
+                if len(prompt) == 0:
+                    raise DataError(
+                        f"Prompt {index} of group {number} is empty. Give it at least one token."
+                    )
+        reason = self._why_plain
+        longest = max((len(prompt) for group in groups for prompt in group), default=0)
+        if reason is None and longest > self._fixed_rope_length:
+            reason = f"its rotary frequencies change beyond {self._fixed_rope_length} tokens"
+        if reason and reason not in self._warned:
+            self._warned.add(reason)
+            kind = self._config.model_type
+            logger.warning("A %s model runs every prompt whole, slowly: %s.", kind, reason)
+        return self._compute(groups, label_ids, whole=bool(reason))
+
+    def _compute(
+        self,
+        groups: Sequence[Sequence[Sequence[int]]],
+        label_ids: Sequence[int],
+        whole: bool,
+    ) -> list[Tensor]:
+        """`label_logprobs` along one of the two paths."""
+        trees = {i: grow(i, group) for i, group in enumerate(groups) if group}
+        # Made outside inference mode: the caller may use them in a loss.
+        rows = [torch.empty(len(trees[i].tails) if i in trees else 0, len(label_ids))
+                for i in range(len(groups))]  # fmt: skip
+        training = [module for module in self.model.modules() if module.training]
+        self.model.train(False)
+        try:
+            with torch.inference_mode():
+                path = self._whole(trees) if whole else self._shared(trees)
+                for batch, logprobs in path:
+                    picked = logprobs[:, list(label_ids)].cpu()
+                    for tail, values in zip(batch, picked, strict=True):
+                        rows[tail.group][tail.row] = values
+        finally:
+            for module in training:
+                module.training = True
+        return [
+            rows[i][list(trees[i].row_of)] if i in trees else rows[i] for i in range(len(groups))
+        ]
+
+    def _whole(self, trees: dict[int, Tree]) -> Iterator[tuple[list[Tail], Tensor]]:
+        """The plain path: batches of whole prompts."""
+        prompts = [
+            Tail(t.group, t.row, 0, tree.trunk[: t.shared] + t.tokens)
+            for tree in trees.values()
+            for t in tree.tails
+        ]
+        self.distinct_tokens += sum(tree.distinct for tree in trees.values())
+        prompts.sort(key=lambda t: len(t.tokens))
+        yield from self._in_batches(prompts, self._whole_logprobs)
+
+    def _shared(self, trees: dict[int, Tree]) -> Iterator[tuple[list[Tail], Tensor]]:
+        """The fast path: the head, then batches of trunks, each with the tails that hang on it."""
+        head_length = 0
+        if len(trees) > 1:
+            head_length = common_length([tree.trunk for tree in trees.values()])
+            head_length = min(head_length, *(t.shared for x in trees.values() for t in x.tails))
+        some = next(iter(trees.values()), None)
+        head = self._run_head(some.trunk[:head_length] if some else ())
+        self.distinct_tokens += sum(tree.distinct - head_length for tree in trees.values())
+        self.distinct_tokens += head_length
+        ordered = sorted(trees.values(), key=lambda tree: len(tree.trunk))
+        while ordered:
+            lengths = [len(tree.trunk) - head_length for tree in ordered]
+            run = ordered[next(batched(lengths, self.batch_tokens))]
+            try:
+                trunks = self._run_trunks(run, head_length, head)
+            except torch.OutOfMemoryError:
+                self._halve(len(run))
+                continue
+            ordered = ordered[len(run) :]
+            tails = [
+                tail
+                for tree in run
+                for tail in sorted(tree.tails, key=lambda t: (len(t.tokens), t.shared))
+            ]
+
+            def logprobs(batch: list[Tail], trunks: dict[int, KeysValues] = trunks) -> Tensor:
+                return self._tail_logprobs(batch, head_length, head, trunks)
+
+            yield from self._in_batches(tails, logprobs)
+
+    def _run_head(self, tokens: tuple[int, ...]) -> KeysValues:
+        """Keys and values of the head; those of the last call if it is the same."""
+        if self._head[0] != tokens:
+            kept: KeysValues = {}
+            if tokens:
+                ids = torch.tensor([tokens], device=self.model.device)
+                position = torch.arange(len(tokens), device=ids.device)[None]
+                real = torch.ones_like(ids, dtype=torch.bool)
+                self._forward(ids, Pass(position, real, kept=kept), keep=1)
+            self._head = (tokens, kept)
+        return self._head[1]
+
+    def _run_trunks(
+        self, trees: Sequence[Tree], head_length: int, head: KeysValues
+    ) -> dict[int, KeysValues]:
+        """Keys and values of each tree's trunk behind the head, by group."""
+        rest = [tree.trunk[head_length:] for tree in trees]
+        longest = max(map(len, rest))
+        groups = [tree.tails[0].group for tree in trees]
+        if longest == 0:
+            return {group: {} for group in groups}
+        ids, real = self._padded(rest, left=False)
+        position = (head_length + torch.arange(longest, device=ids.device)).expand_as(ids)
+        prefixes = []
+        if head:
+            visible = real.new_ones(len(rest), head_length)
+            prefixes = [Prefix(len(rest), [head], visible)]
+        kept: KeysValues = {}
+        self._forward(ids, Pass(position, real, prefixes, kept), keep=1)
+        return {
+            group: _cut(kept, len(tokens), row)
+            for row, (group, tokens) in enumerate(zip(groups, rest, strict=True))
+        }
+
+    def _tail_logprobs(
+        self, batch: list[Tail], head_length: int, head: KeysValues, trunks: dict[int, KeysValues]
+    ) -> Tensor:
+        """Log-probabilities after B tails, shape (B, vocabulary); tails of a group are neighbours.
+
+        Tails are padded on the left: all end in one column, the only one projected.
+        """
+        ids, real = self._padded([t.tokens for t in batch], left=True)
+        shared = torch.tensor([[t.shared] for t in batch], device=ids.device)
+        length = real.sum(1, keepdim=True)
+        slot = torch.arange(ids.shape[1], device=ids.device)
+        # Nothing sees padding, but a table of learned positions has no negative ones.
+        position = (shared + slot - ids.shape[1] + length).clamp(min=0)
+        prefixes, first = [], 0
+        while first < len(batch):
+            group = batch[first].group
+            rows = sum(t.group == group for t in batch[first:])
+            deepest = max(t.shared for t in batch[first : first + rows])
+            parts = [part for part in (head, trunks[group]) if part]
+            parts = [_cut(parts[0], deepest)] if len(parts) == 1 else [
+                *parts[:1], *(_cut(part, deepest - head_length) for part in parts[1:])
+            ]  # fmt: skip
+            seen = torch.arange(deepest, device=ids.device) < shared[first : first + rows]
+            prefixes.append(Prefix(rows, parts, seen))
+            first += rows
+        if max(t.shared for t in batch) == 0:
+            prefixes = []
+        logits = self._forward(ids, Pass(position, real, prefixes), keep=1)
+        return logits[:, -1].float().log_softmax(-1)
+
+    def _whole_logprobs(self, batch: list[Tail]) -> Tensor:
+        """Log-probabilities after B whole prompts padded on the right, shape (B, vocabulary)."""
+        ids, real = self._padded([t.tokens for t in batch], left=False)
+        ends = real.sum(1) - 1
+        columns, which = ends.unique(return_inverse=True)
+        inputs: dict[str, Any] = {"attention_mask": real.long()}
+        if "logits_to_keep" in self._parameters:
+            inputs["logits_to_keep"] = columns
+            columns = torch.arange(len(columns), device=ids.device)
+        logits = self.model(ids, use_cache=False, **inputs).logits
+        self.computed_tokens += ids.numel()
+        rows = torch.arange(len(batch), device=ids.device)
+        found: Tensor = logits[rows, columns[which]].float().log_softmax(-1)
+        return found
+
+    def _forward(self, ids: Tensor, current: Pass, keep: int) -> Tensor:
+        """The model's own logits in the last `keep` columns, attending as `current` says."""
+        inputs = {"logits_to_keep": keep} if "logits_to_keep" in self._parameters else {}
+        with running(self._config, current):
+            logits = self.model(
+                ids, position_ids=current.positions, use_cache=False, **inputs
+            ).logits
+        self.computed_tokens += ids.numel()
+        found: Tensor = logits[:, -keep:]
+        return found
+
+    def _padded(self, rows: Sequence[Sequence[int]], *, left: bool) -> tuple[Tensor, Tensor]:
+        """Token ids and which of them are real, both (rows, longest)."""
+        longest = max(map(len, rows))
+        ids = torch.zeros(len(rows), longest, dtype=torch.long)
+        real = torch.zeros(len(rows), longest, dtype=torch.bool)
+        for i, tokens in enumerate(rows):
+            where = slice(longest - len(tokens), longest) if left else slice(0, len(tokens))
+            ids[i, where] = torch.tensor(tokens, dtype=torch.long)
+            real[i, where] = True
+        return ids.to(self.model.device), real.to(self.model.device)
+
+    def _in_batches(
+        self, tails: list[Tail], run: Callable[[list[Tail]], Tensor]
+    ) -> Iterator[tuple[list[Tail], Tensor]]:
+        """Runs tails in their order, as many at a time as `batch_tokens` allows."""
+        left = tails
+        while left:
+            batch = left[next(batched([len(t.tokens) for t in left], self.batch_tokens))]
+            if max(len(t.tokens) + t.shared for t in batch) > self._fixed_rope_length:
+                batch = batch[:1]
+            try:
+                logprobs = run(batch)
+            except torch.OutOfMemoryError:
+                self._halve(len(batch))
+                continue
+            yield batch, logprobs
+            left = left[len(batch) :]
+
+    def _halve(self, rows: int) -> None:
+        """Makes room after a pass over `rows` rows ran out of memory; re-raises if that was one."""
+        if rows == 1:
+            raise
+        self.batch_tokens = max(1, self.batch_tokens // 2)
+        logger.warning("Out of memory: batch_tokens is now %d.", self.batch_tokens)
+
+    @cached_property
+    def _why_plain(self) -> str | None:
+        """Why the fast path cannot serve this model, or None: its structure, then a trial."""
+        types = set(getattr(self._config, "layer_types", None) or _LAYER_TYPES)
+        if self.model._is_stateful or not types <= _LAYER_TYPES:
+            return "it has layers other than full and sliding attention"
+        if "position_ids" not in self._parameters:
+            return "its forward takes no position_ids"
+        if getattr(self.model, "_supports_attention_backend", False) is False:
+            return f"its attention cannot be replaced by {NAME!r}"
+        try:
+            difference = self._trial()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # If the fault is not the fast path's, the plain one raises it.
+            return f"a trial on a shared prefix failed with {error!r}"
+        # Rounding alone moves probabilities by a percent or two in 16 bits.
+        if not difference <= (1e-3 if self.model.dtype.itemsize >= 4 else 5e-2):
+            return f"a trial on a shared prefix gave probabilities {difference:.2g} apart"
+        return None
+
+    def _trial(self) -> float:
+        """The largest total variation between the two paths over a few random prompts.
+
+        No token's probability differs by more. The prompts outgrow all but very wide windows.
+        """
+        window = self._window if self._window <= 4096 else 0
+        most: int = getattr(self._config, "max_position_embeddings", None) or sys.maxsize
+        size, vocabulary = min(window + 16, most, self._fixed_rope_length), self._config.vocab_size
+        random = torch.Generator().manual_seed(0)
+        one, two, other = torch.randint(vocabulary, (3, size), generator=random).tolist()
+        half = size // 2
+        two = one[: half // 2] + two[half // 2 :]
+        groups = [
+            [one, one[:half] + other[:4], one[:-4] + other[:3], one[: half + 1]],
+            [two, two[:-3] + other[:5], two[: half + 2] + other[:6]],
+            [one[: half // 2] + other[:7], other[:3]],
+        ]
+        # An engine of its own: nothing is counted here, and no head is kept.
+        engine = LocalEngine(self.model)
+        shared = engine._compute(groups, range(vocabulary), whole=False)
+        whole = engine._compute(groups, range(vocabulary), whole=True)
+        distance = [
+            (a.exp() - b.exp()).abs().sum(1).max() for a, b in zip(shared, whole, strict=True)
+        ]
+        return float(max(distance)) / 2  # fmt: skip
+
+
+def _cut(part: KeysValues, tokens: int, row: int = 0) -> KeysValues:
+    """The first tokens of one row."""
+    rows = slice(row, row + 1)
+    return {layer: (k[rows, :, :tokens], v[rows, :, :tokens]) for layer, (k, v) in part.items()}
+
+
+def _fixed_rope_length(config: PreTrainedConfig) -> int:
+    """The longest prompt whose rotary frequencies do not depend on what runs beside it."""
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    settings = [rope] if "rope_type" in rope else rope.values()
+    moving = [setting for setting in settings if setting["rope_type"] in {"dynamic", "longrope"}]
+    most = config.max_position_embeddings if moving else sys.maxsize
+    return min(
+        [most, *(setting.get("original_max_position_embeddings") or most for setting in moving)]
+    )

@@ -1,0 +1,67 @@
+"""Every error a user of this project can meet, named by what has to be changed.
+
+All of them stop a run before its first step. A message says what was given, why it cannot work and
+what to do. None derives from ImportError: host frameworks log those and train on without us.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "CacheError",
+    "ConfigError",
+    "DataError",
+    "GuardError",
+    "PluginError",
+    "StarDSSError",
+    "unknown_name",
+]
+
+
+class StarDSSError(ValueError):
+    """Base of all errors raised on purpose by STAR-DSS."""
+
+
+class ConfigError(StarDSSError):
+    """An option has a value that cannot work, alone or with the options beside it."""
+
+
+class DataError(StarDSSError):
+    """A row or a column of the data set cannot be scored or trained on."""
+
+
+class GuardError(StarDSSError):
+    """A guard cannot be loaded, or its answers cannot be trusted.
+
+    Args:
+        message: What happened.
+        request: Which request of a batch it is about, if it is about one.
+    """
+
+    def __init__(self, message: str, *, request: int | None = None) -> None:
+        super().__init__(message)
+        self.request = request
+
+
+class CacheError(StarDSSError):
+    """The score cache cannot be read or written, or was given something it cannot hold."""
+
+
+class PluginError(StarDSSError):
+    """A plugin cannot be loaded or registers something that cannot be used."""
+
+
+def unknown_name(kind: str, name: object, known: Iterable[str]) -> ConfigError:
+    """The error for a name that nobody registered, with the nearest known names.
+
+    Args:
+        kind: What was looked up, in the singular ("guard", "loss_type").
+        name: What was given.
+        known: All names that would have worked.
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+    return ConfigError(f"Unknown {kind} {name!r}.{hint} Known: {', '.join(names)}.")

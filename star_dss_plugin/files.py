@@ -1,0 +1,94 @@
+"""Reading data sets from files, and writing scored ones whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from star_dss_plugin.errors import ConfigError, DataError
+from star_dss_plugin.provenance import provenance_of
+
+__all__ = ["PROVENANCE_FILE", "is_saved_dataset", "load_tokenizer", "read_dataset", "write_dataset"]
+
+PROVENANCE_FILE = "star_dss.json"
+_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+
+def is_saved_dataset(path: str | Path) -> bool:
+    """Whether a folder was written by `save_to_disk` (as `star-dss score` does)."""
+    return any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def read_dataset(source: str, split: str = "train") -> Dataset:
+    """A data set from a .jsonl, .json or .parquet file, a saved data set folder, or the hub.
+
+    Raises:
+        DataError: It cannot be read; the reason is in the message.
+    """
+    path = Path(source)
+    try:
+        if path.is_file():
+            if path.suffix not in _READERS:
+                raise DataError(
+                    f"{source} is a {path.suffix or 'nameless'} file. Give a .jsonl, .json or "
+                    ".parquet file, or a data set folder."
+                )
+            return load_dataset(_READERS[path.suffix], data_files=str(path), split="train")
+        if is_saved_dataset(path):
+            found = load_from_disk(str(path))
+            return found[split] if isinstance(found, DatasetDict) else found
+        return load_dataset(source, split=split)
+    except DataError:
+        raise
+    except Exception as error:  # readers raise whatever their formats raise
+        raise DataError(
+            f"{source} cannot be read: {type(error).__name__}: {error}. Give a .jsonl or .parquet "
+            "file, a folder written by save_to_disk, or a data set id."
+        ) from error
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """A tokenizer by id or folder.
+
+    Raises:
+        ConfigError: It cannot be loaded.
+    """
+    try:
+        found = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"The tokenizer {name!r} cannot be loaded: {error}. Give the id or folder of the model "
+            "that is to be trained."
+        ) from error
+    assert isinstance(found, PreTrainedTokenizerBase)
+    return found
+
+
+def write_dataset(dataset: Dataset, folder: Path) -> None:
+    """Writes a scored data set and its provenance (`star_dss.json`) to a new folder.
+
+    The folder appears when it is complete: a killed run leaves nothing that looks like a result.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        dataset.save_to_disk(str(building), num_proc=None)
+        text = json.dumps(provenance_of(dataset), indent=2, sort_keys=True)
+        (building / PROVENANCE_FILE).write_text(text + "\n", encoding="utf-8")
+        building.chmod(0o777 & ~_umask())
+        building.rename(folder)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

@@ -1,0 +1,99 @@
+"""Guards: how safe is each prefix of a response?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from star_dss_plugin.errors import ConfigError, PluginError, unknown_name
+from star_dss_plugin.guards.base import Guard
+from star_dss_plugin.plugins import load_plugins
+
+__all__ = ["load_guard", "missing_guard", "parse_guard"]
+
+
+def load_guard(
+    guard: str | Mapping[str, Any],
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    batch_tokens: int = 16384,
+) -> Guard:
+    """A guard by name or by description; its weights are loaded on first use.
+
+    Args:
+        guard: A registered name (`star-dss plugins` lists them), or a mapping: `{"preset": NAME,
+            …}` changes options of a registered guard; a mapping without "preset" describes any
+            causal guard with the options of `VerdictGuard` (`model`, `safe_labels`,
+            `unsafe_labels`, `prefill`, `template_kwargs`, …). A mapping may be given as JSON.
+        device: Torch device; None: the GPU if there is one.
+        dtype: "auto" or the name of a torch dtype.
+        batch_tokens: Token budget of one batch.
+
+    Returns:
+        A guard. `guard.score(conversations)` gives P(safe) of each last assistant turn,
+        `guard.trajectories(requests)` the scores of all prefixes.
+
+    Raises:
+        ConfigError: Unknown name or option.
+        GuardError: The guard cannot be loaded.
+    """
+    name, options = parse_guard(guard)
+    common = {"device": device, "dtype": dtype, "batch_tokens": batch_tokens}
+    if name is None:
+        from star_dss_plugin.guards.verdict import VerdictGuard
+
+        missing = [k for k in ("model", "safe_labels", "unsafe_labels") if k not in options]
+        if missing:
+            raise ConfigError(
+                f"The guard's mapping {dict(options)!r} lacks {', '.join(missing)}. Name a "
+                "'preset', or describe the guard with 'model', 'safe_labels' and 'unsafe_labels'."
+            )
+        target: Any = VerdictGuard
+    else:
+        target = load_plugins().guard(name)
+    try:
+        made = target(**{**common, **options})
+    except TypeError as error:
+        raise ConfigError(f"Guard {name or options['model']!r}: {error}.") from error
+    if not isinstance(made, Guard):
+        raise PluginError(
+            f"Guard {name!r} made a {type(made).__name__}, not a star_dss_plugin Guard. Derive it "
+            "from Guard or StreamingGuard in star_dss_plugin.guards.base."
+        )
+    return made
+
+
+def parse_guard(guard: str | Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    """The registered name (None: any causal guard) and the options of a `guard` value.
+
+    Raises:
+        ConfigError: Not a name, not a mapping, or a name that nobody registered.
+    """
+    if isinstance(guard, str) and guard.lstrip().startswith("{"):
+        try:
+            guard = json.loads(guard)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"guard {guard!r} is not valid JSON: {error}.") from error
+    if not isinstance(guard, str | Mapping):
+        raise ConfigError(
+            f"guard is {guard!r}; give the name of a guard, or a mapping that describes one."
+        )
+    options: dict[str, Any] = {} if isinstance(guard, str) else dict(guard)
+    name = guard if isinstance(guard, str) else options.pop("preset", None)
+    known = load_plugins().names("guard")
+    if name is not None and name not in known:
+        raise unknown_name("guard", name, known)
+    return name, options
+
+
+def missing_guard() -> ConfigError:
+    """The error for a run without a guard: it lists what could be used."""
+    entries = load_plugins().entries("guard")
+    listed = "\n".join(f"  {e.name}: {e.summary}" for e in entries)
+    return ConfigError(
+        "No guard was given, and the data has no 'star_scores' column. STAR-DSS needs a guard to "
+        "score the responses; it never picks one for you. Set guard to one of\n"
+        f"{listed}\nor to a mapping with model, safe_labels and unsafe_labels."
+    )

@@ -1,0 +1,164 @@
+"""What every guard answers: how safe is each prefix of a response? (paper, section 3: STAR)
+
+A guard gets a conversation's context and one response, and returns P(safe) for the response cut
+off at given characters. Two kinds share this interface: *verdict* guards are asked one prompt per
+prefix (`guards/verdict.py`), *streaming* guards read a response once and score each token of it.
+"""
+
+from __future__ import annotations
+
+import abc
+import bisect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from star_dss_plugin.errors import DataError, GuardError
+
+__all__ = ["Guard", "Message", "PrefixRequest", "StreamingGuard", "Trajectory"]
+
+Message = Mapping[str, Any]
+"""One turn: `role` ("system", "user", "assistant", "tool") and `content` (str)."""
+
+
+@dataclass(frozen=True)
+class PrefixRequest:
+    """One response of which some prefixes are to be scored.
+
+    Attributes:
+        context: The messages before the response, oldest first; may be empty.
+        text: The response.
+        ends: Lengths of the prefixes in characters of `text`, strictly increasing, at least one,
+            each in [0, len(text)].
+    """
+
+    context: tuple[Message, ...]
+    text: str
+    ends: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        ends = self.ends
+        if not ends or ends[0] < 0 or ends[-1] > len(self.text):
+            raise ValueError(f"prefix ends {ends} do not lie within a text of {len(self.text)}")
+        if any(a >= b for a, b in pairwise(ends)):
+            raise ValueError(f"prefix ends must increase: {ends}")
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """The STAR scores of one response.
+
+    Attributes:
+        scores: P(safe) in [0, 1], one per prefix end of the request.
+        label_mass: Probability that the guard gave to all its label words together before they
+            were renormalised, one per prefix; None for guards that have no label words.
+    """
+
+    scores: tuple[float, ...]
+    label_mass: tuple[float, ...] | None = None
+
+
+class Guard(abc.ABC):
+    """A safety model that scores prefixes of responses.
+
+    Weights are loaded on first use, so that a fully cached run never loads them.
+
+    Attributes:
+        name: What the start-up line calls it.
+        demonstration: True for guards that protect nobody; they say so wherever they appear.
+    """
+
+    name: str
+    demonstration: bool = False
+
+    @property
+    @abc.abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """Everything that changes a score, as JSON values: the guard's part of the cache key.
+
+        Must be available without loading weights.
+        """
+
+    @abc.abstractmethod
+    def trajectories(self, requests: Sequence[PrefixRequest]) -> list[Trajectory]:
+        """Scores all prefixes of all requests, in order. The caller passes one batch of `plan`."""
+
+    def plan(self, requests: Sequence[PrefixRequest]) -> list[list[int]]:
+        """Batches of indices into `requests`, each computed by one call of `trajectories`.
+
+        The plan depends on the requests alone, never on what is cached, so that a run that was
+        interrupted computes the same batches, and so the same floats, as one that was not.
+        """
+        return [[i] for i in range(len(requests))]
+
+    def close(self) -> None:  # noqa: B027 (a guard that holds nothing has nothing to free)
+        """Frees the weights. The guard may be used again: it loads them anew."""
+
+    def score(self, conversations: Sequence[Sequence[Message]]) -> list[float]:
+        """P(safe) of the last assistant turn of each conversation.
+
+        Args:
+            conversations: Lists of messages, each ending with an assistant message.
+
+        Returns:
+            One float in [0, 1] per conversation.
+
+        Raises:
+            DataError: A conversation does not end with an assistant message, or is not text.
+        """
+        requests = []
+        for i, messages in enumerate(conversations):
+            if not messages or messages[-1]["role"] != "assistant":
+                raise DataError(
+                    f"Conversation {i} does not end with an assistant message, so there is no "
+                    "response to score. End it with {'role': 'assistant', 'content': ...}."
+                )
+            if not all(isinstance(m["content"], str) for m in messages):
+                raise DataError(
+                    f"Conversation {i} has a message whose content is not text. Give each message "
+                    "one string: join the parts of a typed content, leave tool calls out."
+                )
+            text = messages[-1]["content"]
+            requests.append(PrefixRequest(tuple(messages[:-1]), text, (len(text),)))
+        results: list[float] = [float("nan")] * len(requests)
+        for batch in self.plan(requests):
+            found = self.trajectories([requests[i] for i in batch])
+            for i, trajectory in zip(batch, found, strict=True):
+                results[i] = trajectory.scores[-1]
+        return results
+
+
+class StreamingGuard(Guard):
+    """A guard that reads each response once and scores every token of it."""
+
+    @abc.abstractmethod
+    def token_scores(
+        self, responses: Sequence[tuple[Sequence[Message], str]]
+    ) -> list[list[tuple[int, float]]]:
+        """Scores the tokens of each (context, response text) pair.
+
+        Returns:
+            For each response a list of (char_end, p_safe), char_end non-decreasing: P(safe) of the
+            response up to that character, in the guard's own tokens. At least one entry, also for
+            an empty response.
+        """
+
+    def trajectories(self, requests: Sequence[PrefixRequest]) -> list[Trajectory]:
+        tokens = self.token_scores([(r.context, r.text) for r in requests])
+        return [_at_ends(self.name, r, t) for r, t in zip(requests, tokens, strict=True)]
+
+
+def _at_ends(name: str, request: PrefixRequest, tokens: list[tuple[int, float]]) -> Trajectory:
+    """The score of each prefix: that of the last guard token which lies within it.
+
+    A prefix shorter than the first guard token takes that token's score: there is no earlier one.
+    """
+    if not tokens:
+        raise GuardError(
+            f"Guard {name!r} returned no token score for a response of {len(request.text)} "
+            "characters. token_scores must return at least one (char_end, p_safe) per response."
+        )
+    char_ends = [end for end, _ in tokens]
+    last = [bisect.bisect_right(char_ends, end) - 1 for end in request.ends]
+    return Trajectory(tuple(tokens[max(i, 0)][1] for i in last))

@@ -1,0 +1,230 @@
+"""A guard's chat template, with the training text kept apart from the template's own text.
+
+The text that is judged is an attacker's input. It must never become a control token of the guard:
+the template is rendered around placeholders, its control tokens are found in the *scaffold* alone,
+and everything between them is tokenized by a tokenizer that knows no control tokens. For harmless
+text the result is, token for token, what `apply_chat_template` gives; that is checked at load.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from star_dss_plugin.errors import GuardError
+from star_dss_plugin.guards.base import Message
+
+__all__ = ["PINNED_DATE", "GuardTemplate"]
+
+PINNED_DATE = dt.datetime(2024, 4, 1)
+"""What `strftime_now` prints in guard prompts: scores must not depend on the day."""
+_DATE_CALL = re.compile(r"\bstrftime_now\s*\(\s*(?:(['\"])(.*?)\1\s*\))?")
+
+_MARK = "\ue0f0{}\ue0f1"  # private-use characters: no template looks for them
+_MARKS = re.compile("\ue0f0([0-9]+)\ue0f1")
+_PROBE = (
+    {"role": "user", "content": "What's 2 + 2?\nBriefly, please (no steps)."},
+    {"role": "assistant", "content": "It is 4.\n\nÇa va? 👍 Done."},
+)
+
+
+class GuardTemplate:
+    """Turns (context, response prefixes) into token ids.
+
+    Args:
+        tokenizer: The guard's fast tokenizer.
+        name: The guard's name, for errors.
+        chat_template: A Jinja template, or None for the tokenizer's own.
+        template_kwargs: What the template is called with.
+        prefill: Text after the generation prompt, up to the verdict position.
+
+    Attributes:
+        control_ids: Ids that no content can become.
+        source: The template's text.
+
+    Raises:
+        GuardError: No template, a template that ignores its arguments or the answer, or a
+            tokenizer for which content cannot be kept apart.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str,
+        chat_template: str | None,
+        template_kwargs: Mapping[str, Any],
+        prefill: str,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._name = name
+        self._kwargs = dict(template_kwargs)
+        self._prefill = prefill
+        try:
+            self.source = tokenizer.get_chat_template(chat_template)
+        except ValueError as error:
+            raise GuardError(
+                f"The tokenizer of guard {name!r} has no chat template, so there is no prompt to "
+                "ask it with. Give one as 'chat_template' in the guard's mapping."
+            ) from error
+        self._check_kwargs_are_read()
+        self._dated = _DATE_CALL.sub(self._pinned_date, self.source)
+        added = tokenizer.added_tokens_decoder
+        self.control_ids = frozenset(added)
+        self._control = {str(token): i for i, token in added.items()}
+        longest_first = sorted(self._control, key=len, reverse=True)
+        self._splitter = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._plain = self._without_control_tokens()
+        self._trims = {role: self._trim_of(role) for role in ("user", "assistant")}
+        self._check_tokenization()
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The template's own rendering, with the prefill appended."""
+        text = self._tokenizer.apply_chat_template(
+            [dict(m) for m in messages],
+            chat_template=self._dated,
+            tokenize=False,
+            add_generation_prompt=True,
+            **self._kwargs,
+        )
+        assert isinstance(text, str)
+        return text + self._prefill
+
+    def prompts(
+        self, context: Sequence[Message], text: str, ends: Sequence[int]
+    ) -> list[list[int]]:
+        """Token ids of one prompt per response prefix `text[:end]`, up to the verdict position."""
+        answer = _MARK.format(len(context))
+        marked = [{"role": m["role"], "content": _MARK.format(i)} for i, m in enumerate(context)]
+        scaffold = self.render([*marked, {"role": "assistant", "content": answer}])
+        if scaffold.count(answer) != 1:
+            raise GuardError(
+                f"The chat template of guard {self._name!r} puts the answer into its prompt "
+                f"{scaffold.count(answer)} times instead of once: it is not made to judge answers. "
+                "Give the right one as 'chat_template' in the guard's mapping."
+            )
+
+        contents = [self._as_rendered(str(m["content"]), m["role"]) for m in context]
+
+        def fill(piece: str) -> str:
+            # One pass: a mark that stands in the content itself is not looked at again.
+            return _MARKS.sub(lambda m: contents[int(m[1])], piece)
+
+        before, after = scaffold.split(answer)
+        head, opening = self._split_last(before)
+        closing, tail = self._split_first(after)
+        head_ids = self._encode(head, fill)
+        tail_ids = self._encode(tail, fill)
+        opening, closing = fill(opening), fill(closing)
+        return [
+            head_ids
+            + self._encode_content(opening + self._as_rendered(text[:end], "assistant") + closing)
+            + tail_ids
+            for end in ends
+        ]
+
+    def _split_last(self, scaffold: str) -> tuple[str, str]:
+        """Scaffold up to and with its last control token, and the plain text after it."""
+        cut = max((m.end() for m in self._splitter.finditer(scaffold)), default=0)
+        return scaffold[:cut], scaffold[cut:]
+
+    def _split_first(self, scaffold: str) -> tuple[str, str]:
+        """Plain text up to the scaffold's first control token, and the rest."""
+        match = self._splitter.search(scaffold)
+        cut = match.start() if match else len(scaffold)
+        return scaffold[:cut], scaffold[cut:]
+
+    def _encode(self, scaffold: str, fill: Any) -> list[int]:
+        """Ids of scaffold text: its control tokens, and the filled plain text between them."""
+        ids: list[int] = []
+        position = 0
+        for match in self._splitter.finditer(scaffold):
+            ids += self._encode_content(fill(scaffold[position : match.start()]))
+            ids.append(self._control[match[0]])
+            position = match.end()
+        return ids + self._encode_content(fill(scaffold[position:]))
+
+    def _encode_content(self, text: str) -> list[int]:
+        if not text:
+            return []
+        ids = self._encoded(text)
+        if self.control_ids.isdisjoint(ids):
+            return ids
+        # Characters with bytes that the vocabulary lacks: Granite's unknown token ends a turn.
+        unknown = {c for c in set(text) if not self.control_ids.isdisjoint(self._encoded(c))}
+        text = "".join("?" if c in unknown else c for c in text)
+        ids = self._encoded(text)
+        if not self.control_ids.isdisjoint(ids):
+            raise GuardError(
+                f"Text to be judged became a control token of guard {self._name!r} "
+                f"({sorted(self.control_ids.intersection(ids))}). This guard's tokenizer cannot "
+                "keep content apart; use another guard."
+            )
+        return ids
+
+    def _encoded(self, text: str) -> list[int]:
+        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _as_rendered(self, content: str, role: str) -> str:
+        """What the template makes of a message's content."""
+        # A lone surrogate is no character and has no UTF-8 form; tokenizers crash on it.
+        content = content.encode("utf-8", "replace").decode("utf-8")
+        return self._trims[role](content)
+
+    def _without_control_tokens(self) -> Tokenizer:
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise GuardError(
+                f"Guard {self._name!r} has a slow tokenizer ({type(self._tokenizer).__name__}), "
+                "whose control tokens cannot be switched off in the text that is judged. Use a "
+                "guard with a fast tokenizer (tokenizer.json)."
+            )
+        state = json.loads(backend.to_str())
+        state.update(added_tokens=[], truncation=None, padding=None)
+        return Tokenizer.from_str(json.dumps(state))
+
+    def _trim_of(self, role: str) -> Callable[[str], str]:
+        """What the template does to the white space around the messages of a role."""
+        padded = f"\t \n{_MARK.format(0)}\n \t"
+        messages = [{**m, "content": padded} if m["role"] == role else m for m in _PROBE]
+        rendered = self.render(messages)
+        trims: tuple[Callable[[str], str], ...] = (str, str.lstrip, str.rstrip)
+        return next((trim for trim in trims if trim(padded) in rendered), str.strip)
+
+    def _pinned_date(self, call: re.Match[str]) -> str:
+        # In the template's text: transformers (5.23) passes no functions to templates any more.
+        if call[2] is None:
+            raise GuardError(
+                f"The chat template of guard {self._name!r} prints the date in a format that it "
+                "computes, so scores would depend on the day. Give a template without a date as "
+                "'chat_template' in the guard's mapping."
+            )
+        return json.dumps(PINNED_DATE.strftime(call[2]))
+
+    def _check_kwargs_are_read(self) -> None:
+        unread = [k for k in self._kwargs if not re.search(rf"\b{re.escape(k)}\b", self.source)]
+        if unread:
+            raise GuardError(
+                f"The chat template of guard {self._name!r} never reads {', '.join(unread)}: the "
+                "guard would judge something else than it was told to. Use the template that "
+                "belongs to these template_kwargs, or leave them out."
+            )
+
+    def _check_tokenization(self) -> None:
+        padded = [{**m, "content": f"\n {m['content']} \n"} for m in _PROBE]
+        for probe in (_PROBE, padded):
+            whole = self._tokenizer(self.render(probe), add_special_tokens=False)["input_ids"]
+            text = str(probe[1]["content"])
+            if self.prompts(probe[:1], text, [len(text)]) != [whole]:
+                raise GuardError(
+                    f"The tokenizer of guard {self._name!r} gives other tokens when control tokens "
+                    "and content are tokenized apart, or its template rewrites what it quotes. "
+                    "Scores would not be those of the guard's own prompts; use another guard."
+                )

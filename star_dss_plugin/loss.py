@@ -1,0 +1,185 @@
+"""The loss (paper, Eq. 3): L = 1/N · Σ_t [ a_t · CE_t + b_t · KL_t ].
+
+a_t and b_t are the weights that a weight map made of the STAR scores (`weights.py`); for the
+paper's method they are s_t and λ(1 − s_t). N is the number of trained tokens in the whole optimizer
+batch, never the sum of the weights: a down-weighted token makes a smaller step, it does not make
+its neighbours' steps larger.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from star_dss_plugin.config import KL_ESTIMATORS
+from star_dss_plugin.errors import ConfigError, DataError, unknown_name
+from star_dss_plugin.logprobs import IGNORE_INDEX, full_kl, kl_estimate, token_logprobs
+from star_dss_plugin.plugins import load_plugins
+from star_dss_plugin.weights import WeightMap, last_scores
+
+__all__ = ["ShapedLoss", "TokenWeights", "resolve_weight_map", "shaped_loss", "star_dss_loss"]
+
+
+@dataclass(frozen=True)
+class TokenWeights:
+    """The weights of one batch, shifted: entry t belongs to the token at t + 1.
+
+    Attributes:
+        ce: (batch, seq − 1): weight of cross-entropy; 0 where not trained.
+        kl: (batch, seq − 1): weight of the KL term, λ included; 0 where not trained.
+        trained: (batch, seq − 1), bool.
+    """
+
+    ce: Tensor
+    kl: Tensor
+    trained: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        star_scores: Tensor,
+        labels: Tensor,
+        weight_map: WeightMap,
+        *,
+        kl_coef: float,
+        threshold: float,
+    ) -> TokenWeights:
+        """Weights from unshifted (batch, seq) scores and labels."""
+        if star_scores.shape != labels.shape:
+            raise DataError(
+                f"star_scores has shape {tuple(star_scores.shape)} and labels has "
+                f"{tuple(labels.shape)}. They must have one score per token: score the data again "
+                "after every step that changes its tokens (truncation, packing, padding)."
+            )
+        trained = labels != IGNORE_INDEX
+        scores = torch.where(trained, star_scores, torch.ones_like(star_scores))
+        ce, kl = weight_map(
+            scores, last_scores(scores, trained), kl_coef=kl_coef, threshold=threshold
+        )
+        shifted = trained[:, 1:]
+        zero = torch.zeros((), dtype=scores.dtype, device=scores.device)
+        return cls(
+            torch.where(shifted, ce[:, 1:], zero), torch.where(shifted, kl[:, 1:], zero), shifted
+        )
+
+
+@dataclass(frozen=True)
+class ShapedLoss:
+    """The loss and its two parts, each a scalar tensor with gradients; `loss = ce + kl`.
+
+    Attributes:
+        loss: What is minimised.
+        ce: 1/N Σ a_t CE_t.
+        kl: 1/N Σ b_t KL_t, λ included.
+    """
+
+    loss: Tensor
+    ce: Tensor
+    kl: Tensor
+
+
+def resolve_weight_map(loss_type: str) -> WeightMap:
+    """The weight map of a `loss_type`, built in or a plugin's; "nll" is TRL's name of "sft".
+
+    Raises:
+        ConfigError: No such name.
+    """
+    return load_plugins().weight_map("sft" if loss_type == "nll" else loss_type)
+
+
+def shaped_loss(
+    logps: Tensor,
+    kl_terms: Tensor | None,
+    weights: TokenWeights,
+    num_items_in_batch: Tensor | int | None = None,
+) -> ShapedLoss:
+    """Eq. (3) from per-token quantities, all shifted and of shape (batch, seq − 1).
+
+    Args:
+        logps: log π_θ(y_t), with gradients.
+        kl_terms: KL_t, any value where its weight is 0; None if no token has a KL weight.
+        weights: The token weights.
+        num_items_in_batch: N; by default the trained tokens of this batch.
+    """
+    n: Tensor | int = weights.trained.sum() if num_items_in_batch is None else num_items_in_batch
+    n = torch.as_tensor(n, device=logps.device).clamp(min=1)
+    # where() and not a product: 0 · inf is NaN, and a token without weight must not be able to
+    # contribute anything, whatever its log-probability.
+    zero = logps.new_zeros(())
+    ce = torch.where(weights.ce != 0, weights.ce * -logps, zero).sum() / n
+    if kl_terms is None:
+        kl = zero
+    else:
+        kl = torch.where(weights.kl != 0, weights.kl * kl_terms, zero).sum() / n
+    return ShapedLoss(ce + kl, ce, kl)
+
+
+def star_dss_loss(
+    logits: Tensor,
+    labels: Tensor,
+    star_scores: Tensor,
+    *,
+    ref_logits: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    loss_type: str = "star_dss",
+    kl_coef: float = 0.5,
+    kl_estimator: str = "k2",
+    threshold: float = 0.5,
+    num_items_in_batch: Tensor | int | None = None,
+) -> ShapedLoss:
+    """The STAR-DSS loss for a training loop of your own (paper, Eq. 3).
+
+    Args:
+        logits: (batch, seq, vocab), any floating dtype, with gradients.
+        labels: (batch, seq), int64, unshifted (label t is the token at t), -100: not trained.
+        star_scores: (batch, seq), floating point in [0, 1], unshifted, one per token.
+        ref_logits: (batch, seq, vocab) of the frozen reference on the same tokens. Needed when a
+            token has a KL weight, unless `ref_logps` is given.
+        ref_logps: (batch, seq), unshifted: log π_ref of each trained token, in place of
+            `ref_logits`. Not enough for `kl_estimator="full"`.
+        loss_type: A weight map: "star_dss", "hard", "static", "rejection", "kl_only", "sft" (or
+            "nll"), or a plugin's.
+        kl_coef: λ >= 0.
+        kl_estimator: "k1", "k2", "k3" or "full".
+        threshold: τ of "hard" and "rejection".
+        num_items_in_batch: Trained tokens in the whole optimizer batch (over accumulation steps
+            and ranks); by default those of this batch.
+
+    Returns:
+        An object with scalar tensors `loss`, `ce` and `kl`; `loss = ce + kl`.
+
+    Raises:
+        ConfigError: Unknown names, or a reference that is needed and missing.
+        DataError: Shapes that do not belong together.
+    """
+    if kl_estimator not in KL_ESTIMATORS:
+        raise unknown_name("kl_estimator", kl_estimator, KL_ESTIMATORS)
+    scores = star_scores.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    weights = TokenWeights.of(
+        scores, labels, resolve_weight_map(loss_type), kl_coef=kl_coef, threshold=threshold
+    )
+    logps = token_logprobs(logits, labels)
+    kl_terms = None
+    if bool((weights.kl != 0).any()):
+        if kl_estimator == "full":
+            if ref_logits is None:
+                raise _missing_reference(loss_type, "ref_logits")
+            kl_terms = full_kl(logits, ref_logits, weights.kl != 0)
+        else:
+            if ref_logits is not None:
+                shifted = token_logprobs(ref_logits, labels).detach()
+            elif ref_logps is not None:
+                shifted = ref_logps[:, 1:]
+            else:
+                raise _missing_reference(loss_type, "ref_logits or ref_logps")
+            kl_terms = kl_estimate(logps, shifted, kl_estimator)
+    return shaped_loss(logps, kl_terms, weights, num_items_in_batch)
+
+
+def _missing_reference(loss_type: str, what: str) -> ConfigError:
+    return ConfigError(
+        f"loss_type {loss_type!r} gives some tokens of this batch a KL weight, but {what} was not "
+        "given. Pass the frozen reference's outputs on the same tokens, or set kl_coef=0."
+    )

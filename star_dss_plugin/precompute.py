@@ -1,0 +1,164 @@
+"""log π_ref of every trained token, computed once before training and carried as a column.
+
+k1, k2 and k3 compare one number per token. The model as it starts is the reference, so its numbers
+can be taken before the first step; a step then costs what a step of plain finetuning costs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, List, Value
+from torch import nn
+from tqdm.auto import tqdm
+
+from star_dss_plugin.cache import ScoreCache, content_key
+from star_dss_plugin.collation import REF_COLUMN, SCORES_COLUMN
+from star_dss_plugin.columns import with_column
+from star_dss_plugin.guards.base import Trajectory
+from star_dss_plugin.logprobs import IGNORE_INDEX, token_logprobs
+from star_dss_plugin.loss import TokenWeights
+from star_dss_plugin.provenance import read_note, write_note
+from star_dss_plugin.reference import Reference
+from star_dss_plugin.weights import WeightMap
+
+__all__ = ["add_reference_logps", "has_reference_logps"]
+
+_BATCH_TOKENS = 2048
+"""Padded tokens per forward pass: their logits are what needs memory."""
+
+
+def has_reference_logps(dataset: Dataset, reference: Reference) -> bool:
+    """Whether a data set has the column, computed from this very reference.
+
+    A column that came with the data from elsewhere may be another model's.
+    """
+    known = read_note(dataset, "reference")
+    return REF_COLUMN in dataset.column_names and known == reference.fingerprint
+
+
+def add_reference_logps(
+    dataset: Dataset,
+    reference: Reference,
+    policy: nn.Module,
+    weight_map: WeightMap,
+    *,
+    kl_coef: float,
+    threshold: float,
+    pad_token_id: int,
+    cache_dir: Path,
+    autocast: Callable[[], contextlib.AbstractContextManager[None]],
+    progress: bool = True,
+) -> Dataset:
+    """Adds the column `ref_logps`: log π_ref of every trained token that has a KL weight.
+
+    Args:
+        dataset: With `input_ids`, `labels` and `star_scores`.
+        reference: Of kind "precomputed".
+        policy: The model as it starts, which is the reference unless that has one of its own.
+        weight_map: Which tokens need it.
+        kl_coef: λ.
+        threshold: τ.
+        pad_token_id: For the batches.
+        cache_dir: Root of the cache.
+        autocast: Makes the trainer's precision context.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The data set with float32 `ref_logps`, one per token of `input_ids`, 0 where not needed.
+    """
+    namespace = {"what": REF_COLUMN, "version": 1, "model": reference.fingerprint}
+    cache, model = ScoreCache(cache_dir, namespace), reference.model or policy
+    plain = dataset.with_format(None).select_columns(["input_ids", "labels", SCORES_COLUMN])
+    column: list[Any] = []
+    wanted: dict[str, list[int]] = {}
+    keys = []
+    for i, row in enumerate(plain):
+        keys.append(content_key(row["input_ids"], row["labels"]))
+        if _needs_reference(row, weight_map, kl_coef, threshold):
+            wanted.setdefault(keys[-1], []).append(i)
+    # Looked up before it is locked: a complete cache may be read-only.
+    if any(cache.get(key) is None for key in wanted):
+        with cache.lock():
+            todo = {key: rows[0] for key, rows in wanted.items() if cache.get(key) is None}
+            _compute(plain, model, todo, cache, pad_token_id, autocast, progress)
+            cache.flush()
+    for i, key in enumerate(keys):
+        known = cache.get(key) if key in wanted else None
+        length = len(plain[i]["input_ids"])
+        column.append(np.zeros(length) if known is None else np.asarray(known.scores))
+    dataset = with_column(dataset, REF_COLUMN, column, List(Value("float32")))
+    write_note(dataset, "reference", reference.fingerprint)
+    return dataset
+
+
+def _needs_reference(
+    row: Mapping[str, Any], weight_map: WeightMap, kl_coef: float, threshold: float
+) -> bool:
+    weights = TokenWeights.of(
+        torch.tensor([row[SCORES_COLUMN]], dtype=torch.float32),
+        torch.tensor([row["labels"]]),
+        weight_map,
+        kl_coef=kl_coef,
+        threshold=threshold,
+    )
+    return bool((weights.kl != 0).any())
+
+
+def _compute(
+    rows: Dataset,
+    model: nn.Module,
+    todo: Mapping[str, int],
+    cache: ScoreCache,
+    pad_token_id: int,
+    autocast: Callable[[], contextlib.AbstractContextManager[None]],
+    progress: bool,
+) -> None:
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    bar = tqdm(
+        total=len(todo), desc="Reference log-probabilities", unit="row",
+        disable=not progress or not todo,
+    )  # fmt: skip
+    try:
+        for batch in _batches(rows, todo):
+            ids = [torch.tensor(rows[i]["input_ids"]) for _, i in batch]
+            labels = [torch.tensor(rows[i]["labels"]) for _, i in batch]
+            padded = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad_token_id)
+            targets = nn.utils.rnn.pad_sequence(
+                labels, batch_first=True, padding_value=IGNORE_INDEX
+            )
+            lengths = torch.tensor([len(x) for x in ids])
+            mask = torch.arange(padded.shape[1])[None] < lengths[:, None]
+            with torch.no_grad(), autocast():
+                logits = model(
+                    input_ids=padded.to(device), attention_mask=mask.long().to(device),
+                    use_cache=False,
+                ).logits  # fmt: skip
+            logps = token_logprobs(logits, targets.to(device)).cpu()
+            for (key, _), row, length in zip(batch, logps, lengths.tolist(), strict=True):
+                values = (0.0, *row[: length - 1].tolist())
+                cache.put(key, Trajectory(values))
+            bar.update(len(batch))
+    finally:
+        model.train(training)
+        bar.close()
+
+
+def _batches(rows: Dataset, todo: Mapping[str, int]) -> Iterator[list[tuple[str, int]]]:
+    """Rows of similar length, at most `_BATCH_TOKENS` padded tokens (or one row) at a time."""
+    lengths = {i: len(rows[i]["input_ids"]) for i in todo.values()}
+    batch: list[tuple[str, int]] = []
+    for key, i in sorted(todo.items(), key=lambda item: (lengths[item[1]], item[1])):
+        if batch and (len(batch) + 1) * lengths[i] > _BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append((key, i))
+    if batch:
+        yield batch

@@ -1,0 +1,210 @@
+"""π_ref: the aligned model before finetuning, frozen (paper, Eq. 3).
+
+k1, k2 and k3 need one number per token from it, so those are computed once, before the first step,
+and carried as a column: a step then costs what a step of plain finetuning costs. `full` needs the
+whole distribution at every step: a LoRA run switches its adapter off, others keep a frozen copy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from star_dss_plugin.config import REFERENCES
+from star_dss_plugin.errors import ConfigError
+
+__all__ = ["Reference", "choose_reference", "frozen_copy", "is_peft", "model_fingerprint"]
+
+logger = logging.getLogger(__name__)
+
+
+def is_peft(model: nn.Module) -> bool:
+    """Whether a model is wrapped by PEFT (without importing PEFT)."""
+    return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
+
+
+@dataclass
+class Reference:
+    """How a run gets π_ref.
+
+    Attributes:
+        kind: "none", "precomputed", "adapter" or "model" (a frozen model beside the trained one).
+        description: For the start-up line.
+        model: The frozen model of kind "model", or the one to precompute from if it is not the
+            trained model itself.
+        fingerprint: Of kind "precomputed": identifies the weights of the model as it starts.
+    """
+
+    kind: str
+    description: str
+    model: nn.Module | None = None
+    fingerprint: str | None = None
+
+    @contextlib.contextmanager
+    def active(self, policy: nn.Module) -> Iterator[nn.Module]:
+        """The reference as a module that can be called, in eval mode and without gradients.
+
+        Args:
+            policy: The trained model, unwrapped.
+        """
+        with torch.no_grad():
+            if self.kind == "model":
+                assert self.model is not None
+                yield self.model
+                return
+            training = policy.training
+            policy.eval()  # dropout and NEFTune noise are not part of the reference
+            try:
+                with policy.disable_adapter():  # type: ignore[operator]
+                    yield policy
+            finally:
+                policy.train(training)
+
+    def logits(self, policy: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+        """(batch, seq, vocab), without gradients."""
+        with self.active(policy) as model:
+            logits = model(**{**_forward_inputs(inputs), "use_cache": False}).logits
+        assert isinstance(logits, Tensor)
+        return logits
+
+
+def _forward_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("input_ids", "attention_mask", "position_ids")
+    return {name: inputs[name] for name in names if name in inputs}
+
+
+def choose_reference(
+    name: str,
+    policy: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    estimator: str,
+    needed: bool,
+) -> Reference:
+    """What `reference=name` means for this run.
+
+    Args:
+        name: An option of `config.REFERENCES`, or a model id or folder.
+        policy: The model as it starts.
+        tokenizer: The policy's.
+        estimator: The KL estimator.
+        needed: Whether any token can get a KL weight.
+
+    Raises:
+        ConfigError: The choice contradicts the mode, the estimator or the model.
+    """
+    if not needed:
+        return Reference("none", "none (no KL term)")
+    if name == "none":
+        raise ConfigError(
+            "reference is 'none', but this loss_type gives tokens a KL weight, which needs a "
+            "reference. Set reference='auto', or kl_coef=0, or loss_type='rejection' or 'sft'."
+        )
+    if name == "auto":
+        name = "precomputed" if estimator != "full" else "copy"
+        if estimator == "full" and is_peft(policy) and _adapter_is_fresh(policy):
+            name = "adapter"
+    if name == "adapter":
+        if not is_peft(policy):
+            raise ConfigError(
+                f"reference is 'adapter', but the model ({type(policy).__name__}) has no PEFT "
+                "adapter to switch off. Pass a peft_config, or set reference='precomputed' or "
+                "'copy'."
+            )
+        if not _adapter_is_fresh(policy):
+            raise ConfigError(
+                "reference is 'adapter', but the adapter already changes the model: training "
+                "continues from it, so switching it off would not give the model as it starts. "
+                "Set reference='precomputed' or 'copy'."
+            )
+        return Reference("adapter", "the base model (adapter switched off)")
+    if name == "precomputed":
+        if estimator == "full":
+            raise ConfigError(
+                "reference is 'precomputed', but kl_estimator='full' needs the reference's whole "
+                "distribution at every step. Set reference='adapter' or 'copy', or "
+                "kl_estimator='k2'."
+            )
+        what = "the model as it starts (precomputed log-probabilities)"
+        return Reference("precomputed", what, fingerprint=model_fingerprint(policy))
+    if name == "copy":
+        return Reference("model", "a frozen copy of the model as it starts", frozen_copy(policy))
+    assert name not in REFERENCES
+    named = _load_named(name, policy, tokenizer)
+    if estimator == "full":
+        return Reference("model", name, named)
+    return Reference("precomputed", name, named, model_fingerprint(named))
+
+
+def frozen_copy(policy: nn.Module) -> nn.Module:
+    """A copy that shares nothing with the policy, in eval mode."""
+    made = copy.deepcopy(policy)
+    for module in made.modules():
+        # TRL and accelerate replace `forward` on the instance; the replacement still closes over
+        # the original model, so the copy would answer with the policy's own weights.
+        module.__dict__.pop("forward", None)
+    return made.eval().requires_grad_(False)
+
+
+def _adapter_is_fresh(policy: nn.Module) -> bool:
+    """Whether switching the adapter off changes nothing, tried on a few tokens."""
+    vocab = policy.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    device = next(policy.parameters()).device
+    ids = torch.arange(1, 33, device=device).remainder(vocab)[None]
+    live = Reference("adapter", "")
+    training = policy.training
+    policy.eval()
+    try:
+        with torch.no_grad():
+            on = policy(input_ids=ids, use_cache=False).logits.float()
+        off = live.logits(policy, {"input_ids": ids}).float()
+    finally:
+        policy.train(training)
+    return bool(torch.allclose(on, off, rtol=1e-3, atol=1e-3))
+
+
+def _load_named(name: str, policy: nn.Module, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+    parameter = next(policy.parameters())
+    try:
+        theirs = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=parameter.dtype)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"The reference {name!r} cannot be loaded: {error}. Give the id or folder of a model "
+            "that is available here, or reference='auto'."
+        ) from error
+    if theirs.get_vocab() != tokenizer.get_vocab():
+        raise ConfigError(
+            f"The reference {name!r} has another tokenizer than the trained model, so its "
+            "log-probabilities belong to other tokens. Use a reference with the same tokenizer: "
+            "the model before finetuning."
+        )
+    frozen: nn.Module = model.requires_grad_(False).eval()
+    return frozen.to(parameter.device)
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """What identifies a model's weights, without moving all of them off the device.
+
+    Name, shape, dtype, sum and 64 evenly spaced values of every parameter and buffer.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}:".encode())
+        flat = tensor.detach().reshape(-1)
+        if not flat.is_floating_point():
+            flat = flat.to(torch.float64)
+        step = max(1, flat.numel() // 64)
+        sampled = flat[::step].double().cpu().numpy()
+        digest.update(sampled.tobytes())
+        digest.update(flat.double().sum().cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,325 @@
+"""Rows to `star_scores`: every prefix of every response is scored once, and remembered.
+
+The guard is asked only for what the cache does not hold. Batches depend on the data alone, so a run
+that was killed and started again gives, byte for byte, what an undisturbed run gives.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from datasets import Dataset, List, Value
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from star_dss_plugin._version import __version__
+from star_dss_plugin.cache import ScoreCache, content_key, default_cache_dir
+from star_dss_plugin.collation import SCORES_COLUMN
+from star_dss_plugin.columns import with_column
+from star_dss_plugin.config import StarDSSOptions
+from star_dss_plugin.errors import ConfigError, DataError, GuardError
+from star_dss_plugin.guards import load_guard, missing_guard
+from star_dss_plugin.guards.base import Guard, PrefixRequest, Trajectory
+from star_dss_plugin.guards.verdict import low_label_mass
+from star_dss_plugin.plugins import load_plugins
+from star_dss_plugin.provenance import write_note
+from star_dss_plugin.responses import Response, find_responses
+from star_dss_plugin.rows import in_row, known_rows, only_responses, tokenized
+
+__all__ = ["options_for_scoring", "score_dataset"]
+
+logger = logging.getLogger(__name__)
+
+_FLUSH_SECONDS = 20.0
+
+
+@dataclass
+class _Row:
+    """What scoring needs to know of one row."""
+
+    length: int
+    responses: list[Response] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+
+
+def score_dataset(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    guard: str | Mapping[str, Any] | Guard | None,
+    segmenter: str = "tokens",
+    chunk_size: int = 5,
+    guard_device: str | None = None,
+    guard_dtype: str = "auto",
+    score_batch_tokens: int = 16384,
+    score_cache_dir: str | Path | None = None,
+    max_length: int | None = None,
+    chat_template: str | None = None,
+    progress: bool = True,
+) -> Dataset:
+    """A data set with the column `star_scores`: the STAR score of every token.
+
+    Args:
+        dataset: Tokenized rows (`input_ids`, `labels`, and if possible the messages they came
+            from), or raw ones (`messages`, `prompt` and `completion`, or `text`), which are
+            tokenized here.
+        tokenizer: The trained model's.
+        guard: A name, a mapping, or a loaded guard.
+        segmenter: What a chunk is made of.
+        chunk_size: M >= 1.
+        guard_device: Where the guard runs.
+        guard_dtype: The guard's dtype.
+        score_batch_tokens: Token budget of one guard batch.
+        score_cache_dir: Folder of the cache; default $STAR_DSS_CACHE or ~/.cache/star_dss.
+        max_length: Raw rows are cut to this many tokens before they are scored.
+        chat_template: The template that made the tokens, or makes those of raw rows; None: the
+            tokenizer's own.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The same rows with `input_ids`, `labels` and `star_scores` (float32, one per token of
+        `input_ids`, 1.0 outside responses); where user turns were trained, `labels` now leaves
+        them out. Its provenance is in its description (`provenance_of`).
+
+    Raises:
+        StarDSSError: What cannot be scored, with the row's number.
+    """
+    if guard is None:
+        raise missing_guard()
+    if SCORES_COLUMN in dataset.column_names:
+        raise DataError(
+            "The data set already has a 'star_scores' column. Remove it to score again, or use "
+            "the data set as it is."
+        )
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
+        raise ConfigError(f"chunk_size is {chunk_size!r}; it must be an integer of at least 1.")
+    if "input_ids" not in dataset.column_names:
+        dataset = tokenized(dataset, tokenizer, max_length, chat_template)
+    elif "labels" not in dataset.column_names:
+        raise DataError(
+            "The data set has 'input_ids' but no 'labels', so it does not say which tokens are "
+            "trained. Add labels: a copy of input_ids with -100 where nothing is trained."
+        )
+    dataset = only_responses(dataset, tokenizer, chat_template)
+    loaded = guard if isinstance(guard, Guard) else None
+    asked = loaded or load_guard(
+        guard,  # type: ignore[arg-type]
+        device=guard_device,
+        dtype=guard_dtype,
+        batch_tokens=score_batch_tokens,
+    )
+    try:
+        rows = _find_all(dataset, tokenizer, segmenter, chunk_size, chat_template)
+        cache = ScoreCache(
+            Path(score_cache_dir) if score_cache_dir else default_cache_dir(),
+            {"what": "star_scores", "version": 1, "guard": asked.identity},
+        )
+        requests = _unique_requests(rows)
+        trajectories = _ask(asked, requests, cache, rows, progress)
+    finally:
+        if loaded is None:
+            asked.close()
+    provenance = _provenance(asked, segmenter, chunk_size, rows, trajectories)
+    return _with_columns(dataset, rows, trajectories, provenance)
+
+
+def _find_all(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    segmenter: str,
+    chunk_size: int,
+    chat_template: str | None,
+) -> list[_Row]:
+    """The responses of all rows."""
+    cut = load_plugins().segmenter(segmenter)
+    found, raw = [], 0
+    for i, row in enumerate(known_rows(dataset)):
+        responses = in_row(
+            i, find_responses, row, tokenizer, cut, chunk_size, chat_template=chat_template
+        )
+        raw += sum(r.raw_context for r in responses)
+        found.append(_Row(len(row["labels"]), responses, [_key(r.request) for r in responses]))
+    if raw:
+        logger.warning(
+            "For %d responses the guard reads the decoded tokens before them, because no message "
+            "matches (or the data has tokens only).", raw
+        )  # fmt: skip
+    return found
+
+
+def _key(request: PrefixRequest) -> str:
+    context = [[m["role"], m["content"]] for m in request.context]
+    return content_key(context, request.text, request.ends)
+
+
+def _unique_requests(rows: Iterable[_Row]) -> dict[str, PrefixRequest]:
+    """Identical (context, prefixes) pairs once, in the order of the data."""
+    return {
+        key: response.request
+        for row in rows
+        for key, response in zip(row.keys, row.responses, strict=True)
+    }
+
+
+def _ask(
+    guard: Guard,
+    requests: Mapping[str, PrefixRequest],
+    cache: ScoreCache,
+    rows: list[_Row],
+    progress: bool,
+) -> dict[str, Trajectory]:
+    """All trajectories: from the cache where it has them, from the guard otherwise."""
+    found = _known(cache, requests)
+    # Looked up before it is locked: a complete cache may be read-only.
+    if len(found) < len(requests):
+        with cache.lock():
+            found = _known(cache, requests)
+            _ask_missing(guard, requests, found, cache, rows, progress)
+    _check_label_mass(guard, found.values())
+    return found
+
+
+def _known(cache: ScoreCache, keys: Iterable[str]) -> dict[str, Trajectory]:
+    return {key: known for key in keys if (known := cache.get(key)) is not None}
+
+
+def _ask_missing(
+    guard: Guard,
+    requests: Mapping[str, PrefixRequest],
+    found: dict[str, Trajectory],
+    cache: ScoreCache,
+    rows: list[_Row],
+    progress: bool,
+) -> None:
+    """Asks for every batch with a response that is not in `found`, and puts it there."""
+    keys, wanted = list(requests), list(requests.values())
+    todo = [b for b in guard.plan(wanted) if any(keys[i] not in found for i in b)]
+    bar = tqdm(
+        total=sum(len(wanted[i].ends) for batch in todo for i in batch),
+        desc=f"STAR scores by {guard.name}",
+        unit="prefix",
+        disable=not progress or not todo,
+    )
+    flushed = time.monotonic()
+    try:
+        for batch in todo:
+            results = _ask_batch(guard, [wanted[i] for i in batch], batch, keys, rows)
+            for i, result in zip(batch, results, strict=True):
+                if keys[i] not in found:
+                    found[keys[i]] = result
+                    cache.put(keys[i], result)
+            bar.update(sum(len(wanted[i].ends) for i in batch))
+            if time.monotonic() - flushed > _FLUSH_SECONDS:
+                cache.flush()
+                flushed = time.monotonic()
+    finally:
+        cache.flush()
+        bar.close()
+
+
+def _ask_batch(
+    guard: Guard, batch: list[PrefixRequest], indices: list[int], keys: list[str], rows: list[_Row]
+) -> list[Trajectory]:
+    try:
+        results = guard.trajectories(batch)
+    except GuardError as error:
+        owners = {key: i for i, row in reversed(list(enumerate(rows))) for key in row.keys}
+        about = indices if error.request is None else [indices[error.request]]
+        where = sorted({owners[keys[i]] for i in about})
+        shown = ", ".join(map(str, where[:5])) + (", …" if len(where) > 5 else "")
+        raise GuardError(f"Row {shown}: {error}") from error
+    if len(results) != len(batch):
+        raise GuardError(
+            f"Guard {guard.name!r} returned {len(results)} trajectories for {len(batch)} "
+            "responses; it must return one for each, in order."
+        )
+    for request, result in zip(batch, results, strict=True):
+        masses = result.scores if result.label_mass is None else result.label_mass
+        for what, values in (("scores", result.scores), ("label_mass", masses)):
+            given = np.asarray(values, dtype=np.float64)
+            if len(given) != len(request.ends) or not ((given >= 0) & (given <= 1)).all():
+                raise GuardError(
+                    f"Guard {guard.name!r} returned the {what} {values!r} for "
+                    f"{len(request.ends)} prefixes; it must return one probability in [0, 1] for "
+                    "each."
+                )
+    return results
+
+
+def _check_label_mass(guard: Guard, found: Iterable[Trajectory]) -> None:
+    masses = [m for t in found if t.label_mass is not None for m in t.label_mass]
+    minimum = float(getattr(guard, "min_label_mass", 0.0))
+    if masses and float(np.mean(masses)) < minimum:
+        raise low_label_mass(guard.name, float(np.mean(masses)), minimum, "the data")
+
+
+def _provenance(
+    guard: Guard,
+    segmenter: str,
+    chunk_size: int,
+    rows: list[_Row],
+    trajectories: Mapping[str, Trajectory],
+) -> dict[str, Any]:
+    """How the scores were made, without anything that differs between equal runs."""
+    responses = [(key, r) for row in rows for key, r in zip(row.keys, row.responses, strict=True)]
+    scores = np.array([s for key, _ in responses for s in trajectories[key].scores])
+    masses = np.array([m for key, _ in responses for m in trajectories[key].label_mass or ()])
+    return {
+        "guard": guard.name,
+        "demonstration_guard": guard.demonstration,
+        "guard_identity": guard.identity,
+        "segmenter": segmenter,
+        "chunk_size": chunk_size,
+        "rows": len(rows),
+        "responses": len(responses),
+        "prefixes": len(scores),
+        "trained_tokens": sum(r.end - r.start for _, r in responses),
+        "raw_contexts": sum(r.raw_context for _, r in responses),
+        "mean_prefix_score": float(scores.mean()),
+        "label_mass": {
+            "mean": float(masses.mean()), "min": float(masses.min()),
+            "p05": float(np.quantile(masses, 0.05)),
+        } if masses.size else None,
+        "versions": {
+            "star-dss-plugin": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }  # fmt: skip
+
+
+def _with_columns(
+    dataset: Dataset,
+    rows: list[_Row],
+    trajectories: Mapping[str, Trajectory],
+    provenance: dict[str, Any],
+) -> Dataset:
+    scores = []
+    for row in rows:
+        column = np.ones(row.length, dtype=np.float32)
+        for key, response in zip(row.keys, row.responses, strict=True):
+            start = response.start
+            for end, score in zip(response.chunk_ends, trajectories[key].scores, strict=True):
+                column[start:end] = score
+                start = end
+        scores.append(column)
+    dataset = with_column(dataset, SCORES_COLUMN, scores, List(Value("float32")))
+    write_note(dataset, "scores", provenance)
+    return dataset
+
+
+def options_for_scoring(options: StarDSSOptions) -> dict[str, Any]:
+    """The options that `score_dataset` takes, by name."""
+    names = (
+        "guard", "segmenter", "chunk_size", "guard_device", "guard_dtype", "score_batch_tokens",
+        "score_cache_dir",
+    )  # fmt: skip
+    return {name: getattr(options, name) for name in names}

@@ -1,0 +1,259 @@
+"""The mixin that any transformers Trainer takes: scores in, shaped loss out.
+
+`StarDSSMixin.compute_loss` lets the trainer's own `compute_loss` do its forward pass, its metrics
+and its bookkeeping, takes the model's output from that one pass, and returns the loss of Eq. (3)
+in place of the trainer's. So everything else in the user's stack stays as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import Trainer
+
+from star_dss_plugin.collation import REF_COLUMN, SCORES_COLUMN
+from star_dss_plugin.config import StarDSSOptions
+from star_dss_plugin.dataset import DatasetSummary
+from star_dss_plugin.errors import ConfigError, StarDSSError
+from star_dss_plugin.logprobs import full_kl, kl_estimate, token_logprobs
+from star_dss_plugin.loss import TokenWeights, shaped_loss
+from star_dss_plugin.metrics import TokenMetrics
+from star_dss_plugin.reference import Reference
+from star_dss_plugin.weights import WeightMap
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+__all__ = ["StarDSSMixin", "StarDSSState"]
+
+
+@dataclass
+class StarDSSState:
+    """What a trainer with an active STAR-DSS loss carries.
+
+    Attributes:
+        options: The run's options.
+        weight_map: Scores to weights.
+        reference: π_ref.
+        prepare: Scores a data set, given its name.
+        summaries: What was scored, by data set ("train", "eval", …).
+        metrics: Running sums for the log.
+    """
+
+    options: StarDSSOptions
+    weight_map: WeightMap
+    reference: Reference
+    prepare: Callable[[Any, str], Any]
+    summaries: dict[str, DatasetSummary] = field(default_factory=dict)
+    metrics: TokenMetrics = field(default_factory=TokenMetrics)
+    # Whether the trainer's own forward pass returns logits; known after the first batch. TRL's
+    # fused LM head (>= 1.15) returns log-probabilities only.
+    parent_has_logits: bool = True
+
+    @property
+    def needs_distributions(self) -> bool:
+        """Whether the KL term is computed over the whole vocabulary."""
+        return self.options.kl_estimator == "full" and self.reference.kind != "none"
+
+
+class StarDSSMixin(_Base):
+    """Puts the STAR-DSS loss in front of a Trainer class; list it before the Trainer.
+
+    Inactive, and exactly its base class, until `set_up` is called.
+    """
+
+    star_dss_state: StarDSSState | None = None
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self.star_dss_state is not None:
+            columns: Any = self._signature_columns
+            columns += [c for c in (SCORES_COLUMN, REF_COLUMN) if c not in columns]
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        return super().get_eval_dataloader(self._scored_late(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        return super().get_test_dataloader(self._scored_late(test_dataset))
+
+    def _scored_late(self, dataset: Any) -> Any:
+        """Scores a data set that was handed to `evaluate` or `predict` directly."""
+        if self.star_dss_state is None or not isinstance(dataset, Dataset):
+            return dataset
+        return self.star_dss_state.prepare(dataset, "eval")
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The shaped loss; outputs, metrics and signature are those of the base class."""
+        state = self.star_dss_state
+        if state is None:
+            return super().compute_loss(
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
+        inputs = dict(inputs)
+        scores, ref_logps = inputs.pop(SCORES_COLUMN, None), inputs.pop(REF_COLUMN, None)
+        labels = inputs.get("labels")
+        if scores is None or labels is None:
+            raise StarDSSError(
+                f"A batch came without {SCORES_COLUMN!r} or 'labels' (it has {sorted(inputs)}). "
+                "Something replaced the data set or the data collator after STAR-DSS was set up; "
+                "give them to the trainer's constructor."
+            )
+        options = state.options
+        weights = TokenWeights.of(
+            scores.float(), labels, state.weight_map,
+            kl_coef=options.kl_coef, threshold=options.threshold,
+        )  # fmt: skip
+        ref_logits = self._reference_logits(state, model, inputs, ref_logps, weights)
+        result, outputs = self._forward(state, model, inputs, return_outputs)
+        logps = self._logps(outputs, labels)
+        kl_terms: Tensor | None = None
+        if state.needs_distributions:
+            assert ref_logits is not None
+            kl_terms = full_kl(outputs.logits, ref_logits, weights.kl != 0)
+        elif ref_logits is not None:
+            kl_terms = kl_estimate(logps, token_logprobs(ref_logits, labels), options.kl_estimator)
+        elif ref_logps is not None:
+            kl_terms = kl_estimate(logps, ref_logps[:, 1:], options.kl_estimator)
+        loss = shaped_loss(logps, kl_terms, weights, num_items_in_batch).loss
+        state.metrics.add(
+            self._mode(), scores[:, 1:], options.threshold, logps.detach(), kl_terms, weights
+        )
+        loss = self._with_auxiliary_loss(loss, outputs, num_items_in_batch)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            # N counts the tokens of all ranks, and DDP averages gradients over them.
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        return (loss, result[1]) if return_outputs else loss
+
+    def base_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """What the base class alone would train with on a batch: its mean over the batch."""
+        columns = (SCORES_COLUMN, REF_COLUMN)
+        bare = {name: value for name, value in inputs.items() if name not in columns}
+        loss = super().compute_loss(model, bare)
+        assert isinstance(loss, Tensor)
+        return loss
+
+    def _mode(self) -> str:
+        assert self.model is not None
+        return "train" if self.model.training else "eval"
+
+    def _reference_logits(
+        self,
+        state: StarDSSState,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        ref_logps: Tensor | None,
+        weights: TokenWeights,
+    ) -> Tensor | None:
+        """π_ref's logits where it runs at every step. Before the policy's forward pass: switching
+        an adapter off between a forward pass and its backward pass would confuse checkpointing.
+        """
+        kind = state.reference.kind
+        if kind in ("adapter", "model"):
+            return state.reference.logits(self.accelerator.unwrap_model(model), inputs)
+        if kind == "precomputed" and ref_logps is None:
+            raise StarDSSError(
+                f"A batch came without {REF_COLUMN!r}, the reference's log-probabilities. Give the "
+                "data set to the trainer's constructor, before training starts."
+            )
+        if kind == "none" and bool((weights.kl != 0).any()):
+            raise StarDSSError(
+                f"loss_type {state.options.loss_type!r} gave a token a KL weight although it was "
+                "found to need no reference. The weight map must depend on its arguments alone."
+            )
+        return None
+
+    def _forward(
+        self, state: StarDSSState, model: nn.Module, inputs: dict[str, Any], return_outputs: bool
+    ) -> tuple[Any, Any]:
+        """The base class's own result, and the outputs of the policy's forward pass."""
+        own_pass = state.needs_distributions and not state.parent_has_logits
+        if own_pass:
+            bare = {k: v for k, v in inputs.items() if k != "labels"}
+            outputs = model(**{**bare, "use_cache": False})
+        # The base class's loss is not used, so it need not be normalised.
+        gradients = torch.no_grad() if own_pass else contextlib.nullcontext()
+        with gradients, _first_outputs(model) as captured:
+            result = super().compute_loss(model, dict(inputs), return_outputs=return_outputs)
+        if own_pass:
+            return result, outputs
+        if not captured:
+            raise StarDSSError(
+                f"{type(self).__mro__[1].__name__}.compute_loss did not call the model, so there "
+                "is no output to shape. Use a trainer whose compute_loss runs the model it gets."
+            )
+        if state.needs_distributions and getattr(captured[0], "logits", None) is None:
+            state.parent_has_logits = False
+            return self._forward(state, model, inputs, return_outputs)
+        return result, captured[0]
+
+    def _logps(self, outputs: Any, labels: Tensor) -> Tensor:
+        """(batch, seq − 1): from a fused LM head if there is one, else from the logits."""
+        fused = getattr(outputs, "log_probs", None)
+        if fused is not None and fused.shape == labels[:, 1:].shape:
+            assert isinstance(fused, Tensor)
+            return fused.float()
+        logits = getattr(outputs, "logits", None)
+        if logits is None or logits.shape[:2] != labels.shape:
+            raise ConfigError(
+                "The model's forward pass returned neither per-token log-probabilities nor logits "
+                "for every token, so its loss cannot be weighed. Switch off what fuses the loss "
+                "into the model: use_liger_kernel, cut_cross_entropy, or the kernel's own patch."
+            )
+        return token_logprobs(logits, labels)
+
+    def _with_auxiliary_loss(
+        self, loss: Tensor, outputs: Any, num_items_in_batch: Tensor | int | None
+    ) -> Tensor:
+        """Keeps a mixture-of-experts model's load-balancing loss."""
+        auxiliary = getattr(outputs, "aux_loss", None)
+        if auxiliary is None:
+            return loss
+        config = self.accelerator.unwrap_model(self.model).config.get_text_config()
+        coefficient = getattr(self, "router_aux_loss_coef", None)
+        if coefficient is None:
+            coefficient = getattr(config, "router_aux_loss_coef", 0.0)
+        steps = 1
+        if num_items_in_batch is not None:
+            # The Trainer sets it in its training loop; the check before the first step is earlier.
+            steps = getattr(self, "current_gradient_accumulation_steps", 1)
+        shaped: Tensor = loss + coefficient * auxiliary / steps
+        return shaped
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the `star_dss/` metrics to the trainer's own log line."""
+        if self.star_dss_state is not None:
+            mode = self._mode()
+            found = self.star_dss_state.metrics.pop(mode, self.accelerator)
+            prefix = "eval_" if mode == "eval" else ""
+            logs = {**logs, **{prefix + name: value for name, value in found.items()}}
+        super().log(logs, start_time)
+
+
+@contextlib.contextmanager
+def _first_outputs(model: nn.Module) -> Iterator[list[Any]]:
+    """Collects the output of the first call of a module."""
+    captured: list[Any] = []
+
+    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+        if not captured:
+            captured.append(output)
+
+    handle = model.register_forward_hook(keep)
+    try:
+        yield captured
+    finally:
+        handle.remove()

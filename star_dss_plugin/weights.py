@@ -1,0 +1,132 @@
+"""Scores to weights: how much cross-entropy and how much KL each trained token gets.
+
+A *weight map* turns the STAR score of every token into the two weights of the loss (paper, Eq. 3):
+the weight of cross-entropy on the target and the weight of the KL term to the reference. Every
+`loss_type` of this project is one weight map; the loss itself never changes.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "WeightMap",
+    "hard",
+    "kl_only",
+    "last_scores",
+    "needs_reference",
+    "needs_scores",
+    "rejection",
+    "sft",
+    "star_dss",
+    "static",
+]
+
+
+class WeightMap(Protocol):
+    """Maps scores to weights, token by token."""
+
+    def __call__(
+        self, scores: Tensor, last_scores: Tensor, *, kl_coef: float, threshold: float
+    ) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            scores: Any shape, floating point: s_t, the STAR score of each token, in [0, 1].
+            last_scores: Same shape: the score of the last chunk of the token's assistant turn.
+            kl_coef: λ >= 0.
+            threshold: τ in [0, 1]: scores below it count as unsafe.
+
+        Returns:
+            CE weights and KL weights (λ included), both of the shape and dtype of `scores`, >= 0.
+        """
+        ...
+
+
+def star_dss(
+    scores: Tensor, last_scores: Tensor, *, kl_coef: float, threshold: float
+) -> tuple[Tensor, Tensor]:
+    """Dynamic shaping, the paper's method: (s_t, λ(1 − s_t))."""
+    return scores, kl_coef * (1 - scores)
+
+
+def hard(
+    scores: Tensor, last_scores: Tensor, *, kl_coef: float, threshold: float
+) -> tuple[Tensor, Tensor]:
+    """Dynamic shaping with a threshold: (1, 0) where s_t >= τ, else (0, λ)."""
+    safe = (scores >= threshold).to(scores.dtype)
+    return safe, kl_coef * (1 - safe)
+
+
+def static(
+    scores: Tensor, last_scores: Tensor, *, kl_coef: float, threshold: float
+) -> tuple[Tensor, Tensor]:
+    """Static shaping, soft: every token of a turn gets (s_last, λ(1 − s_last))."""
+    return last_scores, kl_coef * (1 - last_scores)
+
+
+def rejection(
+    scores: Tensor, last_scores: Tensor, *, kl_coef: float, threshold: float
+) -> tuple[Tensor, Tensor]:
+    """Static shaping, the paper's RS: turns with s_last < τ are dropped, the others are learned."""
+    keep = (last_scores >= threshold).to(scores.dtype)
+    return keep, torch.zeros_like(scores)
+
+
+def kl_only(
+    scores: Tensor, last_scores: Tensor, *, kl_coef: float, threshold: float
+) -> tuple[Tensor, Tensor]:
+    """Stay at the reference everywhere: (0, λ)."""
+    return torch.zeros_like(scores), torch.full_like(scores, kl_coef)
+
+
+def sft(
+    scores: Tensor, last_scores: Tensor, *, kl_coef: float, threshold: float
+) -> tuple[Tensor, Tensor]:
+    """Plain supervised finetuning: (1, 0)."""
+    return torch.ones_like(scores), torch.zeros_like(scores)
+
+
+def last_scores(scores: Tensor, trained: Tensor) -> Tensor:
+    """The score at the end of each token's response.
+
+    Args:
+        scores: (batch, seq), floating point.
+        trained: (batch, seq), bool: True on trained tokens. A response is a maximal run of them.
+
+    Returns:
+        (batch, seq), dtype of `scores`: for a trained token the score of the last token of its run;
+        for others their own score.
+    """
+    length = scores.shape[-1]
+    positions = torch.arange(length, device=scores.device)
+    ends = trained.clone()
+    ends[..., :-1] &= ~trained[..., 1:]
+    next_end = torch.where(ends, positions, length).flip(-1).cummin(-1).values.flip(-1)
+    at_end = scores.gather(-1, next_end.clamp(max=length - 1))
+    return torch.where(trained, at_end, scores)
+
+
+def _on_grid(weight_map: WeightMap, *, kl_coef: float, threshold: float) -> tuple[Tensor, Tensor]:
+    """Both weights for a grid of (score, last score) pairs, the threshold's neighbourhood in it."""
+    near = torch.tensor([threshold - 1e-6, threshold, threshold + 1e-6], dtype=torch.float64)
+    points = torch.cat([torch.linspace(0, 1, 65, dtype=torch.float64), near.clamp(0, 1)])
+    scores, last = torch.meshgrid(points, points, indexing="ij")
+    ce, kl = weight_map(
+        scores.reshape(1, -1), last.reshape(1, -1), kl_coef=kl_coef, threshold=threshold
+    )
+    return ce, kl
+
+
+def needs_reference(weight_map: WeightMap, *, kl_coef: float, threshold: float) -> bool:
+    """Whether any score gives this map a KL weight other than 0, so that π_ref is needed."""
+    _, kl = _on_grid(weight_map, kl_coef=kl_coef, threshold=threshold)
+    return bool((kl != 0).any())
+
+
+def needs_scores(weight_map: WeightMap, *, kl_coef: float, threshold: float) -> bool:
+    """Whether this map's weights depend on the scores at all, so that a guard is needed."""
+    ce, kl = _on_grid(weight_map, kl_coef=kl_coef, threshold=threshold)
+    return bool((ce != ce.reshape(-1)[0]).any() or (kl != kl.reshape(-1)[0]).any())

@@ -1,0 +1,60 @@
+"""The documentation names what exists: options and defaults, metrics, presets, hooks, errors."""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import star_dss_plugin
+from star_dss_plugin import StarDSSOptions, hookspecs
+from star_dss_plugin.guards.presets import PRESETS
+from star_dss_plugin.plugins import HOOK_KINDS
+
+ROOT = Path(__file__).resolve().parents[1]
+REFERENCE = (ROOT / "docs" / "reference.md").read_text()
+GUARDS = (ROOT / "docs" / "guards.md").read_text()
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("option", fields(StarDSSOptions), ids=lambda f: f.name)
+def test_every_option_has_a_row_with_its_default(option):
+    row = next(line for line in REFERENCE.splitlines() if line.startswith(f"| `{option.name}` |"))
+    default = "none" if option.default is None else str(option.default)
+    assert row.split("|")[3].strip().strip("`") == default
+    assert option.metadata["help"]
+
+
+def test_every_metric_is_documented():
+    source = (ROOT / "star_dss_plugin" / "metrics.py").read_text()
+    logged = set(re.findall(r'"(star_dss/\w+)":', source))
+    assert logged
+    assert logged <= set(re.findall(r"`(star_dss/\w+)`", REFERENCE))
+
+
+def test_every_preset_and_hook_is_documented():
+    for name in [*PRESETS, "demo"]:
+        assert f"`{name}`" in GUARDS
+    for hook in HOOK_KINDS:
+        assert hasattr(hookspecs, hook)
+        assert hook in GUARDS
+
+
+def test_every_public_name_is_documented():
+    for name in star_dss_plugin.__all__:
+        if not name.startswith("__"):
+            assert name in REFERENCE + GUARDS, name
+
+
+def test_the_readmes_links_and_commands_exist():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+    makefile = (ROOT / "Makefile").read_text()
+    for command in re.findall(r"^    make (\w+)", README, flags=re.MULTILINE):
+        assert f"\n{command}:" in makefile
+
+
+def test_python_in_the_documentation_compiles():
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for snippet in re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.DOTALL):
+            compile(snippet, str(path), "exec")

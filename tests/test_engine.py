@@ -1,0 +1,362 @@
+"""The local engine equals one forward pass per sequence, whatever the sequences share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from star_dss_plugin.engines.base import Engine
+from star_dss_plugin.engines.local import LocalEngine
+from star_dss_plugin.errors import GuardError
+
+MODULE = LocalEngine.__module__
+VOCABULARY = 61
+LABELS = [3, 60, 17]
+# Large weights: with the usual small ones a wrong mask would hardly move the result.
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.4,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GEMMA: dict[str, Any] = {
+    **COMMON,
+    "head_dim": 8,
+    "query_pre_attn_scalar": 8,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+SERVED: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llama": lambda: LlamaConfig(**COMMON),
+    "llama-eager": lambda: LlamaConfig(**COMMON, attn_implementation="eager"),
+    "qwen3": lambda: Qwen3Config(**COMMON, head_dim=8),
+    "gemma3": lambda: Gemma3TextConfig(**GEMMA),
+    "gemma2": lambda: Gemma2Config(
+        **GEMMA,
+        attn_logit_softcapping=3.0,
+        final_logit_softcapping=4.0,
+        attn_implementation="eager",
+    ),
+    "mistral": lambda: MistralConfig(**COMMON, sliding_window=8),
+    "granite": lambda: GraniteConfig(
+        **COMMON, logits_scaling=3.0, attention_multiplier=0.3, residual_multiplier=0.7
+    ),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=32,
+        n_layer=3,
+        n_head=4,
+        n_positions=40,
+        initializer_range=0.4,
+    ),
+}
+NOT_SERVED: dict[str, tuple[Callable[[], PreTrainedConfig], str]] = {
+    "bloom": (
+        lambda: BloomConfig(
+            vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.4
+        ),
+        "takes no position_ids",
+    ),
+    "mamba": (
+        lambda: MambaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            num_hidden_layers=2,
+            state_size=8,
+            initializer_range=0.4,
+        ),
+        "layers other than full and sliding attention",
+    ),
+    # Its local layers mask by column instead of position, which only the trial can find out.
+    "gpt-neo": (
+        lambda: GPTNeoConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            num_layers=2,
+            attention_types=[[["global", "local"], 1]],
+            num_heads=4,
+            window_size=8,
+            max_position_embeddings=128,
+            initializer_range=0.4,
+        ),
+        "cannot be replaced",
+    ),
+}
+
+
+def make(config: PreTrainedConfig) -> PreTrainedModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model.eval()
+
+
+@cache
+def served(name: str) -> PreTrainedModel:
+    return make(SERVED[name]())
+
+
+def one_pass_per_sequence(
+    model: PreTrainedModel, sequences: Sequence[Sequence[int]], label_ids: Sequence[int]
+) -> torch.Tensor:
+    """The slow, obvious twin of the engine."""
+    rows = []
+    with torch.no_grad():
+        for sequence in sequences:
+            logits = model(torch.tensor([list(sequence)])).logits[0, -1].float()
+            rows.append(logits.log_softmax(dim=-1)[list(label_ids)])
+    return torch.stack(rows)
+
+
+def draw(*counts: int, seed: int = 0) -> Iterator[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    for count in counts:
+        yield torch.randint(3, VOCABULARY, (count,), generator=generator).tolist()
+
+
+def prompts(length: int = 32) -> list[list[int]]:
+    """Prompts about one growing response: a fixed head, k tokens of it, a fixed tail."""
+    head, response, tail = draw(10, length - 10, 5, seed=1)
+    return [head + response[:k] + tail for k in range(0, length - 14, 3)]
+
+
+def shapes() -> dict[str, list[list[int]]]:
+    trunk, other, third = draw(36, 30, 25)
+    return {
+        "prompts": prompts(),
+        "nothing shared": [[5, *trunk[:20]], [6, *other], [7, *third[:9]]],
+        "identical": [trunk, trunk, other, trunk],
+        "prefixes of one another": [trunk[:k] for k in (1, 36, 2, 35, 20)],
+        "length one": [[4], [9]],
+        "one sequence": [other],
+        "merges near the end": [trunk, [*trunk[:-1], 4], [*trunk[:-2], 7], [*trunk[:-3], 7, 8, 9]],
+        "deep and shallow": [trunk, trunk[:2] + other[:28], trunk[:33] + third[:2], other[:3], [5]],
+    }
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 100, 16384])
+@pytest.mark.parametrize("name", SERVED)
+def test_equals_one_pass_per_sequence(
+    name: str, batch_tokens: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = served(name)
+    engine: Engine = LocalEngine(model, batch_tokens)
+    for shape, sequences in shapes().items():
+        got = engine.label_logprobs([sequences], LABELS)[0]
+        expected = one_pass_per_sequence(model, sequences, LABELS)
+        assert got.shape == expected.shape, shape
+        assert (got - expected).abs().max() <= 1e-4, shape
+    assert not [record for record in caplog.records if record.name == MODULE]
+
+
+@st.composite
+def tries(draw: st.DrawFn) -> list[list[int]]:
+    """Sequences that each continue some prefix of an earlier one, in any order."""
+    sequences: list[list[int]] = []
+    for _ in range(draw(st.integers(1, 10))):
+        stem = draw(st.sampled_from(sequences)) if sequences else []
+        stem = stem[: draw(st.integers(0, len(stem)))]
+        fresh = draw(st.lists(st.integers(3, 6), min_size=0 if stem else 1, max_size=12))
+        sequences.append(stem + fresh)
+    return draw(st.permutations(sequences))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    groups=st.lists(tries(), min_size=1, max_size=4), batch_tokens=st.sampled_from([1, 40, 16384])
+)
+def test_any_tries_equal_one_pass_per_prompt(
+    groups: list[list[list[int]]], batch_tokens: int
+) -> None:
+    model = served("llama")
+    engine = LocalEngine(model, batch_tokens)
+    for group, got in zip(groups, engine.label_logprobs(groups, LABELS), strict=True):
+        assert (got - one_pass_per_sequence(model, group, LABELS)).abs().max() <= 1e-4
+    assert engine.computed_tokens >= engine.distinct_tokens
+
+
+def test_counts_tokens_over_calls() -> None:
+    engine = LocalEngine(served("llama"))
+    engine.label_logprobs([[[4, 5, 6, 7, 8], [4, 5, 6, 9]]], LABELS)
+    assert (engine.computed_tokens, engine.distinct_tokens) == (3 + 2 * 2, 6)
+    # What all groups begin with is counted, and computed, once.
+    groups = [[[4, 5, 6, 7, 8], [4, 5, 6, 9, 9]], [[4, 5, 3, 7, 8], [4, 5, 3, 9, 9]]]
+    engine.label_logprobs(groups, LABELS)
+    assert (engine.computed_tokens, engine.distinct_tokens) == (7 + 2 + 2 + 8, 6 + 2 + 2 + 8)
+
+
+def test_the_head_is_computed_once_per_run() -> None:
+    engine = LocalEngine(served("llama"))
+    groups = [[[4, 5, 6, 7, 8], [4, 5, 6, 9, 9]], [[4, 5, 3, 7, 8], [4, 5, 3, 9, 9]]]
+    first = engine.label_logprobs(groups, LABELS)
+    computed = engine.computed_tokens
+    again = engine.label_logprobs(groups, LABELS)
+    assert engine.computed_tokens == 2 * computed - 2
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_computes_little_more_than_the_distinct_tokens_of_prompts() -> None:
+    engine = LocalEngine(served("llama"))
+    sequences = prompts(120)
+    engine.label_logprobs([sequences], LABELS)
+    assert engine.computed_tokens <= 1.1 * engine.distinct_tokens
+    assert engine.distinct_tokens < sum(map(len, sequences)) / 5
+
+
+def test_passes_stay_within_the_budget() -> None:
+    shapes_seen: list[torch.Size] = []
+    model = make(SERVED["llama"]())
+    engine = LocalEngine(model, batch_tokens=120)
+    engine.label_logprobs([[[4]]], LABELS)
+    model.register_forward_pre_hook(lambda _, args: shapes_seen.append(args[0].shape))
+    for sequences in shapes().values():
+        engine.label_logprobs([sequences, sequences[:2]], LABELS)
+    assert max(shape[0] for shape in shapes_seen) > 1
+    assert all(shape[0] == 1 or shape.numel() <= 120 for shape in shapes_seen)
+
+
+def test_projects_the_vocabulary_once_per_sequence() -> None:
+    projected: list[int] = []
+    model = make(SERVED["llama"]())
+    engine = LocalEngine(model)
+    engine.label_logprobs([[[4]]], LABELS)
+    model.lm_head.register_forward_hook(
+        lambda _, inputs, output: projected.append(output.shape[:-1].numel())
+    )
+    engine.label_logprobs([prompts()], LABELS)[0]
+    # Once for each prompt, and once for the trunk.
+    assert sum(projected) == len(prompts()) + 1
+
+
+def test_out_of_memory_halves_the_batches_until_they_fit() -> None:
+    model = make(SERVED["llama"]())
+    most_rows = 16
+
+    def allocate(_: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        if args[0].shape[0] > most_rows:
+            raise torch.OutOfMemoryError("out of memory")
+
+    model.register_forward_pre_hook(allocate)
+    engine = LocalEngine(model)
+    expected = one_pass_per_sequence(model, prompts(), LABELS)
+    engine.label_logprobs([[[4]]], LABELS)
+    most_rows = 2
+    assert (engine.label_logprobs([prompts()], LABELS)[0] - expected).abs().max() <= 1e-4
+    assert engine.batch_tokens <= 16384 // 2
+    most_rows = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.label_logprobs([prompts()], LABELS)[0]
+
+
+def test_bfloat16_probabilities_are_near_those_in_float32() -> None:
+    config = LlamaConfig(**{**COMMON, "initializer_range": 0.1})
+    half = make(config).bfloat16()
+    full = make(config)
+    full.load_state_dict(half.state_dict())
+    engine = LocalEngine(half)
+    for sequences in shapes().values():
+        got = engine.label_logprobs([sequences], range(VOCABULARY))[0]
+        assert got.dtype == torch.float32
+        expected = one_pass_per_sequence(full, sequences, range(VOCABULARY))
+        assert (got.exp() - expected.exp()).abs().max() <= 2e-2
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 100, 16384])
+@pytest.mark.parametrize("name", NOT_SERVED)
+def test_other_models_run_whole_and_one_warning_says_why(
+    name: str, batch_tokens: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, reason = NOT_SERVED[name]
+    model = make(config())
+    engine = LocalEngine(model, batch_tokens)
+    for sequences in shapes().values():
+        expected = one_pass_per_sequence(model, sequences, LABELS)
+        got = engine.label_logprobs([sequences], LABELS)[0]
+        assert (got - expected).abs().max() <= 1e-4
+    [warning] = [record.getMessage() for record in caplog.records if record.name == MODULE]
+    assert re.search(reason, warning)
+
+
+def test_rotary_frequencies_that_depend_on_length_do_not_leak_between_sequences(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    rope: dict[str, Any] = {"rope_type": "longrope", "rope_theta": 10000.0}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+    config = Phi3Config(**COMMON, original_max_position_embeddings=24, rope_parameters=rope)
+    model = make(config)
+    engine = LocalEngine(model)
+    short = [sequence for sequence in prompts() if len(sequence) <= 24]
+    for sequences in (short, prompts(), prompts(), short):
+        got = engine.label_logprobs([sequences], LABELS)[0]
+        assert (got - one_pass_per_sequence(model, sequences, LABELS)).abs().max() <= 1e-4
+    [warning] = [record.getMessage() for record in caplog.records if record.name == MODULE]
+    assert "beyond 24 tokens" in warning
+
+
+def test_leaves_the_model_and_the_random_state_as_they_were() -> None:
+    model = make(LlamaConfig(**COMMON, attention_dropout=0.5))
+    expected = one_pass_per_sequence(model, prompts(), LABELS)
+    model.train()
+    model.lm_head.eval()
+    flags = [module.training for module in model.modules()]
+    config = model.config.to_dict()
+    random_state = torch.get_rng_state()
+    got = LocalEngine(model).label_logprobs([prompts()], LABELS)[0]
+    assert (got - expected).abs().max() <= 1e-4
+    assert [module.training for module in model.modules()] == flags
+    assert model.config.to_dict() == config
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_results_can_be_used_in_a_loss() -> None:
+    got = LocalEngine(served("llama")).label_logprobs([prompts()], LABELS)[0]
+    weight = torch.ones(len(LABELS), requires_grad=True)
+    (got * weight).sum().backward()
+    assert weight.grad is not None
+
+
+def test_no_sequences_give_no_rows() -> None:
+    assert LocalEngine(served("llama")).label_logprobs([[]], LABELS)[0].shape == (0, len(LABELS))
+
+
+def test_an_empty_sequence_is_named() -> None:
+    with pytest.raises(ValueError, match="Prompt 1 of group 0 is empty"):
+        LocalEngine(served("llama")).label_logprobs([[[4], [], [5]]], LABELS)
+
+
+def test_an_encoder_decoder_is_refused() -> None:
+    config = T5Config(vocab_size=VOCABULARY, d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8)
+    with pytest.raises(GuardError, match="T5ForConditionalGeneration"):
+        LocalEngine(T5ForConditionalGeneration(config))

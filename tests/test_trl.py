@@ -1,0 +1,458 @@
+"""TRL: the trainer, the attachment, and what they must have in common with stock SFT."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+
+pytest.importorskip("trl")
+
+from conftest import WordGuard, tiny_llama
+from peft import LoraConfig
+from star_dss_trl import StarDSSConfig, StarDSSTrainer
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from star_dss_plugin import ConfigError, DataError, StarDSSError, attach
+from star_dss_plugin.collation import SCORES_COLUMN
+
+PROMPTS = ["how are you?", "is this bad?", "1 + 1 =", "hello world. who is lazy?"] * 2
+ANSWERS = [
+    "i am fine, thank you.", "no! it is a bad word, and words are words.", "2", "the dog is lazy",
+    "the quick brown fox jumps", "bad", "it's 2 o'clock", "good words keep it safe",
+]  # fmt: skip
+
+
+def prompt_completion():
+    return Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": p}],
+                "completion": [{"role": "assistant", "content": a}],
+            }
+            for p, a in zip(PROMPTS, ANSWERS, strict=True)
+        ]
+    )
+
+
+def conversations():
+    return Dataset.from_list(
+        [
+            {
+                "messages": [
+                    {"role": "user", "content": p},
+                    {"role": "assistant", "content": a},
+                    {"role": "user", "content": "and " + p},
+                    {"role": "assistant", "content": a + " yes"},
+                ]
+            }
+            for p, a in zip(PROMPTS, ANSWERS, strict=True)
+        ]
+    )
+
+
+def arguments(tmp_path, cls=StarDSSConfig, **changes):
+    options = {
+        "output_dir": str(tmp_path / "out"),
+        "per_device_train_batch_size": 4,
+        "max_steps": 3,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "report_to": "none",
+        "seed": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+        "max_grad_norm": 1.0,
+        "lr_scheduler_type": "constant",
+        "shuffle_dataset": False,
+    }
+    if cls is StarDSSConfig:
+        options |= {"guard": "test-words", "chunk_size": 2}
+    return cls(**{**options, **changes})
+
+
+def make(
+    tmp_path, tokenizer, data=None, model=None, cls=StarDSSTrainer, peft_config=None, **changes
+):
+    return cls(
+        model or tiny_llama(len(tokenizer)),
+        args=arguments(tmp_path, StarDSSConfig if cls is StarDSSTrainer else SFTConfig, **changes),
+        train_dataset=data or prompt_completion(),
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )
+
+
+def history(trainer):
+    return [(h["loss"], h["grad_norm"]) for h in trainer.state.log_history if "grad_norm" in h]
+
+
+def test_it_trains_scores_and_logs(tmp_path, tokenizer, capsys):
+    trainer = make(tmp_path, tokenizer)
+    trainer.train()
+    lines = [h for h in trainer.state.log_history if "grad_norm" in h]
+    assert len(lines) == 3
+    for name in ("mean_score", "share_below_threshold", "ce", "kl", "kl_weight_mass"):
+        assert f"star_dss/{name}" in lines[0]
+    for name in ("entropy", "mean_token_accuracy", "num_tokens"):
+        assert name in lines[0]
+    line = lines[-1]
+    assert line["loss"] == pytest.approx(line["star_dss/ce"] + line["star_dss/kl"], abs=2e-4)
+    assert 0 < max(h["star_dss/share_below_threshold"] for h in lines) < 1
+    out = capsys.readouterr().out
+    assert "STAR-DSS is active: loss_type=star_dss" in out
+    assert "guard=test-words" in out
+    record = json.loads((tmp_path / "out" / "star_dss.json").read_text())
+    assert record["options"]["guard"] == "test-words"
+    assert record["data"]["train"]["responses"] == 8
+
+
+@pytest.mark.parametrize("data", [prompt_completion, conversations], ids=["prompt", "messages"])
+def test_all_safe_equals_stock_sft(tmp_path, tokenizer, data):
+    ours = make(
+        tmp_path,
+        tokenizer,
+        data(),
+        guard={"preset": "test-words", "word": "☃", "safe": 1.0},
+        completion_only_loss=None,
+    )
+    ours.train()
+    stock = SFTTrainer(
+        tiny_llama(len(tokenizer)),
+        args=arguments(tmp_path, SFTConfig),
+        train_dataset=ours.train_dataset.remove_columns([SCORES_COLUMN, "ref_logps"]),
+        processing_class=tokenizer,
+    )
+    stock.train()
+    torch.testing.assert_close(
+        torch.tensor(history(ours)), torch.tensor(history(stock)), rtol=1e-6, atol=1e-6
+    )
+    for key in ("entropy", "mean_token_accuracy", "num_tokens"):
+        assert [h[key] for h in ours.state.log_history if key in h] == pytest.approx(
+            [h[key] for h in stock.state.log_history if key in h], rel=1e-6
+        )
+
+
+def test_accumulation_does_not_change_the_gradient(tmp_path, tokenizer):
+    one = make(tmp_path, tokenizer)
+    one.train()
+    four = make(tmp_path, tokenizer, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    four.train()
+    torch.testing.assert_close(
+        torch.tensor(history(one)), torch.tensor(history(four)), rtol=1e-4, atol=2e-5
+    )
+
+
+def test_only_the_assistants_turns_are_trained(tmp_path, tokenizer):
+    trainer = make(tmp_path, tokenizer, conversations())
+    row = trainer.train_dataset[0]
+    trained = [i for i, label in zip(row["input_ids"], row["labels"]) if label != -100]
+    assert tokenizer.decode(trained) == (
+        "i am fine, thank you.<|im_end|>i am fine, thank you. yes<|im_end|>"
+    )
+    assert all(s == 1.0 for s, label in zip(row[SCORES_COLUMN], row["labels"]) if label == -100)
+
+
+def test_scores_fall_where_the_response_turns(tmp_path, tokenizer):
+    trainer = make(tmp_path, tokenizer)
+    row = trainer.train_dataset[1]
+    text = ""
+    for token, label, score in zip(row["input_ids"], row["labels"], row[SCORES_COLUMN]):
+        if label == -100:
+            continue
+        text += tokenizer.decode([token])
+        if "bad" in text:
+            assert score == pytest.approx(0.1)
+
+
+def test_the_guard_is_asked_once(tmp_path, tokenizer):
+    make(tmp_path, tokenizer)
+    before = WordGuard.loads
+    make(tmp_path, tokenizer)
+    assert WordGuard.loads == before
+    make(tmp_path, tokenizer, chunk_size=3)
+    assert WordGuard.loads > before
+
+
+@pytest.mark.parametrize("mode", ["star_dss", "hard", "static", "rejection", "kl_only", "sft"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_every_mode_trains(tmp_path, tokenizer, mode, lora):
+    trainer = make(
+        tmp_path,
+        tokenizer,
+        loss_type=mode,
+        max_steps=1,
+        peft_config=lora_config() if lora else None,
+    )
+    trainer.train()
+    assert math.isfinite(trainer.state.log_history[0]["loss"])
+
+
+@pytest.mark.parametrize(
+    ("estimator", "reference", "lora"),
+    [
+        ("k1", "auto", False),
+        ("k3", "adapter", True),
+        ("k2", "adapter", True),
+        ("k2", "copy", False),
+        ("full", "auto", True),
+        ("full", "auto", False),
+        ("full", "copy", True),
+    ],
+)
+def test_every_reference_gives_the_same_trajectory(tmp_path, tokenizer, estimator, reference, lora):
+    """A second arrangement of the same reference: precomputed for k1-k3, a copy for full."""
+    config = {"max_steps": 3, "kl_estimator": estimator, "kl_coef": 2.0}
+    ours = make(
+        tmp_path,
+        tokenizer,
+        reference=reference,
+        peft_config=lora_config() if lora else None,
+        **config,
+    )
+    ours.train()
+    twin = make(
+        tmp_path,
+        tokenizer,
+        reference="copy" if estimator == "full" else "precomputed",
+        peft_config=lora_config() if lora else None,
+        **config,
+    )
+    twin.train()
+    torch.testing.assert_close(
+        torch.tensor(history(ours)), torch.tensor(history(twin)), rtol=1e-4, atol=1e-5
+    )
+    assert ours.state.log_history[2]["star_dss/kl"] != 0
+
+
+def test_a_frozen_copy_does_not_move_with_the_policy(tmp_path, tokenizer):
+    trainer = make(tmp_path, tokenizer, reference="copy", kl_estimator="full")
+    batch = {"input_ids": torch.tensor([[5, 6, 7]])}
+    before = trainer.star_dss_state.reference.logits(trainer.model, batch)
+    policy = trainer.model(**batch).logits.detach()
+    torch.testing.assert_close(before, policy)
+    trainer.train()
+    assert torch.equal(before, trainer.star_dss_state.reference.logits(trainer.model, batch))
+    assert not torch.allclose(policy, trainer.model(**batch).logits)
+
+
+def lora_config():
+    return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+
+
+def test_evaluation_uses_the_same_loss(tmp_path, tokenizer):
+    trainer = StarDSSTrainer(
+        tiny_llama(len(tokenizer)),
+        args=arguments(tmp_path, eval_strategy="steps", eval_steps=2),
+        train_dataset=prompt_completion(),
+        eval_dataset=conversations(),
+        processing_class=tokenizer,
+    )
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] > 0
+    trainer.train()
+    logged = [h for h in trainer.state.log_history if "eval_loss" in h][-1]
+    assert "eval_star_dss/ce" in logged
+    assert "eval_mean_token_accuracy" in logged
+
+
+def test_evaluation_data_that_comes_late(tmp_path, tokenizer):
+    trainer = make(tmp_path, tokenizer, peft_config=lora_config(), reference="adapter")
+    trainer.train()
+    assert trainer.evaluate(eval_dataset=conversations())["eval_loss"] > 0
+    precomputed = make(tmp_path, tokenizer)
+    precomputed.train()
+    with pytest.raises(ConfigError, match="came after training had started"):
+        precomputed.evaluate(eval_dataset=conversations())
+
+
+@pytest.mark.parametrize("loss_type", ["nll", "dft"])
+def test_trls_own_loss_types_stay_trls(tmp_path, tokenizer, loss_type):
+    ours = make(tmp_path, tokenizer, loss_type=loss_type, guard=None)
+    ours.train()
+    stock = make(tmp_path, tokenizer, cls=SFTTrainer, loss_type=loss_type)
+    stock.train()
+    assert history(ours) == history(stock)
+    assert not any("star_dss" in key for h in ours.state.log_history for key in h)
+
+
+def test_attach_equals_the_trainer(tmp_path, tokenizer):
+    ours = make(tmp_path, tokenizer)
+    ours.train()
+    stock = make(tmp_path, tokenizer, cls=SFTTrainer)
+    assert attach(stock, guard="test-words", chunk_size=2) is stock
+    assert isinstance(stock, SFTTrainer)
+    stock.train()
+    torch.testing.assert_close(torch.tensor(history(stock)), torch.tensor(history(ours)))
+    with pytest.raises(ConfigError, match="already"):
+        attach(stock, guard="test-words")
+
+
+def test_a_scored_data_set_is_used_as_it_is(tmp_path, tokenizer):
+    scored = make(tmp_path, tokenizer).train_dataset.remove_columns("ref_logps")
+    before = WordGuard.loads
+    cut = len(scored[0]["input_ids"]) - 2
+    trainer = make(tmp_path, tokenizer, scored, guard=None, max_length=cut)
+    assert WordGuard.loads == before
+    row, full = trainer.train_dataset[0], scored[0]
+    assert len(row["input_ids"]) == cut
+    assert row[SCORES_COLUMN] == full[SCORES_COLUMN][:cut]
+    trainer.train()
+    assert trainer.star_dss_state.summaries["train"].guard == "test-words"
+
+
+def test_errors_before_the_first_step(tmp_path, tokenizer):
+    with pytest.raises(ConfigError, match=r"(?s)No guard was given.*qwen3guard-gen-0.6b"):
+        make(tmp_path, tokenizer, guard=None)
+    with pytest.raises(
+        ConfigError, match=r"Unknown guard 'qwen3guard-gen-0.6'.*qwen3guard-gen-0.6b"
+    ):
+        make(tmp_path, tokenizer, guard="qwen3guard-gen-0.6")
+    with pytest.raises(ConfigError, match="Did you mean 'star_dss'"):
+        make(tmp_path, tokenizer, loss_type="star-dss")
+    with pytest.raises(ConfigError, match="Did you mean 'words'"):
+        make(tmp_path, tokenizer, segmenter="word")
+    with pytest.raises(ConfigError, match="reference is 'adapter', but the model"):
+        make(tmp_path, tokenizer, reference="adapter")
+    with pytest.raises(ConfigError, match="reference is 'none'"):
+        make(tmp_path, tokenizer, reference="none")
+    with pytest.raises(ConfigError, match="Did you mean 'adapter'"):
+        make(tmp_path, tokenizer, reference="adaptor")
+    with pytest.raises(ConfigError, match="use_liger_kernel"):
+        make(tmp_path, tokenizer, use_liger_kernel=True)
+    with pytest.raises(ConfigError, match="packing"):
+        make(tmp_path, tokenizer, packing=True)
+    with pytest.raises(ConfigError, match="chunk_size is 0"):
+        make(tmp_path, tokenizer, chunk_size=0)
+    with pytest.raises(ConfigError, match="StarDSSConfig"):
+        StarDSSTrainer(
+            tiny_llama(len(tokenizer)),
+            args=arguments(tmp_path, SFTConfig),
+            train_dataset=prompt_completion(),
+            processing_class=tokenizer,
+        )
+
+
+def test_bad_star_scores_are_refused(tmp_path, tokenizer):
+    scored = make(tmp_path, tokenizer).train_dataset.remove_columns("ref_logps")
+    short = scored.map(lambda r: {SCORES_COLUMN: r[SCORES_COLUMN][:-1]})
+    with pytest.raises(DataError, match="Row 0 of the train data set has .* star_scores"):
+        make(tmp_path, tokenizer, short, guard=None)
+    wild = scored.map(lambda r: {SCORES_COLUMN: [1.5] * len(r[SCORES_COLUMN])})
+    with pytest.raises(DataError, match=r"star_score of 1.5"):
+        make(tmp_path, tokenizer, wild, guard=None)
+
+
+def test_continuing_from_an_adapter_is_not_the_base(tmp_path, tokenizer):
+    first = make(tmp_path, tokenizer, peft_config=lora_config())
+    first.train()
+    with pytest.raises(ConfigError, match="the adapter already changes the model"):
+        make(tmp_path, tokenizer, model=first.model, reference="adapter")
+    again = make(tmp_path, tokenizer, model=first.model)
+    again.train()
+    assert again.state.log_history[0]["star_dss/kl"] == pytest.approx(0, abs=1e-6)
+
+
+class Overridden(SFTTrainer):
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        return (loss[0] * 2, loss[1]) if isinstance(loss, tuple) else loss * 2
+
+
+def test_a_trainer_with_a_loss_of_its_own_is_refused(tmp_path, tokenizer):
+    trainer = attach(make(tmp_path, tokenizer, cls=Overridden), guard="test-words")
+    with pytest.raises(StarDSSError, match="has a loss of its own"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_loss_that_is_replaced_later_is_refused(tmp_path, tokenizer):
+    trainer = make(tmp_path, tokenizer)
+    trainer.compute_loss = lambda model, inputs, **_: SFTTrainer.compute_loss(
+        trainer, model, {k: v for k, v in inputs.items() if k not in (SCORES_COLUMN, "ref_logps")}
+    )
+    with pytest.raises(StarDSSError, match="Something replaces compute_loss"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_collator_that_is_replaced_later_is_refused(tmp_path, tokenizer):
+    trainer = make(tmp_path, tokenizer)
+    trainer.data_collator = trainer.data_collator.inner
+    with pytest.raises(StarDSSError, match="batches have no 'star_scores'"):
+        trainer.train()
+
+
+def test_the_check_leaves_no_trace(tmp_path, tokenizer):
+    """Same trajectory with and without the check: no random numbers and no metrics are used up."""
+    checked = make(tmp_path, tokenizer)
+    checked.train()
+    unchecked = make(tmp_path, tokenizer)
+    kept = [
+        c for c in unchecked.callback_handler.callbacks if type(c).__name__ != "StarDSSCallback"
+    ]
+    unchecked.callback_handler.callbacks = kept
+    unchecked.train()
+    drop = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
+    plain = [
+        [{k: v for k, v in h.items() if k not in drop} for h in t.state.log_history]
+        for t in (checked, unchecked)
+    ]
+    assert plain[0] == plain[1]
+
+
+class Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 2
+
+
+def test_resuming_equals_never_having_stopped(tmp_path, tokenizer):
+    config = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "kl_coef": 2.0}
+    whole = make(tmp_path / "a", tokenizer, **config)
+    whole.train()
+    stopped = make(tmp_path / "b", tokenizer, **config)
+    stopped.add_callback(Stop())
+    stopped.train()
+    resumed = make(tmp_path / "b", tokenizer, **config)
+    resumed.train(resume_from_checkpoint=True)
+    assert history(resumed)[-2:] == history(whole)[-2:]
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_reference_log_probabilities_that_came_with_the_data_are_replaced(tmp_path, tokenizer):
+    data = make(tmp_path, tokenizer).train_dataset
+    stale = Dataset.from_list(
+        [{**row, "ref_logps": [-9.0] * len(row["input_ids"])} for row in data]
+    )
+    trainer = make(tmp_path, tokenizer, stale, guard=None)
+    assert trainer.train_dataset["ref_logps"] == data["ref_logps"]
+    trainer.train()
+    assert trainer.evaluate(eval_dataset=trainer.train_dataset)["eval_loss"] > 0
+
+
+def test_a_named_reference(tmp_path, tokenizer, model_dir):
+    """model_dir holds the same weights that the trainer starts from."""
+    named = make(tmp_path, tokenizer, reference=str(model_dir))
+    named.train()
+    own = make(tmp_path, tokenizer)
+    own.train()
+    assert history(named) == history(own)
+    with pytest.raises(ConfigError, match="or a named one"):
+        named.evaluate(eval_dataset=conversations())
+
+
+def test_a_named_reference_with_another_tokenizer_is_refused(tmp_path, tokenizer, model_dir):
+    other = tmp_path / "other"
+    tiny_llama(len(tokenizer) + 1).save_pretrained(other)
+    changed = copy.deepcopy(tokenizer)
+    changed.add_tokens(["<extra>"])
+    changed.save_pretrained(other)
+    with pytest.raises(ConfigError, match="another tokenizer"):
+        make(tmp_path, tokenizer, reference=str(other))

@@ -1,0 +1,128 @@
+"""What TRL users switch on: each setting leaves the loss what it is."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+
+from star_dss_trl import StarDSSConfig, StarDSSTrainer
+from test_trl import arguments, history, lora_config, make, prompt_completion
+from transformers import MixtralConfig, MixtralForCausalLM
+from trl import SFTTrainer
+
+from star_dss_plugin.collation import SCORES_COLUMN
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_nothing(tmp_path, tokenizer, reentrant):
+    config = {"reference": "adapter", "kl_coef": 2.0, "peft_config": lora_config()}
+    plain = make(tmp_path, tokenizer, **config)
+    plain.train()
+    saving = make(
+        tmp_path, tokenizer, **config, gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": reentrant},
+    )  # fmt: skip
+    saving.train()
+    torch.testing.assert_close(
+        torch.tensor(history(plain)), torch.tensor(history(saving)), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_neftune_noise_is_not_part_of_the_reference(tmp_path, tokenizer):
+    trainer = make(
+        tmp_path, tokenizer, neftune_noise_alpha=5.0, reference="copy", kl_estimator="full",
+        guard={"preset": "test-words", "safe": 0.0, "unsafe": 0.0},
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.log_history[0]["star_dss/kl"] > 1e-4  # the policy's own noise
+    quiet = make(
+        tmp_path, tokenizer, reference="copy", kl_estimator="full",
+        guard={"preset": "test-words", "safe": 0.0, "unsafe": 0.0},
+    )  # fmt: skip
+    quiet.train()
+    assert quiet.state.log_history[0]["star_dss/kl"] == pytest.approx(0, abs=1e-6)
+
+
+def tiny_moe(vocab):
+    torch.manual_seed(0)
+    return MixtralForCausalLM(MixtralConfig(
+        vocab_size=vocab, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+        output_router_logits=True, router_aux_loss_coef=0.1, pad_token_id=0,
+    ))  # fmt: skip
+
+
+def test_a_mixture_of_experts_keeps_its_auxiliary_loss(tmp_path, tokenizer):
+    data = prompt_completion()
+    ours = make(
+        tmp_path, tokenizer, data, tiny_moe(len(tokenizer)), router_aux_loss_coef=0.1,
+        guard={"preset": "test-words", "word": "☃", "safe": 1.0},
+    )  # fmt: skip
+    ours.train()
+    stock = make(
+        tmp_path, tokenizer, data, tiny_moe(len(tokenizer)), SFTTrainer, router_aux_loss_coef=0.1
+    )
+    stock.train()
+    torch.testing.assert_close(
+        torch.tensor(history(ours)), torch.tensor(history(stock)), rtol=1e-6, atol=1e-6
+    )
+    assert "aux_loss" in ours.state.log_history[0]
+
+
+RANKS = """
+import json, sys
+sys.path[:0] = {path!r}
+import conftest, test_trl
+from star_dss_plugin.plugins import Origin, load_plugins
+load_plugins().register(conftest.TestPlugin(), Origin("tests", "star-dss-tests", "0"))
+from pathlib import Path
+from transformers import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained({model!r})
+out = Path({out!r})
+trainer = test_trl.make(out, tokenizer, per_device_train_batch_size={batch},
+                        gradient_accumulation_steps={steps}, max_steps=3)
+trainer.train()
+if trainer.is_world_process_zero():
+    Path(out, "history.json").write_text(json.dumps(
+        [[h["loss"], h["grad_norm"], h["star_dss/mean_score"], h["star_dss/kl"]]
+         for h in trainer.state.log_history if "grad_norm" in h]))
+"""
+
+
+def test_two_ranks_equal_one_process_with_twice_the_accumulation(tmp_path, model_dir):
+    root = Path(__file__).resolve().parents[1]
+    found = {}
+    for ranks, steps in ((1, 2), (2, 1)):
+        out = tmp_path / str(ranks)
+        out.mkdir()
+        script = out / "run.py"
+        script.write_text(RANKS.format(
+            path=[str(root / "tests")], model=str(model_dir), out=str(out), batch=2, steps=steps,
+        ))  # fmt: skip
+        subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+             str(ranks), str(script)],
+            check=True, timeout=300, cwd=root, env={**os.environ, "ACCELERATE_USE_CPU": "1"},
+        )  # fmt: skip
+        found[ranks] = torch.tensor(json.loads((out / "history.json").read_text()))
+    torch.testing.assert_close(found[1], found[2], rtol=1e-5, atol=2e-5)
+
+
+def test_scores_stay_with_their_rows_when_the_data_is_shuffled(tmp_path, tokenizer):
+    trainer = StarDSSTrainer(
+        make(tmp_path, tokenizer).model,
+        args=arguments(tmp_path, StarDSSConfig, shuffle_dataset=True),
+        train_dataset=prompt_completion(), processing_class=tokenizer,
+    )  # fmt: skip
+    for batch in trainer.get_train_dataloader():
+        for ids, labels, scores in zip(
+            batch["input_ids"], batch["labels"], batch[SCORES_COLUMN], strict=True
+        ):
+            text = tokenizer.decode(ids[labels != -100])
+            assert (scores[labels != -100].min() < 0.5) == ("bad" in text)
