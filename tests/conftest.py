@@ -71,15 +71,17 @@ class WordGuard(StreamingGuard):
         self.closed += 1
 
 
-class TestPlugin:
+class WordsPlugin:
     @hookimpl
     def star_dss_register_guards(self, register):
         register("test-words", WordGuard, summary="a word list")
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True)
 def _test_guard():
-    load_plugins().register(TestPlugin(), Origin("tests", "star-dss-tests", "0"))
+    # Once for each plugin manager: the tests of plugins.py make new ones.
+    if WordGuard.name not in load_plugins().names("guard"):
+        load_plugins().register(WordsPlugin(), Origin("tests", "star-dss-tests", "0"))
 
 
 @pytest.fixture(autouse=True)

@@ -80,7 +80,7 @@ import json, sys
 sys.path[:0] = {path!r}
 import conftest, test_trl
 from star_dss_plugin.plugins import Origin, load_plugins
-load_plugins().register(conftest.TestPlugin(), Origin("tests", "star-dss-tests", "0"))
+load_plugins().register(conftest.WordsPlugin(), Origin("tests", "star-dss-tests", "0"))
 from pathlib import Path
 from transformers import AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained({model!r})

@@ -39,7 +39,7 @@ _REFUSALS = (
 )  # fmt: skip
 
 
-def run(output: Path, *, steps: int = 24, prompt_count: int = 8) -> dict[str, Any]:
+def run(output: Path, *, steps: int = 16, prompt_count: int = 8) -> dict[str, Any]:
     """Runs the demonstration and writes `report.md` and `results.json` to `output`.
 
     Args:
