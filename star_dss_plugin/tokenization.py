@@ -14,16 +14,16 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from star_dss_plugin.errors import DataError
-from star_dss_plugin.logprobs import IGNORE_INDEX
-from star_dss_plugin.responses import (
+from star_dss_plugin.conversations import (
     render_chat,
     row_messages,
-    runs,
     source_messages,
-    special_ids,
     template_arguments,
 )
+from star_dss_plugin.decoding import special_ids
+from star_dss_plugin.errors import DataError
+from star_dss_plugin.logprobs import IGNORE_INDEX
+from star_dss_plugin.responses import runs
 
 __all__ = ["assistant_labels", "needs_assistant_labels", "tokenize_row"]
 

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from star_dss_plugin import DataError
-from star_dss_plugin.responses import find_responses, runs, special_ids, token_boundaries
+from star_dss_plugin.decoding import special_ids, token_boundaries
+from star_dss_plugin.responses import find_responses, runs
 from star_dss_plugin.segmenters import chunk_ends, sentences, tokens, whole, words
 from star_dss_plugin.tokenization import tokenize_row
 

@@ -53,7 +53,7 @@ def run(output: Path, *, steps: int = 16, prompt_count: int = 8) -> dict[str, An
     started = time.monotonic()
     console = Console()
     console.print(
-        "The guard of this demonstration is a linear probe on a 135M model. It shows how everything "
+        "The guard of this demonstration is a linear probe on a 135M model. It shows how it all "
         "works and protects nobody: use a real guard for real data.", style="yellow",
     )  # fmt: skip
     _, tokenizer = load_smollm2()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from star_dss_plugin.engines.local import LocalEngine
 from star_dss_plugin.errors import ConfigError, GuardError
 from star_dss_plugin.guards.base import Guard, Message, PrefixRequest, Trajectory
 from star_dss_plugin.guards.template import PINNED_DATE, GuardTemplate
+from star_dss_plugin.guards.weights_on_disk import resolve_dtype, weights_fingerprint
 
 __all__ = ["VerdictGuard"]
 
@@ -110,7 +110,7 @@ class VerdictGuard(Guard):
         self._self_check = self_check
         self._batch_tokens = batch_tokens
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self._dtype = _dtype(dtype, self._device)
+        self._dtype = resolve_dtype(dtype, self._device)
         self._engine: LocalEngine | None = None
         try:
             self._config = AutoConfig.from_pretrained(model, **self._hub)
@@ -138,7 +138,7 @@ class VerdictGuard(Guard):
             "kind": "verdict",
             "version": 1,
             "model": model,
-            "weights": _weights_fingerprint(model, self._config),
+            "weights": weights_fingerprint(model, self._config),
             "template": hashlib.sha256(self._template.source.encode()).hexdigest(),
             "template_kwargs": dict(template_kwargs or {}),
             "prefill": prefill,
@@ -303,48 +303,3 @@ def low_label_mass(name: str, mass: float, minimum: float, where: str) -> GuardE
         f"(min_label_mass is {minimum}). It is not answering the question it is asked: its chat "
         "template, prefill or labels are wrong. Use a preset, or correct the guard's mapping."
     )
-
-
-def _dtype(name: str | None, device: torch.device) -> torch.dtype:
-    if name in (None, "auto"):
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    found = getattr(torch, str(name), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ConfigError(
-            f"guard_dtype is {name!r}; use 'auto', 'float32', 'bfloat16' or 'float16'."
-        )
-    return found
-
-
-def _weights_fingerprint(source: str, config: Any) -> str:
-    """What identifies the weights without reading all of them (8B guards have 16 GB).
-
-    The hub's commit; for a folder the configuration, and of each weight file its name, its size and
-    blocks from all over it: a finetuned copy may differ in its inner layers only.
-    """
-    commit = getattr(config, "_commit_hash", None)
-    if commit:
-        return str(commit)
-    digest = hashlib.sha256()
-    block, blocks = 1 << 12, 1 << 9
-    for path in sorted(Path(source).glob("*")):
-        if path.suffix not in (
-            ".json",
-            ".safetensors",
-            ".bin",
-            ".gguf",
-            ".jinja",
-            ".model",
-            ".txt",
-        ):
-            continue
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}:".encode())
-        with path.open("rb") as file:
-            if size <= block * blocks:
-                digest.update(file.read())
-                continue
-            for i in range(blocks):
-                file.seek(i * (size - block) // (blocks - 1))
-                digest.update(file.read(block))
-    return digest.hexdigest()
