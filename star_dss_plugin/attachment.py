@@ -40,7 +40,7 @@ def attach(trainer: Trainer, options: StarDSSOptions | None = None, **changes: A
         The same trainer.
 
     Raises:
-        StarDSSError: Something in the trainer cannot work with the loss; the trainer is unchanged.
+        StarDSSError: Something in the trainer cannot work with the loss; the trainer keeps its own.
     """
     unknown = sorted(set(changes) - set(StarDSSOptions().star_dss_dict()))
     if unknown:
@@ -93,7 +93,9 @@ def set_up(trainer: StarDSSMixin, options: StarDSSOptions) -> None:
 
     train = prepare(trainer.train_dataset, "train")
     if isinstance(trainer.eval_dataset, dict):
-        evaluation: Any = {k: prepare(dataset, k) for k, dataset in trainer.eval_dataset.items()}
+        evaluation: Any = {
+            k: prepare(dataset, f"eval_{k}") for k, dataset in trainer.eval_dataset.items()
+        }
     else:
         evaluation = prepare(trainer.eval_dataset, "eval")
     # Until here the trainer trains as before; from here on nothing can fail.
@@ -147,7 +149,13 @@ def _prepare(
             truncation=(getattr(args, "max_length", None), getattr(args, "truncation_mode", None)),
             progress=not args.disable_tqdm,
         )
-        if reference.kind == "precomputed" and not has_reference_logps(dataset, reference):
+        if reference.kind == "precomputed" and not has_reference_logps(
+            dataset,
+            reference,
+            weight_map,
+            kl_coef=options.kl_coef,
+            threshold=options.threshold,
+        ):
             if reference.model is None and model_fingerprint(policy) != reference.fingerprint:
                 raise ConfigError(
                     f"The {name} data set came after training had started, when the reference "
@@ -164,6 +172,7 @@ def _prepare(
                 pad_token_id=int(tokenizer.pad_token_id or 0),
                 cache_dir=Path(options.score_cache_dir or default_cache_dir()),
                 autocast=trainer.accelerator.autocast,
+                precision=str(trainer.accelerator.mixed_precision),
                 progress=not args.disable_tqdm,
             )
     return dataset, summary

@@ -48,6 +48,7 @@ class StarDSSCallback(TrainerCallback):
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
+        self._shaped = 0
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any
@@ -66,12 +67,27 @@ class StarDSSCallback(TrainerCallback):
         if train_dataloader is None:
             train_dataloader = self.trainer.get_train_dataloader()
         _check_loss(self.trainer, active, train_dataloader)
+        self._shaped = active.shaped
         if state.is_world_process_zero:
             # Printed and not logged: a run must say this whatever its log level is.
             print(startup_line(active), flush=True)  # noqa: T201
             path = Path(args.output_dir) / "star_dss.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(run_record(active), indent=2, sort_keys=True) + "\n")
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stops before the weights move if no loss of this step was shaped.
+
+        Raises:
+            StarDSSError: The trainer's training step does not call its `compute_loss`.
+        """
+        active: StarDSSState | None = getattr(self.trainer, "star_dss_state", None)
+        if active is None or active.shaped == self._shaped:
+            raise _not_in_effect(
+                self.trainer, "its training step does not call the compute_loss that was checked. "
+                "Use a trainer that does, or call star_dss_loss in your own training loop"
+            )  # fmt: skip
+        self._shaped = active.shaped
 
 
 def startup_line(active: StarDSSState) -> str:
@@ -103,7 +119,7 @@ def run_record(active: StarDSSState) -> dict[str, Any]:
 
 def _not_in_effect(trainer: Any, why: str) -> StarDSSError:
     return StarDSSError(
-        f"Training was stopped before its first step: the STAR-DSS loss is not the one that "
+        f"Training was stopped before the weights changed: the STAR-DSS loss is not the one that "
         f"{type(trainer).__name__} would train with: {why}."
     )
 
@@ -120,14 +136,10 @@ def _check_loss(trainer: Any, active: StarDSSState, dataloader: Any) -> None:
         )  # fmt: skip
     batch = trainer._prepare_inputs(batch)
     labels = batch["labels"]
-    # Made-up scores on both sides of any threshold: real ones may all be 1, which is plain SFT.
-    pattern = torch.tensor([0.25, 0.875, 0.5, 0.125], device=labels.device)
-    probe = pattern.repeat(labels.shape[1] // 4 + 1)[: labels.shape[1]].expand_as(labels)
-    batch[SCORES_COLUMN] = probe
     model, options = trainer.model_wrapped, active.options
     trained = int((labels[:, 1:] != IGNORE_INDEX).sum())
     was_training, metrics = model.training, active.metrics
-    host_metrics = _snapshot(trainer)
+    host = _snapshot(trainer)
     devices = [labels.device.index or 0] if labels.is_cuda else []
     shaping: dict[str, Any] = {
         "kl_coef": options.kl_coef,
@@ -135,28 +147,34 @@ def _check_loss(trainer: Any, active: StarDSSState, dataloader: Any) -> None:
         "threshold": options.threshold,
         "num_items_in_batch": trained,
     }
+    found, expected = [], []
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         model.eval()
         try:
             active.metrics = type(metrics)()
             with trainer.compute_loss_context_manager():
-                found = trainer.compute_loss(model, dict(batch), num_items_in_batch=trained)
                 logits = model(**_plain_inputs(batch)).logits
                 reference = _reference(active, trainer, batch, labels)
-                expected = star_dss_loss(
-                    logits, labels, probe, loss_type=options.loss_type, **reference, **shaping
-                ).loss
-                plain = star_dss_loss(logits, labels, probe, loss_type="sft", **shaping).loss
+                plain = star_dss_loss(logits, labels, torch.ones_like(labels).float(),
+                                      loss_type="sft", **shaping).loss  # fmt: skip
                 base = trainer.base_loss(model, batch)
+                for probe in _probes(labels):
+                    scored = {**batch, SCORES_COLUMN: probe}
+                    loss = trainer.compute_loss(model, scored, num_items_in_batch=trained)
+                    found.append(loss.float())
+                    shaped = star_dss_loss(
+                        logits, labels, probe, loss_type=options.loss_type, **reference, **shaping
+                    )
+                    expected.append(shaped.loss.float())
         finally:
             active.metrics = metrics
             model.train(was_training)
-            _restore(trainer, host_metrics)
+            _restore(trainer, host)
     half = logits.dtype in (torch.bfloat16, torch.float16) or trainer.args.bf16 or trainer.args.fp16
-    tolerance = 3e-2 if half else 1e-3
+    relative, absolute = (3e-2, 1e-2) if half else (1e-3, 1e-3)
 
     def close(a: Tensor, b: Tensor) -> bool:
-        return torch.allclose(a, b, rtol=tolerance, atol=tolerance)
+        return torch.allclose(a, b, rtol=relative, atol=absolute)
 
     extra = base.float() - plain.float()
     if not _has_auxiliary_loss(trainer):
@@ -170,13 +188,25 @@ def _check_loss(trainer: Any, active: StarDSSState, dataloader: Any) -> None:
     scale = 1
     if trainer.args.average_tokens_across_devices:
         scale = trainer.accelerator.num_processes // trainer.get_tp_size()
-    wanted = expected.float() + extra
-    if not close(found.float() / scale, wanted):
-        raise _not_in_effect(
-            trainer, f"on one real row its compute_loss gives {found.item() / scale:.6f} where "
-            f"loss_type={options.loss_type!r} gives {wanted.item():.6f}. Something replaces "
-            "compute_loss or adds to it; remove it"
-        )  # fmt: skip
+    for given, shaped_loss in zip(found, expected, strict=True):
+        # The auxiliary loss is a mean over each micro-batch and is not scaled.
+        wanted = shaped_loss * scale + extra
+        if not close(given, wanted):
+            raise _not_in_effect(
+                trainer, f"on one real row its compute_loss gives {given.item():.6f} where "
+                f"loss_type={options.loss_type!r} gives {wanted.item():.6f}. Something replaces "
+                "compute_loss or adds to it; remove it"
+            )  # fmt: skip
+
+
+def _probes(labels: Tensor) -> list[Tensor]:
+    """Made-up scores, (batch, seq) each: real ones may all be 1, which is plain finetuning.
+
+    Mixed scores, their opposites (so that no response ends safely in both), and all unsafe.
+    """
+    pattern = torch.tensor([0.0, 1.0, 0.75, 0.25], device=labels.device)
+    mixed = pattern.repeat(labels.shape[1] // 4 + 1)[: labels.shape[1]].expand(labels.shape)
+    return [mixed, 1 - mixed, torch.zeros_like(mixed)]
 
 
 def _has_auxiliary_loss(trainer: Any) -> bool:
@@ -205,26 +235,37 @@ def _reference(
         return {}
     if kind == "precomputed":
         return {"ref_logps": batch[REF_COLUMN]}
-    logits = active.reference.logits(trainer.accelerator.unwrap_model(trainer.model), batch)
+    with trainer.accelerator.autocast():
+        policy = trainer.accelerator.unwrap_model(trainer.model)
+        logits = active.reference.logits(policy, batch)
     if active.options.kl_estimator == "full":
         return {"ref_logits": logits}
     logps = token_logprobs(logits, labels)
     return {"ref_logps": torch.cat([logps.new_zeros(len(logps), 1), logps], dim=1)}
 
 
+_STEPS = "current_gradient_accumulation_steps"
+
+
 def _snapshot(trainer: Any) -> Any:
-    """TRL's running metrics, which the check must not add to."""
+    """What the check must leave as it was: TRL's running metrics, the accumulation in progress."""
+    steps = trainer.__dict__.get(_STEPS)
+    trainer.current_gradient_accumulation_steps = 1  # the check is one batch
     metrics = getattr(trainer, "_metrics", None)
     if metrics is None:
-        return None
+        return steps, None, 0
     kept = {mode: {k: list(v) for k, v in values.items()} for mode, values in metrics.items()}
-    return kept, trainer._total_train_tokens
+    return steps, kept, trainer._total_train_tokens
 
 
 def _restore(trainer: Any, snapshot: Any) -> None:
-    if snapshot is None:
+    steps, kept, tokens = snapshot
+    trainer.__dict__.pop(_STEPS)
+    if steps is not None:
+        trainer.current_gradient_accumulation_steps = steps
+    if kept is None:
         return
-    kept, trainer._total_train_tokens = snapshot
+    trainer._total_train_tokens = tokens
     for mode, values in trainer._metrics.items():
         values.clear()
         values.update(kept[mode])

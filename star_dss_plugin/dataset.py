@@ -89,6 +89,8 @@ def prepare_dataset(
             "the trainer prepare it, or tokenize it with `star-dss score`."
         )
     if SCORES_COLUMN in dataset.column_names:
+        # Whoever scored it trained responses only; labels made since then may train all tokens.
+        dataset = only_responses(dataset, tokenizer, chat_template)
         dataset = _fit_scores(dataset, name, *truncation)
     elif not needs_scores(weight_map, kl_coef=options.kl_coef, threshold=options.threshold):
         # The same tokens are trained as in the modes that read scores.

@@ -7,6 +7,7 @@ can be taken before the first step; a step then costs what a step of plain finet
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,32 @@ _BATCH_TOKENS = 2048
 """Padded tokens per forward pass: their logits are what needs memory."""
 
 
-def has_reference_logps(dataset: Dataset, reference: Reference) -> bool:
-    """Whether a data set has the column, computed from this very reference.
+def has_reference_logps(
+    dataset: Dataset,
+    reference: Reference,
+    weight_map: WeightMap,
+    *,
+    kl_coef: float,
+    threshold: float,
+) -> bool:
+    """Whether a data set has the column, from this very reference and for these very tokens.
 
-    A column that came with the data from elsewhere may be another model's.
+    A column that came with the data may be another model's, or hold zeros where it was not needed.
     """
-    known = read_note(dataset, "reference")
-    return REF_COLUMN in dataset.column_names and known == reference.fingerprint
+    if REF_COLUMN not in dataset.column_names or (known := read_note(dataset, "reference")) is None:
+        return False
+    content = _content(dataset, weight_map, kl_coef, threshold)
+    return bool(known == {"model": reference.fingerprint, "content": content})
+
+
+def _content(dataset: Dataset, weight_map: WeightMap, kl_coef: float, threshold: float) -> str:
+    """What the column depends on beside the reference: the tokens, and which rows need it."""
+    digest = hashlib.sha256()
+    columns = ["input_ids", "labels", SCORES_COLUMN]
+    for row in dataset.with_format(None).select_columns(columns):
+        needed = _needs_reference(row, weight_map, kl_coef, threshold)
+        digest.update(content_key(row["input_ids"], row["labels"], needed).encode())
+    return digest.hexdigest()
 
 
 def add_reference_logps(
@@ -53,6 +73,7 @@ def add_reference_logps(
     pad_token_id: int,
     cache_dir: Path,
     autocast: Callable[[], contextlib.AbstractContextManager[None]],
+    precision: str,
     progress: bool = True,
 ) -> Dataset:
     """Adds the column `ref_logps`: log π_ref of every trained token that has a KL weight.
@@ -67,12 +88,14 @@ def add_reference_logps(
         pad_token_id: For the batches.
         cache_dir: Root of the cache.
         autocast: Makes the trainer's precision context.
+        precision: Its name.
         progress: Whether to show a progress bar.
 
     Returns:
         The data set with float32 `ref_logps`, one per token of `input_ids`, 0 where not needed.
     """
     namespace = {"what": REF_COLUMN, "version": 1, "model": reference.fingerprint}
+    namespace["precision"] = precision
     cache, model = ScoreCache(cache_dir, namespace), reference.model or policy
     plain = dataset.with_format(None).select_columns(["input_ids", "labels", SCORES_COLUMN])
     column: list[Any] = []
@@ -93,7 +116,8 @@ def add_reference_logps(
         length = len(plain[i]["input_ids"])
         column.append(np.zeros(length) if known is None else np.asarray(known.scores))
     dataset = with_column(dataset, REF_COLUMN, column, List(Value("float32")))
-    write_note(dataset, "reference", reference.fingerprint)
+    content = _content(dataset, weight_map, kl_coef, threshold)
+    write_note(dataset, "reference", {"model": reference.fingerprint, "content": content})
     return dataset
 
 

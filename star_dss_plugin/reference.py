@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ class Reference:
         with torch.no_grad():
             if self.kind == "model":
                 assert self.model is not None
-                yield self.model
+                yield self.model.to(next(policy.parameters()).device)
                 return
             training = policy.training
             policy.eval()  # dropout and NEFTune noise are not part of the reference
@@ -112,7 +113,7 @@ def choose_reference(
     if name == "auto":
         name = "precomputed" if estimator != "full" else "copy"
         if estimator == "full" and is_peft(policy) and _adapter_is_fresh(policy):
-            name = "adapter"
+            name = "copy" if _trained_outside(policy) else "adapter"
     if name == "adapter":
         if not is_peft(policy):
             raise ConfigError(
@@ -125,6 +126,12 @@ def choose_reference(
                 "reference is 'adapter', but the adapter already changes the model: training "
                 "continues from it, so switching it off would not give the model as it starts. "
                 "Set reference='precomputed' or 'copy'."
+            )
+        if outside := _trained_outside(policy):
+            raise ConfigError(
+                f"reference is 'adapter', but {outside[0]} and {len(outside) - 1} other parameters "
+                "outside the adapter are trained too, so the base model would move. Set "
+                "reference='precomputed' or 'copy', or train the adapter alone."
             )
         return Reference("adapter", "the base model (adapter switched off)")
     if name == "precomputed":
@@ -172,6 +179,15 @@ def _adapter_is_fresh(policy: nn.Module) -> bool:
     return bool(torch.allclose(on, off, rtol=1e-3, atol=1e-3))
 
 
+def _trained_outside(policy: nn.Module) -> list[str]:
+    """Trained parameters that stay in place when the adapter is switched off."""
+    configs = policy.peft_config.values()  # type: ignore[operator]
+    if any(getattr(config, "bias", "none") != "none" for config in configs):
+        return [name for name, p in policy.named_parameters() if p.requires_grad and "bias" in name]
+    with policy.disable_adapter():  # type: ignore[operator]
+        return [name for name, p in policy.named_parameters() if p.requires_grad]
+
+
 def _load_named(name: str, policy: nn.Module, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
     parameter = next(policy.parameters())
     try:
@@ -195,9 +211,20 @@ def _load_named(name: str, policy: nn.Module, tokenizer: PreTrainedTokenizerBase
 def model_fingerprint(model: nn.Module) -> str:
     """What identifies a model's weights, without moving all of them off the device.
 
-    Name, shape, dtype, sum and 64 evenly spaced values of every parameter and buffer.
+    The configuration, the active adapters and their scaling; name, shape, dtype, sum and 64 evenly
+    spaced values of every parameter and buffer.
     """
     digest = hashlib.sha256()
+    config = getattr(model, "config", None)
+    settings = {} if config is None else config.to_diff_dict()
+    for incidental in ("_name_or_path", "transformers_version", "use_cache"):
+        settings.pop(incidental, None)
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    if is_peft(model):
+        digest.update(repr(model.active_adapters).encode())
+        for name, module in model.named_modules():
+            if hasattr(module, "scaling"):
+                digest.update(f"{name}:{module.scaling}".encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}:".encode())
         flat = tensor.detach().reshape(-1)

@@ -46,6 +46,7 @@ class StarDSSState:
         prepare: Scores a data set, given its name.
         summaries: What was scored, by data set ("train", "eval", …).
         metrics: Running sums for the log.
+        shaped: How many training losses were shaped so far.
     """
 
     options: StarDSSOptions
@@ -54,6 +55,7 @@ class StarDSSState:
     prepare: Callable[[Any, str], Any]
     summaries: dict[str, DatasetSummary] = field(default_factory=dict)
     metrics: TokenMetrics = field(default_factory=TokenMetrics)
+    shaped: int = 0
     # Whether the trainer's own forward pass returns logits; known after the first batch. TRL's
     # fused LM head (>= 1.15) returns log-probabilities only.
     parent_has_logits: bool = True
@@ -132,10 +134,11 @@ class StarDSSMixin(_Base):
         state.metrics.add(
             self._mode(), scores[:, 1:], options.threshold, logps.detach(), kl_terms, weights
         )
-        loss = self._with_auxiliary_loss(loss, outputs, num_items_in_batch)
+        state.shaped += self._mode() == "train"
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # N counts the tokens of all ranks, and DDP averages gradients over them.
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        loss = self._with_auxiliary_loss(loss, outputs, num_items_in_batch)
         return (loss, result[1]) if return_outputs else loss
 
     def base_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
@@ -163,7 +166,8 @@ class StarDSSMixin(_Base):
         """
         kind = state.reference.kind
         if kind in ("adapter", "model"):
-            return state.reference.logits(self.accelerator.unwrap_model(model), inputs)
+            with self.accelerator.autocast():
+                return state.reference.logits(self.accelerator.unwrap_model(model), inputs)
         if kind == "precomputed" and ref_logps is None:
             raise StarDSSError(
                 f"A batch came without {REF_COLUMN!r}, the reference's log-probabilities. Give the "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -286,6 +287,7 @@ def test_bfloat16_probabilities_are_near_those_in_float32() -> None:
     full = make(config)
     full.load_state_dict(half.state_dict())
     engine = LocalEngine(half)
+    assert engine._why_plain is None  # the fast path itself, not what stands in for it
     for sequences in shapes().values():
         got = engine.label_logprobs([sequences], range(VOCABULARY))[0]
         assert got.dtype == torch.float32
@@ -360,3 +362,24 @@ def test_an_encoder_decoder_is_refused() -> None:
     config = T5Config(vocab_size=VOCABULARY, d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8)
     with pytest.raises(GuardError, match="T5ForConditionalGeneration"):
         LocalEngine(T5ForConditionalGeneration(config))
+
+
+def test_memory_does_not_grow_with_the_number_of_responses() -> None:
+    """Keys and values are kept for the head and one batch of trunks, never for all of them."""
+    alive: list[int] = []
+    model = make(SERVED["llama"]())
+    engine = LocalEngine(model, batch_tokens=64)
+    engine.label_logprobs([[[4]]], LABELS)
+    run_trunks = engine._run_trunks
+
+    def watched(*args: Any) -> Any:
+        gc.collect()
+        alive.append(sum(isinstance(x, torch.Tensor) for x in gc.get_objects()))
+        return run_trunks(*args)
+
+    engine._run_trunks = watched  # type: ignore[method-assign]
+    head = list(range(3, 20))
+    groups = [[[*head, 30 + i, *range(20, 40), j] for j in range(4)] for i in range(24)]
+    engine.label_logprobs(groups, LABELS)
+    assert len(alive) >= 8
+    assert max(alive[2:]) <= alive[1] + 8

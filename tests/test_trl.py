@@ -456,3 +456,81 @@ def test_a_named_reference_with_another_tokenizer_is_refused(tmp_path, tokenizer
     changed.save_pretrained(other)
     with pytest.raises(ConfigError, match="another tokenizer"):
         make(tmp_path, tokenizer, reference=str(other))
+
+
+class OwnStep(SFTTrainer):
+    """A trainer whose training step never asks compute_loss."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        names = ("input_ids", "attention_mask", "labels")
+        loss = model(**{name: inputs[name] for name in names}).loss
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+def test_a_training_step_that_goes_past_compute_loss_is_stopped(tmp_path, tokenizer):
+    trainer = attach(make(tmp_path, tokenizer, cls=OwnStep), guard="test-words")
+    before = [p.clone() for p in trainer.model.parameters()]
+    with pytest.raises(StarDSSError, match="does not call the compute_loss"):
+        trainer.train()
+    for a, b in zip(before, trainer.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("mode", ["star_dss", "hard", "static", "rejection", "kl_only"])
+def test_plain_cross_entropy_in_its_place_is_always_noticed(tmp_path, tokenizer, mode):
+    data = prompt_completion()
+    for cut in range(4):  # the made-up scores must not happen to mean plain finetuning
+        trainer = make(tmp_path, tokenizer, data.select([cut]), loss_type=mode)
+        trainer.compute_loss = lambda model, inputs, trainer=trainer, **_: trainer.base_loss(
+            model, inputs
+        )
+        with pytest.raises(StarDSSError, match="Something replaces compute_loss"):
+            trainer.train()
+
+
+def test_reference_log_probabilities_of_other_tokens_or_modes_are_replaced(tmp_path, tokenizer):
+    hard = make(tmp_path, tokenizer, loss_type="hard", threshold=0.0 + 1e-9).train_dataset
+    fresh = make(tmp_path, tokenizer).train_dataset["ref_logps"]
+    assert hard["ref_logps"] != fresh  # rows that needed no reference hold zeros
+    assert make(tmp_path, tokenizer, hard, guard=None).train_dataset["ref_logps"] == fresh
+
+
+def test_another_adapter_is_another_reference(tmp_path, tokenizer):
+    from peft import get_peft_model
+
+    from star_dss_plugin.reference import model_fingerprint
+
+    model = get_peft_model(tiny_llama(len(tokenizer)), lora_config())
+    model.add_adapter("other", lora_config())
+    first = model_fingerprint(model)
+    model.set_adapter("other")
+    assert model_fingerprint(model) != first
+    stretched = tiny_llama(
+        len(tokenizer), rope_parameters={"rope_type": "default", "rope_theta": 5e5}
+    )
+    assert model_fingerprint(stretched) != model_fingerprint(tiny_llama(len(tokenizer)))
+
+
+def test_a_base_that_moves_is_no_reference(tmp_path, tokenizer):
+    biased = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", bias="all")
+    model = tiny_llama(len(tokenizer), attention_bias=True)
+    with pytest.raises(ConfigError, match="outside the adapter are trained too"):
+        make(tmp_path, tokenizer, model=model, peft_config=biased, reference="adapter")
+    model = tiny_llama(len(tokenizer), attention_bias=True)
+    trainer = make(tmp_path, tokenizer, model=model, peft_config=biased, kl_estimator="full")
+    assert trainer.star_dss_state.reference.kind == "model"
+
+
+def test_scores_without_labels_train_no_user_turns(tmp_path, tokenizer):
+    scored = make(tmp_path, tokenizer, conversations()).train_dataset
+    bare = scored.remove_columns(["labels", "ref_logps"])
+    again = make(tmp_path, tokenizer, bare, guard=None).train_dataset
+    assert again["labels"] == scored["labels"]
+
+
+def test_a_guard_beside_trls_own_loss_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match="nothing is shaped, but a guard is set"):
+        arguments(tmp_path, loss_type="nll")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from trl import SFTConfig
 
 from star_dss_plugin.config import StarDSSOptions
+from star_dss_plugin.errors import ConfigError
 
 __all__ = ["HOST_LOSS_TYPES", "StarDSSConfig"]
 
@@ -31,6 +32,12 @@ class StarDSSConfig(StarDSSOptions, SFTConfig):
         super().__post_init__()
         if self.star_dss_active:
             self.validate()
+        elif self.guard is not None:
+            raise ConfigError(
+                f"loss_type is {self.loss_type!r}, TRL's own, with which nothing is shaped, but a "
+                f"guard is set ({self.guard!r}). Set loss_type='star_dss' to use it, or guard=None "
+                "for plain TRL."
+            )
 
     @property
     def star_dss_active(self) -> bool:

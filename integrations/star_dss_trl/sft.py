@@ -55,6 +55,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     dataset = _load(script_args, mixture_args)
     evaluate = training_args.eval_strategy != "no"
+    for split in [script_args.dataset_train_split, script_args.dataset_test_split][: 1 + evaluate]:
+        if split not in dataset:
+            raise ConfigError(
+                f"The data has no split {split!r} (it has {', '.join(dataset)}). Name its splits "
+                "with dataset_train_split and dataset_test_split, or set eval_strategy to 'no'."
+            )
     trainer = StarDSSTrainer(
         model_args.model_name_or_path,
         args=training_args,

@@ -196,7 +196,8 @@ def _attend(
     """(rows, heads, T, head size) and its log-sum-exp, float32 (rows, heads, T)."""
     if key.shape[2] == 0:  # a group without a trunk; the fused kernel would divide by zero
         out = query.new_zeros(*query.shape[:-1], value.shape[-1])
-        return out, query.new_full(query.shape[:-1], torch.finfo(torch.float32).min).float()
+        lowest = torch.finfo(torch.float32).min
+        return out, torch.full(query.shape[:-1], lowest, device=query.device)
     fused = softcap is None and query.device.type == "cpu" and query.shape[-1] == value.shape[-1]
     if fused:
         # What scaled_dot_product_attention runs on a CPU, with the log-sum-exp it computes anyway.
