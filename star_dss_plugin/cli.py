@@ -133,7 +133,7 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the report.")] = Path(
         "runs/demo"
     ),
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each run.")] = 16,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each run.")] = 12,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts to answer before and after.")] = 8,
 ) -> None:
     """Scores a small data set, finetunes SmolLM2-135M with and without STAR-DSS, and compares."""
