@@ -216,8 +216,10 @@ def _ask_missing(
         desc=f"STAR scores by {guard.name}",
         unit="prefix",
         disable=not progress or not todo,
+        smoothing=0,  # the data's order says nothing about what is left: the mean rate is the guess
     )
-    flushed = time.monotonic()
+    started = flushed = time.monotonic()
+    responses = 0
     try:
         for batch in todo:
             results = _ask_batch(guard, [wanted[i] for i in batch], batch, keys, rows)
@@ -225,8 +227,10 @@ def _ask_missing(
                 if keys[i] not in found:
                     found[keys[i]] = result
                     cache.put(keys[i], result)
+            now, responses = time.monotonic(), responses + len(batch)
+            bar.set_postfix_str(f"{responses / (now - started):.2f} responses/s", refresh=False)
             bar.update(sum(len(wanted[i].ends) for i in batch))
-            if time.monotonic() - flushed > _FLUSH_SECONDS:
+            if now - flushed > _FLUSH_SECONDS:
                 cache.flush()
                 flushed = time.monotonic()
     finally:
