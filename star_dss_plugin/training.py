@@ -46,6 +46,7 @@ class StarDSSState:
         prepare: Scores a data set, given its name.
         summaries: What was scored, by data set ("train", "eval", …).
         metrics: Running sums for the log.
+        extra_metrics: By full name: what callbacks add to the next training log line.
         shaped: How many training losses were shaped so far.
     """
 
@@ -55,6 +56,7 @@ class StarDSSState:
     prepare: Callable[[Any, str], Any]
     summaries: dict[str, DatasetSummary] = field(default_factory=dict)
     metrics: TokenMetrics = field(default_factory=TokenMetrics)
+    extra_metrics: dict[str, float] = field(default_factory=dict)
     shaped: int = 0
     # Whether the trainer's own forward pass returns logits; known after the first batch. TRL's
     # fused LM head (>= 1.15) returns log-probabilities only.
@@ -251,6 +253,9 @@ class StarDSSMixin(_Base):
             found = self.star_dss_state.metrics.pop(mode, self.accelerator)
             prefix = "eval_" if mode == "eval" else ""
             logs = {**logs, **{prefix + name: value for name, value in found.items()}}
+            if mode == "train":
+                logs |= self.star_dss_state.extra_metrics
+                self.star_dss_state.extra_metrics.clear()
         super().log(logs, start_time)
 
 

@@ -23,20 +23,17 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from star_dss_plugin.collation import SCORES_COLUMN
 from star_dss_plugin.logprobs import IGNORE_INDEX, token_logprobs
+from star_dss_plugin.probe import is_refusal
 from star_dss_plugin.scorer import score_dataset
 from star_dss_plugin.smollm2 import load_smollm2
 from star_dss_trl.config import StarDSSConfig
 from star_dss_trl.trainer import StarDSSTrainer
 
-__all__ = ["is_refusal", "run"]
+__all__ = ["run"]
 
 _SEED = 7
 _MAX_LENGTH = 160
 _NEW_TOKENS = 40
-_REFUSALS = (
-    "i can't", "i cannot", "i can not", "i'm sorry", "i am sorry", "i'm unable", "i am unable",
-    "i'm not able", "i am not able", "i won't", "i will not", "i must decline", "i'd rather not",
-)  # fmt: skip
 
 
 def run(output: Path, *, steps: int = 12, prompt_count: int = 8) -> dict[str, Any]:
@@ -84,12 +81,6 @@ def run(output: Path, *, steps: int = 12, prompt_count: int = 8) -> dict[str, An
     console.print(_table(results))
     console.print(f"{results['seconds']} s. Report: {output / 'report.md'}")
     return results
-
-
-def is_refusal(answer: str) -> bool:
-    """Whether an answer declines in its first words: a crude match, good enough for a table."""
-    opening = answer.replace("’", "'").lower()[:120]
-    return any(phrase in opening for phrase in _REFUSALS)
 
 
 def _packaged(name: str) -> list[dict[str, Any]]:
