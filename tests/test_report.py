@@ -77,6 +77,12 @@ def test_every_token_keeps_its_score_and_the_text_is_whole(scored, tokenizer):
     assert found.guard == "test-words"
 
 
+def test_tokens_without_messages_are_shown_with_decoded_contexts(scored, tokenizer):
+    found = read_scored(scored.select_columns(["input_ids", "labels", "star_scores"]), tokenizer)
+    assert all(r.raw_context and r.source is None for r in found.responses)
+    assert "is this bad?" in found.responses[0].context[0]["content"]
+
+
 def test_another_source_column(scored, tokenizer):
     assert read_scored(scored, tokenizer, source="origin").responses[1].source == "2"
     with pytest.raises(ConfigError, match="no column 'orign'"):

@@ -18,7 +18,7 @@ from star_dss_plugin.files import load_tokenizer
 from star_dss_plugin.guards.base import Message
 from star_dss_plugin.provenance import provenance_of
 from star_dss_plugin.responses import Response, find_responses
-from star_dss_plugin.rows import in_row
+from star_dss_plugin.rows import in_row, known_rows
 from star_dss_plugin.segmenters import tokens
 
 __all__ = ["ScoredData", "ScoredResponse", "read_scored", "tokenizer_of"]
@@ -180,26 +180,28 @@ def read_scored(
             f"{', '.join(columns)}."
         )
     source = source or ("source" if "source" in columns else None)
+    plain = dataset.with_format(None)
+    origins = [None] * len(dataset) if source is None else plain[source]
+    rows = tqdm(known_rows(dataset), "Reading", len(dataset), unit="row", disable=not progress)
     found: list[ScoredResponse] = []
-    rows = tqdm(dataset.with_format(None), desc="Reading", unit="row", disable=not progress)
-    for i, row in enumerate(rows):
-        check_scores(f"Row {i}", row[SCORES_COLUMN], len(row["input_ids"]))
+    for i, (row, scores, origin) in enumerate(
+        zip(rows, plain[SCORES_COLUMN], origins, strict=True)
+    ):
+        check_scores(f"Row {i}", scores, len(row["input_ids"]))
         if max(row["input_ids"], default=0) >= len(tokenizer):
             raise _other_tokenizer(tokenizer)
         responses = in_row(i, find_responses, row, tokenizer, tokens, 1)
-        origin = None if source is None or row[source] is None else str(row[source])
-        found += [
-            _scored(i, k, origin, response, row[SCORES_COLUMN])
-            for k, response in enumerate(responses)
-        ]
+        name = None if origin is None else str(origin)
+        found += [_scored(i, k, name, r, scores) for k, r in enumerate(responses)]
     if not found:
         raise DataError(
             f"None of the {len(dataset)} rows has a response: every label is -100. Check how the "
             "data was tokenized."
         )
     provenance = provenance_of(dataset)
-    told = provenance is not None and provenance["raw_contexts"] < provenance["responses"]
-    if told and all(response.raw_context for response in found):
+    matched = provenance is not None and provenance["raw_contexts"] < provenance["responses"]
+    spoken = "messages" in columns or {"prompt", "completion"} <= set(columns)
+    if matched and spoken and all(response.raw_context for response in found):
         raise _other_tokenizer(tokenizer)
     return ScoredData(tuple(found), provenance, str(tokenizer.name_or_path))
 

@@ -16,6 +16,14 @@
     long: (a, b) => b.ends.at(-1) - a.ends.at(-1),
     row: () => 0,
   };
+  const keyOf = {
+    lowest: (r) => `lowest ${fixed(r.lowest)}`,
+    mixed: (r) => `fall ${fixed(r.fall)}`,
+    mean: (r) => `mean ${fixed(r.mean)}`,
+    below: (r) => `${r.below} below`,
+    long: (r) => `${r.ends.at(-1)} tokens`,
+    row: (r) => `lowest ${fixed(r.lowest)}`,
+  };
   const filters = {
     all: () => true,
     crosses: (r) => r.cross !== null,
@@ -44,14 +52,14 @@
   const place = (r) => `row ${r.row}` + (r.turn ? `, response ${r.turn + 1}` : "");
 
   function item(r, at) {
-    const what = [`lowest ${fixed(r.lowest)}`, `fall ${fixed(r.fall)}`, place(r)];
-    if (r.source !== undefined) what.push(data.sources[r.source]);
+    const where = place(r) + (r.source === undefined ? "" : ` · ${data.sources[r.source]}`);
     const button = make("button", { type: "button" }, sparkline(r));
     if (data.text) {
       const start = r.pieces.slice(0, 40).join("").slice(0, 160);
       button.append(make("span", { class: "snippet secret", dir: "auto" }, start || "(empty)"));
     }
-    button.append(make("span", { class: "what" }, what.join(" · ")));
+    button.append(make("span", { class: "what" },
+      make("span", { dir: "auto" }, where), make("span", {}, keyOf[$("sort").value](r))));
     button.addEventListener("click", () => select(at));
     return make("li", {}, button);
   }
