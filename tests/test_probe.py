@@ -31,6 +31,14 @@ class Sequence:
         return self.left.pop(0)
 
 
+class RandomGuard(WordGuard):
+    """Uses up random numbers, as loading a model does."""
+
+    def token_scores(self, responses):
+        torch.rand(7)
+        return super().token_scores(responses)
+
+
 def probed(tmp_path, tokenizer, changes=None, **options):
     trainer = make(tmp_path, tokenizer, **(changes or {}))
     options = {"prompts": PROMPTS, "every": 1, "max_new_tokens": 4, "batch_size": 2, **options}
@@ -56,7 +64,7 @@ def test_training_does_not_notice_the_probe(tmp_path, tokenizer, lora, checkpoin
 
     plain = make(tmp_path, tokenizer, **settings())
     plain.train()
-    watched = probed(tmp_path, tokenizer, settings(), judge="test-words")
+    watched = probed(tmp_path, tokenizer, settings(), judge=RandomGuard())
     model = watched.model
     before = copy.deepcopy(model.generation_config.to_dict()), model.config.use_cache
     watched.train()

@@ -316,6 +316,7 @@ def test_a_file_without_provenance(monkeypatch, capsys, folder, model_dir, tmp_p
         (["--rows", "1;2", "--png", "{tmp}/p"], "numbers with commas"),
         (["--rows", "9", "--png", "{tmp}/p"], "Row 9 has no response"),
         (["--source", "sauce"], "no column 'sauce'"),
+        (["--threshold", "nan"], "--threshold is nan"),
     ],
 )
 def test_the_report_command_fails_in_words(monkeypatch, capsys, folder, tmp_path, argv, message):

@@ -21,9 +21,7 @@ _Tokenizer = Annotated[
     str | None,
     typer.Option(help="Id or folder of the model it was scored for; default: as the data notes."),
 ]
-_Threshold = Annotated[
-    float, typer.Option(min=0, max=1, help="τ: scores below it count as unsafe.")
-]
+_Threshold = Annotated[float, typer.Option(help="τ in [0, 1]: scores below it count as unsafe.")]
 _Split = Annotated[str, typer.Option(help="The split of a data set folder.")]
 
 
@@ -60,6 +58,7 @@ def report(
 
     if output.is_dir():
         raise ConfigError(f"{output} is a folder. Name a file for the report: {output}/report.html")
+    _check_threshold(threshold)
     wanted = _numbers(rows)
     if rows is not None and png is None:
         raise ConfigError("--rows chooses rows for the figures. Give a folder for them with --png.")
@@ -93,8 +92,16 @@ def inspect(
     from star_dss_plugin.files import read_dataset
     from star_dss_plugin.report.inspection import inspect_row
 
+    _check_threshold(threshold)
     dataset = read_dataset(scored, split)
     Console().print(inspect_row(dataset, row, tokenizer=tokenizer, threshold=threshold))
+
+
+def _check_threshold(threshold: float) -> None:
+    if not 0 <= threshold <= 1:  # also NaN
+        raise ConfigError(
+            f"--threshold is {threshold}, but scores are probabilities: use a value in [0, 1]."
+        )
 
 
 def _numbers(rows: str | None) -> list[int] | None:
