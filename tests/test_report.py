@@ -44,8 +44,8 @@ def messages(*turns):
 
 
 @pytest.fixture
-def scored(tokenizer, model_dir):
-    tokenizer.name_or_path = str(model_dir)
+def scored(tokenizer, model_dir, monkeypatch):
+    monkeypatch.setattr(tokenizer, "name_or_path", str(model_dir))
     rows = [
         {**messages("is this bad?", "no! it is a bad word."), "source": "a", "origin": 1},
         {**messages("how are you?", "fine.", "and you?", "bad, bad"), "source": "b", "origin": 2},

@@ -207,6 +207,31 @@ def test_everything_by_keyboard(open_report):
     assert outline == "solid"
 
 
+def test_the_page_does_not_jump_until_it_is_moved(open_report):
+    page = open_report(many(60))
+    page.set_viewport_size({"width": 1280, "height": 400})
+    page.reload()
+    assert page.evaluate("scrollY") == 0
+    page.keyboard.press("j")
+    assert page.locator("#detail h2").evaluate("e => e.getBoundingClientRect().top < innerHeight")
+
+
+def test_the_end_of_the_line_is_the_last_token(open_report):
+    page = open_report([response(0, "abcd", (0.9, 0.8, 0.2, 0.1))])
+    box = page.locator(".chart svg").bounding_box()
+    page.mouse.move(box["x"] + box["width"] - 1, box["y"] + 50)
+    assert page.locator("#readout").inner_text() == "tokens 16 to 20: score 0.100"
+    page.mouse.move(box["x"] + 1, box["y"] + 50)
+    assert page.locator("#readout").inner_text() == "tokens 1 to 5: score 0.900"
+
+
+def test_a_source_for_each_response_is_no_list_of_all(open_report):
+    page = open_report([response(i, source=f"id-{i}") for i in range(500)])
+    assert page.locator("#source option").count() == 201
+    assert page.locator("tbody tr").count() == 40
+    assert "and 460 more sources" in page.locator(".summary").inner_text()
+
+
 def test_the_crossing_is_where_the_scores_say(open_report):
     page = open_report([response(3, ("good ", "bad ", "good"), (0.9, 0.2, 0.8))])
     assert page.locator(".crossed").inner_text() == "bad "

@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -67,7 +68,7 @@ def render_page(
         # Ours alone: nothing of the data is in them.
         style=Markup(style),
         script=Markup(script),
-        payload=_embedded(_payload(data, threshold, text)),
+        payload=_embedded(_payload(data, [group.name for group in sources], threshold, text)),
         name=name,
         guard=data.guard,
         demonstration=data.demonstration,
@@ -116,15 +117,17 @@ def _embedded(value: Any) -> Markup:
     return Markup(text)
 
 
-def _payload(data: ScoredData, threshold: float, text: bool) -> dict[str, Any]:
+def _payload(
+    data: ScoredData, sources: Sequence[str], threshold: float, text: bool
+) -> dict[str, Any]:
     """What the script reads. Messages are held once, however many responses follow them."""
     messages: dict[tuple[str, str], int] = {}
-    sources: dict[str, int] = {}
+    places = {name: i for i, name in enumerate(sources)}
     rows = []
     for response in data.responses:
         row = _numbers(response, threshold)
         if response.source is not None:
-            row["source"] = sources.setdefault(visible(response.source), len(sources))
+            row["source"] = places[response.source]
         if text:
             row["pieces"] = [visible(piece) for piece in response.pieces]
             row["raw"] = response.raw_context
@@ -137,7 +140,7 @@ def _payload(data: ScoredData, threshold: float, text: bool) -> dict[str, Any]:
         "threshold": threshold,
         "demonstration": data.demonstration,
         "text": text,
-        "sources": list(sources),
+        "sources": [visible(name) for name in sources],
         "messages": [[visible(role), visible(content)] for role, content in messages],
         "responses": rows,
     }

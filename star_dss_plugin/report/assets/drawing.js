@@ -58,7 +58,8 @@ function drawing(threshold, mark) {
     svg.addEventListener("pointermove", (event) => {
       const box = svg.getBoundingClientRect();
       const token = ((((event.clientX - box.left) / box.width) * 880 - left) / width) * total;
-      mark(Math.max(0, r.ends.findIndex((end) => end > token)));
+      const piece = r.ends.findIndex((end) => end > token);
+      mark(piece < 0 ? r.ends.length - 1 : piece);
     });
     return make("div", { class: "chart" }, svg);
   }

@@ -1,12 +1,12 @@
 // What is listed, which response is open, and the controls.
 (() => {
   const PAGE = 50; // list items in the document, however many responses there are
+  const SOURCES = 200; // sources to choose from, the largest ones
   const $ = (id) => document.getElementById(id);
   const data = JSON.parse($("data").textContent);
   const { make, fixed, sparkline, chart, response, message, highlight } =
     drawing(data.threshold, (piece) => mark(piece));
   const state = { found: [], page: 0, at: -1, piece: -1, query: "" };
-
 
   const orders = {
     lowest: (a, b) => a.lowest - b.lowest,
@@ -88,10 +88,17 @@
     [...$("list").children].forEach((li, i) => {
       const current = i === at - page * PAGE;
       li.firstChild.setAttribute("aria-current", current);
-      if (current) li.scrollIntoView({ block: "nearest" });
+      if (current) scrollTo(li);
       if (current && focus) li.firstChild.focus({ preventScroll: true });
     });
     detail(state.found[at]);
+  }
+
+  // Scrolls the list alone: the page must not jump when it opens.
+  function scrollTo(li) {
+    const box = $("list"), bottom = li.offsetTop + li.offsetHeight;
+    if (li.offsetTop < box.scrollTop) box.scrollTop = li.offsetTop;
+    else if (bottom > box.scrollTop + box.clientHeight) box.scrollTop = bottom - box.clientHeight;
   }
 
   function detail(r) {
@@ -128,7 +135,6 @@
         data.text ? "Point at the text or the line, or use ← and →." : "Point at the line, or use ← and →."));
     if (data.text) parts.push(response(r));
     box.replaceChildren(...parts);
-    if (box.getBoundingClientRect().top < 0) box.scrollIntoView();
     highlight(box.querySelectorAll(".prose"), state.query);
   }
 
@@ -147,7 +153,10 @@
 
   const move = (by, focus) => {
     const at = state.at + by;
-    if (at >= 0 && at < state.found.length) select(at, focus);
+    if (at < 0 || at >= state.found.length) return;
+    select(at, focus);
+    const { top } = $("detail").getBoundingClientRect();
+    if (top < 0 || top > innerHeight / 2) document.querySelector(".explorer").scrollIntoView();
   };
   const keys = {
     j: () => move(1), k: () => move(-1),
@@ -176,7 +185,8 @@
       search();
     }, 120);
   });
-  data.sources.forEach((name, i) => $("source")?.append(make("option", { value: i }, name)));
+  data.sources.slice(0, SOURCES).forEach((name, i) =>
+    $("source")?.append(make("option", { value: i }, name)));
   for (const id of ["sort", "filter", "source"]) $(id)?.addEventListener("change", search);
   $("back").addEventListener("click", () => select((state.page - 1) * PAGE));
   $("next").addEventListener("click", () => select((state.page + 1) * PAGE));
