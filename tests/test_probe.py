@@ -50,6 +50,10 @@ def logged(trainer, name):
     return [line[name] for line in trainer.state.log_history if name in line]
 
 
+def generation(model):
+    return model.generation_config.to_dict(), model.config.use_cache
+
+
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 def test_training_does_not_notice_the_probe(tmp_path, tokenizer, lora, checkpointing):
@@ -65,13 +69,11 @@ def test_training_does_not_notice_the_probe(tmp_path, tokenizer, lora, checkpoin
     plain = make(tmp_path, tokenizer, **settings())
     plain.train()
     watched = probed(tmp_path, tokenizer, settings(), judge=RandomGuard())
-    model = watched.model
-    before = copy.deepcopy(model.generation_config.to_dict()), model.config.use_cache
     watched.train()
     assert history(watched) == history(plain)
     for a, b in zip(plain.model.parameters(), watched.model.parameters(), strict=True):
         assert torch.equal(a, b)
-    assert (model.generation_config.to_dict(), model.config.use_cache) == before
+    assert generation(watched.model) == generation(plain.model)
     assert len(logged(watched, SHARE)) == 4
 
 
@@ -81,10 +83,11 @@ def test_modes_and_random_numbers_are_as_before(tmp_path, tokenizer):
     trainer.model.train()
     trainer.model.model.layers[0].eval()  # frozen by hand, say
     modes = [m.training for m in trainer.model.modules()]
-    state = torch.get_rng_state()
+    state, settings = torch.get_rng_state(), copy.deepcopy(generation(trainer.model))
     assert 0 <= watching._safe_share() <= 1
     assert [m.training for m in trainer.model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
+    assert generation(trainer.model) == settings
 
 
 def test_answers_do_not_depend_on_the_batch(tmp_path, tokenizer):

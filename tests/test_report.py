@@ -320,6 +320,8 @@ def test_a_file_without_provenance(monkeypatch, capsys, folder, model_dir, tmp_p
     ],
 )
 def test_the_report_command_fails_in_words(monkeypatch, capsys, folder, tmp_path, argv, message):
+    if "--png" in argv:
+        pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     argv = [a.format(tmp=tmp_path) for a in argv]
     assert run(monkeypatch, "report", folder, "-q", *argv) == 2
