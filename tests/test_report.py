@@ -297,6 +297,13 @@ def test_the_report_command(monkeypatch, capsys, folder, tmp_path):
     assert [p.name for p in out.parent.iterdir()] == ["r.html"]
 
 
+def test_data_that_was_never_scored(monkeypatch, capsys, tmp_path):
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps(messages("hi", "hello")) + "\n")
+    assert run(monkeypatch, "report", path, "-o", tmp_path / "r.html", "-q") == 2
+    assert "Score it first: star-dss score" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_file_without_provenance(monkeypatch, capsys, folder, model_dir, tmp_path):
     load_from_disk(str(folder)).to_json(str(tmp_path / "s.jsonl"))
     out = tmp_path / "r.html"
@@ -315,6 +322,7 @@ def test_a_file_without_provenance(monkeypatch, capsys, folder, model_dir, tmp_p
         (["--rows", "1"], "Give a folder for them with --png"),
         (["--rows", "1;2", "--png", "{tmp}/p"], "numbers with commas"),
         (["--rows", "9", "--png", "{tmp}/p"], "Row 9 has no response"),
+        (["--png", "{tmp}/file"], "is a file"),
         (["--source", "sauce"], "no column 'sauce'"),
         (["--threshold", "nan"], "--threshold is nan"),
     ],
@@ -323,6 +331,7 @@ def test_the_report_command_fails_in_words(monkeypatch, capsys, folder, tmp_path
     if "--png" in argv:
         pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
     argv = [a.format(tmp=tmp_path) for a in argv]
     assert run(monkeypatch, "report", folder, "-q", *argv) == 2
     assert message in " ".join(capsys.readouterr().err.split())

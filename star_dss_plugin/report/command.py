@@ -32,7 +32,8 @@ def report(
     ] = Path("report.html"),
     threshold: _Threshold = 0.5,
     source: Annotated[
-        str | None, typer.Option(help="The column that says where rows come from [source].")
+        str | None,
+        typer.Option(help="Column that says where rows come from; default: 'source', if any."),
     ] = None,
     blur: Annotated[bool, typer.Option("--blur", help="Blur text until it is asked for.")] = False,
     no_text: Annotated[
@@ -63,7 +64,7 @@ def report(
     if rows is not None and png is None:
         raise ConfigError("--rows chooses rows for the figures. Give a folder for them with --png.")
     if png is not None:
-        figures.check_installed()  # before the work, not after it
+        figures.check_ready(png)  # before the work, not after it
     dataset = read_dataset(scored, split)
     data = read_scored(dataset, tokenizer_of(dataset, tokenizer), source=source, progress=not quiet)
     name = Path(scored).name or scored

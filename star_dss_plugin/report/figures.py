@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["check_installed", "write_figures"]
+__all__ = ["check_ready", "write_figures"]
 
 # Okabe and Ito: told apart with every kind of colour vision. Line styles differ as well.
 _LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#1c1d1f", "#8a8d91")
@@ -26,17 +26,19 @@ _TRAJECTORIES = 6
 _QUIET = "#5a5e64"
 
 
-def check_installed() -> None:
-    """Checks that figures can be drawn.
+def check_ready(folder: Path) -> None:
+    """Checks that figures can be drawn and put into a folder, which need not exist.
 
     Raises:
-        ConfigError: matplotlib is missing.
+        ConfigError: matplotlib is missing, or the folder is a file.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError(
             "Figures need matplotlib, which is not installed. Install it with: pip install "
             "'star-dss-plugin[report]'; the HTML report works without it."
         )
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file. Give --png a folder for the figures.")
 
 
 def write_figures(
@@ -57,10 +59,8 @@ def write_figures(
         ConfigError: matplotlib is missing, or the folder is a file.
         DataError: A row has no response.
     """
-    check_installed()
+    check_ready(folder)
     chosen = _chosen(data, rows)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder} is a file. Give --png a folder for the figures.")
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {
         "trajectories.png": _trajectories(chosen, threshold),

@@ -126,8 +126,10 @@ def tokenizer_of(dataset: Dataset, name: str | None) -> PreTrainedTokenizerBase:
         name: Id or folder.
 
     Raises:
-        ConfigError: The data set does not say, or the tokenizer cannot be loaded.
+        DataError: The data set is not scored.
+        ConfigError: It does not say which, or the tokenizer cannot be loaded.
     """
+    _check_scored(dataset)
     noted = str((provenance_of(dataset) or {}).get("tokenizer", ""))
     if not (name or noted):
         raise ConfigError(
@@ -166,14 +168,8 @@ def read_scored(
             are not this tokenizer's.
         ConfigError: There is no such source column.
     """
+    _check_scored(dataset)
     columns = dataset.column_names
-    missing = [c for c in ("input_ids", "labels", SCORES_COLUMN) if c not in columns]
-    if missing:
-        raise DataError(
-            f"The data set has no {' and no '.join(map(repr, missing))} (it has "
-            f"{', '.join(columns)}), so there are no scores to show. Score it first: star-dss "
-            "score DATA --guard … --tokenizer … -o SCORED"
-        )
     if source is not None and source not in columns:
         raise ConfigError(
             f"There is no column {source!r} to tell sources by. The columns are: "
@@ -204,6 +200,17 @@ def read_scored(
     if matched and spoken and all(response.raw_context for response in found):
         raise _other_tokenizer(tokenizer)
     return ScoredData(tuple(found), provenance, str(tokenizer.name_or_path))
+
+
+def _check_scored(dataset: Dataset) -> None:
+    columns = dataset.column_names
+    missing = [c for c in ("input_ids", "labels", SCORES_COLUMN) if c not in columns]
+    if missing:
+        raise DataError(
+            f"The data set has no {' and no '.join(map(repr, missing))} (it has "
+            f"{', '.join(columns)}), so there are no scores to show. Score it first: star-dss "
+            "score DATA --guard … --tokenizer … -o SCORED"
+        )
 
 
 def _other_tokenizer(tokenizer: PreTrainedTokenizerBase) -> DataError:
