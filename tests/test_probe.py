@@ -90,8 +90,10 @@ def test_modes_and_random_numbers_are_as_before(tmp_path, tokenizer):
     assert generation(trainer.model) == settings
 
 
-def test_answers_do_not_depend_on_the_batch(tmp_path, tokenizer):
-    trainer = probed(tmp_path, tokenizer, max_new_tokens=8)
+def test_answers_depend_neither_on_the_batch_nor_on_dropout(tmp_path, tokenizer):
+    dropping = {"model": tiny_llama(len(tokenizer), attention_dropout=0.5)}
+    trainer = probed(tmp_path, tokenizer, dropping, max_new_tokens=8)
+    trainer.model.train()
     watching = trainer.callback_handler.callbacks[-1]
     together = watching._answers(watching.prompts)
     alone = [watching._answers([prompt])[0] for prompt in watching.prompts]
