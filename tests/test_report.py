@@ -219,6 +219,12 @@ def test_a_demonstration_guard_is_named_as_one(tmp_path):
     assert "protects nobody" in shown._repr_html_()
 
 
+def test_interpolated_scores_are_named_as_such():
+    adaptive = data(response(), guard_identity={"trajectory": {"adaptive": {"epsilon": 0.02}}})
+    assert "safe stretches are interpolated" in render_page(adaptive, name="x")
+    assert "interpolated" not in render_page(data(response()), name="x")
+
+
 def test_the_scale_is_legible_and_steady():
     for colours, ink in (
         (palette.LIGHT, palette.INK["light"]),

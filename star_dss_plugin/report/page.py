@@ -72,6 +72,7 @@ def render_page(
         name=name,
         guard=data.guard,
         demonstration=data.demonstration,
+        interpolated=data.interpolated,
         provenance=data.provenance,
         tokenizer=data.tokenizer,
         version=__version__,

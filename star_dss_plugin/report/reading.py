@@ -117,6 +117,12 @@ class ScoredData:
         """Whether the scores come from a guard that protects nobody."""
         return bool(self.provenance and self.provenance["demonstration_guard"])
 
+    @property
+    def interpolated(self) -> bool:
+        """Whether some scores lie between the guard's own (`trajectory="adaptive"`)."""
+        identity = (self.provenance or {}).get("guard_identity", {})
+        return "trajectory" in identity
+
 
 def tokenizer_of(dataset: Dataset, name: str | None) -> PreTrainedTokenizerBase:
     """The tokenizer that made a scored data set's tokens.
