@@ -3,10 +3,12 @@
     python benchmarks/scoring.py W2                                   # Llama-like guard
     python benchmarks/scoring.py W1 --guard-dir DIR                   # Qwen3Guard template
     python benchmarks/scoring.py W2 --vllm-python VENV/bin/python     # vLLM as a third contender
+    python benchmarks/scoring.py W2 --shape 1b --device cuda --dtype bfloat16    # or --shape 8b
 
 Workloads (responses of 40 to 400 trained tokens, chunks of 5):
   W1  the template and tokenizer in DIR (Qwen3Guard-Gen's) on a random Qwen3 of about 130M
   W2  a 14-category policy of about 250 tokens on SmolLM2-135M (a Llama)
+With --shape the guard has the shape of Llama-3.2-1B or Llama-3.1-8B, and random weights.
 
 Contenders, alternating in one run:
   plain   one causal pass over as many tokens as the engine's distinct ones: the floor
@@ -39,7 +41,13 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from star_dss_plugin import load_guard
 from star_dss_plugin.engines.local import LocalEngine
@@ -94,6 +102,41 @@ def requests(tokenizer: Any, count: int, longest: int) -> list[PrefixRequest]:
     return found
 
 
+SHAPES = {  # hidden size, MLP size, layers, heads, tied embeddings
+    "1b": (2048, 8192, 16, 32, True),
+    "8b": (4096, 14336, 32, 32, False),
+}
+
+
+def model_of(shape: str | None, folder: Path, dtype: torch.dtype, device: str) -> Any:
+    """The guard in `folder`, or a random Llama of a shape for the same tokenizer."""
+    if shape is None:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
+    hidden, mlp, layers, heads, tied = SHAPES[shape]
+    config = LlamaConfig(
+        vocab_size=128256, hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=8, head_dim=hidden // heads,
+        tie_word_embeddings=tied, max_position_embeddings=8192,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return AutoModelForCausalLM.from_config(config).eval()
+    finally:
+        torch.set_default_dtype(default)
+
+
+def matmul_rate(dtype: torch.dtype, device: str) -> float:
+    """Floating-point operations per second of a large matrix product: what the device can do."""
+    size = 8192 if device == "cuda" else 2048
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    a @ a
+    taken, _ = timed(lambda: [a @ a for _ in range(10)])
+    return 10 * 2 * size**3 / taken
+
+
 def workload(name: str, guard_dir: Path | None, folder: Path) -> dict[str, Any]:
     """Saves a guard to `folder` and returns its options."""
     if name == "W1":
@@ -124,15 +167,17 @@ def per_prefix(model: Any, groups: list[list[list[int]]], labels: list[int], bud
         for first in range(0, len(group), step):
             batch = group[first : first + step]
             longest = max(map(len, batch))
-            ids = torch.tensor([[0] * (longest - len(p)) + p for p in batch])
-            mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in batch])
+            device = model.device
+            ids = torch.tensor([[0] * (longest - len(p)) + p for p in batch], device=device)
+            mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in batch],
+                                device=device)  # fmt: skip
             position = (mask.cumsum(1) - 1).clamp(min=0)
             with torch.inference_mode():
                 logits = model(
                     ids, attention_mask=mask, position_ids=position, logits_to_keep=1,
                     use_cache=False,
                 ).logits[:, -1]  # fmt: skip
-            found.append(logits.float().log_softmax(-1)[:, labels])
+            found.append(logits.float().log_softmax(-1)[:, labels].cpu())
     return torch.cat(found)
 
 
@@ -143,7 +188,7 @@ def causal(model: Any, total: int, length: int, budget: int) -> int:
     ids = torch.randint(0, 1000, (rows, length), generator=generator)
     with torch.inference_mode():
         for part in ids.split(max(1, budget // length)):
-            model(part, use_cache=False, logits_to_keep=1)
+            model(part.to(model.device), use_cache=False, logits_to_keep=1)
     return rows * length
 
 
@@ -232,6 +277,8 @@ def size(groups: list[list[list[int]]]) -> int:
 def timed(function: Callable[[], Any]) -> tuple[float, Any]:
     start = time.perf_counter()
     result = function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - start, result
 
 
@@ -245,6 +292,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--per-prefix", type=int, help="responses of each slice given to (a)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dtype", default="float32", help="of the weights; vLLM has float32")
+    parser.add_argument("--shape", choices=SHAPES, help="a random Llama in place of the guard")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--batch-tokens", type=int, default=16384)
     parser.add_argument("--vllm-python", help="python of an environment with vLLM")
     parser.add_argument("--engine-only", action="store_true", help="for its peak memory")
@@ -271,7 +320,8 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
         lambda: [guard._template.prompts(guard._context(r.context), r.text, r.ends) for r in asked]
     )
     labels = [i for group in guard._label_groups for i in group]
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, args.dtype)).eval()
+    dtype = getattr(torch, args.dtype)
+    model = model_of(args.shape, folder, dtype, args.device)
     loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     engine = LocalEngine(model, args.batch_tokens)
     engine.label_logprobs([[[1, 2, 3], [1, 2, 4]]], labels)  # its one-time trial
@@ -317,13 +367,25 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     print(
         f"\n{args.workload}: {len(groups)} responses, {sum(map(len, groups))} prefixes, "
-        f"{parameters:.0f}M parameters, {args.threads} threads, {platform.machine()}, "
+        f"{parameters:.0f}M parameters, "
+        + (
+            torch.cuda.get_device_name()
+            if args.device == "cuda"
+            else f"{args.threads} threads, {platform.machine()}"
+        )
+        + f", {args.dtype}, "
         f"torch {torch.__version__}, transformers {transformers.__version__}"
     )
     computed = engine.computed_tokens
     print(
         f"tokens: {size(groups)} in all prompts, {sum(distinct)} distinct, "
         f"{computed} computed ({computed / sum(distinct):.3f} x distinct)"
+    )
+    rate = 2e6 * parameters * computed / sum(times["engine"])
+    best = matmul_rate(dtype, args.device)
+    print(
+        f"engine: {rate / 1e12:.3f} TFLOP/s (2 x parameters x tokens), {rate / best:.0%} of a "
+        f"plain matrix product's {best / 1e12:.3f}"
     )
     share = rendering / (rendering + sum(times["engine"]))
     print(f"rendering and tokenizing the prompts: {rendering:.2f} s ({share:.1%} of scoring)")
@@ -346,6 +408,8 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
         )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"peak memory: {peak / 2**20:.2f} GiB, of which {loaded / 2**20:.2f} GiB before scoring")
+    if args.device == "cuda":
+        print(f"peak memory of the device: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
 
 
 if __name__ == "__main__":
