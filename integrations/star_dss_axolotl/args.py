@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
-from star_dss_axolotl.conflicts import conflicts, packing_leaks
+from star_dss_axolotl.conflicts import packing_leaks
 from star_dss_plugin.config import StarDSSOptions
 from star_dss_plugin.errors import ConfigError
 
@@ -58,18 +58,10 @@ class StarDSSArgs(BaseModel):
         description="Options of STAR-DSS; needed when the plugin is listed under `plugins`.",
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_conflicts(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and data.get("star_dss") is not None:
-            found = conflicts(data)
-            if found:
-                raise ConfigError("\n".join(found))
-        return data
-
     @model_validator(mode="after")
     def _refuse_leaking_packs(self) -> StarDSSArgs:
-        # Here and not above: Axolotl chooses the attention while it validates.
+        # The other conflicts are found in what was written (`StarDSSPlugin.register`); which
+        # attention it is, Axolotl may choose while it validates.
         if self.star_dss is not None and (problem := packing_leaks(self)):
             raise ConfigError(problem)
         return self

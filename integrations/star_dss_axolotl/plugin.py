@@ -10,6 +10,7 @@ from axolotl.integrations.base import BasePlugin, PluginManager
 
 from star_dss_axolotl.args import PLUGIN, options_of
 from star_dss_axolotl.card import add_section
+from star_dss_axolotl.conflicts import conflicts
 from star_dss_plugin.errors import ConfigError, StarDSSError
 
 if TYPE_CHECKING:
@@ -26,19 +27,25 @@ class StarDSSPlugin(BasePlugin):  # type: ignore[misc]
     """
 
     def register(self, cfg: Any) -> None:
-        """Stops a configuration that lists the plugin and has no block.
+        """Stops a configuration without the block, or with settings that exclude it.
+
+        Args:
+            cfg: As written, with what the command line changes, before Axolotl's own checks.
 
         Raises:
-            ConfigError: The block is missing.
+            ConfigError: The block is missing, or all settings that must go.
         """
-        # Axolotl asks every plugin that this process has ever registered.
-        if PLUGIN in (cfg.get("plugins") or ()) and cfg.get("star_dss") is None:
+        if PLUGIN not in (cfg.get("plugins") or ()):
+            return  # Axolotl asks every plugin that this process has ever registered
+        if cfg.get("star_dss") is None:
             raise ConfigError(
                 f"The plugin {PLUGIN} is listed, but the configuration has no star_dss block, so "
                 "it is not known which guard to ask. Add one, for example\n"
                 "star_dss:\n  guard: qwen3guard-gen-0.6b\n"
                 "or remove the plugin for plain finetuning."
             )
+        if found := conflicts(cfg):
+            raise ConfigError("\n".join(found))
 
     def get_input_args(self) -> str:
         return "star_dss_axolotl.args.StarDSSArgs"

@@ -119,7 +119,7 @@ def write_config(folder, config):
 
 def loaded(folder, config):
     """The configuration as Axolotl loads and validates it, plugins included."""
-    PluginManager._instance = None
+    PluginManager.get_instance().plugins.clear()
     return load_cfg(str(write_config(folder, config)))
 
 

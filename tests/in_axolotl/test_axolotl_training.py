@@ -87,6 +87,7 @@ def test_the_loss_is_equation_3(tmp_path, model_dir):
 @pytest.mark.parametrize("packed", [False, True], ids=["unpacked", "packed"])
 def test_all_safe_equals_stock_axolotl(tmp_path, model_dir, packed):
     batch = {"sample_packing": packed, "micro_batch_size": 1 if packed else 8}
+    batch |= {"sample_packing_sequentially": True} if packed else {}
     ours = trained(tmp_path, configuration(tmp_path, model_dir, star_dss={"guard": SAFE}, **batch))
     plain = configuration(tmp_path, model_dir, star_dss=None, plugins=None, **batch)
     stock = trained(tmp_path, plain)
@@ -125,6 +126,7 @@ def test_packed_equals_unpacked(tmp_path, model_dir, data, attention):
     shared = {"datasets": [data(tmp_path)], "attn_implementation": attention}
     apart = trained(tmp_path, configuration(tmp_path, model_dir, **shared))
     shared |= {"sample_packing": True, "micro_batch_size": 1, "sequence_len": 1024}
+    shared |= {"sample_packing_sequentially": True}  # the other sampler starts processes
     packed = trainer_of(tmp_path, configuration(tmp_path, model_dir, **shared))
     batches = list(packed.get_train_dataloader())
     assert len(batches) == 1
@@ -216,7 +218,7 @@ def test_evaluation_can_be_packed(tmp_path, model_dir):
     test = {**conversations(tmp_path / "eval"), "split": "train"}
     config = configuration(
         tmp_path, model_dir, test_datasets=[test], sample_packing=True, eval_sample_packing=True,
-        micro_batch_size=1,
+        micro_batch_size=1, sample_packing_sequentially=True,
     )  # fmt: skip
     packed = trainer_of(tmp_path, config).evaluate()
     config |= {"eval_sample_packing": False}
