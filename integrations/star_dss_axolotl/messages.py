@@ -107,12 +107,13 @@ class TemplateInverse:
         # where both look alike, the template makes one turn of them.
         for opening, role in sorted(self._openings, key=lambda o: (-len(o[0]), o[1] != "user")):
             if text.startswith(opening):
-                found = self._turns(text, len(opening), role)
-                if self._renders(found, text):
+                found, end = self._turns(text, len(opening), role)
+                if self._renders(found, text[:end]):
                     return found
         return None
 
-    def _turns(self, text: str, position: int, role: str) -> list[dict[str, str]]:
+    def _turns(self, text: str, position: int, role: str) -> tuple[list[dict[str, str]], int]:
+        """The messages from a position on, and where the last one's content ends."""
         found = []
         while True:
             places = [
@@ -125,7 +126,8 @@ class TemplateInverse:
             at, _, piece, following = min(places)
             found.append({"role": role, "content": text[position:at]})
             position, role = at + len(piece), following
-        return [*found, {"role": role, "content": self._unclosed(text[position:], role)}]
+        content = self._unclosed(text[position:], role)
+        return [*found, {"role": role, "content": content}], position + len(content)
 
     def _unclosed(self, last: str, role: str) -> str:
         """The last content: without what the template writes behind it, which may be cut."""
