@@ -153,7 +153,7 @@ def test_scores_of_several_packs_lie_on_their_tokens(tmp_path, model_dir):
     for batch in trainer.get_train_dataloader():
         for i, ids in enumerate(batch["input_ids"].tolist()):
             start = 0
-            while (found := next((k for k in known if ids[start : start + len(k)] == [*k]), None)):
+            while found := next((k for k in known if ids[start : start + len(k)] == [*k]), None):
                 here = slice(start, start + len(found))
                 for column, values in zip((SCORES_COLUMN, "ref_logps"), known[found]):
                     assert batch[column][i, here].tolist() == pytest.approx(values)
@@ -166,9 +166,7 @@ def test_scores_of_several_packs_lie_on_their_tokens(tmp_path, model_dir):
     ("estimator", "reference", "lora"),
     [("k3", "adapter", True), ("full", "auto", True), ("full", "copy", False)],
 )
-def test_every_reference_gives_the_same_trajectory(
-    tmp_path, model_dir, estimator, reference, lora
-):
+def test_every_reference_gives_the_same_trajectory(tmp_path, model_dir, estimator, reference, lora):
     """A second arrangement of the same reference: precomputed for k1-k3, a copy for full."""
 
     def run(reference):
