@@ -59,7 +59,9 @@ def test_a_good_configuration(tmp_path, model_dir):
     ],
 )
 def test_a_problem_is_named_and_fails(tmp_path, model_dir, change, message):
-    config = {k: v for k, v in configuration(tmp_path, model_dir, **change).items() if v is not None}
+    config = {
+        k: v for k, v in configuration(tmp_path, model_dir, **change).items() if v is not None
+    }
     result = run(tmp_path, config)
     assert result.exit_code == 1, result.output
     assert message in result.output

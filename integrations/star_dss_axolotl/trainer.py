@@ -55,3 +55,16 @@ class StarDSSAxolotlTrainer(StarDSSMixin, AxolotlTrainer):  # type: ignore[misc]
         if self.star_dss_state is not None and isinstance(dataset, Dataset):
             dataset = self._scored(dataset, "eval")
         return super()._scored_late(dataset)
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Also returns the `star_dss/` metrics: `axolotl evaluate` shows what is returned."""
+        metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        for name, value in self.state.log_history[-1].items():
+            if name.startswith("eval_star_dss/"):
+                metrics[metric_key_prefix + name.removeprefix("eval")] = value
+        return metrics
