@@ -15,7 +15,7 @@ from axolotl_runs import (
     trainer_of,
     write_rows,
 )
-from conftest import WordGuard
+from conftest import WordGuard, tiny_llama
 from datasets import Dataset
 from star_dss_axolotl.trainer import StarDSSAxolotlTrainer
 from star_dss_trl import StarDSSConfig, StarDSSTrainer
@@ -178,6 +178,23 @@ def test_every_reference_gives_the_same_trajectory(tmp_path, model_dir, estimato
     twin = run("copy" if reference == "auto" else "precomputed" if lora else "auto")
     assert_same(history(ours), history(twin), 1e-4)
     assert ours.state.log_history[1]["star_dss/kl"] > 0
+
+
+@pytest.mark.parametrize(("estimator", "reference"), [("k2", "auto"), ("full", "auto")])
+def test_qlora_trains(tmp_path, tokenizer, estimator, reference):
+    """4-bit weights, which bitsandbytes also computes with on a CPU, in blocks of 64."""
+    folder = tmp_path / "model"
+    tiny_llama(len(tokenizer), hidden_size=64, intermediate_size=128).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    block = {"guard": "test-words", "kl_estimator": estimator, "reference": reference}
+    qlora = {**LORA, "adapter": "qlora", "load_in_4bit": True}
+    trainer = trained(tmp_path, configuration(tmp_path, folder, star_dss=block, **qlora))
+    assert any(type(m).__name__ == "Linear4bit" for m in trainer.model.modules())
+    assert trainer.star_dss_state.reference.kind == (
+        "precomputed" if estimator == "k2" else "adapter"
+    )
+    assert trainer.state.log_history[0]["star_dss/kl"] == pytest.approx(0, abs=1e-3)
+    assert trainer.state.log_history[1]["star_dss/kl"] > 0
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
