@@ -3,6 +3,9 @@
 import copy
 
 import pytest
+
+pytest.importorskip("axolotl", reason="needs Axolotl: make test-axolotl")
+
 from axolotl.integrations.base import PluginManager
 from axolotl_runs import PLUGIN, _light, chat, configuration, write_config  # noqa: F401
 from typer.testing import CliRunner

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import get_type_hints
 
 import pytest
+
+pytest.importorskip("axolotl", reason="needs Axolotl: make test-axolotl")
+
 import torch
 import yaml
 from axolotl.integrations.base import BasePlugin, PluginManager

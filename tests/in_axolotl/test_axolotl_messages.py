@@ -1,6 +1,9 @@
 """The inverse of a chat template: right, or not used."""
 
 import pytest
+
+pytest.importorskip("axolotl", reason="needs Axolotl: make test-axolotl")
+
 from axolotl.utils.chat_templates.base import _CHAT_TEMPLATES
 from axolotl_runs import _light  # noqa: F401
 from hypothesis import HealthCheck, given, settings
