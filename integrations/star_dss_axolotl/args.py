@@ -39,21 +39,17 @@ class _Block(BaseModel):
 
 
 # One source: names, types, defaults and descriptions are those of StarDSSOptions.
-StarDSSBlock: Any = create_model(
-    "StarDSSBlock",
-    __base__=_Block,
-    __module__=__name__,
-    **{
-        f.name: (_TYPES[f.name], Field(default=f.default, description=f.metadata["help"]))
-        for f in fields(StarDSSOptions)
-    },
-)
+_FIELDS: dict[str, Any] = {
+    f.name: (_TYPES[f.name], Field(default=f.default, description=f.metadata["help"]))
+    for f in fields(StarDSSOptions)
+}
+StarDSSBlock: Any = create_model("StarDSSBlock", __base__=_Block, __module__=__name__, **_FIELDS)
 
 
 class StarDSSArgs(BaseModel):
     """What the plugin adds to Axolotl's configuration: one nested block."""
 
-    star_dss: StarDSSBlock | None = Field(  # type: ignore[valid-type]
+    star_dss: StarDSSBlock | None = Field(
         default=None,
         description="Options of STAR-DSS; needed when the plugin is listed under `plugins`.",
     )

@@ -46,10 +46,12 @@ class StarDSSAxolotlTrainer(StarDSSMixin, AxolotlTrainer):  # type: ignore[misc]
         self.eval_dataset = self._scored(self.eval_dataset, "eval")
         set_up(self, options)
         # Axolotl's evaluation has a collator of its own.
-        self.eval_data_collator = TokenColumnsCollator(self.eval_data_collator)
+        evaluation: Any = self.eval_data_collator  # type: ignore[has-type]
+        self.eval_data_collator = TokenColumnsCollator(evaluation)
 
     def _scored(self, dataset: Any, name: str) -> Any:
-        return score(dataset, self._config, self.processing_class, self._options, name)
+        tokenizer: Any = self.processing_class
+        return score(dataset, self._config, tokenizer, self._options, name)
 
     def _scored_late(self, dataset: Any) -> Any:
         if self.star_dss_state is not None and isinstance(dataset, Dataset):
