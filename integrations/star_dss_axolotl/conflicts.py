@@ -96,10 +96,11 @@ def _dataset_conflicts(where: str, dataset: Mapping[str, Any]) -> Iterator[tuple
     if isinstance(roles, Mapping):
         ours = {"assistant", *(roles.get("assistant") or ())}
     trained = dataset.get("roles_to_train") or ()
+    trained = [trained] if isinstance(trained, str) else list(trained)
     others = [role for role in trained if role not in ours]
     if others:
         yield (
-            f"{where}.roles_to_train: {list(trained)}",
+            f"{where}.roles_to_train: {trained}",
             f"{', '.join(map(str, others))} would be trained, and a guard judges what the "
             "assistant says",
             "Set roles_to_train: [assistant]",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from star_dss_axolotl.messages import TemplateInverse
@@ -19,9 +19,10 @@ from star_dss_plugin.provenance import provenance_of
 from star_dss_plugin.scorer import options_for_scoring, score_dataset
 from star_dss_plugin.weights import needs_scores
 
-__all__ = ["score", "with_messages"]
+__all__ = ["chat_templates", "score", "with_messages"]
 
 _MESSAGES = "messages"
+_FEATURE = List({"role": Value("string"), "content": Value("string")})
 
 
 def score(
@@ -59,7 +60,7 @@ def score(
     )
     _announce(scored, name)
     # Axolotl's collators make tensors of every column.
-    return scored.remove_columns(_MESSAGES) if _MESSAGES not in dataset.column_names else scored
+    return scored.remove_columns(_MESSAGES)
 
 
 def with_messages(
@@ -79,13 +80,7 @@ def with_messages(
             text = decode(tokenizer, row["input_ids"])
             found = next((m for i in inverses if (m := i.messages(text)) is not None), None)
         column.append(found)
-    return dataset.add_column(_MESSAGES, column, feature=_feature())
-
-
-def _feature() -> Any:
-    from datasets import List, Value
-
-    return List({"role": Value("string"), "content": Value("string")})
+    return dataset.add_column(_MESSAGES, column, feature=_FEATURE)
 
 
 def chat_templates(

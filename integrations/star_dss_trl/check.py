@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from star_dss_plugin.check import Findings, check_options, estimate
 from star_dss_plugin.collation import SCORES_COLUMN
-from star_dss_plugin.errors import StarDSSError
+from star_dss_plugin.errors import ConfigError, StarDSSError
 from star_dss_plugin.files import load_tokenizer
 from star_dss_plugin.guards import missing_guard
 from star_dss_plugin.rows import tokenized
@@ -39,14 +39,16 @@ def check(path: Path, raw: dict[str, Any], *, data: bool) -> Findings:
         refuse_early(training_args)
         if not data:
             return found
-        splits = load_data(script_args, mixture_args)
-        train = splits[script_args.dataset_train_split]
+        splits, wanted = load_data(script_args, mixture_args), script_args.dataset_train_split
+        if wanted not in splits:
+            raise ConfigError(f"The data has no split {wanted!r}. Set dataset_train_split.")
+        train = splits[wanted]
         if training_args.guard is None and SCORES_COLUMN not in train.column_names:
             raise missing_guard()
         tokenizer = load_tokenizer(model_args.model_name_or_path)
         if isinstance(train, Dataset) and "input_ids" not in train.column_names:
             train = tokenized(train, tokenizer, training_args.max_length, None)
         found.notes.append(f"train data: {estimate(train, tokenizer, training_args)}")
-    except (StarDSSError, KeyError, OSError) as error:
-        found.problems.append(f"{error}")
+    except (StarDSSError, OSError) as error:
+        found.problems.append(str(error))
     return found

@@ -24,6 +24,7 @@ from axolotl_runs import (
     trained,
     trainer_of,
 )
+from star_dss_axolotl import StarDSSPlugin
 from star_dss_axolotl.args import StarDSSBlock, options_of
 from star_dss_axolotl.conflicts import conflicts
 
@@ -104,6 +105,7 @@ REFUSED = [
     {"plugins": [PLUGIN, "axolotl.integrations.hatchery.HatcheryPlugin"]},
     {"plugins": [PLUGIN, "axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"]},
     {"datasets": [{"path": "x", "type": "chat_template", "roles_to_train": ["user"]}]},
+    {"datasets": [{"path": "x", "type": "chat_template", "roles_to_train": "user"}]},
     {"test_datasets": [{"path": "x", "type": "chat_template", "roles_to_train": ["tool"]}]},
 ]
 
@@ -118,10 +120,11 @@ def test_a_conflict_stops_the_configuration(tmp_path, model_dir, change):
     config = configuration(tmp_path, model_dir, **change)
     (found,) = conflicts(config)
     assert found.startswith("STAR-DSS cannot be used with ")
-    light = {**config, "plugins": [PLUGIN]}  # the other plugins need what this machine has not
-    if "plugins" not in change:
+    with pytest.raises(ConfigError, match="STAR-DSS cannot be used with"):
+        StarDSSPlugin().register(config)
+    if "plugins" not in change:  # those plugins need what is not installed
         with pytest.raises(ConfigError, match="STAR-DSS cannot be used with"):
-            loaded(tmp_path, light)
+            loaded(tmp_path, config)
 
 
 def test_the_conflicts_are_all_listed_at_once(tmp_path, model_dir):

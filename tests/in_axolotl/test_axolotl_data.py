@@ -222,3 +222,30 @@ def test_rows_that_are_cut_keep_their_context(tmp_path, model_dir, tokenizer, as
     meta = scored(tmp_path, model_dir, chat(tmp_path / "a.jsonl", rows), **config)
     assert all(len(ids) == 24 for ids in meta.train_dataset["input_ids"])
     assert {str(context) for context, _ in asked} == {"[{'role': 'user', 'content': 'say it'}]"}
+
+
+def test_tools_are_read_too(tmp_path, model_dir, asked):
+    tool = {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "tells the weather",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+        },
+    }
+    messages = [
+        {"role": "user", "content": "rain in oslo?"},
+        {"role": "assistant", "content": "i look it up"},
+        {"role": "tool", "content": "no rain"},
+        {"role": "assistant", "content": "it is dry"},
+    ]
+    rows = [{"messages": messages, "tools": [tool]}] * 2
+    data = chat(tmp_path / "a.jsonl", rows, chat_template="qwen_25")
+    config = {"sequence_len": 1024, "chat_template": "qwen_25"}
+    meta = scored(tmp_path, model_dir, data, **config)
+    assert provenance_of(meta.train_dataset)["raw_contexts"] == 0
+    assert [text for _, text in asked] == ["i look it up", "it is dry"]
+    context = asked[1][0]
+    assert [m["role"] for m in context] == ["system", "user", "assistant", "tool"]
+    assert "tells the weather" in context[0]["content"]
+    assert "no rain" in context[3]["content"]
