@@ -12,7 +12,7 @@ from star_dss_axolotl.conflicts import packing_leaks
 from star_dss_plugin.config import StarDSSOptions
 from star_dss_plugin.errors import ConfigError
 
-__all__ = ["PLUGIN", "StarDSSArgs", "StarDSSBlock", "options_of"]
+__all__ = ["PLUGIN", "StarDSSArgs", "StarDSSBlock", "is_listed", "options_of"]
 
 PLUGIN = "star_dss_axolotl.StarDSSPlugin"
 _TYPES = get_type_hints(StarDSSOptions)
@@ -61,6 +61,13 @@ class StarDSSArgs(BaseModel):
         if self.star_dss is not None and (problem := packing_leaks(self)):
             raise ConfigError(problem)
         return self
+
+
+def is_listed(cfg: Any) -> bool:
+    """Whether a configuration lists the plugin, by whichever of its paths."""
+    names = [str(name).split(".") for name in cfg.get("plugins") or ()]
+    ours = PLUGIN.split(".")
+    return any((name[0], name[-1]) == (ours[0], ours[-1]) for name in names)
 
 
 def options_of(cfg: Any) -> StarDSSOptions | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from axolotl.integrations.base import load_plugin
 
-from star_dss_axolotl.args import PLUGIN, StarDSSBlock, options_of
+from star_dss_axolotl.args import PLUGIN, StarDSSBlock, is_listed, options_of
 from star_dss_axolotl.conflicts import conflicts
 from star_dss_axolotl.scoring import chat_templates, with_messages
 from star_dss_plugin.check import Findings, check_options, estimate
@@ -62,7 +62,7 @@ def _wiring(raw: dict[str, Any]) -> list[str]:
             "add one that names a guard"
         )  # fmt: skip
         problems.append(f"There is no star_dss block: {what}.")
-    if PLUGIN not in plugins:
+    if not is_listed(raw):
         near = _near(PLUGIN, plugins)
         what = f" (it lists {near})" if near else ""
         problems.append(

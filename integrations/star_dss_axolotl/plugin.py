@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from axolotl.integrations.base import BasePlugin, PluginManager
 
-from star_dss_axolotl.args import PLUGIN, options_of
+from star_dss_axolotl.args import PLUGIN, is_listed, options_of
 from star_dss_axolotl.card import add_section
 from star_dss_axolotl.conflicts import conflicts
 from star_dss_plugin.errors import ConfigError, StarDSSError
@@ -35,7 +35,7 @@ class StarDSSPlugin(BasePlugin):  # type: ignore[misc]
         Raises:
             ConfigError: The block is missing, or all settings that must go.
         """
-        if PLUGIN not in (cfg.get("plugins") or ()):
+        if not is_listed(cfg):
             return  # Axolotl asks every plugin that this process has ever registered
         if cfg.get("star_dss") is None:
             raise ConfigError(

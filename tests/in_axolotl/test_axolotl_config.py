@@ -157,9 +157,10 @@ def test_packing_whose_attention_mixes_rows_is_refused(tmp_path, model_dir, monk
         loaded(tmp_path, configuration(tmp_path, model_dir, sample_packing=True))
 
 
-def test_the_plugin_without_its_block_stops(tmp_path, model_dir):
+@pytest.mark.parametrize("name", [PLUGIN, "star_dss_axolotl.plugin.StarDSSPlugin"])
+def test_the_plugin_without_its_block_stops(tmp_path, model_dir, name):
     with pytest.raises(ConfigError, match="no star_dss block"):
-        loaded(tmp_path, configuration(tmp_path, model_dir, star_dss=None))
+        loaded(tmp_path, configuration(tmp_path, model_dir, star_dss=None, plugins=[name]))
 
 
 def test_an_import_error_inside_the_plugin_stops(tmp_path, model_dir, monkeypatch):
