@@ -8,11 +8,16 @@ Workloads (responses of 40 to 400 trained tokens, chunks of 5):
   W1  the template and tokenizer in DIR (Qwen3Guard-Gen's) on a random Qwen3 of about 130M
   W2  a 14-category policy of about 250 tokens on SmolLM2-135M (a Llama)
 
-Contenders, alternating in one run, medians reported:
+Contenders, alternating in one run:
   plain   one causal pass over as many tokens as the engine's distinct ones: the floor
   engine  LocalEngine
   (a)     one batched, left-padded forward pass per prefix
   (b)     vLLM with prefix caching on, label log-probabilities of one generated token
+
+Each round takes every contender over another slice of the responses, short and long ones in each,
+so that all rounds together score each response once. Medians over the rounds, also of the ratios,
+are reported. (a) is slow: with --per-prefix N it gets N responses of each slice, and its time is
+scaled by the tokens of their prompts.
 """
 
 from __future__ import annotations
@@ -147,13 +152,13 @@ import json, sys, time
 import torch
 from vllm import LLM, SamplingParams
 torch.set_num_threads(int(sys.argv[3]))
-groups = json.load(open(sys.argv[2]))
+slices = json.load(open(sys.argv[2]))
 llm = LLM(sys.argv[1], dtype="float32", enforce_eager=True, enable_prefix_caching=True,
           max_model_len=4096, max_logprobs=20, disable_log_stats=True)
 params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=20)
-prompts = [{"prompt_token_ids": p} for g in groups for p in g]
 print("ready", flush=True)
 for line in sys.stdin:
+    prompts = [{"prompt_token_ids": p} for g in slices[int(line)] for p in g]
     llm.reset_prefix_cache()
     start = time.perf_counter()
     llm.generate(prompts, params, use_tqdm=False)
@@ -162,11 +167,11 @@ for line in sys.stdin:
 
 
 class Vllm:
-    """vLLM in its own environment, asked to run again whenever it is told to."""
+    """vLLM in its own environment, told which slice to run."""
 
-    def __init__(self, python: str, folder: Path, groups: Any, threads: int) -> None:
+    def __init__(self, python: str, folder: Path, slices: Any, threads: int) -> None:
         prompts = folder / "prompts.json"
-        prompts.write_text(json.dumps(groups))
+        prompts.write_text(json.dumps(slices))
         environment = {
             **os.environ, "VLLM_CPU_KVCACHE_SPACE": "2", "OMP_NUM_THREADS": str(threads),
         }  # fmt: skip
@@ -192,9 +197,9 @@ class Vllm:
             sys.exit("vLLM stopped; see its messages above.")
         return line.strip()
 
-    def run(self) -> float:
+    def run(self, number: int) -> float:
         assert self.process.stdin is not None
-        self.process.stdin.write("go\n")
+        self.process.stdin.write(f"{number}\n")
         self.process.stdin.flush()
         while True:
             try:
@@ -203,13 +208,23 @@ class Vllm:
                 continue
 
 
-def measure(contenders: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each contender, alternating."""
+def measure(contenders: dict[str, Callable[[int], float]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each contender on each slice, alternating."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
+    for number in range(rounds):
         for name, run in contenders.items():
-            times[name].append(run())
+            times[name].append(run(number))
+        print(f"slice {number}:", {name: round(t[-1], 2) for name, t in times.items()}, flush=True)
     return times
+
+
+def probability(logprobs: torch.Tensor) -> torch.Tensor:
+    """Of the first label among the labels: what a score is made of."""
+    return logprobs.double().softmax(-1)[:, 0]
+
+
+def size(groups: list[list[list[int]]]) -> int:
+    return sum(len(prompt) for group in groups for prompt in group)
 
 
 def timed(function: Callable[[], Any]) -> tuple[float, Any]:
@@ -224,8 +239,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--guard-dir", type=Path)
     parser.add_argument("--responses", type=int, default=64)
     parser.add_argument("--longest", type=int, default=400, help="tokens of the longest response")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=8, help="slices of the responses")
+    parser.add_argument("--per-prefix", type=int, help="responses of each slice given to (a)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--dtype", default="float32", help="of the weights; vLLM has float32")
     parser.add_argument("--batch-tokens", type=int, default=16384)
     parser.add_argument("--vllm-python", help="python of an environment with vLLM")
     parser.add_argument("--engine-only", action="store_true", help="for its peak memory")
@@ -252,35 +269,45 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
         lambda: [guard._template.prompts(guard._context(r.context), r.text, r.ends) for r in asked]
     )
     labels = [i for group in guard._label_groups for i in group]
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, args.dtype)).eval()
     loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     engine = LocalEngine(model, args.batch_tokens)
     engine.label_logprobs([[[1, 2, 3], [1, 2, 4]]], labels)  # its one-time trial
     longest = max(len(p) for g in groups for p in g)
-    found: dict[str, torch.Tensor] = {}
+    slices = [groups[i :: args.rounds] for i in range(args.rounds)]
+    distinct, differences = [0] * args.rounds, []
+    found: list[torch.Tensor] = []
 
-    def ours() -> float:
-        engine.computed_tokens = engine.distinct_tokens = 0
+    def ours(number: int) -> float:
+        nonlocal found
+        before = engine.distinct_tokens
         engine._head = ((), {})
-        taken, result = timed(lambda: engine.label_logprobs(groups, labels))
-        found["engine"] = torch.cat(result)
+        taken, found = timed(lambda: engine.label_logprobs(slices[number], labels))
+        distinct[number] = engine.distinct_tokens - before
         return taken
 
-    def plain() -> float:
-        distinct = engine.distinct_tokens
-        taken, run = timed(lambda: causal(model, distinct, longest, args.batch_tokens))
-        return taken * distinct / run
+    def plain(number: int) -> float:
+        taken, run = timed(lambda: causal(model, distinct[number], longest, args.batch_tokens))
+        return taken * distinct[number] / run
 
-    def baseline() -> float:
-        taken, found["(a)"] = timed(lambda: per_prefix(model, groups, labels, args.batch_tokens))
-        return taken
+    def baseline(number: int) -> float:
+        part = slices[number]
+        # The middle ones, in length, of so many equal parts.
+        count = min(args.per_prefix or len(part), len(part))
+        some = [(2 * k + 1) * len(part) // (2 * count) for k in range(count)]
+        asked = [part[i] for i in some]
+        taken, logprobs = timed(lambda: per_prefix(model, asked, labels, args.batch_tokens))
+        difference = probability(torch.cat([found[i] for i in some])) - probability(logprobs)
+        differences.append(difference)
+        return taken * size(part) / size(asked)
 
-    contenders = {"engine": ours}
+    contenders: dict[str, Callable[[int], float]] = {"engine": ours}
     if not args.engine_only:
         contenders |= {"plain": plain, "(a)": baseline}
     if args.vllm_python:
-        vllm = Vllm(args.vllm_python, folder, groups, args.threads)
+        vllm = Vllm(args.vllm_python, folder, slices, args.threads)
         contenders["(b)"] = vllm.run
+    engine.computed_tokens = engine.distinct_tokens = 0
     times = measure(contenders, args.rounds)
     if args.vllm_python:
         vllm.close()
@@ -291,24 +318,30 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
         f"{parameters:.0f}M parameters, {args.threads} threads, {platform.machine()}, "
         f"torch {torch.__version__}, transformers {transformers.__version__}"
     )
-    distinct, computed = engine.distinct_tokens, engine.computed_tokens
+    computed = engine.computed_tokens
     print(
-        f"tokens: {sum(len(p) for g in groups for p in g)} in all prompts, {distinct} distinct, "
-        f"{computed} computed ({computed / distinct:.3f} x distinct)"
+        f"tokens: {size(groups)} in all prompts, {sum(distinct)} distinct, "
+        f"{computed} computed ({computed / sum(distinct):.3f} x distinct)"
     )
-    median = {name: statistics.median(values) for name, values in times.items()}
-    share = rendering / (rendering + median["engine"])
+    share = rendering / (rendering + sum(times["engine"]))
     print(f"rendering and tokenizing the prompts: {rendering:.2f} s ({share:.1%} of scoring)")
-    for name, value in median.items():
+    for name, values in times.items():
+        ratio = statistics.median(a / b for a, b in zip(values, times["engine"], strict=True))
+        each = statistics.median(a / b for a, b in zip(values, distinct, strict=True))
         print(
-            f"{name:8s}{value:10.2f} s   {value / median['engine']:6.2f} x engine   "
-            f"{1e3 * value / distinct:7.3f} ms per distinct token   rounds "
-            f"{[round(t, 2) for t in times[name]]}"
+            f"{name:8s}{sum(values):10.1f} s in all   {ratio:6.2f} x engine   "
+            f"{1e3 * each:7.3f} ms per distinct token (medians of {args.rounds})"
         )
     if not args.engine_only:
-        difference = (found["engine"] - found["(a)"]).abs().max().item()
-        print(f"largest difference of log-probabilities to (a): {difference:.1e}")
-        print(f"engine / plain, per distinct token: {median['engine'] / median['plain']:.2f}")
+        ratio = statistics.median(
+            a / b for a, b in zip(times["engine"], times["plain"], strict=True)
+        )
+        print(f"engine / plain, per distinct token: {ratio:.2f}")
+        off = torch.cat(differences)
+        print(
+            f"P(first label) against (a), {off.numel()} prefixes, {args.dtype}: largest difference "
+            f"{off.abs().max():.1e}, mean difference {off.mean():+.1e}"
+        )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"peak memory: {peak / 2**20:.2f} GiB, of which {loaded / 2**20:.2f} GiB before scoring")
 

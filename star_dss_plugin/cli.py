@@ -54,6 +54,10 @@ def score(
     ] = None,
     segmenter: Annotated[str, typer.Option(help="tokens, words, sentences or whole.")] = "tokens",
     chunk_size: Annotated[int, typer.Option(min=1, help="M: units per chunk.")] = 5,
+    trajectory: Annotated[
+        str, typer.Option(help="exact, or adaptive: fewer prefixes, the others interpolated.")
+    ] = "exact",
+    trajectory_epsilon: Annotated[float, typer.Option(min=0, max=1, help="ε of adaptive.")] = 0.02,
     max_length: Annotated[
         int | None, typer.Option(min=1, help="Cut rows to this many tokens (as in training).")
     ] = None,
@@ -77,6 +81,8 @@ def score(
         guard=guard,
         segmenter=segmenter,
         chunk_size=chunk_size,
+        trajectory=trajectory,
+        trajectory_epsilon=trajectory_epsilon,
         max_length=max_length,
         guard_device=guard_device,
         guard_dtype=guard_dtype,
@@ -153,7 +159,7 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the report.")] = Path(
         "runs/demo"
     ),
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each run.")] = 16,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each run.")] = 12,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts to answer before and after.")] = 8,
 ) -> None:
     """Scores a small data set, finetunes SmolLM2-135M with and without STAR-DSS, and compares."""

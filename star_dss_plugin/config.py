@@ -11,9 +11,10 @@ from typing import Any
 
 from star_dss_plugin.errors import ConfigError, unknown_name
 
-__all__ = ["KL_ESTIMATORS", "REFERENCES", "StarDSSOptions"]
+__all__ = ["KL_ESTIMATORS", "REFERENCES", "TRAJECTORIES", "StarDSSOptions"]
 
 KL_ESTIMATORS = ("k1", "k2", "k3", "full")
+TRAJECTORIES = ("exact", "adaptive")
 REFERENCES = ("auto", "adapter", "precomputed", "copy", "none")
 
 
@@ -60,6 +61,14 @@ class StarDSSOptions:
         "computed once), 'adapter' (the base model, by switching the adapter off), 'copy' (a "
         "frozen copy), 'none', or the id or folder of a model with the same tokenizer.",
     )
+    trajectory: str = _option(
+        "exact",
+        "'exact' scores every prefix; 'adaptive' only where the score moves or is not safe, and "
+        "interpolates the others.",
+    )
+    trajectory_epsilon: float = _option(
+        0.02, "ε in [0, 1] of trajectory='adaptive': what counts as moving, and as not safe."
+    )
     guard_device: str | None = _option(
         None, "Where the guard runs ('cuda', 'cpu'); by default the GPU if there is one."
     )
@@ -93,11 +102,14 @@ class StarDSSOptions:
         _at_least("chunk_size", self.chunk_size, 1, integer=True)
         _at_least("score_batch_tokens", self.score_batch_tokens, 1, integer=True)
         _at_least("kl_coef", self.kl_coef, 0)
-        if not 0 <= self.threshold <= 1:
-            raise ConfigError(
-                f"threshold is {self.threshold!r}, but scores are probabilities: use a value in "
-                "[0, 1]."
-            )
+        for name in ("threshold", "trajectory_epsilon"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)!r}, but scores are probabilities: use a value "
+                    "in [0, 1]."
+                )
+        if self.trajectory not in TRAJECTORIES:
+            raise unknown_name("trajectory", self.trajectory, TRAJECTORIES)
         if self.reference not in REFERENCES and not _looks_like_a_model(self.reference):
             raise unknown_name("reference", self.reference, [*REFERENCES, "<a model id or folder>"])
 

@@ -24,9 +24,10 @@ from star_dss_plugin._version import __version__
 from star_dss_plugin.cache import ScoreCache, content_key, default_cache_dir
 from star_dss_plugin.collation import SCORES_COLUMN
 from star_dss_plugin.columns import with_column
-from star_dss_plugin.config import StarDSSOptions
-from star_dss_plugin.errors import ConfigError, DataError, GuardError
+from star_dss_plugin.config import TRAJECTORIES, StarDSSOptions
+from star_dss_plugin.errors import ConfigError, DataError, GuardError, unknown_name
 from star_dss_plugin.guards import load_guard, missing_guard
+from star_dss_plugin.guards.adaptive import adaptive
 from star_dss_plugin.guards.base import Guard, PrefixRequest, Trajectory
 from star_dss_plugin.guards.verdict import low_label_mass
 from star_dss_plugin.plugins import load_plugins
@@ -57,6 +58,8 @@ def score_dataset(
     guard: str | Mapping[str, Any] | Guard | None,
     segmenter: str = "tokens",
     chunk_size: int = 5,
+    trajectory: str = "exact",
+    trajectory_epsilon: float = 0.02,
     guard_device: str | None = None,
     guard_dtype: str = "auto",
     score_batch_tokens: int = 16384,
@@ -75,6 +78,8 @@ def score_dataset(
         guard: A name, a mapping, or a loaded guard.
         segmenter: What a chunk is made of.
         chunk_size: M >= 1.
+        trajectory: "exact", or "adaptive": fewer prefixes are scored (`AdaptiveGuard`).
+        trajectory_epsilon: ε in [0, 1] of "adaptive".
         guard_device: Where the guard runs.
         guard_dtype: The guard's dtype.
         score_batch_tokens: Token budget of one guard batch.
@@ -101,6 +106,8 @@ def score_dataset(
         )
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
         raise ConfigError(f"chunk_size is {chunk_size!r}; it must be an integer of at least 1.")
+    if trajectory not in TRAJECTORIES:
+        raise unknown_name("trajectory", trajectory, TRAJECTORIES)
     if "input_ids" not in dataset.column_names:
         dataset = tokenized(dataset, tokenizer, max_length, chat_template)
     elif "labels" not in dataset.column_names:
@@ -116,6 +123,8 @@ def score_dataset(
         dtype=guard_dtype,
         batch_tokens=score_batch_tokens,
     )
+    if trajectory == "adaptive":
+        asked = adaptive(asked, trajectory_epsilon)
     try:
         rows = _find_all(dataset, tokenizer, segmenter, chunk_size, chat_template)
         cache = ScoreCache(
@@ -207,8 +216,10 @@ def _ask_missing(
         desc=f"STAR scores by {guard.name}",
         unit="prefix",
         disable=not progress or not todo,
+        smoothing=0,  # the data's order says nothing about what is left: the mean rate is the guess
     )
-    flushed = time.monotonic()
+    started = flushed = time.monotonic()
+    responses = 0
     try:
         for batch in todo:
             results = _ask_batch(guard, [wanted[i] for i in batch], batch, keys, rows)
@@ -216,8 +227,10 @@ def _ask_missing(
                 if keys[i] not in found:
                     found[keys[i]] = result
                     cache.put(keys[i], result)
+            now, responses = time.monotonic(), responses + len(batch)
+            bar.set_postfix_str(f"{responses / (now - started):.2f} responses/s", refresh=False)
             bar.update(sum(len(wanted[i].ends) for i in batch))
-            if time.monotonic() - flushed > _FLUSH_SECONDS:
+            if now - flushed > _FLUSH_SECONDS:
                 cache.flush()
                 flushed = time.monotonic()
     finally:
@@ -319,7 +332,7 @@ def _with_columns(
 def options_for_scoring(options: StarDSSOptions) -> dict[str, Any]:
     """The options that `score_dataset` takes, by name."""
     names = (
-        "guard", "segmenter", "chunk_size", "guard_device", "guard_dtype", "score_batch_tokens",
-        "score_cache_dir",
+        "guard", "segmenter", "chunk_size", "trajectory", "trajectory_epsilon", "guard_device",
+        "guard_dtype", "score_batch_tokens", "score_cache_dir",
     )  # fmt: skip
     return {name: getattr(options, name) for name in names}

@@ -171,8 +171,8 @@ def _attention(
             mask = current.prefix_mask(index, sliding_window, query.dtype)
             found.append(_attend(rows, keys, values, mask, scale, softcap, causal=False))
         there, there_lse = (torch.cat(parts) for parts in zip(*found, strict=True))
-        share = torch.sigmoid(there_lse - lse).unsqueeze(-1).to(out.dtype)
-        out = torch.lerp(out, there, share)
+        share = torch.sigmoid(there_lse - lse).unsqueeze(-1)
+        out = torch.lerp(out.float(), there.float(), share).to(out.dtype)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -5,7 +5,8 @@ response, as the real streaming guards do. It knows the kinds of text it was fit
 else (docs/demo_guard.md), says so whenever it is loaded, and is nobody's default.
 
 At token t the probe sees the hidden state of that token, the mean of the states of the response so
-far and the mean of the last few, so P(safe) at t depends on nothing after t.
+far, the mean of the last few, and the state in which the response opened (what was asked), so
+P(safe) at t depends on nothing after t.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 RECENT = 16
 """Tokens of the shorter mean: it notices a turn that the running mean is too slow for."""
 
-_FORMAT = 1  # counts up when the code here or in demo_states.py changes a score
+_FORMAT = 2  # counts up when the code here or in demo_states.py changes a score
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -57,15 +58,16 @@ def probe_logits(states: Tensor, weight: Tensor, bias: float) -> Tensor:
 
     Args:
         states: Shape (T + 1, H): of the last context token, then of each response token.
-        weight: Shape (H, 3): of a token's own state, of the running mean, of the recent mean.
+        weight: Shape (H, 4): of a token's own state, of the running mean, of the recent mean, of
+            the state of the last context token.
         bias: Added to all.
 
     Returns:
         float64 on the CPU, shape (T + 1,). Entry t depends on rows 0 … t of `states` alone.
     """
     # The mean of a projection is the projection of the mean, and far cheaper.
-    own, running, recent = (states @ weight).cpu().double().split(1, dim=1)
-    logits: Tensor = own + running_mean(running) + recent_mean(recent) + bias
+    own, running, recent, opening = (states @ weight).cpu().double().split(1, dim=1)
+    logits: Tensor = own + running_mean(running) + recent_mean(recent) + opening[:1] + bias
     return logits[:, 0]
 
 
@@ -145,7 +147,7 @@ class DemoGuard(StreamingGuard):
             _check_backbone(_probe_card(data))
             probe = read_safetensors(data)
             backbone = Backbone(self._device, self._dtype, self._batch_tokens)
-            weight = probe["weight"].float().to(self._device)  # (H, 3)
+            weight = probe["weight"].float().to(self._device)  # (H, 4)
             self._loaded = (backbone, weight, probe["bias"].item())
         return self._loaded
 

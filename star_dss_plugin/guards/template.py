@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from star_dss_plugin.errors import GuardError
 from star_dss_plugin.guards.base import Message
+from star_dss_plugin.guards.prefixes import PrefixTokenizer
 
 __all__ = ["PINNED_DATE", "GuardTemplate"]
 
@@ -81,6 +82,7 @@ class GuardTemplate:
         longest_first = sorted(self._control, key=len, reverse=True)
         self._splitter = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._plain = self._without_control_tokens()
+        self._prefixes = PrefixTokenizer(self._plain)
         self._trims = {role: self._trim_of(role) for role in ("user", "assistant")}
         self._check_tokenization()
 
@@ -122,12 +124,8 @@ class GuardTemplate:
         head_ids = self._encode(head, fill)
         tail_ids = self._encode(tail, fill)
         opening, closing = fill(opening), fill(closing)
-        return [
-            head_ids
-            + self._encode_content(opening + self._as_rendered(text[:end], "assistant") + closing)
-            + tail_ids
-            for end in ends
-        ]
+        answers = [opening + self._as_rendered(text[:end], "assistant") + closing for end in ends]
+        return [head_ids + ids + tail_ids for ids in self._encode_contents(answers)]
 
     def _split_last(self, scaffold: str) -> tuple[str, str]:
         """Scaffold up to and with its last control token, and the plain text after it."""
@@ -167,6 +165,13 @@ class GuardTemplate:
                 "keep content apart; use another guard."
             )
         return ids
+
+    def _encode_contents(self, texts: Sequence[str]) -> list[list[int]]:
+        """`_encode_content` of texts that begin alike."""
+        return [
+            ids if self.control_ids.isdisjoint(ids) else self._encode_content(text)
+            for text, ids in zip(texts, self._prefixes(texts), strict=True)
+        ]
 
     def _encoded(self, text: str) -> list[int]:
         ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids

@@ -1,0 +1,117 @@
+"""Fewer guard evaluations: coarse chunk ends first, more only where the score moves or is not safe.
+
+Most responses are safe from their first token to their last, and most of their scores tell nothing
+new. The price: a dip between two ends that are both safe is not seen. Off by default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from star_dss_plugin.errors import GuardError
+from star_dss_plugin.guards.base import Guard, PrefixRequest, StreamingGuard, Trajectory
+
+__all__ = ["AdaptiveGuard", "adaptive"]
+
+STRIDE = 8
+"""Every which prefix is scored at first; with them the first and the last one."""
+
+
+def adaptive(guard: Guard, epsilon: float) -> Guard:
+    """A guard that is asked for fewer prefixes; one that reads a response once stays as it is."""
+    return guard if isinstance(guard, StreamingGuard) else AdaptiveGuard(guard, epsilon)
+
+
+class AdaptiveGuard(Guard):
+    """Scores as few prefixes of a response as its trajectory allows, and interpolates the others.
+
+    An interval between two scored prefixes is split where the two scores differ by more than ε or
+    one of them is below 1 − ε. The scores in the other intervals are interpolated linearly over
+    characters, and so lie within ε of 1.
+
+    Args:
+        guard: The guard that is asked.
+        epsilon: ε in [0, 1].
+
+    Attributes:
+        asked: Prefixes that the guard was asked for so far.
+        wanted: Prefixes that were to be scored so far.
+    """
+
+    def __init__(self, guard: Guard, epsilon: float = 0.02) -> None:
+        self._guard, self.epsilon = guard, epsilon
+        self.name, self.demonstration = guard.name, guard.demonstration
+        # The scorer checks it over the data.
+        self.min_label_mass: float = getattr(guard, "min_label_mass", 0.0)
+        self.asked = self.wanted = 0
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        how = {"stride": STRIDE, "epsilon": self.epsilon}
+        return {**self._guard.identity, "trajectory": {"adaptive": how}}
+
+    def plan(self, requests: Sequence[PrefixRequest]) -> list[list[int]]:
+        return self._guard.plan(requests)
+
+    def trajectories(self, requests: Sequence[PrefixRequest]) -> list[Trajectory]:
+        scores = [np.full(len(r.ends), np.nan) for r in requests]
+        masses = [np.full(len(r.ends), np.nan) for r in requests]
+        todo = {
+            i: [*range(0, len(r.ends) - 1, STRIDE), len(r.ends) - 1] for i, r in enumerate(requests)
+        }
+        while todo:
+            for i, found in zip(todo, self._ask(requests, todo), strict=True):
+                scores[i][todo[i]] = found.scores
+                masses[i][todo[i]] = found.label_mass or np.nan
+            todo = {i: more for i in todo if (more := self._unsettled(scores[i]))}
+        self.wanted += sum(len(r.ends) for r in requests)
+        return [
+            Trajectory(_filled(r, s) or (), _filled(r, m))
+            for r, s, m in zip(requests, scores, masses, strict=True)
+        ]
+
+    def close(self) -> None:
+        self._guard.close()
+
+    def _ask(
+        self, requests: Sequence[PrefixRequest], todo: dict[int, list[int]]
+    ) -> list[Trajectory]:
+        asked = [
+            PrefixRequest(requests[i].context, requests[i].text,
+                          tuple(requests[i].ends[k] for k in wanted))
+            for i, wanted in todo.items()
+        ]  # fmt: skip
+        self.asked += sum(len(request.ends) for request in asked)
+        try:
+            return self._guard.trajectories(asked)
+        except GuardError as error:
+            if error.request is None:
+                raise
+            raise GuardError(str(error), request=list(todo)[error.request]) from error
+
+    def _unsettled(self, scores: np.ndarray[Any, np.dtype[np.float64]]) -> list[int]:
+        """The prefixes to score next; `scores` is nan where nothing is known."""
+        known = np.flatnonzero(~np.isnan(scores)).tolist()
+        safe = 1 - self.epsilon
+        more: list[int] = []
+        for first, last in pairwise(known):
+            one, other = scores[first], scores[last]
+            if one < safe and other < safe:
+                more += range(first + 1, last)  # halving would end there too, only later
+            elif last - first > 1 and (min(one, other) < safe or abs(one - other) > self.epsilon):
+                more.append((first + last) // 2)
+        return more
+
+
+def _filled(
+    request: PrefixRequest, values: np.ndarray[Any, np.dtype[np.float64]]
+) -> tuple[float, ...] | None:
+    known = ~np.isnan(values)
+    if not known.any():
+        return None
+    ends = np.asarray(request.ends, dtype=np.float64)
+    return tuple(np.interp(ends, ends[known], values[known]).tolist())

@@ -1,0 +1,110 @@
+"""Tokens of all prefixes of a text, at the price of the text and a few words around each cut.
+
+Byte-level tokenizers cut a text into words with a regular expression and tokenize each word by
+itself, so a prefix has the tokens of the whole text up to a few words before its end. Tokenizers
+that are not known to work so get every prefix whole.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+from tokenizers import Tokenizer
+
+__all__ = ["PrefixTokenizer"]
+
+_WORDS_BACK = 3
+"""Words before the cut's own that are tokenized again.
+
+What ends a word is seen in the character behind it, or, for white space, behind the run of white
+space that it is part of; words cut a run into at most three.
+"""
+
+# A word that depends on what stands before it. "^" negates a class and is an anchor elsewhere.
+_LOOKS_BACK = re.compile(r"\(\?<|\\[AGbBK]|(?<!\[)\^")
+
+
+class PrefixTokenizer:
+    """Token ids of texts that begin alike.
+
+    Args:
+        tokenizer: Without control tokens: nothing but text is ever given to it.
+
+    Attributes:
+        works_by_words: Whether prefixes are taken from the whole text's tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        state = json.loads(tokenizer.to_str())
+        # Some post-processors move a word's offset behind its leading space.
+        state["post_processor"] = None
+        self._tokenizer = Tokenizer.from_str(json.dumps(state))
+        self.works_by_words = _works_by_words(state)
+        self._normalizes = state["normalizer"] is not None
+
+    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, as if it were tokenized alone."""
+        whole = max(texts, key=len)
+        if not self.works_by_words or (
+            self._normalizes and not unicodedata.is_normalized("NFC", whole)
+        ):
+            found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [encoding.ids for encoding in found]
+        encoding = self._tokenizer.encode(whole, add_special_tokens=False)
+        ids, offsets, words = encoding.ids, encoding.offsets, encoding.word_ids
+        # Where each word begins: its first token and its first character.
+        starts = [
+            (i, offsets[i][0]) for i, word in enumerate(words) if i == 0 or word != words[i - 1]
+        ]
+        kept, rests, word = [], [], 0
+        for text in texts:
+            shared = _common_length(text, whole)
+            # Neighbours in `texts` share about as much: the search begins at the last one's word.
+            while word > 0 and starts[word][1] > shared:
+                word -= 1
+            while word + 1 < len(starts) and starts[word + 1][1] <= shared:
+                word += 1
+            token, character = starts[max(0, word - _WORDS_BACK)] if starts else (0, 0)
+            kept.append(token)
+            rests.append(text[character:])
+        tails = self._tokenizer.encode_batch_fast(rests, add_special_tokens=False)
+        return [ids[:token] + tail.ids for token, tail in zip(kept, tails, strict=True)]
+
+
+def _common_length(one: str, two: str) -> int:
+    """How many first characters two texts share."""
+    low, high = 0, min(len(one), len(two))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == two[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _works_by_words(state: dict[str, Any]) -> bool:
+    """Whether a tokenizer cuts text into words from left to right, each tokenized by itself."""
+    normalizer, model = state["normalizer"], state["model"]
+    if normalizer is not None and normalizer["type"] != "NFC":
+        return False
+    if model["type"] != "BPE" or model.get("dropout"):
+        return False
+    step = state["pre_tokenizer"] or {"type": "none"}
+    kinds = step["pretokenizers"] if step["type"] == "Sequence" else [step]
+    if kinds[-1]["type"] != "ByteLevel" or kinds[-1]["add_prefix_space"]:
+        return False
+    if kinds[-1].get("use_regex", True):
+        return all(k["type"] == "Digits" and k["individual_digits"] for k in kinds[:-1])
+    # One expression only: the words of a second one would not be those of the first.
+    return (
+        len(kinds) == 2
+        and kinds[0]["type"] == "Split"
+        and kinds[0]["behavior"] == "Isolated"
+        and not kinds[0]["invert"]
+        and not _LOOKS_BACK.search(kinds[0]["pattern"].get("Regex", "^"))
+    )
