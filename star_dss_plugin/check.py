@@ -116,8 +116,9 @@ def estimate(
             calls += len(response.chunk_ends)
             once += response.end
             alone += sum(response.chunk_ends)
+    most = "at most " if options.trajectory == "adaptive" else ""
     return (
-        f"{len(dataset)} rows, {responses} responses ({raw} without messages): {calls} guard "
+        f"{len(dataset)} rows, {responses} responses ({raw} without messages): {most}{calls} guard "
         f"calls; {once} tokens of conversation where prefixes are shared ({alone} if each were "
         "read alone), and the guard's own prompt"
     )
