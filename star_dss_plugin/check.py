@@ -19,11 +19,13 @@ from star_dss_plugin.collation import SCORES_COLUMN
 from star_dss_plugin.config import StarDSSOptions
 from star_dss_plugin.errors import ConfigError, PluginError, StarDSSError
 from star_dss_plugin.guards import load_guard
+from star_dss_plugin.loss import resolve_weight_map
 from star_dss_plugin.plugins import load_plugins
 from star_dss_plugin.responses import find_responses
 from star_dss_plugin.rows import in_row, known_rows
+from star_dss_plugin.weights import needs_scores
 
-__all__ = ["Findings", "check_config", "check_options", "estimate"]
+__all__ = ["Findings", "check_config", "check_options", "estimate", "lacks_guard"]
 
 
 @dataclass
@@ -89,6 +91,13 @@ def check_options(options: StarDSSOptions) -> Findings:
     return found
 
 
+def lacks_guard(dataset: Dataset, options: StarDSSOptions) -> bool:
+    """Whether a data set would have to be scored and no guard is named."""
+    weight_map = resolve_weight_map(options.loss_type)
+    reads = needs_scores(weight_map, kl_coef=options.kl_coef, threshold=options.threshold)
+    return reads and options.guard is None and SCORES_COLUMN not in dataset.column_names
+
+
 def estimate(
     dataset: Dataset,
     tokenizer: PreTrainedTokenizerBase,
@@ -103,8 +112,8 @@ def estimate(
         options: The run's options.
         chat_template: The template that made the tokens; None: the tokenizer's own.
     """
-    if SCORES_COLUMN in dataset.column_names:
-        return f"{len(dataset)} rows with {SCORES_COLUMN}: nothing to score"
+    if SCORES_COLUMN in dataset.column_names or options.guard is None:
+        return f"{len(dataset)} rows: nothing to score"
     cut = load_plugins().segmenter(options.segmenter)
     responses = raw = calls = once = alone = 0
     for i, row in enumerate(known_rows(dataset)):

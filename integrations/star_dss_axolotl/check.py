@@ -11,7 +11,7 @@ from axolotl.integrations.base import load_plugin
 from star_dss_axolotl.args import PLUGIN, StarDSSBlock, is_listed, options_of
 from star_dss_axolotl.conflicts import conflicts
 from star_dss_axolotl.scoring import chat_templates, with_messages
-from star_dss_plugin.check import Findings, check_options, estimate
+from star_dss_plugin.check import Findings, check_options, estimate, lacks_guard
 from star_dss_plugin.guards import missing_guard
 
 __all__ = ["check"]
@@ -56,8 +56,8 @@ def _wiring(raw: dict[str, Any]) -> list[str]:
                 f"The plugin {name} cannot be loaded ({type(error).__name__}: {error}). Axolotl "
                 f"may only log that and train without it.{hint}"
             )
-    if "star_dss" not in raw:
-        near = _near("star_dss", list(raw))
+    if raw.get("star_dss") is None:
+        near = _near("star_dss", [str(key) for key in raw if key != "star_dss"])
         what = f"it has {near!r}, which Axolotl drops. Call it star_dss" if near else (
             "add one that names a guard"
         )  # fmt: skip
@@ -105,7 +105,7 @@ def _as_axolotl_sees_it(raw: dict[str, Any], found: Findings, *, data: bool) -> 
     for name, dataset in (("train", loaded.train_dataset), ("eval", loaded.eval_dataset)):
         if dataset is None:
             continue
-        if options.guard is None and "star_scores" not in dataset.column_names:
+        if lacks_guard(dataset, options):
             found.problems.append(str(missing_guard()))
             return
         rows = with_messages(dataset, tokenizer, templates)

@@ -44,7 +44,7 @@ _REFUSED: dict[str, tuple[str, str]] = {
     "deepspeed": (_SHARDED, "Remove it: use DDP, or one process"),
     "liger_fused_linear_cross_entropy": (
         "it fuses the loss into the model and gives no logits to weigh",
-        "Set it to false; the other Liger kernels are fine",
+        "Set it to false; the other Liger kernels keep the logits",
     ),
     "cut_cross_entropy": (
         "it fuses the loss into the model and gives no logits to weigh",

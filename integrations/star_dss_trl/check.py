@@ -7,8 +7,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from star_dss_plugin.check import Findings, check_options, estimate
-from star_dss_plugin.collation import SCORES_COLUMN
+from star_dss_plugin.check import Findings, check_options, estimate, lacks_guard
 from star_dss_plugin.errors import ConfigError, StarDSSError
 from star_dss_plugin.files import load_tokenizer
 from star_dss_plugin.guards import missing_guard
@@ -43,7 +42,7 @@ def check(path: Path, raw: dict[str, Any], *, data: bool) -> Findings:
         if wanted not in splits:
             raise ConfigError(f"The data has no split {wanted!r}. Set dataset_train_split.")
         train = splits[wanted]
-        if training_args.guard is None and SCORES_COLUMN not in train.column_names:
+        if lacks_guard(train, training_args):
             raise missing_guard()
         tokenizer = load_tokenizer(model_args.model_name_or_path)
         if isinstance(train, Dataset) and "input_ids" not in train.column_names:

@@ -53,6 +53,7 @@ def block(**changes):
         (setting(plugins=["star_dss_axolot.StarDSSPlugin"]), f"Did you mean {PLUGIN}?"),
         (setting(plugins=[PLUGIN, "no_such.Plugin"]), "The plugin no_such.Plugin cannot be loaded"),
         (without("star_dss"), "There is no star_dss block: add one"),
+        (setting(star_dss=None), "There is no star_dss block: add one"),
         (rename_block, "it has 'star_ds', which Axolotl drops. Call it star_dss"),
         (block(chunk_sise=5), "chunk_sise"),
         (block(kl_coef=-1), "kl_coef is -1"),
@@ -85,3 +86,9 @@ def test_every_problem_is_listed_at_once(tmp_path, model_dir):
     config["star_dss"] = {"chunk_sise": 1}
     found = check_config(write_config(tmp_path, config), data=False)
     assert len(found.problems) == 3
+
+
+def test_a_loss_that_reads_no_scores_needs_no_guard(tmp_path, model_dir):
+    result = run(tmp_path, configuration(tmp_path, model_dir, star_dss={"loss_type": "kl_only"}))
+    assert result.exit_code == 0, result.output
+    assert "train data: 8 rows: nothing to score" in result.output

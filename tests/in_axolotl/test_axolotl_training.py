@@ -209,6 +209,26 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, model_dir, reentrant):
     assert_same(history(plain), history(trained(tmp_path, config)))
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"chunked_cross_entropy": True},
+        {"group_by_length": True},
+        {"curriculum_sampling": True},
+        {"pad_to_sequence_len": True},
+        {"neftune_noise_alpha": 5},
+        {"remove_unused_columns": False},
+        {"include_tkps": True},
+        {"excess_length_strategy": "truncate", "sequence_len": 20},
+    ],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_other_settings_go_with_it(tmp_path, model_dir, setting):
+    trainer = trained(tmp_path, configuration(tmp_path, model_dir, **setting))
+    assert trainer.star_dss_state.shaped == 2
+    assert trainer.state.log_history[1]["star_dss/kl"] > 0
+
+
 @pytest.mark.parametrize("mode", ["hard", "static", "rejection", "kl_only", "sft"])
 def test_every_mode_trains(tmp_path, model_dir, mode):
     block = {"loss_type": mode, "guard": "test-words"}
