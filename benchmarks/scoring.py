@@ -172,8 +172,10 @@ class Vllm:
     def __init__(self, python: str, folder: Path, slices: Any, threads: int) -> None:
         prompts = folder / "prompts.json"
         prompts.write_text(json.dumps(slices))
+        cores = sorted(os.sched_getaffinity(0))[:threads]
         environment = {
             **os.environ, "VLLM_CPU_KVCACHE_SPACE": "2", "OMP_NUM_THREADS": str(threads),
+            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),  # by itself it takes all
         }  # fmt: skip
         environment.pop("PYTHONPATH", None)
         self.process = subprocess.Popen(

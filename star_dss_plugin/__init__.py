@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from star_dss_plugin.config import StarDSSOptions
     from star_dss_plugin.guards import load_guard
     from star_dss_plugin.loss import ShapedLoss, star_dss_loss
+    from star_dss_plugin.probe import SafetyProbe
     from star_dss_plugin.provenance import provenance_of
     from star_dss_plugin.scorer import score_dataset
 
@@ -36,6 +37,7 @@ __all__ = [
     "DataError",
     "GuardError",
     "PluginError",
+    "SafetyProbe",
     "ShapedLoss",
     "StarDSSCallback",
     "StarDSSError",
@@ -50,6 +52,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "SafetyProbe": "probe",
     "ShapedLoss": "loss",
     "StarDSSCallback": "callback",
     "StarDSSOptions": "config",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from rich.console import Console
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -19,6 +20,7 @@ from star_dss_plugin.collation import REF_COLUMN, SCORES_COLUMN
 from star_dss_plugin.errors import StarDSSError
 from star_dss_plugin.logprobs import IGNORE_INDEX, token_logprobs
 from star_dss_plugin.loss import star_dss_loss
+from star_dss_plugin.run_summary import summary_table
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -36,7 +38,8 @@ class StarDSSCallback(TrainerCallback):
     Before the first step it takes one real batch, gives it made-up scores, and compares what the
     trainer's `compute_loss` returns with the loss computed the plain way from the model's logits.
     If they differ, training does not start. Then it prints the start-up line and writes
-    `star_dss.json` (options, guard, statistics, versions) to the output folder.
+    `star_dss.json` (options, guard, statistics, versions) to the output folder. When training ends
+    it prints the first and the last values of the metrics.
 
     `StarDSSTrainer` and `attach` add it by themselves. Add it by hand, `trainer.add_callback(
     StarDSSCallback(trainer))`, to any trainer that is meant to have the loss: if something
@@ -88,6 +91,16 @@ class StarDSSCallback(TrainerCallback):
                 "Use a trainer that does, or call star_dss_loss in your own training loop"
             )  # fmt: skip
         self._shaped = active.shaped
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Prints the run's first and last metrics."""
+        active: StarDSSState | None = getattr(self.trainer, "star_dss_state", None)
+        if active is None or not state.is_world_process_zero:
+            return
+        train = active.summaries["train"]
+        table = summary_table(state.log_history, train, active.options.loss_type)
+        if table is not None:
+            Console().print(table)
 
 
 def startup_line(active: StarDSSState) -> str:

@@ -1,4 +1,4 @@
-"""The command line: `star-dss score`, `sft`, `check`, `plugins` and `demo`.
+"""The command line: `star-dss score`, `report`, `inspect`, `sft`, `check`, `plugins` and `demo`.
 
 Heavy imports stay inside the commands, so that `--help` and `plugins` answer at once.
 """
@@ -15,6 +15,7 @@ from rich.table import Table
 
 from star_dss_plugin._version import __version__
 from star_dss_plugin.errors import ConfigError, PluginError, StarDSSError
+from star_dss_plugin.report import command as report_commands
 
 __all__ = ["app", "main"]
 
@@ -99,6 +100,10 @@ def score(
         f"{found['mean_prefix_score']:.3f}, guard {found['guard']}"
         + (" (DEMONSTRATION ONLY, protects nobody)" if found["demonstration_guard"] else "")
     )
+
+
+app.command()(report_commands.report)
+app.command()(report_commands.inspect)
 
 
 @app.command(context_settings={**_RAW, "help_option_names": []})

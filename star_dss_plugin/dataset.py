@@ -22,7 +22,7 @@ from star_dss_plugin.rows import only_responses
 from star_dss_plugin.scorer import options_for_scoring, score_dataset
 from star_dss_plugin.weights import WeightMap, needs_scores
 
-__all__ = ["DatasetSummary", "prepare_dataset"]
+__all__ = ["DatasetSummary", "check_scores", "prepare_dataset"]
 
 
 @dataclass(frozen=True)
@@ -118,14 +118,24 @@ def _fit_scores(dataset: Dataset, name: str, max_length: int | None, mode: str |
         if scores is not None and length == max_length and len(scores) > length:
             scores = scores[:length] if mode == "keep_start" else scores[-length:]
             changed = True
-        _check_scores(f"Row {i} of the {name} data set", scores, length)
+        check_scores(f"Row {i} of the {name} data set", scores, length)
         column.append(np.asarray(scores, dtype=np.float32))
     return (
         with_column(dataset, SCORES_COLUMN, column, List(Value("float32"))) if changed else dataset
     )
 
 
-def _check_scores(where: str, scores: Any, length: int) -> None:
+def check_scores(where: str, scores: Any, length: int) -> None:
+    """Checks one row's `star_scores`.
+
+    Args:
+        where: Which row, as an error begins.
+        scores: What the row has.
+        length: Its number of tokens.
+
+    Raises:
+        DataError: They are not `length` probabilities.
+    """
     if not isinstance(scores, Sequence) or len(scores) != length:
         given = len(scores) if isinstance(scores, Sequence) else scores
         raise DataError(

@@ -14,7 +14,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from star_dss_plugin.errors import ConfigError, DataError
 from star_dss_plugin.provenance import provenance_of
 
-__all__ = ["PROVENANCE_FILE", "is_saved_dataset", "load_tokenizer", "read_dataset", "write_dataset"]
+__all__ = [
+    "PROVENANCE_FILE",
+    "is_saved_dataset",
+    "load_tokenizer",
+    "read_dataset",
+    "write_dataset",
+    "write_text",
+]
 
 PROVENANCE_FILE = "star_dss.json"
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -85,6 +92,20 @@ def write_dataset(dataset: Dataset, folder: Path) -> None:
         building.rename(folder)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 file whole or not at all; replaces what was there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, scratch = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+        os.chmod(scratch, 0o666 & ~_umask())
+        os.replace(scratch, path)
+    except BaseException:
+        Path(scratch).unlink(missing_ok=True)
         raise
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["IGNORE_INDEX", "full_kl", "kl_estimate", "token_logprobs"]
+__all__ = ["IGNORE_INDEX", "full_kl", "kl_estimate", "kl_slope", "token_logprobs"]
 
 IGNORE_INDEX = -100
 """The label of tokens that are not trained, as everywhere in PyTorch."""
@@ -61,6 +61,19 @@ def kl_estimate(logps: Tensor, ref_logps: Tensor, estimator: str) -> Tensor:
             return d.square() / 2
         case "k3":
             return torch.expm1(-d) + d
+    raise ValueError(f"{estimator!r} is not a one-sample estimator; use 'k1', 'k2' or 'k3'")
+
+
+def kl_slope(logps: Tensor, ref_logps: Tensor, estimator: str) -> Tensor:
+    """The derivative of `kl_estimate` with respect to `logps`; same arguments, same shape."""
+    d = logps - ref_logps.to(logps.dtype)
+    match estimator:
+        case "k1":
+            return torch.ones_like(d)
+        case "k2":
+            return d
+        case "k3":
+            return -torch.expm1(-d)
     raise ValueError(f"{estimator!r} is not a one-sample estimator; use 'k1', 'k2' or 'k3'")
 
 

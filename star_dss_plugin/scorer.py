@@ -137,6 +137,7 @@ def score_dataset(
         if loaded is None:
             asked.close()
     provenance = _provenance(asked, segmenter, chunk_size, rows, trajectories)
+    provenance["tokenizer"] = str(tokenizer.name_or_path)  # whoever shows the scores needs it
     return _with_columns(dataset, rows, trajectories, provenance)
 
 

@@ -21,7 +21,7 @@ from star_dss_plugin.collation import REF_COLUMN, SCORES_COLUMN
 from star_dss_plugin.config import StarDSSOptions
 from star_dss_plugin.dataset import DatasetSummary
 from star_dss_plugin.errors import ConfigError, StarDSSError
-from star_dss_plugin.logprobs import full_kl, kl_estimate, token_logprobs
+from star_dss_plugin.logprobs import full_kl, kl_estimate, kl_slope, token_logprobs
 from star_dss_plugin.loss import TokenWeights, shaped_loss
 from star_dss_plugin.metrics import TokenMetrics
 from star_dss_plugin.reference import Reference
@@ -46,6 +46,7 @@ class StarDSSState:
         prepare: Scores a data set, given its name.
         summaries: What was scored, by data set ("train", "eval", …).
         metrics: Running sums for the log.
+        extra_metrics: By full name: what callbacks add to the next training log line.
         shaped: How many training losses were shaped so far.
     """
 
@@ -55,6 +56,7 @@ class StarDSSState:
     prepare: Callable[[Any, str], Any]
     summaries: dict[str, DatasetSummary] = field(default_factory=dict)
     metrics: TokenMetrics = field(default_factory=TokenMetrics)
+    extra_metrics: dict[str, float] = field(default_factory=dict)
     shaped: int = 0
     # Whether the trainer's own forward pass returns logits; known after the first batch. TRL's
     # fused LM head (>= 1.15) returns log-probabilities only.
@@ -123,16 +125,23 @@ class StarDSSMixin(_Base):
         result, outputs = self._forward(state, model, inputs, return_outputs)
         logps = self._logps(outputs, labels)
         kl_terms: Tensor | None = None
+        slopes: Tensor | None = None
         if state.needs_distributions:
             assert ref_logits is not None
             kl_terms = full_kl(outputs.logits, ref_logits, weights.kl != 0)
-        elif ref_logits is not None:
-            kl_terms = kl_estimate(logps, token_logprobs(ref_logits, labels), options.kl_estimator)
-        elif ref_logps is not None:
-            kl_terms = kl_estimate(logps, ref_logps[:, 1:], options.kl_estimator)
+        elif ref_logits is not None or ref_logps is not None:
+            ref = ref_logps[:, 1:] if ref_logits is None else token_logprobs(ref_logits, labels)
+            kl_terms = kl_estimate(logps, ref, options.kl_estimator)
+            slopes = kl_slope(logps.detach(), ref, options.kl_estimator)
         loss = shaped_loss(logps, kl_terms, weights, num_items_in_batch).loss
         state.metrics.add(
-            self._mode(), scores[:, 1:], options.threshold, logps.detach(), kl_terms, weights
+            self._mode(),
+            scores[:, 1:],
+            options.threshold,
+            logps.detach(),
+            kl_terms,
+            weights,
+            slopes,
         )
         state.shaped += self._mode() == "train"
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
@@ -244,6 +253,9 @@ class StarDSSMixin(_Base):
             found = self.star_dss_state.metrics.pop(mode, self.accelerator)
             prefix = "eval_" if mode == "eval" else ""
             logs = {**logs, **{prefix + name: value for name, value in found.items()}}
+            if mode == "train":
+                logs |= self.star_dss_state.extra_metrics
+                self.star_dss_state.extra_metrics.clear()
         super().log(logs, start_time)
 
 

@@ -5,15 +5,17 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
 import star_dss_plugin
-from star_dss_plugin import StarDSSOptions, hookspecs
+from star_dss_plugin import StarDSSOptions, cli, hookspecs
 from star_dss_plugin.guards.presets import PRESETS
 from star_dss_plugin.plugins import HOOK_KINDS
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = (ROOT / "docs" / "reference.md").read_text()
 GUARDS = (ROOT / "docs" / "guards.md").read_text()
+REPORT = (ROOT / "docs" / "report.md").read_text()
 README = (ROOT / "README.md").read_text()
 
 
@@ -67,6 +69,19 @@ def test_every_public_name_is_documented():
     for name in star_dss_plugin.__all__:
         if not name.startswith("__"):
             assert name in REFERENCE + GUARDS, name
+
+
+def test_every_option_of_the_report_is_documented():
+    for param in get_command(cli.app).commands["report"].params:
+        for name in param.opts:
+            assert name in ("scored", "--help") or f"`{name}`" in REPORT, name
+
+
+def test_the_pictures_exist_and_are_small():
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", REPORT)
+    assert pictures
+    for picture in pictures:
+        assert (ROOT / "docs" / picture).stat().st_size < 200_000
 
 
 def test_the_readmes_links_and_commands_exist():

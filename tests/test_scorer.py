@@ -522,6 +522,7 @@ def test_provenance_says_how_and_not_when(tokenizer, tmp_path):
         "raw_contexts": 0,
         "mean_prefix_score": found["mean_prefix_score"],
         "label_mass": None,
+        "tokenizer": tokenizer.name_or_path,
         "versions": found["versions"],
     }
     assert found["trained_tokens"] > found["prefixes"] > 6

@@ -87,10 +87,14 @@ tokenizer = AutoTokenizer.from_pretrained({model!r})
 out = Path({out!r})
 trainer = test_trl.make(out, tokenizer, per_device_train_batch_size={batch},
                         gradient_accumulation_steps={steps}, max_steps=3)
+from star_dss_plugin import SafetyProbe
+trainer.add_callback(SafetyProbe(trainer, ["is this bad?", "how are you?", "who is lazy?"], every=1,
+                                 judge={{"preset": "test-words", "word": "e"}}, max_new_tokens=4))
 trainer.train()
 if trainer.is_world_process_zero():
     Path(out, "history.json").write_text(json.dumps(
-        [[h["loss"], h["grad_norm"], h["star_dss/mean_score"], h["star_dss/kl"]]
+        [[h["loss"], h["grad_norm"], h["star_dss/mean_score"], h["star_dss/kl"],
+          h["star_dss/kl_gradient_share"], h["star_dss/probe_safe_share"]]
          for h in trainer.state.log_history if "grad_norm" in h]))
 """
 

@@ -22,25 +22,25 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from star_dss_plugin.collation import SCORES_COLUMN
+from star_dss_plugin.files import write_text
 from star_dss_plugin.logprobs import IGNORE_INDEX, token_logprobs
+from star_dss_plugin.probe import is_refusal
+from star_dss_plugin.report.page import render_page
+from star_dss_plugin.report.reading import read_scored
 from star_dss_plugin.scorer import score_dataset
 from star_dss_plugin.smollm2 import load_smollm2
 from star_dss_trl.config import StarDSSConfig
 from star_dss_trl.trainer import StarDSSTrainer
 
-__all__ = ["is_refusal", "run"]
+__all__ = ["run"]
 
 _SEED = 7
 _MAX_LENGTH = 160
 _NEW_TOKENS = 40
-_REFUSALS = (
-    "i can't", "i cannot", "i can not", "i'm sorry", "i am sorry", "i'm unable", "i am unable",
-    "i'm not able", "i am not able", "i won't", "i will not", "i must decline", "i'd rather not",
-)  # fmt: skip
 
 
 def run(output: Path, *, steps: int = 12, prompt_count: int = 8) -> dict[str, Any]:
-    """Runs the demonstration and writes `report.md` and `results.json` to `output`.
+    """Runs the demonstration; writes `report.md`, `results.json` and `scores.html` to `output`.
 
     Args:
         output: Folder of the report.
@@ -59,6 +59,8 @@ def run(output: Path, *, steps: int = 12, prompt_count: int = 8) -> dict[str, An
     _, tokenizer = load_smollm2()
     mixture = Dataset.from_list(_packaged("demo_mix.jsonl"))
     scored = score_dataset(mixture, tokenizer, guard="demo", max_length=_MAX_LENGTH)
+    data = read_scored(scored, tokenizer)
+    write_text(output / "scores.html", render_page(data, name="demo_mix.jsonl", blur=True))
     prompts = [row["prompt"] for row in _packaged("demo_prompts.jsonl")][:prompt_count]
     results: dict[str, Any] = {
         "rows": len(scored),
@@ -82,14 +84,11 @@ def run(output: Path, *, steps: int = 12, prompt_count: int = 8) -> dict[str, An
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     (output / "report.md").write_text(_report(results), encoding="utf-8")
     console.print(_table(results))
-    console.print(f"{results['seconds']} s. Report: {output / 'report.md'}")
+    console.print(
+        f"{results['seconds']} s. Report: {output / 'report.md'}. The scores, token by token: "
+        f"{output / 'scores.html'}"
+    )
     return results
-
-
-def is_refusal(answer: str) -> bool:
-    """Whether an answer declines in its first words: a crude match, good enough for a table."""
-    opening = answer.replace("’", "'").lower()[:120]
-    return any(phrase in opening for phrase in _REFUSALS)
 
 
 def _packaged(name: str) -> list[dict[str, Any]]:

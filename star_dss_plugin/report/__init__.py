@@ -1,0 +1,22 @@
+"""Looking at scored data: the HTML report, figures, and single rows in a terminal or a notebook.
+
+Everything here reads a scored data set and changes nothing. What it shows was written by strangers:
+`harmless.py` says how text becomes safe to show, `page.py` how a file keeps it from being more.
+Names are imported on first use, so that the command line answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from star_dss_plugin.report.inspection import Inspection, inspect_row
+
+__all__ = ["Inspection", "inspect_row"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(importlib.import_module("star_dss_plugin.report.inspection"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

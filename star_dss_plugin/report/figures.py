@@ -1,0 +1,167 @@
+"""Figures of scored data for papers and slides, with matplotlib."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from star_dss_plugin.errors import ConfigError, DataError
+from star_dss_plugin.report import palette
+from star_dss_plugin.report.harmless import visible
+from star_dss_plugin.report.reading import ScoredData, ScoredResponse
+from star_dss_plugin.report.summary import BINS, grouped, histogram, mean_trajectory
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["check_ready", "write_figures"]
+
+# Okabe and Ito: told apart with every kind of colour vision. Line styles differ as well.
+_LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#1c1d1f", "#8a8d91")
+_DASHES = ("-", "--", "-.", ":")
+_TRAJECTORIES = 6
+_QUIET = "#5a5e64"
+
+
+def check_ready(folder: Path) -> None:
+    """Checks that figures can be drawn and put into a folder, which need not exist.
+
+    Raises:
+        ConfigError: matplotlib is missing, or the folder is a file.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError(
+            "Figures need matplotlib, which is not installed. Install it with: pip install "
+            "'star-dss-plugin[report]'; the HTML report works without it."
+        )
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file. Give --png a folder for the figures.")
+
+
+def write_figures(
+    data: ScoredData, folder: Path, *, threshold: float = 0.5, rows: Sequence[int] | None = None
+) -> list[Path]:
+    """Writes `trajectories.png`, `histogram.png` and, if rows have sources, `by_source.png`.
+
+    Args:
+        data: What to draw.
+        folder: Made if it does not exist; figures in it are replaced.
+        threshold: τ, drawn as a line.
+        rows: Whose trajectories to draw; None: the six responses with the largest falls.
+
+    Returns:
+        The files.
+
+    Raises:
+        ConfigError: matplotlib is missing, or the folder is a file.
+        DataError: A row has no response.
+    """
+    check_ready(folder)
+    chosen = _chosen(data, rows)
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = {
+        "trajectories.png": _trajectories(chosen, threshold),
+        "histogram.png": _histogram(data, threshold),
+    }
+    if sources := grouped(data.responses):
+        drawn["by_source.png"] = _by_source(sources, threshold)
+    paths = []
+    for name, figure in drawn.items():
+        _mark_guard(figure, data)
+        path = folder / name
+        figure.savefig(path, dpi=150)
+        paths.append(path)
+    return paths
+
+
+def _chosen(data: ScoredData, rows: Sequence[int] | None) -> list[ScoredResponse]:
+    if rows is None:
+        return sorted(data.responses, key=lambda r: -r.largest_fall)[:_TRAJECTORIES]
+    chosen = [r for row in rows for r in data.responses if r.row == row]
+    if absent := sorted(set(rows) - {r.row for r in chosen}):
+        raise DataError(
+            f"Row {absent[0]} has no response to draw; rows count from 0 to "
+            f"{max(r.row for r in data.responses)}."
+        )
+    return chosen
+
+
+def _axes(height: float = 3.4) -> tuple[Figure, Axes]:
+    # Figures made this way belong to no window and no global state.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_QUIET)
+    axes.tick_params(colors=_QUIET, labelsize=9)
+    return figure, axes
+
+
+def _score_axis(axes: Axes, threshold: float) -> None:
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_ylabel("STAR score")
+    axes.axhline(threshold, color=_QUIET, linewidth=0.8, linestyle=(0, (4, 3)))
+
+
+def _line(k: int) -> dict[str, Any]:
+    return {
+        "color": _LINES[k % len(_LINES)],
+        "linestyle": _DASHES[k % len(_DASHES)],
+        "linewidth": 1.5,
+    }
+
+
+def _trajectories(chosen: Sequence[ScoredResponse], threshold: float) -> Figure:
+    figure, axes = _axes()
+    for k, response in enumerate(chosen):
+        label = f"row {response.row}" + (f", response {response.turn + 1}" if response.turn else "")
+        edges = [0, *response.token_ends]
+        axes.stairs(response.scores, edges, baseline=None, label=label, **_line(k))
+    axes.set_xlim(left=0)
+    axes.set_xlabel("token of the response")
+    _score_axis(axes, threshold)
+    _legend(axes)
+    return figure
+
+
+def _histogram(data: ScoredData, threshold: float) -> Figure:
+    figure, axes = _axes(3.0)
+    centres = [(k + 0.5) / BINS for k in range(BINS)]
+    colours = [palette.LIGHT[palette.level(centre)] for centre in centres]
+    axes.bar(centres, histogram(data.responses), 0.92 / BINS,
+             color=colours, edgecolor=_QUIET, linewidth=0.6)  # fmt: skip
+    axes.axvline(threshold, color=_QUIET, linewidth=0.8, linestyle=(0, (4, 3)))
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("STAR score")
+    axes.set_ylabel("tokens")
+    return figure
+
+
+def _by_source(sources: dict[str, list[ScoredResponse]], threshold: float) -> Figure:
+    figure, axes = _axes()
+    for k, (name, responses) in enumerate(list(sources.items())[: len(_LINES)]):
+        share, mean = mean_trajectory(responses)
+        # A dollar sign would start a formula.
+        shown = visible(name).replace("$", r"\$")[:40]
+        axes.plot(100 * share, mean, label=f"{shown} ({len(responses)})", **_line(k))
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("share of the response, %")
+    _score_axis(axes, threshold)
+    axes.set_ylabel("mean STAR score")
+    _legend(axes)
+    return figure
+
+
+def _legend(axes: Axes) -> None:
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+
+
+def _mark_guard(figure: Figure, data: ScoredData) -> None:
+    text = f"guard: {data.guard}"
+    if data.demonstration:
+        text = "DEMONSTRATION SCORES: the guard protects nobody"
+    figure.suptitle(visible(text).replace("$", r"\$"), fontsize=9, color=_QUIET, x=0.01, ha="left")

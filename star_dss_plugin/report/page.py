@@ -1,0 +1,161 @@
+"""The report as one HTML file that loads nothing, runs one script, and holds text as data only.
+
+Three walls stand between a hostile row and the reader. The text is data: JSON in a script element
+of a type that is never executed, with every character escaped that could end the element. The
+script puts it on the page as text nodes, never as markup. And the Content-Security-Policy allows
+this one script and this one style sheet, by their hashes, and no other source of anything.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from star_dss_plugin._version import __version__
+from star_dss_plugin.report import palette
+from star_dss_plugin.report.harmless import visible
+from star_dss_plugin.report.reading import ScoredData, ScoredResponse
+from star_dss_plugin.report.summary import BINS, by_source, histogram, summarise
+
+__all__ = ["render_page"]
+
+_SOURCES_SHOWN = 40
+
+
+def render_page(
+    data: ScoredData,
+    *,
+    name: str,
+    threshold: float = 0.5,
+    blur: bool = False,
+    text: bool = True,
+) -> str:
+    """The whole HTML file.
+
+    Args:
+        data: What to show.
+        name: What the data set is called.
+        threshold: τ in [0, 1]: scores below it count as unsafe.
+        blur: Whether text is blurred until the reader asks for it.
+        text: Whether the file holds any text of the data at all, apart from the names of sources.
+
+    Returns:
+        ASCII-only where text of the data is concerned; encode it as UTF-8.
+    """
+    environment = Environment(
+        loader=PackageLoader("star_dss_plugin.report", "assets"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["visible"] = visible
+    style, script = _style(), _asset("drawing.js") + _asset("report.js")
+    sources = by_source(data.responses, threshold)
+    counts = histogram(data.responses)
+    return environment.get_template("report.html.j2").render(
+        policy="; ".join([
+            "default-src 'none'", f"script-src '{_hash(script)}'", f"style-src '{_hash(style)}'",
+            "base-uri 'none'", "form-action 'none'",
+        ]),
+        # Ours alone: nothing of the data is in them.
+        style=Markup(style),
+        script=Markup(script),
+        payload=_embedded(_payload(data, [group.name for group in sources], threshold, text)),
+        name=name,
+        guard=data.guard,
+        demonstration=data.demonstration,
+        interpolated=data.interpolated,
+        provenance=data.provenance,
+        tokenizer=data.tokenizer,
+        version=__version__,
+        threshold=threshold,
+        blur=blur,
+        text=text,
+        total=summarise(data.responses, threshold),
+        sources=sources[:_SOURCES_SHOWN],
+        more_sources=len(sources) - _SOURCES_SHOWN,
+        counts=counts,
+        most=max(counts),
+        bins=BINS,
+        levels=palette.LEVELS,
+    )  # fmt: skip
+
+
+def _asset(name: str) -> str:
+    return files("star_dss_plugin.report").joinpath("assets", name).read_text(encoding="utf-8")
+
+
+def _style() -> str:
+    scale = "".join(
+        f"--h{k}:light-dark({light},{dark});"
+        for k, (light, dark) in enumerate(zip(palette.LIGHT, palette.DARK, strict=True))
+    )
+    ink = f"--ink:light-dark({palette.INK['light']},{palette.INK['dark']});"
+    rules = "".join(
+        f".h{k}{{background:var(--h{k})}}.bar{k}{{fill:var(--h{k})}}" for k in range(palette.LEVELS)
+    )
+    return f":root{{{ink}{scale}}}\n{_asset('report.css')}{rules}\n"
+
+
+def _hash(content: str) -> str:
+    digest = hashlib.sha256(content.encode()).digest()
+    return f"sha256-{base64.b64encode(digest).decode()}"
+
+
+def _embedded(value: Any) -> Markup:
+    """JSON that no HTML parser can take for markup, whatever the strings in it say."""
+    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    for char in "<>&":
+        text = text.replace(char, f"\\u{ord(char):04x}")
+    return Markup(text)
+
+
+def _payload(
+    data: ScoredData, sources: Sequence[str], threshold: float, text: bool
+) -> dict[str, Any]:
+    """What the script reads. Messages are held once, however many responses follow them."""
+    messages: dict[tuple[str, str], int] = {}
+    places = {name: i for i, name in enumerate(sources)}
+    rows = []
+    for response in data.responses:
+        row = _numbers(response, threshold)
+        if response.source is not None:
+            row["source"] = places[response.source]
+        if text:
+            row["pieces"] = [visible(piece) for piece in response.pieces]
+            row["raw"] = response.raw_context
+            row["context"] = [
+                messages.setdefault((str(m["role"]), str(m["content"])), len(messages))
+                for m in response.context
+            ]
+        rows.append(row)
+    return {
+        "threshold": threshold,
+        "demonstration": data.demonstration,
+        "text": text,
+        "sources": [visible(name) for name in sources],
+        "messages": [[visible(role), visible(content)] for role, content in messages],
+        "responses": rows,
+    }
+
+
+def _numbers(response: ScoredResponse, threshold: float) -> dict[str, Any]:
+    return {
+        "row": response.row,
+        "turn": response.turn,
+        "ends": response.token_ends,
+        "scores": response.scores,
+        "lowest": response.lowest,
+        "mean": round(response.mean, 4),
+        "fall": round(response.largest_fall, 4),
+        "below": response.below(threshold),
+        "cross": response.crossing(threshold),
+    }

@@ -1,0 +1,25 @@
+"""Scored responses for the tests of the report, made without a guard."""
+
+from star_dss_plugin.report.reading import ScoredData, ScoredResponse
+
+PROVENANCE = {
+    "guard": "a-guard", "demonstration_guard": False, "segmenter": "tokens", "chunk_size": 5,
+}  # fmt: skip
+
+
+def response(row=0, pieces=("all is ", "well"), scores=(0.9, 0.2), **changes):
+    fields = {
+        "row": row,
+        "turn": 0,
+        "source": None,
+        "context": ({"role": "user", "content": f"question {row}"},),
+        "raw_context": False,
+        "pieces": tuple(pieces),
+        "token_ends": tuple(range(5, 5 * len(pieces) + 1, 5)),
+        "scores": tuple(scores),
+    }
+    return ScoredResponse(**{**fields, **changes})
+
+
+def data(*responses, **provenance):
+    return ScoredData(tuple(responses), {**PROVENANCE, **provenance}, "some/model")
