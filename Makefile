@@ -1,12 +1,12 @@
 # Two commands are all that is needed: `make demo` and `make test`. Each makes its environment first.
 PYTHON ?= python3
 VENV ?= .venv
-OLD_VENV ?= .venv-trl-1.9
+AXOLOTL_VENV ?= .venv-axolotl
 PYTEST_FLAGS ?= -q
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-trl-1.9 lint clean
+.PHONY: demo test test-axolotl lint clean
 
 demo: $(VENV)/.ready
 	$(VENV)/bin/star-dss demo
@@ -14,8 +14,11 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_FLAGS)
 
-test-trl-1.9: $(OLD_VENV)/.ready
-	OMP_NUM_THREADS=1 $(OLD_VENV)/bin/python -m pytest $(PYTEST_FLAGS)
+# In two processes: Axolotl patches transformers and torch wherever it is imported.
+test-axolotl: export AXOLOTL_DO_NOT_TRACK = 1
+test-axolotl: $(AXOLOTL_VENV)/.ready
+	OMP_NUM_THREADS=1 $(AXOLOTL_VENV)/bin/python -m pytest $(PYTEST_FLAGS) --ignore tests/in_axolotl
+	OMP_NUM_THREADS=1 $(AXOLOTL_VENV)/bin/python -m pytest $(PYTEST_FLAGS) tests/in_axolotl
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
@@ -29,11 +32,11 @@ $(VENV)/.ready: pyproject.toml constraints/newest.txt
 	$(VENV)/bin/pip install --quiet -c constraints/newest.txt -e '.[dev]'
 	touch $@
 
-$(OLD_VENV)/.ready: pyproject.toml constraints/trl-1.9.txt
-	$(PYTHON) -m venv $(OLD_VENV)
-	$(OLD_VENV)/bin/pip install --quiet -c constraints/trl-1.9.txt torch
-	$(OLD_VENV)/bin/pip install --quiet -c constraints/trl-1.9.txt -e '.[test]'
+$(AXOLOTL_VENV)/.ready: pyproject.toml constraints/axolotl-0.19.txt
+	$(PYTHON) -m venv $(AXOLOTL_VENV)
+	$(AXOLOTL_VENV)/bin/pip install --quiet -c constraints/axolotl-0.19.txt torch
+	$(AXOLOTL_VENV)/bin/pip install --quiet -c constraints/axolotl-0.19.txt -e '.[axolotl,test]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLD_VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(AXOLOTL_VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -167,6 +167,11 @@ def _check_loss(trainer: Any, active: StarDSSState, dataloader: Any) -> None:
             active.metrics = type(metrics)()
             with trainer.compute_loss_context_manager():
                 logits = model(**_plain_inputs(batch)).logits
+                if logits is None:
+                    raise _not_in_effect(
+                        trainer, "its model returns no logits to weigh. Switch off what fuses the "
+                        "loss into the model (a kernel or a patch)"
+                    )  # fmt: skip
                 reference = _reference(active, trainer, batch, labels)
                 plain = star_dss_loss(logits, labels, torch.ones_like(labels).float(),
                                       loss_type="sft", **shaping).loss  # fmt: skip

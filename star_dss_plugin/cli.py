@@ -1,4 +1,4 @@
-"""The command line: `star-dss score`, `report`, `inspect`, `sft`, `plugins` and `demo`.
+"""The command line: `star-dss score`, `report`, `inspect`, `sft`, `check`, `plugins` and `demo`.
 
 Heavy imports stay inside the commands, so that `--help` and `plugins` answer at once.
 """
@@ -113,6 +113,26 @@ def sft(context: typer.Context) -> None:
     On several devices: accelerate launch -m star_dss_trl.sft --config run.yaml
     """
     _trl("star_dss_trl.sft").main(context.args)
+
+
+@app.command()
+def check(
+    config: Annotated[Path, typer.Argument(help="A YAML for Axolotl, or for `star-dss sft`.")],
+    data: Annotated[
+        bool, typer.Option(help="Load the data too, to estimate what the guard would read.")
+    ] = True,
+) -> None:
+    """Checks a configuration before it costs anything; exit status 1 if a run would not work."""
+    from star_dss_plugin.check import check_config
+
+    found = check_config(config, data=data)
+    for note in found.notes:
+        typer.echo(note)
+    for problem in found.problems:
+        typer.echo(f"Problem: {problem}", err=True)
+    if found.problems:
+        raise typer.Exit(1)
+    typer.echo(f"{config}: no problem found")
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,26 +22,35 @@ class TokenColumnsCollator:
     """Lets another collator make the batch, then adds `star_scores` and `ref_logps` to it.
 
     The columns are laid where the other collator put each row's tokens. If it changed them (cut,
-    shuffled, masked or packed), there is no right place, and that is an error: a score on the wrong
-    token would be worse than none.
+    shuffled or masked), there is no right place, and that is an error: a score on the wrong token
+    would be worse than none.
+
+    A feature is a row, or a list of rows that the other collator joins into one sequence (sample
+    packing). The first token of a joined row is then not trained: it would be predicted from the
+    row before it, for which neither a score nor a reference was computed.
 
     Args:
         inner: The trainer's collator.
     """
 
-    def __init__(self, inner: Callable[[list[dict[str, Any]]], Mapping[str, Any]]) -> None:
+    def __init__(self, inner: Callable[[list[Any]], Mapping[str, Any]]) -> None:
         self.inner = inner
 
-    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        columns = [name for name in _PADDING if any(name in f for f in features)]
-        lacking = [name for name in columns if any(name not in f for f in features)]
+    def __call__(
+        self, features: Sequence[Mapping[str, Any] | list[Mapping[str, Any]]]
+    ) -> dict[str, Any]:
+        sequences = [_separate(f) if isinstance(f, list) else [dict(f)] for f in features]
+        rows = [row for sequence in sequences for row in sequence]
+        columns = [name for name in _PADDING if any(name in row for row in rows)]
+        lacking = [name for name in columns if any(name not in row for row in rows)]
         if lacking:
             raise DataError(
                 f"Some rows of a batch have no {lacking[0]!r}: scored and unscored data are mixed. "
                 "Score all of it."
             )
-        bare = [{k: v for k, v in f.items() if k not in _PADDING} for f in features]
-        batch = dict(self.inner([dict(f) for f in bare]))
+        bare: list[Any] = [[_bare(row) for row in sequence] for sequence in sequences]
+        joined = [isinstance(f, list) for f in features]
+        batch = dict(self.inner([b if j else b[0] for b, j in zip(bare, joined, strict=True)]))
         if SCORES_COLUMN not in columns:
             return batch
         missing = [name for name in ("input_ids", "labels") if name not in batch]
@@ -54,20 +63,40 @@ class TokenColumnsCollator:
         }
         if input_ids.shape[0] != len(features):
             raise _moved(f"it made {input_ids.shape[0]} sequences of {len(features)} rows")
-        for i, feature in enumerate(features):
+        for i, sequence in enumerate(sequences):
+            for row in sequence:
+                _check_lengths(row, columns)
+            feature = {
+                n: _join(row[n] for row in sequence) for n in ("input_ids", "labels", *columns)
+            }
             where = _find(input_ids[i], labels[i], feature)
             if where is None:
                 raise _moved("a row's tokens or labels are not the ones it was given")
             for name in columns:
-                values = torch.as_tensor(feature[name], dtype=torch.float32)
-                if len(values) != where.stop - where.start:
-                    raise DataError(
-                        f"A row has {where.stop - where.start} tokens and {len(values)} {name}. "
-                        "There must be one per token: score after the last step that changes the "
-                        "tokens."
-                    )
-                added[name][i, where] = values
+                added[name][i, where] = torch.as_tensor(feature[name], dtype=torch.float32)
         return batch | added
+
+
+def _separate(rows: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of one packed sequence, none of which is predicted from the one before it."""
+    return [{**row, "labels": [IGNORE_INDEX, *list(row["labels"])[1:]]} for row in rows]
+
+
+def _bare(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in _PADDING}
+
+
+def _join(values: Iterable[Any]) -> Tensor:
+    return torch.cat([torch.as_tensor(value) for value in values])
+
+
+def _check_lengths(row: Mapping[str, Any], columns: Sequence[str]) -> None:
+    for name in columns:
+        if len(row[name]) != len(row["input_ids"]):
+            raise DataError(
+                f"A row has {len(row['input_ids'])} tokens and {len(row[name])} {name}. There must "
+                "be one per token: score after the last step that changes the tokens."
+            )
 
 
 def _find(padded_ids: Tensor, padded_labels: Tensor, feature: Mapping[str, Any]) -> slice | None:

@@ -27,6 +27,29 @@ def test_every_option_has_a_row_with_its_default(option):
     assert option.metadata["help"]
 
 
+AXOLOTL = ROOT / "integrations" / "star_dss_axolotl" / "README.md"
+
+
+@pytest.mark.parametrize("option", fields(StarDSSOptions), ids=lambda f: f.name)
+def test_every_option_is_in_the_readme_for_axolotl(option):
+    rows = [line for line in AXOLOTL.read_text().splitlines() if line.startswith("| `")]
+    row = next(line for line in rows if line.startswith(f"| `{option.name}` |"))
+    default = "none" if option.default is None else str(option.default)
+    assert row.split("|")[2].strip().strip("`") == default
+
+
+def test_the_readme_for_axolotl_names_every_refused_setting():
+    source = (AXOLOTL.parent / "conflicts.py").read_text()
+    refused = set(re.findall(r'^    "(\w+)": \(', source, flags=re.MULTILINE))
+    assert len(refused) > 15
+    told = AXOLOTL.read_text().casefold()
+    aliases = {"fsdp_config": "fsdp", "processor_type": "vision data", "fsdp": "fsdp"}
+    for name in refused:
+        assert aliases.get(name, name) in told, name
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", AXOLOTL.read_text()):
+        assert (AXOLOTL.parent / target).exists(), target
+
+
 def test_every_metric_is_documented():
     source = (ROOT / "star_dss_plugin" / "metrics.py").read_text()
     logged = set(re.findall(r'"(star_dss/\w+)":', source))

@@ -26,7 +26,7 @@ from star_dss_plugin.files import is_saved_dataset, read_dataset
 from star_dss_trl.config import StarDSSConfig
 from star_dss_trl.trainer import StarDSSTrainer
 
-__all__ = ["main"]
+__all__ = ["load_data", "main", "parse"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -35,17 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         StarDSSError: What was given, why it cannot work and what to change.
     """
-    parser = TrlParser(
-        (ScriptArguments, StarDSSConfig, ModelConfig, DatasetMixtureConfig), prog="star-dss sft"
-    )
-    try:
-        # Unknown keys are an error, unlike in `trl sft`: a misspelt `chunk_sise` must not be lost.
-        parsed = parser.parse_args_and_config(argv, fail_with_unknown_args=True)
-    except StarDSSError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"The command line or the configuration is not valid: {error}") from error
-    script_args, training_args, model_args, mixture_args = parsed
+    script_args, training_args, model_args, mixture_args = parse(argv)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "trust_remote_code": getattr(training_args, "trust_remote_code", False),
@@ -53,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    dataset = _load(script_args, mixture_args)
+    dataset = load_data(script_args, mixture_args)
     evaluate = training_args.eval_strategy != "no"
     for split in [script_args.dataset_train_split, script_args.dataset_test_split][: 1 + evaluate]:
         if split not in dataset:
@@ -76,7 +66,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
 
 
-def _load(script_args: Any, mixture_args: Any) -> DatasetDict | dict[str, Dataset]:
+def parse(argv: Sequence[str] | None = None) -> tuple[Any, StarDSSConfig, Any, Any]:
+    """The arguments of the script, of training, of the model and of the data mixture.
+
+    Raises:
+        ConfigError: The command line or the YAML is not valid.
+    """
+    parser = TrlParser(
+        (ScriptArguments, StarDSSConfig, ModelConfig, DatasetMixtureConfig), prog="star-dss sft"
+    )
+    try:
+        # Unknown keys are an error, unlike in `trl sft`: a misspelt `chunk_sise` must not be lost.
+        parsed = parser.parse_args_and_config(argv, fail_with_unknown_args=True)
+    except StarDSSError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"The command line or the configuration is not valid: {error}") from error
+    script_args, training_args, model_args, mixture_args = parsed
+    return script_args, training_args, model_args, mixture_args
+
+
+def load_data(script_args: Any, mixture_args: Any) -> DatasetDict | dict[str, Dataset]:
     """The data as `trl sft` loads it; `dataset_name` may also be a file or a scored folder."""
     if mixture_args.datasets:
         return get_dataset(mixture_args)

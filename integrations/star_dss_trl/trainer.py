@@ -11,7 +11,7 @@ from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.training import StarDSSMixin
 from star_dss_trl.config import HOST_LOSS_TYPES, StarDSSConfig
 
-__all__ = ["StarDSSTrainer"]
+__all__ = ["StarDSSTrainer", "refuse_early"]
 
 
 class StarDSSTrainer(StarDSSMixin, SFTTrainer):  # type: ignore[misc]
@@ -41,7 +41,7 @@ class StarDSSTrainer(StarDSSMixin, SFTTrainer):  # type: ignore[misc]
         if not args.star_dss_active:
             super().__init__(model, args=args, **kwargs)
             return
-        _refuse_early(args)
+        refuse_early(args)
         loss_type = args.loss_type
         # SFTTrainer knows its own loss types only. Its plain loss is computed from a forward pass
         # that yields what ours needs: logits (TRL < 1.15) or fused log-probabilities.
@@ -53,7 +53,7 @@ class StarDSSTrainer(StarDSSMixin, SFTTrainer):  # type: ignore[misc]
         set_up(self, args)
 
 
-def _refuse_early(args: StarDSSConfig) -> None:
+def refuse_early(args: StarDSSConfig) -> None:
     """Settings that would make SFTTrainer itself fail with an error that does not name us."""
     if args.packing or args.eval_packing or args.padding_free:
         raise ConfigError(

@@ -1,0 +1,112 @@
+"""`star-dss check` for Axolotl's YAML, with what Axolotl itself would pass over in silence."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from axolotl.integrations.base import load_plugin
+
+from star_dss_axolotl.args import PLUGIN, StarDSSBlock, is_listed, options_of
+from star_dss_axolotl.conflicts import conflicts
+from star_dss_axolotl.scoring import chat_templates, with_messages
+from star_dss_plugin.check import Findings, check_options, estimate, lacks_guard
+from star_dss_plugin.guards import missing_guard
+
+__all__ = ["check"]
+
+
+def check(path: Path, raw: dict[str, Any], *, data: bool) -> Findings:
+    """Checks a configuration as it is written, then as Axolotl validates it.
+
+    Args:
+        path: The file, for messages.
+        raw: Its contents.
+        data: Whether to load the data.
+    """
+    found = Findings(problems=[*_wiring(raw), *conflicts(raw)])
+    block = raw.get("star_dss")
+    if block is not None:
+        try:
+            StarDSSBlock.model_validate(block)
+        except ValueError as error:
+            found.problems.append(f"The star_dss block is not valid: {error}")
+        else:
+            options = options_of({"star_dss": block})
+            assert options is not None
+            looked_up = check_options(options)
+            found.notes += looked_up.notes
+            found.problems += looked_up.problems
+    if not found.problems:
+        _as_axolotl_sees_it(raw, found, data=data)
+    return found
+
+
+def _wiring(raw: dict[str, Any]) -> list[str]:
+    """A block and a plugin that do not find each other: Axolotl would train without us."""
+    problems = []
+    plugins = [str(name) for name in raw.get("plugins") or ()]
+    for name in plugins:
+        try:
+            load_plugin(name)
+        except Exception as error:  # a plugin may raise anything while it is imported
+            hint = f" Did you mean {PLUGIN}?" if _near(PLUGIN, [name]) else ""
+            problems.append(
+                f"The plugin {name} cannot be loaded ({type(error).__name__}: {error}). Axolotl "
+                f"may only log that and train without it.{hint}"
+            )
+    if raw.get("star_dss") is None:
+        near = _near("star_dss", [str(key) for key in raw if key != "star_dss"])
+        what = f"it has {near!r}, which Axolotl drops. Call it star_dss" if near else (
+            "add one that names a guard"
+        )  # fmt: skip
+        problems.append(f"There is no star_dss block: {what}.")
+    if not is_listed(raw):
+        near = _near(PLUGIN, plugins)
+        what = f" (it lists {near})" if near else ""
+        problems.append(
+            f"The plugin is not listed{what}, so Axolotl drops the star_dss block and trains "
+            f"without a safety loss. Add it:\nplugins:\n  - {PLUGIN}"
+        )
+    return problems
+
+
+def _near(name: str, given: list[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(name, given, n=1, cutoff=0.6)), None)
+
+
+def _as_axolotl_sees_it(raw: dict[str, Any], found: Findings, *, data: bool) -> None:
+    """Axolotl's own validation, and an estimate from the data as its loader makes it."""
+    from axolotl.cli.config import gpu_capabilities, plugin_set_cfg, prepare_plugins
+    from axolotl.common.datasets import load_datasets
+    from axolotl.loaders import load_tokenizer
+    from axolotl.utils.config import normalize_cfg_datasets, normalize_config, validate_config
+    from axolotl.utils.dict import DictDefault
+
+    cfg = DictDefault(raw)
+    capabilities, environment = gpu_capabilities()
+    try:
+        prepare_plugins(cfg)
+        cfg = validate_config(cfg, capabilities=capabilities, env_capabilities=environment)
+        if not data:
+            return
+        normalize_config(cfg)
+        normalize_cfg_datasets(cfg)
+        plugin_set_cfg(cfg)
+        loaded, tokenizer = load_datasets(cfg=cfg), load_tokenizer(cfg)
+    except Exception as error:  # whatever stops Axolotl would stop the run
+        found.problems.append(f"Axolotl refuses it: {type(error).__name__}: {error}")
+        return
+    options = options_of(cfg)
+    assert options is not None
+    templates = chat_templates(cfg, tokenizer)
+    template = templates[0][0] if len(templates) == 1 else None
+    for name, dataset in (("train", loaded.train_dataset), ("eval", loaded.eval_dataset)):
+        if dataset is None:
+            continue
+        if lacks_guard(dataset, options):
+            found.problems.append(str(missing_guard()))
+            return
+        rows = with_messages(dataset, tokenizer, templates)
+        found.notes.append(f"{name} data: {estimate(rows, tokenizer, options, template)}")

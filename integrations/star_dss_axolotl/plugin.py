@@ -1,0 +1,107 @@
+"""`StarDSSPlugin`: what Axolotl calls, hook by hook."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from axolotl.integrations.base import BasePlugin, PluginManager
+
+from star_dss_axolotl.args import PLUGIN, is_listed, options_of
+from star_dss_axolotl.card import add_section
+from star_dss_axolotl.conflicts import conflicts
+from star_dss_plugin.errors import ConfigError, StarDSSError
+
+if TYPE_CHECKING:
+    from axolotl.common.datasets import TrainDatasetMeta
+
+__all__ = ["StarDSSPlugin"]
+
+
+class StarDSSPlugin(BasePlugin):  # type: ignore[misc]
+    """STAR-DSS for Axolotl: scores the data, brings the trainer, and checks that it is used.
+
+    Axolotl's heavier modules are imported inside the hooks: they fix the classes of all plugins
+    when they are first imported.
+    """
+
+    def register(self, cfg: Any) -> None:
+        """Stops a configuration without the block, or with settings that exclude it.
+
+        Args:
+            cfg: As written, with what the command line changes, before Axolotl's own checks.
+
+        Raises:
+            ConfigError: The block is missing, or all settings that must go.
+        """
+        if not is_listed(cfg):
+            return  # Axolotl asks every plugin that this process has ever registered
+        if cfg.get("star_dss") is None:
+            raise ConfigError(
+                f"The plugin {PLUGIN} is listed, but the configuration has no star_dss block, so "
+                "it is not known which guard to ask. Add one, for example\n"
+                "star_dss:\n  guard: qwen3guard-gen-0.6b\n"
+                "or remove the plugin for plain finetuning."
+            )
+        if found := conflicts(cfg):
+            raise ConfigError("\n".join(found))
+
+    def get_input_args(self) -> str:
+        return "star_dss_axolotl.args.StarDSSArgs"
+
+    def load_datasets(self, cfg: Any, preprocess: bool = False) -> TrainDatasetMeta | None:
+        """Axolotl's own data, scored; for `axolotl train` and `axolotl preprocess`.
+
+        Raises:
+            StarDSSError: The data cannot be scored, or another plugin loads it.
+        """
+        options = options_of(cfg)
+        if options is None:
+            return None
+        others = [
+            name
+            for name, plugin in PluginManager.get_instance().plugins.items()
+            if plugin is not self and type(plugin).load_datasets is not BasePlugin.load_datasets
+        ]
+        if others:
+            raise ConfigError(
+                f"The plugin {others[0]} loads the data too, and Axolotl takes it from one plugin. "
+                "Remove one of the two."
+            )
+        from axolotl.common.datasets import load_datasets
+        from axolotl.loaders import load_tokenizer
+
+        from star_dss_axolotl.scoring import score
+
+        loaded = load_datasets(cfg=cfg)
+        tokenizer = load_tokenizer(cfg)
+        loaded.train_dataset = score(loaded.train_dataset, cfg, tokenizer, options, "train")
+        loaded.eval_dataset = score(loaded.eval_dataset, cfg, tokenizer, options, "eval")
+        return loaded
+
+    def get_trainer_cls(self, cfg: Any) -> Any:
+        if options_of(cfg) is None:
+            return None
+        from star_dss_axolotl.trainer import StarDSSAxolotlTrainer
+
+        return StarDSSAxolotlTrainer
+
+    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+        """Stops a run whose trainer is another one.
+
+        Raises:
+            StarDSSError: The trainer does not have the loss.
+        """
+        if options_of(cfg) is None or getattr(trainer, "star_dss_state", None) is not None:
+            return
+        raise StarDSSError(
+            f"Axolotl made a {type(trainer).__name__} and not the trainer of STAR-DSS: another "
+            f"plugin has won the trainer class. Plugins: {', '.join(cfg.plugins)}. Remove the one "
+            f"that brings a trainer, or list {PLUGIN} first."
+        )
+
+    def post_train(self, cfg: Any, model: Any) -> None:
+        """Adds a section to the model card, once Axolotl has written it."""
+        if options_of(cfg) is not None and os.environ.get("RANK", "0") == "0":
+            add_section(Path(cfg.output_dir))

@@ -1,0 +1,72 @@
+"""`StarDSSAxolotlTrainer`: Axolotl's trainer with the STAR-DSS loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from axolotl.core.trainers.base import AxolotlTrainer
+from axolotl.integrations.base import PluginManager
+from datasets import Dataset
+
+from star_dss_axolotl.args import options_of
+from star_dss_axolotl.scoring import score
+from star_dss_plugin.attachment import set_up
+from star_dss_plugin.collation import TokenColumnsCollator
+from star_dss_plugin.errors import ConfigError
+from star_dss_plugin.training import StarDSSMixin
+
+__all__ = ["StarDSSAxolotlTrainer"]
+
+
+class StarDSSAxolotlTrainer(StarDSSMixin, AxolotlTrainer):  # type: ignore[misc]
+    """Trainer that the plugin gives to Axolotl; takes the arguments of `AxolotlTrainer`.
+
+    `axolotl evaluate` does not ask plugins to load the data, so what comes without scores is
+    scored here.
+
+    Raises:
+        StarDSSError: What was given, why it cannot work and what to change.
+    """
+
+    tag_names = ["axolotl", "star-dss"]  # noqa: RUF012 (as Axolotl declares it)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Axolotl gives a trainer its configuration only after it is made.
+        self._config = PluginManager.get_instance().cfg
+        options = None if self._config is None else options_of(self._config)
+        if options is None:
+            raise ConfigError(
+                "StarDSSAxolotlTrainer was made without a star_dss block in the configuration. "
+                "Let Axolotl make it: list star_dss_axolotl.StarDSSPlugin under plugins and add "
+                "the block."
+            )
+        self._options = options
+        self.train_dataset = self._scored(self.train_dataset, "train")
+        self.eval_dataset = self._scored(self.eval_dataset, "eval")
+        set_up(self, options)
+        # Axolotl's evaluation has a collator of its own.
+        evaluation: Any = self.eval_data_collator  # type: ignore[has-type]
+        self.eval_data_collator = TokenColumnsCollator(evaluation)
+
+    def _scored(self, dataset: Any, name: str) -> Any:
+        tokenizer: Any = self.processing_class
+        return score(dataset, self._config, tokenizer, self._options, name)
+
+    def _scored_late(self, dataset: Any) -> Any:
+        if self.star_dss_state is not None and isinstance(dataset, Dataset):
+            dataset = self._scored(dataset, "eval")
+        return super()._scored_late(dataset)
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Also returns the `star_dss/` metrics: `axolotl evaluate` shows what is returned."""
+        metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        for name, value in self.state.log_history[-1].items():
+            if name.startswith("eval_star_dss/"):
+                metrics[metric_key_prefix + name.removeprefix("eval")] = value
+        return metrics

@@ -1,0 +1,53 @@
+"""`star-dss check` for a YAML of `star-dss sft`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from star_dss_plugin.check import Findings, check_options, estimate, lacks_guard
+from star_dss_plugin.errors import ConfigError, StarDSSError
+from star_dss_plugin.files import load_tokenizer
+from star_dss_plugin.guards import missing_guard
+from star_dss_plugin.rows import tokenized
+from star_dss_trl.sft import load_data, parse
+from star_dss_trl.trainer import refuse_early
+
+__all__ = ["check"]
+
+
+def check(path: Path, raw: dict[str, Any], *, data: bool) -> Findings:
+    """Checks a configuration as `star-dss sft` parses it.
+
+    Args:
+        path: The file.
+        raw: Its contents, which the parser reads again.
+        data: Whether to load the data.
+    """
+    try:
+        script_args, training_args, model_args, mixture_args = parse(["--config", str(path)])
+    except StarDSSError as error:
+        return Findings(problems=[str(error)])
+    if not training_args.star_dss_active:
+        what = f"loss_type is {training_args.loss_type!r}, TRL's own, with which nothing is shaped."
+        return Findings(problems=[f"{what} Set loss_type: star_dss."])
+    found = check_options(training_args)
+    try:
+        refuse_early(training_args)
+        if not data:
+            return found
+        splits, wanted = load_data(script_args, mixture_args), script_args.dataset_train_split
+        if wanted not in splits:
+            raise ConfigError(f"The data has no split {wanted!r}. Set dataset_train_split.")
+        train = splits[wanted]
+        if lacks_guard(train, training_args):
+            raise missing_guard()
+        tokenizer = load_tokenizer(model_args.model_name_or_path)
+        if isinstance(train, Dataset) and "input_ids" not in train.column_names:
+            train = tokenized(train, tokenizer, training_args.max_length, None)
+        found.notes.append(f"train data: {estimate(train, tokenizer, training_args)}")
+    except (StarDSSError, OSError) as error:
+        found.problems.append(str(error))
+    return found

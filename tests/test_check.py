@@ -1,0 +1,82 @@
+"""`star-dss check` on TRL configurations (for Axolotl's: tests/in_axolotl)."""
+
+import importlib.util
+import json
+
+import pytest
+import yaml
+
+pytest.importorskip("trl")
+
+from typer.testing import CliRunner
+
+from star_dss_plugin import PluginError
+from star_dss_plugin.check import check_config
+from star_dss_plugin.cli import app
+
+runner = CliRunner()
+
+
+def configuration(tmp_path, model_dir, **changes):
+    rows = [{"messages": [{"role": "user", "content": "is this bad?"},
+                          {"role": "assistant", "content": "no! it is a word"}]}] * 3  # fmt: skip
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "model_name_or_path": str(model_dir),
+        "dataset_name": str(tmp_path / "chat.jsonl"),
+        "output_dir": str(tmp_path / "out"),
+        "use_cpu": True,
+        "bf16": False,
+        "guard": "test-words",
+        "chunk_size": 2,
+        **changes,
+    }
+
+
+def run(tmp_path, config, *flags):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return runner.invoke(app, ["check", str(path), *flags])
+
+
+def test_a_good_configuration(tmp_path, model_dir):
+    result = run(tmp_path, configuration(tmp_path, model_dir))
+    assert result.exit_code == 0, result.output
+    assert "train data: 3 rows, 3 responses (0 without messages)" in result.output
+    assert "guard calls" in result.output
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"chunk_sise": 2}, "chunk_sise"),
+        ({"guard": "test-word"}, "Did you mean 'test-words'"),
+        ({"guard": None}, "No guard was given"),
+        ({"kl_coef": -1.0}, "kl_coef is -1.0"),
+        ({"loss_type": "nll", "guard": None}, "with which nothing is shaped"),
+        ({"packing": True}, "packing"),
+        ({"dataset_name": "absent.jsonl"}, "absent.jsonl"),
+    ],
+)
+def test_a_problem_is_named_and_fails(tmp_path, model_dir, change, message):
+    config = {
+        k: v for k, v in configuration(tmp_path, model_dir, **change).items() if v is not None
+    }
+    result = run(tmp_path, config)
+    assert result.exit_code == 1, result.output
+    assert message in result.output
+
+
+def test_a_file_that_is_no_configuration(tmp_path):
+    path = tmp_path / "list.yaml"
+    path.write_text("- a\n- b\n")
+    assert runner.invoke(app, ["check", str(path)]).exit_code != 0
+    assert runner.invoke(app, ["check", str(tmp_path / "absent.yaml")]).exit_code != 0
+
+
+@pytest.mark.skipif(importlib.util.find_spec("axolotl") is not None, reason="Axolotl is installed")
+def test_a_missing_host_is_named(tmp_path):
+    path = tmp_path / "axolotl.yaml"
+    path.write_text("base_model: x\nstar_dss: {guard: demo}\n")
+    with pytest.raises(PluginError, match=r"star-dss-plugin\[axolotl\]"):
+        check_config(path, data=False)
