@@ -295,6 +295,31 @@ def test_bfloat16_probabilities_are_near_those_in_float32() -> None:
         assert (got.exp() - expected.exp()).abs().max() <= 2e-2
 
 
+def test_bfloat16_is_as_near_float32_as_one_pass_is_and_has_no_bias() -> None:
+    config = LlamaConfig(**{**COMMON, "initializer_range": 0.1})
+    half = make(config).bfloat16()
+    full = make(config)
+    full.load_state_dict(half.state_dict())
+    engine = LocalEngine(half)
+    off, off_alone, apart = [], [], []
+    for seed in range(12):
+        head, response, tail = draw(10, 60, 5, seed=seed)
+        sequences = [head + response[:k] + tail for k in range(0, 60, 3)]
+        got = engine.label_logprobs([sequences], range(VOCABULARY))[0].exp()
+        alone, exact = (
+            one_pass_per_sequence(m, sequences, range(VOCABULARY)).exp() for m in (half, full)
+        )
+        off.append(got - exact)
+        off_alone.append(alone - exact)
+        apart.append(got - alone)
+    error, error_alone = (torch.cat(d).square().mean().sqrt() for d in (off, off_alone))
+    assert error <= 1.2 * error_alone
+    difference = torch.cat(apart)
+    assert difference.abs().max() <= 2e-2
+    # A bias would be the same in all prompts; what is random averages out over 240 of them.
+    assert difference.mean(0).abs().max() <= 0.25 * difference.square().mean().sqrt()
+
+
 @pytest.mark.parametrize("batch_tokens", [1, 100, 16384])
 @pytest.mark.parametrize("name", NOT_SERVED)
 def test_other_models_run_whole_and_one_warning_says_why(
