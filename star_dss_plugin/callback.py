@@ -20,6 +20,7 @@ from star_dss_plugin.collation import REF_COLUMN, SCORES_COLUMN
 from star_dss_plugin.errors import StarDSSError
 from star_dss_plugin.logprobs import IGNORE_INDEX, token_logprobs
 from star_dss_plugin.loss import star_dss_loss
+from star_dss_plugin.report.harmless import visible
 from star_dss_plugin.run_summary import summary_table
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def startup_line(active: StarDSSState) -> str:
     share = train.below_threshold / train.trained_tokens
     return (
         f"STAR-DSS is active: loss_type={options.loss_type} (kl_coef={options.kl_coef}, "
-        f"kl_estimator={options.kl_estimator}), guard={train.guard}, "
+        f"kl_estimator={options.kl_estimator}), guard={visible(train.guard)}, "
         f"reference={active.reference.description}; {train.responses} responses scored, "
         f"{train.below_threshold} of {train.trained_tokens} trained tokens ({share:.1%}) below "
         f"{options.threshold}, mean score {train.mean_score:.3f}."

@@ -16,6 +16,7 @@ from rich.table import Table
 from star_dss_plugin._version import __version__
 from star_dss_plugin.errors import ConfigError, PluginError, StarDSSError
 from star_dss_plugin.report import command as report_commands
+from star_dss_plugin.report.harmless import visible
 
 __all__ = ["app", "main"]
 
@@ -31,7 +32,9 @@ def main() -> None:
     try:
         app()
     except StarDSSError as error:
-        Console(stderr=True).print("Error:", str(error), style="red", markup=False, soft_wrap=True)
+        Console(stderr=True).print(
+            "Error:", visible(str(error)), style="red", markup=False, soft_wrap=True
+        )
         sys.exit(2)
 
 

@@ -60,14 +60,20 @@ def read_dataset(source: str, split: str = "train") -> Dataset:
         ) from error
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """A tokenizer by id or folder.
+def load_tokenizer(name: str, *, only_local: bool = False) -> PreTrainedTokenizerBase:
+    """A tokenizer by id or folder; code that comes with it is never run.
+
+    Args:
+        name: Id or folder.
+        only_local: Whether nothing may be downloaded: for names that the data gives.
 
     Raises:
         ConfigError: It cannot be loaded.
     """
     try:
-        found = AutoTokenizer.from_pretrained(name)
+        found = AutoTokenizer.from_pretrained(
+            name, trust_remote_code=False, local_files_only=only_local
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"The tokenizer {name!r} cannot be loaded: {error}. Give the id or folder of the model "

@@ -95,6 +95,8 @@ class SafetyProbe(TrainerCallback):
             raise ConfigError(f"margin is {margin!r}, a share of the prompts: use 0 to 1.")
         if on_fall not in _ACTIONS:
             raise unknown_name("on_fall", on_fall, _ACTIONS)
+        if isinstance(prompts, str):
+            raise ConfigError("prompts is one string. Give a list of prompts.")
         given = _default_prompts() if prompts is None else list(prompts)
         if not given:
             raise ConfigError("prompts is empty. Give at least one, or None for the default ones.")
@@ -114,13 +116,19 @@ class SafetyProbe(TrainerCallback):
         Raises:
             ConfigError: The trainer has no STAR-DSS loss.
         """
-        active = self._active()
+        self._active()
         known = [line[_START] for line in state.log_history if _START in line]
         if known:
             self._start = known[0]
             return
+        if state.global_step:
+            logger.warning(
+                "Safety probe: the checkpoint has no share from before training, so answers are "
+                "compared with those at step %d.", state.global_step,
+            )  # fmt: skip
         self._start = self._safe_share()
-        active.extra_metrics[_START] = self._start
+        # At once, so that a checkpoint from before the first line of metrics keeps it.
+        self.trainer.log({_START: self._start})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Probes every `every` steps."""
@@ -129,7 +137,7 @@ class SafetyProbe(TrainerCallback):
         share, start = self._safe_share(), self._start
         assert start is not None
         self._active().extra_metrics[_SHARE] = share
-        if share >= start - self.margin:
+        if share >= start - self.margin - 1e-9:  # 0.8 − 0.2 is above 0.6 in floating point
             return
         stop = self.on_fall == "stop"
         logger.warning(
@@ -212,10 +220,14 @@ class SafetyProbe(TrainerCallback):
 def _as_for_generation(model: Any) -> Iterator[None]:
     """Every module in eval mode, then each as it was: some may not be in the model's own mode."""
     modes = {module: module.training for module in model.modules()}
+    own = model.generation_config
+    # generate() fills what a configuration leaves open from the model's.
+    model.generation_config = GenerationConfig()
     model.eval()  # also keeps gradient checkpointing, which is for training, out of it
     try:
         yield
     finally:
+        model.generation_config = own
         for module, training in modes.items():
             module.training = training
 

@@ -11,9 +11,20 @@ from typing import Any
 
 from datasets import Dataset
 
+from star_dss_plugin.errors import DataError
+
 __all__ = ["provenance_of", "read_note", "write_note"]
 
 _MARK = "star_dss "
+_NOTED: dict[str, type] = {  # what readers of a note on scores rely on
+    "guard": str,
+    "demonstration_guard": bool,
+    "guard_identity": dict,
+    "segmenter": str,
+    "chunk_size": int,
+    "responses": int,
+    "raw_contexts": int,
+}
 
 
 def read_note(dataset: Dataset, name: str) -> Any:
@@ -21,7 +32,10 @@ def read_note(dataset: Dataset, name: str) -> Any:
     mark = f"{_MARK}{name}: "
     for line in (dataset.info.description or "").splitlines():
         if line.startswith(mark):
-            return json.loads(line.removeprefix(mark))
+            try:
+                return json.loads(line.removeprefix(mark))
+            except ValueError as error:
+                raise _damaged(name) from error
     return None
 
 
@@ -34,7 +48,24 @@ def write_note(dataset: Dataset, name: str, value: Any) -> None:
 
 
 def provenance_of(dataset: Dataset) -> dict[str, Any] | None:
-    """How a data set's `star_scores` were made; None if it does not say."""
+    """How a data set's `star_scores` were made; None if it does not say.
+
+    Raises:
+        DataError: What it says is damaged.
+    """
     found = read_note(dataset, "scores")
-    assert found is None or isinstance(found, dict)
+    if found is None:
+        return None
+    if not isinstance(found, dict) or not all(
+        isinstance(found.get(key), kind) for key, kind in _NOTED.items()
+    ):
+        raise _damaged("scores")
     return found
+
+
+def _damaged(name: str) -> DataError:
+    return DataError(
+        f"What the data set's description notes as {_MARK + name!r} is not what this package "
+        "writes there. Score the data again, or clear dataset.info.description if you trust the "
+        "scores all the same."
+    )

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from star_dss_plugin.dataset import DatasetSummary
+from star_dss_plugin.report.harmless import visible
 
 __all__ = ["summary_table"]
 
@@ -28,15 +29,20 @@ def summary_table(
     Returns:
         The table; None if no training step with these metrics was logged.
     """
-    lines = [line for line in log_history if any(name.startswith(_PREFIX) for name in line)]
+    lines = [
+        line
+        for line in log_history
+        if "loss" in line and any(name.startswith(_PREFIX) for name in line)
+    ]
     if not lines:
         return None
     first, last = lines[0], lines[-1]
     names = dict.fromkeys(name for line in lines for name in line if name.startswith(_PREFIX))
     table = Table(
         title=Text(
-            f"STAR-DSS: loss_type={loss_type}, guard={train.guard}, {train.responses} responses, "
-            f"{train.below_threshold} of {train.trained_tokens} tokens below the threshold"
+            f"STAR-DSS: loss_type={loss_type}, guard={visible(train.guard)}, "
+            f"{train.responses} responses, {train.below_threshold} of "
+            f"{train.trained_tokens} tokens below the threshold"
         ),
         title_justify="left",
     )

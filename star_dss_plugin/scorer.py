@@ -28,7 +28,7 @@ from star_dss_plugin.config import TRAJECTORIES, StarDSSOptions
 from star_dss_plugin.errors import ConfigError, DataError, GuardError, unknown_name
 from star_dss_plugin.guards import load_guard, missing_guard
 from star_dss_plugin.guards.adaptive import adaptive
-from star_dss_plugin.guards.base import Guard, PrefixRequest, Trajectory
+from star_dss_plugin.guards.base import Guard, PrefixRequest, Trajectory, check_trajectories
 from star_dss_plugin.guards.verdict import low_label_mass
 from star_dss_plugin.plugins import load_plugins
 from star_dss_plugin.provenance import write_note
@@ -229,7 +229,9 @@ def _ask_missing(
                     found[keys[i]] = result
                     cache.put(keys[i], result)
             now, responses = time.monotonic(), responses + len(batch)
-            bar.set_postfix_str(f"{responses / (now - started):.2f} responses/s", refresh=False)
+            bar.set_postfix_str(
+                f"{responses / max(now - started, 1e-9):.2f} responses/s", refresh=False
+            )
             bar.update(sum(len(wanted[i].ends) for i in batch))
             if now - flushed > _FLUSH_SECONDS:
                 cache.flush()
@@ -250,21 +252,7 @@ def _ask_batch(
         where = sorted({owners[keys[i]] for i in about})
         shown = ", ".join(map(str, where[:5])) + (", …" if len(where) > 5 else "")
         raise GuardError(f"Row {shown}: {error}") from error
-    if len(results) != len(batch):
-        raise GuardError(
-            f"Guard {guard.name!r} returned {len(results)} trajectories for {len(batch)} "
-            "responses; it must return one for each, in order."
-        )
-    for request, result in zip(batch, results, strict=True):
-        masses = result.scores if result.label_mass is None else result.label_mass
-        for what, values in (("scores", result.scores), ("label_mass", masses)):
-            given = np.asarray(values, dtype=np.float64)
-            if len(given) != len(request.ends) or not ((given >= 0) & (given <= 1)).all():
-                raise GuardError(
-                    f"Guard {guard.name!r} returned the {what} {values!r} for "
-                    f"{len(request.ends)} prefixes; it must return one probability in [0, 1] for "
-                    "each."
-                )
+    check_trajectories(guard.name, batch, results)
     return results
 
 

@@ -154,3 +154,37 @@ def test_a_scored_data_set_says_that_it_is_adaptive(tokenizer, tmp_path):
     assert score(trajectory="adaptive", trajectory_epsilon=0.1)[1] == asked
     with pytest.raises(ConfigError, match="adaptive"):
         score(trajectory="adaptve")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda scores: [*scores[:-1], float("nan")],
+        lambda scores: [*scores[:-1], 1.5],
+        lambda scores: scores[:1],
+        lambda scores: [*scores, 1.0],
+    ],
+    ids=["nan", "no probability", "too few", "too many"],
+)
+def test_wrong_answers_of_a_guard_are_errors_and_not_interpolated_over(wrong):
+    class Wrong(Recorded):
+        def trajectories(self, requests):
+            return [Trajectory(tuple(wrong([0.99] * len(r.ends)))) for r in requests]
+
+    with pytest.raises(GuardError, match="one probability in"):
+        AdaptiveGuard(Wrong()).trajectories([request(0, 33)])
+
+
+def test_a_missing_trajectory_is_an_error():
+    class Lazy(Recorded):
+        def trajectories(self, requests):
+            return []
+
+    with pytest.raises(GuardError, match="0 trajectories for 1"):
+        AdaptiveGuard(Lazy()).trajectories([request(0, 33)])
+
+
+@pytest.mark.parametrize("epsilon", [-0.1, 5.0, float("nan"), True, "0.02"])
+def test_epsilon_must_be_a_probability(epsilon):
+    with pytest.raises(ConfigError, match="trajectory_epsilon"):
+        AdaptiveGuard(Recorded([1.0]), epsilon)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from star_dss_plugin.guards.prefixes import PrefixTokenizer
 from star_dss_plugin.smollm2 import load_smollm2
@@ -97,6 +97,39 @@ def test_other_tokenizers_tokenize_every_prefix_whole(changes):
     texts = ["ab ab ab a b"[:end] + " a" for end in range(13)]
     assert prefixes(texts) == [other.encode(t).ids for t in texts]
     assert PrefixTokenizer(bpe()).works_by_words
+
+
+def with_regex(regex: str) -> Tokenizer:
+    return bpe(pre_tokenizer=pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(regex), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("regex", "known"),
+    [
+        (r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|\s+(?!\S)|\s+", True),  # as Llama 3's
+        (r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))|\s+", False),  # digits from the right
+        (r"\s+$|\S+|\s", False),
+        (r"\S+(?!x)|\s+", False),
+        (r"(?<=a)b|.", False),
+        (r"^a|.", False),
+        (r"\ba|.", False),
+    ],
+)
+def test_only_expressions_that_do_not_look_around_are_known_to_work_by_words(regex, known):
+    assert PrefixTokenizer(with_regex(regex)).works_by_words is known
+
+
+def test_bytes_that_the_vocabulary_drops():
+    state = json.loads(tokenizer("smollm2").to_str())
+    state["model"]["unk_token"] = None
+    dropping = Tokenizer.from_str(json.dumps(state))
+    texts = ["\x04\x04\x16\x06 ok fine"[:end] + "\n\nIs it safe?" for end in range(13)]
+    assert PrefixTokenizer(dropping)(texts) == [dropping.encode(text).ids for text in texts]
+    # They do leave no trace: the test would not be one otherwise.
+    assert dropping.encode("\x04ok").ids == dropping.encode("ok").ids
 
 
 def test_only_the_words_around_a_cut_are_tokenized_again(monkeypatch):

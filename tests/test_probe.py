@@ -144,6 +144,41 @@ def test_a_resumed_run_compares_with_the_first_start(tmp_path, tokenizer, monkey
     assert logged(resumed, START) == [1.0]
 
 
+def test_the_start_is_in_a_checkpoint_from_before_the_first_log_line(
+    tmp_path, tokenizer, monkeypatch
+):
+    Sequence(monkeypatch, 3, 0, 0)
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "logging_steps": 100}
+    first = probed(tmp_path, tokenizer, settings, every=3)
+    first.add_callback(Stop())
+    first.train()
+    second = probed(tmp_path, tokenizer, settings, every=3, on_fall="stop", margin=0.0)
+    second.train(resume_from_checkpoint=True)
+    assert second.state.global_step == 3  # the first probe after it
+
+
+def test_the_models_own_generation_settings_are_not_used(tmp_path, tokenizer, monkeypatch):
+    found = []
+    for settings in ({}, {"num_beams": 3, "num_return_sequences": 3, "repetition_penalty": 5.0}):
+        judged = Sequence(monkeypatch, *[1] * 9)
+        trainer = probed(tmp_path / str(len(settings)), tokenizer)
+        trainer.model.generation_config.update(**settings)
+        own = trainer.model.generation_config
+        trainer.train()
+        assert trainer.model.generation_config is own
+        found.append(judged.answers)
+    assert found[0] == found[1]
+    assert sum(map(len, found[0][0])) > 0
+
+
+def test_a_fall_by_just_the_margin_is_allowed(tmp_path, tokenizer, monkeypatch, caplog):
+    Sequence(monkeypatch, 4, 3, 3)
+    options = {"prompts": ["x"] * 5, "margin": 0.2, "on_fall": "stop"}
+    trainer = probed(tmp_path, tokenizer, {"max_steps": 2}, **options)
+    trainer.train()
+    assert trainer.state.global_step == 2  # 0.8 - 0.2 > 0.6 in floating point
+
+
 def test_a_guard_judges_and_is_freed(tmp_path, tokenizer):
     guard = WordGuard(word="☃", safe=0.8)
     trainer = probed(tmp_path, tokenizer, {"max_steps": 1}, judge=guard)

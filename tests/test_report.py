@@ -13,7 +13,7 @@ from conftest import WordGuard
 from datasets import Dataset, load_from_disk
 from hypothesis import given
 from hypothesis import strategies as st
-from report_data import data, response
+from report_data import PROVENANCE, data, response
 from rich.console import Console
 
 from star_dss_plugin import ConfigError, DataError, cli, provenance_of
@@ -22,7 +22,7 @@ from star_dss_plugin.report import figures, inspect_row, palette
 from star_dss_plugin.report.harmless import visible
 from star_dss_plugin.report.inspection import Inspection
 from star_dss_plugin.report.page import render_page
-from star_dss_plugin.report.reading import read_scored, tokenizer_of
+from star_dss_plugin.report.reading import ScoredData, read_scored, tokenizer_of
 from star_dss_plugin.report.summary import by_source, histogram, mean_trajectory, summarise
 from star_dss_plugin.scorer import score_dataset
 
@@ -145,7 +145,8 @@ def test_a_responses_numbers_agree_with_the_plain_ones(runs, threshold):
     assert sum(histogram([found])) == sum(counts)
     grid, mean = mean_trajectory([found])
     assert (mean[0], mean[-1]) == (tokens[0], tokens[-1])
-    at = [tokens[max(int(np.ceil(g * len(tokens))), 1) - 1] for g in grid]
+    assert len(grid) == 41
+    at = [tokens[max(-(-k * len(tokens) // 40), 1) - 1] for k in range(41)]
     np.testing.assert_allclose(mean, at)
 
 
@@ -203,6 +204,53 @@ def test_no_text_means_none():
     assert "question 0" not in html
     assert page_data(html)["responses"][0]["scores"] == [0.9, 0.2]
     assert "src" in html
+
+
+def test_a_source_column_with_texts_is_not_shown(scored, tokenizer, caplog):
+    texts = ["a private text\nof two lines"] * len(scored)
+    dataset = scored.remove_columns([c for c in ("source",) if c in scored.column_names])
+    found = read_scored(dataset.add_column("source", texts), tokenizer)
+    assert {r.source for r in found.responses} == {None}
+    assert "private" not in render_page(found, name="x", text=False)
+    assert "--source" in caplog.text
+
+
+def test_a_page_does_not_say_where_the_tokenizer_lies():
+    page = render_page(ScoredData((response(),), PROVENANCE, "/home/me/model"), name="x")
+    assert "/home/me" not in page
+    assert "model" in page
+
+
+@pytest.mark.parametrize(
+    "note",
+    ["{}", "[]", "{nonsense", '{"guard": 3}', '"text"'],
+    ids=["empty", "list", "cut", "kind", "string"],
+)
+def test_a_damaged_note_is_said_to_be_one(scored, tokenizer, note):
+    dataset = scored.select(range(len(scored)))
+    dataset.info.description = f"star_dss scores: {note}"
+    with pytest.raises(DataError, match="description"):
+        read_scored(dataset, tokenizer)
+
+
+def test_rows_without_messages_can_be_shown_alone(scored, tokenizer):
+    note = {**provenance_of(scored), "raw_contexts": 1}
+    dataset = Dataset.from_list([{**scored[0], "messages": None}, scored[1]], scored.features)
+    write_note(dataset, "scores", note)
+    assert read_scored(dataset.select([0]), tokenizer).responses[0].raw_context
+
+
+def test_a_noted_tokenizer_neither_runs_code_nor_downloads(scored, monkeypatch):
+    seen = {}
+
+    def load(name, **options):
+        seen.update(options)
+        raise OSError("not here")
+
+    monkeypatch.setattr("star_dss_plugin.files.AutoTokenizer.from_pretrained", load)
+    with pytest.raises(ConfigError, match="--tokenizer"):
+        tokenizer_of(scored, None)
+    assert seen == {"trust_remote_code": False, "local_files_only": True}
 
 
 def test_a_demonstration_guard_is_named_as_one(tmp_path):

@@ -11,11 +11,21 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from star_dss_plugin.errors import GuardError
-from star_dss_plugin.guards.base import Guard, PrefixRequest, StreamingGuard, Trajectory
+from star_dss_plugin.errors import ConfigError, GuardError
+from star_dss_plugin.guards.base import (
+    Guard,
+    PrefixRequest,
+    StreamingGuard,
+    Trajectory,
+    check_trajectories,
+)
 
 __all__ = ["AdaptiveGuard", "adaptive"]
+
+_Floats = NDArray[np.float64]
+_Bools = NDArray[np.bool_]
 
 STRIDE = 8
 """Every which prefix is scored at first; with them the first and the last one."""
@@ -37,12 +47,21 @@ class AdaptiveGuard(Guard):
         guard: The guard that is asked.
         epsilon: ε in [0, 1].
 
+    Raises:
+        ConfigError: ε is something else.
+
     Attributes:
         asked: Prefixes that the guard was asked for so far.
         wanted: Prefixes that were to be scored so far.
     """
 
     def __init__(self, guard: Guard, epsilon: float = 0.02) -> None:
+        if (
+            isinstance(epsilon, bool)
+            or not isinstance(epsilon, int | float)
+            or not 0 <= epsilon <= 1
+        ):
+            raise ConfigError(f"trajectory_epsilon is {epsilon!r}; use a number in [0, 1].")
         self._guard, self.epsilon = guard, epsilon
         self.name, self.demonstration = guard.name, guard.demonstration
         # The scorer checks it over the data.
@@ -58,20 +77,24 @@ class AdaptiveGuard(Guard):
         return self._guard.plan(requests)
 
     def trajectories(self, requests: Sequence[PrefixRequest]) -> list[Trajectory]:
-        scores = [np.full(len(r.ends), np.nan) for r in requests]
-        masses = [np.full(len(r.ends), np.nan) for r in requests]
+        known = [np.zeros(len(r.ends), dtype=bool) for r in requests]
+        scores = [np.zeros(len(r.ends)) for r in requests]
+        masses = [np.zeros(len(r.ends)) for r in requests]
+        has_mass = True
         todo = {
             i: [*range(0, len(r.ends) - 1, STRIDE), len(r.ends) - 1] for i, r in enumerate(requests)
         }
         while todo:
             for i, found in zip(todo, self._ask(requests, todo), strict=True):
+                known[i][todo[i]] = True
                 scores[i][todo[i]] = found.scores
-                masses[i][todo[i]] = found.label_mass or np.nan
-            todo = {i: more for i in todo if (more := self._unsettled(scores[i]))}
+                has_mass = has_mass and found.label_mass is not None
+                masses[i][todo[i]] = found.label_mass or 0.0
+            todo = {i: more for i in todo if (more := self._unsettled(scores[i], known[i]))}
         self.wanted += sum(len(r.ends) for r in requests)
         return [
-            Trajectory(_filled(r, s) or (), _filled(r, m))
-            for r, s, m in zip(requests, scores, masses, strict=True)
+            Trajectory(_filled(r, s, k), _filled(r, m, k) if has_mass else None)
+            for r, s, m, k in zip(requests, scores, masses, known, strict=True)
         ]
 
     def close(self) -> None:
@@ -87,18 +110,20 @@ class AdaptiveGuard(Guard):
         ]  # fmt: skip
         self.asked += sum(len(request.ends) for request in asked)
         try:
-            return self._guard.trajectories(asked)
+            found = self._guard.trajectories(asked)
         except GuardError as error:
             if error.request is None:
                 raise
             raise GuardError(str(error), request=list(todo)[error.request]) from error
+        # Before they are interpolated, where a missing or wrong one would no longer show.
+        check_trajectories(self.name, asked, found)
+        return found
 
-    def _unsettled(self, scores: np.ndarray[Any, np.dtype[np.float64]]) -> list[int]:
-        """The prefixes to score next; `scores` is nan where nothing is known."""
-        known = np.flatnonzero(~np.isnan(scores)).tolist()
+    def _unsettled(self, scores: _Floats, known: _Bools) -> list[int]:
+        """The prefixes to score next."""
         safe = 1 - self.epsilon
         more: list[int] = []
-        for first, last in pairwise(known):
+        for first, last in pairwise(np.flatnonzero(known).tolist()):
             one, other = scores[first], scores[last]
             if one < safe and other < safe:
                 more += range(first + 1, last)  # halving would end there too, only later
@@ -107,11 +132,6 @@ class AdaptiveGuard(Guard):
         return more
 
 
-def _filled(
-    request: PrefixRequest, values: np.ndarray[Any, np.dtype[np.float64]]
-) -> tuple[float, ...] | None:
-    known = ~np.isnan(values)
-    if not known.any():
-        return None
+def _filled(request: PrefixRequest, values: _Floats, known: _Bools) -> tuple[float, ...]:
     ends = np.asarray(request.ends, dtype=np.float64)
     return tuple(np.interp(ends, ends[known], values[known]).tolist())

@@ -14,9 +14,18 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
+
 from star_dss_plugin.errors import DataError, GuardError
 
-__all__ = ["Guard", "Message", "PrefixRequest", "StreamingGuard", "Trajectory"]
+__all__ = [
+    "Guard",
+    "Message",
+    "PrefixRequest",
+    "StreamingGuard",
+    "Trajectory",
+    "check_trajectories",
+]
 
 Message = Mapping[str, Any]
 """One turn: `role` ("system", "user", "assistant", "tool") and `content` (str)."""
@@ -57,6 +66,31 @@ class Trajectory:
 
     scores: tuple[float, ...]
     label_mass: tuple[float, ...] | None = None
+
+
+def check_trajectories(
+    name: str, requests: Sequence[PrefixRequest], results: Sequence[Trajectory]
+) -> None:
+    """Checks what a guard returned: its code may be anybody's, and the loss will believe it.
+
+    Raises:
+        GuardError: Not one trajectory for each request, or not one probability for each prefix.
+    """
+    if len(results) != len(requests):
+        raise GuardError(
+            f"Guard {name!r} returned {len(results)} trajectories for {len(requests)} "
+            "responses; it must return one for each, in order."
+        )
+    for request, result in zip(requests, results, strict=True):
+        masses = result.scores if result.label_mass is None else result.label_mass
+        for what, values in (("scores", result.scores), ("label_mass", masses)):
+            given = np.asarray(values, dtype=np.float64)
+            if len(given) != len(request.ends) or not ((given >= 0) & (given <= 1)).all():
+                raise GuardError(
+                    f"Guard {name!r} returned the {what} {values!r} for "
+                    f"{len(request.ends)} prefixes; it must return one probability in [0, 1] for "
+                    "each."
+                )
 
 
 class Guard(abc.ABC):

@@ -24,8 +24,9 @@ What ends a word is seen in the character behind it, or, for white space, behind
 space that it is part of; words cut a run into at most three.
 """
 
-# A word that depends on what stands before it. "^" negates a class and is an anchor elsewhere.
-_LOOKS_BACK = re.compile(r"\(\?<|\\[AGbBK]|(?<!\[)\^")
+# A word that depends on what stands before it, or anywhere behind it. "^" negates a class and is an
+# anchor elsewhere; "(?!\S)" looks at one character.
+_LOOKS_AROUND = re.compile(r"\(\?<|\(\?=|\(\?!(?!\\S\))|\\[AGbBKzZ]|(?<!\[)\^|\$")
 
 
 class PrefixTokenizer:
@@ -44,13 +45,17 @@ class PrefixTokenizer:
         state["post_processor"] = None
         self._tokenizer = Tokenizer.from_str(json.dumps(state))
         self.works_by_words = _works_by_words(state)
-        self._normalizes = state["normalizer"] is not None
+        self._normalizes = _normalizer(state) is not None
+        # Without an unknown token they leave no trace, and offsets no longer say what is where.
+        self._lost = frozenset(_lost_bytes(state["model"]))
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, as if it were tokenized alone."""
         whole = max(texts, key=len)
-        if not self.works_by_words or (
-            self._normalizes and not unicodedata.is_normalized("NFC", whole)
+        if (
+            not self.works_by_words
+            or (self._normalizes and not unicodedata.is_normalized("NFC", whole))
+            or (self._lost and not self._lost.isdisjoint(whole.encode()))
         ):
             found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
             return [encoding.ids for encoding in found]
@@ -87,9 +92,26 @@ def _common_length(one: str, two: str) -> int:
     return low
 
 
+def _lost_bytes(model: dict[str, Any]) -> list[int]:
+    """The bytes that a byte-level vocabulary cannot spell and drops."""
+    if model.get("unk_token") is not None:
+        return []
+    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printed]
+    spelling = {byte: chr(byte) for byte in printed}
+    spelling |= {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return [byte for byte, char in spelling.items() if char not in model["vocab"]]
+
+
+def _normalizer(state: dict[str, Any]) -> dict[str, Any] | None:
+    """A tokenizer's normalizer; an empty sequence of them, as in GGUF files, is none."""
+    found = state["normalizer"]
+    return found if found != {"type": "Sequence", "normalizers": []} else None
+
+
 def _works_by_words(state: dict[str, Any]) -> bool:
     """Whether a tokenizer cuts text into words from left to right, each tokenized by itself."""
-    normalizer, model = state["normalizer"], state["model"]
+    normalizer, model = _normalizer(state), state["model"]
     if normalizer is not None and normalizer["type"] != "NFC":
         return False
     if model["type"] != "BPE" or model.get("dropout"):
@@ -106,5 +128,5 @@ def _works_by_words(state: dict[str, Any]) -> bool:
         and kinds[0]["type"] == "Split"
         and kinds[0]["behavior"] == "Isolated"
         and not kinds[0]["invert"]
-        and not _LOOKS_BACK.search(kinds[0]["pattern"].get("Regex", "^"))
+        and not _LOOKS_AROUND.search(kinds[0]["pattern"].get("Regex", "^"))
     )

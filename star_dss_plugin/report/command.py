@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from star_dss_plugin.errors import ConfigError
+from star_dss_plugin.report.harmless import visible
 
 if TYPE_CHECKING:
     from star_dss_plugin.report.reading import ScoredData
@@ -115,4 +116,6 @@ def _numbers(rows: str | None) -> list[int] | None:
 
 
 def _guard(data: ScoredData) -> str:
-    return data.guard + (" (DEMONSTRATION ONLY, protects nobody)" if data.demonstration else "")
+    return visible(data.guard) + (
+        " (DEMONSTRATION ONLY, protects nobody)" if data.demonstration else ""
+    )

@@ -14,8 +14,14 @@ __all__ = ["visible"]
 _KEPT = "\n\t"
 _CONTROL_PICTURES = 0x2400  # ␀ ␁ … stand for U+0000, U+0001, …
 _DELETE = 0x7F
-# Variation selectors that ordinary text does not use; bytes can be hidden in runs of them.
-_SELECTORS = range(0xE0100, 0xE01F0)
+# Invisible without being format characters; bytes can be hidden in runs of them.
+_INVISIBLE = frozenset({
+    0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x2065, 0x2800, 0x3164, 0xFFA0,
+    *range(0x180B, 0x1810), *range(0xFE00, 0xFE0F), *range(0xFFF0, 0xFFF9),
+    *range(0xE0000, 0xE1000),
+})  # fmt: skip
+_MARKS = 8
+"""Combining marks after which more of them would only paint over their neighbours."""
 _HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 _PLAIN = re.compile(r"[\n\t\x20-\x7e]*")
 
@@ -28,17 +34,26 @@ def visible(text: str) -> str:
 
     Returns:
         The text with "␀" to "␟" and "␡" for ASCII controls (line feed and tab stay) and "⟨U+202E⟩"
-        for the others. It can be encoded as UTF-8 and never changes the direction of other text.
+        for the others, and for combining marks in long runs. It can be encoded as UTF-8 and never
+        changes the direction of other text.
     """
     if _PLAIN.fullmatch(text):
         return text
-    return "".join(map(_shown, text))
+    shown, marks = [], 0
+    for char in text:
+        marks = marks + 1 if unicodedata.category(char)[0] == "M" else 0
+        shown.append(_name(char) if marks > _MARKS else _shown(char))
+    return "".join(shown)
 
 
 def _shown(char: str) -> str:
     code = ord(char)
-    if char in _KEPT or not (unicodedata.category(char) in _HIDDEN or code in _SELECTORS):
+    if char in _KEPT or not (unicodedata.category(char) in _HIDDEN or code in _INVISIBLE):
         return char
     if code < 0x20:
         return chr(_CONTROL_PICTURES + code)
-    return "␡" if code == _DELETE else f"⟨U+{code:04X}⟩"
+    return "␡" if code == _DELETE else _name(char)
+
+
+def _name(char: str) -> str:
+    return f"⟨U+{ord(char):04X}⟩"

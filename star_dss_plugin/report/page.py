@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -27,6 +28,7 @@ from star_dss_plugin.report.summary import BINS, by_source, histogram, summarise
 __all__ = ["render_page"]
 
 _SOURCES_SHOWN = 40
+_LONGEST_ROLE = 24
 
 
 def render_page(
@@ -74,7 +76,8 @@ def render_page(
         demonstration=data.demonstration,
         interpolated=data.interpolated,
         provenance=data.provenance,
-        tokenizer=data.tokenizer,
+        # The page may be passed on: where the folder lies is nobody's business.
+        tokenizer=_without_folders(data.tokenizer),
         version=__version__,
         threshold=threshold,
         blur=blur,
@@ -87,6 +90,11 @@ def render_page(
         bins=BINS,
         levels=palette.LEVELS,
     )  # fmt: skip
+
+
+def _without_folders(name: str) -> str:
+    path = Path(name)
+    return path.name if path.is_absolute() else name
 
 
 def _asset(name: str) -> str:
@@ -142,7 +150,10 @@ def _payload(
         "demonstration": data.demonstration,
         "text": text,
         "sources": [visible(name) for name in sources],
-        "messages": [[visible(role), visible(content)] for role, content in messages],
+        # Roles stay readable where text is blurred, and so must not be text.
+        "messages": [
+            [visible(role[:_LONGEST_ROLE]), visible(content)] for role, content in messages
+        ],
         "responses": rows,
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,6 +24,9 @@ from star_dss_plugin.segmenters import tokens
 
 __all__ = ["ScoredData", "ScoredResponse", "read_scored", "tokenizer_of"]
 
+logger = logging.getLogger(__name__)
+
+_MOST_SOURCES, _LONGEST_SOURCE = 500, 64
 _DIGITS = 6  # a float32 score has no more; 0.1 reads as 0.1 again
 
 
@@ -144,7 +148,7 @@ def tokenizer_of(dataset: Dataset, name: str | None) -> PreTrainedTokenizerBase:
             "folder of the model it was scored for with --tokenizer."
         )
     try:
-        return load_tokenizer(name or noted)
+        return load_tokenizer(name or noted, only_local=name is None)
     except ConfigError as error:
         if name is not None:
             raise
@@ -166,7 +170,8 @@ def read_scored(
     Args:
         dataset: With `input_ids`, `labels` and `star_scores`.
         tokenizer: The one that made `input_ids`.
-        source: The column that says where a row comes from; None: "source", if there is one.
+        source: The column that says where a row comes from; None: "source", if there is one with
+            names in it.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -181,16 +186,20 @@ def read_scored(
             f"There is no column {source!r} to tell sources by. The columns are: "
             f"{', '.join(columns)}."
         )
-    source = source or ("source" if "source" in columns else None)
     plain = dataset.with_format(None)
+    if source is None and "source" in columns and _names_sources(plain["source"]):
+        source = "source"
     origins = [None] * len(dataset) if source is None else plain[source]
     rows = tqdm(known_rows(dataset), "Reading", len(dataset), unit="row", disable=not progress)
     found: list[ScoredResponse] = []
     for i, (row, scores, origin) in enumerate(
         zip(rows, plain[SCORES_COLUMN], origins, strict=True)
     ):
-        check_scores(f"Row {i}", scores, len(row["input_ids"]))
-        if max(row["input_ids"], default=0) >= len(tokenizer):
+        ids = row["input_ids"]
+        if not isinstance(ids, Sequence):
+            raise DataError(f"Row {i} has no input_ids, so there is nothing to show. Remove it.")
+        check_scores(f"Row {i}", scores, len(ids))
+        if max(ids, default=0) >= len(tokenizer) or min(ids, default=0) < 0:
             raise _other_tokenizer(tokenizer)
         responses = in_row(i, find_responses, row, tokenizer, tokens, 1)
         name = None if origin is None else str(origin)
@@ -201,11 +210,25 @@ def read_scored(
             "data was tokenized."
         )
     provenance = provenance_of(dataset)
-    matched = provenance is not None and provenance["raw_contexts"] < provenance["responses"]
     spoken = "messages" in columns or {"prompt", "completion"} <= set(columns)
-    if matched and spoken and all(response.raw_context for response in found):
+    raw = sum(response.raw_context for response in found)
+    if spoken and provenance is not None and raw > provenance["raw_contexts"]:
         raise _other_tokenizer(tokenizer)
     return ScoredData(tuple(found), provenance, str(tokenizer.name_or_path))
+
+
+def _names_sources(values: Sequence[Any]) -> bool:
+    """Whether a column called "source" holds names; in translation data it holds texts."""
+    names = {str(value) for value in values if value is not None}
+    named = len(names) <= _MOST_SOURCES and all(
+        len(name) <= _LONGEST_SOURCE and name.isprintable() for name in names
+    )
+    if not named:
+        logger.warning(
+            "The column 'source' does not look like the names of sources and is left out. To use "
+            "it all the same, or another one, name it with --source."
+        )
+    return named
 
 
 def _check_scored(dataset: Dataset) -> None:

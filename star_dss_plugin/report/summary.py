@@ -91,6 +91,6 @@ def mean_trajectory(
     values = np.empty((len(responses), _GRID))
     for i, response in enumerate(responses):
         # The token that share falls on: the first one for 0, the last one for 1.
-        token = np.clip(np.ceil(grid * response.tokens), 1, None)
+        token = np.clip(np.ceil(grid * response.tokens - 1e-9), 1, None)
         values[i] = np.asarray(response.scores)[np.searchsorted(response.token_ends, token)]
     return grid, values.mean(axis=0)

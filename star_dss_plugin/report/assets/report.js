@@ -162,7 +162,8 @@
     j: () => move(1), k: () => move(-1),
     ArrowRight: () => mark(state.piece + 1), ArrowLeft: () => mark(state.piece - 1),
     "/": () => $("search")?.focus(),
-    r: () => $("detail").classList.toggle("revealed"),
+    r: () => document.body.classList.contains("blurred")
+      && $("detail").classList.toggle("revealed"),
   };
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
@@ -192,6 +193,7 @@
   $("next").addEventListener("click", () => select((state.page + 1) * PAGE));
   $("blur")?.addEventListener("click", () => {
     const on = document.body.classList.toggle("blurred");
+    $("detail").classList.remove("revealed");
     $("blur").setAttribute("aria-pressed", on);
   });
   const root = document.documentElement;
