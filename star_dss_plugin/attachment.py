@@ -149,6 +149,8 @@ def _prepare(
             truncation=(getattr(args, "max_length", None), getattr(args, "truncation_mode", None)),
             progress=not args.disable_tqdm,
         )
+        # What is packed is scored: by then nobody can tell where a document's messages were.
+        dataset = trainer.pack(dataset, evaluation=name != "train")
         if reference.kind == "precomputed" and not has_reference_logps(
             dataset,
             reference,

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from star_dss_plugin._version import __version__
-from star_dss_plugin.collation import REF_COLUMN, SCORES_COLUMN
+from star_dss_plugin.collation import REF_COLUMN, SCORES_COLUMN, forward_inputs
 from star_dss_plugin.errors import StarDSSError
 from star_dss_plugin.logprobs import IGNORE_INDEX, token_logprobs
 from star_dss_plugin.loss import star_dss_loss
@@ -167,7 +167,7 @@ def _check_loss(trainer: Any, active: StarDSSState, dataloader: Any) -> None:
         try:
             active.metrics = type(metrics)()
             with trainer.compute_loss_context_manager():
-                logits = model(**_plain_inputs(batch)).logits
+                logits = model(**forward_inputs(batch)).logits
                 if logits is None:
                     raise _not_in_effect(
                         trainer, "its model returns no logits to weigh. Switch off what fuses the "
@@ -239,11 +239,6 @@ def _shortest_row(dataset: Any) -> Mapping[str, Any]:
     rows = [dataset[i] for i in range(min(len(dataset), 32))]
     trained = [r for r in rows if any(label != IGNORE_INDEX for label in r["labels"])] or rows
     return min(trained, key=lambda r: len(r["input_ids"]))
-
-
-def _plain_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("input_ids", "attention_mask", "position_ids")
-    return {**{n: batch[n] for n in names if n in batch}, "use_cache": False}
 
 
 def _reference(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -11,7 +12,13 @@ from torch import Tensor
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.logprobs import IGNORE_INDEX
 
-__all__ = ["REF_COLUMN", "SCORES_COLUMN", "TokenColumnsCollator"]
+__all__ = [
+    "REF_COLUMN",
+    "SCORES_COLUMN",
+    "TokenColumnsCollator",
+    "document_starts",
+    "forward_inputs",
+]
 
 SCORES_COLUMN = "star_scores"
 REF_COLUMN = "ref_logps"
@@ -25,9 +32,11 @@ class TokenColumnsCollator:
     shuffled or masked), there is no right place, and that is an error: a score on the wrong token
     would be worse than none.
 
-    A feature is a row, or a list of rows that the other collator joins into one sequence (sample
-    packing). The first token of a joined row is then not trained: it would be predicted from the
-    row before it, for which neither a score nor a reference was computed.
+    A feature is a row; a row of several documents (`seq_lengths`, TRL's packing); or a list of rows
+    that the other collator joins into one sequence (Axolotl's packing). The other collator may also
+    join all rows of a batch (`padding_free`), if its `position_ids` begin again at each. The first
+    token of a joined document is not trained: it would be predicted from the document before it,
+    for which neither a score nor a reference was computed.
 
     Args:
         inner: The trainer's collator.
@@ -39,7 +48,13 @@ class TokenColumnsCollator:
     def __call__(
         self, features: Sequence[Mapping[str, Any] | list[Mapping[str, Any]]]
     ) -> dict[str, Any]:
-        sequences = [_separate(f) if isinstance(f, list) else [dict(f)] for f in features]
+        joined = [isinstance(f, list) for f in features]
+        sequences = [
+            [_separate(row) for row in f]
+            if isinstance(f, list)
+            else [_separate(f) if "seq_lengths" in f else dict(f)]
+            for f in features
+        ]
         rows = [row for sequence in sequences for row in sequence]
         columns = [name for name in _PADDING if any(name in row for row in rows)]
         lacking = [name for name in columns if any(name not in row for row in rows)]
@@ -49,19 +64,20 @@ class TokenColumnsCollator:
                 "Score all of it."
             )
         bare: list[Any] = [[_bare(row) for row in sequence] for sequence in sequences]
-        joined = [isinstance(f, list) for f in features]
         batch = dict(self.inner([b if j else b[0] for b, j in zip(bare, joined, strict=True)]))
         if SCORES_COLUMN not in columns:
             return batch
         missing = [name for name in ("input_ids", "labels") if name not in batch]
         if missing:
             raise _moved(f"its batch has no {' and no '.join(missing)}")
+        if _flattened(batch, rows):
+            sequences = [[_separate(row) for row in rows]]
         input_ids, labels = batch["input_ids"], batch["labels"]
         added = {
             name: torch.full(input_ids.shape, _PADDING[name], dtype=torch.float32)
             for name in columns
         }
-        if input_ids.shape[0] != len(features):
+        if input_ids.shape[0] != len(sequences):
             raise _moved(f"it made {input_ids.shape[0]} sequences of {len(features)} rows")
         for i, sequence in enumerate(sequences):
             for row in sequence:
@@ -77,9 +93,37 @@ class TokenColumnsCollator:
         return batch | added
 
 
-def _separate(rows: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of one packed sequence, none of which is predicted from the one before it."""
-    return [{**row, "labels": [IGNORE_INDEX, *list(row["labels"])[1:]]} for row in rows]
+def forward_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model takes of a batch to return logits, and no loss."""
+    columns = ("labels", *_PADDING)
+    bare = {name: value for name, value in batch.items() if name not in columns}
+    return {**bare, "use_cache": False}
+
+
+def document_starts(row: Mapping[str, Any]) -> list[int]:
+    """Where the documents of a row begin; `seq_lengths` says how long they are."""
+    return _starts(row.get("seq_lengths") or [len(row["input_ids"])])
+
+
+def _starts(lengths: Iterable[int]) -> list[int]:
+    *starts, total = accumulate(lengths, initial=0)
+    return [start for start in starts if start < total]
+
+
+def _separate(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row none of whose documents is predicted from what stands before it."""
+    labels = torch.as_tensor(row["labels"]).clone()
+    labels[document_starts(row)] = IGNORE_INDEX
+    return {**row, "labels": labels.tolist()}
+
+
+def _flattened(batch: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a collator joined all rows, and said where each begins."""
+    positions = batch.get("position_ids")
+    if positions is None or len(batch["input_ids"]) != 1 or "attention_mask" in batch:
+        return False
+    starts = _starts(len(row["input_ids"]) for row in rows)
+    return bool((positions[0, starts] == 0).all())
 
 
 def _bare(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,6 +165,6 @@ def _find(padded_ids: Tensor, padded_labels: Tensor, feature: Mapping[str, Any])
 def _moved(what: str) -> DataError:
     return DataError(
         f"The data collator does not keep the scored tokens in place: {what}. STAR-DSS needs a "
-        "collator that only pads (DataCollatorForSeq2Seq, or TRL's default without packing and "
-        "padding_free); one that makes its own labels or cuts rows cannot be used."
+        "collator that only pads or joins rows (DataCollatorForSeq2Seq, TRL's default, "
+        "DataCollatorWithFlattening); one that makes its own labels or cuts rows cannot be used."
     )

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer
 
 from star_dss_plugin.errors import ConfigError
 
+if TYPE_CHECKING:
+    from star_dss_plugin.training import StarDSSMixin
+
 __all__ = ["check_trainer", "expose_logits"]
 
 
-def check_trainer(trainer: Trainer) -> None:
+def check_trainer(trainer: StarDSSMixin) -> None:
     """Refuses every setting under which the shaped loss would be wrong or not in effect.
 
     Raises:
@@ -40,14 +43,10 @@ def check_trainer(trainer: Trainer) -> None:
             "Set label_smoothing_factor=0",
         ),
         (
-            getattr(args, "packing", False) or getattr(args, "eval_packing", False),
-            "packing is on, which drops the scores when it joins rows",
-            "Set packing=False (and eval_packing=False)",
-        ),
-        (
-            getattr(trainer, "padding_free", False) or getattr(args, "padding_free", False),
-            "padding_free is on, which flattens a batch into one row and leaves the scores behind",
-            "Set padding_free=False",
+            getattr(args, "packing", False) and not trainer.packs_scored_rows,
+            "the trainer has packed its rows already, and what the guard must read of each (its "
+            "messages) is gone",
+            "Use StarDSSTrainer, which scores before it packs, or set packing=False",
         ),
         (
             args.n_gpu > 1,

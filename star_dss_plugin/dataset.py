@@ -88,6 +88,11 @@ def prepare_dataset(
             f"{', '.join(dataset.column_names)}). STAR-DSS needs tokenized text with labels: let "
             "the trainer prepare it, or tokenize it with `star-dss score`."
         )
+    if "seq_lengths" in dataset.column_names and SCORES_COLUMN not in dataset.column_names:
+        raise DataError(
+            f"The {name} data set is packed already, so nobody can tell which context a response "
+            "had. Give it unpacked, with packing=True if its rows are to be joined."
+        )
     if SCORES_COLUMN in dataset.column_names:
         # Whoever scored it trained responses only; labels made since then may train all tokens.
         dataset = only_responses(dataset, tokenizer, chat_template)

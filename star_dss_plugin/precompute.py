@@ -19,7 +19,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from star_dss_plugin.cache import ScoreCache, content_key
-from star_dss_plugin.collation import REF_COLUMN, SCORES_COLUMN
+from star_dss_plugin.collation import REF_COLUMN, SCORES_COLUMN, document_starts
 from star_dss_plugin.columns import with_column
 from star_dss_plugin.guards.base import Trajectory
 from star_dss_plugin.logprobs import IGNORE_INDEX, token_logprobs
@@ -55,11 +55,28 @@ def has_reference_logps(
 def _content(dataset: Dataset, weight_map: WeightMap, kl_coef: float, threshold: float) -> str:
     """What the column depends on beside the reference: the tokens, and which rows need it."""
     digest = hashlib.sha256()
-    columns = ["input_ids", "labels", SCORES_COLUMN]
-    for row in dataset.with_format(None).select_columns(columns):
-        needed = _needs_reference(row, weight_map, kl_coef, threshold)
-        digest.update(content_key(row["input_ids"], row["labels"], needed).encode())
+    for row in _plain(dataset):
+        for document in _documents(row):
+            needed = _needs_reference(document, weight_map, kl_coef, threshold)
+            key = content_key(document["input_ids"], document["labels"], needed)
+            digest.update(key.encode())
     return digest.hexdigest()
+
+
+def _plain(dataset: Dataset) -> Dataset:
+    columns = ["input_ids", "labels", SCORES_COLUMN, "seq_lengths"]
+    return dataset.with_format(None).select_columns(
+        [column for column in columns if column in dataset.column_names]
+    )
+
+
+def _documents(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The documents of a packed row, each of which the model sees by itself."""
+    starts = document_starts(row)
+    return [
+        {name: row[name][start:end] for name in ("input_ids", "labels", SCORES_COLUMN)}
+        for start, end in zip(starts, [*starts[1:], len(row["input_ids"])], strict=True)
+    ]
 
 
 def add_reference_logps(
@@ -79,7 +96,7 @@ def add_reference_logps(
     """Adds the column `ref_logps`: log π_ref of every trained token that has a KL weight.
 
     Args:
-        dataset: With `input_ids`, `labels` and `star_scores`.
+        dataset: With `input_ids`, `labels` and `star_scores`; packed rows with `seq_lengths`.
         reference: Of kind "precomputed".
         policy: The model as it starts, which is the reference unless that has one of its own.
         weight_map: Which tokens need it.
@@ -97,24 +114,30 @@ def add_reference_logps(
     namespace = {"what": REF_COLUMN, "version": 1, "model": reference.fingerprint}
     namespace["precision"] = precision
     cache, model = ScoreCache(cache_dir, namespace), reference.model or policy
-    plain = dataset.with_format(None).select_columns(["input_ids", "labels", SCORES_COLUMN])
-    column: list[Any] = []
-    wanted: dict[str, list[int]] = {}
-    keys = []
+    plain = _plain(dataset)
+    wanted: dict[str, tuple[int, int]] = {}
+    keys: list[list[tuple[str, int]]] = []
     for i, row in enumerate(plain):
-        keys.append(content_key(row["input_ids"], row["labels"]))
-        if _needs_reference(row, weight_map, kl_coef, threshold):
-            wanted.setdefault(keys[-1], []).append(i)
+        keys.append([])
+        for j, document in enumerate(_documents(row)):
+            key = content_key(document["input_ids"], document["labels"])
+            keys[-1].append((key, len(document["input_ids"])))
+            if _needs_reference(document, weight_map, kl_coef, threshold):
+                wanted.setdefault(key, (i, j))
     # Looked up before it is locked: a complete cache may be read-only.
     if any(cache.get(key) is None for key in wanted):
         with cache.lock():
-            todo = {key: rows[0] for key, rows in wanted.items() if cache.get(key) is None}
+            todo = {key: place for key, place in wanted.items() if cache.get(key) is None}
             _compute(plain, model, todo, cache, pad_token_id, autocast, progress)
             cache.flush()
-    for i, key in enumerate(keys):
+
+    def values(key: str, length: int) -> Any:
         known = cache.get(key) if key in wanted else None
-        length = len(plain[i]["input_ids"])
-        column.append(np.zeros(length) if known is None else np.asarray(known.scores))
+        return np.zeros(length) if known is None else np.asarray(known.scores)
+
+    column = [
+        np.concatenate([np.zeros(0), *(values(*document) for document in row)]) for row in keys
+    ]
     dataset = with_column(dataset, REF_COLUMN, column, List(Value("float32")))
     content = _content(dataset, weight_map, kl_coef, threshold)
     write_note(dataset, "reference", {"model": reference.fingerprint, "content": content})
@@ -137,7 +160,7 @@ def _needs_reference(
 def _compute(
     rows: Dataset,
     model: nn.Module,
-    todo: Mapping[str, int],
+    todo: Mapping[str, tuple[int, int]],
     cache: ScoreCache,
     pad_token_id: int,
     autocast: Callable[[], contextlib.AbstractContextManager[None]],
@@ -151,9 +174,10 @@ def _compute(
         disable=not progress or not todo,
     )  # fmt: skip
     try:
-        for batch in _batches(rows, todo):
-            ids = [torch.tensor(rows[i]["input_ids"]) for _, i in batch]
-            labels = [torch.tensor(rows[i]["labels"]) for _, i in batch]
+        for keys in _batches(rows, todo):
+            batch = [_documents(rows[i])[j] for i, j in map(todo.__getitem__, keys)]
+            ids = [torch.tensor(document["input_ids"]) for document in batch]
+            labels = [torch.tensor(document["labels"]) for document in batch]
             padded = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad_token_id)
             targets = nn.utils.rnn.pad_sequence(
                 labels, batch_first=True, padding_value=IGNORE_INDEX
@@ -166,7 +190,7 @@ def _compute(
                     use_cache=False,
                 ).logits  # fmt: skip
             logps = token_logprobs(logits, targets.to(device)).cpu()
-            for (key, _), row, length in zip(batch, logps, lengths.tolist(), strict=True):
+            for key, row, length in zip(keys, logps, lengths.tolist(), strict=True):
                 values = (0.0, *row[: length - 1].tolist())
                 cache.put(key, Trajectory(values))
             bar.update(len(batch))
@@ -175,14 +199,14 @@ def _compute(
         bar.close()
 
 
-def _batches(rows: Dataset, todo: Mapping[str, int]) -> Iterator[list[tuple[str, int]]]:
-    """Rows of similar length, at most `_BATCH_TOKENS` padded tokens (or one row) at a time."""
-    lengths = {i: len(rows[i]["input_ids"]) for i in todo.values()}
-    batch: list[tuple[str, int]] = []
-    for key, i in sorted(todo.items(), key=lambda item: (lengths[item[1]], item[1])):
-        if batch and (len(batch) + 1) * lengths[i] > _BATCH_TOKENS:
+def _batches(rows: Dataset, todo: Mapping[str, tuple[int, int]]) -> Iterator[list[str]]:
+    """Documents of similar length, at most `_BATCH_TOKENS` padded tokens (or one) at a time."""
+    lengths = {key: len(_documents(rows[i])[j]["input_ids"]) for key, (i, j) in todo.items()}
+    batch: list[str] = []
+    for key in sorted(todo, key=lambda key: (lengths[key], todo[key])):
+        if batch and (len(batch) + 1) * lengths[key] > _BATCH_TOKENS:
             yield batch
             batch = []
-        batch.append((key, i))
+        batch.append(key)
     if batch:
         yield batch

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from star_dss_plugin.collation import forward_inputs
 from star_dss_plugin.config import REFERENCES
 from star_dss_plugin.errors import ConfigError
 
@@ -73,14 +74,9 @@ class Reference:
     def logits(self, policy: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         """(batch, seq, vocab), without gradients."""
         with self.active(policy) as model:
-            logits = model(**{**_forward_inputs(inputs), "use_cache": False}).logits
+            logits = model(**forward_inputs(inputs)).logits
         assert isinstance(logits, Tensor)
         return logits
-
-
-def _forward_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("input_ids", "attention_mask", "position_ids")
-    return {name: inputs[name] for name in names if name in inputs}
 
 
 def choose_reference(

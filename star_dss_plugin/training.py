@@ -17,7 +17,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import Trainer
 
-from star_dss_plugin.collation import REF_COLUMN, SCORES_COLUMN
+from star_dss_plugin.collation import REF_COLUMN, SCORES_COLUMN, forward_inputs
 from star_dss_plugin.config import StarDSSOptions
 from star_dss_plugin.dataset import DatasetSummary
 from star_dss_plugin.errors import ConfigError, StarDSSError
@@ -75,6 +75,12 @@ class StarDSSMixin(_Base):
     """
 
     star_dss_state: StarDSSState | None = None
+    packs_scored_rows = False
+    """Whether `pack` joins rows, so that the trainer's own packing is not used."""
+
+    def pack(self, dataset: Dataset, *, evaluation: bool) -> Dataset:
+        """Joins scored rows, where the trainer is told to; `seq_lengths` then says where."""
+        return dataset
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -195,8 +201,7 @@ class StarDSSMixin(_Base):
         """The base class's own result, and the outputs of the policy's forward pass."""
         own_pass = state.needs_distributions and not state.parent_has_logits
         if own_pass:
-            bare = {k: v for k, v in inputs.items() if k != "labels"}
-            outputs = model(**{**bare, "use_cache": False})
+            outputs = model(**forward_inputs(inputs))
         # The base class's loss is not used, so it need not be normalised.
         gradients = torch.no_grad() if own_pass else contextlib.nullcontext()
         with gradients, _first_outputs(model) as captured:

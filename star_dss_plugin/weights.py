@@ -7,6 +7,7 @@ the weight of cross-entropy on the target and the weight of the KL term to the r
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
@@ -17,6 +18,7 @@ __all__ = [
     "hard",
     "kl_only",
     "last_scores",
+    "needs_last_scores",
     "needs_reference",
     "needs_scores",
     "rejection",
@@ -130,3 +132,11 @@ def needs_scores(weight_map: WeightMap, *, kl_coef: float, threshold: float) -> 
     """Whether this map's weights depend on the scores at all, so that a guard is needed."""
     ce, kl = _on_grid(weight_map, kl_coef=kl_coef, threshold=threshold)
     return bool((ce != ce.reshape(-1)[0]).any() or (kl != kl.reshape(-1)[0]).any())
+
+
+def needs_last_scores(weight_map: WeightMap, *, kl_coef: float, threshold: float) -> bool:
+    """Whether this map reads the score of a response's end, so that responses must be whole."""
+    weights = _on_grid(weight_map, kl_coef=kl_coef, threshold=threshold)
+    side = math.isqrt(weights[0].numel())
+    tables = [w.reshape(side, side) for w in weights]
+    return any(bool((table != table[:, :1]).any()) for table in tables)

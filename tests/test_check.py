@@ -54,7 +54,8 @@ def test_a_good_configuration(tmp_path, model_dir):
         ({"guard": None}, "No guard was given"),
         ({"kl_coef": -1.0}, "kl_coef is -1.0"),
         ({"loss_type": "nll", "guard": None}, "with which nothing is shaped"),
-        ({"packing": True}, "packing"),
+        ({"eval_packing": True}, "eval_packing is on and packing is off"),
+        ({"packing": True, "packing_strategy": "wrapped", "loss_type": "static"}, "at the end"),
         ({"dataset_name": "absent.jsonl"}, "absent.jsonl"),
     ],
 )

@@ -238,15 +238,26 @@ def test_collators_that_move_tokens_or_labels_are_refused(inner):
         TokenColumnsCollator(inner)(features)
 
 
-def test_transformers_flattening_is_refused():
-    features = [row([5, 6, 7], [0, 1, 1]), row([8, 9, 5], [0, 0, 1])]
-    with pytest.raises(DataError, match="1 sequences of 2 rows"):
-        TokenColumnsCollator(DataCollatorWithFlattening())(features)
-
-
-def test_trls_padding_free_is_refused():
+def trl_flattening():
     trainer = pytest.importorskip("trl.trainer.sft_trainer")
-    inner = trainer.DataCollatorForLanguageModeling(pad_token_id=PAD, padding_free=True)
+    return trainer.DataCollatorForLanguageModeling(pad_token_id=PAD, padding_free=True)
+
+
+@pytest.mark.parametrize("inner", [DataCollatorWithFlattening, trl_flattening])
+@pytest.mark.parametrize("masks", [[[0, 1, 1], [0, 0, 1]], [[1, 1, 1], [1, 0, 1]], [[1, 1, 1]]])
+def test_joined_rows_are_not_predicted_from_each_other(inner, masks):
+    features = [row([5 + i, 6, 7], mask) for i, mask in enumerate(masks)]
+    batch = TokenColumnsCollator(inner())(copy.deepcopy(features))
+    assert batch["input_ids"].shape[0] == 1
+    for name in (SCORES_COLUMN, REF_COLUMN):
+        expected = torch.cat([torch.as_tensor(f[name]) for f in features])
+        assert torch.equal(batch[name][0], expected.float())
+    assert (batch["labels"][0, ::3] == -100).all()
+
+
+def test_joined_rows_that_see_each_other_are_refused():
+    """Labels as if apart, positions as if one text."""
+    inner = DataCollatorWithFlattening(return_position_ids=False)
     features = [row([5, 6, 7], [0, 1, 1]), row([8, 9, 5], [0, 0, 1])]
     with pytest.raises(DataError, match="1 sequences of 2 rows"):
         TokenColumnsCollator(inner)(features)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
-from trl import SFTTrainer
+from datasets import Dataset
+from trl import SFTTrainer, pack_dataset
 
 from star_dss_plugin.attachment import set_up
+from star_dss_plugin.collation import SCORES_COLUMN
 from star_dss_plugin.errors import ConfigError
+from star_dss_plugin.loss import resolve_weight_map
 from star_dss_plugin.training import StarDSSMixin
+from star_dss_plugin.weights import needs_last_scores
 from star_dss_trl.config import HOST_LOSS_TYPES, StarDSSConfig
 
 __all__ = ["StarDSSTrainer", "refuse_early"]
@@ -29,7 +34,10 @@ class StarDSSTrainer(StarDSSMixin, SFTTrainer):  # type: ignore[misc]
         StarDSSError: What was given, why it cannot work and what to change.
     """
 
+    _packs_late = False
     _tag_names = ["trl", "sft", "star-dss"]  # noqa: RUF012 (as TRL declares it)
+
+    packs_scored_rows = True
 
     def __init__(self, model: Any, args: StarDSSConfig | None = None, **kwargs: Any) -> None:
         if not isinstance(args, StarDSSConfig):
@@ -42,6 +50,7 @@ class StarDSSTrainer(StarDSSMixin, SFTTrainer):  # type: ignore[misc]
             super().__init__(model, args=args, **kwargs)
             return
         refuse_early(args)
+        self._packs_late = True
         loss_type = args.loss_type
         # SFTTrainer knows its own loss types only. Its plain loss is computed from a forward pass
         # that yields what ours needs: logits (TRL < 1.15) or fused log-probabilities.
@@ -52,16 +61,50 @@ class StarDSSTrainer(StarDSSMixin, SFTTrainer):  # type: ignore[misc]
             args.loss_type = loss_type
         set_up(self, args)
 
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any
+    ) -> Any:
+        """TRL's preparation without its packing, which would drop the scores: see `pack`."""
+        if packing and self._packs_late:
+            args, packing = copy.copy(args), False
+            # What TRL's packing itself would cut: the end of long rows, or nothing.
+            args.truncation_mode = "keep_start"
+            if args.packing_strategy != "bfd":
+                args.max_length = None
+        return super()._prepare_dataset(dataset, processing_class, args, packing, *rest)
+
+    def pack(self, dataset: Dataset, *, evaluation: bool) -> Dataset:
+        """Joins scored rows as TRL joins rows, scores with their tokens."""
+        args: Any = self.args
+        packing = args.packing
+        if evaluation and args.eval_packing is not None:
+            packing = args.eval_packing
+        if not packing or "seq_lengths" in dataset.column_names:
+            return dataset
+        columns = dataset.select_columns(["input_ids", "labels", SCORES_COLUMN])
+        packed = pack_dataset(columns, args.max_length, args.packing_strategy)
+        if args.shuffle_dataset:
+            packed = packed.shuffle(seed=args.seed)
+        return packed
+
 
 def refuse_early(args: StarDSSConfig) -> None:
     """Settings that would make SFTTrainer itself fail with an error that does not name us."""
-    if args.packing or args.eval_packing or args.padding_free:
-        raise ConfigError(
-            "STAR-DSS cannot be used with packing or padding_free yet: joining rows leaves their "
-            "scores behind. Set packing=False, eval_packing=False and padding_free=False."
-        )
     if args.use_liger_kernel:
         raise ConfigError(
             "STAR-DSS cannot be used with use_liger_kernel: it fuses the loss into the model and "
             "gives no per-token log-probabilities to weigh. Set use_liger_kernel=False."
         )
+    if args.eval_packing and not args.packing:
+        raise ConfigError(
+            "eval_packing is on and packing is off, for which TRL lets the documents of a packed "
+            "row see each other. Set both or neither."
+        )
+    if args.packing and args.packing_strategy != "bfd":
+        weight_map = resolve_weight_map(args.loss_type)
+        if needs_last_scores(weight_map, kl_coef=args.kl_coef, threshold=args.threshold):
+            raise ConfigError(
+                f"loss_type {args.loss_type!r} reads the score at the end of each response, which "
+                f"packing_strategy={args.packing_strategy!r} may cut off. Set "
+                "packing_strategy='bfd', or loss_type='star_dss'."
+            )
