@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
-
 from star_dss_plugin.errors import DataError, GuardError
 
 __all__ = [
@@ -84,8 +82,7 @@ def check_trajectories(
     for request, result in zip(requests, results, strict=True):
         masses = result.scores if result.label_mass is None else result.label_mass
         for what, values in (("scores", result.scores), ("label_mass", masses)):
-            given = np.asarray(values, dtype=np.float64)
-            if len(given) != len(request.ends) or not ((given >= 0) & (given <= 1)).all():
+            if len(values) != len(request.ends) or not all(0 <= v <= 1 for v in values):
                 raise GuardError(
                     f"Guard {name!r} returned the {what} {values!r} for "
                     f"{len(request.ends)} prefixes; it must return one probability in [0, 1] for "
