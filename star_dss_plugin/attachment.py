@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,14 @@ from star_dss_plugin.dataset import DatasetSummary, prepare_dataset
 from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.loss import resolve_weight_map
 from star_dss_plugin.precompute import add_reference_logps, has_reference_logps
+from star_dss_plugin.projection import can_project
 from star_dss_plugin.reference import Reference, choose_reference, model_fingerprint
 from star_dss_plugin.training import StarDSSMixin, StarDSSState
 from star_dss_plugin.weights import WeightMap, needs_reference
 
 __all__ = ["attach", "set_up"]
+
+logger = logging.getLogger(__name__)
 
 
 def attach(trainer: Trainer, options: StarDSSOptions | None = None, **changes: Any) -> Trainer:
@@ -78,8 +82,19 @@ def set_up(trainer: StarDSSMixin, options: StarDSSOptions) -> None:
     model = trainer.model
     if model is None:
         raise ConfigError("The trainer has no model yet. Pass model, not model_init.")
+    projects = can_project(model)  # first: some quantized weights change when they are first used
+    if not projects:
+        logger.info(
+            "The logits of every token are held at each step: the head of this model is not one "
+            "linear layer that can be used by itself."
+        )
     reference = choose_reference(
-        options.reference, model, tokenizer, estimator=options.kl_estimator, needed=needed
+        options.reference,
+        model,
+        tokenizer,
+        estimator=options.kl_estimator,
+        needed=needed,
+        projects=projects,
     )
     summaries: dict[str, DatasetSummary] = {}
 
@@ -108,7 +123,9 @@ def set_up(trainer: StarDSSMixin, options: StarDSSOptions) -> None:
     trainer.model_accepts_loss_kwargs = True
     trainer.loss_is_scaled_for_ga = True
     trainer._signature_columns = None
-    trainer.star_dss_state = StarDSSState(options, weight_map, reference, prepare, summaries)
+    trainer.star_dss_state = StarDSSState(
+        options, weight_map, reference, prepare, summaries, projects=projects
+    )
     trainer.add_callback(StarDSSCallback(trainer))
 
 

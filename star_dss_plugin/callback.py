@@ -251,7 +251,8 @@ def _reference(
         return {"ref_logps": batch[REF_COLUMN]}
     with trainer.accelerator.autocast():
         policy = trainer.accelerator.unwrap_model(trainer.model)
-        logits = active.reference.logits(policy, batch)
+        with active.reference.active(policy) as model:
+            logits = model(**forward_inputs(batch)).logits
     if active.options.kl_estimator == "full":
         return {"ref_logits": logits}
     logps = token_logprobs(logits, labels)

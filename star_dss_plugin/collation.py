@@ -70,7 +70,7 @@ class TokenColumnsCollator:
         missing = [name for name in ("input_ids", "labels") if name not in batch]
         if missing:
             raise _moved(f"its batch has no {' and no '.join(missing)}")
-        if _flattened(batch, rows):
+        if len(rows) > 1 and _flattened(batch, rows):
             sequences = [[_separate(row) for row in rows]]
         input_ids, labels = batch["input_ids"], batch["labels"]
         added = {
@@ -86,6 +86,8 @@ class TokenColumnsCollator:
                 n: _join(row[n] for row in sequence) for n in ("input_ids", "labels", *columns)
             }
             where = _find(input_ids[i], labels[i], feature)
+            if where is None and len(sequence) == 1:  # a collator that joins rows, given one
+                where = _find(input_ids[i], labels[i], _separate(sequence[0]))
             if where is None:
                 raise _moved("a row's tokens or labels are not the ones it was given")
             for name in columns:

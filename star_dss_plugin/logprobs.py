@@ -6,6 +6,8 @@ is predicted from position t. Untrained positions hold 0.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,7 +19,10 @@ IGNORE_INDEX = -100
 """The label of tokens that are not trained, as everywhere in PyTorch."""
 
 _ROWS_PER_CHUNK = 512
-"""Vocabulary rows held in float32 at once by `full_kl`."""
+"""Positions whose distributions over the vocabulary are held in float32 at once."""
+
+Project = Callable[[Tensor], Tensor]
+"""Hidden states, (n, hidden), to logits, (n, vocab)."""
 
 
 def _float(x: Tensor) -> Tensor:
@@ -25,21 +30,42 @@ def _float(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def token_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
+def token_logprobs(states: Tensor, labels: Tensor, project: Project | None = None) -> Tensor:
     """Log π(y_t | x, y_<t) of every trained token.
 
     Args:
-        logits: (batch, seq, vocab), any floating dtype.
+        states: Logits, (batch, seq, vocab), any floating dtype; with `project` hidden states,
+            (batch, seq, hidden), which are projected in chunks, again in the backward pass.
         labels: (batch, seq), int64, unshifted, -100 on tokens that are not trained.
+        project: Hidden states to logits.
 
     Returns:
         (batch, seq − 1), float32 (float64 for float64 logits): shifted; 0 where not trained.
     """
     targets = labels[:, 1:]
     trained = targets != IGNORE_INDEX
-    rows = _float(logits[:, :-1][trained])
-    picked = -F.cross_entropy(rows, targets[trained], reduction="none")
-    return rows.new_zeros(targets.shape).masked_scatter(trained, picked)
+    rows, targets_of_rows = states[:, :-1][trained], targets[trained]
+    if project is None:
+        picked = -F.cross_entropy(_float(rows), targets_of_rows, reduction="none")
+    else:
+
+        def log_probability(rows: Tensor, targets: Tensor) -> Tensor:
+            return -F.cross_entropy(_float(project(rows)), targets, reduction="none")
+
+        picked = _in_chunks(log_probability, rows, targets_of_rows)
+    return picked.new_zeros(targets.shape).masked_scatter(trained, picked)
+
+
+def _in_chunks(function: Callable[[Tensor, Tensor], Tensor], one: Tensor, two: Tensor) -> Tensor:
+    """`function`, position by position, holding one chunk of distributions at a time."""
+    # A chunk at least, if an empty one: the result then depends on the model.
+    starts = range(0, max(len(one), 1), _ROWS_PER_CHUNK)
+    chunks = [slice(start, start + _ROWS_PER_CHUNK) for start in starts]
+    if not torch.is_grad_enabled():
+        return torch.cat([function(one[chunk], two[chunk]) for chunk in chunks])
+    return torch.cat(
+        [checkpoint(function, one[chunk], two[chunk], use_reentrant=False) for chunk in chunks]
+    )
 
 
 def kl_estimate(logps: Tensor, ref_logps: Tensor, estimator: str) -> Tensor:
@@ -77,30 +103,36 @@ def kl_slope(logps: Tensor, ref_logps: Tensor, estimator: str) -> Tensor:
     raise ValueError(f"{estimator!r} is not a one-sample estimator; use 'k1', 'k2' or 'k3'")
 
 
-def full_kl(logits: Tensor, ref_logits: Tensor, wanted: Tensor) -> Tensor:
+def full_kl(
+    states: Tensor,
+    ref_states: Tensor,
+    wanted: Tensor,
+    project: Project | None = None,
+    ref_project: Project | None = None,
+) -> Tensor:
     """KL(π_θ ‖ π_ref) over the whole vocabulary, at the positions that need it.
 
     Works through the positions in chunks and recomputes each chunk in the backward pass, so that
     only one chunk of (positions, vocab) is held in float32 at a time.
 
     Args:
-        logits: (batch, seq, vocab), with gradients.
-        ref_logits: (batch, seq, vocab), without.
+        states: Logits, (batch, seq, vocab), with gradients; with `project` hidden states.
+        ref_states: The reference's logits, without; with `ref_project` its hidden states.
         wanted: (batch, seq − 1), bool, shifted: where to compute it.
+        project: Hidden states to logits.
+        ref_project: The reference's.
 
     Returns:
         (batch, seq − 1), float32 (float64 for float64 logits): shifted; 0 where not wanted.
     """
 
     def divergence(rows: Tensor, ref_rows: Tensor) -> Tensor:
-        logp = F.log_softmax(_float(rows), dim=-1)
-        ref_logp = F.log_softmax(_float(ref_rows), dim=-1).to(logp.dtype)
-        return F.kl_div(ref_logp, logp, reduction="none", log_target=True).sum(-1)
+        with torch.no_grad():
+            ref_logits = ref_rows if ref_project is None else ref_project(ref_rows)
+            ref_logp = F.log_softmax(_float(ref_logits), dim=-1)
+        logits = rows if project is None else project(rows)
+        logp = F.log_softmax(_float(logits), dim=-1)
+        return F.kl_div(ref_logp.to(logp.dtype), logp, reduction="none", log_target=True).sum(-1)
 
-    rows, ref_rows = logits[:, :-1][wanted], ref_logits[:, :-1][wanted].detach()
-    parts = [
-        checkpoint(divergence, a, b, use_reentrant=False)
-        for a, b in zip(rows.split(_ROWS_PER_CHUNK), ref_rows.split(_ROWS_PER_CHUNK), strict=True)
-    ]
-    empty = _float(logits.new_zeros(wanted.shape))
-    return empty.masked_scatter(wanted, torch.cat(parts).to(empty.dtype)) if parts else empty
+    found = _in_chunks(divergence, states[:, :-1][wanted], ref_states[:, :-1][wanted].detach())
+    return found.new_zeros(wanted.shape).masked_scatter(wanted, found)

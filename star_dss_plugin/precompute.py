@@ -24,6 +24,7 @@ from star_dss_plugin.columns import with_column
 from star_dss_plugin.guards.base import Trajectory
 from star_dss_plugin.logprobs import IGNORE_INDEX, token_logprobs
 from star_dss_plugin.loss import TokenWeights
+from star_dss_plugin.projection import states_of
 from star_dss_plugin.provenance import read_note, write_note
 from star_dss_plugin.reference import Reference
 from star_dss_plugin.weights import WeightMap
@@ -128,7 +129,9 @@ def add_reference_logps(
     if any(cache.get(key) is None for key in wanted):
         with cache.lock():
             todo = {key: place for key, place in wanted.items() if cache.get(key) is None}
-            _compute(plain, model, todo, cache, pad_token_id, autocast, progress)
+            _compute(
+                plain, model, reference.projects, todo, cache, pad_token_id, autocast, progress
+            )
             cache.flush()
 
     def values(key: str, length: int) -> Any:
@@ -160,6 +163,7 @@ def _needs_reference(
 def _compute(
     rows: Dataset,
     model: nn.Module,
+    projects: bool,
     todo: Mapping[str, tuple[int, int]],
     cache: ScoreCache,
     pad_token_id: int,
@@ -184,12 +188,10 @@ def _compute(
             )
             lengths = torch.tensor([len(x) for x in ids])
             mask = torch.arange(padded.shape[1])[None] < lengths[:, None]
+            inputs = {"input_ids": padded.to(device), "attention_mask": mask.long().to(device)}
             with torch.no_grad(), autocast():
-                logits = model(
-                    input_ids=padded.to(device), attention_mask=mask.long().to(device),
-                    use_cache=False,
-                ).logits  # fmt: skip
-            logps = token_logprobs(logits, targets.to(device)).cpu()
+                states = states_of(model, inputs, project=projects)
+                logps = token_logprobs(states.rows, targets.to(device), states.project).cpu()
             for key, row, length in zip(keys, logps, lengths.tolist(), strict=True):
                 values = (0.0, *row[: length - 1].tolist())
                 cache.put(key, Trajectory(values))

@@ -8,7 +8,6 @@ whole distribution at every step: a LoRA run switches its adapter off, others ke
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import json
 import logging
@@ -20,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from star_dss_plugin.collation import forward_inputs
 from star_dss_plugin.config import REFERENCES
-from star_dss_plugin.errors import ConfigError
+from star_dss_plugin.errors import ConfigError, StarDSSError
+from star_dss_plugin.projection import States, can_project, states_of
 
-__all__ = ["Reference", "choose_reference", "frozen_copy", "is_peft", "model_fingerprint"]
+__all__ = ["Reference", "choose_reference", "is_peft", "model_fingerprint"]
 
 logger = logging.getLogger(__name__)
 
@@ -39,17 +38,23 @@ class Reference:
     """How a run gets π_ref.
 
     Attributes:
-        kind: "none", "precomputed", "adapter" or "model" (a frozen model beside the trained one).
+        kind: "none", "precomputed", "adapter" (the policy without it), "copy" (the policy with the
+            values that its trained parameters had at the start) or "model" (a frozen one beside
+            it).
         description: For the start-up line.
         model: The frozen model of kind "model", or the one to precompute from if it is not the
             trained model itself.
         fingerprint: Of kind "precomputed": identifies the weights of the model as it starts.
+        starting: Of kind "copy": values of the trained parameters, by name.
+        projects: Whether its logits are made a few positions at a time.
     """
 
     kind: str
     description: str
     model: nn.Module | None = None
     fingerprint: str | None = None
+    starting: dict[str, Tensor] | None = None
+    projects: bool = False
 
     @contextlib.contextmanager
     def active(self, policy: nn.Module) -> Iterator[nn.Module]:
@@ -66,17 +71,44 @@ class Reference:
             training = policy.training
             policy.eval()  # dropout and NEFTune noise are not part of the reference
             try:
-                with policy.disable_adapter():  # type: ignore[operator]
+                with self._as_it_was(policy):
                     yield policy
             finally:
                 policy.train(training)
 
-    def logits(self, policy: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-        """(batch, seq, vocab), without gradients."""
+    def _as_it_was(self, policy: nn.Module) -> contextlib.AbstractContextManager[Any]:
+        if self.kind == "adapter":
+            without: contextlib.AbstractContextManager[Any] = policy.disable_adapter()  # type: ignore[operator]
+            return without
+        assert self.starting is not None
+        return _with_values(policy, self.starting)
+
+    def states(self, policy: nn.Module, batch: Mapping[str, Any]) -> States:
+        """What the reference's logits on a batch are made of, without gradients."""
         with self.active(policy) as model:
-            logits = model(**forward_inputs(inputs)).logits
-        assert isinstance(logits, Tensor)
-        return logits
+            return states_of(model, batch, project=self.projects)
+
+
+@contextlib.contextmanager
+def _with_values(policy: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Parameters that hold other values for a while; nothing is copied."""
+    parameters = dict(policy.named_parameters())
+    moving = [n for n, p in parameters.items() if p.requires_grad and n not in values]
+    if moving:
+        raise StarDSSError(
+            f"{moving[0]} and {len(moving) - 1} other parameters became trainable after STAR-DSS "
+            "was set up, so their values at the start, which the reference needs, are gone. Make "
+            "all of them trainable before, or set reference='precomputed'."
+        )
+    held = {name: parameters[name].data for name in values}
+    try:
+        for name, value in values.items():
+            parameter = parameters[name]
+            parameter.data = value.to(parameter.device, parameter.dtype)
+        yield
+    finally:
+        for name, data in held.items():
+            parameters[name].data = data
 
 
 def choose_reference(
@@ -86,6 +118,7 @@ def choose_reference(
     *,
     estimator: str,
     needed: bool,
+    projects: bool,
 ) -> Reference:
     """What `reference=name` means for this run.
 
@@ -95,6 +128,7 @@ def choose_reference(
         tokenizer: The policy's.
         estimator: The KL estimator.
         needed: Whether any token can get a KL weight.
+        projects: Whether `can_project` holds for the policy.
 
     Raises:
         ConfigError: The choice contradicts the mode, the estimator or the model.
@@ -129,7 +163,8 @@ def choose_reference(
                 "outside the adapter are trained too, so the base model would move. Set "
                 "reference='precomputed' or 'copy', or train the adapter alone."
             )
-        return Reference("adapter", "the base model (adapter switched off)")
+        what = "the base model (adapter switched off)"
+        return Reference("adapter", what, projects=projects)
     if name == "precomputed":
         if estimator == "full":
             raise ConfigError(
@@ -138,24 +173,18 @@ def choose_reference(
                 "kl_estimator='k2'."
             )
         what = "the model as it starts (precomputed log-probabilities)"
-        return Reference("precomputed", what, fingerprint=model_fingerprint(policy))
+        fingerprint = model_fingerprint(policy)
+        return Reference("precomputed", what, fingerprint=fingerprint, projects=projects)
     if name == "copy":
-        return Reference("model", "a frozen copy of the model as it starts", frozen_copy(policy))
+        trained = {n: p.detach().clone() for n, p in policy.named_parameters() if p.requires_grad}
+        what = "the model as it starts (a frozen copy of what is trained)"
+        return Reference("copy", what, starting=trained, projects=projects)
     assert name not in REFERENCES
     named = _load_named(name, policy, tokenizer)
+    projects = can_project(named)
     if estimator == "full":
-        return Reference("model", name, named)
-    return Reference("precomputed", name, named, model_fingerprint(named))
-
-
-def frozen_copy(policy: nn.Module) -> nn.Module:
-    """A copy that shares nothing with the policy, in eval mode."""
-    made = copy.deepcopy(policy)
-    for module in made.modules():
-        # TRL and accelerate replace `forward` on the instance; the replacement still closes over
-        # the original model, so the copy would answer with the policy's own weights.
-        module.__dict__.pop("forward", None)
-    return made.eval().requires_grad_(False)
+        return Reference("model", name, named, projects=projects)
+    return Reference("precomputed", name, named, model_fingerprint(named), projects=projects)
 
 
 def _adapter_is_fresh(policy: nn.Module) -> bool:
@@ -169,7 +198,7 @@ def _adapter_is_fresh(policy: nn.Module) -> bool:
     try:
         with torch.no_grad():
             on = policy(input_ids=ids, use_cache=False).logits.float()
-        off = live.logits(policy, {"input_ids": ids}).float()
+        off = live.states(policy, {"input_ids": ids}).rows.float()
     finally:
         policy.train(training)
     return bool(torch.allclose(on, off, rtol=1e-3, atol=1e-3))

@@ -21,9 +21,16 @@ from star_dss_plugin.collation import REF_COLUMN, SCORES_COLUMN, forward_inputs
 from star_dss_plugin.config import StarDSSOptions
 from star_dss_plugin.dataset import DatasetSummary
 from star_dss_plugin.errors import ConfigError, StarDSSError
-from star_dss_plugin.logprobs import full_kl, kl_estimate, kl_slope, token_logprobs
+from star_dss_plugin.logprobs import (
+    IGNORE_INDEX,
+    full_kl,
+    kl_estimate,
+    kl_slope,
+    token_logprobs,
+)
 from star_dss_plugin.loss import TokenWeights, shaped_loss
 from star_dss_plugin.metrics import TokenMetrics
+from star_dss_plugin.projection import Projection, States, hidden_states, without_logits
 from star_dss_plugin.reference import Reference
 from star_dss_plugin.weights import WeightMap
 
@@ -48,6 +55,7 @@ class StarDSSState:
         metrics: Running sums for the log.
         extra_metrics: By full name: what callbacks add to the next training log line.
         shaped: How many training losses were shaped so far.
+        projects: Whether the policy's logits can be made a few positions at a time.
     """
 
     options: StarDSSOptions
@@ -58,9 +66,7 @@ class StarDSSState:
     metrics: TokenMetrics = field(default_factory=TokenMetrics)
     extra_metrics: dict[str, float] = field(default_factory=dict)
     shaped: int = 0
-    # Whether the trainer's own forward pass returns logits; known after the first batch. TRL's
-    # fused LM head (>= 1.15) returns log-probabilities only.
-    parent_has_logits: bool = True
+    projects: bool = False
 
     @property
     def needs_distributions(self) -> bool:
@@ -75,6 +81,9 @@ class StarDSSMixin(_Base):
     """
 
     star_dss_state: StarDSSState | None = None
+    host_wants_loss_alone = False
+    """Whether a base class with a `compute_loss` of its own leaves the model's logits alone."""
+
     packs_scored_rows = False
     """Whether `pack` joins rows, so that the trainer's own packing is not used."""
 
@@ -127,18 +136,24 @@ class StarDSSMixin(_Base):
             scores.float(), labels, state.weight_map,
             kl_coef=options.kl_coef, threshold=options.threshold,
         )  # fmt: skip
-        ref_logits = self._reference_logits(state, model, inputs, ref_logps, weights)
-        result, outputs = self._forward(state, model, inputs, return_outputs)
-        logps = self._logps(outputs, labels)
+        ref = self._reference_states(state, model, inputs, ref_logps, weights)
+        result, outputs, states = self._forward(state, model, inputs, return_outputs)
+        logps = self._logps(outputs, states, labels)
         kl_terms: Tensor | None = None
         slopes: Tensor | None = None
-        if state.needs_distributions:
-            assert ref_logits is not None
-            kl_terms = full_kl(outputs.logits, ref_logits, weights.kl != 0)
-        elif ref_logits is not None or ref_logps is not None:
-            ref = ref_logps[:, 1:] if ref_logits is None else token_logprobs(ref_logits, labels)
-            kl_terms = kl_estimate(logps, ref, options.kl_estimator)
-            slopes = kl_slope(logps.detach(), ref, options.kl_estimator)
+        if ref is not None and state.needs_distributions:
+            assert states is not None
+            kl_terms = full_kl(states.rows, ref.rows, weights.kl != 0, states.project, ref.project)
+        elif ref is not None or ref_logps is not None:
+            if ref is not None:
+                wanted = labels.clone()
+                wanted[:, 1:][weights.kl == 0] = IGNORE_INDEX
+                with torch.no_grad():
+                    ref_logps = token_logprobs(ref.rows, wanted, ref.project)
+            else:
+                ref_logps = ref_logps[:, 1:]
+            kl_terms = kl_estimate(logps, ref_logps, options.kl_estimator)
+            slopes = kl_slope(logps.detach(), ref_logps, options.kl_estimator)
         loss = shaped_loss(logps, kl_terms, weights, num_items_in_batch).loss
         state.metrics.add(
             self._mode(),
@@ -168,21 +183,23 @@ class StarDSSMixin(_Base):
         assert self.model is not None
         return "train" if self.model.training else "eval"
 
-    def _reference_logits(
+    def _reference_states(
         self,
         state: StarDSSState,
         model: nn.Module,
         inputs: dict[str, Any],
         ref_logps: Tensor | None,
         weights: TokenWeights,
-    ) -> Tensor | None:
-        """π_ref's logits where it runs at every step. Before the policy's forward pass: switching
-        an adapter off between a forward pass and its backward pass would confuse checkpointing.
+    ) -> States | None:
+        """π_ref where it runs at every step. Before the policy's forward pass: switching an
+        adapter off between a forward pass and its backward pass would confuse checkpointing.
         """
         kind = state.reference.kind
-        if kind in ("adapter", "model"):
+        if kind in ("adapter", "copy", "model"):
+            if not bool((weights.kl != 0).any()):
+                return None
             with self.accelerator.autocast():
-                return state.reference.logits(self.accelerator.unwrap_model(model), inputs)
+                return state.reference.states(self.accelerator.unwrap_model(model), inputs)
         if kind == "precomputed" and ref_logps is None:
             raise StarDSSError(
                 f"A batch came without {REF_COLUMN!r}, the reference's log-probabilities. Give the "
@@ -197,41 +214,49 @@ class StarDSSMixin(_Base):
 
     def _forward(
         self, state: StarDSSState, model: nn.Module, inputs: dict[str, Any], return_outputs: bool
-    ) -> tuple[Any, Any]:
-        """The base class's own result, and the outputs of the policy's forward pass."""
-        own_pass = state.needs_distributions and not state.parent_has_logits
-        if own_pass:
-            outputs = model(**forward_inputs(inputs))
-        # The base class's loss is not used, so it need not be normalised.
-        gradients = torch.no_grad() if own_pass else contextlib.nullcontext()
-        with gradients, _first_outputs(model) as captured:
+    ) -> tuple[Any, Any, States | None]:
+        """The base class's own result, the policy's outputs, and what its logits are made of."""
+        policy = self.accelerator.unwrap_model(model)
+        with contextlib.ExitStack() as stack:
+            captured = stack.enter_context(_first_outputs(model))
+            if state.projects:
+                hidden = stack.enter_context(hidden_states(policy))
+                if self._host_wants_loss_alone() and not return_outputs:
+                    stack.enter_context(without_logits(model))
             result = super().compute_loss(model, dict(inputs), return_outputs=return_outputs)
-        if own_pass:
-            return result, outputs
         if not captured:
             raise StarDSSError(
                 f"{type(self).__mro__[1].__name__}.compute_loss did not call the model, so there "
                 "is no output to shape. Use a trainer whose compute_loss runs the model it gets."
             )
-        if state.needs_distributions and getattr(captured[0], "logits", None) is None:
-            state.parent_has_logits = False
-            return self._forward(state, model, inputs, return_outputs)
-        return result, captured[0]
+        logits = getattr(captured[0], "logits", None)
+        if logits is not None and logits.shape[:2] == inputs["labels"].shape:
+            return result, captured[0], States(logits)
+        if state.projects:
+            return result, captured[0], States(hidden[0], Projection.of(policy))
+        if state.needs_distributions:  # a second pass: the trainer's own never had the logits
+            return result, captured[0], States(policy(**forward_inputs(inputs)).logits)
+        return result, captured[0], None
 
-    def _logps(self, outputs: Any, labels: Tensor) -> Tensor:
+    def _host_wants_loss_alone(self) -> bool:
+        """Whether nothing below this class reads the model's logits."""
+        hosts = type(self).__mro__[type(self).__mro__.index(StarDSSMixin) + 1 :]
+        host = next(cls for cls in hosts if "compute_loss" in cls.__dict__)
+        return host is Trainer or self.host_wants_loss_alone
+
+    def _logps(self, outputs: Any, states: States | None, labels: Tensor) -> Tensor:
         """(batch, seq − 1): from a fused LM head if there is one, else from the logits."""
         fused = getattr(outputs, "log_probs", None)
         if fused is not None and fused.shape == labels[:, 1:].shape:
             assert isinstance(fused, Tensor)
             return fused.float()
-        logits = getattr(outputs, "logits", None)
-        if logits is None or logits.shape[:2] != labels.shape:
+        if states is None:
             raise ConfigError(
                 "The model's forward pass returned neither per-token log-probabilities nor logits "
                 "for every token, so its loss cannot be weighed. Switch off what fuses the loss "
                 "into the model: use_liger_kernel, cut_cross_entropy, or the kernel's own patch."
             )
-        return token_logprobs(logits, labels)
+        return token_logprobs(states.rows, labels, states.project)
 
     def _with_auxiliary_loss(
         self, loss: Tensor, outputs: Any, num_items_in_batch: Tensor | int | None

@@ -231,15 +231,37 @@ def test_every_reference_gives_the_same_trajectory(tmp_path, tokenizer, estimato
     assert ours.state.log_history[2]["star_dss/kl"] != 0
 
 
-def test_a_frozen_copy_does_not_move_with_the_policy(tmp_path, tokenizer):
-    trainer = make(tmp_path, tokenizer, reference="copy", kl_estimator="full")
-    batch = {"input_ids": torch.tensor([[5, 6, 7]])}
-    before = trainer.star_dss_state.reference.logits(trainer.model, batch)
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_frozen_copy_does_not_move_with_the_policy(tmp_path, tokenizer, lora):
+    peft_config = lora_config() if lora else None
+    trainer = make(
+        tmp_path, tokenizer, reference="copy", kl_estimator="full", peft_config=peft_config
+    )
+    reference, batch = trainer.star_dss_state.reference, {"input_ids": torch.tensor([[5, 6, 7]])}
+    assert sum(v.numel() for v in reference.starting.values()) == sum(
+        p.numel() for p in trainer.model.parameters() if p.requires_grad
+    )
+
+    def logits():
+        states = reference.states(trainer.model, batch)
+        assert not states.project.weight.requires_grad
+        return states.project(states.rows)
+
+    before = logits()
     policy = trainer.model(**batch).logits.detach()
     torch.testing.assert_close(before, policy)
     trainer.train()
-    assert torch.equal(before, trainer.star_dss_state.reference.logits(trainer.model, batch))
+    assert torch.equal(before, logits())
     assert not torch.allclose(policy, trainer.model(**batch).logits)
+
+
+def test_what_becomes_trainable_later_has_no_start(tmp_path, tokenizer):
+    model = tiny_llama(len(tokenizer))
+    model.model.embed_tokens.requires_grad_(False)
+    trainer = make(tmp_path, tokenizer, model=model, reference="copy")
+    model.requires_grad_(True)
+    with pytest.raises(StarDSSError, match="became trainable after STAR-DSS was set up"):
+        trainer.train()
 
 
 def lora_config():
@@ -519,7 +541,7 @@ def test_a_base_that_moves_is_no_reference(tmp_path, tokenizer):
         make(tmp_path, tokenizer, model=model, peft_config=biased, reference="adapter")
     model = tiny_llama(len(tokenizer), attention_bias=True)
     trainer = make(tmp_path, tokenizer, model=model, peft_config=biased, kl_estimator="full")
-    assert trainer.star_dss_state.reference.kind == "model"
+    assert trainer.star_dss_state.reference.kind == "copy"
 
 
 def test_scores_without_labels_train_no_user_turns(tmp_path, tokenizer):

@@ -28,6 +28,7 @@ class StarDSSAxolotlTrainer(StarDSSMixin, AxolotlTrainer):  # type: ignore[misc]
         StarDSSError: What was given, why it cannot work and what to change.
     """
 
+    host_wants_loss_alone = True  # AxolotlTrainer.compute_loss counts labels and passes them on
     tag_names = ["axolotl", "star-dss"]  # noqa: RUF012 (as Axolotl declares it)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
