@@ -55,6 +55,17 @@ class StarDSSOptions:
         0.5,
         "τ in [0, 1]: scores below it count as unsafe in 'hard', 'rejection' and in the metrics.",
     )
+    kl_warmup_steps: int = _option(
+        0, "n >= 0: λ grows linearly to kl_coef over the first n optimizer steps."
+    )
+    unsafe_lookahead: int = _option(
+        0,
+        "n >= 0: the n chunks before a response's first unsafe one get at most its score, for a "
+        "guard notices late.",
+    )
+    monotone: bool = _option(
+        False, "Whether a response that turned unsafe stays so: from there on no score rises."
+    )
     reference: str = _option(
         "auto",
         "The frozen reference: 'auto', 'precomputed' (log-probabilities of the model as it starts, "
@@ -102,6 +113,8 @@ class StarDSSOptions:
         _at_least("chunk_size", self.chunk_size, 1, integer=True)
         _at_least("score_batch_tokens", self.score_batch_tokens, 1, integer=True)
         _at_least("kl_coef", self.kl_coef, 0)
+        _at_least("kl_warmup_steps", self.kl_warmup_steps, 0, integer=True)
+        _at_least("unsafe_lookahead", self.unsafe_lookahead, 0, integer=True)
         for name in ("threshold", "trajectory_epsilon"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(

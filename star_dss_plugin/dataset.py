@@ -19,6 +19,7 @@ from star_dss_plugin.logprobs import IGNORE_INDEX
 from star_dss_plugin.provenance import provenance_of
 from star_dss_plugin.responses import runs
 from star_dss_plugin.rows import only_responses
+from star_dss_plugin.schedules import stricter_dataset
 from star_dss_plugin.scorer import options_for_scoring, score_dataset
 from star_dss_plugin.weights import WeightMap, needs_scores
 
@@ -111,6 +112,7 @@ def prepare_dataset(
             dataset, tokenizer,
             chat_template=chat_template, progress=progress, **options_for_scoring(options),
         )  # fmt: skip
+    dataset = stricter_dataset(dataset, tokenizer, options, chat_template=chat_template)
     return dataset, _summary(dataset, options, None)
 
 

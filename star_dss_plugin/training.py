@@ -32,6 +32,7 @@ from star_dss_plugin.loss import TokenWeights, shaped_loss
 from star_dss_plugin.metrics import TokenMetrics
 from star_dss_plugin.projection import Projection, States, hidden_states, without_logits
 from star_dss_plugin.reference import Reference
+from star_dss_plugin.schedules import kl_coef_at
 from star_dss_plugin.weights import WeightMap
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ class StarDSSMixin(_Base):
         options = state.options
         weights = TokenWeights.of(
             scores.float(), labels, state.weight_map,
-            kl_coef=options.kl_coef, threshold=options.threshold,
+            kl_coef=kl_coef_at(self.state.global_step, options), threshold=options.threshold,
         )  # fmt: skip
         ref = self._reference_states(state, model, inputs, ref_logps, weights)
         result, outputs, states = self._forward(state, model, inputs, return_outputs)
