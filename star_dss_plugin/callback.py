@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from rich.console import Console
 from torch import Tensor
 from transformers import TrainerCallback
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 __all__ = ["StarDSSCallback"]
 
 logger = logging.getLogger(__name__)
+
+
+_PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "trl", "axolotl")
 
 
 class StarDSSCallback(TrainerCallback):
@@ -124,12 +128,14 @@ def run_record(active: StarDSSState) -> dict[str, Any]:
         "options": active.options.star_dss_dict(),
         "reference": active.reference.description,
         "data": {name: asdict(summary) for name, summary in active.summaries.items()},
-        "versions": {
-            "star-dss-plugin": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": {"star-dss-plugin": __version__, **dict(_installed(_PACKAGES))},
     }
+
+
+def _installed(names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    for name in names:
+        with contextlib.suppress(PackageNotFoundError):
+            yield name, version(name)
 
 
 def _not_in_effect(trainer: Any, why: str) -> StarDSSError:

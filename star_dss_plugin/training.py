@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +31,7 @@ from star_dss_plugin.logprobs import (
 )
 from star_dss_plugin.loss import TokenWeights, shaped_loss
 from star_dss_plugin.metrics import TokenMetrics
+from star_dss_plugin.model_card import add_section
 from star_dss_plugin.projection import Projection, States, hidden_states, without_logits
 from star_dss_plugin.reference import Reference
 from star_dss_plugin.schedules import kl_coef_at
@@ -276,6 +278,12 @@ class StarDSSMixin(_Base):
             steps = getattr(self, "current_gradient_accumulation_steps", 1)
         shaped: Tensor = loss + coefficient * auxiliary / steps
         return shaped
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The base class's, and a section on how the loss was shaped."""
+        super().create_model_card(*args, **kwargs)
+        if self.star_dss_state is not None and self.is_world_process_zero():
+            add_section(Path(str(self.args.output_dir)))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the `star_dss/` metrics to the trainer's own log line."""

@@ -11,11 +11,13 @@ import torch
 
 pytest.importorskip("trl")
 
+from peft import PromptTuningConfig
 from star_dss_trl import StarDSSConfig, StarDSSTrainer
 from test_trl import arguments, history, lora_config, make, prompt_completion
 from transformers import MixtralConfig, MixtralForCausalLM
 from trl import SFTTrainer
 
+from star_dss_plugin import ConfigError, DataError
 from star_dss_plugin.collation import SCORES_COLUMN
 
 
@@ -130,3 +132,39 @@ def test_scores_stay_with_their_rows_when_the_data_is_shuffled(tmp_path, tokeniz
         ):
             text = tokenizer.decode(ids[labels != -100])
             assert (scores[labels != -100].min() < 0.5) == ("bad" in text)
+
+
+def test_the_model_card_says_how_the_loss_was_shaped(tmp_path, tokenizer):
+    trainer = make(tmp_path, tokenizer, save_strategy="steps", save_steps=1, save_total_limit=1)
+    trainer.train()
+    trainer.create_model_card()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.count("## STAR-DSS") == 1
+    assert "`test-words" in card
+    assert "λ = 0.5, estimator `k2`" in card
+    record = json.loads((tmp_path / "out" / "star_dss.json").read_text())
+    assert record["versions"]["trl"]
+    assert record["data"]["train"]["provenance"]["guard_identity"]
+    assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+def test_dora_has_the_same_reference_either_way(tmp_path, tokenizer):
+    found = []
+    for reference in ("adapter", "precomputed"):
+        lora = lora_config()
+        lora.use_dora = True
+        trainer = make(tmp_path, tokenizer, reference=reference, peft_config=lora, kl_coef=2.0)
+        trainer.train()
+        assert any("magnitude" in name for name, _ in trainer.model.named_parameters())
+        found.append(history(trainer))
+    torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(found[1]), rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_shaped_is_refused(tmp_path, tokenizer):
+    tuning = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    with pytest.raises(ConfigError, match="prompt-learning adapter"):
+        make(tmp_path, tokenizer, peft_config=tuning)
+    with pytest.raises(ConfigError, match="label_smoothing_factor is 0.1"):
+        make(tmp_path, tokenizer, label_smoothing_factor=0.1)
+    with pytest.raises(DataError, match="IterableDataset"):
+        make(tmp_path, tokenizer, prompt_completion().to_iterable_dataset())

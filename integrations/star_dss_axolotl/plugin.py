@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from axolotl.integrations.base import BasePlugin, PluginManager
 
 from star_dss_axolotl.args import PLUGIN, is_listed, options_of
-from star_dss_axolotl.card import add_section
 from star_dss_axolotl.conflicts import conflicts
 from star_dss_plugin.errors import ConfigError, StarDSSError
 
@@ -100,8 +97,3 @@ class StarDSSPlugin(BasePlugin):  # type: ignore[misc]
             f"plugin has won the trainer class. Plugins: {', '.join(cfg.plugins)}. Remove the one "
             f"that brings a trainer, or list {PLUGIN} first."
         )
-
-    def post_train(self, cfg: Any, model: Any) -> None:
-        """Adds a section to the model card, once Axolotl has written it."""
-        if options_of(cfg) is not None and os.environ.get("RANK", "0") == "0":
-            add_section(Path(cfg.output_dir))

@@ -167,7 +167,7 @@ def test_an_import_error_inside_the_plugin_stops(tmp_path, model_dir, monkeypatc
     """Axolotl would log an ImportError and train without the plugin."""
     monkeypatch.delitem(sys.modules, "star_dss_axolotl")
     monkeypatch.delitem(sys.modules, "star_dss_axolotl.plugin", raising=False)
-    monkeypatch.setitem(sys.modules, "star_dss_axolotl.card", None)
+    monkeypatch.setitem(sys.modules, "star_dss_axolotl.conflicts", None)
     with pytest.raises(RuntimeError, match="must not go on without the STAR-DSS loss"):
         loaded(tmp_path, configuration(tmp_path, model_dir))
 
