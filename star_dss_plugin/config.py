@@ -55,6 +55,11 @@ class StarDSSOptions:
         0.5,
         "τ in [0, 1]: scores below it count as unsafe in 'hard', 'rejection' and in the metrics.",
     )
+    score_eval: bool = _option(
+        True,
+        "Whether evaluation data is scored too; if not, its loss is plain cross-entropy (unless it "
+        "came with scores).",
+    )
     kl_warmup_steps: int = _option(
         0, "n >= 0: λ grows linearly to kl_coef over the first n optimizer steps."
     )

@@ -23,7 +23,7 @@ from star_dss_plugin.schedules import stricter_dataset
 from star_dss_plugin.scorer import options_for_scoring, score_dataset
 from star_dss_plugin.weights import WeightMap, needs_scores
 
-__all__ = ["DatasetSummary", "check_scores", "prepare_dataset"]
+__all__ = ["DatasetSummary", "asks_guard", "check_scores", "prepare_dataset"]
 
 
 @dataclass(frozen=True)
@@ -98,13 +98,15 @@ def prepare_dataset(
         # Whoever scored it trained responses only; labels made since then may train all tokens.
         dataset = only_responses(dataset, tokenizer, chat_template)
         dataset = _fit_scores(dataset, name, *truncation)
-    elif not needs_scores(weight_map, kl_coef=options.kl_coef, threshold=options.threshold):
+    elif not asks_guard(options, weight_map, name):
         # The same tokens are trained as in the modes that read scores.
         dataset = only_responses(dataset, tokenizer, chat_template)
         plain = dataset.with_format(None)
         ones = [np.ones(len(ids), dtype=np.float32) for ids in plain["input_ids"]]
         dataset = with_column(dataset, SCORES_COLUMN, ones, List(Value("float32")))
-        return dataset, _summary(dataset, options, f"none ({options.loss_type} reads no scores)")
+        unread = f"{options.loss_type} reads no scores"
+        why = unread if name == "train" or options.score_eval else "score_eval is off"
+        return dataset, _summary(dataset, options, f"none ({why})")
     else:
         if options.guard is None:
             raise missing_guard()
@@ -114,6 +116,13 @@ def prepare_dataset(
         )  # fmt: skip
     dataset = stricter_dataset(dataset, tokenizer, options, chat_template=chat_template)
     return dataset, _summary(dataset, options, None)
+
+
+def asks_guard(options: StarDSSOptions, weight_map: WeightMap, name: str) -> bool:
+    """Whether a data set ("train", "eval", …) without scores gets some."""
+    if name != "train" and not options.score_eval:
+        return False
+    return needs_scores(weight_map, kl_coef=options.kl_coef, threshold=options.threshold)
 
 
 def _fit_scores(dataset: Dataset, name: str, max_length: int | None, mode: str | None) -> Dataset:

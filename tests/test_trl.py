@@ -284,6 +284,16 @@ def test_evaluation_uses_the_same_loss(tmp_path, tokenizer):
     assert "eval_mean_token_accuracy" in logged
 
 
+def test_evaluation_data_may_stay_unscored(tmp_path, tokenizer):
+    trainer = make(tmp_path, tokenizer, score_eval=False)
+    found = trainer.evaluate(prompt_completion())
+    stock = make(tmp_path, tokenizer, cls=SFTTrainer).evaluate(prompt_completion())
+    assert found["eval_loss"] == pytest.approx(stock["eval_loss"], rel=1e-6)
+    assert trainer.star_dss_state.summaries["eval"].guard == "none (score_eval is off)"
+    scored = make(tmp_path, tokenizer).evaluate(prompt_completion())
+    assert scored["eval_loss"] != pytest.approx(stock["eval_loss"], rel=1e-3)
+
+
 def test_evaluation_data_that_comes_late(tmp_path, tokenizer):
     trainer = make(tmp_path, tokenizer, peft_config=lora_config(), reference="adapter")
     trainer.train()

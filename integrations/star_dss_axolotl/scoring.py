@@ -11,13 +11,13 @@ from transformers import PreTrainedTokenizerBase
 from star_dss_axolotl.messages import TemplateInverse
 from star_dss_plugin.collation import SCORES_COLUMN
 from star_dss_plugin.config import StarDSSOptions
+from star_dss_plugin.dataset import asks_guard
 from star_dss_plugin.decoding import decode
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.logprobs import IGNORE_INDEX
 from star_dss_plugin.loss import resolve_weight_map
 from star_dss_plugin.provenance import provenance_of
 from star_dss_plugin.scorer import options_for_scoring, score_dataset
-from star_dss_plugin.weights import needs_scores
 
 __all__ = ["chat_templates", "score", "with_messages"]
 
@@ -40,9 +40,7 @@ def score(
     Raises:
         StarDSSError: The data cannot be scored.
     """
-    weight_map = resolve_weight_map(options.loss_type)
-    reads = needs_scores(weight_map, kl_coef=options.kl_coef, threshold=options.threshold)
-    if dataset is None or not reads:
+    if dataset is None or not asks_guard(options, resolve_weight_map(options.loss_type), name):
         return dataset
     if not isinstance(dataset, Dataset):
         raise DataError(
