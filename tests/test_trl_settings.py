@@ -120,6 +120,25 @@ def test_two_ranks_equal_one_process_with_twice_the_accumulation(tmp_path, model
     torch.testing.assert_close(found[1], found[2], rtol=1e-5, atol=2e-5)
 
 
+def test_one_rank_that_fails_stops_all(tmp_path, model_dir):
+    """Only the first rank asks the guard; the other one waits for it."""
+    root = Path(__file__).resolve().parents[1]
+    script = tmp_path / "run.py"
+    broken = RANKS.replace("trainer = ", "conftest.WordGuard.token_scores = None\ntrainer = ")
+    script.write_text(broken.format(
+        path=[str(root / "tests")], model=str(model_dir), out=str(tmp_path), batch=2, steps=1,
+    ))  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         str(script)],
+        check=False, capture_output=True, text=True, timeout=300, cwd=root,
+        env={**os.environ, "ACCELERATE_USE_CPU": "1", "STAR_DSS_CACHE": str(tmp_path / "cache")},
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "'NoneType' object is not callable" in done.stderr
+    assert not (tmp_path / "history.json").exists()
+
+
 def test_scores_stay_with_their_rows_when_the_data_is_shuffled(tmp_path, tokenizer):
     trainer = StarDSSTrainer(
         make(tmp_path, tokenizer).model,
