@@ -20,6 +20,7 @@ from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.loss import resolve_weight_map
 from star_dss_plugin.precompute import add_reference_logps, has_reference_logps
 from star_dss_plugin.projection import can_project
+from star_dss_plugin.ranks import share_of
 from star_dss_plugin.reference import Reference, choose_reference, model_fingerprint
 from star_dss_plugin.training import StarDSSMixin, StarDSSState
 from star_dss_plugin.weights import WeightMap, needs_reference
@@ -168,30 +169,31 @@ def _prepare(
         )
         # What is packed is scored: by then nobody can tell where a document's messages were.
         dataset = trainer.pack(dataset, evaluation=name != "train")
-        if reference.kind == "precomputed" and not has_reference_logps(
+    if reference.kind == "precomputed" and not has_reference_logps(
+        dataset,
+        reference,
+        weight_map,
+        kl_coef=options.kl_coef,
+        threshold=options.threshold,
+    ):
+        if reference.model is None and model_fingerprint(policy) != reference.fingerprint:
+            raise ConfigError(
+                f"The {name} data set came after training had started, when the reference "
+                "(the model as it starts, or a named one) is gone. Pass it to the trainer's "
+                "constructor as eval_dataset, or set reference='copy' (or 'adapter')."
+            )
+        dataset = add_reference_logps(
             dataset,
             reference,
+            policy,
             weight_map,
             kl_coef=options.kl_coef,
             threshold=options.threshold,
-        ):
-            if reference.model is None and model_fingerprint(policy) != reference.fingerprint:
-                raise ConfigError(
-                    f"The {name} data set came after training had started, when the reference "
-                    "(the model as it starts, or a named one) is gone. Pass it to the trainer's "
-                    "constructor as eval_dataset, or set reference='copy' (or 'adapter')."
-                )
-            dataset = add_reference_logps(
-                dataset,
-                reference,
-                policy,
-                weight_map,
-                kl_coef=options.kl_coef,
-                threshold=options.threshold,
-                pad_token_id=int(tokenizer.pad_token_id or 0),
-                cache_dir=Path(options.score_cache_dir or default_cache_dir()),
-                autocast=trainer.accelerator.autocast,
-                precision=str(trainer.accelerator.mixed_precision),
-                progress=not args.disable_tqdm,
-            )
+            pad_token_id=int(tokenizer.pad_token_id or 0),
+            cache_dir=Path(options.score_cache_dir or default_cache_dir()),
+            autocast=trainer.accelerator.autocast,
+            precision=str(trainer.accelerator.mixed_precision),
+            share=share_of(trainer.accelerator),
+            progress=not args.disable_tqdm,
+        )
     return dataset, summary

@@ -92,7 +92,6 @@ class ScoreCache:
         self._seen: set[str] = set()
         self._loaded = False
         self._stamp = 0
-        self._lock = FileLock(self.folder / "lock")
 
     def get(self, key: str) -> Trajectory | None:
         """The entry, if it was put here or was on disk at the last `refresh` (or first `get`)."""
@@ -145,27 +144,31 @@ class ScoreCache:
         self._loaded = True
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self, part: str = "") -> Iterator[None]:
         """Keeps other processes with this namespace out, so that nothing is computed twice.
 
         Waits if another process is in; afterwards its entries are here. The lock of a process that
         dies is free at once.
+
+        Args:
+            part: Only processes that do the same part of the work are kept out.
 
         Raises:
             CacheError: The folder cannot be written.
         """
         with self._explained("lock"):
             self.folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.folder / f"lock{part}")
             try:
-                self._lock.acquire(blocking=False)
+                lock.acquire(blocking=False)
             except Timeout:
                 logger.warning("Waiting for the process that is filling %s.", self.folder)
-                self._lock.acquire()
+                lock.acquire()
         try:
             self.refresh()
             yield
         finally:
-            self._lock.release()
+            lock.release()
 
     def _prepare(self) -> None:
         """Makes the folder, says what it is for, and removes what killed writers left behind."""

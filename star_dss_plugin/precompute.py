@@ -26,6 +26,7 @@ from star_dss_plugin.logprobs import IGNORE_INDEX, token_logprobs
 from star_dss_plugin.loss import TokenWeights
 from star_dss_plugin.projection import states_of
 from star_dss_plugin.provenance import read_note, write_note
+from star_dss_plugin.ranks import ALONE, Share
 from star_dss_plugin.reference import Reference
 from star_dss_plugin.weights import WeightMap
 
@@ -92,6 +93,7 @@ def add_reference_logps(
     cache_dir: Path,
     autocast: Callable[[], contextlib.AbstractContextManager[None]],
     precision: str,
+    share: Share = ALONE,
     progress: bool = True,
 ) -> Dataset:
     """Adds the column `ref_logps`: log π_ref of every trained token that has a KL weight.
@@ -107,6 +109,7 @@ def add_reference_logps(
         cache_dir: Root of the cache.
         autocast: Makes the trainer's precision context.
         precision: Its name.
+        share: This process's part of the work; all processes of the run must call this.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -125,14 +128,21 @@ def add_reference_logps(
             keys[-1].append((key, len(document["input_ids"])))
             if _needs_reference(document, weight_map, kl_coef, threshold):
                 wanted.setdefault(key, (i, j))
-    # Looked up before it is locked: a complete cache may be read-only.
-    if any(cache.get(key) is None for key in wanted):
-        with cache.lock():
-            todo = {key: place for key, place in wanted.items() if cache.get(key) is None}
-            _compute(
-                plain, model, reference.projects, todo, cache, pad_token_id, autocast, progress
-            )
-            cache.flush()
+
+    def fill(part: str, of: Callable[[list[str]], list[str]]) -> None:
+        # Looked up before it is locked: a complete cache may be read-only.
+        if any(cache.get(key) is None for key in wanted):
+            with cache.lock(part):
+                todo = {key: wanted[key] for key in of(list(wanted)) if cache.get(key) is None}
+                projects = reference.projects
+                _compute(plain, model, projects, todo, cache, pad_token_id, autocast, progress)
+                cache.flush()
+
+    if share.of > 1:
+        fill(f"-{share.index}-of-{share.of}", share.mine)
+    share.meet()
+    cache.refresh()
+    fill("", list)
 
     def values(key: str, length: int) -> Any:
         known = cache.get(key) if key in wanted else None

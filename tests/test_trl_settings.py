@@ -114,8 +114,13 @@ def test_two_ranks_equal_one_process_with_twice_the_accumulation(tmp_path, model
         subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
              str(ranks), str(script)],
-            check=True, timeout=300, cwd=root, env={**os.environ, "ACCELERATE_USE_CPU": "1"},
+            check=True, timeout=300, cwd=root,
+            env={**os.environ, "ACCELERATE_USE_CPU": "1", "STAR_DSS_CACHE": str(out / "cache")},
         )  # fmt: skip
+        # What a reference said is written by each process once, and read by all.
+        written = [p for p in out.glob("cache/*/*.shard") if "ref_logps" in
+                   (p.parent / "namespace.json").read_text()]  # fmt: skip
+        assert len(written) == ranks
         found[ranks] = torch.tensor(json.loads((out / "history.json").read_text()))
     torch.testing.assert_close(found[1], found[2], rtol=1e-5, atol=2e-5)
 
