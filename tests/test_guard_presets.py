@@ -267,7 +267,8 @@ def test_the_labels_are_the_next_words(guard):
     # Spelled out behind the prompt, a label is its token and what is left of the word.
     request = PrefixRequest(CONTEXT, TEXT, (len(TEXT),))
     prompt = guard._prompts.of(0, request)[0][0]
-    whole = tokenizer(rendered(guard)[0] + groups[0][0], add_special_tokens=False)["input_ids"]
+    shown = guard._template.render([*CONTEXT, {"role": "assistant", "content": TEXT}])
+    whole = tokenizer(shown + groups[0][0], add_special_tokens=False)["input_ids"]
     assert whole[: len(prompt)] == prompt
     assert whole[len(prompt)] in guard.identity["labels"][0]
 

@@ -194,7 +194,8 @@ class _Pairs:
         cuts = ((0, first), (behind[0], second), (behind[1], len(ids)))
         self._frame = [(ids[a:b], types[a:b]) for a, b in cuts]
         self._types = (types[first], types[second])
-        for prompt, response in (("What's 2 + 2?", "It is 4. Done."), ("Hi", "")):
+        # Not for an empty response: tokenizers take that for a prompt alone, and it is none.
+        for prompt, response in (("What's 2 + 2?", "It is 4. Done."), (" Hi ", "\nÇa va? ")):
             if self(prompt, response)[0] != tokenizer(prompt, response)["input_ids"]:
                 raise GuardError(
                     f"The tokenizer of guard {name!r} gives other tokens when control tokens and "
