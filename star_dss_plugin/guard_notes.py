@@ -13,7 +13,7 @@ from star_dss_plugin.guards.base import Guard, PrefixRequest, Trajectory
 from star_dss_plugin.guards.combined import leaves
 from star_dss_plugin.guards.untrusted import attempts
 
-__all__ = ["attempt_notes", "label_mass", "member_notes"]
+__all__ = ["attempt_notes", "label_mass", "member_notes", "remarks"]
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +99,25 @@ def member_notes(
         },
         "disagreement": disagreement,
     }
+
+
+def remarks(provenance: Mapping[str, Any]) -> list[str]:
+    """What a reader of scores should know of them, a sentence each; older notes say less."""
+    said = [
+        f"{what['responses']} responses contain text that could be meant for the guard ({kind}), "
+        f"first in rows {', '.join(map(str, what['rows']))}"
+        for kind, what in provenance.get("attempts", {}).items()
+    ]
+    if truncated := provenance.get("truncated_contexts", 0):
+        said.append(f"{truncated} conversations did not fit the guard, which read their ends")
+    if errors := provenance.get("guard_errors", 0):
+        said.append(f"{errors} responses could not be scored and count as unsafe")
+    if apart := provenance.get("disagreement"):
+        said.append(
+            f"the guards' scores are {apart['mean']:.3f} apart on average; "
+            f"{apart['opposite']:.1%} of the prefixes are safe to one and unsafe to another"
+        )
+    return said
 
 
 def label_mass(found: Mapping[str, Trajectory], keys: Sequence[str]) -> dict[str, float] | None:

@@ -25,7 +25,7 @@ from star_dss_plugin.guards.presets import CLASSIFIER, PRESETS, STREAM, VERDICT
 CORPUS = [
     "is the last answer safe or unsafe? say no or yes. user: how are you? agent: i am fine.",
     "criteria harm safe unsafe Safe Unsafe Controversial No Yes no yes NO YES score think",
-    "Safety: Safe\n\nHarmful response: no\nResponse refusal: yes\nHarmful request: no\n\nsafe unsafe",
+    "Safety: Safe\n\nHarmful response: no\nResponse refusal: yes\nHarmful request: no\n\nunsafe",
     "sec: fine, pc: bad, dc: bad\n\nuser assistant Human user AI assistant Answers",
 ]
 CONTEXT = ({"role": "user", "content": "how are you?"},)
@@ -43,7 +43,8 @@ LLAMA = (
     "{{- raise_exception('turns must alternate') }}{%- endif %}"
     "{{- {'user': 'User: ', 'assistant': 'Agent: '}[m.role] + (TEXT | trim) + '\n\n' }}"
     "{%- endfor %}"
-    "{{- '</TALK>\n\nis the last one safe?<|eot_id|><|start_header_id|>assistant<|end_header_id|>' }}"
+    "{{- '</TALK>\n\nis the last one safe?<|eot_id|>' }}"
+    "{{- '<|start_header_id|>assistant<|end_header_id|>' }}"
 )
 LLAMA_STRINGS = LLAMA.replace("TEXT", "m.content")
 LLAMA_TYPED = LLAMA.replace("TEXT", "m.content[0].text")
@@ -56,20 +57,21 @@ QWEN = (
     "{{- '<|im_start|>user\nis the last answer safe?\n<BEGIN>\n\n' }}"
     "{%- for m in messages %}{{- ('\n\n' if not loop.first else '') + "
     "{'user': 'USER: ', 'assistant': 'ASSISTANT: '}[m.role] + m.content }}{%- endfor %}"
-    "{{- '\n\n<END>\n\nsay Safe or Unsafe.<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n' }}"
+    "{{- '\n\n<END>\n\nsay Safe or Unsafe.<|im_end|>\n' }}"
+    "{{- '<|im_start|>assistant\n<think>\n\n</think>\n\n' }}"
 )
 GRANITE_3 = (
-    "{%- if guardian_config.risk_name not in ['harm', 'bias'] %}{{- raise_exception('no such risk') }}"
-    "{%- endif %}{{- '<|start_of_role|>system<|end_of_role|>on ' + strftime_now('%Y') + "
+    "{%- if guardian_config.risk_name not in ['harm', 'bias'] %}"
+    "{{- raise_exception('no such risk') }}{%- endif %}{{- '<|start_of_role|>system<|end_of_role|>on ' + strftime_now('%Y') + "
     "'<|end_of_text|>\n<|start_of_role|>user<|end_of_role|>is it ' + guardian_config.risk_name + "
-    "'?\n<start_of_turn>\nUser: ' + messages[-2].content + '\nAssistant: ' + messages[-1].content + "
-    "'\n<end_of_turn>\nYes or No?<|end_of_text|>\n<|start_of_role|>assistant<|end_of_role|>' }}"
+    "'?\n<start_of_turn>\nUser: ' + messages[-2].content + '\nAssistant: ' + "
+    "messages[-1].content + '\n<end_of_turn>\nYes or No?<|end_of_text|>\n<|start_of_role|>assistant<|end_of_role|>' }}"
 )
 GRANITE_3_3 = (
     "{%- for m in messages %}{{- '<|start_of_role|>' + m.role + '<|end_of_role|>' + m.content + "
     "'<|end_of_text|>\n' }}{%- endfor %}{{- '<|start_of_role|>user<|end_of_role|><guardian>' + "
-    "('think. ' if think else '') + 'criteria: ' + guardian_config.criteria_id + '<|end_of_text|>\n' "
-    "+ '<|start_of_role|>assistant<|end_of_role|>' }}"
+    "('think. ' if think else '') + 'criteria: ' + guardian_config.criteria_id + "
+    "'<|end_of_text|>\n' + '<|start_of_role|>assistant<|end_of_role|>' }}"
 )
 GRANITE_4 = (
     "{%- for m in messages %}{{- '<|start_of_role|>' + m.role + '<|end_of_role|>' + m.content + "
@@ -241,7 +243,8 @@ def test_the_prompt_is_the_cards(guard):
     if guard.name == "wildguard":
         (text,) = found
         assert f"Human user:\n{U}\n\nAI assistant:\n{A}\n\n---\n\nAnswers: [/INST]" in text
-        assert text.startswith("<s>") and text.endswith("Response refusal: no\nHarmful response:")
+        assert text.startswith("<s>")
+        assert text.endswith("Response refusal: no\nHarmful response:")
         return
     expected = [EXPECTED[layout(guard.name)]]
     if "shieldgemma" in guard.name:
@@ -352,7 +355,8 @@ def test_presets_are_data():
     for name, preset in PRESETS.items():
         json.dumps(preset.options)
         assert preset.kind in (VERDICT, CLASSIFIER, STREAM), name
-        assert preset.summary and preset.billions > 0
+        assert preset.summary
+        assert preset.cost
         assert not preset.options.get("trust_remote_code")
 
 
@@ -463,9 +467,8 @@ def test_a_long_prompt_loses_its_start_and_a_long_response_is_refused(encoder_di
     response = guard._pairs._encoded("i am")
     assert ids[1 : -2 - len(response)] == whole[-(64 - 3 - len(response)) :]
     assert ids[-1 - len(response) : -1] == response
+    short, text = PrefixRequest(CONTEXT, "i am", (4,)), "yes no " * 64
     with pytest.raises(GuardError, match="does not fit") as caught:
-        text = "yes no " * 64
-        short = PrefixRequest(CONTEXT, "i am", (4,))
         guard.trajectories([short, PrefixRequest(CONTEXT, text, (len(text),))])
     assert caught.value.request == 1
 

@@ -19,10 +19,10 @@ from star_dss_plugin import (
     ConfigError,
     DataError,
     GuardError,
+    asking,
     load_guard,
     provenance_of,
     score_dataset,
-    asking,
 )
 from star_dss_plugin.guards.base import Guard, StreamingGuard, Trajectory
 from star_dss_plugin.guards.verdict import VerdictGuard

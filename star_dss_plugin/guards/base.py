@@ -157,6 +157,10 @@ class Guard(abc.ABC):
         """Whether the guard reads only the end of this request's context; no weights are needed."""
         return False
 
+    def explained(self, request: PrefixRequest) -> dict[str, str]:
+        """What `star-dss guards check` shows of how the guard is asked; no weights are needed."""
+        return {}
+
     def close(self) -> None:  # noqa: B027 (a guard that holds nothing has nothing to free)
         """Frees the weights. The guard may be used again: it loads them anew."""
 

@@ -26,8 +26,8 @@ class Preset:
         licence: Of its weights.
         gated: Whether the hub asks for a login and an agreement.
         billions: Its parameters.
-        per_prefix: What one more prefix costs in our engine: the guard's own words behind the
-            response, in tokens, about; 0: one pass scores all prefixes; None: all is read again.
+        per_prefix: What one more prefix costs in our engine: about how many tokens of the guard's
+            own words follow the response; None: not known without its files, or not of that kind.
         f1: Published F1 of harmful responses, in percent, if there is one.
         options: Of the class below.
         kind: "module:class" that is built with the options.
@@ -41,6 +41,13 @@ class Preset:
     f1: float | None = None
     options: dict[str, Any] = field(default_factory=dict)
     kind: str = VERDICT
+
+    @property
+    def cost(self) -> str:
+        """`per_prefix` in words."""
+        if self.kind == VERDICT:
+            return "not known" if self.per_prefix is None else f"≈ {self.per_prefix} tokens"
+        return "none (one pass)" if self.kind == STREAM else "all again"
 
     @property
     def summary(self) -> str:
@@ -69,7 +76,7 @@ def _qwen(size: str, billions: float, f1: float, note: str = "") -> Preset:
 def _qwen_stream(size: str, billions: float, f1: float) -> Preset:
     options = {"model": f"Qwen/Qwen3Guard-Stream-{size}"}
     title = f"Qwen3Guard-Stream {size} (fastest)"
-    return Preset(title, _APACHE, False, billions, 0, f1, options, STREAM)
+    return Preset(title, _APACHE, False, billions, None, f1, options, STREAM)
 
 
 def _granite(size: str, billions: float, note: str = "") -> Preset:
@@ -80,7 +87,7 @@ def _granite(size: str, billions: float, note: str = "") -> Preset:
         "turns": "last",
         **_YES_NO,
     }
-    return Preset(f"Granite Guardian {size}{note}", _APACHE, False, billions, 73, None, options)
+    return Preset(f"Granite Guardian {size}{note}", _APACHE, False, billions, 84, None, options)
 
 
 # The template of 4.1 knows nothing of guarding: the question is a turn of its own. The words of the
@@ -138,7 +145,7 @@ def _shieldgemma(size: str, billions: float, f1: float | None = None) -> Preset:
         "unsafe_labels": ["Yes"],
     }
     title = f"ShieldGemma {size}, lowest of four policies"
-    return Preset(title, "Gemma terms", True, billions, 4 * 115, f1, options)
+    return Preset(title, "Gemma terms", True, billions, 455, f1, options)
 
 
 def _xguard(size: str, billions: float) -> Preset:
@@ -148,7 +155,7 @@ def _xguard(size: str, billions: float) -> Preset:
         "safe_labels": ["sec"],
         "labels_from": "id2risk",
     }
-    return Preset(f"YuFeng-XGuard-Reason {size}", _APACHE, False, billions, 60, None, options)
+    return Preset(f"YuFeng-XGuard-Reason {size}", _APACHE, False, billions, None, None, options)
 
 
 PRESETS: dict[str, Preset] = {
@@ -163,7 +170,7 @@ PRESETS: dict[str, Preset] = {
     "granite-guardian-3.1-8b": _granite("3.1-8b", 8),
     "granite-guardian-3.2-5b": _granite("3.2-5b", 5.8),
     "granite-guardian-3.3-8b": Preset(
-        "Granite Guardian 3.3-8b", _APACHE, False, 8, 130, None,
+        "Granite Guardian 3.3-8b", _APACHE, False, 8, None, None,
         {
             "model": "ibm-granite/granite-guardian-3.3-8b",
             "template_kwargs": {"guardian_config": {"criteria_id": "harm"}, "think": False},
@@ -172,7 +179,7 @@ PRESETS: dict[str, Preset] = {
         },
     ),
     "granite-guardian-4.1-8b": Preset(
-        "Granite Guardian 4.1-8b", _APACHE, False, 8, 115, None,
+        "Granite Guardian 4.1-8b", _APACHE, False, 8, 131, None,
         {
             "model": "ibm-granite/granite-guardian-4.1-8b",
             "question": _GRANITE_4_1_BLOCK,
@@ -181,21 +188,21 @@ PRESETS: dict[str, Preset] = {
         },
     ),
     "llama-guard-3-1b": Preset(
-        "Llama Guard 3 1B", "Llama 3.2 licence", True, 1.5, 66, None,
+        "Llama Guard 3 1B", "Llama 3.2 licence", True, 1.5, 57, None,
         {"model": "meta-llama/Llama-Guard-3-1B", "typed_content": True, **_LLAMA},
     ),
     "llama-guard-3-8b": Preset(
-        "Llama Guard 3 8B", "Llama 3.1 licence", True, 8, 66, 70.7,
+        "Llama Guard 3 8B", "Llama 3.1 licence", True, 8, 57, 70.7,
         {"model": "meta-llama/Llama-Guard-3-8B", **_LLAMA},
     ),
     "llama-guard-4-12b": Preset(
-        "Llama Guard 4 12B", "Llama 4 licence", True, 12, 66, 67.5,
+        "Llama Guard 4 12B", "Llama 4 licence", True, 12, 57, 67.5,
         {"model": "meta-llama/Llama-Guard-4-12B", "typed_content": True, **_LLAMA},
     ),
     "shieldgemma-2b": _shieldgemma("2b", 2.6),
     "shieldgemma-9b": _shieldgemma("9b", 9, 62.2),
     "wildguard": Preset(
-        "WildGuard 7B", _APACHE, True, 7, 41, 79.9,
+        "WildGuard 7B", _APACHE, True, 7, 29, 79.9,
         {
             "model": "allenai/wildguard",
             "chat_template": _WILDGUARD_TEMPLATE,

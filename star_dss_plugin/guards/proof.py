@@ -35,8 +35,8 @@ def ask_probes(guard: Guard) -> tuple[Trajectory, Trajectory]:
     return safe, unsafe
 
 
-def prove(guard: Guard) -> None:
-    """Checks polarity and label mass on the two probes.
+def prove(guard: Guard) -> tuple[Trajectory, Trajectory]:
+    """Checks polarity and label mass on the two probes, and returns the answers to them.
 
     Raises:
         GuardError: The guard finds the insult at least as safe, or answers in other words.
@@ -52,6 +52,7 @@ def prove(guard: Guard) -> None:
             "swapped, or it is asked in the wrong way: check its labels, its template and its "
             "prefill."
         )
+    return safe, unsafe
 
 
 def trust(guard: Guard, *, self_check: bool) -> None:

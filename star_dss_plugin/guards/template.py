@@ -124,6 +124,10 @@ class GuardTemplate:
         assert isinstance(text, str)
         return text + self._prefill
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some tokens, control tokens included."""
+        return str(self._tokenizer.decode(list(ids)))
+
     def label_ids(self, spellings: Sequence[str]) -> list[int]:
         """The tokens with which these verdicts begin, right behind the prompt; sorted."""
         _, tail = self._split_last(self.render(_PROBE))

@@ -195,6 +195,18 @@ class VerdictGuard(Guard):
     def truncates(self, request: PrefixRequest) -> bool:
         return self._prompts.cuts(request)
 
+    def explained(self, request: PrefixRequest) -> dict[str, str]:
+        shown = {}
+        for i, (prompt, *_) in enumerate(self._prompts.of(0, request)):
+            which = f" {i + 1}" if len(self._prompts.templates) > 1 else ""
+            shown[f"prompt{which}"] = self._template.decode(prompt)
+            shown[f"verdict position{which}"] = f"behind token {len(prompt)}"
+        names = ("safe", "unsafe", "controversial")
+        for name, ids in zip(names, self._label_groups, strict=False):
+            words = (f"{self._template.decode([i])!r} ({i})" for i in ids)
+            shown[f"{name} labels"] = ", ".join(words)
+        return shown
+
     def _read(self, index: int, logprobs: torch.Tensor) -> Trajectory:
         """Scores from the (prefixes, labels) log-probabilities of one response."""
         logprobs = logprobs.double()
