@@ -30,12 +30,13 @@ def guards(context: typer.Context) -> None:
     from star_dss_plugin.guards.presets import PRESETS
     from star_dss_plugin.plugins import load_plugins
 
+    others = []
     table = Table("guard", "licence", "gated", "size", "per prefix", "F1")
     table.columns[0].no_wrap = True
     for entry in load_plugins().entries("guard"):
         preset = PRESETS.get(entry.name)
         if preset is None:
-            table.add_row(entry.name, entry.summary)
+            others.append(entry)
             continue
         table.add_row(
             entry.name, preset.licence, "gated" if preset.gated else "no",
@@ -49,6 +50,8 @@ def guards(context: typer.Context) -> None:
         "(arXiv 2510.14276).",
         soft_wrap=True,
     )
+    for entry in others:
+        console.print(f"{entry.name}: {entry.summary}", markup=False, soft_wrap=True)
 
 
 @app.command()

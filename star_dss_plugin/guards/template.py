@@ -261,7 +261,8 @@ class GuardTemplate:
 
     def _trim_of(self, role: str) -> Callable[[str], str]:
         """What the template does to the white space around the messages of a role."""
-        padded = f"\n\t \n{_MARK.format(0)}\n \t\n"
+        lines = "\n" * 9  # more than the template has of its own around a message
+        padded = f"{lines}\t \n{_MARK.format(0)}\n \t{lines}"
         messages = [{**m, "content": padded} if m["role"] == role else m for m in _PROBE]
         rendered = self.render(messages)
         return next((trim for trim in _TRIMS if trim(padded) in rendered), str.strip)
