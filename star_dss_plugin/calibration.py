@@ -170,7 +170,7 @@ def fit(scores: Sequence[float], labels: Sequence[int]) -> tuple[float, float]:
         if np.abs(step).max() < 1e-10:
             break
     slope, intercept = found
-    if slope <= 1e-6:
+    if slope <= 1e-6 or np.ptp(x) == 0:
         raise GuardError(
             "The guard's scores do not rise with safety on the labelled rows, so no calibration "
             "helps: check that 1 means safe in them, or use another guard."
