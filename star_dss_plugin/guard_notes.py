@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from star_dss_plugin.guards.base import Guard, PrefixRequest, Trajectory
 from star_dss_plugin.guards.combined import leaves
 from star_dss_plugin.guards.untrusted import attempts
+from star_dss_plugin.provenance import damaged_note
 
 __all__ = ["attempt_notes", "label_mass", "member_notes", "remarks"]
 
@@ -102,16 +103,27 @@ def member_notes(
 
 
 def remarks(provenance: Mapping[str, Any]) -> list[str]:
-    """What a reader of scores should know of them, a sentence each; older notes say less."""
+    """What a reader of scores should know of them, a sentence each; older notes say less.
+
+    Raises:
+        DataError: The notes are damaged.
+    """
+    try:
+        return _remarks(provenance)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise damaged_note("scores") from error
+
+
+def _remarks(provenance: Mapping[str, Any]) -> list[str]:
     said = [
-        f"{what['responses']} responses contain text that could be meant for the guard ({kind}), "
-        f"first in rows {', '.join(map(str, what['rows']))}"
+        f"{int(what['responses'])} responses contain text that could be meant for the guard "
+        f"({kind}), first in rows {', '.join(str(int(row)) for row in what['rows'])}"
         for kind, what in provenance.get("attempts", {}).items()
     ]
     if truncated := provenance.get("truncated_contexts", 0):
-        said.append(f"{truncated} conversations did not fit the guard, which read their ends")
+        said.append(f"{int(truncated)} conversations did not fit the guard, which read their ends")
     if errors := provenance.get("guard_errors", 0):
-        said.append(f"{errors} responses could not be scored and count as unsafe")
+        said.append(f"{int(errors)} responses could not be scored and count as unsafe")
     if apart := provenance.get("disagreement"):
         said.append(
             f"the guards' scores are {apart['mean']:.3f} apart on average; "
