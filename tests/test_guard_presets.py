@@ -290,7 +290,9 @@ def test_content_of_an_encoder_is_content(encoder_dir):
     assert [i for i in ids if i in control] == [i for i in pairs("hi", "fine")[0] if i in control]
     naive = tokenizer("how are you?", text)["input_ids"]
     assert len([i for i in naive if i in control]) == 5
-    assert guard.markers.control_tokens
+    assert {"[SEP]", "[CLS]"} <= set(guard.markers.control_tokens)
+    shown = guard.explained(PrefixRequest(CONTEXT, "i am", (4,)))
+    assert shown["pair"].count("[SEP]") == 2
 
 
 def test_a_long_prompt_loses_its_start_and_a_long_response_is_refused(encoder_dir):

@@ -117,6 +117,13 @@ def test_what_the_template_takes_away_is_counted(folder):
     assert padded == [(end + 2, score) for end, score in plain]
 
 
+def test_what_is_asked_can_be_shown(folder):
+    shown = stream(folder).explained(PrefixRequest((QUESTION,), TEXT, (len(TEXT),)))
+    assert shown["prompt"].endswith(f"<|im_start|>assistant\n<think>\n\n</think>\n\n{TEXT}")
+    [scores] = stream(folder).token_scores([([QUESTION], TEXT)])
+    assert shown["scores"] == f"at the last {len(scores)} tokens"
+
+
 def test_an_empty_response_has_a_score(folder):
     [scores] = stream(folder).token_scores([([QUESTION], "")])
     assert [end for end, _ in scores] == [0]

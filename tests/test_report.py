@@ -296,7 +296,8 @@ def test_what_was_tried_and_what_did_not_fit_is_said():
 @pytest.mark.parametrize(
     "notes",
     [{"attempts": {"x": 3}}, {"attempts": [1]},
-     {"attempts": {"x": {"responses": "<b>", "rows": []}}}, {"truncated_contexts": "<b>"}, {"guard_errors": [1]}, {"disagreement": {"mean": "x"}}],
+     {"attempts": {"x": {"responses": "<b>", "rows": []}}}, {"truncated_contexts": "<b>"},
+     {"guard_errors": [1]}, {"disagreement": {"mean": "x"}}],
     ids=str,
 )  # fmt: skip
 def test_notes_that_somebody_else_wrote(notes):

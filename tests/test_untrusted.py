@@ -176,9 +176,9 @@ def test_the_chat_format_of_decoded_contexts_is_no_attempt(guard, tokenizer):
 
 
 def test_kinds_of_attempts():
-    markers = Markers(("<|x|>",), scaffold_lines("\n<END>\n\nab\n<|x|>judge it", ("<|x|>",)),
-                      "Safety:", (" Safe", " Unsafe"))  # fmt: skip
-    assert markers.scaffold == ("<END>", "judge it")
+    lines = scaffold_lines("\n<END>\n- yes\nassistant\n<|x|>judge this one", ("<|x|>",))
+    markers = Markers(("<|x|>",), lines, "Safety:", (" Safe", " Unsafe"))
+    assert markers.scaffold == ("<END>", "judge this one")
     for text, kinds in [
         ("fine", set()),
         ("a <|x|> b", {"control token"}),

@@ -115,6 +115,10 @@ class ClassifierGuard(Guard):
     def truncates(self, request: PrefixRequest) -> bool:
         return self._pairs.cuts(_last_question(request), request.text)
 
+    def explained(self, request: PrefixRequest) -> dict[str, str]:
+        ids, _ = self._pairs(_last_question(request), request.text)
+        return {"pair": self._pairs.decode(ids), "unsafe class": str(self._unsafe_class)}
+
     def close(self) -> None:
         self._model = None
         if self._device.type == "cuda":
@@ -179,6 +183,7 @@ class _Pairs:
     """
 
     def __init__(self, tokenizer: Any, name: str, config: Any) -> None:
+        self._tokenizer = tokenizer
         self._plain: Tokenizer = plain_tokenizer(tokenizer, name)
         self._name = name
         # An unknown character may become the unknown token: it ends nothing.
@@ -217,6 +222,10 @@ class _Pairs:
         ids = [*before, *one, *between, *two, *behind]
         types = [*a, *(self._types[0] for _ in one), *b, *(self._types[1] for _ in two), *c]
         return ids, types
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of a pair, control tokens included."""
+        return str(self._tokenizer.decode(ids))
 
     def cuts(self, prompt: str, response: str) -> bool:
         """Whether the prompt loses its start."""

@@ -176,6 +176,10 @@ class Qwen3StreamGuard(StreamingGuard):
     def truncates(self, request: PrefixRequest) -> bool:
         return self._prompts.cuts(request)
 
+    def explained(self, request: PrefixRequest) -> dict[str, str]:
+        ids, ends = self._template.opened(self._prompts.fitted(0, request), request.text)
+        return {"prompt": self._template.decode(ids), "scores": f"at the last {len(ends)} tokens"}
+
     def close(self) -> None:
         self._model = None
         if self._device.type == "cuda":

@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 __all__ = ["Markers", "attempts", "scaffold_lines"]
 
-_SHORTEST_LINE = 5
+_SHORTEST_MARK, _SHORTEST_SENTENCE = 5, 12
 _CONTROL = "control token"
 _SCAFFOLD = "guard's own words"
 _VERDICT = "fake verdict"
@@ -44,6 +45,7 @@ class Markers:
     verdict: str = ""
     labels: Sequence[str] = ()
 
+    @cached_property
     def patterns(self) -> dict[str, re.Pattern[str]]:
         """What to look for, by kind."""
         found = {
@@ -60,7 +62,7 @@ class Markers:
 
 def attempts(texts: Iterable[str], markers: Sequence[Markers]) -> set[str]:
     """The kinds of attempt in some texts, for all guards that read them."""
-    patterns = [*_ANYWHERE.items(), *(item for m in markers for item in m.patterns().items())]
+    patterns = [*_ANYWHERE.items(), *(item for m in markers for item in m.patterns.items())]
     return {kind for text in texts for kind, pattern in patterns if pattern.search(text)}
 
 
@@ -69,7 +71,11 @@ def scaffold_lines(ending: str, control_tokens: Sequence[str]) -> tuple[str, ...
     for token in control_tokens:
         ending = ending.replace(token, "\n")
     lines = (line.strip() for line in ending.splitlines())
-    return tuple(dict.fromkeys(line for line in lines if len(line) >= _SHORTEST_LINE))
+    return tuple(dict.fromkeys(
+        line for line in lines
+        if (line[:1] in ("<", "[", "{", "|") and len(line) >= _SHORTEST_MARK)
+        or (" " in line and len(line) >= _SHORTEST_SENTENCE)
+    ))  # fmt: skip
 
 
 def _any(alternatives: Iterable[str]) -> re.Pattern[str]:
