@@ -11,6 +11,7 @@ import shutil
 import pytest
 import torch
 from datasets import Dataset
+from jinja2 import Environment, TemplateError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from star_dss_plugin import GuardError, load_guard, provenance_of, score_dataset
@@ -124,10 +125,19 @@ def test_an_attack_stays_text(guard, secret, attack, where):
     assert scored.scores[0] == pytest.approx(raw_score(guard, escaped), abs=1e-4)
 
     # Naive templating lets control tokens in, and then judges something else.
+    tokenizer = guard._template._tokenizer
     if "control token" in ATTACKS[attack][1]:
-        broken = naive(guard, guard._template._tokenizer, messages)
+        broken = naive(guard, tokenizer, messages)
         assert control(guard, broken) != control(guard, benign)
         assert abs(raw_score(guard, broken) - scored.scores[0]) > 1e-4
+    # Text that is pasted into a template's source is run there, and may stop it.
+    if attack == "template code":
+        with pytest.raises(TemplateError):
+            Environment().from_string(f"is this safe? {text}").render()
+    # No tokenizer takes half a character.
+    if attack == "a lone surrogate":
+        with pytest.raises((TypeError, UnicodeEncodeError)):
+            tokenizer(f"is this safe? {text}")
 
 
 def rows(*texts):
@@ -246,6 +256,12 @@ def test_then_the_start_of_the_question_and_never_the_scaffold_or_the_answer(nar
         assert len(ids) <= 200
         assert shown.startswith(start + "USER: ")
         assert shown.endswith(f"the end.\n\nASSISTANT: {text[:prefix_end]}{end}")
+    # Naive truncation loses the guard's own words, at one end or the other.
+    judged = {"role": "assistant", "content": text}
+    whole = naive(narrow, narrow._template._tokenizer, [{**request.context[-1]}, judged])
+    assert len(whole) > 200
+    assert not decode(whole[:200]).endswith(end)
+    assert not decode(whole[-200:]).startswith(start)
     # As much of the question as there is room for.
     assert len(prompts[-1]) > 200 - 16 - 12
     assert narrow.truncates(request)
