@@ -85,8 +85,11 @@ def byte_level(control):
     return backend
 
 
-def sentencepiece(control, *, prepend):
-    """In the manner of Gemma's (no space in front) and Mistral's (one in front)."""
+def sentencepiece(control, *, prepend, spaces=()):
+    """In the manner of Gemma's (no space in front) and Mistral's (one in front).
+
+    Gemma's has runs of white space among its added tokens.
+    """
     backend = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     steps = [normalizers.Prepend("▁")] if prepend else []
     backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
@@ -94,13 +97,15 @@ def sentencepiece(control, *, prepend):
     backend.decoder = decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if prepend else [])])
     trainer = trainers.BpeTrainer(
         vocab_size=900, show_progress=False,
-        special_tokens=["<unk>", *control, *(f"<0x{i:02X}>" for i in range(256))],
+        special_tokens=["<unk>", *control, *spaces, *(f"<0x{i:02X}>" for i in range(256))],
     )  # fmt: skip
     # Words apart while it learns: else it would learn whole sentences.
     backend.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     backend.train_from_iterator(CORPUS * 4, trainer)
     state = json.loads(backend.to_str())
     state["pre_tokenizer"] = None
+    for token in state["added_tokens"]:
+        token["special"] = token["content"] not in spaces
     # The byte tokens are no control tokens.
     state["added_tokens"] = [t for t in state["added_tokens"] if not t["content"].startswith("<0x")]
     return Tokenizer.from_str(json.dumps(state))
@@ -119,7 +124,10 @@ LAYOUTS = {  # preset prefix: architecture, tokenizer, template, more for the to
     "llama-guard-4": ("llama4", lambda: byte_level(HEADERS), LLAMA_TYPED, {}),
     "shieldgemma": (
         "gemma2",
-        lambda: sentencepiece(["<bos>", "<start_of_turn>", "<end_of_turn>"], prepend=False),
+        lambda: sentencepiece(
+            ["<bos>", "<start_of_turn>", "<end_of_turn>"], prepend=False,
+            spaces=["\n", "\n\n", "▁▁"],
+        ),
         GEMMA, {},
     ),
     "wildguard": ("mistral", lambda: sentencepiece(["<s>", "</s>"], prepend=True), None, {}),

@@ -143,6 +143,15 @@ def test_the_score_is_read_from_raw_logits(guard, folder_of):
     assert all(0 < m < 1 for m in found.label_mass)
 
 
+@pytest.mark.parametrize("guard", ["shieldgemma-2b"], indirect=True)
+def test_runs_of_white_space_are_text_even_where_they_are_added_tokens(guard):
+    """As in Gemma's tokenizer, whose line feeds would else be unreadable."""
+    assert "\n\n" in guard._template._tokenizer.get_added_vocab()
+    text = "yes\n\n  no\n"
+    assert all(f"Bot: {text}\n<end_of_turn>" in shown for shown in rendered(guard, text))
+    assert "\n" not in guard._template.control_tokens
+
+
 @pytest.mark.parametrize("guard", ["llama-guard-3-8b", "llama-guard-4-12b"], indirect=True)
 def test_turns_alternate_from_a_question(guard):
     """Llama Guard's template refuses anything else; system turns are not for the guard."""

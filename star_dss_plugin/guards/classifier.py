@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from star_dss_plugin.errors import ConfigError, GuardError
 from star_dss_plugin.guards.base import Guard, PrefixRequest, Trajectory
+from star_dss_plugin.guards.content import ContentTokenizer, without_surrogates
 from star_dss_plugin.guards.proof import trust
-from star_dss_plugin.guards.template import plain_tokenizer, without_surrogates
 from star_dss_plugin.guards.untrusted import Markers
 from star_dss_plugin.guards.weights_on_disk import (
     default_device,
@@ -84,7 +83,7 @@ class ClassifierGuard(Guard):
                 "classes. Give the index of the one that means unsafe."
             )
         self._pairs = _Pairs(tokenizer, self.name, config)
-        self.markers = Markers(tuple(map(str, tokenizer.added_tokens_decoder.values())))
+        self.markers = Markers(self._pairs.control_tokens)
         self._identity = {
             "kind": "classifier",
             "version": 1,
@@ -180,14 +179,15 @@ class _Pairs:
 
     Attributes:
         has_types: Whether the model is told which part a token belongs to.
+        control_tokens: Spellings that no content can become.
     """
 
     def __init__(self, tokenizer: Any, name: str, config: Any) -> None:
         self._tokenizer = tokenizer
-        self._plain: Tokenizer = plain_tokenizer(tokenizer, name)
-        self._name = name
         # An unknown character may become the unknown token: it ends nothing.
-        self._control = frozenset(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id}
+        self._content = ContentTokenizer(tokenizer, name, {tokenizer.unk_token_id})
+        self._name = name
+        self.control_tokens = tuple(self._content.control)
         limits = (tokenizer.model_max_length, getattr(config, "max_position_embeddings", None))
         self._most: int = min(limit for limit in limits if limit)
         encoded = tokenizer("good", "fine")
@@ -235,13 +235,7 @@ class _Pairs:
         return self._most - sum(len(ids) for ids, _ in self._frame) - len(response)
 
     def _encoded(self, text: str) -> list[int]:
-        ids: list[int] = self._plain.encode(without_surrogates(text), add_special_tokens=False).ids
-        if not self._control.isdisjoint(ids):
-            raise GuardError(
-                f"Text to be judged became a control token of guard {self._name!r}. This guard's "
-                "tokenizer cannot keep content apart; use another guard."
-            )
-        return ids
+        return self._content.ids(without_surrogates(text))
 
 
 def _last_question(request: PrefixRequest) -> str:

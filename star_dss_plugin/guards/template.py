@@ -15,14 +15,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
-from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from star_dss_plugin.errors import ConfigError, GuardError
 from star_dss_plugin.guards.base import Message
-from star_dss_plugin.guards.prefixes import PrefixTokenizer
+from star_dss_plugin.guards.content import ContentTokenizer, without_surrogates
 
-__all__ = ["PINNED_DATE", "GuardTemplate", "plain_tokenizer", "without_surrogates"]
+__all__ = ["PINNED_DATE", "GuardTemplate"]
 
 PINNED_DATE = dt.datetime(2024, 4, 1)
 """What `strftime_now` prints in guard prompts: scores must not depend on the day."""
@@ -88,13 +87,11 @@ class GuardTemplate:
             ) from error
         self._dated = _DATE_CALL.sub(self._pinned_date, self.source)
         self._check_kwargs_are_read()
-        added = tokenizer.added_tokens_decoder
-        self.control_ids = frozenset(added)
-        self._control = {str(token): i for i, token in added.items()}
+        self._content = ContentTokenizer(tokenizer, name)
+        self._control = self._content.control
+        self.control_ids = frozenset(self._control.values())
         self.control_tokens = tuple(sorted(self._control, key=len, reverse=True))
         self._splitter = re.compile("|".join(map(re.escape, self.control_tokens)) or r"(?!)")
-        self._plain = plain_tokenizer(tokenizer, name)
-        self._prefixes = PrefixTokenizer(self._plain)
         self._trims = {role: self._trim_of(role) for role in ("user", "assistant")}
         self._check_tokenization()
 
@@ -131,10 +128,10 @@ class GuardTemplate:
     def label_ids(self, spellings: Sequence[str]) -> list[int]:
         """The tokens with which these verdicts begin, right behind the prompt; sorted."""
         _, tail = self._split_last(self.render(_PROBE))
-        before = self._encoded(tail)
+        before = self._content.ids(tail)
         found = set()
         for spelling in spellings:
-            ids = self._encoded(tail + spelling)
+            ids = self._content.ids(tail + spelling)
             if ids[: len(before)] == before and len(ids) > len(before):
                 found.add(ids[len(before)])
         if not found:
@@ -151,7 +148,7 @@ class GuardTemplate:
         """Token ids of one prompt per response prefix `text[:end]`, up to the verdict position."""
         head_ids, opening, closing, tail_ids = self._around_answer(context)
         answers = [opening + self._as_rendered(text[:end], "assistant") + closing for end in ends]
-        return [head_ids + ids + tail_ids for ids in self._encode_contents(answers)]
+        return [head_ids + ids + tail_ids for ids in self._content.ids_of_all(answers)]
 
     def opened(self, context: Sequence[Message], text: str) -> tuple[list[int], list[int]]:
         """Token ids up to the end of the response, and where the last tokens end in its text.
@@ -160,12 +157,9 @@ class GuardTemplate:
         """
         head_ids, opening, _, _ = self._around_answer(context)
         shown = self._as_rendered(text, "assistant")
-        ids = self._encode_content(opening + shown)
-        readable = self._readable(opening + shown)
-        offsets = self._plain.encode(readable, add_special_tokens=False).offsets
+        ids, ends = self._content.ids_and_ends(opening + shown)
         left_out = max(without_surrogates(text).find(shown), 0)
-        ends = [end - len(opening) + left_out for _, end in offsets if end > len(opening)]
-        return head_ids + ids, ends
+        return head_ids + ids, [end - len(opening) + left_out for end in ends if end > len(opening)]
 
     def _around_answer(self, context: Sequence[Message]) -> tuple[list[int], str, str, list[int]]:
         """Ids before the answer, plain text before and behind it, and ids after it.
@@ -209,44 +203,10 @@ class GuardTemplate:
         ids: list[int] = []
         position = 0
         for match in self._splitter.finditer(scaffold):
-            ids += self._encode_content(fill(scaffold[position : match.start()]))
+            ids += self._content.ids(fill(scaffold[position : match.start()]))
             ids.append(self._control[match[0]])
             position = match.end()
-        return ids + self._encode_content(fill(scaffold[position:]))
-
-    def _encode_content(self, text: str) -> list[int]:
-        ids = self._encoded(text)
-        if self.control_ids.isdisjoint(ids):
-            return ids
-        ids = self._encoded(self._readable(text))
-        if not self.control_ids.isdisjoint(ids):
-            raise GuardError(
-                f"Text to be judged became a control token of guard {self._name!r} "
-                f"({sorted(self.control_ids.intersection(ids))}). This guard's tokenizer cannot "
-                "keep content apart; use another guard."
-            )
-        return ids
-
-    def _readable(self, text: str) -> str:
-        """Text without the characters that the vocabulary lacks: "?" for each of them.
-
-        Such a character may become a control token: Granite's unknown token ends a turn.
-        """
-        if self.control_ids.isdisjoint(self._encoded(text)):
-            return text
-        unknown = {c for c in set(text) if not self.control_ids.isdisjoint(self._encoded(c))}
-        return "".join("?" if c in unknown else c for c in text)
-
-    def _encode_contents(self, texts: Sequence[str]) -> list[list[int]]:
-        """`_encode_content` of texts that begin alike."""
-        return [
-            ids if self.control_ids.isdisjoint(ids) else self._encode_content(text)
-            for text, ids in zip(texts, self._prefixes(texts), strict=True)
-        ]
-
-    def _encoded(self, text: str) -> list[int]:
-        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
-        return ids
+        return ids + self._content.ids(fill(scaffold[position:]))
 
     def _as_rendered(self, content: str, role: str) -> str:
         """What the template makes of a message's content."""
@@ -303,35 +263,6 @@ class GuardTemplate:
                     "and content are tokenized apart, or its template rewrites what it quotes. "
                     "Scores would not be those of the guard's own prompts; use another guard."
                 )
-
-
-def without_surrogates(text: str) -> str:
-    """Text that can be tokenized: a lone surrogate is no character and has no UTF-8 form."""
-    return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def plain_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> Tokenizer:
-    """A guard's tokenizer without control tokens, for text that is judged.
-
-    Raises:
-        GuardError: It is a slow tokenizer.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise GuardError(
-            f"Guard {name!r} has a slow tokenizer ({type(tokenizer).__name__}), whose control "
-            "tokens cannot be switched off in the text that is judged. Use a guard with a fast "
-            "tokenizer (tokenizer.json)."
-        )
-    state = json.loads(backend.to_str())
-    state.update(added_tokens=[], truncation=None, padding=None, post_processor=None)
-    if state["model"]["type"] == "Unigram":  # its vocabulary spells the control tokens out
-        control = {str(token) for token in tokenizer.added_tokens_decoder.values()}
-        state["model"]["vocab"] = [
-            ["\ue0f2" * 16 + piece if piece in control else piece, score]
-            for piece, score in state["model"]["vocab"]
-        ]
-    return Tokenizer.from_str(json.dumps(state))
 
 
 def _altered(value: Any) -> Iterator[tuple[str, Any]]:
