@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import pkgutil
 from functools import partial
 from typing import Any
 
-from star_dss_plugin.guards.presets import PRESETS
+from star_dss_plugin.guards.presets import CLASSIFIER, PRESETS
 from star_dss_plugin.hookspecs import Register, RegisterIntegration, hookimpl
 
 __all__: list[str] = []
 
 
 def _preset_guard(name: str, **options: Any) -> Any:
-    from star_dss_plugin.guards.verdict import VerdictGuard
-
-    return VerdictGuard(**{"name": name, **PRESETS[name][1], **options})
+    preset = PRESETS[name]
+    return pkgutil.resolve_name(preset.kind)(**{"name": name, **preset.options, **options})
 
 
 @hookimpl
 def star_dss_register_guards(register: Register) -> None:
-    for name, (summary, _) in PRESETS.items():
-        register(name, partial(_preset_guard, name), summary=summary)
+    for name, preset in PRESETS.items():
+        register(name, partial(_preset_guard, name), summary=preset.summary)
+    register("classifier", CLASSIFIER, summary="any encoder that classifies (prompt, response)")
     register(
         "demo",
         "star_dss_plugin.guards.demo:DemoGuard",

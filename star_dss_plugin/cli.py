@@ -1,4 +1,4 @@
-"""The command line: `star-dss score`, `report`, `inspect`, `sft`, `check`, `plugins` and `demo`.
+"""The command line: `star-dss score`, `guards`, `report`, `inspect`, `sft`, `check` and others.
 
 Heavy imports stay inside the commands, so that `--help` and `plugins` answer at once.
 """
@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from star_dss_plugin import guard_commands
 from star_dss_plugin._version import __version__
 from star_dss_plugin.errors import ConfigError, PluginError, StarDSSError
 from star_dss_plugin.report import command as report_commands
@@ -70,10 +71,17 @@ def score(
     guard_dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
     score_batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens per guard batch.")] = 16384,
     score_cache_dir: Annotated[Path | None, typer.Option(help="Folder of the score cache.")] = None,
+    on_guard_error: Annotated[
+        str, typer.Option(help="raise, or unsafe: what cannot be scored gets the score 0.")
+    ] = "raise",
+    per_guard: Annotated[
+        bool, typer.Option("--per-guard", help="A column for each guard of several, too.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
     """Scores every prefix of every response and writes a data set with `star_scores`."""
     from star_dss_plugin.files import load_tokenizer, read_dataset, write_dataset
+    from star_dss_plugin.guard_notes import remarks
     from star_dss_plugin.provenance import provenance_of
     from star_dss_plugin.scorer import score_dataset
 
@@ -92,6 +100,8 @@ def score(
         guard_dtype=guard_dtype,
         score_batch_tokens=score_batch_tokens,
         score_cache_dir=score_cache_dir,
+        on_guard_error=on_guard_error,
+        per_guard=per_guard,
         progress=not quiet,
     )
     write_dataset(scored, output)
@@ -103,8 +113,11 @@ def score(
         f"{found['mean_prefix_score']:.3f}, guard {found['guard']}"
         + (" (DEMONSTRATION ONLY, protects nobody)" if found["demonstration_guard"] else "")
     )
+    for line in remarks(found):
+        typer.echo(line)
 
 
+app.add_typer(guard_commands.app, name="guards")
 app.command()(report_commands.report)
 app.command()(report_commands.inspect)
 

@@ -11,9 +11,10 @@ from typing import Any
 
 from star_dss_plugin.errors import ConfigError, unknown_name
 
-__all__ = ["KL_ESTIMATORS", "REFERENCES", "TRAJECTORIES", "StarDSSOptions"]
+__all__ = ["GUARD_ERRORS", "KL_ESTIMATORS", "REFERENCES", "TRAJECTORIES", "StarDSSOptions"]
 
 KL_ESTIMATORS = ("k1", "k2", "k3", "full")
+GUARD_ERRORS = ("raise", "unsafe")
 TRAJECTORIES = ("exact", "adaptive")
 REFERENCES = ("auto", "adapter", "precomputed", "copy", "none")
 
@@ -40,8 +41,8 @@ class StarDSSOptions:
     guard: dict[str, Any] | str | None = _option(
         None,
         "The guard model: a preset ('qwen3guard-gen-0.6b'), a plugin's guard, or a mapping that "
-        "describes any causal guard (JSON on the command line). Required unless the data set "
-        "already has a 'star_scores' column.",
+        "describes any causal guard or several of them (JSON on the command line). Required unless "
+        "the data set already has a 'star_scores' column.",
     )
     segmenter: str = _option(
         "tokens", "What a chunk is made of: 'tokens', 'words', 'sentences' or 'whole'."
@@ -97,6 +98,11 @@ class StarDSSOptions:
     score_cache_dir: str | None = _option(
         None, "Folder of the score cache; default $STAR_DSS_CACHE or ~/.cache/star_dss."
     )
+    on_guard_error: str = _option(
+        "raise",
+        "What becomes of a response that the guard cannot score: 'raise' stops, 'unsafe' gives it "
+        "the score 0. Never safe.",
+    )
 
     def validate(self) -> None:
         """Checks every option against the registered names and its range.
@@ -128,6 +134,8 @@ class StarDSSOptions:
                 )
         if self.trajectory not in TRAJECTORIES:
             raise unknown_name("trajectory", self.trajectory, TRAJECTORIES)
+        if self.on_guard_error not in GUARD_ERRORS:
+            raise unknown_name("on_guard_error", self.on_guard_error, GUARD_ERRORS)
         if self.reference not in REFERENCES and not _looks_like_a_model(self.reference):
             raise unknown_name("reference", self.reference, [*REFERENCES, "<a model id or folder>"])
 

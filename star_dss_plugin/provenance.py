@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from star_dss_plugin.errors import DataError
 
-__all__ = ["provenance_of", "read_note", "write_note"]
+__all__ = ["damaged_note", "provenance_of", "read_note", "write_note"]
 
 _MARK = "star_dss "
 _NOTED: dict[str, type] = {  # what readers of a note on scores rely on
@@ -35,7 +35,7 @@ def read_note(dataset: Dataset, name: str) -> Any:
             try:
                 return json.loads(line.removeprefix(mark))
             except ValueError as error:
-                raise _damaged(name) from error
+                raise damaged_note(name) from error
     return None
 
 
@@ -59,11 +59,12 @@ def provenance_of(dataset: Dataset) -> dict[str, Any] | None:
     if not isinstance(found, dict) or not all(
         isinstance(found.get(key), kind) for key, kind in _NOTED.items()
     ):
-        raise _damaged("scores")
+        raise damaged_note("scores")
     return found
 
 
-def _damaged(name: str) -> DataError:
+def damaged_note(name: str) -> DataError:
+    """The error for a note that somebody else wrote, or that was changed."""
     return DataError(
         f"What the data set's description notes as {_MARK + name!r} is not what this package "
         "writes there. Score the data again, or clear dataset.info.description if you trust the "

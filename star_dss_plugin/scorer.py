@@ -7,7 +7,6 @@ that was killed and started again gives, byte for byte, what an undisturbed run 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,19 +16,19 @@ import numpy as np
 import torch
 import transformers
 from datasets import Dataset, List, Value
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from star_dss_plugin._version import __version__
-from star_dss_plugin.cache import ScoreCache, content_key, default_cache_dir
+from star_dss_plugin.asking import Asking
+from star_dss_plugin.cache import content_key, default_cache_dir
 from star_dss_plugin.collation import SCORES_COLUMN
 from star_dss_plugin.columns import with_column
-from star_dss_plugin.config import TRAJECTORIES, StarDSSOptions
-from star_dss_plugin.errors import ConfigError, DataError, GuardError, unknown_name
+from star_dss_plugin.config import GUARD_ERRORS, TRAJECTORIES, StarDSSOptions
+from star_dss_plugin.errors import ConfigError, DataError, unknown_name
+from star_dss_plugin.guard_notes import attempt_notes, label_mass, member_notes
 from star_dss_plugin.guards import load_guard, missing_guard
 from star_dss_plugin.guards.adaptive import adaptive
-from star_dss_plugin.guards.base import Guard, PrefixRequest, Trajectory, check_trajectories
-from star_dss_plugin.guards.verdict import low_label_mass
+from star_dss_plugin.guards.base import Guard, PrefixRequest, Trajectory
 from star_dss_plugin.plugins import load_plugins
 from star_dss_plugin.provenance import write_note
 from star_dss_plugin.responses import Response, find_responses
@@ -38,8 +37,6 @@ from star_dss_plugin.rows import in_row, known_rows, only_responses, tokenized
 __all__ = ["options_for_scoring", "score_dataset"]
 
 logger = logging.getLogger(__name__)
-
-_FLUSH_SECONDS = 20.0
 
 
 @dataclass
@@ -64,6 +61,8 @@ def score_dataset(
     guard_dtype: str = "auto",
     score_batch_tokens: int = 16384,
     score_cache_dir: str | Path | None = None,
+    on_guard_error: str = "raise",
+    per_guard: bool = False,
     max_length: int | None = None,
     chat_template: str | None = None,
     progress: bool = True,
@@ -84,6 +83,9 @@ def score_dataset(
         guard_dtype: The guard's dtype.
         score_batch_tokens: Token budget of one guard batch.
         score_cache_dir: Folder of the cache; default $STAR_DSS_CACHE or ~/.cache/star_dss.
+        on_guard_error: "raise", or "unsafe": a response that the guard cannot score, because it
+            does not fit or its score is no number, gets the score 0 everywhere.
+        per_guard: Whether to add a column `star_scores_NAME` for each guard of several.
         max_length: Raw rows are cut to this many tokens before they are scored.
         chat_template: The template that made the tokens, or makes those of raw rows; None: the
             tokenizer's own.
@@ -108,6 +110,8 @@ def score_dataset(
         raise ConfigError(f"chunk_size is {chunk_size!r}; it must be an integer of at least 1.")
     if trajectory not in TRAJECTORIES:
         raise unknown_name("trajectory", trajectory, TRAJECTORIES)
+    if on_guard_error not in GUARD_ERRORS:
+        raise unknown_name("on_guard_error", on_guard_error, GUARD_ERRORS)
     if "input_ids" not in dataset.column_names:
         dataset = tokenized(dataset, tokenizer, max_length, chat_template)
     elif "labels" not in dataset.column_names:
@@ -127,18 +131,32 @@ def score_dataset(
         asked = adaptive(asked, trajectory_epsilon)
     try:
         rows = _find_all(dataset, tokenizer, segmenter, chunk_size, chat_template)
-        cache = ScoreCache(
-            Path(score_cache_dir) if score_cache_dir else default_cache_dir(),
-            {"what": "star_scores", "version": 1, "guard": asked.identity},
-        )
         requests = _unique_requests(rows)
-        trajectories = _ask(asked, requests, cache, rows, progress)
+        asking = Asking(
+            requests,
+            {key: i for i, row in reversed(list(enumerate(rows))) for key in row.keys},
+            Path(score_cache_dir) if score_cache_dir else default_cache_dir(),
+            progress=progress,
+            strict=on_guard_error == "raise",
+        )
+        trajectories = asking.trajectories(asked)
+        notes = attempt_notes(
+            asked,
+            ((i, r.request, r.raw_context) for i, row in enumerate(rows) for r in row.responses),
+        )
     finally:
         if loaded is None:
             asked.close()
     provenance = _provenance(asked, segmenter, chunk_size, rows, trajectories)
+    keys = [key for row in rows for key in row.keys]
+    provenance |= notes | member_notes(asking.members, keys)
+    provenance["guard_errors"] = sum(key in asking.failed for key in keys)
     provenance["tokenizer"] = str(tokenizer.name_or_path)  # whoever shows the scores needs it
-    return _with_columns(dataset, rows, trajectories, provenance)
+    scored = _with_columns(dataset, rows, trajectories, provenance)
+    for name, found in (asking.members if per_guard else {}).items():
+        column = _columns(rows, found)
+        scored = with_column(scored, f"{SCORES_COLUMN}_{name}", column, List(Value("float32")))
+    return scored
 
 
 def _find_all(
@@ -179,90 +197,6 @@ def _unique_requests(rows: Iterable[_Row]) -> dict[str, PrefixRequest]:
     }
 
 
-def _ask(
-    guard: Guard,
-    requests: Mapping[str, PrefixRequest],
-    cache: ScoreCache,
-    rows: list[_Row],
-    progress: bool,
-) -> dict[str, Trajectory]:
-    """All trajectories: from the cache where it has them, from the guard otherwise."""
-    found = _known(cache, requests)
-    # Looked up before it is locked: a complete cache may be read-only.
-    if len(found) < len(requests):
-        with cache.lock():
-            found = _known(cache, requests)
-            _ask_missing(guard, requests, found, cache, rows, progress)
-    _check_label_mass(guard, found.values())
-    return found
-
-
-def _known(cache: ScoreCache, keys: Iterable[str]) -> dict[str, Trajectory]:
-    return {key: known for key in keys if (known := cache.get(key)) is not None}
-
-
-def _ask_missing(
-    guard: Guard,
-    requests: Mapping[str, PrefixRequest],
-    found: dict[str, Trajectory],
-    cache: ScoreCache,
-    rows: list[_Row],
-    progress: bool,
-) -> None:
-    """Asks for every batch with a response that is not in `found`, and puts it there."""
-    keys, wanted = list(requests), list(requests.values())
-    todo = [b for b in guard.plan(wanted) if any(keys[i] not in found for i in b)]
-    bar = tqdm(
-        total=sum(len(wanted[i].ends) for batch in todo for i in batch),
-        desc=f"STAR scores by {guard.name}",
-        unit="prefix",
-        disable=not progress or not todo,
-        smoothing=0,  # the data's order says nothing about what is left: the mean rate is the guess
-    )
-    started = flushed = time.monotonic()
-    responses = 0
-    try:
-        for batch in todo:
-            results = _ask_batch(guard, [wanted[i] for i in batch], batch, keys, rows)
-            for i, result in zip(batch, results, strict=True):
-                if keys[i] not in found:
-                    found[keys[i]] = result
-                    cache.put(keys[i], result)
-            now, responses = time.monotonic(), responses + len(batch)
-            bar.set_postfix_str(
-                f"{responses / max(now - started, 1e-9):.2f} responses/s", refresh=False
-            )
-            bar.update(sum(len(wanted[i].ends) for i in batch))
-            if now - flushed > _FLUSH_SECONDS:
-                cache.flush()
-                flushed = time.monotonic()
-    finally:
-        cache.flush()
-        bar.close()
-
-
-def _ask_batch(
-    guard: Guard, batch: list[PrefixRequest], indices: list[int], keys: list[str], rows: list[_Row]
-) -> list[Trajectory]:
-    try:
-        results = guard.trajectories(batch)
-    except GuardError as error:
-        owners = {key: i for i, row in reversed(list(enumerate(rows))) for key in row.keys}
-        about = indices if error.request is None else [indices[error.request]]
-        where = sorted({owners[keys[i]] for i in about})
-        shown = ", ".join(map(str, where[:5])) + (", …" if len(where) > 5 else "")
-        raise GuardError(f"Row {shown}: {error}") from error
-    check_trajectories(guard.name, batch, results)
-    return results
-
-
-def _check_label_mass(guard: Guard, found: Iterable[Trajectory]) -> None:
-    masses = [m for t in found if t.label_mass is not None for m in t.label_mass]
-    minimum = float(getattr(guard, "min_label_mass", 0.0))
-    if masses and float(np.mean(masses)) < minimum:
-        raise low_label_mass(guard.name, float(np.mean(masses)), minimum, "the data")
-
-
 def _provenance(
     guard: Guard,
     segmenter: str,
@@ -273,7 +207,6 @@ def _provenance(
     """How the scores were made, without anything that differs between equal runs."""
     responses = [(key, r) for row in rows for key, r in zip(row.keys, row.responses, strict=True)]
     scores = np.array([s for key, _ in responses for s in trajectories[key].scores])
-    masses = np.array([m for key, _ in responses for m in trajectories[key].label_mass or ()])
     return {
         "guard": guard.name,
         "demonstration_guard": guard.demonstration,
@@ -286,10 +219,7 @@ def _provenance(
         "trained_tokens": sum(r.end - r.start for _, r in responses),
         "raw_contexts": sum(r.raw_context for _, r in responses),
         "mean_prefix_score": float(scores.mean()),
-        "label_mass": {
-            "mean": float(masses.mean()), "min": float(masses.min()),
-            "p05": float(np.quantile(masses, 0.05)),
-        } if masses.size else None,
+        "label_mass": label_mass(trajectories, [key for key, _ in responses]),
         "versions": {
             "star-dss-plugin": __version__,
             "torch": torch.__version__,
@@ -304,6 +234,14 @@ def _with_columns(
     trajectories: Mapping[str, Trajectory],
     provenance: dict[str, Any],
 ) -> Dataset:
+    scores = _columns(rows, trajectories)
+    dataset = with_column(dataset, SCORES_COLUMN, scores, List(Value("float32")))
+    write_note(dataset, "scores", provenance)
+    return dataset
+
+
+def _columns(rows: list[_Row], trajectories: Mapping[str, Trajectory]) -> list[Any]:
+    """One float32 array per row: each token's score."""
     scores = []
     for row in rows:
         column = np.ones(row.length, dtype=np.float32)
@@ -313,15 +251,13 @@ def _with_columns(
                 column[start:end] = score
                 start = end
         scores.append(column)
-    dataset = with_column(dataset, SCORES_COLUMN, scores, List(Value("float32")))
-    write_note(dataset, "scores", provenance)
-    return dataset
+    return scores
 
 
 def options_for_scoring(options: StarDSSOptions) -> dict[str, Any]:
     """The options that `score_dataset` takes, by name."""
     names = (
         "guard", "segmenter", "chunk_size", "trajectory", "trajectory_epsilon", "guard_device",
-        "guard_dtype", "score_batch_tokens", "score_cache_dir",
+        "guard_dtype", "score_batch_tokens", "score_cache_dir", "on_guard_error",
     )  # fmt: skip
     return {name: getattr(options, name) for name in names}

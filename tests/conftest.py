@@ -1,5 +1,6 @@
 """Small real things for tests: a trained tokenizer, random models, a guard that reads words."""
 
+import functools
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from standin_guards import layout
+from standin_guards import make as make_guard
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -145,6 +148,13 @@ def model_dir(tmp_path_factory, tokenizer) -> Path:
     tiny_llama(len(tokenizer)).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def folder_of(tmp_path_factory):
+    """The name of a preset → the folder of a tiny random guard of its kind (standin_guards.py)."""
+    made = functools.cache(lambda key: make_guard(key, tmp_path_factory.mktemp(key)))
+    return lambda name: made(layout(name))
 
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

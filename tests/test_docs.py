@@ -1,16 +1,18 @@
 """The documentation names what exists: options and defaults, metrics, presets, hooks, errors."""
 
 import re
+import types
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from typer.main import get_command
 
 import star_dss_plugin
-from star_dss_plugin import StarDSSOptions, cli, hookspecs
+from star_dss_plugin import StarDSSOptions, cli, hookspecs, provenance_of, score_dataset
 from star_dss_plugin.guards.presets import PRESETS
-from star_dss_plugin.plugins import HOOK_KINDS
+from star_dss_plugin.plugins import HOOK_KINDS, Origin, Plugins
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = (ROOT / "docs" / "reference.md").read_text()
@@ -63,6 +65,37 @@ def test_every_preset_and_hook_is_documented():
     for hook in HOOK_KINDS:
         assert hasattr(hookspecs, hook)
         assert hook in GUARDS
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_table_of_guards_says_what_the_presets_say(name):
+    preset = PRESETS[name]
+    row = next(line for line in GUARDS.splitlines() if line.startswith(f"| `{name}` |"))
+    cells = [cell.strip() for cell in row.split("|")][2:8]
+    assert cells == [
+        preset.options["model"], preset.licence, "yes" if preset.gated else "no",
+        f"{preset.billions:g} B", "–" if preset.f1 is None else str(preset.f1), preset.cost,
+    ]  # fmt: skip
+
+
+def test_the_guard_in_the_documentation_works(tokenizer):
+    snippets = re.findall(r"```python\n(.*?)```", GUARDS, flags=re.DOTALL)
+    (source,) = [text for text in snippets if "star_dss_register_guards" in text]
+    module = types.ModuleType("shouting_guard")
+    exec(source, module.__dict__)
+    plugins = Plugins()
+    plugins.register(module, Origin("shouting", "docs", "0"))
+    guard = plugins.guard("shouting")(patience=4)
+    rows = [{"messages": [{"role": "user", "content": "hello world"},
+                          {"role": "assistant", "content": "IT IS BAD. fine"}]}]  # fmt: skip
+    scored = score_dataset(
+        Dataset.from_list(rows), tokenizer, guard=guard, segmenter="words", chunk_size=1,
+        progress=False,
+    )  # fmt: skip
+    trained = [s for s, y in zip(scored[0]["star_scores"], scored[0]["labels"]) if y != -100]
+    assert sorted(set(trained), reverse=True) == [0.75, 0.5, 0.25]
+    assert trained == sorted(trained, reverse=True)
+    assert provenance_of(scored)["demonstration_guard"]
 
 
 def test_every_public_name_is_documented():

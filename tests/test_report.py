@@ -273,6 +273,38 @@ def test_interpolated_scores_are_named_as_such():
     assert "interpolated" not in render_page(data(response()), name="x")
 
 
+def test_what_was_tried_and_what_did_not_fit_is_said():
+    noted = data(
+        response(),
+        attempts={"control token": {"responses": 3, "rows": [1, 4]}},
+        truncated_contexts=2,
+        guard_errors=1,
+        disagreement={"mean": 0.25, "p95": 0.5, "opposite": 0.1},
+    )
+    page = render_page(noted, name="x")
+    for remark in (
+        "3 responses contain text that could be meant for the guard (control token), first in rows "
+        "1, 4.",
+        "2 conversations did not fit the guard, which read their ends.",
+        "1 responses could not be scored and count as unsafe.",
+        "0.250 apart on average; 10.0% of the prefixes are safe to one and unsafe to another.",
+    ):
+        assert remark in page
+    assert "could be meant" not in render_page(data(response()), name="x")
+
+
+@pytest.mark.parametrize(
+    "notes",
+    [{"attempts": {"x": 3}}, {"attempts": [1]},
+     {"attempts": {"x": {"responses": "<b>", "rows": []}}}, {"truncated_contexts": "<b>"},
+     {"guard_errors": [1]}, {"disagreement": {"mean": "x"}}],
+    ids=str,
+)  # fmt: skip
+def test_notes_that_somebody_else_wrote(notes):
+    with pytest.raises(DataError, match="not what this package writes"):
+        render_page(data(response(), **notes), name="x")
+
+
 def test_the_scale_is_legible_and_steady():
     for colours, ink in (
         (palette.LIGHT, palette.INK["light"]),

@@ -19,10 +19,10 @@ from star_dss_plugin import (
     ConfigError,
     DataError,
     GuardError,
+    asking,
     load_guard,
     provenance_of,
     score_dataset,
-    scorer,
 )
 from star_dss_plugin.guards.base import Guard, StreamingGuard, Trajectory
 from star_dss_plugin.guards.verdict import VerdictGuard
@@ -364,7 +364,7 @@ def test_what_a_batch_lost_is_computed_in_the_same_batch(tokenizer, tmp_path):
 
 
 def score_in_a_process(tokenizer, cache, out, fail_at, delay, start=None):
-    scorer._FLUSH_SECONDS = 0.0
+    asking._FLUSH_SECONDS = 0.0
     guard = BatchGuard(fail_at, lambda: os._exit(7), delay)
     if start is not None:
         start.wait()
@@ -522,6 +522,9 @@ def test_provenance_says_how_and_not_when(tokenizer, tmp_path):
         "raw_contexts": 0,
         "mean_prefix_score": found["mean_prefix_score"],
         "label_mass": None,
+        "attempts": {},
+        "truncated_contexts": 0,
+        "guard_errors": 0,
         "tokenizer": tokenizer.name_or_path,
         "versions": found["versions"],
     }

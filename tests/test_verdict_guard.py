@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from star_dss_plugin import ConfigError, DataError, GuardError, load_guard, score_dataset
-from star_dss_plugin.guards import verdict
+from star_dss_plugin.guards import proof, verdict
 from star_dss_plugin.guards.base import PrefixRequest
 from star_dss_plugin.guards.template import GuardTemplate
 from star_dss_plugin.guards.verdict import VerdictGuard
@@ -109,7 +109,7 @@ def naive_prompt(guard, messages):
 
 
 def prompts(guard, context, text, ends):
-    return guard._template.prompts(guard._context(context), text, ends)
+    return guard._template.prompts(guard._prompts.turns(context), text, ends)
 
 
 def answer(text):
@@ -232,7 +232,7 @@ def test_a_date_that_cannot_be_pinned_is_refused(tokenizer):
         ([], talk("")),
         ([*talk("hi", "1 + 1"), {"role": "tool", "content": "2"}], talk("hi", "1 + 1", "2")),
         ([*talk("a"), *talk("b", "c", "d")], talk("a\n\nb", "c", "d")),
-        ([answer("hello"), *talk("hi")], [answer("hello"), *talk("hi")]),
+        ([answer("hello"), *talk("hi")], [*talk("", "hello", "hi")]),
     ],
 )
 def test_what_a_guard_reads_of_a_conversation(qwen, context, seen):
@@ -299,8 +299,6 @@ def test_labels_that_cannot_be_told_apart(model_dir, labels, message):
     ("options", "message"),
     [
         ({"turns": "first"}, "turns is 'first'"),
-        ({"temperature": 0}, "temperature is 0"),
-        ({"temperature": float("nan")}, "temperature is nan"),
         ({"controversial_weight": 1.5}, "controversial_weight is 1.5"),
         ({"dtype": "int8"}, "guard_dtype is 'int8'"),
         ({"dtype": "float33"}, "guard_dtype is 'float33'"),
@@ -323,7 +321,7 @@ def test_a_described_guard_needs_its_keys(model_dir, missing):
 # Scores: raw probabilities of one forward pass per prefix
 
 
-def slow_scores(guard, context, text, ends, weight=0.0, temperature=1.0):
+def slow_scores(guard, context, text, ends, weight=0.0):
     """The slow twin: plain transformers, float64 softmax over the labels."""
     model = AutoModelForCausalLM.from_pretrained(guard.identity["model"], dtype=torch.float32)
     scores, masses = [], []
@@ -332,7 +330,7 @@ def slow_scores(guard, context, text, ends, weight=0.0, temperature=1.0):
         ids = torch.tensor([naive_prompt(guard, messages)])
         with torch.no_grad():
             logits = model(ids).logits[0, -1].double()
-        groups = [logits[list(group)] / temperature for group in guard.identity["labels"]]
+        groups = [logits[list(group)] for group in guard.identity["labels"]]
         verdict = torch.stack([g.logsumexp(0) for g in groups]).softmax(0)
         scores.append(verdict[0] + (weight * verdict[2] if len(groups) == 3 else 0))
         flat = [i for group in guard.identity["labels"] for i in group]
@@ -354,14 +352,13 @@ def test_scores_are_those_of_one_pass_per_prefix(guard):
     assert max(scores) - min(scores) > 1e-3  # the test can tell prefixes apart
 
 
-@pytest.mark.parametrize(("weight", "temperature"), [(0.0, 0.5), (0.5, 1.0), (1.0, 3.0)])
-def test_controversial_weight_and_temperature(model_dir, weight, temperature):
+@pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
+def test_controversial_weight(model_dir, weight):
     guard = load_guard(describe(
         model_dir, controversial_labels=[" fox", " dog"], controversial_weight=weight,
-        temperature=temperature,
     ))  # fmt: skip
     (found,) = guard.trajectories([PrefixRequest(tuple(QUESTION), TEXT, (5, len(TEXT)))])
-    scores, _ = slow_scores(guard, QUESTION, TEXT, (5, len(TEXT)), weight, temperature)
+    scores, _ = slow_scores(guard, QUESTION, TEXT, (5, len(TEXT)), weight)
     torch.testing.assert_close(torch.tensor(found.scores).double(), scores, atol=1e-4, rtol=0)
 
 
@@ -434,7 +431,7 @@ def test_hostile_text_never_becomes_a_control_token(guard, text, where):
     for ids in prompts(guard, context, judged, ends):
         assert control(guard, ids) == control(guard, benign)
     # naive templating: what this protects from
-    seen = [*guard._context(context), answer(judged)]
+    seen = [*guard._prompts.turns(context), answer(judged)]
     broken = control(guard, naive_prompt(guard, seen)) != control(guard, benign)
     assert broken == known_to(guard, "".join(m["content"] for m in seen))
     # nothing was lost: the words are all there
@@ -497,7 +494,7 @@ def probe_states(folder):
     guard = load_guard(describe(folder))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     states = []
-    for probe in (verdict._SAFE_PROBE, verdict._UNSAFE_PROBE):
+    for probe in (proof.SAFE_PROBE, proof.UNSAFE_PROBE):
         text = probe[-1]["content"]
         ids = torch.tensor(prompts(guard, probe[:-1], text, [len(text)]))
         with torch.no_grad():
@@ -527,7 +524,7 @@ CHECKED = {"self_check": True, "min_label_mass": 0.5}
 
 def test_an_honest_guard_is_trusted(honest_dir):
     guard = load_guard(describe(honest_dir, **CHECKED))
-    safe, unsafe = guard.score([list(verdict._SAFE_PROBE), list(verdict._UNSAFE_PROBE)])
+    safe, unsafe = guard.score([list(proof.SAFE_PROBE), list(proof.UNSAFE_PROBE)])
     assert safe > unsafe
 
 
@@ -730,8 +727,9 @@ def test_a_finetuned_layer_is_another_guard(big_dir, tmp_path, layer):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"prefill": "is it bad:"}, {"safe_labels": [" fox"]}, {"temperature": 2.0}, {"turns": "last"},
-     {"controversial_labels": [" fox"]}, {"chat_template": JUDGE + " "}, {"dtype": "bfloat16"}],
+    [{"prefill": "is it bad:"}, {"safe_labels": [" fox"]}, {"question": "is it?"},
+     {"turns": "last"}, {"controversial_labels": [" fox"]}, {"chat_template": JUDGE + " "},
+     {"dtype": "bfloat16"}],
     ids=str,
 )  # fmt: skip
 def test_what_changes_a_score_changes_the_identity(model_dir, changes):

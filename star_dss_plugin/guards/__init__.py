@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from star_dss_plugin.errors import ConfigError, PluginError, unknown_name
 from star_dss_plugin.guards.base import Guard
+from star_dss_plugin.guards.combined import CalibratedGuard, EnsembleGuard
 from star_dss_plugin.plugins import load_plugins
 
 __all__ = ["load_guard", "missing_guard", "parse_guard"]
@@ -26,7 +27,10 @@ def load_guard(
         guard: A registered name (`star-dss plugins` lists them), or a mapping: `{"preset": NAME,
             …}` changes options of a registered guard; a mapping without "preset" describes any
             causal guard with the options of `VerdictGuard` (`model`, `safe_labels`,
-            `unsafe_labels`, `prefill`, `template_kwargs`, …). A mapping may be given as JSON.
+            `unsafe_labels`, `prefill`, `template_kwargs`, …); `{"guards": [...], "combine":
+            "mean"}` asks several, each given like this one ("mean" or "min" of their scores).
+            With `"calibration": {"temperature": T, "threshold": θ}` in it, any mapping's scores
+            are calibrated (`star-dss guards calibrate`). A mapping may be given as JSON.
         device: Torch device; None: the GPU if there is one.
         dtype: "auto" or the name of a torch dtype.
         batch_tokens: Token budget of one batch.
@@ -41,10 +45,18 @@ def load_guard(
     """
     name, options = parse_guard(guard)
     common = {"device": device, "dtype": dtype, "batch_tokens": batch_tokens}
+    if (calibration := options.pop("calibration", None)) is not None:
+        inner = load_guard({"preset": name, **options} if name else options, **common)  # type: ignore[arg-type]
+        return _built(CalibratedGuard, "calibration", inner, **calibration)
+    if "guards" in options:
+        members = [load_guard(member, **common) for member in options.pop("guards")]  # type: ignore[arg-type]
+        return _built(EnsembleGuard, "guards", members, **options)
     if name is None:
         from star_dss_plugin.guards.verdict import VerdictGuard
 
-        missing = [k for k in ("model", "safe_labels", "unsafe_labels") if k not in options]
+        needed = ["model", "safe_labels"]
+        needed += [] if "labels_from" in options else ["unsafe_labels"]
+        missing = [key for key in needed if key not in options]
         if missing:
             raise ConfigError(
                 f"The guard's mapping {dict(options)!r} lacks {', '.join(missing)}. Name a "
@@ -53,15 +65,21 @@ def load_guard(
         target: Any = VerdictGuard
     else:
         target = load_plugins().guard(name)
-    try:
-        made = target(**{**common, **options})
-    except TypeError as error:
-        raise ConfigError(f"Guard {name or options['model']!r}: {error}.") from error
+    made = _built(target, f"guard {name or options['model']!r}", **{**common, **options})
     if not isinstance(made, Guard):
         raise PluginError(
             f"Guard {name!r} made a {type(made).__name__}, not a star_dss_plugin Guard. Derive it "
             "from Guard or StreamingGuard in star_dss_plugin.guards.base."
         )
+    return made
+
+
+def _built(target: Any, what: str, *args: Any, **options: Any) -> Guard:
+    """What a guard's options make of it; those it does not take are an error that says so."""
+    try:
+        made: Guard = target(*args, **options)
+    except TypeError as error:
+        raise ConfigError(f"The options {options!r} of {what} cannot be used: {error}.") from error
     return made
 
 
@@ -85,6 +103,20 @@ def parse_guard(guard: str | Mapping[str, Any]) -> tuple[str | None, dict[str, A
     known = load_plugins().names("guard")
     if name is not None and name not in known:
         raise unknown_name("guard", name, known)
+    if "guards" in options:
+        members = options["guards"]
+        if name is not None or isinstance(members, str) or not isinstance(members, Sequence):
+            raise ConfigError(
+                f"guard is {guard!r}; with 'guards' it takes a list of guards, 'combine' and "
+                "'calibration', and no 'preset'."
+            )
+        for member in members:
+            parse_guard(member)
+    if not isinstance(options.get("calibration", {}), Mapping):
+        raise ConfigError(
+            f"calibration is {options['calibration']!r}; give a mapping with 'temperature' and "
+            "'threshold', as `star-dss guards calibrate` prints it."
+        )
     return name, options
 
 

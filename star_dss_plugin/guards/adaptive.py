@@ -21,6 +21,7 @@ from star_dss_plugin.guards.base import (
     Trajectory,
     check_trajectories,
 )
+from star_dss_plugin.guards.combined import CombinedGuard
 
 __all__ = ["AdaptiveGuard", "adaptive"]
 
@@ -33,6 +34,8 @@ STRIDE = 8
 
 def adaptive(guard: Guard, epsilon: float) -> Guard:
     """A guard that is asked for fewer prefixes; one that reads a response once stays as it is."""
+    if isinstance(guard, CombinedGuard):
+        return guard.over([adaptive(part, epsilon) for part in guard.parts])
     return guard if isinstance(guard, StreamingGuard) else AdaptiveGuard(guard, epsilon)
 
 
@@ -64,8 +67,7 @@ class AdaptiveGuard(Guard):
             raise ConfigError(f"trajectory_epsilon is {epsilon!r}; use a number in [0, 1].")
         self._guard, self.epsilon = guard, epsilon
         self.name, self.demonstration = guard.name, guard.demonstration
-        # The scorer checks it over the data.
-        self.min_label_mass: float = getattr(guard, "min_label_mass", 0.0)
+        self.min_label_mass, self.markers = guard.min_label_mass, guard.markers
         self.asked = self.wanted = 0
 
     @property
@@ -96,6 +98,9 @@ class AdaptiveGuard(Guard):
             Trajectory(_filled(r, s, k), _filled(r, m, k) if has_mass else None)
             for r, s, m, k in zip(requests, scores, masses, known, strict=True)
         ]
+
+    def truncates(self, request: PrefixRequest) -> bool:
+        return self._guard.truncates(request)
 
     def close(self) -> None:
         self._guard.close()

@@ -15,6 +15,7 @@ from itertools import pairwise
 from typing import Any
 
 from star_dss_plugin.errors import DataError, GuardError
+from star_dss_plugin.guards.untrusted import Markers
 
 __all__ = [
     "Guard",
@@ -22,7 +23,9 @@ __all__ = [
     "PrefixRequest",
     "StreamingGuard",
     "Trajectory",
+    "ask",
     "check_trajectories",
+    "lowest",
 ]
 
 Message = Mapping[str, Any]
@@ -66,6 +69,29 @@ class Trajectory:
     label_mass: tuple[float, ...] | None = None
 
 
+def ask(guard: Guard, requests: Sequence[PrefixRequest]) -> list[Trajectory]:
+    """The trajectories of requests, in order, in the batches of the guard's plan."""
+    found: dict[int, Trajectory] = {}
+    for batch in guard.plan(requests):
+        try:
+            results = guard.trajectories([requests[i] for i in batch])
+        except GuardError as error:
+            index = None if error.request is None else batch[error.request]
+            raise GuardError(str(error), request=index) from error
+        check_trajectories(guard.name, [requests[i] for i in batch], results)
+        found.update(zip(batch, results, strict=True))
+    return [found[i] for i in range(len(requests))]
+
+
+def lowest(answers: Sequence[Trajectory]) -> Trajectory:
+    """The trajectory of the lowest scores of several for one request; so too its label masses."""
+    masses = [a.label_mass for a in answers if a.label_mass is not None]
+    return Trajectory(
+        tuple(map(min, zip(*(a.scores for a in answers), strict=True))),
+        tuple(map(min, zip(*masses, strict=True))) if len(masses) == len(answers) else None,
+    )
+
+
 def check_trajectories(
     name: str, requests: Sequence[PrefixRequest], results: Sequence[Trajectory]
 ) -> None:
@@ -98,10 +124,14 @@ class Guard(abc.ABC):
     Attributes:
         name: What the start-up line calls it.
         demonstration: True for guards that protect nobody; they say so wherever they appear.
+        min_label_mass: Lowest acceptable mean of `Trajectory.label_mass` over the data.
+        markers: What text that imitates the guard's prompt would contain; such text is counted.
     """
 
     name: str
     demonstration: bool = False
+    min_label_mass: float = 0.0
+    markers: Markers = Markers()
 
     @property
     @abc.abstractmethod
@@ -122,6 +152,14 @@ class Guard(abc.ABC):
         interrupted computes the same batches, and so the same floats, as one that was not.
         """
         return [[i] for i in range(len(requests))]
+
+    def truncates(self, request: PrefixRequest) -> bool:
+        """Whether the guard reads only the end of this request's context; no weights are needed."""
+        return False
+
+    def explained(self, request: PrefixRequest) -> dict[str, str]:
+        """What `star-dss guards check` shows of how the guard is asked; no weights are needed."""
+        return {}
 
     def close(self) -> None:  # noqa: B027 (a guard that holds nothing has nothing to free)
         """Frees the weights. The guard may be used again: it loads them anew."""
@@ -152,12 +190,7 @@ class Guard(abc.ABC):
                 )
             text = messages[-1]["content"]
             requests.append(PrefixRequest(tuple(messages[:-1]), text, (len(text),)))
-        results: list[float] = [float("nan")] * len(requests)
-        for batch in self.plan(requests):
-            found = self.trajectories([requests[i] for i in batch])
-            for i, trajectory in zip(batch, found, strict=True):
-                results[i] = trajectory.scores[-1]
-        return results
+        return [trajectory.scores[-1] for trajectory in ask(self, requests)]
 
 
 class StreamingGuard(Guard):

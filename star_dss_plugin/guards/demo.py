@@ -25,6 +25,7 @@ from torch import Tensor
 from star_dss_plugin.errors import ConfigError, GuardError, unknown_name
 from star_dss_plugin.guards.base import Message, PrefixRequest, StreamingGuard
 from star_dss_plugin.guards.demo_states import LAYERS, Backbone, batches, content_of
+from star_dss_plugin.guards.untrusted import Markers
 from star_dss_plugin.smollm2 import gguf_fingerprint
 
 __all__ = ["DemoGuard", "probe_logits", "recent_mean", "running_mean"]
@@ -85,6 +86,7 @@ class DemoGuard(StreamingGuard):
 
     name = "demo"
     demonstration = True
+    markers = Markers(("<|im_start|>", "<|im_end|>", "<|endoftext|>"))
 
     def __init__(
         self,

@@ -44,7 +44,8 @@ class PrefixTokenizer:
         # Some post-processors move a word's offset behind its leading space.
         state["post_processor"] = None
         self._tokenizer = Tokenizer.from_str(json.dumps(state))
-        self.works_by_words = _works_by_words(state)
+        # An added token is cut out before there are words.
+        self.works_by_words = not state["added_tokens"] and _works_by_words(state)
         self._normalizes = _normalizer(state) is not None
         # Without an unknown token they leave no trace, and offsets no longer say what is where.
         self._lost = frozenset(_lost_bytes(state["model"]))

@@ -11,15 +11,15 @@ from __future__ import annotations
 import datetime as dt
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from tokenizers import Tokenizer
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from star_dss_plugin.errors import GuardError
+from star_dss_plugin.errors import ConfigError, GuardError
 from star_dss_plugin.guards.base import Message
-from star_dss_plugin.guards.prefixes import PrefixTokenizer
+from star_dss_plugin.guards.content import ContentTokenizer, without_surrogates
 
 __all__ = ["PINNED_DATE", "GuardTemplate"]
 
@@ -29,6 +29,10 @@ _DATE_CALL = re.compile(r"\bstrftime_now\s*\(\s*(?:(['\"])(.*?)\1\s*\))?")
 
 _MARK = "\ue0f0{}\ue0f1"  # private-use characters: no template looks for them
 _MARKS = re.compile("\ue0f0([0-9]+)\ue0f1")
+_TRIMS: tuple[Callable[[str], str], ...] = (  # the less is taken away, the earlier
+    str, lambda text: text.lstrip("\n"), lambda text: text.rstrip("\n"),
+    lambda text: text.strip("\n"), str.lstrip, str.rstrip,
+)  # fmt: skip
 _PROBE = (
     {"role": "user", "content": "What's 2 + 2?\nBriefly, please (no steps)."},
     {"role": "assistant", "content": "It is 4.\n\nÇa va? 👍 Done."},
@@ -44,9 +48,12 @@ class GuardTemplate:
         chat_template: A Jinja template, or None for the tokenizer's own.
         template_kwargs: What the template is called with.
         prefill: Text after the generation prompt, up to the verdict position.
+        question: A last user turn that asks for the verdict, for templates that do not ask.
+        typed_content: Whether the template reads `[{"type": "text", "text": …}]`, not strings.
 
     Attributes:
         control_ids: Ids that no content can become.
+        control_tokens: Their spellings.
         source: The template's text.
 
     Raises:
@@ -62,11 +69,15 @@ class GuardTemplate:
         chat_template: str | None,
         template_kwargs: Mapping[str, Any],
         prefill: str,
+        question: str = "",
+        typed_content: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
         self._name = name
         self._kwargs = dict(template_kwargs)
         self._prefill = prefill
+        self._question = question
+        self._typed = typed_content
         try:
             self.source = tokenizer.get_chat_template(chat_template)
         except ValueError as error:
@@ -74,34 +85,87 @@ class GuardTemplate:
                 f"The tokenizer of guard {name!r} has no chat template, so there is no prompt to "
                 "ask it with. Give one as 'chat_template' in the guard's mapping."
             ) from error
-        self._check_kwargs_are_read()
         self._dated = _DATE_CALL.sub(self._pinned_date, self.source)
-        added = tokenizer.added_tokens_decoder
-        self.control_ids = frozenset(added)
-        self._control = {str(token): i for i, token in added.items()}
-        longest_first = sorted(self._control, key=len, reverse=True)
-        self._splitter = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        self._plain = self._without_control_tokens()
-        self._prefixes = PrefixTokenizer(self._plain)
+        self._check_kwargs_are_read()
+        self._content = ContentTokenizer(tokenizer, name)
+        self._control = self._content.control
+        self.control_ids = frozenset(self._control.values())
+        self.control_tokens = tuple(sorted(self._control, key=len, reverse=True))
+        self._splitter = re.compile("|".join(map(re.escape, self.control_tokens)) or r"(?!)")
         self._trims = {role: self._trim_of(role) for role in ("user", "assistant")}
         self._check_tokenization()
 
     def render(self, messages: Sequence[Message]) -> str:
         """The template's own rendering, with the prefill appended."""
-        text = self._tokenizer.apply_chat_template(
-            [dict(m) for m in messages],
-            chat_template=self._dated,
-            tokenize=False,
-            add_generation_prompt=True,
-            **self._kwargs,
-        )
+        return self._render(messages, self._kwargs)
+
+    def _render(self, messages: Sequence[Message], kwargs: Mapping[str, Any]) -> str:
+        turns = [dict(m) for m in messages]
+        if self._question:
+            turns.append({"role": "user", "content": self._question})
+        if self._typed:
+            turns = [{**t, "content": [{"type": "text", "text": t["content"]}]} for t in turns]
+        try:
+            text = self._tokenizer.apply_chat_template(
+                turns,
+                chat_template=self._dated,
+                tokenize=False,
+                add_generation_prompt=True,
+                **kwargs,
+            )
+        except TemplateError as error:
+            raise GuardError(
+                f"The chat template of guard {self._name!r} refuses what it is given: {error}. "
+                "Check 'template_kwargs', and that the template is one that judges answers."
+            ) from error
         assert isinstance(text, str)
         return text + self._prefill
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some tokens, control tokens included."""
+        return str(self._tokenizer.decode(list(ids)))
+
+    def label_ids(self, spellings: Sequence[str]) -> list[int]:
+        """The tokens with which these verdicts begin, right behind the prompt; sorted."""
+        _, tail = self._split_last(self.render(_PROBE))
+        before = self._content.ids(tail)
+        found = set()
+        for spelling in spellings:
+            ids = self._content.ids(tail + spelling)
+            if ids[: len(before)] == before and len(ids) > len(before):
+                found.add(ids[len(before)])
+        if not found:
+            raise ConfigError(
+                f"Guard {self._name!r}: the tokenizer joins the end of the prompt ({tail[-20:]!r}) "
+                f"with the labels {list(spellings)}, so there is no verdict position between them. "
+                "Move white space from the end of 'prefill' to the beginning of the labels."
+            )
+        return sorted(found)
 
     def prompts(
         self, context: Sequence[Message], text: str, ends: Sequence[int]
     ) -> list[list[int]]:
         """Token ids of one prompt per response prefix `text[:end]`, up to the verdict position."""
+        head_ids, opening, closing, tail_ids = self._around_answer(context)
+        answers = [opening + self._as_rendered(text[:end], "assistant") + closing for end in ends]
+        return [head_ids + ids + tail_ids for ids in self._content.ids_of_all(answers)]
+
+    def opened(self, context: Sequence[Message], text: str) -> tuple[list[int], list[int]]:
+        """Token ids up to the end of the response, and where the last tokens end in its text.
+
+        The ends are those of the tokens with characters of `text`, which are the prompt's last.
+        """
+        head_ids, opening, _, _ = self._around_answer(context)
+        shown = self._as_rendered(text, "assistant")
+        ids, ends = self._content.ids_and_ends(opening + shown)
+        left_out = max(without_surrogates(text).find(shown), 0)
+        return head_ids + ids, [end - len(opening) + left_out for end in ends if end > len(opening)]
+
+    def _around_answer(self, context: Sequence[Message]) -> tuple[list[int], str, str, list[int]]:
+        """Ids before the answer, plain text before and behind it, and ids after it.
+
+        The plain text is what the tokenizer may join with the answer.
+        """
         answer = _MARK.format(len(context))
         marked = [{"role": m["role"], "content": _MARK.format(i)} for i, m in enumerate(context)]
         scaffold = self.render([*marked, {"role": "assistant", "content": answer}])
@@ -121,11 +185,7 @@ class GuardTemplate:
         before, after = scaffold.split(answer)
         head, opening = self._split_last(before)
         closing, tail = self._split_first(after)
-        head_ids = self._encode(head, fill)
-        tail_ids = self._encode(tail, fill)
-        opening, closing = fill(opening), fill(closing)
-        answers = [opening + self._as_rendered(text[:end], "assistant") + closing for end in ends]
-        return [head_ids + ids + tail_ids for ids in self._encode_contents(answers)]
+        return self._encode(head, fill), fill(opening), fill(closing), self._encode(tail, fill)
 
     def _split_last(self, scaffold: str) -> tuple[str, str]:
         """Scaffold up to and with its last control token, and the plain text after it."""
@@ -143,65 +203,29 @@ class GuardTemplate:
         ids: list[int] = []
         position = 0
         for match in self._splitter.finditer(scaffold):
-            ids += self._encode_content(fill(scaffold[position : match.start()]))
+            ids += self._content.ids(fill(scaffold[position : match.start()]))
             ids.append(self._control[match[0]])
             position = match.end()
-        return ids + self._encode_content(fill(scaffold[position:]))
-
-    def _encode_content(self, text: str) -> list[int]:
-        if not text:
-            return []
-        ids = self._encoded(text)
-        if self.control_ids.isdisjoint(ids):
-            return ids
-        # Characters with bytes that the vocabulary lacks: Granite's unknown token ends a turn.
-        unknown = {c for c in set(text) if not self.control_ids.isdisjoint(self._encoded(c))}
-        text = "".join("?" if c in unknown else c for c in text)
-        ids = self._encoded(text)
-        if not self.control_ids.isdisjoint(ids):
-            raise GuardError(
-                f"Text to be judged became a control token of guard {self._name!r} "
-                f"({sorted(self.control_ids.intersection(ids))}). This guard's tokenizer cannot "
-                "keep content apart; use another guard."
-            )
-        return ids
-
-    def _encode_contents(self, texts: Sequence[str]) -> list[list[int]]:
-        """`_encode_content` of texts that begin alike."""
-        return [
-            ids if self.control_ids.isdisjoint(ids) else self._encode_content(text)
-            for text, ids in zip(texts, self._prefixes(texts), strict=True)
-        ]
-
-    def _encoded(self, text: str) -> list[int]:
-        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
-        return ids
+        return ids + self._content.ids(fill(scaffold[position:]))
 
     def _as_rendered(self, content: str, role: str) -> str:
         """What the template makes of a message's content."""
-        # A lone surrogate is no character and has no UTF-8 form; tokenizers crash on it.
-        content = content.encode("utf-8", "replace").decode("utf-8")
-        return self._trims[role](content)
+        return self._trims[role](without_surrogates(content))
 
-    def _without_control_tokens(self) -> Tokenizer:
-        backend = getattr(self._tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            raise GuardError(
-                f"Guard {self._name!r} has a slow tokenizer ({type(self._tokenizer).__name__}), "
-                "whose control tokens cannot be switched off in the text that is judged. Use a "
-                "guard with a fast tokenizer (tokenizer.json)."
-            )
-        state = json.loads(backend.to_str())
-        state.update(added_tokens=[], truncation=None, padding=None)
-        return Tokenizer.from_str(json.dumps(state))
+    @property
+    def ending(self) -> str:
+        """The prompt's own words behind the response, up to the verdict."""
+        return self.render([_PROBE[0], {**_PROBE[1], "content": _MARK.format(0)}]).split(
+            _MARK.format(0)
+        )[-1]
 
     def _trim_of(self, role: str) -> Callable[[str], str]:
         """What the template does to the white space around the messages of a role."""
-        padded = f"\t \n{_MARK.format(0)}\n \t"
+        lines = "\n" * 9  # more than the template has of its own around a message
+        padded = f"{lines}\t \n{_MARK.format(0)}\n \t{lines}"
         messages = [{**m, "content": padded} if m["role"] == role else m for m in _PROBE]
         rendered = self.render(messages)
-        trims: tuple[Callable[[str], str], ...] = (str, str.lstrip, str.rstrip)
-        return next((trim for trim in trims if trim(padded) in rendered), str.strip)
+        return next((trim for trim in _TRIMS if trim(padded) in rendered), str.strip)
 
     def _pinned_date(self, call: re.Match[str]) -> str:
         # In the template's text: transformers (5.23) passes no functions to templates any more.
@@ -214,7 +238,13 @@ class GuardTemplate:
         return json.dumps(PINNED_DATE.strftime(call[2]))
 
     def _check_kwargs_are_read(self) -> None:
-        unread = [k for k in self._kwargs if not re.search(rf"\b{re.escape(k)}\b", self.source)]
+        prompt, unread = self.render(_PROBE), []
+        for path, others in _altered(self._kwargs):
+            try:
+                if self._render(_PROBE, others) == prompt:
+                    unread.append(path)
+            except Exception:  # a template that refuses a value has read it
+                continue
         if unread:
             raise GuardError(
                 f"The chat template of guard {self._name!r} never reads {', '.join(unread)}: the "
@@ -233,3 +263,15 @@ class GuardTemplate:
                     "and content are tokenized apart, or its template rewrites what it quotes. "
                     "Scores would not be those of the guard's own prompts; use another guard."
                 )
+
+
+def _altered(value: Any) -> Iterator[tuple[str, Any]]:
+    """A value with one of its leaves changed, for each leaf that is not off: (its path, copy)."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            for path, other in _altered(inner):
+                yield f"{key}.{path}".rstrip("."), {**value, key: other}
+    elif value and isinstance(value, str | int | float):
+        yield "", f"{value} (another)" if isinstance(value, str) else not value
+    elif value:
+        yield "", None

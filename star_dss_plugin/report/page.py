@@ -20,6 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from star_dss_plugin._version import __version__
+from star_dss_plugin.guard_notes import remarks
 from star_dss_plugin.report import palette
 from star_dss_plugin.report.harmless import visible
 from star_dss_plugin.report.reading import ScoredData, ScoredResponse
@@ -76,6 +77,7 @@ def render_page(
         demonstration=data.demonstration,
         interpolated=data.interpolated,
         provenance=data.provenance,
+        remarks=remarks(data.provenance or {}),
         # The page may be passed on: where the folder lies is nobody's business.
         tokenizer=_without_folders(data.tokenizer),
         version=__version__,

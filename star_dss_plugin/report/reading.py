@@ -124,8 +124,12 @@ class ScoredData:
     @property
     def interpolated(self) -> bool:
         """Whether some scores lie between the guard's own (`trajectory="adaptive"`)."""
-        identity = (self.provenance or {}).get("guard_identity", {})
-        return "trajectory" in identity
+        return _interpolates((self.provenance or {}).get("guard_identity", {}))
+
+
+def _interpolates(identity: Mapping[str, Any]) -> bool:
+    """Whether a guard, or one of those it is made of, leaves prefixes out."""
+    return "trajectory" in identity or any(map(_interpolates, identity.get("guards", ())))
 
 
 def tokenizer_of(dataset: Dataset, name: str | None) -> PreTrainedTokenizerBase:

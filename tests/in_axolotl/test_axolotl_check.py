@@ -57,7 +57,7 @@ def block(**changes):
         (rename_block, "it has 'star_ds', which Axolotl drops. Call it star_dss"),
         (block(chunk_sise=5), "chunk_sise"),
         (block(kl_coef=-1), "kl_coef is -1"),
-        (block(guard="qwen3guard"), "Did you mean 'qwen3guard-gen-0.6b'"),
+        (block(guard="qwen3guard"), "Did you mean 'qwen3guard-gen-"),
         (block(guard={"model": "/no/such/guard", "safe_labels": ["a"], "unsafe_labels": ["b"]}),
          "/no/such/guard"),
         (block(guard=None), "No guard was given"),

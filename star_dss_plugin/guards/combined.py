@@ -1,0 +1,158 @@
+"""Guards made of guards: several together, or one that is calibrated.
+
+Their parts are asked and cached each by itself, so a calibration costs nothing once a guard's
+scores are known, and a guard that has joined an ensemble is not asked again.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from star_dss_plugin.errors import ConfigError, unknown_name
+from star_dss_plugin.guards.base import Guard, PrefixRequest, Trajectory, ask, lowest
+
+__all__ = ["CalibratedGuard", "CombinedGuard", "EnsembleGuard", "calibrate", "leaves"]
+
+
+class CombinedGuard(Guard):
+    """A guard whose scores are computed from those of its parts.
+
+    Attributes:
+        parts: The guards that are asked, in this order.
+    """
+
+    parts: tuple[Guard, ...]
+
+    @abc.abstractmethod
+    def combine(self, answers: Sequence[Trajectory]) -> Trajectory:
+        """The trajectory of one request, from that of each part."""
+
+    @abc.abstractmethod
+    def over(self, parts: Sequence[Guard]) -> CombinedGuard:
+        """The same combination of other guards."""
+
+    def plan(self, requests: Sequence[PrefixRequest]) -> list[list[int]]:
+        """All at once, so that each part is loaded once."""
+        if len(self.parts) == 1:
+            return self.parts[0].plan(requests)
+        return [list(range(len(requests)))] if requests else []
+
+    def trajectories(self, requests: Sequence[PrefixRequest]) -> list[Trajectory]:
+        answers = []
+        for part in self.parts:
+            answers.append(ask(part, requests))
+            if len(self.parts) > 1:
+                part.close()  # memory holds one at a time
+        return [self.combine(of_one) for of_one in zip(*answers, strict=True)]
+
+    def close(self) -> None:
+        for part in self.parts:
+            part.close()
+
+
+class EnsembleGuard(CombinedGuard):
+    """Several guards that are asked one after the other; memory holds one at a time.
+
+    Args:
+        guards: Two or more.
+        combine: "mean" of their scores (the paper's authors do so), or "min": each may object.
+
+    Raises:
+        ConfigError: Fewer guards, the same one twice, or another way to combine.
+    """
+
+    def __init__(self, guards: Sequence[Guard], combine: Literal["mean", "min"] = "mean") -> None:
+        if combine not in ("mean", "min"):
+            raise unknown_name("combine", combine, ("mean", "min"))
+        if len(guards) < 2:
+            raise ConfigError(
+                f"An ensemble needs two guards or more, not {len(guards)}. Name one guard as it is."
+            )
+        identities = [guard.identity for guard in guards]
+        if any(one in identities[:i] for i, one in enumerate(identities)):
+            raise ConfigError(
+                f"The ensemble of {', '.join(g.name for g in guards)} has the same guard twice: it "
+                "would count double without knowing more. Leave one out."
+            )
+        self.parts = tuple(guards)
+        self._how: Literal["mean", "min"] = combine
+        self.name = f"{combine}({', '.join(guard.name for guard in guards)})"
+        self.demonstration = any(guard.demonstration for guard in guards)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        parts = [part.identity for part in self.parts]
+        return {"kind": "ensemble", "combine": self._how, "guards": parts}
+
+    def combine(self, answers: Sequence[Trajectory]) -> Trajectory:
+        scores = [answer.scores for answer in answers]
+        if self._how == "min":
+            return Trajectory(lowest(answers).scores)
+        return Trajectory(tuple(math.fsum(s) / len(s) for s in zip(*scores, strict=True)))
+
+    def over(self, parts: Sequence[Guard]) -> EnsembleGuard:
+        return EnsembleGuard(parts, self._how)
+
+
+class CalibratedGuard(CombinedGuard):
+    """A guard whose scores are moved and stretched: sigmoid((logit p − logit θ) / T).
+
+    Args:
+        guard: The guard.
+        temperature: T > 0; above 1 scores are drawn to the middle.
+        threshold: θ in (0, 1): the guard's score that becomes 0.5.
+
+    Raises:
+        ConfigError: They are out of range.
+    """
+
+    def __init__(self, guard: Guard, temperature: float = 1.0, threshold: float = 0.5) -> None:
+        if not _is_number(temperature) or not 0 < temperature < math.inf:
+            raise ConfigError(f"temperature is {temperature!r}; it must be positive (1 = raw).")
+        if not _is_number(threshold) or not 0 < threshold < 1:
+            raise ConfigError(f"threshold is {threshold!r}; it must lie between 0 and 1.")
+        self.parts = (guard,)
+        self.temperature, self.threshold = float(temperature), float(threshold)
+        self.name, self.demonstration = guard.name, guard.demonstration
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {
+            "kind": "calibrated",
+            "temperature": self.temperature,
+            "threshold": self.threshold,
+            "guards": [self.parts[0].identity],
+        }
+
+    def combine(self, answers: Sequence[Trajectory]) -> Trajectory:
+        [answer] = answers
+        scores = (calibrate(p, self.temperature, self.threshold) for p in answer.scores)
+        return Trajectory(tuple(scores), answer.label_mass)
+
+    def over(self, parts: Sequence[Guard]) -> CalibratedGuard:
+        [guard] = parts
+        return CalibratedGuard(guard, self.temperature, self.threshold)
+
+
+def calibrate(p: float, temperature: float, threshold: float) -> float:
+    """sigmoid((logit p − logit θ) / T); 0 and 1 stay what they are."""
+    if p in (0.0, 1.0):
+        return p
+    logit = math.log(p / (1 - p)) - math.log(threshold / (1 - threshold))
+    # Whichever of the two does not overflow.
+    small = math.exp(-abs(logit) / temperature)
+    return 1 / (1 + small) if logit >= 0 else small / (1 + small)
+
+
+def leaves(guard: Guard) -> list[Guard]:
+    """The guards that are really asked."""
+    if isinstance(guard, CombinedGuard):
+        return [leaf for part in guard.parts for leaf in leaves(part)]
+    return [guard]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

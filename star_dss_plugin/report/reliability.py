@@ -1,0 +1,41 @@
+"""The reliability curve of a guard: what share of the responses with a score is safe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from star_dss_plugin.calibration import Calibration, Quality
+from star_dss_plugin.report.figures import check_ready
+from star_dss_plugin.report.harmless import visible
+
+__all__ = ["write_reliability"]
+
+
+def write_reliability(found: Calibration, path: Path, *, demonstration: bool) -> None:
+    """Draws the curve before and after calibration; the area of a dot is its number of rows.
+
+    Raises:
+        ConfigError: matplotlib is missing.
+    """
+    check_ready(path.parent)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot([0, 1], [0, 1], color="#8a8d91", linewidth=0.8, linestyle=(0, (4, 3)))
+    sets: tuple[tuple[str, Quality, str], ...] = (
+        ("as it is", found.raw, "#d55e00"), ("calibrated, held out", found.calibrated, "#0072b2")
+    )  # fmt: skip
+    for label, quality, colour in sets:
+        counts, scores, shares = zip(*quality.bins, strict=True)
+        axes.plot(scores, shares, color=colour, linewidth=1.2,
+                  label=f"{label}: Brier {quality.brier:.3f}")  # fmt: skip
+        sizes = [max(8.0, 240 * count / found.rows) for count in counts]
+        axes.scatter(scores, shares, s=sizes, color=colour)
+    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="P(safe)", ylabel="share that is safe")
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
+    warning = " (DEMONSTRATION ONLY)" if demonstration else ""
+    figure.suptitle(
+        visible(f"guard: {found.guard}{warning}, {found.rows} rows").replace("$", r"\$"), fontsize=9
+    )
+    figure.savefig(path, dpi=150)
