@@ -16,6 +16,7 @@ from star_dss_plugin.errors import GuardError
 from star_dss_plugin.guards.base import Guard, PrefixRequest, Trajectory, check_trajectories
 from star_dss_plugin.guards.combined import CombinedGuard
 from star_dss_plugin.guards.proof import low_label_mass
+from star_dss_plugin.ranks import ALONE, Share
 
 __all__ = ["Asking"]
 
@@ -34,6 +35,7 @@ class Asking:
         root: The cache folder.
         progress: Whether to show a progress bar.
         strict: Whether a response that cannot be scored is an error; else it counts as unsafe.
+        share: This process's part of the work; all processes of the run must ask alike.
         members: If several guards were asked, the trajectories of each by its name.
         failed: Keys of the responses that could not be scored.
     """
@@ -43,6 +45,7 @@ class Asking:
     root: Path
     progress: bool
     strict: bool
+    share: Share = ALONE
     members: dict[str, dict[str, Trajectory]] = field(default_factory=dict)
     failed: set[str] = field(default_factory=set)
 
@@ -69,14 +72,12 @@ class Asking:
         """All trajectories: from the cache where it has them, from the guard otherwise."""
         namespace = {"what": "star_scores", "version": 1, "guard": guard.identity}
         cache = ScoreCache(self.root, namespace)
-        found = _known(cache, self.requests)
-        # Looked up before it is locked: a complete cache may be read-only.
-        if len(found) < len(self.requests):
-            with cache.lock():
-                found = _known(cache, self.requests)
-                failed = self._ask_missing(guard, found, cache)
-        else:
-            failed = set()
+        if self.share.of > 1:
+            part = {key: self.requests[key] for key in self.share.mine(list(self.requests))}
+            self._fill(guard, cache, part, f"-{self.share.index}-of-{self.share.of}")
+        self.share.meet()
+        cache.refresh()
+        found, failed = self._fill(guard, cache, self.requests, "")
         if failed and not found:
             raise GuardError(
                 f"Guard {guard.name!r} could not score a single one of {len(failed)} responses. "
@@ -87,11 +88,27 @@ class Asking:
         self.failed |= failed
         return found | {key: self._unsafe(key) for key in failed}
 
+    def _fill(
+        self, guard: Guard, cache: ScoreCache, wanted: Mapping[str, PrefixRequest], part: str
+    ) -> tuple[dict[str, Trajectory], set[str]]:
+        """The trajectories of some requests, and the keys that the guard could not score."""
+        found = _known(cache, wanted)
+        # Looked up before it is locked: a complete cache may be read-only.
+        if len(found) == len(wanted):
+            return found, set()
+        with cache.lock(part):
+            found = _known(cache, wanted)
+            return found, self._ask_missing(guard, wanted, found, cache)
+
     def _unsafe(self, key: str) -> Trajectory:
         return Trajectory((0.0,) * len(self.requests[key].ends))
 
     def _ask_missing(
-        self, guard: Guard, found: dict[str, Trajectory], cache: ScoreCache
+        self,
+        guard: Guard,
+        requests: Mapping[str, PrefixRequest],
+        found: dict[str, Trajectory],
+        cache: ScoreCache,
     ) -> set[str]:
         """Asks for every batch with a response that is not in `found`, and puts it there.
 
@@ -99,7 +116,7 @@ class Asking:
             The keys that the guard could not score. They are not remembered: the next run asks
             again.
         """
-        keys, wanted = list(self.requests), list(self.requests.values())
+        keys, wanted = list(requests), list(requests.values())
         todo = [b for b in guard.plan(wanted) if any(keys[i] not in found for i in b)]
         bar = tqdm(
             total=sum(len(wanted[i].ends) for batch in todo for i in batch),

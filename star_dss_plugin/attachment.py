@@ -154,20 +154,22 @@ def _prepare(
     """A data set with `star_scores` and, where they are needed, `ref_logps`."""
     args, policy = trainer.args, trainer.model
     assert policy is not None
-    # One process of each machine scores; the others wait and read its cache.
-    with args.main_process_first(desc=f"STAR-DSS scoring of {name}"):
-        dataset, summary = prepare_dataset(
-            dataset,
-            tokenizer,
-            options,
-            weight_map,
-            name=name,
-            # TRL keeps the template that made the tokens, which need not be the tokenizer's own.
-            chat_template=getattr(trainer, "chat_template", None),
-            truncation=(getattr(args, "max_length", None), getattr(args, "truncation_mode", None)),
-            progress=not args.disable_tqdm,
-        )
-        # What is packed is scored: by then nobody can tell where a document's messages were.
+    share = share_of(trainer.accelerator)
+    progress = not args.disable_tqdm and share.index == 0
+    dataset, summary = prepare_dataset(
+        dataset,
+        tokenizer,
+        options,
+        weight_map,
+        name=name,
+        # TRL keeps the template that made the tokens, which need not be the tokenizer's own.
+        chat_template=getattr(trainer, "chat_template", None),
+        truncation=(getattr(args, "max_length", None), getattr(args, "truncation_mode", None)),
+        share=share,
+        progress=progress,
+    )
+    # What is packed is scored: by then nobody can tell where a document's messages were.
+    with args.main_process_first(desc=f"STAR-DSS packing of {name}"):
         dataset = trainer.pack(dataset, evaluation=name != "train")
     if reference.kind == "precomputed" and not has_reference_logps(
         dataset,
@@ -193,7 +195,7 @@ def _prepare(
             cache_dir=Path(options.score_cache_dir or default_cache_dir()),
             autocast=trainer.accelerator.autocast,
             precision=str(trainer.accelerator.mixed_precision),
-            share=share_of(trainer.accelerator),
-            progress=not args.disable_tqdm,
+            share=share,
+            progress=progress,
         )
     return dataset, summary

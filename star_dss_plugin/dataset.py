@@ -17,6 +17,7 @@ from star_dss_plugin.errors import DataError
 from star_dss_plugin.guards import missing_guard
 from star_dss_plugin.logprobs import IGNORE_INDEX
 from star_dss_plugin.provenance import provenance_of
+from star_dss_plugin.ranks import ALONE, Share
 from star_dss_plugin.responses import runs
 from star_dss_plugin.rows import only_responses
 from star_dss_plugin.schedules import stricter_dataset
@@ -58,6 +59,7 @@ def prepare_dataset(
     name: str,
     chat_template: str | None,
     truncation: tuple[int | None, str | None],
+    share: Share = ALONE,
     progress: bool,
 ) -> tuple[Dataset, DatasetSummary]:
     """Scores a tokenized data set, unless it is scored already, and checks the scores.
@@ -71,6 +73,7 @@ def prepare_dataset(
         chat_template: The template that made the tokens; None: the tokenizer's own.
         truncation: (max_length, truncation_mode) that the trainer applied to `input_ids` and
             `labels`, and not to columns it does not know.
+        share: This process's part of the scoring.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -111,9 +114,13 @@ def prepare_dataset(
         if options.guard is None:
             raise missing_guard()
         dataset = score_dataset(
-            dataset, tokenizer,
-            chat_template=chat_template, progress=progress, **options_for_scoring(options),
-        )  # fmt: skip
+            dataset,
+            tokenizer,
+            chat_template=chat_template,
+            share=share,
+            progress=progress,
+            **options_for_scoring(options),
+        )
     dataset = stricter_dataset(dataset, tokenizer, options, chat_template=chat_template)
     return dataset, _summary(dataset, options, None)
 

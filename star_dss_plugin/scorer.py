@@ -31,6 +31,7 @@ from star_dss_plugin.guards.adaptive import adaptive
 from star_dss_plugin.guards.base import Guard, PrefixRequest, Trajectory
 from star_dss_plugin.plugins import load_plugins
 from star_dss_plugin.provenance import write_note
+from star_dss_plugin.ranks import ALONE, Share
 from star_dss_plugin.responses import Response, find_responses
 from star_dss_plugin.rows import in_row, known_rows, only_responses, tokenized
 
@@ -65,6 +66,7 @@ def score_dataset(
     per_guard: bool = False,
     max_length: int | None = None,
     chat_template: str | None = None,
+    share: Share = ALONE,
     progress: bool = True,
 ) -> Dataset:
     """A data set with the column `star_scores`: the STAR score of every token.
@@ -89,6 +91,8 @@ def score_dataset(
         max_length: Raw rows are cut to this many tokens before they are scored.
         chat_template: The template that made the tokens, or makes those of raw rows; None: the
             tokenizer's own.
+        share: This process's part of the work, if several processes score the same data set; each
+            of them gets all of it back.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -136,6 +140,7 @@ def score_dataset(
             requests,
             {key: i for i, row in reversed(list(enumerate(rows))) for key in row.keys},
             Path(score_cache_dir) if score_cache_dir else default_cache_dir(),
+            share=share,
             progress=progress,
             strict=on_guard_error == "raise",
         )

@@ -78,7 +78,7 @@ def test_a_mixture_of_experts_keeps_its_auxiliary_loss(tmp_path, tokenizer):
 
 
 RANKS = """
-import json, sys
+import json, os, sys
 sys.path[:0] = {path!r}
 import conftest, test_trl
 from star_dss_plugin.plugins import Origin, load_plugins
@@ -117,19 +117,22 @@ def test_two_ranks_equal_one_process_with_twice_the_accumulation(tmp_path, model
             check=True, timeout=300, cwd=root,
             env={**os.environ, "ACCELERATE_USE_CPU": "1", "STAR_DSS_CACHE": str(out / "cache")},
         )  # fmt: skip
-        # What a reference said is written by each process once, and read by all.
-        written = [p for p in out.glob("cache/*/*.shard") if "ref_logps" in
-                   (p.parent / "namespace.json").read_text()]  # fmt: skip
-        assert len(written) == ranks
+        # What a guard and a reference said is written by each process once, and read by all.
+        folders = [f for f in (out / "cache").iterdir() if f.is_dir()]
+        assert [len(list(folder.glob("*.shard"))) for folder in folders] == [ranks, ranks]
         found[ranks] = torch.tensor(json.loads((out / "history.json").read_text()))
     torch.testing.assert_close(found[1], found[2], rtol=1e-5, atol=2e-5)
 
 
 def test_one_rank_that_fails_stops_all(tmp_path, model_dir):
-    """Only the first rank asks the guard; the other one waits for it."""
+    """Before they meet."""
     root = Path(__file__).resolve().parents[1]
     script = tmp_path / "run.py"
-    broken = RANKS.replace("trainer = ", "conftest.WordGuard.token_scores = None\ntrainer = ")
+    fault = "if os.environ['RANK'] == '1': conftest.WordGuard.token_scores = None"
+    broken = RANKS.replace("trainer = ", f"{fault}\ntrainer = ")
+        "trainer = ",
+        "if os.environ['RANK'] == '1': conftest.WordGuard.token_scores = None\ntrainer = ",
+    )
     script.write_text(broken.format(
         path=[str(root / "tests")], model=str(model_dir), out=str(tmp_path), batch=2, steps=1,
     ))  # fmt: skip
