@@ -130,9 +130,6 @@ def test_one_rank_that_fails_stops_all(tmp_path, model_dir):
     script = tmp_path / "run.py"
     fault = "if os.environ['RANK'] == '1': conftest.WordGuard.token_scores = None"
     broken = RANKS.replace("trainer = ", f"{fault}\ntrainer = ")
-        "trainer = ",
-        "if os.environ['RANK'] == '1': conftest.WordGuard.token_scores = None\ntrainer = ",
-    )
     script.write_text(broken.format(
         path=[str(root / "tests")], model=str(model_dir), out=str(tmp_path), batch=2, steps=1,
     ))  # fmt: skip
