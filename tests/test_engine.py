@@ -34,6 +34,7 @@ from transformers import (
 from star_dss_plugin.engines.base import Engine
 from star_dss_plugin.engines.local import LocalEngine
 from star_dss_plugin.errors import GuardError
+from star_dss_plugin.smollm2 import load_smollm2
 
 MODULE = LocalEngine.__module__
 VOCABULARY = 61
@@ -293,6 +294,14 @@ def test_bfloat16_probabilities_are_near_those_in_float32() -> None:
         assert got.dtype == torch.float32
         expected = one_pass_per_sequence(full, sequences, range(VOCABULARY))
         assert (got.exp() - expected.exp()).abs().max() <= 2e-2
+
+
+def test_a_real_model_in_bfloat16_takes_the_fast_path() -> None:
+    """Rounding grows with depth and with the vocabulary: tiny models do not show how much."""
+    model = load_smollm2()[0].bfloat16()
+    assert LocalEngine(model)._why_plain is None
+    model.model.layers[3].self_attn.layer_idx = 2  # two layers that write to one cache
+    assert "apart" in (LocalEngine(model)._why_plain or "")
 
 
 def test_bfloat16_is_as_near_float32_as_one_pass_is_and_has_no_bias() -> None:

@@ -288,8 +288,9 @@ class LocalEngine:
             raise
         except Exception as error:  # If the fault is not the fast path's, the plain one raises it.
             return f"a trial on a shared prefix failed with {error!r}"
-        # Rounding alone moves probabilities by a percent or two in 16 bits.
-        if not difference <= (1e-3 if self.model.dtype.itemsize >= 4 else 5e-2):
+        # In 16 bits rounding alone moves 3 to 6 % of the probability on random tokens, as much as
+        # it moves either path away from float32. What is computed wrongly moves most of it.
+        if not difference <= (1e-3 if self.model.dtype.itemsize >= 4 else 0.15):
             return f"a trial on a shared prefix gave probabilities {difference:.2g} apart"
         return None
 
