@@ -24,6 +24,7 @@ __all__ = [
     "StreamingGuard",
     "Trajectory",
     "ask",
+    "batches",
     "check_trajectories",
     "lowest",
 ]
@@ -81,6 +82,17 @@ def ask(guard: Guard, requests: Sequence[PrefixRequest]) -> list[Trajectory]:
         check_trajectories(guard.name, [requests[i] for i in batch], results)
         found.update(zip(batch, results, strict=True))
     return [found[i] for i in range(len(requests))]
+
+
+def batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices in batches of similar length whose padded size stays within a budget."""
+    found: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        if found and (len(found[-1]) + 1) * lengths[i] <= budget:
+            found[-1].append(i)
+        else:
+            found.append([i])
+    return found
 
 
 def lowest(answers: Sequence[Trajectory]) -> Trajectory:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from star_dss_plugin.errors import ConfigError, GuardError
-from star_dss_plugin.guards.base import Guard, PrefixRequest, Trajectory
+from star_dss_plugin.guards.base import Guard, PrefixRequest, Trajectory, batches
 from star_dss_plugin.guards.content import ContentTokenizer, without_surrogates
 from star_dss_plugin.guards.proof import trust
 from star_dss_plugin.guards.untrusted import Markers
@@ -126,16 +126,9 @@ class ClassifierGuard(Guard):
     def _scores(self, rows: Sequence[tuple[list[int], list[int]]]) -> list[float]:
         """P(safe) of each (ids, token types), in order."""
         found = [0.0] * len(rows)
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
-        while order:
-            width, batch = 0, 0
-            while batch < len(order):
-                width = len(rows[order[batch]][0])
-                if batch and (batch + 1) * width > self._batch_tokens:
-                    break
-                batch += 1
-            some, order = order[:batch], order[batch:]
-            for i, score in zip(some, self._safe([rows[i] for i in some]), strict=True):
+        for batch in batches([len(ids) for ids, _ in rows], self._batch_tokens):
+            scores = self._safe([rows[i] for i in batch])
+            for i, score in zip(batch, scores, strict=True):
                 found[i] = score
         return found
 

@@ -23,8 +23,8 @@ from safetensors.torch import load as read_safetensors
 from torch import Tensor
 
 from star_dss_plugin.errors import ConfigError, GuardError, unknown_name
-from star_dss_plugin.guards.base import Message, PrefixRequest, StreamingGuard
-from star_dss_plugin.guards.demo_states import LAYERS, Backbone, batches, content_of
+from star_dss_plugin.guards.base import Message, PrefixRequest, StreamingGuard, batches
+from star_dss_plugin.guards.demo_states import LAYERS, Backbone, content_of
 from star_dss_plugin.guards.untrusted import Markers
 from star_dss_plugin.smollm2 import gguf_fingerprint
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from star_dss_plugin.errors import DataError
-from star_dss_plugin.guards.base import Message
+from star_dss_plugin.guards.base import Message, batches
 from star_dss_plugin.smollm2 import DEFAULT_SYSTEM, load_smollm2
 
-__all__ = ["LAYERS", "Backbone", "Reading", "batches", "content_of"]
+__all__ = ["LAYERS", "Backbone", "Reading", "content_of"]
 
 LAYERS = (14, 16, 18)
 """The states after these blocks are read; later blocks are not run."""
@@ -160,17 +160,6 @@ def _windows(index: int, reading: Reading) -> Iterator[_Window]:
         ids = context + response[before : begin + WINDOW]
         # The first window also owns the last context token.
         yield _Window(index, ids, start if begin else start - 1)
-
-
-def batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices in batches of similar length whose padded size stays within a budget."""
-    found: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        if found and (len(found[-1]) + 1) * lengths[i] <= budget:
-            found[-1].append(i)
-        else:
-            found.append([i])
-    return found
 
 
 def content_of(message: Message) -> str:

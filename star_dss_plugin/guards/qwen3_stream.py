@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3Model, Qwen3PreTrained
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from star_dss_plugin.errors import ConfigError, GuardError
-from star_dss_plugin.guards.base import Message, PrefixRequest, StreamingGuard
+from star_dss_plugin.guards.base import Message, PrefixRequest, StreamingGuard, batches
 from star_dss_plugin.guards.prompts import Prompts
 from star_dss_plugin.guards.proof import trust
 from star_dss_plugin.guards.template import GuardTemplate
@@ -154,14 +154,7 @@ class Qwen3StreamGuard(StreamingGuard):
             request = PrefixRequest(tuple(context), text, (len(text),))
             rows.append(self._template.opened(self._prompts.fitted(i, request), text))
         found: list[list[tuple[int, float]]] = [[] for _ in rows]
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
-        while order:
-            size = 1
-            while (
-                size < len(order) and (size + 1) * len(rows[order[size]][0]) <= self._batch_tokens
-            ):
-                size += 1
-            batch, order = order[:size], order[size:]
+        for batch in batches([len(ids) for ids, _ in rows], self._batch_tokens):
             for i, scores in zip(batch, self._forward([rows[i][0] for i in batch]), strict=True):
                 ends = rows[i][1] or [0]  # an empty response: where it would begin
                 if not all(0 <= score <= 1 for score in scores):
