@@ -63,6 +63,8 @@ def score_dataset(
     guard_device: str | None = None,
     guard_dtype: str = "auto",
     score_batch_tokens: int = 16384,
+    engine: str = "local",
+    engine_options: Mapping[str, Any] | str | None = None,
     score_cache_dir: str | Path | None = None,
     max_length: int | None = None,
     chat_template: str | None = None,
@@ -83,6 +85,8 @@ def score_dataset(
         guard_device: Where the guard runs.
         guard_dtype: The guard's dtype.
         score_batch_tokens: Token budget of one guard batch.
+        engine: What computes a verdict guard: "local", "vllm" or a server's address.
+        engine_options: Of that engine (docs/scale.md).
         score_cache_dir: Folder of the cache; default $STAR_DSS_CACHE or ~/.cache/star_dss.
         max_length: Raw rows are cut to this many tokens before they are scored.
         chat_template: The template that made the tokens, or makes those of raw rows; None: the
@@ -122,6 +126,8 @@ def score_dataset(
         device=guard_device,
         dtype=guard_dtype,
         batch_tokens=score_batch_tokens,
+        engine=engine,
+        engine_options=engine_options,
     )
     if trajectory == "adaptive":
         asked = adaptive(asked, trajectory_epsilon)
@@ -322,6 +328,6 @@ def options_for_scoring(options: StarDSSOptions) -> dict[str, Any]:
     """The options that `score_dataset` takes, by name."""
     names = (
         "guard", "segmenter", "chunk_size", "trajectory", "trajectory_epsilon", "guard_device",
-        "guard_dtype", "score_batch_tokens", "score_cache_dir",
+        "guard_dtype", "score_batch_tokens", "engine", "engine_options", "score_cache_dir",
     )  # fmt: skip
     return {name: getattr(options, name) for name in names}

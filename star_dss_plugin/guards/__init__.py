@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +20,8 @@ def load_guard(
     device: str | None = None,
     dtype: str | None = None,
     batch_tokens: int = 16384,
+    engine: str = "local",
+    engine_options: Mapping[str, Any] | str | None = None,
 ) -> Guard:
     """A guard by name or by description; its weights are loaded on first use.
 
@@ -30,6 +33,8 @@ def load_guard(
         device: Torch device; None: the GPU if there is one.
         dtype: "auto" or the name of a torch dtype.
         batch_tokens: Token budget of one batch.
+        engine: What computes a verdict guard: "local", "vllm", or a server's `http://host:port`.
+        engine_options: Of that engine (docs/scale.md); a mapping, or one as JSON.
 
     Returns:
         A guard. `guard.score(conversations)` gives P(safe) of each last assistant turn,
@@ -40,7 +45,9 @@ def load_guard(
         GuardError: The guard cannot be loaded.
     """
     name, options = parse_guard(guard)
-    common = {"device": device, "dtype": dtype, "batch_tokens": batch_tokens}
+    common: dict[str, Any] = {"device": device, "dtype": dtype, "batch_tokens": batch_tokens}
+    if engine != "local" or engine_options:
+        common |= {"engine": engine, "engine_options": engine_options}
     if name is None:
         from star_dss_plugin.guards.verdict import VerdictGuard
 
@@ -53,6 +60,11 @@ def load_guard(
         target: Any = VerdictGuard
     else:
         target = load_plugins().guard(name)
+        if "engine" in common and not _takes(target, "engine"):
+            raise ConfigError(
+                f"Guard {name!r} computes by itself and takes no engine ({engine!r} was given). "
+                "Leave engine and engine_options out, or use a guard that answers with a verdict."
+            )
     try:
         made = target(**{**common, **options})
     except TypeError as error:
@@ -63,6 +75,12 @@ def load_guard(
             "from Guard or StreamingGuard in star_dss_plugin.guards.base."
         )
     return made
+
+
+def _takes(target: Any, name: str) -> bool:
+    """Whether a callable has a parameter."""
+    parameters = inspect.signature(target).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def parse_guard(guard: str | Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:

@@ -16,7 +16,9 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from star_dss_plugin.engines.base import Engine
 from star_dss_plugin.engines.local import LocalEngine
+from star_dss_plugin.engines.selection import Weights, choose_engine
 from star_dss_plugin.errors import ConfigError, GuardError
 from star_dss_plugin.guards.base import Guard, Message, PrefixRequest, Trajectory
 from star_dss_plugin.guards.template import PINNED_DATE, GuardTemplate
@@ -65,7 +67,9 @@ class VerdictGuard(Guard):
         trust_remote_code: Passed to transformers as it is; never on by default.
         device: Torch device; None: the GPU if there is one.
         dtype: "auto" (bfloat16 on a GPU, float32 on a CPU) or a torch dtype's name.
-        batch_tokens: Token budget of the engine.
+        batch_tokens: Token budget of the local engine.
+        engine: What computes it: "local", "vllm", or a server's address (`http://host:port`).
+        engine_options: Of that engine; see docs/scale.md.
 
     Raises:
         GuardError: The guard cannot be loaded or asked.
@@ -93,6 +97,8 @@ class VerdictGuard(Guard):
         device: str | None = None,
         dtype: str | None = None,
         batch_tokens: int = 16384,
+        engine: str = "local",
+        engine_options: Mapping[str, Any] | str | None = None,
     ) -> None:
         if turns not in ("all", "last"):
             raise ConfigError(f"turns is {turns!r}; a guard reads 'all' turns or the 'last' one.")
@@ -109,9 +115,10 @@ class VerdictGuard(Guard):
         self._controversial_weight = controversial_weight
         self._self_check = self_check
         self._batch_tokens = batch_tokens
+        self._choice = choose_engine(engine, engine_options, device=device, dtype=dtype)
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._dtype = resolve_dtype(dtype, self._device)
-        self._engine: LocalEngine | None = None
+        self._engine: Engine | None = None
         try:
             self._config = AutoConfig.from_pretrained(model, **self._hub)
             tokenizer = AutoTokenizer.from_pretrained(model, **self._hub)
@@ -148,6 +155,7 @@ class VerdictGuard(Guard):
             "temperature": temperature,
             "dtype": str(self._dtype),
             "date": PINNED_DATE.date().isoformat(),
+            **self._choice.identity(model),
         }
 
     @property
@@ -178,6 +186,8 @@ class VerdictGuard(Guard):
         return batches
 
     def close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
         self._engine = None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -226,6 +236,26 @@ class VerdictGuard(Guard):
         return turns or [{"role": "user", "content": ""}]
 
     def _load(self) -> None:
+        if self._choice.kind == "local":
+            self._engine = self._local_engine()
+        else:
+            logger.info("Guard %s is computed by %s", self.name, self._choice)
+            self._engine = self._choice.open(
+                Weights(self._source, dtype=self._dtype, **self._hub)
+            )
+        if self._self_check:
+            try:
+                self._check_verdicts()
+            except GuardError:
+                self.close()
+                raise
+        else:
+            logger.warning(
+                "Guard %s: self_check is off. Nothing shows that its scores mean anything.",
+                self.name,
+            )
+
+    def _local_engine(self) -> LocalEngine:
         logger.info("Loading guard %s on %s (%s)", self.name, self._device, self._dtype)
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -239,18 +269,7 @@ class VerdictGuard(Guard):
             raise self._not_loadable(ValueError(f"its files lack the weights {missing[:3]}"))
         model.eval().requires_grad_(False)
         torch.nn.Module.to(model, self._device)
-        self._engine = LocalEngine(model, batch_tokens=self._batch_tokens)
-        if self._self_check:
-            try:
-                self._check_verdicts()
-            except GuardError:
-                self.close()
-                raise
-        else:
-            logger.warning(
-                "Guard %s: self_check is off. Nothing shows that its scores mean anything.",
-                self.name,
-            )
+        return LocalEngine(model, batch_tokens=self._batch_tokens)
 
     def _check_verdicts(self) -> None:
         """Polarity and label mass on two probes: a guard must prove itself before it is used."""
