@@ -12,6 +12,7 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from star_dss_plugin.errors import ConfigError, DataError
+from star_dss_plugin.parquet import PROVENANCE_FILE, is_sharded, load_scored
 from star_dss_plugin.provenance import provenance_of
 
 __all__ = [
@@ -23,7 +24,6 @@ __all__ = [
     "write_text",
 ]
 
-PROVENANCE_FILE = "star_dss.json"
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
@@ -47,6 +47,8 @@ def read_dataset(source: str, split: str = "train") -> Dataset:
                     ".parquet file, or a data set folder."
                 )
             return load_dataset(_READERS[path.suffix], data_files=str(path), split="train")
+        if is_sharded(path):
+            return load_scored(path)
         if is_saved_dataset(path):
             found = load_from_disk(str(path))
             return found[split] if isinstance(found, DatasetDict) else found

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,12 +31,11 @@ from star_dss_plugin.guards.base import Guard
 from star_dss_plugin.parquet import DATA, merged, shard_name, shard_note, write_card, write_shard
 from star_dss_plugin.scorer import score_dataset
 
-__all__ = ["Job", "ShardScorer", "begin", "finish", "score_shards"]
+__all__ = ["Job", "ShardScorer", "bar", "begin", "finish", "score_shards"]
 
 _JOB_FILE = "job.json"
 _BEGUN = "begun"
 _SAMPLE = 64
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -118,8 +117,10 @@ def begin(
     if SCORES_COLUMN in dataset.column_names:
         raise DataError(f"{data} already has a {SCORES_COLUMN!r} column. Remove it to score again.")
     load_tokenizer(tokenizer)
+    # Workers may run in other folders.
+    data = str(Path(data).absolute()) if Path(data).exists() else data
     job = Job(
-        data, split, tokenizer, str(output), len(dataset), shard_rows, _sample(dataset),
+        data, split, tokenizer, str(output.absolute()), len(dataset), shard_rows, _sample(dataset),
         _guard(options).identity, options, _versions(),
     )  # fmt: skip
     known = job.folder / _JOB_FILE
@@ -166,7 +167,9 @@ class ShardScorer:
                 progress=False,
             )
         except StarDSSError as error:
-            raise type(error)(f"Rows {start} to {stop - 1}, counted from {start}: {error}") from error
+            raise type(error)(
+                f"Rows {start} to {stop - 1}, counted from {start}: {error}"
+            ) from error
         write_shard(scored, path)
         shutil.rmtree(begun, ignore_errors=True)
 

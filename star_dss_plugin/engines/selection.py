@@ -25,7 +25,6 @@ _SERVER_OPTIONS = {
 }  # fmt: skip
 _FIXED = (  # what the guard itself says, and what its scores rely on
     "model", "revision", "trust_remote_code", "dtype", "logprobs_mode", "enable_prefix_caching",
-    "skip_tokenizer_init", "runner", "task",
 )  # fmt: skip
 _MODULES = {"vllm": ("vllm", "vllm"), "server": ("httpx2", "server")}  # package, our extra
 

@@ -211,7 +211,9 @@ class ServerEngine:
             if attempt == retries:
                 break
             wait = _wait(attempt, after)
-            logger.warning("The server at %s: %s. Trying again in %.1f s.", self._url, problem, wait)
+            logger.warning(
+                "The server at %s: %s. Trying again in %.1f s.", self._url, problem, wait
+            )
             if self._stop.wait(wait):
                 break
         raise GuardError(

@@ -51,6 +51,6 @@ def label_row(logprobs: Mapping[int, float], label_ids: Sequence[int]) -> list[f
 def rows_of(
     group: Sequence[Sequence[int]], known: Mapping[tuple[int, ...], list[float]], labels: int
 ) -> Tensor:
-    """The rows of a group's distinct prompts in the order of the group, float32 (prompts, labels)."""
+    """The rows of a group's prompts in its own order, float32, shape (prompts, labels)."""
     rows = [known[tuple(prompt)] for prompt in group]
     return torch.tensor(rows, dtype=torch.float32).view(len(group), labels)

@@ -48,7 +48,6 @@ class VllmEngine:
                 dtype=str(weights.dtype).removeprefix("torch."),
                 logprobs_mode="raw_logprobs",
                 enable_prefix_caching=True,
-                skip_tokenizer_init=True,
                 **{"disable_log_stats": True, **options},
             )
         except TypeError as error:

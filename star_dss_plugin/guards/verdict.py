@@ -118,6 +118,7 @@ class VerdictGuard(Guard):
         self._choice = choose_engine(engine, engine_options, device=device, dtype=dtype)
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._dtype = resolve_dtype(dtype, self._device)
+        self._weights = Weights(model, revision, trust_remote_code, self._dtype)
         self._engine: Engine | None = None
         try:
             self._config = AutoConfig.from_pretrained(model, **self._hub)
@@ -240,9 +241,7 @@ class VerdictGuard(Guard):
             self._engine = self._local_engine()
         else:
             logger.info("Guard %s is computed by %s", self.name, self._choice)
-            self._engine = self._choice.open(
-                Weights(self._source, dtype=self._dtype, **self._hub)
-            )
+            self._engine = self._choice.open(self._weights)
         if self._self_check:
             try:
                 self._check_verdicts()

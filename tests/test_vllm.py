@@ -1,0 +1,86 @@
+"""vLLM gives the label probabilities that the local engine gives, in process and behind HTTP.
+
+Needs vLLM: `make test-vllm` makes an environment for it.
+"""
+
+import json
+from importlib.resources import files
+
+import pytest
+
+from star_dss_plugin import GuardError, load_guard
+from star_dss_plugin.guards.base import PrefixRequest
+from star_dss_plugin.smollm2 import load_smollm2
+
+pytest.importorskip("vllm", reason="needs vLLM (make test-vllm)")
+
+LABELS = {"safe_labels": [" safe", "safe"], "unsafe_labels": [" unsafe", "unsafe"]}
+SMALL = {"max_model_len": 1024, "enforce_eager": True, "block_size": 32}
+MEMORY = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("smollm2")
+    model, tokenizer = load_smollm2()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    for name, value in MEMORY.items():
+        monkeypatch.setenv(name, value)
+
+
+def requests(count=4):
+    text = files("star_dss_plugin").joinpath("data", "demo_mix.jsonl").read_text()
+    rows = [json.loads(line) for line in text.splitlines()[:count]]
+    found = []
+    for row in rows:
+        *context, answer = row["messages"]
+        ends = [*range(20, min(300, len(answer["content"])), 20), min(300, len(answer["content"]))]
+        found.append(
+            PrefixRequest(tuple(context), answer["content"][:300], tuple(dict.fromkeys(ends)))
+        )
+    return found
+
+
+def guard(folder, **options):
+    return load_guard({
+        "model": str(folder), **LABELS, "self_check": False, "min_label_mass": 0.0, **options,
+    })  # fmt: skip
+
+
+def apart(one, other):
+    """The largest difference of scores, and of label masses relative to themselves."""
+    scores = max(
+        abs(a - b) for x, y in zip(one, other, strict=True)
+        for a, b in zip(x.scores, y.scores, strict=True)
+    )  # fmt: skip
+    masses = max(
+        abs(a - b) / a for x, y in zip(one, other, strict=True)
+        for a, b in zip(x.label_mass, y.label_mass, strict=True)
+    )  # fmt: skip
+    return scores, masses
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-3), ("bfloat16", 5e-2)])
+def test_in_process_equals_local(smollm2, dtype, tolerance, capsys):
+    asked = requests()
+    here = guard(smollm2, dtype="float32", device="cpu").trajectories(asked)
+    there = guard(smollm2, dtype=dtype, engine="vllm", engine_options=SMALL)
+    found = there.trajectories(asked)
+    scores, masses = apart(here, found)
+    engine = there._engine
+    hits = engine.cached_tokens / engine.prompt_tokens
+    with capsys.disabled():
+        print(f"\n{dtype}: scores {scores:.2g} apart, masses {masses:.2g}, cached {hits:.0%}")
+    assert scores < tolerance
+    assert masses < 30 * tolerance  # labels that no verdict guard would be asked for: tiny masses
+    assert hits > 0.5
+    too_long = PrefixRequest(asked[0].context, "safe " * 2000, (10000,))
+    with pytest.raises(GuardError, match="max_model_len"):
+        there.trajectories([asked[0], too_long])
+    there.close()
