@@ -12,24 +12,27 @@ from dataclasses import asdict
 from typing import Any
 
 from star_dss_plugin import errors
-from star_dss_plugin.errors import ConfigError, PluginError, StarDSSError
+from star_dss_plugin.errors import ConfigError, GuardError, PluginError, StarDSSError
 from star_dss_plugin.shards import Job, ShardScorer, bar
 
 __all__ = ["score_on_ray"]
 
 _TRIES = 5
-"""How often a shard is given out again when its worker dies: then it is the shard's fault."""
+"""Workers that may die on a shard. Ray itself would go on for ever."""
 
 
 class _Worker:
     """What runs on the cluster: a guard that is loaded once."""
 
     def __init__(self, job: Mapping[str, Any]) -> None:
-        self._score = ShardScorer(Job(**job))
+        self._job = Job(**job)
+        self._score = ShardScorer(self._job)
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        shard = int(row["shard"])
         try:
-            self._score(int(row["shard"]))
+            _count_try(self._job, shard)
+            self._score(shard)
         except StarDSSError as error:  # in words: the driver raises it again
             return {"kind": type(error).__name__, "error": str(error)}
         return {"kind": "", "error": ""}
@@ -70,6 +73,8 @@ def score_on_ray(
     todo = job.missing()
     if not todo:
         return
+    for tries in job.begun.glob("*.tries"):
+        tries.unlink()
     own = not ray.is_initialized()
     if own:
         _connect(ray, address, num_workers)
@@ -85,8 +90,6 @@ def score_on_ray(
             compute=ray.data.ActorPoolStrategy(size=num_workers, max_tasks_in_flight_per_actor=1),
             num_cpus=1,
             num_gpus=gpus,
-            max_restarts=-1,
-            max_task_retries=_TRIES,
         )
         with bar(job, progress) as advance:
             for result in done.iter_rows():
@@ -101,6 +104,19 @@ def score_on_ray(
     finally:
         if own:
             ray.shutdown()
+
+
+def _count_try(job: Job, shard: int) -> None:
+    """Notes on disk that a worker begins a shard: a worker that dies can say nothing any more."""
+    job.begun.mkdir(exist_ok=True)
+    with (job.begun / f"{shard:05d}.tries").open("a") as file:
+        file.write(".")
+        if file.tell() > _TRIES:
+            raise GuardError(
+                f"{_TRIES} workers have died on shard {shard} (rows {shard * job.shard_rows} and "
+                "on). If they ran out of memory, lower score_batch_tokens or --shard-rows; Ray's "
+                "own messages are above. What is scored stays."
+            )
 
 
 def _connect(ray: Any, address: str | None, num_workers: int) -> None:

@@ -34,7 +34,6 @@ from star_dss_plugin.scorer import score_dataset
 __all__ = ["Job", "ShardScorer", "bar", "begin", "finish", "score_shards"]
 
 _JOB_FILE = "job.json"
-_BEGUN = "begun"
 _SAMPLE = 64
 
 
@@ -70,6 +69,11 @@ class Job:
     def folder(self) -> Path:
         """Where shards are collected until all are there."""
         return Path(f"{self.output}.incomplete")
+
+    @property
+    def begun(self) -> Path:
+        """Where workers keep what they know of shards that are not done."""
+        return self.folder / "begun"
 
     @property
     def shards(self) -> int:
@@ -157,7 +161,7 @@ class ShardScorer:
             return
         start = index * job.shard_rows
         stop = min(start + job.shard_rows, job.rows)
-        begun = job.folder / _BEGUN / f"{index:05d}"
+        begun = job.begun / f"{index:05d}"
         try:
             scored = score_dataset(
                 self._dataset.select(range(start, stop)),
@@ -242,7 +246,7 @@ def finish(job: Job) -> dict[str, Any]:
     notes = list(_notes(job))
     provenance = merged(notes)
     write_card(job.folder, provenance)
-    shutil.rmtree(job.folder / _BEGUN, ignore_errors=True)
+    shutil.rmtree(job.begun, ignore_errors=True)
     (job.folder / _JOB_FILE).unlink()
     job.folder.rename(job.output)
     return provenance

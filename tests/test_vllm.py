@@ -4,6 +4,13 @@ Needs vLLM: `make test-vllm` makes an environment for it.
 """
 
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
 from importlib.resources import files
 
 import pytest
@@ -83,4 +90,78 @@ def test_in_process_equals_local(smollm2, dtype, tolerance, capsys):
     too_long = PrefixRequest(asked[0].context, "safe " * 2000, (10000,))
     with pytest.raises(GuardError, match="max_model_len"):
         there.trajectories([asked[0], too_long])
+    there.close()
+
+
+@pytest.fixture
+def serve(smollm2, tmp_path):
+    """Starts `vllm serve` on a port of the loopback device, ready or not."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+
+    def start():
+        log = (tmp_path / f"serve-{len(started)}.log").open("w")
+        command = [
+            sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(smollm2),
+            "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "smollm2",
+            "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager",
+            "--block-size", "32", "--api-key", "sk-test",
+        ]  # fmt: skip
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        started.append(process)
+        return process, f"http://127.0.0.1:{port}"
+
+    yield start
+    for process in started:
+        kill(process)
+
+
+def kill(process):
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
+def wait_for(url, process, seconds=180):
+    deadline = time.monotonic() + seconds
+    while True:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        try:
+            with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1])), 1):
+                return
+        except OSError:
+            time.sleep(1)
+
+
+def test_a_server_equals_local_though_it_dies_half_way(smollm2, serve, monkeypatch, capsys):
+    monkeypatch.setenv("STAR_DSS_API_KEY", "sk-test")
+    asked = requests()
+    here = guard(smollm2, dtype="float32", device="cpu").trajectories(asked)
+    process, url = serve()
+    wait_for(url, process)
+    options = {"model": "smollm2", "prompts_per_request": 4, "concurrency": 2}
+    there = guard(smollm2, engine=url, engine_options=options)
+    scores, masses = apart(here, there.trajectories(asked))
+    with capsys.disabled():
+        print(f"\nserver: scores {scores:.2g} apart, masses {masses:.2g}")
+    assert max(scores, masses) < 1e-3
+    sent = there._engine.sent
+
+    def die_and_come_back():
+        while there._engine.sent < sent + 4:
+            time.sleep(0.01)
+        kill(process)
+        serve()
+
+    death = threading.Thread(target=die_and_come_back)
+    death.start()
+    again = there.trajectories(asked)
+    death.join()
+    assert max(apart(here, again)) < 1e-3
+    assert there._engine.sent > 2 * sent - 1  # some were sent again
     there.close()
