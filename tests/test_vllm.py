@@ -3,6 +3,7 @@
 Needs vLLM: `make test-vllm` makes an environment for it.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -104,7 +105,7 @@ def serve(smollm2, tmp_path):
     def start():
         log = (tmp_path / f"serve-{len(started)}.log").open("w")
         command = [
-            sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(smollm2),
+            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(smollm2),
             "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "smollm2",
             "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager",
             "--block-size", "32", "--api-key", "sk-test",
@@ -119,10 +120,8 @@ def serve(smollm2, tmp_path):
 
 
 def kill(process):
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 
