@@ -11,6 +11,7 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from star_dss_plugin.columns import with_attention_mask
 from star_dss_plugin.errors import ConfigError, DataError
 from star_dss_plugin.parquet import PROVENANCE_FILE, is_sharded, load_scored
 from star_dss_plugin.provenance import provenance_of
@@ -93,7 +94,7 @@ def write_dataset(dataset: Dataset, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        dataset.save_to_disk(str(building), num_proc=None)
+        with_attention_mask(dataset).save_to_disk(str(building), num_proc=None)
         text = json.dumps(provenance_of(dataset), indent=2, sort_keys=True)
         (building / PROVENANCE_FILE).write_text(text + "\n", encoding="utf-8")
         building.chmod(0o777 & ~_umask())

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from star_dss_plugin._version import __version__
 from star_dss_plugin.cache import content_key
 from star_dss_plugin.collation import SCORES_COLUMN
+from star_dss_plugin.columns import with_attention_mask
 from star_dss_plugin.errors import ConfigError, DataError, StarDSSError
 from star_dss_plugin.files import load_tokenizer, read_dataset, write_text
 from star_dss_plugin.guards import load_guard, missing_guard
@@ -174,7 +175,7 @@ class ShardScorer:
             raise type(error)(
                 f"Rows {start} to {stop - 1}, counted from {start}: {error}"
             ) from error
-        write_shard(scored, path)
+        write_shard(with_attention_mask(scored), path)
         shutil.rmtree(begun, ignore_errors=True)
 
     def close(self) -> None:

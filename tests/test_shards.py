@@ -95,6 +95,9 @@ def test_shards_hold_what_one_call_scores(data, model_dir, tokenizer, tmp_path, 
         read_dataset(str(data)), tokenizer, guard=guard, chunk_size=2, progress=False
     )
     found = load_scored(tmp_path / "out")
+    assert {mask for row in found["attention_mask"] for mask in row} == {1}
+    assert list(map(len, found["attention_mask"])) == list(map(len, found["input_ids"]))
+    found = found.remove_columns("attention_mask")
     assert found.column_names == twin.column_names
     assert found.features["star_scores"] == twin.features["star_scores"]
     assert found.to_list() == twin.to_list()
