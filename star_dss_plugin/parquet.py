@@ -171,5 +171,9 @@ def load_scored(folder: str | Path, *, streaming: bool = False) -> Dataset | Ite
     dataset = load_dataset(
         "parquet", data_files=[str(file) for file in files], split="train", streaming=streaming
     )
-    write_note(dataset, "scores", json.loads((path / PROVENANCE_FILE).read_text("utf-8")))
+    try:
+        provenance = json.loads((path / PROVENANCE_FILE).read_text("utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path / PROVENANCE_FILE} is damaged: {error}. Copy it again.") from error
+    write_note(dataset, "scores", provenance)
     return dataset

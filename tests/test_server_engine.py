@@ -11,7 +11,14 @@ import pytest
 import torch
 from datasets import Dataset
 
-from star_dss_plugin import ConfigError, GuardError, load_guard, provenance_of, score_dataset
+from star_dss_plugin import (
+    ConfigError,
+    GuardError,
+    StarDSSOptions,
+    load_guard,
+    provenance_of,
+    score_dataset,
+)
 from star_dss_plugin.engines import selection
 from star_dss_plugin.engines.local import LocalEngine
 
@@ -269,6 +276,8 @@ def test_scores_are_those_of_the_local_engine(saved, tokenizer, model_dir):
     one, other = provenance_of(found), provenance_of(expected)
     assert one["label_mass"] == {k: pytest.approx(v) for k, v in other["label_mass"].items()}
     assert one["guard_identity"]["engine"] == {"kind": "server", "model": "tiny"}
+    assert one["guard_identity"]["dtype"] == "as served"
+    assert fake.url not in json.dumps(one)
     assert "engine" not in other["guard_identity"]
     fake.stop()
 
@@ -386,6 +395,8 @@ def test_no_key_is_sent_that_was_not_set(fake, opened, monkeypatch):
         ("http://h", None, {"device": "cuda"}, "decides by itself where the guard"),
         ("http://h", None, {"dtype": "float16"}, "dtype it was started with"),
         ("vllm", {"dtype": "half", "model": "x"}, {}, "sets dtype, model"),
+        ("vllm", {"hf_token": "hush"}, {}, "log in"),
+        (3, None, {}, "Unknown engine 3"),
     ],
 )
 def test_a_choice_that_cannot_work(engine, options, more, message):
@@ -395,10 +406,12 @@ def test_a_choice_that_cannot_work(engine, options, more, message):
 
 
 @pytest.mark.parametrize(("engine", "extra"), [("vllm", "vllm"), ("https://h", "server")])
-def test_a_missing_package_is_named(monkeypatch, engine, extra):
+def test_a_missing_package_is_named(fake, model_dir, monkeypatch, engine, extra):
     monkeypatch.setattr(selection.importlib.util, "find_spec", lambda name: None)
+    given = guard_of(fake, model_dir) | {"engine": engine, "engine_options": None}
+    StarDSSOptions(guard=given, engine=engine).validate()  # who trains need not have it
     with pytest.raises(ConfigError, match=rf"pip install 'star-dss-plugin\[{extra}\]'"):
-        selection.choose_engine(engine)
+        load_guard(given)
 
 
 def test_a_guard_that_computes_by_itself_takes_no_engine():

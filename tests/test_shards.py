@@ -22,6 +22,7 @@ from star_dss_plugin import (
     ConfigError,
     DataError,
     GuardError,
+    PluginError,
     load_guard,
     load_scored,
     provenance_of,
@@ -324,6 +325,15 @@ def test_an_error_of_a_worker_is_raised_in_words(ray_cluster, data, model_dir, t
     job = begin(data, model_dir, tmp_path / "out", log, guard_options={"refuse": "it is 12"})
     with pytest.raises(GuardError, match="^Rows 10 to 14, counted from 10: Row 2: not this one$"):
         score_on_ray(job, num_workers=1, progress=False)
+
+
+def test_ray_that_is_missing_is_named(data, model_dir, tmp_path, log, monkeypatch):
+    from star_dss_plugin.on_ray import score_on_ray
+
+    monkeypatch.setitem(sys.modules, "ray", None)
+    job = begin(data, model_dir, tmp_path / "out", log)
+    with pytest.raises(PluginError, match=r"pip install 'star-dss-plugin\[ray\]'"):
+        score_on_ray(job, num_workers=1)
 
 
 def test_a_killed_driver_is_started_again(data, model_dir, tmp_path, log):

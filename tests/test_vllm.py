@@ -74,8 +74,10 @@ def apart(one, other):
     return scores, masses
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-3), ("bfloat16", 5e-2)])
-def test_in_process_equals_local(smollm2, dtype, tolerance, capsys):
+@pytest.mark.parametrize(
+    ("dtype", "most", "most_mass"), [("float32", 1e-3, 1e-3), ("bfloat16", 5e-2, 0.5)]
+)
+def test_in_process_equals_local(smollm2, dtype, most, most_mass, capsys):
     asked = requests()
     here = guard(smollm2, dtype="float32", device="cpu").trajectories(asked)
     there = guard(smollm2, dtype=dtype, engine="vllm", engine_options=SMALL)
@@ -85,8 +87,8 @@ def test_in_process_equals_local(smollm2, dtype, tolerance, capsys):
     hits = engine.cached_tokens / engine.prompt_tokens
     with capsys.disabled():
         print(f"\n{dtype}: scores {scores:.2g} apart, masses {masses:.2g}, cached {hits:.0%}")
-    assert scores < tolerance
-    assert masses < 30 * tolerance  # labels that no verdict guard would be asked for: tiny masses
+    assert scores < most
+    assert masses < most_mass  # relative, and tiny: this model is no guard
     assert hits > 0.5
     too_long = PrefixRequest(asked[0].context, "safe " * 2000, (10000,))
     with pytest.raises(GuardError, match="max_model_len"):

