@@ -8,7 +8,8 @@ guard that costs next to nothing: what is left is the price of reading, cutting 
 
 A rate is taken from when the first shard of each worker is written to when the last is: starting
 Ray and loading guards is left out, and said apart. Memory is the largest anonymous memory (RssAnon)
-of the driver and of any worker, polled twice a second; files that are mapped do not count.
+of the driver and of any worker, polled twice a second; files that are mapped do not count. Rows per
+second of the workers' processor time tell what Ray costs also where the machine is busy.
 """
 
 from __future__ import annotations
@@ -64,24 +65,26 @@ def plugin(folder: Path) -> Path:
     return folder
 
 
-def anonymous_memory(session: int) -> tuple[float, float]:
-    """MiB of the driver and of the largest Ray worker among the processes of a session."""
-    driver = worker = 0.0
+def watched(session: int) -> tuple[float, float, float]:
+    """MiB of the driver and of the largest Ray worker, and the processor time of all workers."""
+    driver = worker = seconds = 0.0
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             command = (folder / "cmdline").read_bytes().replace(b"\0", b" ")
             if os.getsid(int(folder.name)) != session and b"ray::" not in command:
                 continue
             status = (folder / "status").read_text()
+            times = (folder / "stat").read_text().rpartition(")")[2].split()[11:13]
         except OSError:
             continue
         found = [line for line in status.splitlines() if line.startswith("RssAnon:")]
         memory = int(found[0].split()[1]) / 1024 if found else 0.0
         if b"ray::" in command:
             worker = max(worker, memory)
+            seconds += sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
         elif int(folder.name) == session:
             driver = memory
-    return driver, worker
+    return driver, worker, seconds
 
 
 def run(args: argparse.Namespace, folder: Path, data: Path, model: Path, workers: int) -> float:
@@ -96,18 +99,24 @@ def run(args: argparse.Namespace, folder: Path, data: Path, model: Path, workers
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(search)}
     start = time.time()
     process = subprocess.Popen(command, env=environment, start_new_session=True)
-    peak = (0.0, 0.0)
+    peak, busy = (0.0, 0.0), []
+    begun = output.with_name(f"{output.name}.incomplete") / "data"
     while process.poll() is None:
-        now = anonymous_memory(process.pid)
-        peak = (max(peak[0], now[0]), max(peak[1], now[1]))
+        driver, worker, seconds = watched(process.pid)
+        peak = (max(peak[0], driver), max(peak[1], worker))
+        shards = len(list(begun.glob("train-*"))) if begun.exists() else 0
+        if shards >= workers:
+            busy.append((seconds, shards))
         time.sleep(0.5)
     taken = time.time() - start
     if process.returncode:
         sys.exit("the run failed; see its messages above")
     done = sorted(path.stat().st_mtime for path in (output / "data").iterdir())
     rate = (len(done) - workers) * args.shard_rows / (done[-1] - done[workers - 1])
+    spent, made = busy[-1][0] - busy[0][0], busy[-1][1] - busy[0][1]
     print(
-        f"{workers} workers: {rate:.1f} rows/s, first shards after {done[workers - 1] - start:.0f} "
+        f"{workers} workers: {rate:.1f} rows/s, {made * args.shard_rows / spent:.1f} rows per CPU second, "
+        f"first shards after {done[workers - 1] - start:.0f} "
         f"s, {taken:.0f} s in all; driver {peak[0]:.0f} MiB, worker {peak[1]:.0f} MiB",
         flush=True,
     )
