@@ -113,9 +113,10 @@ def run(args: argparse.Namespace, folder: Path, data: Path, model: Path, workers
         sys.exit("the run failed; see its messages above")
     done = sorted(path.stat().st_mtime for path in (output / "data").iterdir())
     rate = (len(done) - workers) * args.shard_rows / (done[-1] - done[workers - 1])
-    spent, made = busy[-1][0] - busy[0][0], busy[-1][1] - busy[0][1]
+    rows = (busy[-1][1] - busy[0][1]) * args.shard_rows
+    per_second = rows / (busy[-1][0] - busy[0][0])
     print(
-        f"{workers} workers: {rate:.1f} rows/s, {made * args.shard_rows / spent:.1f} rows per CPU second, "
+        f"{workers} workers: {rate:.1f} rows/s, {per_second:.1f} rows per CPU second, "
         f"first shards after {done[workers - 1] - start:.0f} "
         f"s, {taken:.0f} s in all; driver {peak[0]:.0f} MiB, worker {peak[1]:.0f} MiB",
         flush=True,
