@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from star_dss_plugin._version import __version__
 from star_dss_plugin.cache import content_key
 from star_dss_plugin.collation import SCORES_COLUMN
 from star_dss_plugin.columns import with_attention_mask
+from star_dss_plugin.config import StarDSSOptions
 from star_dss_plugin.errors import ConfigError, DataError, StarDSSError
 from star_dss_plugin.files import load_tokenizer, read_dataset, write_text
 from star_dss_plugin.guards import load_guard, missing_guard
@@ -122,6 +123,10 @@ def begin(
     if SCORES_COLUMN in dataset.column_names:
         raise DataError(f"{data} already has a {SCORES_COLUMN!r} column. Remove it to score again.")
     load_tokenizer(tokenizer)
+    if options.get("guard") is None:
+        raise missing_guard()
+    known_options = {f.name for f in fields(StarDSSOptions)} & options.keys()
+    StarDSSOptions(**{name: options[name] for name in known_options}).validate()
     # Workers may run in other folders.
     data = str(Path(data).absolute()) if Path(data).exists() else data
     job = Job(
@@ -267,8 +272,6 @@ def _notes(job: Job) -> Iterator[dict[str, Any]]:
 
 def _guard(options: Mapping[str, Any]) -> Guard:
     """The guard of a run; its weights are not loaded."""
-    if options.get("guard") is None:
-        raise missing_guard()
     return load_guard(
         options["guard"],
         device=options.get("guard_device"),

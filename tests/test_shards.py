@@ -220,6 +220,23 @@ def test_another_run_in_the_same_place_is_refused(data, model_dir, tmp_path, log
         begin(data, model_dir, tmp_path / "out", log, **changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"segmenter": "tokenz"}, "Did you mean 'tokens'"),
+        ({"chunk_size": 0}, "chunk_size is 0"),
+        ({"engine": "vlm"}, "Unknown engine"),
+        ({"shard_rows": 0}, "shard_rows is 0"),
+        ({"engine": "http://me:hush@h"}, "credentials"),
+    ],
+    ids=str,
+)
+def test_what_cannot_work_is_said_at_once(data, model_dir, tmp_path, log, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        begin(data, model_dir, tmp_path / "out", log, **changes)
+    assert not (tmp_path / "out.incomplete").exists()
+
+
 def test_a_damaged_shard_is_made_again(data, model_dir, tmp_path, log):
     job = begin(data, model_dir, tmp_path / "out", log)
     shards.score_shards(job, progress=False)
