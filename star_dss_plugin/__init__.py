@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from star_dss_plugin.config import StarDSSOptions
     from star_dss_plugin.guards import load_guard
     from star_dss_plugin.loss import ShapedLoss, star_dss_loss
+    from star_dss_plugin.parquet import load_scored
     from star_dss_plugin.probe import SafetyProbe
     from star_dss_plugin.provenance import provenance_of
     from star_dss_plugin.scorer import score_dataset
@@ -46,6 +47,7 @@ __all__ = [
     "attach",
     "hookimpl",
     "load_guard",
+    "load_scored",
     "provenance_of",
     "score_dataset",
     "star_dss_loss",
@@ -58,6 +60,7 @@ _HOMES = {
     "StarDSSOptions": "config",
     "attach": "attachment",
     "load_guard": "guards",
+    "load_scored": "parquet",
     "provenance_of": "provenance",
     "score_dataset": "scorer",
     "star_dss_loss": "loss",

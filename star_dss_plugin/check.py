@@ -76,8 +76,9 @@ def check_options(options: StarDSSOptions) -> Findings:
         options.validate()
         if options.guard is not None:
             guard = load_guard(
-                options.guard, device=options.guard_device, dtype=options.guard_dtype
-            )
+                options.guard, device=options.guard_device, dtype=options.guard_dtype,
+                engine=options.engine, engine_options=options.engine_options,
+            )  # fmt: skip
             assert guard.identity
             warning = " (DEMONSTRATION ONLY, protects nobody)" if guard.demonstration else ""
             found.notes.append(f"guard: {guard.name}{warning}")

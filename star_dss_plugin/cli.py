@@ -70,6 +70,23 @@ def score(
     guard_device: Annotated[str | None, typer.Option(help="cuda, cpu, …")] = None,
     guard_dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
     score_batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens per guard batch.")] = 16384,
+    engine: Annotated[
+        str, typer.Option(help="local, vllm, or a server's address: http://host:port.")
+    ] = "local",
+    engine_options: Annotated[
+        str | None, typer.Option(help="Options of that engine, as a JSON mapping.")
+    ] = None,
+    shard_rows: Annotated[
+        int | None, typer.Option(min=1, help="Write parquet shards of so many rows (resumable).")
+    ] = None,
+    ray: Annotated[bool, typer.Option("--ray", help="Make the shards on a Ray cluster.")] = False,
+    address: Annotated[
+        str | None, typer.Option(help="The cluster's address; none starts one here.")
+    ] = None,
+    num_workers: Annotated[int, typer.Option(min=1, help="Workers on the cluster.")] = 1,
+    gpus_per_worker: Annotated[
+        float | None, typer.Option(min=0, help="Default: 1 where the cluster has GPUs.")
+    ] = None,
     score_cache_dir: Annotated[Path | None, typer.Option(help="Folder of the score cache.")] = None,
     on_guard_error: Annotated[
         str, typer.Option(help="raise, or unsafe: what cannot be scored gets the score 0.")
@@ -80,33 +97,44 @@ def score(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
     """Scores every prefix of every response and writes a data set with `star_scores`."""
-    from star_dss_plugin.files import load_tokenizer, read_dataset, write_dataset
     from star_dss_plugin.guard_notes import remarks
-    from star_dss_plugin.provenance import provenance_of
-    from star_dss_plugin.scorer import score_dataset
 
-    if output.exists():
-        raise ConfigError(f"{output} exists. Name a new folder, or remove it first.")
-    scored = score_dataset(
-        read_dataset(data, split),
-        load_tokenizer(tokenizer),
-        guard=guard,
-        segmenter=segmenter,
-        chunk_size=chunk_size,
-        trajectory=trajectory,
-        trajectory_epsilon=trajectory_epsilon,
-        max_length=max_length,
-        guard_device=guard_device,
-        guard_dtype=guard_dtype,
-        score_batch_tokens=score_batch_tokens,
-        score_cache_dir=score_cache_dir,
-        on_guard_error=on_guard_error,
-        per_guard=per_guard,
-        progress=not quiet,
-    )
-    write_dataset(scored, output)
-    found = provenance_of(scored)
-    assert found is not None
+    options = {
+        "guard": guard, "segmenter": segmenter, "chunk_size": chunk_size, "trajectory": trajectory,
+        "trajectory_epsilon": trajectory_epsilon, "max_length": max_length,
+        "guard_device": guard_device, "guard_dtype": guard_dtype, "engine": engine,
+        "engine_options": engine_options, "score_batch_tokens": score_batch_tokens,
+        "on_guard_error": on_guard_error, "per_guard": per_guard,
+    }  # fmt: skip
+    on_cluster = {
+        "--address": address, "--gpus-per-worker": gpus_per_worker,
+        "--num-workers": None if num_workers == 1 else num_workers,
+    }  # fmt: skip
+    if not ray and (unused := [name for name, value in on_cluster.items() if value is not None]):
+        raise ConfigError(f"{', '.join(unused)} is for a Ray cluster. Add --ray, or leave it out.")
+    if ray or shard_rows is not None:
+        if score_cache_dir is not None:
+            raise ConfigError(
+                "--score-cache-dir is given, but shards keep what they have begun beside the "
+                "output, and share no cache. Leave it out."
+            )
+        from star_dss_plugin import on_ray, shards
+
+        job = shards.begin(
+            data, tokenizer, output, split=split, shard_rows=shard_rows or 1000, **options
+        )
+        if ray:
+            on_ray.score_on_ray(
+                job, num_workers=num_workers, address=address, gpus_per_worker=gpus_per_worker,
+                progress=not quiet,
+            )  # fmt: skip
+        else:
+            shards.score_shards(job, progress=not quiet)
+        found = shards.finish(job)
+    else:
+        found = _score_at_once(data, split, tokenizer, output, {
+            **options, "score_cache_dir": score_cache_dir, "progress": not quiet,
+        })  # fmt: skip
     typer.echo(
         f"{output}: {found['responses']} responses, {found['prefixes']} prefixes, "
         f"{found['trained_tokens']} trained tokens, mean prefix score "
@@ -115,6 +143,23 @@ def score(
     )
     for line in remarks(found):
         typer.echo(line)
+
+
+def _score_at_once(
+    data: str, split: str, tokenizer: str, output: Path, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Scores and writes a data set in this process; returns its provenance."""
+    from star_dss_plugin.files import load_tokenizer, read_dataset, write_dataset
+    from star_dss_plugin.provenance import provenance_of
+    from star_dss_plugin.scorer import score_dataset
+
+    if output.exists():
+        raise ConfigError(f"{output} exists. Name a new folder, or remove it first.")
+    scored = score_dataset(read_dataset(data, split), load_tokenizer(tokenizer), **options)
+    write_dataset(scored, output)
+    found = provenance_of(scored)
+    assert found is not None
+    return found
 
 
 app.add_typer(guard_commands.app, name="guards")

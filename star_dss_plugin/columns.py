@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, List, Value
 
-__all__ = ["with_column"]
+__all__ = ["with_attention_mask", "with_column"]
 
 
 def with_column(dataset: Dataset, name: str, column: Sequence[Any], feature: Any) -> Dataset:
@@ -33,3 +33,12 @@ def with_column(dataset: Dataset, name: str, column: Sequence[Any], feature: Any
     return dataset.add_column(
         name, list(column), new_fingerprint=digest.hexdigest()[:16], feature=feature
     )
+
+
+def with_attention_mask(dataset: Dataset) -> Dataset:
+    """Adds an `attention_mask` of ones: Axolotl takes rows for tokenized only if they have one."""
+    if "attention_mask" in dataset.column_names:
+        return dataset
+    ids = dataset.with_format(None)["input_ids"]
+    ones = [np.ones(len(row), dtype=np.int8) for row in ids]
+    return with_column(dataset, "attention_mask", ones, List(Value("int8")))

@@ -44,6 +44,16 @@ class StarDSSOptions:
         "describes any causal guard or several of them (JSON on the command line). Required unless "
         "the data set already has a 'star_scores' column.",
     )
+    engine: str = _option(
+        "local",
+        "What computes a verdict guard: 'local' (transformers, here), 'vllm' (in this process), or "
+        "the address of a server that runs vLLM ('http://host:port').",
+    )
+    engine_options: dict[str, Any] | str | None = _option(
+        None,
+        "Options of 'vllm' (arguments of vllm.LLM) or of a server (concurrency, retries, "
+        "max_requests, …), as a mapping (JSON on the command line).",
+    )
     segmenter: str = _option(
         "tokens", "What a chunk is made of: 'tokens', 'words', 'sentences' or 'whole'."
     )
@@ -111,6 +121,7 @@ class StarDSSOptions:
             ConfigError: What was given, why it cannot work and what to change.
         """
         # Not at the top: those modules need this one.
+        from star_dss_plugin.engines.selection import choose_engine
         from star_dss_plugin.guards import parse_guard
         from star_dss_plugin.loss import resolve_weight_map
         from star_dss_plugin.plugins import load_plugins
@@ -119,6 +130,9 @@ class StarDSSOptions:
         load_plugins().segmenter(self.segmenter)
         if self.guard is not None:
             parse_guard(self.guard)
+        choose_engine(
+            self.engine, self.engine_options, device=self.guard_device, dtype=self.guard_dtype
+        )
         if self.kl_estimator not in KL_ESTIMATORS:
             raise unknown_name("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
         _at_least("chunk_size", self.chunk_size, 1, integer=True)

@@ -11,7 +11,9 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from star_dss_plugin.columns import with_attention_mask
 from star_dss_plugin.errors import ConfigError, DataError
+from star_dss_plugin.parquet import PROVENANCE_FILE, is_sharded, load_scored
 from star_dss_plugin.provenance import provenance_of
 
 __all__ = [
@@ -23,7 +25,6 @@ __all__ = [
     "write_text",
 ]
 
-PROVENANCE_FILE = "star_dss.json"
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
@@ -47,6 +48,8 @@ def read_dataset(source: str, split: str = "train") -> Dataset:
                     ".parquet file, or a data set folder."
                 )
             return load_dataset(_READERS[path.suffix], data_files=str(path), split="train")
+        if is_sharded(path):
+            return load_scored(path)
         if is_saved_dataset(path):
             found = load_from_disk(str(path))
             return found[split] if isinstance(found, DatasetDict) else found
@@ -91,7 +94,7 @@ def write_dataset(dataset: Dataset, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        dataset.save_to_disk(str(building), num_proc=None)
+        with_attention_mask(dataset).save_to_disk(str(building), num_proc=None)
         text = json.dumps(provenance_of(dataset), indent=2, sort_keys=True)
         (building / PROVENANCE_FILE).write_text(text + "\n", encoding="utf-8")
         building.chmod(0o777 & ~_umask())

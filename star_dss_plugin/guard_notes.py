@@ -14,11 +14,12 @@ from star_dss_plugin.guards.combined import leaves
 from star_dss_plugin.guards.untrusted import attempts
 from star_dss_plugin.provenance import damaged_note
 
-__all__ = ["attempt_notes", "label_mass", "member_notes", "remarks"]
+__all__ = ["ROWS_NAMED", "attempt_notes", "label_mass", "member_notes", "remarks"]
 
 logger = logging.getLogger(__name__)
 
-_ROWS_NAMED = 5
+ROWS_NAMED = 5
+"""How many of the rows with an attempt are named."""
 
 
 def attempt_notes(
@@ -46,7 +47,7 @@ def attempt_notes(
             rows.setdefault(kind, []).append(row)
         truncated += any(one.truncates(request) for one in guards)
     found: dict[str, dict[str, Any]] = {
-        kind: {"responses": len(rows[kind]), "rows": sorted(set(rows[kind]))[:_ROWS_NAMED]}
+        kind: {"responses": len(rows[kind]), "rows": sorted(set(rows[kind]))[:ROWS_NAMED]}
         for kind in sorted(rows)
     }
     for kind, what in found.items():

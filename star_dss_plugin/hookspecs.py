@@ -69,7 +69,7 @@ def star_dss_register_guards(register: Register) -> None:
     """Registers guards: `target(**options)` returns a `star_dss_plugin.guards.base.Guard`.
 
     `options` are the remaining keys of the user's `guard:` mapping, plus `device` and `dtype`
-    and `batch_tokens`.
+    and `batch_tokens`; `engine` and `engine_options` too where the user has set them.
     """
 
 

@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from star_dss_plugin.errors import DataError
 
-__all__ = ["damaged_note", "provenance_of", "read_note", "write_note"]
+__all__ = ["damaged_note", "describe", "provenance_of", "read_note", "write_note"]
 
 _MARK = "star_dss "
 _NOTED: dict[str, type] = {  # what readers of a note on scores rely on
@@ -44,7 +44,12 @@ def write_note(dataset: Dataset, name: str, value: Any) -> None:
     mark = f"{_MARK}{name}: "
     lines = (dataset.info.description or "").splitlines()
     kept = [line for line in lines if not line.startswith(mark)]
-    dataset.info.description = "\n".join([*kept, mark + json.dumps(value, sort_keys=True)])
+    dataset.info.description = "\n".join([*kept, describe(name, value)])
+
+
+def describe(name: str, value: Any) -> str:
+    """The line of a description that notes a JSON value under a name."""
+    return f"{_MARK}{name}: {json.dumps(value, sort_keys=True)}"
 
 
 def provenance_of(dataset: Dataset) -> dict[str, Any] | None:

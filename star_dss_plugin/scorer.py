@@ -61,6 +61,8 @@ def score_dataset(
     guard_device: str | None = None,
     guard_dtype: str = "auto",
     score_batch_tokens: int = 16384,
+    engine: str = "local",
+    engine_options: Mapping[str, Any] | str | None = None,
     score_cache_dir: str | Path | None = None,
     on_guard_error: str = "raise",
     per_guard: bool = False,
@@ -84,6 +86,8 @@ def score_dataset(
         guard_device: Where the guard runs.
         guard_dtype: The guard's dtype.
         score_batch_tokens: Token budget of one guard batch.
+        engine: What computes a verdict guard: "local", "vllm" or a server's address.
+        engine_options: Of that engine (docs/scale.md).
         score_cache_dir: Folder of the cache; default $STAR_DSS_CACHE or ~/.cache/star_dss.
         on_guard_error: "raise", or "unsafe": a response that the guard cannot score, because it
             does not fit or its score is no number, gets the score 0 everywhere.
@@ -130,6 +134,8 @@ def score_dataset(
         device=guard_device,
         dtype=guard_dtype,
         batch_tokens=score_batch_tokens,
+        engine=engine,
+        engine_options=engine_options,
     )
     if trajectory == "adaptive":
         asked = adaptive(asked, trajectory_epsilon)
@@ -263,6 +269,7 @@ def options_for_scoring(options: StarDSSOptions) -> dict[str, Any]:
     """The options that `score_dataset` takes, by name."""
     names = (
         "guard", "segmenter", "chunk_size", "trajectory", "trajectory_epsilon", "guard_device",
-        "guard_dtype", "score_batch_tokens", "score_cache_dir", "on_guard_error",
+        "guard_dtype", "score_batch_tokens", "engine", "engine_options", "score_cache_dir",
+        "on_guard_error",
     )  # fmt: skip
     return {name: getattr(options, name) for name in names}

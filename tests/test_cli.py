@@ -7,6 +7,7 @@ import pytest
 from datasets import load_from_disk
 
 from star_dss_plugin import __version__, cli
+from star_dss_plugin.files import read_dataset
 
 ROWS = [
     {
@@ -63,6 +64,19 @@ def test_score_writes_a_data_set(monkeypatch, capsys, chat, model_dir, tmp_path)
     assert "exists" in capsys.readouterr().err
 
 
+def test_score_writes_shards_and_reads_them(monkeypatch, capsys, chat, model_dir, tmp_path):
+    common = ["score", chat, "--guard", "test-words", "--tokenizer", model_dir, "-q"]
+    assert run(monkeypatch, *common, "-o", tmp_path / "plain") == 0
+    assert run(monkeypatch, *common, "-o", tmp_path / "shards", "--shard-rows", 1) == 0
+    one, other = capsys.readouterr().out.splitlines()
+    assert one.removeprefix(str(tmp_path / "plain")) == other.removeprefix(str(tmp_path / "shards"))
+    found = read_dataset(str(tmp_path / "shards"))
+    assert found.to_list() == load_from_disk(str(tmp_path / "plain")).to_list()
+    html = tmp_path / "report.html"
+    assert run(monkeypatch, "report", tmp_path / "shards", "-o", html) == 0
+    assert "test-words" in html.read_text()
+
+
 @pytest.mark.parametrize("kind", ["parquet", "folder", "json-guard"])
 def test_score_reads_other_inputs(monkeypatch, chat, model_dir, tmp_path, kind):
     from datasets import load_dataset
@@ -93,6 +107,9 @@ def test_score_reads_other_inputs(monkeypatch, chat, model_dir, tmp_path, kind):
         ({"--tokenizer": "no/such-model"}, "tokenizer 'no/such-model' cannot be loaded"),
         ({"data": "missing.jsonl"}, "missing.jsonl cannot be read"),
         ({"data": "text.txt"}, "is a .txt file"),
+        ({"--num-workers": 2}, "--num-workers is for a Ray cluster"),
+        ({"--shard-rows": 2, "--score-cache-dir": "c"}, "share no cache"),
+        ({"--engine": "vllm"}, "takes no engine"),
     ],
 )
 def test_score_fails_in_words(monkeypatch, capsys, chat, model_dir, tmp_path, changes, message):

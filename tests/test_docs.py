@@ -11,6 +11,7 @@ from typer.main import get_command
 
 import star_dss_plugin
 from star_dss_plugin import StarDSSOptions, cli, hookspecs, provenance_of, score_dataset
+from star_dss_plugin.engines.selection import _SERVER_OPTIONS
 from star_dss_plugin.guards.presets import PRESETS
 from star_dss_plugin.plugins import HOOK_KINDS, Origin, Plugins
 
@@ -18,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = (ROOT / "docs" / "reference.md").read_text()
 GUARDS = (ROOT / "docs" / "guards.md").read_text()
 REPORT = (ROOT / "docs" / "report.md").read_text()
+SCALE = (ROOT / "docs" / "scale.md").read_text()
 README = (ROOT / "README.md").read_text()
 
 
@@ -108,6 +110,32 @@ def test_every_option_of_the_report_is_documented():
     for param in get_command(cli.app).commands["report"].params:
         for name in param.opts:
             assert name in ("scored", "--help") or f"`{name}`" in REPORT, name
+
+
+def test_every_option_of_a_server_has_a_row_with_its_default():
+    source = (ROOT / "star_dss_plugin" / "engines" / "server.py").read_text()
+    given = re.findall(r"^        (\w+): [\w |]+ = (\S+),$", source, flags=re.MULTILINE)
+    assert {name for name, _ in given} | {"model"} == set(_SERVER_OPTIONS)
+    for name, default in given:
+        row = next(line for line in SCALE.splitlines() if line.startswith(f"| `{name}` |"))
+        shown = row.split("|")[2].strip().strip("`").replace("none", "None")
+        assert shown in (default.strip('"'), default.removesuffix(".0")), name
+
+
+def test_the_page_on_scale_names_what_exists():
+    options = {o for param in get_command(cli.app).commands["score"].params for o in param.opts}
+    told = set(re.findall(r"--[a-z][a-z-]+[a-z]", SCALE))
+    others = {
+        "--address", "--min-nodes", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--time",
+        "--cpus-per-task", "--requeue", "--dtype", "--api-key", "--model",
+    }  # fmt: skip
+    assert told - options <= others
+    for name in ("--ray", "--address", "--num-workers", "--gpus-per-worker", "--shard-rows",
+                 "--engine", "--engine-options"):  # fmt: skip
+        assert name in options & told
+    makefile = (ROOT / "Makefile").read_text()
+    for command in re.findall(r"`make ([\w-]+)`", SCALE):
+        assert f"\n{command}:" in makefile
 
 
 def test_the_pictures_exist_and_are_small():

@@ -28,3 +28,7 @@ class Engine(Protocol):
             the whole vocabulary at each prompt's last position, read at `label_ids`.
         """
         ...
+
+    def close(self) -> None:
+        """Frees what the engine holds; it is not used again."""
+        ...

@@ -78,6 +78,10 @@ class LocalEngine:
             logger.warning("A %s model runs every prompt whole, slowly: %s.", kind, reason)
         return self._compute(groups, label_ids, whole=bool(reason))
 
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self._head = ((), {})
+
     def _compute(
         self,
         groups: Sequence[Sequence[Sequence[int]]],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,6 +21,8 @@ def load_guard(
     device: str | None = None,
     dtype: str | None = None,
     batch_tokens: int = 16384,
+    engine: str = "local",
+    engine_options: Mapping[str, Any] | str | None = None,
 ) -> Guard:
     """A guard by name or by description; its weights are loaded on first use.
 
@@ -34,6 +37,8 @@ def load_guard(
         device: Torch device; None: the GPU if there is one.
         dtype: "auto" or the name of a torch dtype.
         batch_tokens: Token budget of one batch.
+        engine: What computes a verdict guard: "local", "vllm", or a server's `http://host:port`.
+        engine_options: Of that engine (docs/scale.md); a mapping, or one as JSON.
 
     Returns:
         A guard. `guard.score(conversations)` gives P(safe) of each last assistant turn,
@@ -44,12 +49,14 @@ def load_guard(
         GuardError: The guard cannot be loaded.
     """
     name, options = parse_guard(guard)
-    common = {"device": device, "dtype": dtype, "batch_tokens": batch_tokens}
+    common: dict[str, Any] = {"device": device, "dtype": dtype, "batch_tokens": batch_tokens}
+    if engine != "local" or engine_options:
+        common |= {"engine": engine, "engine_options": engine_options}
     if (calibration := options.pop("calibration", None)) is not None:
-        inner = load_guard({"preset": name, **options} if name else options, **common)  # type: ignore[arg-type]
+        inner = load_guard({"preset": name, **options} if name else options, **common)
         return _built(CalibratedGuard, "calibration", inner, **calibration)
     if "guards" in options:
-        members = [load_guard(member, **common) for member in options.pop("guards")]  # type: ignore[arg-type]
+        members = [load_guard(member, **common) for member in options.pop("guards")]
         return _built(EnsembleGuard, "guards", members, **options)
     if name is None:
         from star_dss_plugin.guards.verdict import VerdictGuard
@@ -65,6 +72,11 @@ def load_guard(
         target: Any = VerdictGuard
     else:
         target = load_plugins().guard(name)
+        if "engine" in common and not _takes(target, "engine"):
+            raise ConfigError(
+                f"Guard {name!r} computes by itself and takes no engine ({engine!r} was given). "
+                "Leave engine and engine_options out, or use a guard that answers with a verdict."
+            )
     made = _built(target, f"guard {name or options['model']!r}", **{**common, **options})
     if not isinstance(made, Guard):
         raise PluginError(
@@ -81,6 +93,12 @@ def _built(target: Any, what: str, *args: Any, **options: Any) -> Guard:
     except TypeError as error:
         raise ConfigError(f"The options {options!r} of {what} cannot be used: {error}.") from error
     return made
+
+
+def _takes(target: Any, name: str) -> bool:
+    """Whether a callable has a parameter."""
+    parameters = inspect.signature(target).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def parse_guard(guard: str | Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:

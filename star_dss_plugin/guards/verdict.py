@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from star_dss_plugin.engines.base import Engine
 from star_dss_plugin.engines.local import LocalEngine
+from star_dss_plugin.engines.selection import Weights, choose_engine
 from star_dss_plugin.errors import ConfigError, GuardError
 from star_dss_plugin.guards.base import Guard, PrefixRequest, Trajectory, lowest
 from star_dss_plugin.guards.prompts import Prompts, policies
@@ -64,7 +66,9 @@ class VerdictGuard(Guard):
         trust_remote_code: Passed to transformers as it is; never on by default.
         device: Torch device; None: the GPU if there is one.
         dtype: "auto" (bfloat16 on a GPU, float32 on a CPU) or a torch dtype's name.
-        batch_tokens: Token budget of the engine.
+        batch_tokens: Token budget of the local engine.
+        engine: What computes it: "local", "vllm", or a server's address (`http://host:port`).
+        engine_options: Of that engine; see docs/scale.md.
 
     Raises:
         GuardError: The guard cannot be loaded or asked.
@@ -94,6 +98,8 @@ class VerdictGuard(Guard):
         device: str | None = None,
         dtype: str | None = None,
         batch_tokens: int = 16384,
+        engine: str = "local",
+        engine_options: Mapping[str, Any] | str | None = None,
     ) -> None:
         if not 0 <= controversial_weight <= 1:
             raise ConfigError(f"controversial_weight is {controversial_weight!r}, not in [0, 1].")
@@ -104,9 +110,12 @@ class VerdictGuard(Guard):
         self._controversial_weight = controversial_weight
         self._self_check = self_check
         self._batch_tokens = batch_tokens
+        self._choice = choose_engine(engine, engine_options, device=device, dtype=dtype)
+        self._choice.check_installed()
         self._device = default_device(device)
         self._dtype = resolve_dtype(dtype, self._device)
-        self._engine: LocalEngine | None = None
+        self._weights = Weights(model, revision, trust_remote_code, self._dtype)
+        self._engine: Engine | None = None
         config, tokenizer = load_config(self.name, model, **self._hub)
         asked = policies(template_kwargs)
         templates = [
@@ -154,6 +163,7 @@ class VerdictGuard(Guard):
             "turns": turns,
             "dtype": str(self._dtype),
             "date": PINNED_DATE.date().isoformat(),
+            **self._choice.identity(model),
         }
 
     @property
@@ -188,6 +198,8 @@ class VerdictGuard(Guard):
         return batches
 
     def close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
         self._engine = None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -225,13 +237,20 @@ class VerdictGuard(Guard):
         return Trajectory(tuple(safe.clamp(0, 1).tolist()), tuple(mass.tolist()))
 
     def _load(self) -> None:
+        if self._choice.kind == "local":
+            self._engine = self._local_engine()
+        else:
+            logger.info("Guard %s is computed by %s", self.name, self._choice)
+            self._engine = self._choice.open(self._weights)
+        trust(self, self_check=self._self_check)
+
+    def _local_engine(self) -> LocalEngine:
         logger.info("Loading guard %s on %s (%s)", self.name, self._device, self._dtype)
         model = load_weights(
             AutoModelForCausalLM, self.name, self._source,
             device=self._device, dtype=self._dtype, **self._hub,
         )  # fmt: skip
-        self._engine = LocalEngine(model, batch_tokens=self._batch_tokens)
-        trust(self, self_check=self._self_check)
+        return LocalEngine(model, batch_tokens=self._batch_tokens)
 
     def _first_tokens(self, spellings: Sequence[str]) -> list[int]:
         if isinstance(spellings, str) or not spellings or not all(spellings):

@@ -21,8 +21,9 @@ from star_dss_axolotl.trainer import StarDSSAxolotlTrainer
 from star_dss_trl import StarDSSConfig, StarDSSTrainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from star_dss_plugin import DataError, star_dss_loss
+from star_dss_plugin import DataError, load_scored, shards, star_dss_loss
 from star_dss_plugin.collation import SCORES_COLUMN, TokenColumnsCollator
+from star_dss_plugin.files import write_dataset
 
 SAFE = {"preset": "test-words", "word": "☃", "safe": 1.0}
 
@@ -292,3 +293,17 @@ def test_scored_data_needs_no_guard(tmp_path, model_dir):
     write_rows(tmp_path / "scored.jsonl", rows)
     with pytest.raises(DataError, match="one per token"):
         trainer_of(tmp_path, config)
+
+
+@pytest.mark.parametrize("entry", ["shards", "saved"])
+def test_what_star_dss_score_writes_needs_no_guard(tmp_path, model_dir, entry):
+    data, out = write_rows(tmp_path / "chat.jsonl", multi_turn()), tmp_path / "shards"
+    job = shards.begin(data, str(model_dir), out, shard_rows=3, guard="test-words")
+    shards.score_shards(job, progress=False)
+    shards.finish(job)
+    if entry == "saved":
+        write_dataset(load_scored(out), tmp_path / "saved")
+    config = configuration(tmp_path, model_dir, star_dss={"kl_coef": 2.0})
+    config |= {"datasets": [{"path": str(tmp_path / entry), "type": None}]}
+    trained_on = trainer_of(tmp_path, config).train_dataset
+    assert sorted(trained_on[SCORES_COLUMN]) == sorted(load_scored(out)[SCORES_COLUMN])

