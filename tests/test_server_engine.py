@@ -282,14 +282,16 @@ def test_scores_are_those_of_the_local_engine(saved, tokenizer, model_dir):
     fake.stop()
 
 
-def test_a_server_that_dies_half_way_loses_nothing(saved, tokenizer, model_dir, monkeypatch):
+def test_a_server_that_dies_half_way_loses_nothing(
+    saved, tokenizer, model_dir, tmp_path, monkeypatch
+):
     """Once it stays away and the run ends; once it comes back and the run waits for it."""
     monkeypatch.setattr("star_dss_plugin.asking._FLUSH_SECONDS", 0.0)
     monkeypatch.setattr("star_dss_plugin.guards.verdict._PREFIXES_PER_CALL", 40)
     whole = Fake(saved)
     expected = score_dataset(
         rows(12), tokenizer, guard=guard_of(whole, model_dir), progress=False,
-        score_cache_dir="whole",
+        score_cache_dir=tmp_path / "whole",
     )  # fmt: skip
     whole.stop()
 
