@@ -84,10 +84,12 @@ def set_up(trainer: StarDSSMixin, options: StarDSSOptions) -> None:
     if model is None:
         raise ConfigError("The trainer has no model yet. Pass model, not model_init.")
     projects = can_project(model)  # first: some quantized weights change when they are first used
+    # A static graph is reduced by what DDP hangs on the model's outputs; hidden states are none.
+    projects = projects and not getattr(trainer.args, "ddp_static_graph", False)
     if not projects:
         logger.info(
             "The logits of every token are held at each step: the head of this model is not one "
-            "linear layer that can be used by itself."
+            "linear layer that can be used by itself, or ddp_static_graph is on."
         )
     reference = choose_reference(
         options.reference,

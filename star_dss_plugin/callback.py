@@ -23,7 +23,6 @@ from star_dss_plugin.logprobs import IGNORE_INDEX, token_logprobs
 from star_dss_plugin.loss import star_dss_loss
 from star_dss_plugin.report.harmless import visible
 from star_dss_plugin.run_summary import summary_table
-from star_dss_plugin.schedules import kl_coef_at
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -163,7 +162,7 @@ def _check_loss(trainer: Any, active: StarDSSState, dataloader: Any) -> None:
     host = _snapshot(trainer)
     devices = [labels.device.index or 0] if labels.is_cuda else []
     shaping: dict[str, Any] = {
-        "kl_coef": kl_coef_at(trainer.state.global_step, options),
+        "kl_coef": options.kl_coef,
         "kl_estimator": options.kl_estimator,
         "threshold": options.threshold,
         "num_items_in_batch": trained,

@@ -68,8 +68,8 @@ class StarDSSOptions:
     )
     score_eval: bool = _option(
         True,
-        "Whether evaluation data is scored too; if not, its loss is plain cross-entropy (unless it "
-        "came with scores).",
+        "Whether evaluation data is scored too; if not, every token of it counts as safe (unless "
+        "it came with scores).",
     )
     kl_warmup_steps: int = _option(
         0, "n >= 0: λ grows linearly to kl_coef over the first n optimizer steps."

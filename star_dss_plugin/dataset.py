@@ -16,7 +16,7 @@ from star_dss_plugin.config import StarDSSOptions
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.guards import missing_guard
 from star_dss_plugin.logprobs import IGNORE_INDEX
-from star_dss_plugin.provenance import provenance_of
+from star_dss_plugin.provenance import provenances_of
 from star_dss_plugin.ranks import ALONE, Share
 from star_dss_plugin.responses import runs
 from star_dss_plugin.rows import only_responses
@@ -173,10 +173,12 @@ def check_scores(where: str, scores: Any, length: int) -> None:
 
 
 def _summary(dataset: Dataset, options: StarDSSOptions, guard: str | None) -> DatasetSummary:
-    provenance = provenance_of(dataset)
+    known = provenances_of(dataset)
+    provenance = known[0] if known else None
     if guard is None:
-        guard = provenance["guard"] if provenance else "unknown (star_scores column given)"
-        if provenance and provenance["demonstration_guard"]:
+        names = dict.fromkeys(one["guard"] for one in known)
+        guard = " and ".join(names) or "unknown (star_scores column given)"
+        if any(one["demonstration_guard"] for one in known):
             guard += " (DEMONSTRATION ONLY, protects nobody)"
     responses = tokens = below = 0
     total = 0.0

@@ -13,7 +13,15 @@ from datasets import Dataset
 
 from star_dss_plugin.errors import DataError
 
-__all__ = ["damaged_note", "describe", "provenance_of", "read_note", "write_note"]
+__all__ = [
+    "damaged_note",
+    "describe",
+    "notes",
+    "provenance_of",
+    "provenances_of",
+    "read_note",
+    "write_note",
+]
 
 _MARK = "star_dss "
 _NOTED: dict[str, type] = {  # what readers of a note on scores rely on
@@ -27,16 +35,22 @@ _NOTED: dict[str, type] = {  # what readers of a note on scores rely on
 }
 
 
-def read_note(dataset: Dataset, name: str) -> Any:
-    """The JSON value noted under a name; None if there is none."""
+def notes(dataset: Dataset, name: str) -> list[Any]:
+    """The JSON values noted under a name: several if data sets were joined."""
     mark = f"{_MARK}{name}: "
+    found = []
     for line in (dataset.info.description or "").splitlines():
         if line.startswith(mark):
             try:
-                return json.loads(line.removeprefix(mark))
+                found.append(json.loads(line.removeprefix(mark)))
             except ValueError as error:
                 raise damaged_note(name) from error
-    return None
+    return found
+
+
+def read_note(dataset: Dataset, name: str) -> Any:
+    """The first JSON value noted under a name; None if there is none."""
+    return next(iter(notes(dataset, name)), None)
 
 
 def write_note(dataset: Dataset, name: str, value: Any) -> None:
@@ -58,13 +72,17 @@ def provenance_of(dataset: Dataset) -> dict[str, Any] | None:
     Raises:
         DataError: What it says is damaged.
     """
-    found = read_note(dataset, "scores")
-    if found is None:
-        return None
-    if not isinstance(found, dict) or not all(
-        isinstance(found.get(key), kind) for key, kind in _NOTED.items()
-    ):
-        raise damaged_note("scores")
+    return next(iter(provenances_of(dataset)), None)
+
+
+def provenances_of(dataset: Dataset) -> list[dict[str, Any]]:
+    """The same, of each of the data sets that were scored apart and then joined."""
+    found = notes(dataset, "scores")
+    for one in found:
+        if not isinstance(one, dict) or not all(
+            isinstance(one.get(key), kind) for key, kind in _NOTED.items()
+        ):
+            raise damaged_note("scores")
     return found
 
 

@@ -105,10 +105,12 @@ def _with_values(policy: nn.Module, values: Mapping[str, Tensor]) -> Iterator[No
         for name, value in values.items():
             parameter = parameters[name]
             parameter.data = value.to(parameter.device, parameter.dtype)
+        torch.clear_autocast_cache()  # it knows parameters by identity, not by value
         yield
     finally:
         for name, data in held.items():
             parameters[name].data = data
+        torch.clear_autocast_cache()
 
 
 def choose_reference(

@@ -8,6 +8,7 @@ map, so that they serve every `loss_type`. Off by default: the paper has neither
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from star_dss_plugin.columns import with_column
 from star_dss_plugin.config import StarDSSOptions
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.plugins import load_plugins
-from star_dss_plugin.provenance import provenance_of, read_note, write_note
+from star_dss_plugin.provenance import notes, provenance_of, read_note, write_note
 from star_dss_plugin.responses import find_responses
 
 __all__ = ["kl_coef_at", "stricter_dataset", "stricter_scores"]
@@ -90,28 +91,39 @@ def stricter_dataset(
             f"The scores were lowered before with {known}, and the options now say {rules}. Use "
             "the same options, or the scores as they were."
         )
+    joined = len(notes(dataset, "scores")) > 1
+    if known is not None and joined:
+        raise DataError(
+            "The data set was joined from several after the scores of some were lowered. Join them "
+            "first, and score them together."
+        )
     if known is not None or not (options.unsafe_lookahead or options.monotone):
         return dataset
     provenance = provenance_of(dataset)
-    if provenance is None:
+    if provenance is None or joined or "seq_lengths" in dataset.features:
         raise DataError(
             "unsafe_lookahead and monotone need to know how the responses were cut, and this "
-            "star_scores column does not say. Score the data with star-dss score, or remove the "
-            "column and set a guard."
+            "star_scores column does not say: it came from elsewhere, from several data sets that "
+            "were scored apart, or packed. Score all of the data with star-dss score, or remove "
+            "the column and set a guard."
         )
     segmenter = load_plugins().segmenter(provenance["segmenter"])
     column = []
-    for row in dataset.with_format(None):
+    for i, row in enumerate(dataset.with_format(None)):
         scores = np.array(row[SCORES_COLUMN], dtype=np.float32)
         for response in find_responses(
             row, tokenizer, segmenter, provenance["chunk_size"], chat_template=chat_template
         ):
             ends = response.chunk_ends
-            given = [float(scores[end - 1]) for end in ends]
-            start = response.start
-            for end, score in zip(ends, stricter_scores(given, **rules), strict=True):
-                scores[start:end] = score
-                start = end
+            chunks = [slice(a, b) for a, b in pairwise([response.start, *ends])]
+            if any(np.ptp(scores[chunk]) for chunk in chunks):
+                raise DataError(
+                    f"Row {i}: a chunk has several scores, so the responses are not cut as they "
+                    "were when they were scored. Score the data again, as it is now."
+                )
+            given = [float(scores[chunk][0]) for chunk in chunks]
+            for chunk, score in zip(chunks, stricter_scores(given, **rules), strict=True):
+                scores[chunk] = score
         column.append(scores)
     dataset = with_column(dataset, SCORES_COLUMN, column, List(Value("float32")))
     write_note(dataset, _NOTE, rules)

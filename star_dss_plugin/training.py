@@ -137,26 +137,15 @@ class StarDSSMixin(_Base):
         options = state.options
         weights = TokenWeights.of(
             scores.float(), labels, state.weight_map,
-            kl_coef=kl_coef_at(self.state.global_step, options), threshold=options.threshold,
+            kl_coef=self._kl_coef(options), threshold=options.threshold,
         )  # fmt: skip
+        if state.reference.kind != "precomputed":
+            ref_logps = None  # a column from an earlier run
         ref = self._reference_states(state, model, inputs, ref_logps, weights)
         result, outputs, states = self._forward(state, model, inputs, return_outputs)
-        logps = self._logps(outputs, states, labels)
-        kl_terms: Tensor | None = None
-        slopes: Tensor | None = None
-        if ref is not None and state.needs_distributions:
-            assert states is not None
-            kl_terms = full_kl(states.rows, ref.rows, weights.kl != 0, states.project, ref.project)
-        elif ref is not None or ref_logps is not None:
-            if ref is not None:
-                wanted = labels.clone()
-                wanted[:, 1:][weights.kl == 0] = IGNORE_INDEX
-                with torch.no_grad():
-                    ref_logps = token_logprobs(ref.rows, wanted, ref.project)
-            else:
-                ref_logps = ref_logps[:, 1:]
-            kl_terms = kl_estimate(logps, ref_logps, options.kl_estimator)
-            slopes = kl_slope(logps.detach(), ref_logps, options.kl_estimator)
+        with self.accelerator.autocast():  # heads are applied here, as the model applies its own
+            logps = self._logps(outputs, states, labels)
+            kl_terms, slopes = self._kl_terms(state, logps, states, ref, ref_logps, labels, weights)
         loss = shaped_loss(logps, kl_terms, weights, num_items_in_batch).loss
         state.metrics.add(
             self._mode(),
@@ -240,6 +229,40 @@ class StarDSSMixin(_Base):
         if state.needs_distributions:  # a second pass: the trainer's own never had the logits
             return result, captured[0], States(policy(**forward_inputs(inputs)).logits)
         return result, captured[0], None
+
+    def _kl_terms(
+        self,
+        state: StarDSSState,
+        logps: Tensor,
+        states: States | None,
+        ref: States | None,
+        ref_logps: Tensor | None,
+        labels: Tensor,
+        weights: TokenWeights,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """KL_t and, where it is a function of log π_θ(y_t), its slope; None without a reference."""
+        if ref is not None and state.needs_distributions:
+            assert states is not None
+            wanted = weights.kl != 0
+            return full_kl(states.rows, ref.rows, wanted, states.project, ref.project), None
+        if ref is not None:
+            held = labels.clone()
+            held[:, 1:][weights.kl == 0] = IGNORE_INDEX
+            with torch.no_grad():
+                ref_logps = token_logprobs(ref.rows, held, ref.project)
+        elif ref_logps is not None:
+            ref_logps = ref_logps[:, 1:]
+        else:
+            return None, None
+        estimator = state.options.kl_estimator
+        slopes = kl_slope(logps.detach(), ref_logps, estimator)
+        return kl_estimate(logps, ref_logps, estimator), slopes
+
+    def _kl_coef(self, options: StarDSSOptions) -> float:
+        """λ now; evaluations have it whole, so that they can be compared."""
+        if self._mode() == "eval":
+            return options.kl_coef
+        return kl_coef_at(self.state.global_step, options)
 
     def _host_wants_loss_alone(self) -> bool:
         """Whether nothing below this class reads the model's logits."""

@@ -226,3 +226,21 @@ def test_a_plain_trainer_with_a_flattening_collator(tmp_path, tokenizer):
         attach(plain, guard="test-words", chunk_size=2).train()
         found.append(history(plain))
     torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(found[1]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
+def test_many_rows(tmp_path, tokenizer, strategy):
+    """TRL packs a thousand rows at a time, and takes it that columns lie in the same pieces."""
+    words = ["the dog is bad", "hello world", "good words keep it safe, yes"]
+    data = Dataset.from_dict({"text": [f"{i} {words[i % 3]}" for i in range(1100)]})
+    plain = make(tmp_path, tokenizer, data, kl_coef=0.0, max_length=None)
+    packed = make(
+        tmp_path, tokenizer, data, packing=True, packing_strategy=strategy, max_length=LENGTH,
+        kl_coef=0.0,
+    )  # fmt: skip
+    assert scored_tokens(packed.train_dataset) == scored_tokens(plain.train_dataset)
+
+
+def test_a_mode_that_packing_ignores_is_refused(tmp_path, tokenizer):
+    with pytest.raises(ConfigError, match="which TRL ignores when it packs"):
+        make(tmp_path, tokenizer, packing=True, truncation_mode="keep_end")

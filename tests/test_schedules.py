@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+from datasets import concatenate_datasets
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -118,3 +119,34 @@ def test_a_column_of_unknown_chunks_cannot_be_lowered(tmp_path, tokenizer):
     scored.info.description = ""
     with pytest.raises(DataError, match="does not say"):
         make(tmp_path, tokenizer, scored, monotone=True)
+
+
+def test_other_chunks_than_those_that_were_scored_are_refused(tmp_path, tokenizer):
+    pytest.importorskip("trl")
+    from test_trl import make
+
+    scored = make(tmp_path, tokenizer).train_dataset
+    later = scored.map(lambda row: {"labels": _one_less(row["labels"])})
+    with pytest.raises(DataError, match="not cut as they were"):
+        make(tmp_path, tokenizer, later, monotone=True)
+    joined = concatenate_datasets([scored, make(tmp_path, tokenizer, chunk_size=3).train_dataset])
+    with pytest.raises(DataError, match="scored apart"):
+        make(tmp_path, tokenizer, joined, monotone=True)
+
+
+def _one_less(labels):
+    """The first trained token is trained no more."""
+    first = next(i for i, label in enumerate(labels) if label != -100)
+    return [*labels[:first], -100, *labels[first + 1 :]]
+
+
+def test_evaluations_have_the_whole_kl_coef(tmp_path, tokenizer):
+    pytest.importorskip("trl")
+    from test_trl import make, prompt_completion
+
+    found = []
+    for steps in (0, 9):
+        trainer = make(tmp_path, tokenizer, kl_warmup_steps=steps)
+        trainer.evaluate(prompt_completion())
+        found.append(trainer.state.log_history[-1]["eval_star_dss/kl_weight_mass"])
+    assert found[0] == found[1] > 0

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 
 pytest.importorskip("trl")
 
@@ -18,6 +18,7 @@ from trl import SFTConfig, SFTTrainer
 
 from star_dss_plugin import ConfigError, DataError, StarDSSError, attach
 from star_dss_plugin.collation import SCORES_COLUMN
+from star_dss_plugin.provenance import provenances_of
 
 PROMPTS = ["how are you?", "is this bad?", "1 + 1 =", "hello world. who is lazy?"] * 2
 ANSWERS = [
@@ -253,6 +254,28 @@ def test_a_frozen_copy_does_not_move_with_the_policy(tmp_path, tokenizer, lora):
     trainer.train()
     assert torch.equal(before, logits())
     assert not torch.allclose(policy, trainer.model(**batch).logits)
+
+
+def test_an_outer_autocast_does_not_keep_the_references_weights(tmp_path, tokenizer):
+    """Autocast remembers casts by parameter; a frozen copy is another value of the same one."""
+    trainer = make(tmp_path, tokenizer, reference="copy", kl_estimator="full")
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    trainer.model.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        outside = trainer.compute_loss(trainer.model, dict(batch))
+    inside = trainer.compute_loss(trainer.model, dict(batch))
+    torch.testing.assert_close(outside.float(), inside, rtol=1e-2, atol=0)
+
+
+def test_data_of_several_guards_names_them_all(tmp_path, tokenizer):
+    one = make(tmp_path, tokenizer).train_dataset
+    other = make(tmp_path, tokenizer, guard={"preset": "test-words", "word": "lazy"}, chunk_size=3)
+    joined = concatenate_datasets([one, other.train_dataset])
+    assert len(provenances_of(joined)) == 2
+    assert make(tmp_path, tokenizer, joined).star_dss_state.summaries["train"].guard == "test-words"
 
 
 def test_what_becomes_trainable_later_has_no_start(tmp_path, tokenizer):

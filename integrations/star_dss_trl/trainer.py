@@ -67,8 +67,7 @@ class StarDSSTrainer(StarDSSMixin, SFTTrainer):  # type: ignore[misc]
         """TRL's preparation without its packing, which would drop the scores: see `pack`."""
         if packing and self._packs_late:
             args, packing = copy.copy(args), False
-            # What TRL's packing itself would cut: the end of long rows, or nothing.
-            args.truncation_mode = "keep_start"
+            # TRL's packing itself would cut the end of long rows, or nothing.
             if args.packing_strategy != "bfd":
                 args.max_length = None
         return super()._prepare_dataset(dataset, processing_class, args, packing, *rest)
@@ -82,6 +81,8 @@ class StarDSSTrainer(StarDSSMixin, SFTTrainer):  # type: ignore[misc]
         if not packing or "seq_lengths" in dataset.column_names:
             return dataset
         columns = dataset.select_columns(["input_ids", "labels", SCORES_COLUMN])
+        # Written anew, so that all columns lie in the same pieces, which TRL's packing relies on.
+        columns = columns.map(lambda rows: rows, batched=True)
         packed = pack_dataset(columns, args.max_length, args.packing_strategy)
         if args.shuffle_dataset:
             packed = packed.shuffle(seed=args.seed)
@@ -99,6 +100,11 @@ def refuse_early(args: StarDSSConfig) -> None:
         raise ConfigError(
             "eval_packing is on and packing is off, for which TRL lets the documents of a packed "
             "row see each other. Set both or neither."
+        )
+    if args.packing and getattr(args, "truncation_mode", "keep_start") != "keep_start":
+        raise ConfigError(
+            f"packing is on and truncation_mode is {args.truncation_mode!r}, which TRL ignores "
+            "when it packs. Set truncation_mode='keep_start', or packing=False."
         )
     if args.packing and args.packing_strategy != "bfd":
         weight_map = resolve_weight_map(args.loss_type)
