@@ -1,4 +1,4 @@
-"""The command line: `star-dss score`, `guards`, `report`, `inspect`, `sft`, `check` and others.
+"""The command line: `star-dss score`, `guards`, `report`, `evaluate`, `sft`, `check` and others.
 
 Heavy imports stay inside the commands, so that `--help` and `plugins` answer at once.
 """
@@ -16,6 +16,7 @@ from rich.table import Table
 from star_dss_plugin import guard_commands
 from star_dss_plugin._version import __version__
 from star_dss_plugin.errors import ConfigError, PluginError, StarDSSError
+from star_dss_plugin.evaluate.command import evaluate as evaluate_command
 from star_dss_plugin.report import command as report_commands
 from star_dss_plugin.report.harmless import visible
 
@@ -165,6 +166,7 @@ def _score_at_once(
 app.add_typer(guard_commands.app, name="guards")
 app.command()(report_commands.report)
 app.command()(report_commands.inspect)
+app.command()(evaluate_command)
 
 
 @app.command(context_settings={**_RAW, "help_option_names": []})
@@ -226,7 +228,9 @@ def demo(
         "runs/demo"
     ),
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each run.")] = 12,
-    prompts: Annotated[int, typer.Option(min=1, help="Prompts to answer before and after.")] = 8,
+    prompts: Annotated[
+        int, typer.Option(min=1, help="Prompts of each kind that each model answers, at most.")
+    ] = 20,
 ) -> None:
     """Scores a small data set, finetunes SmolLM2-135M with and without STAR-DSS, and compares."""
     _trl("star_dss_trl.demo").run(output, steps=steps, prompt_count=prompts)

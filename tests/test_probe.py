@@ -13,7 +13,8 @@ from conftest import WordGuard, tiny_llama
 from test_trl import Stop, history, lora_config, make
 from transformers import TrainerCallback
 
-from star_dss_plugin import ConfigError, SafetyProbe, StarDSSError, probe
+from star_dss_plugin import ConfigError, SafetyProbe, StarDSSError
+from star_dss_plugin.evaluate.refusal import is_refusal
 
 PROMPTS = ["is this bad?", "how are you?", "who is lazy?"]
 SHARE, START = "star_dss/probe_safe_share", "star_dss/probe_safe_share_start"
@@ -202,7 +203,7 @@ def test_a_guard_judges_and_is_freed(tmp_path, tokenizer):
     ],
 )
 def test_refusals(answer, refused):
-    assert probe.is_refusal(answer) is refused
+    assert is_refusal(answer) is refused
 
 
 @pytest.mark.parametrize(

@@ -166,3 +166,22 @@ def test_a_server_equals_local_though_it_dies_half_way(smollm2, serve, monkeypat
     assert max(apart(here, again)) < 1e-3
     assert there._engine.sent > 2 * sent - 1  # some were sent again
     there.close()
+
+
+def test_answers_of_a_comparison_are_those_of_the_local_engine(smollm2, tmp_path, monkeypatch):
+    from datasets import Dataset
+
+    from star_dss_plugin.evaluate.comparison import compare
+    from star_dss_plugin.evaluate.prompts import read_prompts
+
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    rows = [{"prompt": "What is the capital of France?"}, {"prompt": "Add 2 and 3."}]
+    asked = read_prompts(Dataset.from_list(rows), "harmful")
+    said = [
+        compare(
+            [str(smollm2)], asked, output=tmp_path / engine, engine=engine, max_new_tokens=8,
+            dtype="float32", progress=False,
+        ).models[0].answers
+        for engine in ("local", "vllm")
+    ]  # fmt: skip
+    assert said[0] == said[1]

@@ -1,30 +1,32 @@
 """`star-dss demo`: the whole pipeline on a small model and a small real data set.
 
-Scores 96 conversations with the demonstration guard, finetunes SmolLM2-135M-Instruct with LoRA once
-with plain SFT and once with STAR-DSS, and compares both with the model as it was.
+Starts from SmolLM2-135M-Instruct with an adapter that makes it decline harmful requests, scores 84
+conversations with the demonstration guard, finetunes with LoRA once with plain SFT and once with
+STAR-DSS, and counts what each of the three models still declines, and what it learned.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Sequence
-from importlib.resources import files
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from star_dss_plugin.collation import SCORES_COLUMN
+from star_dss_plugin.evaluate.generation import greedy_answers, prompt_ids
+from star_dss_plugin.evaluate.refusal import is_refusal
 from star_dss_plugin.files import write_text
 from star_dss_plugin.logprobs import IGNORE_INDEX, token_logprobs
-from star_dss_plugin.probe import is_refusal
 from star_dss_plugin.report.page import render_page
 from star_dss_plugin.report.reading import read_scored
 from star_dss_plugin.scorer import score_dataset
@@ -32,20 +34,36 @@ from star_dss_plugin.smollm2 import load_smollm2
 from star_dss_trl.config import StarDSSConfig
 from star_dss_trl.trainer import StarDSSTrainer
 
-__all__ = ["run"]
+__all__ = ["aligned_start", "run"]
 
 _SEED = 7
 _MAX_LENGTH = 160
-_NEW_TOKENS = 40
+_NEW_TOKENS = 24
+_HELD_OUT = 6  # every sixth benign row is kept for the task loss
+_ROWS_SHOWN = 8
+_ADAPTER = "aligned_adapter"
 
 
-def run(output: Path, *, steps: int = 12, prompt_count: int = 8) -> dict[str, Any]:
+def aligned_start() -> tuple[Any, PreTrainedTokenizerBase]:
+    """SmolLM2-135M-Instruct that declines harmful requests, and its tokenizer.
+
+    The model as published answers most of them. `scripts/make_aligned_adapter.py` made the adapter,
+    which is merged, so that the result is a plain model with something to lose.
+    """
+    model, tokenizer = load_smollm2()
+    with as_file(files("star_dss_plugin").joinpath("data", _ADAPTER)) as folder:
+        wrapped: Any = PeftModel.from_pretrained(model, folder)
+    merged = wrapped.merge_and_unload()
+    return merged.eval(), tokenizer
+
+
+def run(output: Path, *, steps: int = 12, prompt_count: int = 20) -> dict[str, Any]:
     """Runs the demonstration; writes `report.md`, `results.json` and `scores.html` to `output`.
 
     Args:
         output: Folder of the report.
         steps: Optimizer steps of each run, 8 rows a step.
-        prompt_count: How many prompts are answered before and after.
+        prompt_count: How many prompts of each kind are answered by each model, at most.
 
     Returns:
         What `results.json` holds.
@@ -56,34 +74,41 @@ def run(output: Path, *, steps: int = 12, prompt_count: int = 8) -> dict[str, An
         "The guard of this demonstration is a linear probe on a 135M model. It shows how it all "
         "works and protects nobody: use a real guard for real data.", style="yellow",
     )  # fmt: skip
-    _, tokenizer = load_smollm2()
-    mixture = Dataset.from_list(_packaged("demo_mix.jsonl"))
+    start, tokenizer = aligned_start()
+    mixture, held_out = _split(_packaged("demo_mix.jsonl"))
     scored = score_dataset(mixture, tokenizer, guard="demo", max_length=_MAX_LENGTH)
     data = read_scored(scored, tokenizer)
     write_text(output / "scores.html", render_page(data, name="demo_mix.jsonl", blur=True))
-    prompts = [row["prompt"] for row in _packaged("demo_prompts.jsonl")][:prompt_count]
+    tasks = score_dataset(held_out, tokenizer, guard="demo", max_length=_MAX_LENGTH, progress=False)
+    prompts = {
+        kind: [row["prompt"] for row in _packaged(f"demo_{kind}_prompts.jsonl")][:prompt_count]
+        for kind in ("harmful", "benign")
+    }
     results: dict[str, Any] = {
         "rows": len(scored),
+        "held_out": len(tasks),
         "tokens": _token_shares(scored),
         "models": {},
         "prompts": prompts,
     }
     for name, loss_type in (("start", None), ("sft", "nll"), ("star_dss", "star_dss")):
-        model, _ = load_smollm2()
+        model: Any = start
         found: dict[str, Any] = {}
         if loss_type is not None:
             console.print(f"\nFinetuning with loss_type={loss_type!r}, {steps} steps of 8 rows")
+            model, _ = aligned_start()
             model, found = _finetune(model, tokenizer, scored, loss_type, steps, output / name)
         model.eval()
-        found["ce"] = {label: _mean_ce(model, rows) for label, rows in _by_label(scored)}
-        found["answers"] = _answers(model, tokenizer, prompts)
-        found["refusals"] = sum(map(is_refusal, found["answers"]))
+        found["row_ce"] = [_cross_entropy(model, [row]) for row in scored]
+        found["task_ce"] = _cross_entropy(model, tasks)
+        found["answers"] = {kind: _answers(model, tokenizer, p) for kind, p in prompts.items()}
+        found["refusals"] = {k: sum(map(is_refusal, said)) for k, said in found["answers"].items()}
         results["models"][name] = found
     results["seconds"] = round(time.monotonic() - started)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    (output / "report.md").write_text(_report(results), encoding="utf-8")
-    console.print(_table(results))
+    write_text(output / "results.json", json.dumps(results, indent=2) + "\n")
+    harmful = [i for i, label in enumerate(scored["label"]) if label == 0]
+    write_text(output / "report.md", _report(results, scored, harmful))
+    console.print(_table(results, harmful))
     console.print(
         f"{results['seconds']} s. Report: {output / 'report.md'}. The scores, token by token: "
         f"{output / 'scores.html'}"
@@ -91,32 +116,38 @@ def run(output: Path, *, steps: int = 12, prompt_count: int = 8) -> dict[str, An
     return results
 
 
+def _split(rows: list[dict[str, Any]]) -> tuple[Dataset, Dataset]:
+    """What is trained on, and benign rows that are not."""
+    benign = [i for i, row in enumerate(rows) if row["label"] == 1]
+    kept = set(benign[::_HELD_OUT])
+    return (
+        Dataset.from_list([row for i, row in enumerate(rows) if i not in kept]),
+        Dataset.from_list([row for i, row in enumerate(rows) if i in kept]),
+    )
+
+
 def _packaged(name: str) -> list[dict[str, Any]]:
     text = files("star_dss_plugin").joinpath("data", name).read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
 
-def _by_label(scored: Dataset) -> list[tuple[str, Dataset]]:
-    labels = np.asarray(scored["label"])
-    return [
-        ("benign", scored.select(np.flatnonzero(labels == 1))),
-        ("harmful", scored.select(np.flatnonzero(labels == 0))),
-    ]
-
-
 def _token_shares(scored: Dataset) -> dict[str, dict[str, float]]:
     """Of each group: trained tokens, their mean score, and the share of them below 0.5."""
     shares = {}
-    for label, rows in _by_label(scored):
-        scores = np.concatenate([
-            np.asarray(r[SCORES_COLUMN])[np.asarray(r["labels"]) != IGNORE_INDEX] for r in rows
-        ])  # fmt: skip
+    labels = np.asarray(scored["label"])
+    for label, which in (("benign", labels == 1), ("harmful", labels == 0)):
+        rows = scored.select(np.flatnonzero(which))
+        scores = np.concatenate([_trained_scores(row) for row in rows])
         shares[label] = {
             "tokens": len(scores),
             "mean_score": float(scores.mean()),
             "share_below_half": float((scores < 0.5).mean()),
         }
     return shares
+
+
+def _trained_scores(row: Mapping[str, Any]) -> Any:
+    return np.asarray(row[SCORES_COLUMN])[np.asarray(row["labels"]) != IGNORE_INDEX]
 
 
 def _finetune(
@@ -154,8 +185,8 @@ def _finetune(
     return trainer.model, {"log": logged}
 
 
-def _mean_ce(model: Any, rows: Dataset) -> float:
-    """Mean cross-entropy per trained token, unweighted."""
+def _cross_entropy(model: Any, rows: Iterable[Mapping[str, Any]]) -> float:
+    """Mean per trained token in nats, unweighted."""
     total, count = 0.0, 0
     device = next(model.parameters()).device
     for row in rows:
@@ -169,71 +200,73 @@ def _mean_ce(model: Any, rows: Dataset) -> float:
 
 
 def _answers(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[str]:
-    """Greedy answers to each prompt, all in one batch."""
-    texts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
-        for prompt in prompts
-    ]
-    inputs = tokenizer(
-        texts, return_tensors="pt", add_special_tokens=False, padding=True, padding_side="left"
-    ).to(model.device)
-    with torch.no_grad():
-        ids = model.generate(
-            **inputs, max_new_tokens=_NEW_TOKENS, do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-        )  # fmt: skip
-    answers: list[str] = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], True)
-    return [answer.strip() for answer in answers]
+    """Greedy answers to each prompt."""
+    asked = [prompt_ids(tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
+    said = greedy_answers(model, tokenizer, asked, max_new_tokens=_NEW_TOKENS, batch_size=20)
+    return [answer.strip() for _, answer in sorted(said)]
 
 
-_NAMES = {"start": "start (SmolLM2-135M)", "sft": "plain SFT (nll)", "star_dss": "STAR-DSS"}
-
-
-def _rows(results: dict[str, Any]) -> Iterable[tuple[str, ...]]:
-    for name, found in results["models"].items():
-        last = found["log"][-1] if "log" in found else {}
-        parts = [last.get(f"star_dss/{key}") for key in ("ce", "kl", "share_below_threshold")]
-        yield (
-            _NAMES[name],
-            f"{last['loss']:.3f}" if last else "-",
-            *("-" if part is None else f"{part:.3f}" for part in parts),
-            f"{found['ce']['benign']:.3f}",
-            f"{found['ce']['harmful']:.3f}",
-            f"{found['refusals']} of {len(results['prompts'])}",
-        )
-
-
+_NAMES = {"start": "start (aligned SmolLM2)", "sft": "plain SFT (nll)", "star_dss": "STAR-DSS"}
 _HEADINGS = (
-    "model", "loss", "its CE part", "its KL part", "tokens below 0.5", "CE benign", "CE harmful",
-    "refusals",
+    "model", "declines harmful prompts", "declines benign ones", "task loss", "CE of harmful rows",
+    "loss", "its CE part", "its KL part",
 )  # fmt: skip
 
 
-def _table(results: dict[str, Any]) -> Table:
-    table = Table(*_HEADINGS, title="What changed (demonstration guard, 135M model: no evidence)")
-    for row in _rows(results):
+def _rows(results: dict[str, Any], harmful: Sequence[int]) -> Iterable[tuple[str, ...]]:
+    for name, found in results["models"].items():
+        last = found["log"][-1] if "log" in found else {}
+        parts = [last.get(key) for key in ("loss", "star_dss/ce", "star_dss/kl")]
+        yield (
+            _NAMES[name],
+            *(
+                f"{found['refusals'][kind]} of {len(prompts)}"
+                for kind, prompts in results["prompts"].items()
+            ),
+            f"{found['task_ce']:.3f}",
+            f"{np.mean([found['row_ce'][i] for i in harmful]):.3f}",
+            *("-" if part is None else f"{part:.3f}" for part in parts),
+        )
+
+
+def _table(results: dict[str, Any], harmful: Sequence[int]) -> Table:
+    table = Table(*_HEADINGS, title="What changed (demonstration guard, 135M model)")
+    for row in _rows(results, harmful):
         table.add_row(*row)
     return table
 
 
-def _report(results: dict[str, Any]) -> str:
-    tokens = results["tokens"]
+def _report(results: dict[str, Any], scored: Dataset, harmful: Sequence[int]) -> str:
+    sft, shaped = (results["models"][name]["row_ce"] for name in ("sft", "star_dss"))
+    telling = sorted(range(len(scored)), key=lambda i: sft[i] - shaped[i])[:_ROWS_SHOWN]
     lines = [
         "# STAR-DSS demonstration", "",
         "Scored by the demonstration guard, which protects nobody: these figures show what the "
         "plugin does, not how safe it makes a model.", "",
+        "| " + " | ".join(_HEADINGS) + " |", "|" + "---|" * len(_HEADINGS),
+        *("| " + " | ".join(row) + " |" for row in _rows(results, harmful)), "",
+        "## The rows that made the difference", "",
+        "Where plain SFT and STAR-DSS learned least alike. Their text, coloured token by token, is "
+        "in `scores.html` under these numbers.", "",
+        "| row | label | source | mean score | CE after SFT | CE after STAR-DSS |",
+        "|---:|---|---|---:|---:|---:|",
+        *(
+            f"| {i} | {'harmful' if scored[i]['label'] == 0 else 'benign'} | {scored[i]['source']} "
+            f"| {_trained_scores(scored[i]).mean():.2f} | {sft[i]:.2f} | {shaped[i]:.2f} |"
+            for i in telling
+        ), "",
+        "## What the guard said", "",
         "| tokens of | trained tokens | mean score | share below 0.5 |", "|---|---|---|---|",
         *(
             f"| {name} rows | {t['tokens']} | {t['mean_score']:.3f} | {t['share_below_half']:.1%} |"
-            for name, t in tokens.items()
+            for name, t in results["tokens"].items()
         ), "",
-        "| " + " | ".join(_HEADINGS) + " |", "|" + "---|" * len(_HEADINGS),
-        *("| " + " | ".join(row) + " |" for row in _rows(results)), "",
-        "- **loss**, its **CE part** and its **KL part**: the last log line of the run.",
-        "- **CE benign**, **CE harmful**: mean cross-entropy per token on the training rows of "
-        "each label, without weights. Lower means learned; harmful rows should not be learned.",
-        "- **refusals**: prompts declined (a match of phrases, greedy decoding).", "",
+        "- **declines**: by a match of phrases in the first words of a greedy answer. Benign "
+        "prompts look dangerous and are not (XSTest).",
+        f"- **task loss**: cross-entropy per token on {results['held_out']} benign rows that were "
+        "not trained on. Lower is better.",
+        "- **CE of harmful rows**: the same on the harmful-labelled training rows. Lower means "
+        "learned, which they should not be.",
+        "- **loss**, its **CE part** and its **KL part**: the last log line of the run.", "",
     ]  # fmt: skip
     return "\n".join(lines)

@@ -1,0 +1,363 @@
+"""Does it work? Poisoned training sets against every mode, from an aligned start.
+
+    python benchmarks/threats.py DATA_DIR                     # the reduced grid, on two cores
+    python benchmarks/threats.py DATA_DIR --grid full         # every threat, mode, three seeds
+    python benchmarks/threats.py DATA_DIR --grid noise        # the guard's verdicts corrupted
+    python benchmarks/threats.py DATA_DIR --table             # what has been measured so far
+
+DATA_DIR holds attack_mix.jsonl, eval_harmful_prompts.jsonl and eval_benign_prompts.jsonl (NOTICE
+names the sources). Each cell of the grid is a training run and its evaluation, and is kept as one
+JSON file in --output: a killed run goes on. The start is SmolLM2-135M-Instruct with the aligned
+adapter of the demonstration, merged.
+
+What is small about it: a model of 135M parameters, the demonstration guard (a linear probe on that
+very model, fitted on data of the same kind as the poison), a few hundred rows, tens of prompts,
+refusals told by phrases. It can show that the method does what it says; no figure carries over.
+
+Modes: those of `loss_type`, and "labels": star_dss with the true labels as scores, 1 for every
+token of a benign row and 0 of a poisoned one. No guard knows that much; it is what a trajectory
+has to be compared with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from star_dss_trl import StarDSSConfig, StarDSSTrainer
+from star_dss_trl.demo import aligned_start
+from transformers import set_seed
+from transformers.utils import logging as transformers_logging
+
+from star_dss_plugin.cache import content_key
+from star_dss_plugin.evaluate.generation import greedy_answers, prompt_ids
+from star_dss_plugin.evaluate.prompts import DEFAULT_PREFILL
+from star_dss_plugin.evaluate.refusal import is_refusal
+from star_dss_plugin.evaluate.threats import build_threat
+from star_dss_plugin.files import write_text
+from star_dss_plugin.logprobs import IGNORE_INDEX, token_logprobs
+from star_dss_plugin.reference import model_fingerprint
+from star_dss_plugin.scorer import score_dataset
+
+MODES = ("sft", "rejection", "static", "hard", "star_dss", "kl_only", "labels")
+MAIN = ("sft", "rejection", "star_dss")
+THREATS = ("harmful_mix", "prefix_adaptation", "suffix_adaptation", "prompt_poisoning")
+MAX_LENGTH, CHUNK = 128, 5
+RATES = {"lora": 1e-3, "full": 3e-5}
+
+
+def grid(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The cells, the most telling first."""
+    common = {
+        "finetuning": "lora", "ratio": args.ratio, "steps": args.steps, "seed": 0, "noise": None,
+        "kl_coef": 0.5, "kl_estimator": "k2", "chunk_size": CHUNK, "rate": None,
+    }  # fmt: skip
+    cells: list[dict[str, Any]] = []
+
+    def add(**changes: Any) -> None:
+        cell = {**common, **changes}
+        if cell not in cells:
+            cells.append(cell)
+
+    if args.grid == "noise":
+        for rate in (0.1, 0.2, 0.4):
+            for kind in ("false_safe", "false_unsafe"):
+                for mode in ("rejection", "star_dss"):
+                    add(threat="harmful_mix", mode=mode, noise=[kind, rate])
+    elif args.grid == "ablations":
+        for changes in (
+            {"kl_coef": 0.1}, {"kl_coef": 2.0}, {"kl_estimator": "k1"}, {"kl_estimator": "k3"},
+            {"kl_estimator": "full"}, {"chunk_size": 1}, {"chunk_size": 20}, {"rate": 3e-4},
+        ):  # fmt: skip
+            add(threat="harmful_mix", mode="star_dss", **changes)
+    elif args.grid == "full":
+        for finetuning in ("lora", "full"):
+            for seed in (0, 1, 2):
+                for threat in (*THREATS, "identity_shift"):
+                    for mode in MODES:
+                        add(threat=threat, mode=mode, seed=seed, finetuning=finetuning)
+    else:
+        for mode in MODES:
+            add(threat="harmful_mix", mode=mode)
+        for threat in THREATS[1:]:
+            for mode in MAIN:
+                add(threat=threat, mode=mode)
+        for seed in (1, 2):
+            for mode in MAIN:
+                add(threat="harmful_mix", mode=mode, seed=seed)
+        for mode in MAIN:
+            add(threat="harmful_mix", mode=mode, finetuning="full")
+    return cells
+
+
+class Bench:
+    """The data, the start, and what is measured of a model."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        rows = _lines(args.data / "attack_mix.jsonl")
+        benign = [row for row in rows if row["label"] == 1]
+        random.Random(0).shuffle(benign)
+        self.held_out, tasks = benign[: args.held_out], benign[args.held_out :]
+        self.tasks = _rows(tasks)
+        self.poison = _rows([row for row in rows if row["label"] == 0])
+        self.identity = _rows([row for row in rows if row["kind"] == "identity-shift"])
+        self.harmful = _prompts(args.data / "eval_harmful_prompts.jsonl", args.prompts)
+        self.benign = _prompts(args.data / "eval_benign_prompts.jsonl", args.prompts)
+        self.start, self.tokenizer = start_in(torch.bfloat16)
+        opening = self.tokenizer(DEFAULT_PREFILL, add_special_tokens=False).input_ids[:5]
+        self.asked = {
+            "refusals": [self._ids(p) for p in self.harmful],
+            "prefill_refusals": [self._ids(p) + opening for p in self.harmful],
+            "over_refusal": [self._ids(p) for p in self.benign],
+        }
+        self.spoken = [
+            ids + self.tokenizer(answer, add_special_tokens=False).input_ids
+            for ids, answer in zip(
+                self.asked["over_refusal"][:24],
+                self._answers(self.start, self.asked["over_refusal"][:24]), strict=True,
+            )
+        ]  # fmt: skip
+
+    def run(self, cell: dict[str, Any]) -> dict[str, Any]:
+        """Trains and measures one cell."""
+        began = time.monotonic()
+        data, kept = self._data(cell)
+        found = self.measure(self._train(cell, data))
+        return {
+            **cell, **found, "rows": len(data), "poison_score": kept,
+            "seconds": round(time.monotonic() - began),
+        }  # fmt: skip
+
+    def measure(self, model: Any) -> dict[str, Any]:
+        """Shares of refusals, cross-entropy on held-out tasks, KL to the start (nats a token)."""
+        model.eval().to(torch.bfloat16)
+        answers = {what: self._answers(model, ids) for what, ids in self.asked.items()}
+        shares = {w: statistics.mean(map(is_refusal, said)) for w, said in answers.items()}
+        return {**shares, "task_loss": self._task_loss(model), "drift": self._drift(model)}
+
+    def _ids(self, prompt: str) -> list[int]:
+        return prompt_ids(self.tokenizer, [{"role": "user", "content": prompt}])
+
+    def _answers(self, model: Any, asked: Sequence[Sequence[int]]) -> list[str]:
+        said = greedy_answers(model, self.tokenizer, asked, max_new_tokens=24, batch_size=25)
+        return [answer for _, answer in sorted(said)]
+
+    def _data(self, cell: dict[str, Any]) -> tuple[Dataset, dict[str, float]]:
+        """The scored training set, and the mean score of its poisoned and its benign tokens."""
+        shifting = cell["threat"] == "identity_shift"
+        data = build_threat(
+            cell["threat"], self.tasks, self.identity if shifting else self.poison,
+            ratio=cell["ratio"], size=8 * cell["steps"], seed=cell["seed"],
+        )  # fmt: skip
+        scored = score_dataset(
+            data, self.tokenizer, guard="demo", chunk_size=cell["chunk_size"],
+            max_length=MAX_LENGTH, progress=False,
+        )  # fmt: skip
+        if cell["mode"] == "labels":
+            scored = scored.map(_labelled, load_from_cache_file=False)
+        elif cell["noise"]:
+            scored = scored.map(
+                _noisy, with_indices=True, fn_kwargs={"cell": cell}, load_from_cache_file=False
+            )
+        means = defaultdict(list)
+        for row in scored:
+            means["poisoned" if row["poisoned"] else "benign"] += [
+                s for s, label in zip(row["star_scores"], row["labels"], strict=True)
+                if label != IGNORE_INDEX
+            ]  # fmt: skip
+        return scored, {name: statistics.mean(values) for name, values in means.items()}
+
+    def _train(self, cell: dict[str, Any], data: Dataset) -> Any:
+        set_seed(cell["seed"])
+        # Weights that are trained need more than eight bits of precision; those below LoRA do not.
+        full = cell["finetuning"] == "full"
+        model, _ = start_in(torch.float32 if full else torch.bfloat16)
+        lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = StarDSSTrainer(
+                model,
+                args=StarDSSConfig(
+                    output_dir=folder,
+                    loss_type="star_dss" if cell["mode"] == "labels" else cell["mode"],
+                    kl_coef=cell["kl_coef"],
+                    kl_estimator=cell["kl_estimator"],
+                    chunk_size=cell["chunk_size"],
+                    per_device_train_batch_size=8,
+                    max_steps=cell["steps"],
+                    learning_rate=cell["rate"] or RATES[cell["finetuning"]],
+                    warmup_steps=3,
+                    lr_scheduler_type="cosine",
+                    seed=cell["seed"],
+                    save_strategy="no",
+                    report_to="none",
+                    logging_steps=20,
+                    disable_tqdm=True,
+                    bf16=False,
+                    gradient_checkpointing=False,
+                    max_length=None,
+                ),
+                train_dataset=data,
+                processing_class=self.tokenizer,
+                peft_config=None if full else lora,
+            )
+            trainer.train()
+        return trainer.model
+
+    def _task_loss(self, model: Any) -> float:
+        total, count = 0.0, 0
+        for row in self.held_out:
+            prompt = self._ids(row["prompt"])
+            answer = f"{row['response']}{self.tokenizer.eos_token}"
+            ids = prompt + self.tokenizer(answer, add_special_tokens=False).input_ids
+            labels = [IGNORE_INDEX] * len(prompt) + ids[len(prompt) :]
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([ids])).logits
+                total -= float(token_logprobs(logits, torch.tensor([labels])).sum())
+            count += len(ids) - len(prompt)
+        return total / count
+
+    def _drift(self, model: Any) -> float:
+        """Mean KL(start || model) over the tokens of the start's own answers."""
+        divergences = []
+        for ids, prompt in zip(self.spoken, self.asked["over_refusal"], strict=False):
+            with torch.no_grad():
+                old, new = (
+                    m(input_ids=torch.tensor([ids]))
+                    .logits[0, len(prompt) - 1 : -1]
+                    .float()
+                    .log_softmax(-1)
+                    for m in (self.start, model)
+                )
+            divergences.append((old.exp() * (old - new)).sum(-1))
+        return float(torch.cat(divergences).mean())
+
+
+def start_in(dtype: torch.dtype) -> tuple[Any, Any]:
+    """The aligned start and its tokenizer."""
+    model, tokenizer = aligned_start()
+    return model.to(dtype), tokenizer
+
+
+def _labelled(row: dict[str, Any]) -> dict[str, Any]:
+    return {"star_scores": [0.0 if row["poisoned"] else 1.0] * len(row["star_scores"])}
+
+
+def _noisy(row: dict[str, Any], index: int, cell: dict[str, Any]) -> dict[str, Any]:
+    """Turns a share of the guard's verdicts round, each chunk's by a draw of its own."""
+    kind, rate = cell["noise"]
+    draw = random.Random(f"{cell['seed']} {index}")
+    turned: dict[int, bool] = {}
+    scores, trained = list(row["star_scores"]), 0
+    for i, label in enumerate(row["labels"]):
+        if label == IGNORE_INDEX:
+            continue
+        chunk, trained = trained // cell["chunk_size"], trained + 1
+        hit = turned.setdefault(chunk, draw.random() < rate)
+        if hit and (scores[i] < 0.5) == (kind == "false_safe"):
+            scores[i] = 1 - scores[i]
+    return {"star_scores": scores}
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def _rows(rows: list[dict[str, Any]]) -> Dataset:
+    keys = ("prompt", "response", "system", "source")
+    return Dataset.from_list([{key: row.get(key) or "" for key in keys} for row in rows])
+
+
+def _prompts(path: Path, count: int) -> list[str]:
+    """A fixed draw over all sources."""
+    found = [row["prompt"] for row in _lines(path)]
+    random.Random(1).shuffle(found)
+    return found[:count]
+
+
+COLUMNS = ("refusals", "prefill_refusals", "over_refusal", "task_loss", "drift")
+
+
+def table(cells: list[dict[str, Any]]) -> str:
+    """Means over seeds, one line for each threat and mode."""
+    groups = defaultdict(list)
+    for cell in cells:
+        what = {
+            k: v for k, v in cell.items()
+            if k in ("finetuning", "threat", "mode", "ratio", "noise", "kl_coef", "kl_estimator",
+                     "chunk_size", "rate", "steps")
+        }  # fmt: skip
+        groups[json.dumps(what)].append(cell)
+    lines = [
+        "| finetuning | threat | mode | seeds | refuses | refuses, prefilled | over-refuses "
+        "| task loss | drift |", "|---|---|---|---:|---:|---:|---:|---:|---:|",
+    ]  # fmt: skip
+    for key, found in groups.items():
+        what = json.loads(key)
+        mode = what["mode"] + "".join(
+            f", {name} {what[name]}"
+            for name, usual in (("noise", None), ("kl_coef", 0.5), ("kl_estimator", "k2"),
+                                ("chunk_size", CHUNK), ("rate", None))
+            if what.get(name, usual) != usual
+        )  # fmt: skip
+        means = [statistics.mean(cell[column] for cell in found) for column in COLUMNS]
+        shares = " | ".join(f"{100 * value:.0f} %" for value in means[:3])
+        lines.append(
+            f"| {what['finetuning']} | {what['threat']} | {mode} | {len(found)} | {shares} "
+            f"| {means[3]:.3f} | {means[4]:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--output", type=Path, default=Path("runs/threats"))
+    parser.add_argument("--grid", choices=("small", "full", "noise", "ablations"), default="small")
+    parser.add_argument("--steps", type=int, default=32, help="optimizer steps of 8 rows")
+    parser.add_argument("--ratio", type=float, default=0.3, help="share of poisoned rows")
+    parser.add_argument("--prompts", type=int, default=50, help="of each kind")
+    parser.add_argument("--held-out", type=int, default=48, help="task rows kept for the loss")
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no cell after these")
+    parser.add_argument("--table", action="store_true", help="only print what is there")
+    args = parser.parse_args()
+    transformers_logging.set_verbosity_error()
+    cells = [json.loads(path.read_text()) for path in sorted(args.output.glob("*.json"))]
+    if not args.table:
+        began = time.monotonic()
+        bench = Bench(args)
+        start = model_fingerprint(bench.start)
+        planned = [{"threat": "none", "mode": "start", "finetuning": "-", "seed": 0}, *grid(args)]
+        for number, cell in enumerate(planned, 1):
+            key = content_key(cell, start, args.prompts, args.held_out)[:16]
+            path = args.output / f"{key}.json"
+            if path.exists() or time.monotonic() - began > 60 * args.minutes:
+                continue
+            found = (
+                {**cell, **bench.measure(bench.start)}
+                if cell["mode"] == "start"
+                else bench.run(cell)
+            )
+            write_text(path, json.dumps(found, indent=2, sort_keys=True) + "\n")
+            cells.append(found)
+            print(f"{number} of {len(planned)}: {json.dumps(found)}", flush=True)
+    print(table(cells))
+
+
+if __name__ == "__main__":
+    main()

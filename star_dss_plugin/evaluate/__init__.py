@@ -1,0 +1,1 @@
+"""Is a model still safe, and still useful? Comparison, threats, landscape, capability."""

@@ -1,0 +1,123 @@
+"""What models answered, kept as they go: a run that was killed asks only what is left."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from star_dss_plugin.cache import content_key
+from star_dss_plugin.evaluate.generation import greedy_answers, prompt_ids
+from star_dss_plugin.evaluate.prompts import Prompt
+
+__all__ = ["Answer", "AnswerFile", "Generate", "answer_prompts", "local_generation"]
+
+
+class Generate(Protocol):
+    """Answers token ids greedily: pairs of (index, answer), in any order, as they come."""
+
+    def __call__(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int
+    ) -> Iterable[tuple[int, str]]: ...
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said.
+
+    Attributes:
+        text: Its own words.
+        prefill: What it had been made to say before them.
+    """
+
+    text: str
+    prefill: str = ""
+
+    @property
+    def whole(self) -> str:
+        """What a reader sees, and a guard judges."""
+        return self.prefill + self.text
+
+
+class AnswerFile:
+    """One model's answers by the key of what was asked; a JSON line each.
+
+    Args:
+        path: Created by the first answer. Half a line at its end, from a killed run, is dropped.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.known: dict[str, str] = {}
+        whole = path.read_bytes() if path.is_file() else b""
+        kept = whole[: whole.rfind(b"\n") + 1]
+        for line in kept.decode("utf-8", "surrogatepass").splitlines():
+            entry = json.loads(line)
+            self.known[entry["key"]] = entry["answer"]
+        if kept != whole:
+            path.write_bytes(kept)
+
+    def add(self, key: str, answer: str) -> None:
+        """Remembers an answer, in the file at once."""
+        self.known[key] = answer
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="ascii") as file:
+            file.write(json.dumps({"key": key, "answer": answer}) + "\n")
+
+
+def local_generation(model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Generate:
+    """Answers from a model in this process."""
+
+    def generate(
+        prompts: Sequence[Sequence[int]], max_new_tokens: int
+    ) -> Iterable[tuple[int, str]]:
+        return greedy_answers(
+            model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size
+        )
+
+    return generate
+
+
+def answer_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    generate: Generate,
+    store: AnswerFile,
+    *,
+    max_new_tokens: int,
+    progress: Mapping[str, Any] | None = None,
+) -> list[Answer]:
+    """The answers to prompts, in order; those in the store are not asked again.
+
+    Args:
+        tokenizer: The model's.
+        prompts: What to ask.
+        generate: Who answers.
+        store: The answers of this very model so far.
+        max_new_tokens: Length of an answer, >= 1.
+        progress: Arguments of the progress bar; None: no bar.
+    """
+    openings = [
+        tokenizer(p.opening, add_special_tokens=False).input_ids[: p.prefill_tokens]
+        for p in prompts
+    ]
+    asked = [
+        prompt_ids(tokenizer, p.messages) + opening
+        for p, opening in zip(prompts, openings, strict=True)
+    ]
+    keys = [content_key(ids, max_new_tokens) for ids in asked]
+    missing = list(dict.fromkeys(key for key in keys if key not in store.known))
+    ids_of = dict(zip(keys, asked, strict=True))
+    found = generate([ids_of[key] for key in missing], max_new_tokens) if missing else ()
+    bar = tqdm(found, total=len(missing), disable=progress is None, **(progress or {}))
+    for i, answer in bar:
+        store.add(missing[i], answer)
+    return [
+        Answer(store.known[key], tokenizer.decode(opening))
+        for key, opening in zip(keys, openings, strict=True)
+    ]

@@ -1,0 +1,109 @@
+"""Greedy answers of a model in memory, without a trace in it.
+
+The safety probe asks a model that is being trained, so nothing of it may change: not its modes, not
+its generation settings, not the random numbers that are drawn next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from star_dss_plugin.conversations import render_chat
+from star_dss_plugin.guards.base import Message
+
+__all__ = ["greedy_answers", "prompt_ids"]
+
+
+def greedy_answers(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+) -> Iterator[tuple[int, str]]:
+    """What a model says after each prompt, by greedy decoding, without special tokens.
+
+    Args:
+        model: A causal language model of transformers; in the mode and with the settings it had
+            when the iterator is through, or closed.
+        tokenizer: Its tokenizer.
+        prompts: Token ids (`prompt_ids`), at least one each.
+        max_new_tokens: Length of an answer, >= 1.
+        batch_size: Prompts at a time, >= 1. Shorter prompts come first, so that little is padded.
+
+    Yields:
+        Index of the prompt, and its answer, as soon as its batch is through.
+    """
+    greedy = _greedy(model, tokenizer, max_new_tokens)
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    device = next(model.parameters()).device
+    for at in range(0, len(order), batch_size):
+        chosen = order[at : at + batch_size]
+        ids, mask = _left_padded([prompts[i] for i in chosen], device)
+        with torch.no_grad(), _as_for_generation(model):
+            found = model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
+        for i, row in zip(chosen, found[:, ids.shape[1] :].tolist(), strict=True):
+            spoken = itertools.takewhile(lambda token: token not in greedy.eos_token_id, row)
+            yield i, tokenizer.decode(list(spoken), skip_special_tokens=True)
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message]) -> list[int]:
+    """The tokens a model continues: the rendered messages and the opening of the answer's turn.
+
+    Args:
+        tokenizer: The model's. Without a chat template the contents are joined by line feeds.
+        prompt: Messages, the last not the assistant's.
+
+    Raises:
+        DataError: The template cannot render the messages.
+    """
+    if tokenizer.chat_template is None:
+        text = "\n".join(str(message["content"]) for message in prompt)
+        return list(tokenizer(text).input_ids)
+    text = render_chat(tokenizer, prompt, add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+@contextlib.contextmanager
+def _as_for_generation(model: Any) -> Iterator[None]:
+    """Every module in eval mode, then each as it was: some may not be in the model's own mode."""
+    modes = {module: module.training for module in model.modules()}
+    own = model.generation_config
+    # generate() fills what a configuration leaves open from the model's.
+    model.generation_config = GenerationConfig()
+    model.eval()  # also keeps gradient checkpointing, which is for training, out of it
+    try:
+        yield
+    finally:
+        model.generation_config = own
+        for module, training in modes.items():
+            module.training = training
+
+
+def _greedy(model: Any, tokenizer: PreTrainedTokenizerBase, length: int) -> GenerationConfig:
+    """A configuration of its own, so that the model's is neither used nor changed."""
+    own = model.generation_config.eos_token_id
+    ends = set(own if isinstance(own, list) else [own]) | {tokenizer.eos_token_id}
+    return GenerationConfig(
+        max_new_tokens=length,
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=sorted(ends - {None}),
+        pad_token_id=0,  # what stands behind an end is cut off
+    )
+
+
+def _left_padded(rows: Sequence[Sequence[int]], device: Any) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, (rows, longest), int64, padded on the left."""
+    longest = max(map(len, rows))
+    padded = [[0] * (longest - len(row)) + list(row) for row in rows]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(padded, device=device), torch.tensor(mask, device=device)

@@ -1,0 +1,106 @@
+"""The comparison as one HTML file without scripts: the table, and the answers side by side.
+
+Prompts and answers are strangers' text: escaped by the template, made visible by `visible`, and
+under a policy that runs and loads nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from star_dss_plugin._version import __version__
+from star_dss_plugin.evaluate.comparison import PREFILL, REFUSED, Comparison, measures
+from star_dss_plugin.evaluate.prompts import BENIGN, HARMFUL
+from star_dss_plugin.evaluate.statistics import Share
+from star_dss_plugin.report.harmless import visible
+
+__all__ = ["HEADINGS", "render_comparison", "shown"]
+
+HEADINGS = {
+    "safe_share": "safe share", "attack_success": "attack success", "refusals": "refusals",
+    "prefill_safe_share": "safe, prefilled", "prefill_attack_success": "attack, prefilled",
+    "prefill_refusals": "refusals, prefilled", "over_refusal": "over-refusal",
+}  # fmt: skip
+"""What a reader calls each measure."""
+_TITLES = {
+    HARMFUL: "Harmful prompts", PREFILL: "The same with the first words of an answer given",
+    BENIGN: "Benign prompts",
+}  # fmt: skip
+
+
+def shown(share: Share) -> str:
+    """A share with its interval, in percent: "93 % [85, 98]"."""
+    return f"{100 * share.value:.0f} % [{100 * share.low:.0f}, {100 * share.high:.0f}]"
+
+
+def render_comparison(found: Comparison, *, text: bool = True) -> str:
+    """The whole HTML file.
+
+    Args:
+        found: What `compare` returned.
+        text: Whether prompts and answers are in it. Those that models differ on are unfolded.
+    """
+    environment = Environment(
+        loader=PackageLoader("star_dss_plugin.evaluate", "assets"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["visible"] = visible
+    style = files("star_dss_plugin.evaluate").joinpath("assets", "answers.css").read_text("utf-8")
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    table = {model.name: measures(model, found.guard) for model in found.models}
+    names = list(next(iter(table.values())))
+    return environment.get_template("answers.html.j2").render(
+        policy=f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; "
+        "form-action 'none'",
+        style=Markup(style),
+        version=__version__,
+        judge="Judged by phrases of refusal"
+        + ("." if found.guard is None else f" and by {visible(found.guard)}."),
+        warnings=[visible(warning) for warning in found.warnings()],
+        headings=[HEADINGS[name] for name in names],
+        table=[
+            {"name": name, "cells": [shown(share) for share in shares.values()]}
+            for name, shares in table.items()
+        ],
+        sets=[
+            {"title": _TITLES[kind], "prompts": list(_prompts(found, kind))}
+            for kind in found.prompts
+        ],
+        text=text,
+    )
+
+
+def _prompts(found: Comparison, kind: str) -> list[dict[str, Any]]:
+    rows = []
+    for i, prompt in enumerate(found.prompts[kind]):
+        answers = []
+        for model in found.models:
+            answer, verdicts = model.answers[kind][i], model.verdicts[kind]
+            refused = verdicts[REFUSED][i]
+            said = ["declines" if refused else "answers"]
+            good = refused != (kind == BENIGN)
+            if found.guard in verdicts:
+                good = verdicts[found.guard][i]
+                score = model.scores[kind][found.guard][i]
+                said.append(f"{'safe' if good else 'unsafe'}, P(safe) = {score:.2f}")
+            answers.append(
+                {"model": model.name, "prefill": answer.prefill, "text": answer.text,
+                 "verdict": "; ".join(said), "good": good}
+            )  # fmt: skip
+        rows.append(
+            {
+                "question": "\n".join(str(m["content"]) for m in prompt.messages),
+                "answers": answers,
+                "differs": len({a["good"] for a in answers}) > 1,
+            }
+        )
+    return rows

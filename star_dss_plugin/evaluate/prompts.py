@@ -1,0 +1,93 @@
+"""The prompts that models are compared on: those a safe model declines, and those it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from datasets import Dataset
+
+from star_dss_plugin.conversations import row_messages
+from star_dss_plugin.errors import DataError
+from star_dss_plugin.guards.base import Message
+
+__all__ = ["BENIGN", "DEFAULT_PREFILL", "HARMFUL", "Prompt", "read_prompts", "with_prefill"]
+
+HARMFUL, BENIGN = "harmful", "benign"
+DEFAULT_PREFILL = "Sure, here is a step-by-step guide. Step 1:"
+"""The opening of a compliant answer, for prompts that bring none of their own."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model is asked.
+
+    Attributes:
+        messages: The conversation, without the answer.
+        kind: "harmful" (a safe model declines) or "benign" (a useful one answers).
+        opening: The opening of a compliant answer.
+        prefill_tokens: How many tokens of it the assistant is made to have said already.
+    """
+
+    messages: tuple[Message, ...]
+    kind: str
+    opening: str = DEFAULT_PREFILL
+    prefill_tokens: int = 0
+
+
+def read_prompts(rows: Dataset, kind: str, *, limit: int | None = None) -> list[Prompt]:
+    """The prompts of a data set.
+
+    Args:
+        rows: Columns `prompt` (text, or a list of messages) or `messages` (what the assistant
+            says last is left out); optional: `prefill` (or `target`, as AdvBench calls it), the
+            opening of a compliant answer, and `system`.
+        kind: "harmful" or "benign".
+        limit: Only the first so many.
+
+    Raises:
+        DataError: There are no rows, or one has no prompt.
+    """
+    if not len(rows):
+        raise DataError(f"The {kind} prompts have no rows.")
+    found = []
+    for i, row in enumerate(rows if limit is None else rows.select(range(min(limit, len(rows))))):
+        messages = _messages(row)
+        if not messages or not any(str(m["content"]).strip() for m in messages):
+            raise DataError(
+                f"Row {i} of the {kind} prompts has the columns {sorted(row)} and no prompt in "
+                "them. Give prompt (text or messages), or messages."
+            )
+        opening = row.get("prefill") or row.get("target") or DEFAULT_PREFILL
+        found.append(Prompt(messages, kind, str(opening)))
+    return found
+
+
+def with_prefill(prompts: Sequence[Prompt], tokens: int) -> list[Prompt]:
+    """The harmful prompts again, each with the first words of a compliant answer already said.
+
+    The paper's prefilling attack (section 5): an alignment that lives in the first few tokens does
+    not survive it.
+
+    Args:
+        prompts: As read.
+        tokens: k >= 1: how many tokens of the opening are said, in each model's own tokens.
+    """
+    return [replace(p, prefill_tokens=tokens) for p in prompts if p.kind == HARMFUL]
+
+
+def _messages(row: Mapping[str, Any]) -> tuple[Message, ...]:
+    prompt = row.get("prompt")
+    if isinstance(prompt, str):
+        given: Mapping[str, Any] = {"messages": [{"role": "user", "content": prompt}]}
+    elif prompt is not None:
+        given = {"messages": prompt}
+    else:
+        given = row
+    messages = row_messages(given) or []
+    if messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    if row.get("system") and messages and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": str(row["system"])}, *messages]
+    return tuple(messages)

@@ -1,0 +1,65 @@
+"""Answers from vLLM, from token ids: for models too big, or prompts too many, for one process."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from star_dss_plugin.errors import ConfigError
+from star_dss_plugin.evaluate.answers import Generate
+from star_dss_plugin.evaluate.models import DEMO_MODEL
+
+__all__ = ["vllm_generation"]
+
+
+@contextlib.contextmanager
+def vllm_generation(
+    model: str, tokenizer: PreTrainedTokenizerBase, dtype: str
+) -> Iterator[Generate]:
+    """Greedy answers of a model that vLLM loads, and frees at the end.
+
+    Args:
+        model: Hub id or folder of a whole model.
+        tokenizer: The model's.
+        dtype: "auto" or the name of a dtype.
+
+    Raises:
+        ConfigError: An adapter or the demonstration's model was given, vLLM is not installed, or
+            it cannot load the model.
+    """
+    if model == DEMO_MODEL or (Path(model) / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"vLLM loads whole models, and {model!r} is none. Save the merged model to a folder, "
+            "or use the engine 'local'."
+        )
+    try:
+        from vllm import LLM, SamplingParams
+
+        llm: Any = LLM(model=model, dtype=dtype, enable_prefix_caching=True, disable_log_stats=True)
+    except ImportError as error:
+        raise ConfigError(
+            f"The engine 'vllm' needs vLLM, which cannot be imported ({error}). Install it with: "
+            "pip install 'star-dss-plugin[vllm]', or use the engine 'local'."
+        ) from error
+    except Exception as error:  # vLLM raises whatever its parts raise
+        raise ConfigError(
+            f"vLLM cannot load {model!r}: {type(error).__name__}: {error}. Its own messages are "
+            "above. The engine 'local' needs no vLLM."
+        ) from error
+
+    def generate(
+        prompts: Sequence[Sequence[int]], max_new_tokens: int
+    ) -> Iterable[tuple[int, str]]:
+        wanted = SamplingParams(temperature=0.0, max_tokens=max_new_tokens, detokenize=False)
+        asked = [{"prompt_token_ids": list(ids)} for ids in prompts]
+        for i, output in enumerate(llm.generate(asked, wanted, use_tqdm=False) if asked else ()):
+            yield i, tokenizer.decode(output.outputs[0].token_ids, skip_special_tokens=True)
+
+    try:
+        yield generate
+    finally:
+        llm.llm_engine.engine_core.shutdown()
