@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,7 +31,9 @@ if TYPE_CHECKING:
 __all__ = ["Measured", "Tasks", "check_lm_eval", "compared", "open_tasks", "run_tasks"]
 
 
-_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_LOCAL = (
+    "file:"  # before the names of files: they are not lm-eval's tasks, whatever they are called
+)
 _KEPT = ("results", "groups", "group_subtasks", "n-samples", "n-shot", "versions",
          "higher_is_better", "lm_eval_version", "transformers_version")  # fmt: skip
 
@@ -86,7 +87,8 @@ def open_tasks(
     Args:
         names: Tasks, groups or tags of lm-eval; their data comes from the hub.
         data: Name → a .jsonl file with `prompt`, `choices`, `answer` (the index of the right one),
-            or with `prompt`, `response`, `answer` (the end of the response, behind "####").
+            or with `prompt`, `response`, `answer` (the end of the response, behind "####"). The
+            task is called `file:NAME`.
         num_fewshot: Examples before each question, to check that the files have so many.
 
     Raises:
@@ -101,9 +103,15 @@ def open_tasks(
             "No task was given. Name lm-eval's with --tasks, or your files with --tasks-data "
             "NAME=FILE."
         )
+    local = {f"{_LOCAL}{label}": Path(path) for label, path in (data or {}).items()}
     with TemporaryDirectory(prefix="star-dss-tasks-") as folder:
+        for number, (name, path) in enumerate(local.items()):
+            definition = _definition(name, path, num_fewshot)
+            text = yaml.safe_dump(definition, allow_unicode=True)
+            (Path(folder) / f"{number}.yaml").write_text(text, encoding="utf-8")
         # Indexing lm-eval's thousands of definitions takes seconds, and files need none of them.
-        known = TaskManager().all_tasks if names else []
+        manager = TaskManager(include_path=folder, include_defaults=bool(names))
+        known = manager.all_tasks
         for name in names:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=3)
@@ -112,25 +120,17 @@ def open_tasks(
                     f"lm-eval {version('lm-eval')} has no task {name!r}.{hint} All of them: "
                     "lm_eval ls tasks"
                 )
-        for label, path in (data or {}).items():
-            if not _LABEL.fullmatch(label) or label in known:
-                why = "is a task of lm-eval" if label in known else "is no plain word"
-                raise ConfigError(f"The name {label!r} of {path} {why}. Call it otherwise.")
-            definition = _definition(label, Path(path), num_fewshot)
-            text = yaml.safe_dump(definition, allow_unicode=True)
-            (Path(folder) / f"{label}.yaml").write_text(text, encoding="utf-8")
-        manager = TaskManager(include_path=folder, include_defaults=bool(names))
-        wanted = (*names, *(data or {}))
+        wanted = (*names, *local)
         for name in wanted:
             _check_loads(manager, name)
         yield Tasks(wanted, manager)
 
 
-def _definition(label: str, path: Path, num_fewshot: int | None) -> dict[str, Any]:
+def _definition(name: str, path: Path, num_fewshot: int | None) -> dict[str, Any]:
     """lm-eval's definition of a task over a file: one of ours, with name and file filled in."""
     if path.suffix not in (".jsonl", ".json") or not path.is_file():
         what = "is not a .jsonl file" if path.is_file() else "is not there"
-        raise DataError(f"{path}, the data of {label!r}, {what}. Give a file of JSON lines.")
+        raise DataError(f"{path}, the data of {name!r}, {what}. Give a file of JSON lines.")
     rows = read_dataset(str(path)).to_list()
     shape = _shape(rows, path)
     source = files("star_dss_plugin.evaluate").joinpath("tasks", f"{shape}.yaml")
@@ -141,7 +141,7 @@ def _definition(label: str, path: Path, num_fewshot: int | None) -> dict[str, An
             f"{path} has {len(rows)} rows, too few for {shots} examples and a question. Give more "
             "rows, or fewer examples with --num-fewshot."
         )
-    return {**found, "task": label, "dataset_kwargs": {"data_files": {"test": str(path.resolve())}}}
+    return {**found, "task": name, "dataset_kwargs": {"data_files": {"test": str(path.resolve())}}}
 
 
 def _shape(rows: Sequence[Mapping[str, Any]], path: Path) -> str:

@@ -72,8 +72,9 @@ def capability(
     with open_tasks(names, _named_files(tasks_data or []), num_fewshot=num_fewshot) as opened:
         for model in models:
             loaded, tokenizer = load_whole_model(model, dtype=dtype)
+            loaded.to(place)  # type: ignore[arg-type]
             found[model] = run_tasks(
-                loaded.to(place), tokenizer, opened, limit=limit, num_fewshot=num_fewshot,
+                loaded, tokenizer, opened, limit=limit, num_fewshot=num_fewshot,
                 batch_size=batch_size, chat_template=chat_template, seed=seed,
             )  # fmt: skip
             del loaded

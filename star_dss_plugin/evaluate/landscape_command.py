@@ -241,7 +241,7 @@ def _greedy_answers(
     def answer(model: nn.Module) -> list[str]:
         whole: Any = model
         greedy = _greedy(whole, tokenizer, max_new_tokens)
-        answers = []
+        answers: list[str] = []
         with torch.no_grad(), _as_for_generation(whole):
             for at in range(0, len(ids), batch_size):
                 batch, mask = _left_padded(ids[at : at + batch_size], whole.device)
@@ -250,7 +250,7 @@ def _greedy_answers(
                 )
                 for row in found[:, batch.shape[1] :].tolist():
                     spoken = itertools.takewhile(lambda i: i not in greedy.eos_token_id, row)
-                    answers.append(tokenizer.decode(list(spoken), skip_special_tokens=True))
+                    answers.append(str(tokenizer.decode(list(spoken), skip_special_tokens=True)))
         return answers
 
     return answer

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import find_adapter_config_file
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.files import load_tokenizer
@@ -51,9 +51,10 @@ def load_whole_model(
 
 def _read(name: str, dtype: Any) -> PreTrainedModel:
     # No pickle: a .bin file may run whatever its author likes.
-    model, report = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         name, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
     )
+    model, report = loaded
     if missing := sorted(report["missing_keys"]):
         # transformers fills them with random numbers and goes on.
         raise ValueError(f"its files lack the weights {missing[:3]}")
@@ -106,5 +107,5 @@ def weights_digest(model: PreTrainedModel) -> str:
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, weight in sorted(model.named_parameters()):
         digest.update(f"{name}:{tuple(weight.shape)}:{weight.dtype}:".encode())
-        digest.update(weight.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(weight.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
