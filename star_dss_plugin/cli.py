@@ -16,7 +16,9 @@ from rich.table import Table
 from star_dss_plugin import guard_commands
 from star_dss_plugin._version import __version__
 from star_dss_plugin.errors import ConfigError, PluginError, StarDSSError
+from star_dss_plugin.evaluate.capability_command import capability
 from star_dss_plugin.evaluate.command import evaluate as evaluate_command
+from star_dss_plugin.evaluate.landscape_command import landscape
 from star_dss_plugin.report import command as report_commands
 from star_dss_plugin.report.harmless import visible
 
@@ -167,6 +169,8 @@ app.add_typer(guard_commands.app, name="guards")
 app.command()(report_commands.report)
 app.command()(report_commands.inspect)
 app.command()(evaluate_command)
+app.command()(landscape)
+app.command()(capability)
 
 
 @app.command(context_settings={**_RAW, "help_option_names": []})

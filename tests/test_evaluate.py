@@ -19,9 +19,9 @@ from test_cli import run
 from star_dss_plugin import ConfigError, DataError
 from star_dss_plugin.evaluate import comparison
 from star_dss_plugin.evaluate.answers import AnswerFile, answer_prompts, local_generation
-from star_dss_plugin.evaluate.comparison import compare, differences, measures
+from star_dss_plugin.evaluate.comparison import compare, differences, measures, training_guard
 from star_dss_plugin.evaluate.generation import greedy_answers, prompt_ids
-from star_dss_plugin.evaluate.models import load_model, training_guard
+from star_dss_plugin.evaluate.loading import load_whole_model
 from star_dss_plugin.evaluate.page import render_comparison
 from star_dss_plugin.evaluate.prompts import DEFAULT_PREFILL, read_prompts, with_prefill
 from star_dss_plugin.evaluate.refusal import is_refusal
@@ -210,36 +210,31 @@ def test_line_separators_in_an_answer_do_not_end_its_line(tmp_path):
 # Models
 
 
-def test_a_model_an_adapter_and_what_is_neither(model_dirs, tmp_path, tokenizer):
+def test_an_adapter_of_a_base_that_is_elsewhere(model_dirs, tmp_path):
     peft = pytest.importorskip("peft")
-    model, _ = load_model(model_dirs[0], device="cpu")
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    with torch.no_grad():
-        wrapped.base_model.model.model.layers[0].self_attn.q_proj.lora_B.default.weight.fill_(0.5)
+    model, _ = load_whole_model(model_dirs[0])
+    wrapped = peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    )
     wrapped.save_pretrained(tmp_path / "adapter")
-    adapted, found = load_model(str(tmp_path / "adapter"), base=model_dirs[0], device="cpu")
-    ids = torch.tensor([prompt_ids(found, prompts()[0].messages)])
-    assert torch.allclose(adapted(ids).logits, wrapped.eval()(ids).logits)
-    assert not torch.allclose(adapted(ids).logits, load_model(model_dirs[0])[0](ids).logits)
     config = tmp_path / "adapter" / "adapter_config.json"
     config.write_text(
         json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "no/such"})
     )
     with pytest.raises(ConfigError, match="is an adapter of 'no/such'"):
-        load_model(str(tmp_path / "adapter"))
-    with pytest.raises(ConfigError, match="cannot be loaded"):
-        load_model(str(tmp_path / "nothing"))
-    with pytest.raises(ConfigError, match="dtype is 'float3'"):
-        load_model(model_dirs[0], dtype="float3")
+        load_whole_model(str(tmp_path / "adapter"))
+    adapted, found = load_whole_model(str(tmp_path / "adapter"), base=model_dirs[0])
+    ids = torch.tensor([prompt_ids(found, prompts()[0].messages)])
+    assert torch.allclose(adapted(ids).logits, wrapped.eval()(ids).logits, atol=1e-5)
 
 
 def test_pickled_weights_are_not_loaded(model_dirs, tmp_path, tokenizer):
-    model, _ = load_model(model_dirs[0])
+    model, _ = load_whole_model(model_dirs[0])
     model.config.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(ConfigError, match="cannot be loaded"):
-        load_model(str(tmp_path))
+        load_whole_model(str(tmp_path))
 
 
 # The comparison
@@ -249,7 +244,7 @@ def test_every_model_answers_every_prompt(model_dirs, tmp_path):
     found = compared(model_dirs, tmp_path, prefill_tokens=2)
     assert [m.name for m in found.models] == ["first", "second"]
     for source, answered in zip(model_dirs, found.models, strict=True):
-        model, tokenizer = load_model(source, device="cpu")
+        model, tokenizer = load_whole_model(source)
         assert {k: len(v) for k, v in answered.answers.items()} == {
             "harmful": 2, "benign": 1, "prefill": 2,
         }  # fmt: skip
@@ -307,7 +302,7 @@ def test_a_guard_reads_the_prefill_and_phrases_do_not(model_dirs, tmp_path, monk
 
 def test_the_training_guard_as_judge_is_a_warning(model_dirs, tmp_path, tokenizer):
     folder = tmp_path / "trained"
-    load_model(model_dirs[0])[0].save_pretrained(folder)
+    load_whole_model(model_dirs[0])[0].save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "star_dss.json").write_text('{"data": {"train": {"guard": "test-words"}}}')
     assert training_guard(str(folder)) == "test-words"
@@ -333,7 +328,7 @@ def test_the_training_guard_as_judge_is_a_warning(model_dirs, tmp_path, tokenize
 def test_what_cannot_work_is_said_before_a_model_is_loaded(
     model_dirs, tmp_path, monkeypatch, changes, message
 ):
-    monkeypatch.setattr(comparison, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(comparison, "load_whole_model", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(ConfigError, match=message):
         compared(model_dirs, tmp_path, **changes)
 

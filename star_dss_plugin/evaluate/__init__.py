@@ -1,1 +1,1 @@
-"""Is a model still safe, and still useful? Comparison, threats, landscape, capability."""
+"""Evaluation of finetuned models: what they refuse, what they can do, and how robustly."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,13 +21,12 @@ from star_dss_plugin.evaluate.answers import (
     answer_prompts,
     local_generation,
 )
-from star_dss_plugin.evaluate.models import load_model, training_guard
+from star_dss_plugin.evaluate.loading import find_device, load_whole_model, weights_digest
 from star_dss_plugin.evaluate.prompts import BENIGN, HARMFUL, Prompt, with_prefill
 from star_dss_plugin.evaluate.refusal import is_refusal
 from star_dss_plugin.evaluate.statistics import Share, bootstrap_share, paired_difference
 from star_dss_plugin.guards import load_guard
 from star_dss_plugin.guards.base import Guard
-from star_dss_plugin.reference import model_fingerprint
 
 __all__ = [
     "PREFILL",
@@ -37,6 +37,7 @@ __all__ = [
     "differences",
     "judge",
     "measures",
+    "training_guard",
 ]
 
 
@@ -145,7 +146,7 @@ def compare(
     `output/answers` as they come, by the weights of the model and the tokens it was asked.
 
     Args:
-        models: What `load_model` takes; the first is the one that others are compared with.
+        models: What `load_whole_model` takes; the first is the one that others are compared with.
         prompts: Harmful ones, benign ones, or both.
         output: Folder for the answers.
         guard: The judge beside phrase matching, as `load_guard` takes it.
@@ -164,6 +165,7 @@ def compare(
     """
     names = _names(models)
     _check(prompts, threshold, prefill_tokens, max_new_tokens, batch_size, engine)
+    place = find_device(device)
     judging = load_guard(guard, device=device) if isinstance(guard, str | Mapping) else guard
     sets = {kind: [p for p in prompts if p.kind == kind] for kind in (HARMFUL, BENIGN)}
     if prefill_tokens and sets[HARMFUL]:
@@ -172,8 +174,10 @@ def compare(
     found = []
     for source, name in zip(models, names, strict=True):
         answered = ModelAnswers(name, training_guard(source))
-        model, tokenizer = load_model(source, base=base, device=device, dtype=dtype)
-        store = AnswerFile(output / "answers" / f"{model_fingerprint(model)[:16]}.jsonl")
+        model, tokenizer = load_whole_model(source, dtype=dtype, base=base)
+        store = AnswerFile(output / "answers" / f"{weights_digest(model)[:16]}.jsonl")
+        if engine == "local":
+            model.to(place)  # type: ignore[arg-type]
         with _generation(engine, source, model, tokenizer, dtype, batch_size) as generate:
             del model
             for kind, asked in sets.items():
@@ -252,6 +256,18 @@ def _hits(model: ModelAnswers, guard: str | None) -> dict[str, list[bool]]:
     if BENIGN in model.verdicts:
         found["over_refusal"] = model.verdicts[BENIGN][REFUSED]
     return found
+
+
+def training_guard(name: str) -> str | None:
+    """The guard that scored a model's training data, as its folder's `star_dss.json` says."""
+    record = Path(name) / "star_dss.json"
+    if not record.is_file():
+        return None
+    try:
+        guard = json.loads(record.read_text(encoding="utf-8"))["data"]["train"]["guard"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return str(guard)
 
 
 def _generation(

@@ -1,0 +1,164 @@
+"""The measured points of a landscape: kept in a file as they come, and put together at the end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from star_dss_plugin.errors import ConfigError, DataError
+from star_dss_plugin.evaluate.landscape import S_MAX, Sample, attack_success, visage
+from star_dss_plugin.evaluate.moved_weights import TOWARD, Place
+
+__all__ = ["Curve", "Landscape", "Point", "PointsFile", "put_together"]
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point, for reports."""
+
+    at: tuple[float, ...]
+    """(α,) or (α, β)."""
+    attack_success: float
+    """S, in percent."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line or a grid of points."""
+
+    name: str
+    points: tuple[Point, ...]
+    visage: float | None
+    """Of this curve alone; None on the way to another model."""
+
+
+@dataclass(frozen=True)
+class Landscape:
+    """What was measured around one model."""
+
+    curves: tuple[Curve, ...]
+    visage: float | None
+    """Over all points; None on the way to another model, which is no random direction."""
+    points: int
+    points_below: int
+    """How many of them have S < 100: those that VISAGE is the mean of."""
+    prompts: int
+    centre: float | None
+    """S of the model itself; None if it is not among the points."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
+
+def put_together(samples: Sequence[Sample], measured: Mapping[Place, Sequence[bool]]) -> Landscape:
+    """The landscape of samples that are all measured.
+
+    Args:
+        samples: The points of all curves.
+        measured: Place → which answers were safe.
+    """
+    rates = {place: attack_success(safe) for place, safe in measured.items()}
+    random = not any(name == TOWARD for sample in samples for name, _ in sample.place)
+    curves = []
+    for name in dict.fromkeys(sample.curve for sample in samples):
+        points = tuple(Point(s.at, rates[s.place]) for s in samples if s.curve == name)
+        own = visage(p.attack_success for p in points) if random else None
+        curves.append(Curve(name, points, own))
+    everywhere = [rates[s.place] for s in samples]
+    return Landscape(
+        curves=tuple(curves),
+        visage=visage(everywhere) if random else None,
+        points=len(everywhere),
+        points_below=sum(rate < S_MAX for rate in everywhere),
+        prompts=len(next(iter(measured.values()))),
+        centre=rates.get(()),
+    )
+
+
+class PointsFile:
+    """A JSONL file with one line for each measured place; a killed run goes on where it was.
+
+    It is bound to what a point's value depends on: the weights, the prompts, how answers are made
+    and judged, the seed. Which points are wanted is not part of that: more directions or a finer
+    line reuse what is known. Batch size and device change no more than rounding and may differ.
+
+    Args:
+        path: The file; made by the first `add`.
+        bound: JSON values; a file that was begun with others is refused.
+        prompts: How many verdicts a point has.
+
+    Raises:
+        ConfigError: The file belongs to another configuration.
+        DataError: The file is damaged.
+    """
+
+    def __init__(self, path: Path, bound: Mapping[str, Any], prompts: int) -> None:
+        self._path, self._prompts = path, prompts
+        # As JSON reads it back: tuples become lists.
+        self._bound = json.loads(json.dumps({"star_dss_landscape": _FORMAT, **bound}))
+        self.known: dict[Place, list[bool]] = {}
+        self._began = path.exists() and path.stat().st_size > 0
+        if self._began:
+            self._read()
+
+    def add(self, place: Place, safe: Iterable[bool]) -> None:
+        """Remembers a point and writes it."""
+        verdicts = list(safe)
+        lines = [] if self._began else [self._bound]
+        lines.append({"place": place, "safe": verdicts})
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
+        self._began = True
+        self.known[place] = verdicts
+
+    def _read(self) -> None:
+        data = self._path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]  # a run that is killed may leave half a line
+        if len(whole) < len(data):
+            with self._path.open("r+b") as file:
+                file.truncate(len(whole))
+        lines = whole.decode("utf-8", errors="replace").splitlines()
+        if not lines:
+            self._began = False
+            return
+        try:
+            head = json.loads(lines[0])
+            if not isinstance(head, dict) or "star_dss_landscape" not in head:
+                raise ValueError("its first line does not say what it is")
+            if head == self._bound:
+                self.known = dict(self._point(line) for line in lines[1:])
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{self._path} is not what a landscape writes there ({error!r}). Remove it, or "
+                "name another output folder."
+            ) from error
+        if head != self._bound:
+            keys = sorted(head.keys() | self._bound.keys())
+            said = "; ".join(
+                f"{key} was {_short(head.get(key))} and is now {_short(self._bound.get(key))}"
+                for key in keys
+                if head.get(key) != self._bound.get(key)
+            )
+            raise ConfigError(
+                f"{self._path} holds points of another landscape; they cannot be mixed: {said}. "
+                "Name another output folder, or remove this one."
+            )
+
+    def _point(self, line: str) -> tuple[Place, list[bool]]:
+        entry = json.loads(line)
+        safe = entry["safe"]
+        if len(safe) != self._prompts or not all(isinstance(s, bool) for s in safe):
+            raise ValueError(f"a point has {len(safe)} verdicts for {self._prompts} prompts")
+        return tuple((str(name), float(distance)) for name, distance in entry["place"]), safe
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:24] + "…"

@@ -1,0 +1,130 @@
+"""Models by id or folder, for evaluation: adapters are merged, code that comes along is not run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from star_dss_plugin.errors import ConfigError
+from star_dss_plugin.files import load_tokenizer
+from star_dss_plugin.smollm2 import load_smollm2
+
+__all__ = ["DEMO_MODEL", "find_device", "load_whole_model", "weights_digest"]
+
+DEMO_MODEL = "smollm2"
+"""The name of SmolLM2-135M-Instruct as `load_smollm2` gives it, without the network."""
+
+_UNLOADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
+
+
+def load_whole_model(
+    name: str, *, dtype: str = "auto", base: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model on the CPU, in eval mode, and its tokenizer.
+
+    Args:
+        name: Id or folder of a model, or of a PEFT adapter, which is merged into its base; or
+            "smollm2".
+        dtype: "auto" (as it is stored) or the name of a torch dtype.
+        base: What an adapter belongs to, where that is not what its configuration says.
+
+    Raises:
+        ConfigError: It cannot be loaded; the reason is in the message.
+    """
+    wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype, None)
+    if dtype != "auto" and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
+        raise ConfigError(f"dtype is {dtype!r}; use 'auto', 'float32', 'bfloat16' or 'float16'.")
+    try:
+        if name == DEMO_MODEL:
+            return load_smollm2(torch.float32 if dtype == "auto" else wanted)
+        if find_adapter_config_file(name) is not None:
+            return _merged(name, wanted, base)
+        return _read(name, wanted).eval(), load_tokenizer(name)
+    except ConfigError:
+        raise
+    except _UNLOADABLE as error:
+        raise ConfigError(
+            f"The model {name!r} cannot be loaded: {error}. Give the id or folder of a causal "
+            "language model, or of a PEFT adapter whose base model is available here."
+        ) from error
+
+
+def _read(name: str, dtype: Any) -> PreTrainedModel:
+    # No pickle: a .bin file may run whatever its author likes.
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        name, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+    )
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        # transformers fills them with random numbers and goes on.
+        raise ValueError(f"its files lack the weights {missing[:3]}")
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def _merged(
+    name: str, dtype: Any, base: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    try:
+        from peft import PeftConfig, PeftModel
+    except ImportError as error:
+        raise ConfigError(
+            f"{name!r} is an adapter, and PEFT, which reads adapters, is not installed. Install it "
+            "with: pip install 'star-dss-plugin[trl]'"
+        ) from error
+    origin = base or PeftConfig.from_pretrained(name).base_model_name_or_path
+    if not origin:
+        raise ValueError("its adapter_config.json names no base model; name one as the base")
+    try:
+        model, tokenizer = load_whole_model(
+            origin, dtype=dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.")
+        )
+    except ConfigError as error:
+        raise ConfigError(
+            f"{name!r} is an adapter of {origin!r}. {error} If that model is elsewhere, name it as "
+            "the base."
+        ) from error
+    merged = PeftModel.from_pretrained(model, name).merge_and_unload(safe_merge=True)
+    assert isinstance(merged, PreTrainedModel)
+    # An adapter may bring tokens of its own; most bring no tokenizer.
+    own = cached_file(name, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False)
+    return merged.eval(), tokenizer if own is None else load_tokenizer(name)
+
+
+def find_device(name: str | None) -> torch.device:
+    """A device by name; None: the GPU if there is one.
+
+    Raises:
+        ConfigError: There is no such device.
+    """
+    chosen = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(chosen)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts that it has it
+        said = str(error).splitlines()[0]
+        raise ConfigError(f"device is {chosen!r}: {said}. Use cpu, or cuda on a GPU.") from error
+    return device
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """The SHA-256 of a model's configuration and of every bit of its weights, which are on the CPU.
+
+    Unlike `reference.model_fingerprint`, which sums weights where they are, it does not depend on
+    the number of threads: a resumed run must recognise its model anywhere.
+    """
+    settings = model.config.to_diff_dict()
+    for incidental in ("_name_or_path", "transformers_version", "use_cache"):
+        settings.pop(incidental, None)
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, weight in sorted(model.named_parameters()):
+        digest.update(f"{name}:{tuple(weight.shape)}:{weight.dtype}:".encode())
+        digest.update(weight.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,178 @@
+"""Moving a model's weights along directions, and back to the last bit.
+
+Directions are those of the safety landscape (Peng et al., NeurIPS 2024, arXiv 2405.17374): Gaussian
+and scaled to the norm of each weight, or the line to another model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+
+from star_dss_plugin.errors import ConfigError
+from star_dss_plugin.reference import is_peft
+
+__all__ = ["TOWARD", "MovedWeights", "Place", "direction"]
+
+Place = tuple[tuple[str, float], ...]
+"""Where in weight space: distances along named directions. The model itself is `()`."""
+
+TOWARD = "toward"
+"""The direction to another model; other names are random directions."""
+
+
+def direction(name: str, weight: Tensor, *, seed: int, which: str) -> Tensor:
+    """A random direction for one weight: Gaussian, and exactly as long as the weight.
+
+    Drawn on the CPU from the seed and the two names, so it is the same on every device, in every
+    precision and in every order, and need not be kept.
+
+    Args:
+        name: The weight's name in its model.
+        weight: Any shape, floating point.
+        seed: Of the landscape.
+        which: The direction's name.
+
+    Returns:
+        Same shape, on the CPU, float32 (float64 for a float64 weight), with the Frobenius norm of
+        the weight. A weight of zeros gets zeros.
+    """
+    digest = hashlib.sha256(f"{seed}\n{which}\n{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    drawn = torch.randn(weight.shape, generator=generator).to(_precision(weight))
+    length = torch.linalg.vector_norm(drawn, dtype=torch.float64)
+    wanted = torch.linalg.vector_norm(weight, dtype=torch.float64).cpu()
+    return drawn.mul_(float(wanted / length)) if float(length) else drawn
+
+
+def _precision(weight: Tensor) -> torch.dtype:
+    """What moved weights are computed in, before they are rounded once to their own dtype."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+class MovedWeights:
+    """Moves a model's weights to places and back: a context manager.
+
+    Each move starts from a copy of the original weights on the CPU, so nothing accumulates, and
+    leaving the context restores them bit for bit, also after an error or KeyboardInterrupt. Tied
+    weights are one weight. Random directions leave norm layers alone (a name or a module class with
+    "norm" in it); everything else moves, biases included, as in the authors' code.
+
+    Args:
+        model: Any module with floating-point weights; a merged one, if it had an adapter.
+        seed: Of the random directions.
+        other: A model with the same weights by name and shape, for the direction "toward".
+
+    Raises:
+        ConfigError: The weights cannot be moved, or the models differ.
+    """
+
+    def __init__(self, model: nn.Module, *, seed: int = 0, other: nn.Module | None = None) -> None:
+        for one in (model, other):
+            if one is not None and is_peft(one):
+                raise ConfigError(
+                    "The model has an unmerged adapter, and noise on the adapter is not noise on "
+                    "the model. Merge it first: model.merge_and_unload()."
+                )
+        self._seed = seed
+        self._weights = _distinct(model)
+        self._fixed = _norm_weights(model)
+        self._other = None if other is None else _matching(self._weights, _distinct(other))
+        self._originals = {
+            name: weight.detach().to("cpu", copy=True) for name, weight in self._weights.items()
+        }
+
+    def __enter__(self) -> MovedWeights:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:  # fmt: skip
+        try:
+            self.move(())
+        except KeyboardInterrupt:  # a second Ctrl-C, while the first one's weights come back
+            self.move(())
+            raise
+
+    @torch.no_grad()
+    def move(self, place: Place) -> None:
+        """Gives the model the weights of a place; `()` are its own, bit for bit."""
+        for name, weight in self._weights.items():
+            weight.copy_(self._at(name, dict(place)))
+
+    def _at(self, name: str, moves: dict[str, float]) -> Tensor:
+        """A weight at a place, on the CPU; computed in float32 or float64, not yet rounded."""
+        original = self._originals[name]
+        if not moves:
+            return original
+        share = moves.pop(TOWARD, None)
+        moved = original.to(_precision(original))
+        if share is not None:
+            if self._other is None:
+                raise ConfigError(f"A place is {TOWARD!r} another model, but none was given.")
+            theirs = self._other[name].detach().to("cpu", moved.dtype)
+            moved = (1 - share) * moved + share * theirs  # exact at 0 and at 1
+        if name not in self._fixed:
+            for which, distance in moves.items():
+                step = direction(name, original, seed=self._seed, which=which)
+                moved = torch.add(moved, step, alpha=distance)
+        return moved
+
+
+def _distinct(model: nn.Module) -> dict[str, nn.Parameter]:
+    """A model's weights, each once, by the first of its names.
+
+    Raises:
+        ConfigError: One of them is not made of floating-point numbers in memory.
+    """
+    found: dict[str, nn.Parameter] = {}
+    seen: set[tuple[object, ...]] = set()
+    for name, weight in model.named_parameters():
+        if weight.is_meta or not weight.is_floating_point():
+            what = "is not in memory" if weight.is_meta else f"is of type {weight.dtype}"
+            raise ConfigError(
+                f"The weight {name} {what}, so it cannot be moved by half its norm. Load the model "
+                "whole, on one device and not quantized."
+            )
+        # Most tied weights are one Parameter, which named_parameters knows; some only share memory.
+        memory = (weight.device, weight.data_ptr(), tuple(weight.shape), weight.stride())
+        if weight.numel() and memory not in seen:
+            seen.add(memory)
+            found[name] = weight
+    if not found:
+        raise ConfigError("The model has no weights to move.")
+    return found
+
+
+def _norm_weights(model: nn.Module) -> set[str]:
+    """The names of the weights of norm layers: GPT-2's are called `ln_1`, Llama's LlamaRMSNorm."""
+    names = set()
+    for path, module in model.named_modules():
+        of_norm = "norm" in type(module).__name__.lower()
+        for name, _ in module.named_parameters(path, recurse=False):
+            if of_norm or "norm" in name.lower():
+                names.add(name)
+    return names
+
+
+def _matching(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Checks that two models have the same weights by name and shape.
+
+    Raises:
+        ConfigError: They do not.
+    """
+    for name in sorted(mine.keys() | theirs.keys()):
+        shapes = [tuple(w[name].shape) if name in w else None for w in (mine, theirs)]
+        if shapes[0] != shapes[1]:
+            said = ["missing" if s is None else f"of shape {s}" for s in shapes]
+            raise ConfigError(
+                f"There is no line between these models: the weight {name} is {said[0]} in the "
+                f"first and {said[1]} in the other. Give two models that one was finetuned from "
+                "the other, or both from a third."
+            )
+    return theirs
