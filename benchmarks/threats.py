@@ -53,9 +53,9 @@ from star_dss_plugin.logprobs import IGNORE_INDEX, token_logprobs
 from star_dss_plugin.reference import model_fingerprint
 from star_dss_plugin.scorer import score_dataset
 
-MODES = ("sft", "rejection", "static", "hard", "star_dss", "kl_only", "labels")
-MAIN = ("sft", "rejection", "star_dss")
-THREATS = ("harmful_mix", "prefix_adaptation", "suffix_adaptation", "prompt_poisoning")
+MAIN = ("sft", "star_dss", "rejection")
+MODES = (*MAIN, "labels", "hard", "static", "kl_only")
+THREATS = ("harmful_mix", "suffix_adaptation", "prefix_adaptation", "prompt_poisoning")
 MAX_LENGTH, CHUNK = 128, 5
 RATES = {"lora": 1e-3, "full": 3e-5}
 
@@ -91,11 +91,11 @@ def grid(args: argparse.Namespace) -> list[dict[str, Any]]:
                     for mode in MODES:
                         add(threat=threat, mode=mode, seed=seed, finetuning=finetuning)
     else:
-        for mode in MODES:
-            add(threat="harmful_mix", mode=mode)
-        for threat in THREATS[1:]:
+        for threat in THREATS:
             for mode in MAIN:
                 add(threat=threat, mode=mode)
+        for mode in MODES[len(MAIN) :]:
+            add(threat="harmful_mix", mode=mode)
         for seed in (1, 2):
             for mode in MAIN:
                 add(threat="harmful_mix", mode=mode, seed=seed)
@@ -329,10 +329,12 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--output", type=Path, default=Path("runs/threats"))
     parser.add_argument("--grid", choices=("small", "full", "noise", "ablations"), default="small")
-    parser.add_argument("--steps", type=int, default=32, help="optimizer steps of 8 rows")
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps of 8 rows")
     parser.add_argument("--ratio", type=float, default=0.3, help="share of poisoned rows")
     parser.add_argument("--prompts", type=int, default=50, help="of each kind")
     parser.add_argument("--held-out", type=int, default=48, help="task rows kept for the loss")
+    parser.add_argument("--worker", type=int, default=0, help="of several processes, from 0")
+    parser.add_argument("--workers", type=int, default=1, help="processes that share the cells")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no cell after these")
     parser.add_argument("--table", action="store_true", help="only print what is there")
     args = parser.parse_args()
@@ -346,6 +348,8 @@ def main() -> None:
         for number, cell in enumerate(planned, 1):
             key = content_key(cell, start, args.prompts, args.held_out)[:16]
             path = args.output / f"{key}.json"
+            if number % args.workers != args.worker:
+                continue
             if path.exists() or time.monotonic() - began > 60 * args.minutes:
                 continue
             found = (
