@@ -468,8 +468,7 @@ def test_the_way_to_another_model(monkeypatch, capsys, asked, model_dir, tokeniz
         ({"--beyond": 1}, "Name it with --toward"),
         ({"--judge": "test-wordz"}, "Did you mean 'test-words'"),
         ({"--prompts": "none.jsonl"}, "cannot be read"),
-        ({"--prompts": "rows.jsonl"}, "Row 0 of rows.jsonl has no prompt"),
-        ({"--prompts": "chat.jsonl"}, "Row 0 of chat.jsonl ends with an answer"),
+        ({"--prompts": "rows.jsonl"}, "Row 0 of the harmful prompts has the columns"),
         ({"--dtype": "int8"}, "dtype is 'int8'"),
         ({"--device": "abacus"}, "device is 'abacus'"),
         ({"-o": "rows.jsonl"}, "is a file"),
@@ -480,8 +479,6 @@ def test_the_way_to_another_model(monkeypatch, capsys, asked, model_dir, tokeniz
 def test_it_fails_in_words(monkeypatch, capsys, asked, model_dir, tmp_path, changes, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"text": "x"}\n')
-    answered = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
-    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": answered}) + "\n")
     if "--toward" in changes:
         tiny_llama(400, hidden_size=64).save_pretrained("wider")
         load_whole_model(str(model_dir))[1].save_pretrained("wider")
