@@ -236,5 +236,13 @@ def _at_ends(name: str, request: PrefixRequest, tokens: list[tuple[int, float]])
             "characters. token_scores must return at least one (char_end, p_safe) per response."
         )
     char_ends = [end for end, _ in tokens]
+    places = [0, *char_ends, len(request.text)]
+    if places != sorted(places):
+        # Counted from the prompt's start, say, every prefix would get the first token's score.
+        raise GuardError(
+            f"Guard {name!r} returned token scores that end at the characters {char_ends[:3]} … "
+            f"{char_ends[-1]} of a response of {len(request.text)}. token_scores must count from "
+            "the beginning of the response, in ascending order."
+        )
     last = [bisect.bisect_right(char_ends, end) - 1 for end in request.ends]
     return Trajectory(tuple(tokens[max(i, 0)][1] for i in last))
