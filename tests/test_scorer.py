@@ -339,6 +339,13 @@ def test_places_that_are_not_the_responses_are_an_error(tokenizer, monkeypatch, 
         scored(Dataset.from_list([SIMPLE]), tokenizer, "test-words")
 
 
+@pytest.mark.parametrize("count", [0, 2])
+def test_token_scores_of_other_responses_are_an_error(tokenizer, monkeypatch, count):
+    monkeypatch.setattr(WordGuard, "token_scores", lambda *_: [[(0, 0.5)]] * count)
+    with pytest.raises(GuardError, match=f"of {count} responses for 1; token_scores must"):
+        scored(Dataset.from_list([SIMPLE]), tokenizer, "test-words")
+
+
 # Interrupted, side by side, damaged
 
 

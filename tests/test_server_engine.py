@@ -379,6 +379,13 @@ def test_a_server_that_cannot_be_used_stops_before_scoring(fake, tokenizer, mode
         fake.server_close = fake.shutdown = lambda: None
 
 
+@pytest.mark.parametrize("data", [["tiny"], {"id": "tiny"}, [None], None])
+def test_a_server_that_lists_no_models(fake, opened, monkeypatch, data):
+    monkeypatch.setattr(Handler, "do_GET", lambda self: self.answer({"data": data}))
+    with pytest.raises(GuardError, match="serves nothing, not 'tiny'"):
+        opened(fake)
+
+
 def test_the_key_is_sent_and_never_shown(saved, tokenizer, model_dir, caplog, capsys):
     fake = Fake(saved)
     caplog.set_level(logging.DEBUG)

@@ -765,6 +765,16 @@ def test_a_finetuned_layer_is_another_guard(big_dir, tmp_path, layer):
     )
 
 
+def test_code_that_comes_with_a_model_is_part_of_it(model_dir, tmp_path):
+    folder = tmp_path / "coded"
+    shutil.copytree(model_dir, folder)
+    found = []
+    for code in ("x = 1\n", "x = 2\n"):
+        (folder / "modeling_it.py").write_text(code)
+        found.append(load_guard(describe(folder)).identity["weights"])
+    assert found[0] != found[1]
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"prefill": "is it bad:"}, {"safe_labels": [" fox"]}, {"question": "is it?"},

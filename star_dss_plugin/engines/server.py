@@ -130,7 +130,8 @@ class ServerEngine:
 
     def _check_model(self) -> None:
         listed = self._send("GET", "/models", None, min(self._retries, _RETRIES_AT_START), None)
-        served = [str(entry.get("id")) for entry in listed.get("data") or ()]
+        entries = [entry for entry in listed.get("data") or () if isinstance(entry, dict)]
+        served = [str(entry.get("id")) for entry in entries]
         if self._model not in served:
             raise GuardError(
                 f"The server at {self._url} serves {', '.join(map(repr, served)) or 'nothing'}, "

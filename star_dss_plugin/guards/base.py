@@ -222,6 +222,11 @@ class StreamingGuard(Guard):
 
     def trajectories(self, requests: Sequence[PrefixRequest]) -> list[Trajectory]:
         tokens = self.token_scores([(r.context, r.text) for r in requests])
+        if len(tokens) != len(requests):
+            raise GuardError(
+                f"Guard {self.name!r} returned the token scores of {len(tokens)} responses for "
+                f"{len(requests)}; token_scores must return a list for each, in order."
+            )
         return [_at_ends(self.name, r, t) for r, t in zip(requests, tokens, strict=True)]
 
 
