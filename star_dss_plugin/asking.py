@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Iterable, Mapping
@@ -18,11 +19,12 @@ from star_dss_plugin.guards.combined import CombinedGuard
 from star_dss_plugin.guards.proof import low_label_mass
 from star_dss_plugin.ranks import ALONE, Share
 
-__all__ = ["Asking"]
+__all__ = ["Asking", "none_scored"]
 
 logger = logging.getLogger(__name__)
 
 _FLUSH_SECONDS = 20.0
+_FEW = 20
 
 
 @dataclass
@@ -35,6 +37,8 @@ class Asking:
         root: The cache folder.
         progress: Whether to show a progress bar.
         strict: Whether a response that cannot be scored is an error; else it counts as unsafe.
+        part: Whether there are more responses elsewhere: a few of which none can be scored say
+            little of the guard.
         share: This process's part of the work; all processes of the run must ask alike.
         members: If several guards were asked, the trajectories of each by its name.
         failed: Keys of the responses that could not be scored.
@@ -45,6 +49,7 @@ class Asking:
     root: Path
     progress: bool
     strict: bool
+    part: bool = False
     share: Share = ALONE
     members: dict[str, dict[str, Trajectory]] = field(default_factory=dict)
     failed: set[str] = field(default_factory=set)
@@ -55,21 +60,33 @@ class Asking:
         Raises:
             GuardError: A response cannot be scored, or the guard cannot be trusted.
         """
+        found, self.failed = self._of(guard)
+        return found
+
+    def _of(self, guard: Guard) -> tuple[dict[str, Trajectory], set[str]]:
+        """All trajectories, and the keys that the guard, or one of its parts, could not score."""
         if not isinstance(guard, CombinedGuard):
             return self._ask(guard)
-        answers = []
+        answers, failed = [], set[str]()
         for part in guard.parts:
-            answers.append(self.trajectories(part))
+            answer, unknown = self._of(part)
+            answers.append(answer)
+            failed |= unknown
             if len(guard.parts) > 1:
                 part.close()  # memory holds one at a time
-                name = part.name if part.name not in self.members else f"{part.name}#{len(answers)}"
-                self.members[name] = answers[-1]
+                self.members[self._free_name(part.name)] = answer
         found = {key: guard.combine([answer[key] for answer in answers]) for key in self.requests}
-        # Whatever the other guards say of a response that one could not score.
-        return found | {key: self._unsafe(key) for key in self.failed}
+        # Whatever the other parts say of a response that one could not score.
+        return found | self._unsafe(failed), failed
 
-    def _ask(self, guard: Guard) -> dict[str, Trajectory]:
-        """All trajectories: from the cache where it has them, from the guard otherwise."""
+    def _free_name(self, name: str) -> str:
+        """The name of a member, with a number if another has it."""
+        numbered = (f"{name}#{number}" for number in itertools.count(2))
+        names = itertools.chain([name], numbered)
+        return next(one for one in names if one not in self.members)
+
+    def _ask(self, guard: Guard) -> tuple[dict[str, Trajectory], set[str]]:
+        """What `_of` returns: from the cache where it has it, from the guard otherwise."""
         namespace = {"what": "star_scores", "version": 1, "guard": guard.identity}
         cache = ScoreCache(self.root, namespace)
         if self.share.of > 1:
@@ -78,15 +95,10 @@ class Asking:
         self.share.meet()
         cache.refresh()
         found, failed = self._fill(guard, cache, self.requests, "")
-        if failed and not found:
-            raise GuardError(
-                f"Guard {guard.name!r} could not score a single one of {len(failed)} responses. "
-                "With on_guard_error='unsafe' all would count as unsafe; the warnings above say "
-                "what is wrong."
-            )
+        if len(failed) > (_FEW if self.part else 0) and not found:
+            raise none_scored(guard.name, len(failed))
         _check_label_mass(guard, found.values())
-        self.failed |= failed
-        return found | {key: self._unsafe(key) for key in failed}
+        return found | self._unsafe(failed), failed
 
     def _fill(
         self, guard: Guard, cache: ScoreCache, wanted: Mapping[str, PrefixRequest], part: str
@@ -100,8 +112,8 @@ class Asking:
             found = _known(cache, wanted)
             return found, self._ask_missing(guard, wanted, found, cache)
 
-    def _unsafe(self, key: str) -> Trajectory:
-        return Trajectory((0.0,) * len(self.requests[key].ends))
+    def _unsafe(self, keys: Iterable[str]) -> dict[str, Trajectory]:
+        return {key: Trajectory((0.0,) * len(self.requests[key].ends)) for key in keys}
 
     def _ask_missing(
         self,
@@ -167,6 +179,14 @@ class Asking:
             check_trajectories(guard.name, requests, results)
             return dict(zip(keys, results, strict=True))
         return {}
+
+
+def none_scored(name: str, responses: int) -> GuardError:
+    """The error for a guard to which all the data is unsafe, because it can score none of it."""
+    return GuardError(
+        f"Guard {name!r} could not score a single one of {responses} responses. With "
+        "on_guard_error='unsafe' all would count as unsafe; the warnings above say what is wrong."
+    )
 
 
 def _known(cache: ScoreCache, keys: Iterable[str]) -> dict[str, Trajectory]:

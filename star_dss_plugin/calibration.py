@@ -15,15 +15,14 @@ import numpy as np
 from datasets import Dataset
 from numpy.typing import NDArray
 
-from star_dss_plugin.errors import DataError, GuardError
+from star_dss_plugin.errors import ConfigError, DataError, GuardError
 from star_dss_plugin.guards.base import Guard, Message
-from star_dss_plugin.guards.combined import calibrate
+from star_dss_plugin.guards.combined import NEAREST, CalibratedGuard, calibrate
 
 __all__ = ["Calibration", "Quality", "fit", "fit_guard", "labelled_rows", "quality"]
 
 BINS = 10
 _FOLDS = 5
-_SMALLEST = 1e-7  # a score nearer to 0 or 1 than this counts as this near
 _FEWEST = 10
 Floats = NDArray[np.float64]
 
@@ -118,8 +117,15 @@ def fit_guard(
     """Scores whole responses and fits; also returns the raw scores.
 
     Raises:
+        ConfigError: The guard is calibrated already.
         GuardError: The guard's scores do not rise with safety on these rows.
     """
+    if isinstance(guard, CalibratedGuard):
+        # The numbers would be those of a second calibration, and a mapping has one.
+        raise ConfigError(
+            "The guard's mapping has a 'calibration' already. Leave it out: the numbers that are "
+            "fitted take its place."
+        )
     scores = guard.score(conversations)
     temperature, threshold = fit(scores, labels)
     held_out = np.empty(len(labels))
@@ -145,9 +151,9 @@ def fit(scores: Sequence[float], labels: Sequence[int]) -> tuple[float, float]:
         labels: 1 safe, 0 harmful; both occur.
 
     Raises:
-        GuardError: The scores do not rise with safety.
+        GuardError: The scores do not rise with safety, or say too little.
     """
-    clipped = np.clip(np.asarray(scores, dtype=np.float64), _SMALLEST, 1 - _SMALLEST)
+    clipped = np.clip(np.asarray(scores, dtype=np.float64), NEAREST, 1 - NEAREST)
     x = np.log(clipped / (1 - clipped))
     y = np.asarray(labels)
     safe, harmful = int(y.sum()), int((1 - y).sum())
@@ -175,7 +181,14 @@ def fit(scores: Sequence[float], labels: Sequence[int]) -> tuple[float, float]:
             "The guard's scores do not rise with safety on the labelled rows, so no calibration "
             "helps: check that 1 means safe in them, or use another guard."
         )
-    return float(1 / slope), float(1 / (1 + math.exp(intercept / slope)))
+    offset = float(intercept / slope)
+    if abs(offset) >= math.log(1 / NEAREST):
+        raise GuardError(
+            f"The guard's scores say little about the labelled rows ({safe} safe, {harmful} "
+            "harmful): no score that it can give would become 0.5, and all would become nearly "
+            "the share of safe rows. Label more of the rarer kind, or use another guard."
+        )
+    return float(1 / slope), 1 / (1 + math.exp(offset))
 
 
 def quality(scores: Sequence[float], labels: Sequence[int]) -> Quality:

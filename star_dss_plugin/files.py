@@ -11,6 +11,7 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from star_dss_plugin.cache import content_key
 from star_dss_plugin.columns import with_attention_mask
 from star_dss_plugin.errors import ConfigError, DataError
 from star_dss_plugin.parquet import PROVENANCE_FILE, is_sharded, load_scored
@@ -21,11 +22,14 @@ __all__ = [
     "is_saved_dataset",
     "load_tokenizer",
     "read_dataset",
+    "sample_of",
+    "words_of",
     "write_dataset",
     "write_text",
 ]
 
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_SAMPLE = 64
 
 
 def is_saved_dataset(path: str | Path) -> bool:
@@ -84,6 +88,18 @@ def load_tokenizer(name: str, *, only_local: bool = False) -> PreTrainedTokenize
         ) from error
     assert isinstance(found, PreTrainedTokenizerBase)
     return found
+
+
+def sample_of(dataset: Dataset) -> str:
+    """A hash over column names and some rows from all over a data set."""
+    rows = dataset.with_format(None)
+    some = range(0, len(rows), max(1, len(rows) // _SAMPLE))
+    return content_key(list(rows.column_names), [repr(rows[i]) for i in some])
+
+
+def words_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash over a tokenizer's vocabulary and chat template."""
+    return content_key(tokenizer.get_vocab(), tokenizer.chat_template)
 
 
 def write_dataset(dataset: Dataset, folder: Path) -> None:

@@ -76,9 +76,10 @@ def member_notes(
     Returns:
         `members`: by name the mean prefix score and the label mass; `disagreement`: mean and 95%
         quantile over prefixes of the highest score minus the lowest, and the share of prefixes
-        that some guard finds safe (0.5 or more) and another does not. Empty if there is one guard.
+        that some guard finds safe (0.5 or more) and another does not. Empty if there is one guard,
+        or no response.
     """
-    if not members:
+    if not members or not keys:
         return {}
     scores = np.array(
         [[s for key in keys for s in found[key].scores] for found in members.values()]

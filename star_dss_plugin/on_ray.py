@@ -94,7 +94,8 @@ def score_on_ray(
         with bar(job, progress) as advance:
             for result in done.iter_rows():
                 if result["kind"]:
-                    raise getattr(errors, result["kind"])(result["error"])
+                    # A plugin may have derived one of its own.
+                    raise getattr(errors, result["kind"], StarDSSError)(result["error"])
                 advance.update()
     except ray.exceptions.RayError as error:
         raise PluginError(
@@ -136,5 +137,12 @@ def _gpus(ray: Any, job: Job, wanted: float | None) -> float:
     """GPUs per worker. A worker that asks for none sees none, and would compute on its CPU."""
     if wanted is not None:
         return wanted
-    server = str(job.options.get("engine", "local")).startswith("http")
-    return 1.0 if ray.cluster_resources().get("GPU", 0) and not server else 0.0
+    return 1.0 if ray.cluster_resources().get("GPU", 0) and not _served(job.guard) else 0.0
+
+
+def _served(identity: Mapping[str, Any]) -> bool:
+    """Whether servers compute a guard, or all guards of several."""
+    if "guards" in identity:
+        return all(map(_served, identity["guards"]))
+    engine = identity.get("engine")
+    return isinstance(engine, Mapping) and engine.get("kind") == "server"

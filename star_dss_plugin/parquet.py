@@ -102,35 +102,44 @@ def merged(notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                     f"Shard {number} was scored with {name} {note.get(name)!r}, shard 0 with "
                     f"{first.get(name)!r}. Remove the folder and score all of it in one way."
                 )
+    full = [note for note in notes if note["prefixes"]]
+    if not full:
+        raise DataError(
+            f"None of the {sum(note['rows'] for note in notes)} rows has a response, so there is "
+            "nothing to train. Check the columns, the chat template and max_length (a prompt that "
+            "fills it leaves no response)."
+        )
+    prefixes = [note["prefixes"] for note in full]
     total = {name: sum(note[name] for note in notes) for name in _SUMS}
-    found = {**first, **total, **_mean_of(notes, notes), "attempts": _attempts(notes)}
-    if "members" in notes[0]:
+    found = {**first, **total, **_mean_of(full, prefixes), "attempts": _attempts(notes)}
+    if "members" in full[0]:
         found["members"] = {
-            name: _mean_of([note["members"][name] for note in notes], notes)
-            for name in notes[0]["members"]
+            name: _mean_of([note["members"][name] for note in full], prefixes)
+            for name in full[0]["members"]
         }
         found["disagreement"] = {
-            name: _weighted([note["disagreement"][name] for note in notes], notes)
+            name: _weighted([note["disagreement"][name] for note in full], prefixes)
             for name in ("mean", "opposite")
         }
     return found
 
 
-def _weighted(values: Sequence[float], notes: Sequence[Mapping[str, Any]]) -> float:
+def _weighted(values: Sequence[float], prefixes: Sequence[int]) -> float:
     """A mean over the prefixes of each shard, over those of all."""
-    prefixes = [note["prefixes"] for note in notes]
     return float(np.average(values, weights=prefixes))
 
 
-def _mean_of(parts: Sequence[Mapping[str, Any]], notes: Sequence[Mapping[str, Any]]) -> Any:
+def _mean_of(parts: Sequence[Mapping[str, Any]], prefixes: Sequence[int]) -> dict[str, Any]:
     """Scores and label mass of one guard, over all shards."""
-    masses = [part["label_mass"] for part in parts]
+    # A shard of which nothing could be scored has no label mass.
+    known = [(part["label_mass"], n) for part, n in zip(parts, prefixes, strict=True)
+             if part["label_mass"]]  # fmt: skip
     return {
-        "mean_prefix_score": _weighted([part["mean_prefix_score"] for part in parts], notes),
-        "label_mass": None if None in masses else {
-            "mean": _weighted([mass["mean"] for mass in masses], notes),
-            "min": min(mass["min"] for mass in masses),
-        },
+        "mean_prefix_score": _weighted([part["mean_prefix_score"] for part in parts], prefixes),
+        "label_mass": {
+            "mean": _weighted([mass["mean"] for mass, _ in known], [n for _, n in known]),
+            "min": min(mass["min"] for mass, _ in known),
+        } if known else None,
     }  # fmt: skip
 
 

@@ -56,7 +56,11 @@ def tokenized(
 
 
 def only_responses(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, chat_template: str | None
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: str | None,
+    *,
+    needed: bool = True,
 ) -> Dataset:
     """Takes the turns that are not an assistant's out of the labels, where they were trained.
 
@@ -64,9 +68,11 @@ def only_responses(
         dataset: With `input_ids` and `labels`.
         tokenizer: The one that made the tokens.
         chat_template: The template that made them; None: the tokenizer's own.
+        needed: Whether some row has to have a trained token.
 
     Raises:
-        DataError: No row has a trained token, or the assistant's turns cannot be found.
+        DataError: No row has a trained token, though one is needed, or the assistant's turns cannot
+            be found.
     """
     column, changed, trained = [], 0, False
     for i, row in enumerate(known_rows(dataset)):
@@ -76,7 +82,7 @@ def only_responses(
             changed += labels != row["labels"]
         trained = trained or any(label != IGNORE_INDEX for label in labels)
         column.append(labels)
-    if not trained:
+    if needed and not trained:
         raise DataError(
             f"None of the {len(column)} rows has a trained token: every label is -100. Check the "
             "columns, the chat template and max_length (a prompt that fills it leaves no response)."

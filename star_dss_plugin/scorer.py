@@ -35,7 +35,7 @@ from star_dss_plugin.ranks import ALONE, Share
 from star_dss_plugin.responses import Response, find_responses
 from star_dss_plugin.rows import in_row, known_rows, only_responses, tokenized
 
-__all__ = ["options_for_scoring", "score_dataset"]
+__all__ = ["options_for_scoring", "score_dataset", "versions"]
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +69,7 @@ def score_dataset(
     max_length: int | None = None,
     chat_template: str | None = None,
     share: Share = ALONE,
+    part: bool = False,
     progress: bool = True,
 ) -> Dataset:
     """A data set with the column `star_scores`: the STAR score of every token.
@@ -97,6 +98,8 @@ def score_dataset(
             tokenizer's own.
         share: This process's part of the work, if several processes score the same data set; each
             of them gets all of it back.
+        part: Whether these rows are a part of the data. Then it is no error if they hold no
+            response, or a few of which none can be scored; who joins the parts looks at all.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -127,7 +130,7 @@ def score_dataset(
             "The data set has 'input_ids' but no 'labels', so it does not say which tokens are "
             "trained. Add labels: a copy of input_ids with -100 where nothing is trained."
         )
-    dataset = only_responses(dataset, tokenizer, chat_template)
+    dataset = only_responses(dataset, tokenizer, chat_template, needed=not part)
     loaded = guard if isinstance(guard, Guard) else None
     asked = loaded or load_guard(
         guard,  # type: ignore[arg-type]
@@ -149,6 +152,7 @@ def score_dataset(
             share=share,
             progress=progress,
             strict=on_guard_error == "raise",
+            part=part,
         )
         trajectories = asking.trajectories(asked)
         notes = attempt_notes(
@@ -229,14 +233,19 @@ def _provenance(
         "prefixes": len(scores),
         "trained_tokens": sum(r.end - r.start for _, r in responses),
         "raw_contexts": sum(r.raw_context for _, r in responses),
-        "mean_prefix_score": float(scores.mean()),
+        "mean_prefix_score": float(scores.mean()) if scores.size else None,
         "label_mass": label_mass(trajectories, [key for key, _ in responses]),
-        "versions": {
-            "star-dss-plugin": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-    }  # fmt: skip
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that scores depend on."""
+    return {
+        "star-dss-plugin": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def _with_columns(

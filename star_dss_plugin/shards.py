@@ -16,27 +16,24 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from datasets import Dataset
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
-from star_dss_plugin._version import __version__
-from star_dss_plugin.cache import content_key
+from star_dss_plugin.asking import none_scored
 from star_dss_plugin.collation import SCORES_COLUMN
 from star_dss_plugin.columns import with_attention_mask
 from star_dss_plugin.config import StarDSSOptions
 from star_dss_plugin.errors import ConfigError, DataError, StarDSSError
-from star_dss_plugin.files import load_tokenizer, read_dataset, write_text
+from star_dss_plugin.files import load_tokenizer, read_dataset, sample_of, words_of, write_text
 from star_dss_plugin.guards import load_guard, missing_guard
 from star_dss_plugin.guards.base import Guard
 from star_dss_plugin.parquet import DATA, merged, shard_name, shard_note, write_card, write_shard
-from star_dss_plugin.scorer import score_dataset
+from star_dss_plugin.scorer import score_dataset, versions
 
 __all__ = ["Job", "ShardScorer", "bar", "begin", "finish", "score_shards"]
 
 _JOB_FILE = "job.json"
-_SAMPLE = 64
 
 
 @dataclass(frozen=True)
@@ -51,6 +48,7 @@ class Job:
         rows: Of the data.
         shard_rows: Rows of every shard but the last.
         sample: A hash over some rows: whoever reads other data finds out.
+        tokens: A hash of the tokenizer and its template: likewise.
         guard: The guard's identity.
         options: Of `score_dataset`.
         versions: Of the packages that scores depend on.
@@ -63,6 +61,7 @@ class Job:
     rows: int
     shard_rows: int
     sample: str
+    tokens: str
     guard: Mapping[str, Any]
     options: Mapping[str, Any]
     versions: Mapping[str, str]
@@ -122,7 +121,7 @@ def begin(
         raise DataError(f"{data} has no rows, so there is nothing to score.")
     if SCORES_COLUMN in dataset.column_names:
         raise DataError(f"{data} already has a {SCORES_COLUMN!r} column. Remove it to score again.")
-    load_tokenizer(tokenizer)
+    tokens = words_of(load_tokenizer(tokenizer))
     if options.get("guard") is None:
         raise missing_guard()
     known_options = {f.name for f in fields(StarDSSOptions)} & options.keys()
@@ -130,8 +129,8 @@ def begin(
     # Workers may run in other folders.
     data = str(Path(data).absolute()) if Path(data).exists() else data
     job = Job(
-        data, split, tokenizer, str(output.absolute()), len(dataset), shard_rows, _sample(dataset),
-        _guard(options).identity, options, _versions(),
+        data, split, tokenizer, str(output.absolute()), len(dataset), shard_rows,
+        sample_of(dataset), tokens, _guard(options).identity, options, versions(),
     )  # fmt: skip
     known = job.folder / _JOB_FILE
     plan = json.dumps(asdict(job), indent=2, sort_keys=True)
@@ -140,7 +139,8 @@ def begin(
         if changed := [name for name in now if before.get(name) != now[name]]:
             raise ConfigError(
                 f"{job.folder} holds shards of another run: {', '.join(changed)} differ from "
-                f"{known}. Start the command that began it, name another output, or remove it."
+                f"{known}. Start the command that began it, name another output, or remove the "
+                "whole folder."
             )
     else:
         write_text(known, plan + "\n")
@@ -174,6 +174,7 @@ class ShardScorer:
                 self._tokenizer,
                 **{**job.options, "guard": self._loaded_guard},
                 score_cache_dir=begun,
+                part=True,
                 progress=False,
             )
         except StarDSSError as error:
@@ -190,13 +191,13 @@ class ShardScorer:
 
     @cached_property
     def _dataset(self) -> Dataset:
-        if _versions() != self.job.versions:
+        if versions() != self.job.versions:
             raise ConfigError(
-                f"A worker has {_versions()}, the run was begun with {dict(self.job.versions)}. "
+                f"A worker has {versions()}, the run was begun with {dict(self.job.versions)}. "
                 "Scores may depend on it: install the same versions everywhere."
             )
         dataset = read_dataset(self.job.data, self.job.split)
-        if len(dataset) != self.job.rows or _sample(dataset) != self.job.sample:
+        if len(dataset) != self.job.rows or sample_of(dataset) != self.job.sample:
             raise DataError(
                 f"A worker finds other rows in {self.job.data} than the run was begun with. Put "
                 "the data where every machine reads the same, and leave it as it is meanwhile."
@@ -204,8 +205,15 @@ class ShardScorer:
         return dataset
 
     @cached_property
-    def _tokenizer(self) -> transformers.PreTrainedTokenizerBase:
-        return load_tokenizer(self.job.tokenizer)
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        found = load_tokenizer(self.job.tokenizer)
+        if words_of(found) != self.job.tokens:
+            raise ConfigError(
+                f"A worker finds another tokenizer or chat template in {self.job.tokenizer} than "
+                "the run was begun with. Give all machines the same files, and leave them as they "
+                "are meanwhile."
+            )
+        return found
 
     @cached_property
     def _loaded_guard(self) -> Guard:
@@ -247,14 +255,18 @@ def finish(job: Job) -> dict[str, Any]:
         The provenance of all rows.
 
     Raises:
-        DataError: A shard is missing or damaged.
+        DataError: A shard is missing or damaged, or no row has a response.
+        GuardError: Not one response could be scored.
     """
     notes = list(_notes(job))
     provenance = merged(notes)
+    if provenance["guard_errors"] == provenance["responses"]:
+        raise none_scored(provenance["guard"], provenance["responses"])
     write_card(job.folder, provenance)
     shutil.rmtree(job.begun, ignore_errors=True)
-    (job.folder / _JOB_FILE).unlink()
     job.folder.rename(job.output)
+    # Last: shards without it could be taken for those of any run.
+    (Path(job.output) / _JOB_FILE).unlink()
     return provenance
 
 
@@ -280,18 +292,3 @@ def _guard(options: Mapping[str, Any]) -> Guard:
         engine=options.get("engine", "local"),
         engine_options=options.get("engine_options"),
     )
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "star-dss-plugin": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def _sample(dataset: Dataset) -> str:
-    """A hash over column names and some rows from all over a data set."""
-    rows = dataset.with_format(None)
-    some = range(0, len(rows), max(1, len(rows) // _SAMPLE))
-    return content_key(list(rows.column_names), [repr(rows[i]) for i in some])

@@ -162,6 +162,9 @@ def test_adaptive_asks_each_member_adaptively(model_dir, tokenizer):
         ({**BAD, "calibration": {"temperature": "2"}}, "temperature is '2'"),
         ({**BAD, "calibration": {"threshold": 0}}, "threshold is 0"),
         ({**BAD, "calibration": {"threshold": 1}}, "threshold is 1"),
+        ({**BAD, "calibration": {"threshold": 1e-9}}, "threshold is 1e-09"),
+        ({**BAD, "calibration": {"what": 1}}, "cannot be used.*what"),
+        ({"preset": "demo", "what": 1, "target": 2}, "cannot be used.*what"),
         ({**BAD, "calibration": {"thresold": 0.5}}, "cannot be used.*thresold"),
         ({**BAD, "calibration": 2}, "calibration is 2"),
     ],
@@ -202,6 +205,16 @@ def test_calibrated_scores_by_the_formula(p, temperature, threshold):
     expected = 1 / (1 + math.exp(-(logit(p) - logit(threshold)) / temperature))
     assert calibrate(p, temperature, threshold) == pytest.approx(expected)
     assert calibrate(p, 1, 0.5) == pytest.approx(p)
+
+
+def test_a_guard_that_rounds_to_0_and_1_is_calibrated_too():
+    """Hard verdicts that are right four times of five."""
+    from star_dss_plugin.calibration import fit
+
+    scores, labels = [0.0, 1.0] * 100, [0, 1] * 80 + [1, 0] * 20
+    numbers = fit(scores, labels)
+    assert calibrate(1.0, *numbers) == pytest.approx(0.8, abs=0.01)
+    assert calibrate(0.0, *numbers) == pytest.approx(0.2, abs=0.01)
 
 
 def test_a_calibrated_guard(tokenizer):
@@ -286,6 +299,26 @@ def test_in_an_ensemble_one_that_cannot_is_enough(tokenizer):
         found = scored(tokenizer, ensemble, *TEXTS, on_guard_error="unsafe")
         assert [max(s) > 0 for s in trained(found)] == [True, False, True, True, False, False]
         assert provenance_of(found)["guard_errors"] == 3
+
+
+def test_what_a_member_said_is_its_own(tokenizer):
+    """Though another one could not score the response; and each has a name of its own."""
+    first = EnsembleGuard([CalibratedGuard(Choosy()), WordGuard()])
+    second = EnsembleGuard([CalibratedGuard(WordGuard(word="fox")), WordGuard(word="sixth")])
+    outer = EnsembleGuard([first, CalibratedGuard(second, 2.0)])
+    found = scored(tokenizer, outer, *TEXTS, on_guard_error="unsafe", per_guard=True)
+
+    def column(name):
+        return trained(found.remove_columns("star_scores").rename_column(name, "star_scores"))
+
+    unknown = [False, True, False, False, True, False]
+    for name in ("star_scores_test-choosy", "star_scores_mean(test-choosy, test-words)"):
+        assert [s == {0.0} for s in column(name)] == unknown
+    words = [f"star_scores_test-words{n}" for n in ("", "#2", "#3")]
+    words.append("star_scores_mean(test-words, test-words)")
+    for name in words:
+        assert not any(s == {0.0} for s in column(name))
+    assert [s == {0.0} for s in trained(found)] == unknown
 
 
 def test_errors_about_no_response_are_errors(tokenizer):

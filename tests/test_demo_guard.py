@@ -165,6 +165,34 @@ def test_a_long_context_keeps_its_end_and_its_format(backbone, monkeypatch):
     )
 
 
+@pytest.mark.parametrize(("tokens", "cut"), [(10, False), (2500, True)])
+def test_what_is_not_read_of_a_conversation_is_counted(guard, backbone, tokens, cut):
+    context = ({"role": "user", "content": "word " * tokens},)
+    assert guard.truncates(PrefixRequest(context, "x", (1,))) is cut
+    assert guard.truncates(PrefixRequest((*context, *context), "x", (1,))) is cut
+    assert len(backbone.tokens(context, "").context) <= demo_states.MAX_CONTEXT + 8
+
+
+def test_a_short_conversation_is_counted_without_weights(monkeypatch):
+    monkeypatch.setattr(demo_states, "load_smollm2", _must_not_load)
+    context = ({"role": "user", "content": "word " * 300},)
+    assert not DemoGuard().truncates(PrefixRequest(context, "x", (1,)))
+
+
+def test_a_score_that_is_no_number_is_about_its_response(guard, monkeypatch):
+    read = guard._loaded[0].read
+
+    def damaged(responses):
+        found = read(responses)
+        found[1][1].fill_(float("nan"))
+        return found
+
+    monkeypatch.setattr(guard._loaded[0], "read", damaged)
+    with pytest.raises(GuardError, match="no number") as caught:
+        guard.token_scores([asked("Hi", "Hello")] * 3)
+    assert caught.value.request == 1
+
+
 def test_an_empty_response_has_one_score(guard):
     ((end, score),) = guard.token_scores([asked("Hi", "")])[0]
     assert end == 0

@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset
 from typer.testing import CliRunner
 
-from star_dss_plugin import DataError, GuardError, cli
+from star_dss_plugin import ConfigError, DataError, GuardError, cli
 from star_dss_plugin.calibration import fit, fit_guard, labelled_rows, quality
 from star_dss_plugin.guards import load_guard
 from star_dss_plugin.guards.combined import calibrate
@@ -134,6 +134,24 @@ def test_a_guard_that_tells_all_rows_apart_can_be_calibrated(scores):
 def test_a_guard_that_is_wrong_way_round_cannot(scores):
     with pytest.raises(GuardError, match="do not rise with safety"):
         fit(scores * 20, [0, 1] * 20)
+
+
+@pytest.mark.parametrize("rare", [0, 1])
+def test_a_guard_that_says_next_to_nothing_cannot(rare):
+    """So rare a kind, and scores that hardly rise: θ would be no number in (0, 1)."""
+    labels = [rare] * 10 + [1 - rare] * 1990
+    scores = [0.9 if i % 2 else 0.1 for i in range(2000)]
+    scores[1 - rare] = 0.9 if rare else 0.1  # one of the rare rows
+    with pytest.raises(
+        GuardError, match=r"say little about the labelled rows \(\d+ safe, \d+ harm"
+    ):
+        fit(scores, labels)
+
+
+def test_a_guard_is_calibrated_once():
+    guard = load_guard({"preset": "test-words", "calibration": {"temperature": 2.0}})
+    with pytest.raises(ConfigError, match="has a 'calibration' already. Leave it out"):
+        fit_guard(guard, *labelled_rows(Dataset.from_list(ROWS)))
 
 
 def test_quality_by_hand_and_by_pairs():

@@ -327,6 +327,44 @@ def test_a_class_that_is_not_there(encoder_dir, unsafe_class):
         encoder(encoder_dir, unsafe_class=unsafe_class)
 
 
+@pytest.mark.parametrize("padding", [0, 3, -1, None])
+def test_a_decoder_that_classifies_reads_its_last_token(tmp_path, padding):
+    """It finds that token by the padding behind it, so the padding has to be its own."""
+    backend = encoder_backend("deberta-v2")
+    control = {name: f"[{name.upper()}]" for name in ("cls", "sep")}
+    backend.post_processor = None
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="[UNK]", model_input_names=["input_ids"],
+        **{f"{name}_token": token for name, token in control.items()},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    made = AutoConfig.for_model(
+        "llama", vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32,
+        num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64, num_labels=2,
+        initializer_range=0.5, pad_token_id=padding, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    AutoModelForSequenceClassification.from_config(made).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    guard = load_guard(
+        {"preset": "classifier", "model": str(tmp_path), "self_check": False, "device": "cpu"}
+    )
+    ends = (2, 4, 9, 10)
+    (found,) = guard.trajectories([PrefixRequest(CONTEXT, TEXT[:10], ends)])
+    expected = [slow_pair(tmp_path, CONTEXT[0]["content"], TEXT[:end]) for end in ends]
+    assert found.scores == pytest.approx(expected, abs=1e-5)
+    assert max(expected) - min(expected) > 1e-4
+
+
+def test_a_score_that_is_no_number_is_about_its_response(encoder_dir, monkeypatch):
+    guard = encoder(encoder_dir)
+    scores = guard._scores
+    monkeypatch.setattr(guard, "_scores", lambda rows: [*scores(rows)[:-1], float("nan")])
+    request = PrefixRequest(CONTEXT, "i am", (2, 4))
+    with pytest.raises(GuardError, match="not numbers") as caught:
+        guard.trajectories([request, request])
+    assert caught.value.request == 1
+
+
 def test_any_encoder_by_its_folder(encoder_dir):
     options = {"preset": "classifier", "model": str(encoder_dir), "unsafe_class": 0}
     guard = load_guard({**options, "self_check": False, "device": "cpu"})

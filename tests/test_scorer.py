@@ -328,6 +328,24 @@ def test_a_guard_is_closed_by_who_loaded_it(tokenizer, monkeypatch):
     assert mine not in closed
 
 
+@pytest.mark.parametrize(
+    "places", [[30, 34, 39], [3, 1, 5], [-1, 2, 3]], ids=["of the prompt", "unordered", "negative"]
+)
+def test_places_that_are_not_the_responses_are_an_error(tokenizer, monkeypatch, places):
+    """Each prefix would get some token's score, and none its own."""
+    tokens = [(end, 0.9 - i / 10) for i, end in enumerate(places)]
+    monkeypatch.setattr(WordGuard, "token_scores", lambda self, responses: [tokens])
+    with pytest.raises(GuardError, match="must count from the beginning of the response"):
+        scored(Dataset.from_list([SIMPLE]), tokenizer, "test-words")
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_token_scores_of_other_responses_are_an_error(tokenizer, monkeypatch, count):
+    monkeypatch.setattr(WordGuard, "token_scores", lambda *_: [[(0, 0.5)]] * count)
+    with pytest.raises(GuardError, match=f"of {count} responses for 1; token_scores must"):
+        scored(Dataset.from_list([SIMPLE]), tokenizer, "test-words")
+
+
 # Interrupted, side by side, damaged
 
 

@@ -214,6 +214,40 @@ def test_an_answer_that_cannot_be_used_is_an_error_at_once(fake, opened, fault, 
     assert len(fake.bodies) == 1
 
 
+@pytest.mark.parametrize("fault", [503, "hang up", 401, 403, 404, 302, "old", "one short"])
+def test_no_response_counts_as_unsafe_for_a_servers_fault(
+    saved, tokenizer, model_dir, monkeypatch, fault
+):
+    monkeypatch.setattr("star_dss_plugin.guards.verdict._PREFIXES_PER_CALL", 20)
+    fake = Fake(saved)
+    given = guard_of(fake, model_dir, retries=1, concurrency=1)
+    fake.faults = [None] * 3 + [fault] * 1000
+    with pytest.raises(GuardError, match="server at|no log-probability"):
+        score_dataset(rows(8), tokenizer, guard=given, on_guard_error="unsafe", progress=False)
+    fake.stop()
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_response_that_a_server_refuses_counts_as_unsafe(saved, tokenizer, model_dir, status):
+    fake = Fake(saved)
+    fake.faults = [None, status]
+    given = guard_of(fake, model_dir, concurrency=1)
+    found = score_dataset(rows(3), tokenizer, guard=given, on_guard_error="unsafe", progress=False)
+    fake.stop()
+    assert [min(row) > 0 for row in found["star_scores"]] == [True, False, True]
+
+
+@pytest.mark.parametrize("before", [480, 490, 495])
+def test_half_a_key_is_not_shown_either(fake, opened, monkeypatch, before):
+    monkeypatch.setattr(
+        Handler, "complete",
+        lambda self, fake, body, fault: self.answer(b"x" * before + KEY.encode(), 400),
+    )  # fmt: skip
+    with pytest.raises(GuardError, match="refused") as refused:
+        opened(fake).label_logprobs(groups(1)[:1], LABELS)
+    assert KEY[:2] not in str(refused.value).replace("star-dss", "")
+
+
 def test_a_server_that_stays_broken_is_given_up(fake, opened):
     engine = opened(fake, retries=3, concurrency=1)
     fake.faults = [503] * 100
@@ -345,6 +379,13 @@ def test_a_server_that_cannot_be_used_stops_before_scoring(fake, tokenizer, mode
         fake.server_close = fake.shutdown = lambda: None
 
 
+@pytest.mark.parametrize("data", [["tiny"], {"id": "tiny"}, [None], None])
+def test_a_server_that_lists_no_models(fake, opened, monkeypatch, data):
+    monkeypatch.setattr(Handler, "do_GET", lambda self: self.answer({"data": data}))
+    with pytest.raises(GuardError, match="serves nothing, not 'tiny'"):
+        opened(fake)
+
+
 def test_the_key_is_sent_and_never_shown(saved, tokenizer, model_dir, caplog, capsys):
     fake = Fake(saved)
     caplog.set_level(logging.DEBUG)
@@ -414,9 +455,24 @@ def test_a_missing_package_is_named(fake, model_dir, monkeypatch, engine, extra)
         load_guard(given)
 
 
-def test_a_guard_that_computes_by_itself_takes_no_engine():
-    with pytest.raises(ConfigError, match="Guard 'demo' computes by itself and takes no engine"):
-        load_guard("demo", engine="http://h")
+@pytest.mark.parametrize("guard", [
+    "demo", "qwen3guard-stream-0.6b", "harmaug", {"preset": "demo", "engine": "http://h"},
+])  # fmt: skip
+def test_a_guard_that_computes_by_itself_takes_no_engine(guard):
+    given = {} if isinstance(guard, dict) else {"engine": "http://h"}
+    with pytest.raises(ConfigError, match="computes by itself and takes no engine") as error:
+        load_guard(guard, engine_options={"api_key": "hush"}, **given)
+    assert "hush" not in str(error.value)
+
+
+@pytest.mark.parametrize("guard", [
+    {"preset": "demo", "engine_options": "hush"}, {"model": "x", "engine_options": "hush"},
+    {"preset": "demo", "api_key": "hush"},
+])  # fmt: skip
+def test_options_that_no_guard_takes_are_named_without_their_values(guard):
+    with pytest.raises(ConfigError, match=list(guard)[1]) as error:
+        load_guard(guard)
+    assert "hush" not in str(error.value)
 
 
 @pytest.mark.parametrize(("attempt", "after", "least", "most"), [

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -214,6 +215,75 @@ def test_a_missing_or_foreign_shard_is_an_error(data, model_dir, tmp_path, log):
         load_scored(out)
 
 
+def without_answer(data, *rows):
+    """Rows whose prompt takes all the room: cut to `max_length` they hold no response."""
+    lines = data.read_text().splitlines()
+    for i in rows:
+        row = json.loads(lines[i])
+        row["messages"][0]["content"] = "how is it? " * 200
+        lines[i] = json.dumps(row)
+    data.write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("empty", [[32, 31, 30], [0, 1, 2, 3, 4], [*range(0, 15), 20, 32]])
+def test_a_shard_may_hold_no_response(data, model_dir, tokenizer, tmp_path, log, empty, several):
+    """All rows together hold some: it is those that decide."""
+    without_answer(data, *empty)
+    letters = {"preset": "test-letters", "log": str(log)}
+    guard = {"guards": [letters, "test-words"]} if several else letters
+    options = {"guard": guard, "chunk_size": 2, "max_length": 64, "per_guard": several}
+    job = shards.begin(str(data), str(model_dir), tmp_path / "out", shard_rows=5, **options)
+    shards.score_shards(job, progress=False)
+    provenance = shards.finish(job)
+    twin = score_dataset(read_dataset(str(data)), tokenizer, progress=False, **options)
+    found = load_scored(tmp_path / "out").remove_columns("attention_mask")
+    assert found.to_list() == twin.to_list()
+    expected = provenance_of(twin)
+    assert expected["responses"] == ROWS - len(empty)
+    assert provenance["mean_prefix_score"] == pytest.approx(expected["mean_prefix_score"])
+    if several:
+        mean = expected["disagreement"]["mean"]
+        assert provenance["disagreement"]["mean"] == pytest.approx(mean)
+
+
+def test_no_response_at_all_is_an_error(data, model_dir, tmp_path, log):
+    without_answer(data, *range(ROWS))
+    job = begin(data, model_dir, tmp_path / "out", log, max_length=64)
+    shards.score_shards(job, progress=False)
+    with pytest.raises(DataError, match=f"None of the {ROWS} rows has a response"):
+        shards.finish(job)
+
+
+def picky(model_dir):
+    """A guard that reads little: what is long does not fit."""
+    return {
+        "model": str(model_dir), "safe_labels": [" good"], "unsafe_labels": [" bad"],
+        "self_check": False, "min_label_mass": 0.0,
+    }  # fmt: skip
+
+
+def test_a_shard_of_which_nothing_can_be_scored(data, model_dir, tmp_path):
+    """One response in the last shard: that says nothing of the guard. All of them do."""
+    options = {"guard": picky(model_dir), "guard_device": "cpu", "on_guard_error": "unsafe",
+               "chunk_size": 500}  # fmt: skip
+    lines = data.read_text().splitlines()
+    row = json.loads(lines[0])
+    row["messages"][1]["content"] = "bad good " * 600
+    data.write_text("\n".join([*lines[1:], json.dumps(row)]) + "\n")
+    job = shards.begin(str(data), str(model_dir), tmp_path / "out", shard_rows=16, **options)
+    assert job.shards == 3
+    shards.score_shards(job, progress=False)
+    found = shards.finish(job)
+    assert found["guard_errors"] == 1
+    assert found["label_mass"]["mean"] > 0
+    data.write_text(json.dumps(row) + "\n")
+    job = shards.begin(str(data), str(model_dir), tmp_path / "all", **options)
+    shards.score_shards(job, progress=False)
+    with pytest.raises(GuardError, match="could not score a single one of 1 responses"):
+        shards.finish(job)
+
+
 # Begun, and begun again
 
 
@@ -287,6 +357,39 @@ def test_a_worker_that_reads_other_rows_says_so(data, model_dir, tmp_path, log):
     data.write_text(data.read_text().replace("how is 0?", "who is 0?"))
     with pytest.raises(DataError, match="finds other rows"):
         shards.ShardScorer(job)(1)
+
+
+def test_another_tokenizer_is_another_run(data, model_dir, tmp_path, log):
+    folder = tmp_path / "model"
+    shutil.copytree(model_dir, folder)
+    job = begin(data, folder, tmp_path / "out", log)
+    shards.ShardScorer(job)(1)
+    template = folder / "chat_template.jinja"
+    template.write_text("{{- '' }}" + template.read_text())
+    with pytest.raises(ConfigError, match="tokens differ"):
+        begin(data, folder, tmp_path / "out", log)
+    with pytest.raises(ConfigError, match="finds another tokenizer or chat template"):
+        shards.ShardScorer(job)(2)
+
+
+def test_shards_are_never_without_their_job(data, model_dir, tmp_path, log, monkeypatch):
+    """Killed while it finishes: a run with other options must not take the shards for its own."""
+    job = begin(data, model_dir, tmp_path / "out", log)
+    shards.score_shards(job, progress=False)
+
+    def killed(*paths):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            shards.finish(job)
+    with pytest.raises(ConfigError, match="options differ"):
+        begin(data, model_dir, tmp_path / "out", log, chunk_size=3)
+    shards.finish(begin(data, model_dir, tmp_path / "out", log))
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "README.md", "data", "star_dss.json"
+    ]  # fmt: skip
 
 
 def test_an_error_names_the_rows(data, model_dir, tmp_path, log):
@@ -373,6 +476,25 @@ def test_an_error_of_a_worker_is_raised_in_words(ray_cluster, data, model_dir, t
     job = begin(data, model_dir, tmp_path / "out", log, guard_options={"refuse": "it is 12"})
     with pytest.raises(GuardError, match="^Rows 10 to 14, counted from 10: Row 2: not this one$"):
         score_on_ray(job, num_workers=1, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("guard", "gpus"),
+    [
+        ({"kind": "words"}, 1.0),
+        ({"engine": {"kind": "vllm", "options": {}}}, 1.0),
+        ({"engine": {"kind": "server", "model": "x"}}, 0.0),
+        ({"kind": "calibrated", "guards": [{"engine": {"kind": "server"}}]}, 0.0),
+        ({"guards": [{"engine": {"kind": "server"}}, {"kind": "words"}]}, 1.0),
+    ],
+)
+def test_a_worker_takes_a_gpu_unless_servers_compute(guard, gpus):
+    from star_dss_plugin.on_ray import _gpus
+
+    cluster = SimpleNamespace(cluster_resources=lambda: {"GPU": 4.0})
+    job = SimpleNamespace(guard=guard, options={})
+    assert _gpus(cluster, job, None) == gpus
+    assert _gpus(cluster, job, 0.5) == 0.5
 
 
 def test_ray_that_is_missing_is_named(data, model_dir, tmp_path, log, monkeypatch):

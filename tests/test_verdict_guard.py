@@ -561,14 +561,54 @@ def test_no_check_is_said_aloud(tiny, caplog):
     assert "self_check is off" in caplog.text
 
 
-def test_scores_that_are_no_numbers_are_refused(honest_dir, tmp_path):
-    folder = tmp_path / "broken"
+def broken(honest_dir, folder):
     shutil.copytree(honest_dir, folder)
     weights = load_file(folder / "model.safetensors")
     weights["lm_head.weight"].fill_(float("nan"))
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(GuardError):
-        load_guard(describe(folder)).score([[*QUESTION, answer("fine")]])
+    return folder
+
+
+def test_scores_that_are_no_numbers_are_refused(honest_dir, tmp_path):
+    with pytest.raises(GuardError, match="not numbers"):
+        load_guard(describe(broken(honest_dir, tmp_path / "broken"))).score(
+            [[*QUESTION, answer("fine")]]
+        )
+
+
+def test_what_happens_on_a_probe_is_about_no_response(honest_dir, tmp_path, tokenizer):
+    """Or the first response would count as unsafe for it, then the next."""
+    guard = load_guard(describe(broken(honest_dir, tmp_path / "broken"), **CHECKED))
+    with pytest.raises(GuardError, match="On a probe: .*not numbers") as caught:
+        guard.score([[*QUESTION, answer("fine")]])
+    assert caught.value.request is None
+    data = Dataset.from_list([{"messages": [*QUESTION, answer("fine")]}])
+    with pytest.raises(GuardError, match="On a probe"):
+        score_dataset(data, tokenizer, guard=guard, on_guard_error="unsafe", progress=False)
+
+
+def test_a_guard_whose_check_was_cut_short_is_checked_again(honest_dir, monkeypatch):
+    guard = load_guard(describe(honest_dir, **CHECKED))
+
+    def interrupted(guard):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(proof, "prove", interrupted)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            guard.score([[*QUESTION, answer("fine")]])
+
+
+def test_scores_of_a_guard_that_proved_nothing_are_not_taken_for_others(
+    honest_dir, tokenizer, tmp_path
+):
+    swapped = {"safe_labels": [" bad"], "unsafe_labels": [" good"], "min_label_mass": 0.0}
+    data = Dataset.from_list([{"messages": [*QUESTION, answer("fine")]}])
+    options = {"progress": False, "score_cache_dir": tmp_path}
+    score_dataset(data, tokenizer, guard=describe(honest_dir, **swapped), **options)
+    checked = describe(honest_dir, **swapped, self_check=True)
+    with pytest.raises(GuardError, match="labels are swapped"):
+        score_dataset(data, tokenizer, guard=checked, **options)
 
 
 # Templates that must not be trusted
@@ -725,11 +765,21 @@ def test_a_finetuned_layer_is_another_guard(big_dir, tmp_path, layer):
     )
 
 
+def test_code_that_comes_with_a_model_is_part_of_it(model_dir, tmp_path):
+    folder = tmp_path / "coded"
+    shutil.copytree(model_dir, folder)
+    found = []
+    for code in ("x = 1\n", "x = 2\n"):
+        (folder / "modeling_it.py").write_text(code)
+        found.append(load_guard(describe(folder)).identity["weights"])
+    assert found[0] != found[1]
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"prefill": "is it bad:"}, {"safe_labels": [" fox"]}, {"question": "is it?"},
      {"turns": "last"}, {"controversial_labels": [" fox"]}, {"chat_template": JUDGE + " "},
-     {"dtype": "bfloat16"}],
+     {"dtype": "bfloat16"}, {"self_check": True}],
     ids=str,
 )  # fmt: skip
 def test_what_changes_a_score_changes_the_identity(model_dir, changes):
@@ -739,9 +789,7 @@ def test_what_changes_a_score_changes_the_identity(model_dir, changes):
     json.dumps(other)
 
 
-@pytest.mark.parametrize(
-    "changes", [{"batch_tokens": 1}, {"name": "x"}, {"self_check": True}, {"min_label_mass": 0.9}]
-)
+@pytest.mark.parametrize("changes", [{"batch_tokens": 1}, {"name": "x"}, {"min_label_mass": 0.9}])
 def test_what_does_not_does_not(model_dir, changes):
     assert load_guard(describe(model_dir, **changes)).identity == (
         load_guard(describe(model_dir)).identity

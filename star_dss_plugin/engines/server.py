@@ -26,6 +26,7 @@ __all__ = ["ServerEngine"]
 logger = logging.getLogger(__name__)
 
 _PASSING = {408, 409, 425, 429}  # and all of 500 to 599
+_ABOUT_PROMPTS = {400, 413, 422}  # a prompt is too long, say; any other refusal meets them all
 _LONGEST_WAIT = 30.0
 _RETRIES_AT_START = 2  # a server that is not there is said soon
 
@@ -129,7 +130,8 @@ class ServerEngine:
 
     def _check_model(self) -> None:
         listed = self._send("GET", "/models", None, min(self._retries, _RETRIES_AT_START), None)
-        served = [str(entry.get("id")) for entry in listed.get("data") or ()]
+        entries = [entry for entry in listed.get("data") or () if isinstance(entry, dict)]
+        served = [str(entry.get("id")) for entry in entries]
         if self._model not in served:
             raise GuardError(
                 f"The server at {self._url} serves {', '.join(map(repr, served)) or 'nothing'}, "
@@ -174,16 +176,14 @@ class ServerEngine:
             raise GuardError(
                 f"The server at {self._url} answered without log-probabilities of token ids "
                 f"({type(error).__name__}: {error}). The engine needs vLLM 0.32 or newer: vllm "
-                f"serve {self._model}",
-                request=number,
+                f"serve {self._model}"
             ) from error
         expected = sum(map(len, prompts))
         if len(found) != len(prompts) or tokens != expected:
             raise GuardError(
                 f"The server at {self._url} read {tokens} tokens in {len(found)} prompts; it was "
                 f"sent {expected} in {len(prompts)}. It changes prompts: start it without "
-                "truncation and with the guard's own model.",
-                request=number,
+                "truncation and with the guard's own model."
             )
         return [label_row(row, label_ids) for row in found]
 
@@ -205,7 +205,9 @@ class ServerEngine:
                 problem = self._without_key(f"its answer is damaged ({error})")
             else:
                 after = response.headers.get("Retry-After", "")
-                problem = self._without_key(f"status {response.status_code}: {response.text[:500]}")
+                # Cut last: half of a key would not be found.
+                said = self._without_key(response.text)[:500]
+                problem = f"status {response.status_code}: {said}"
                 if response.status_code not in _PASSING and response.status_code < 500:
                     raise self._refused(response.status_code, problem, number)
             if attempt == retries:
@@ -219,8 +221,7 @@ class ServerEngine:
         raise GuardError(
             f"The server at {self._url} did not answer in {attempt + 1} tries; the last failed "
             f"with {problem}. Start it (vllm serve {self._model}) or correct the address, and "
-            "start the same run again: what was scored is in the cache.",
-            request=number,
+            "start the same run again: what was scored is in the cache."
         )
 
     def _count(self) -> None:
@@ -234,7 +235,8 @@ class ServerEngine:
             given = "was sent" if self._key else "is not set"
             hint = f"The key in the environment variable {self._key_name} {given}."
         return GuardError(
-            f"The server at {self._url} refused a request with {problem}. {hint}", request=number
+            f"The server at {self._url} refused a request with {problem}. {hint}",
+            request=number if status in _ABOUT_PROMPTS else None,
         )
 
     def _without_key(self, text: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from star_dss_plugin.errors import ConfigError, PluginError, unknown_name
 from star_dss_plugin.guards.base import Guard
 from star_dss_plugin.guards.combined import CalibratedGuard, EnsembleGuard
+from star_dss_plugin.guards.presets import PRESETS, VERDICT
 from star_dss_plugin.plugins import load_plugins
 
 __all__ = ["load_guard", "missing_guard", "parse_guard"]
@@ -66,15 +67,16 @@ def load_guard(
         missing = [key for key in needed if key not in options]
         if missing:
             raise ConfigError(
-                f"The guard's mapping {dict(options)!r} lacks {', '.join(missing)}. Name a "
-                "'preset', or describe the guard with 'model', 'safe_labels' and 'unsafe_labels'."
+                f"The guard's mapping with {', '.join(options) or 'nothing in it'} lacks "
+                f"{', '.join(missing)}. Name a 'preset', or describe the guard with 'model', "
+                "'safe_labels' and 'unsafe_labels'."
             )
         target: Any = VerdictGuard
     else:
         target = load_plugins().guard(name)
-        if "engine" in common and not _takes(target, "engine"):
+        if "engine" in {**common, **options} and not _takes_engine(name, target):
             raise ConfigError(
-                f"Guard {name!r} computes by itself and takes no engine ({engine!r} was given). "
+                f"Guard {name!r} computes by itself and takes no engine. "
                 "Leave engine and engine_options out, or use a guard that answers with a verdict."
             )
     made = _built(target, f"guard {name or options['model']!r}", **{**common, **options})
@@ -86,19 +88,27 @@ def load_guard(
     return made
 
 
-def _built(target: Any, what: str, *args: Any, **options: Any) -> Guard:
-    """What a guard's options make of it; those it does not take are an error that says so."""
+def _built(target: Any, what: str, /, *args: Any, **options: Any) -> Guard:
+    """What a guard's options make of it; those it does not take are an error that says so.
+
+    It names them without their values: somebody may have put a key there.
+    """
     try:
         made: Guard = target(*args, **options)
     except TypeError as error:
-        raise ConfigError(f"The options {options!r} of {what} cannot be used: {error}.") from error
+        raise ConfigError(
+            f"The options {', '.join(options) or '(none)'} of {what} cannot be used: {error}. "
+            "Correct it, or leave it out."
+        ) from error
     return made
 
 
-def _takes(target: Any, name: str) -> bool:
-    """Whether a callable has a parameter."""
+def _takes_engine(name: str, target: Any) -> bool:
+    """Whether what builds a guard can be told what computes it."""
+    if name in PRESETS:
+        return PRESETS[name].kind == VERDICT
     parameters = inspect.signature(target).parameters
-    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return "engine" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def parse_guard(guard: str | Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:

@@ -222,6 +222,11 @@ class StreamingGuard(Guard):
 
     def trajectories(self, requests: Sequence[PrefixRequest]) -> list[Trajectory]:
         tokens = self.token_scores([(r.context, r.text) for r in requests])
+        if len(tokens) != len(requests):
+            raise GuardError(
+                f"Guard {self.name!r} returned the token scores of {len(tokens)} responses for "
+                f"{len(requests)}; token_scores must return a list for each, in order."
+            )
         return [_at_ends(self.name, r, t) for r, t in zip(requests, tokens, strict=True)]
 
 
@@ -236,5 +241,13 @@ def _at_ends(name: str, request: PrefixRequest, tokens: list[tuple[int, float]])
             "characters. token_scores must return at least one (char_end, p_safe) per response."
         )
     char_ends = [end for end, _ in tokens]
+    places = [0, *char_ends, len(request.text)]
+    if places != sorted(places):
+        # Counted from the prompt's start, say, every prefix would get the first token's score.
+        raise GuardError(
+            f"Guard {name!r} returned token scores that end at the characters {char_ends[:3]} … "
+            f"{char_ends[-1]} of a response of {len(request.text)}. token_scores must count from "
+            "the beginning of the response, in ascending order."
+        )
     last = [bisect.bisect_right(char_ends, end) - 1 for end in request.ends]
     return Trajectory(tuple(tokens[max(i, 0)][1] for i in last))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import AutoModelForSequenceClassification
 from star_dss_plugin.errors import ConfigError, GuardError
 from star_dss_plugin.guards.base import Guard, PrefixRequest, Trajectory, batches
 from star_dss_plugin.guards.content import ContentTokenizer, without_surrogates
-from star_dss_plugin.guards.proof import trust
+from star_dss_plugin.guards.proof import trust, unproven
 from star_dss_plugin.guards.untrusted import Markers
 from star_dss_plugin.guards.weights_on_disk import (
     default_device,
@@ -82,15 +83,19 @@ class ClassifierGuard(Guard):
                 f"unsafe_class is {unsafe_class!r}, but guard {self.name!r} has {self._classes} "
                 "classes. Give the index of the one that means unsafe."
             )
+        # Decoders read the verdict at the last token that is not this one.
+        padding = getattr(config.get_text_config(), "pad_token_id", None)
+        self._padding: int | None = None if padding is None or padding < 0 else padding
         self._pairs = _Pairs(tokenizer, self.name, config)
         self.markers = Markers(self._pairs.control_tokens)
         self._identity = {
             "kind": "classifier",
-            "version": 1,
+            "version": 2,
             "model": model,
             "weights": weights_fingerprint(model, config),
             "unsafe_class": unsafe_class,
             "dtype": str(self._dtype),
+            **unproven(self_check),
         }
 
     @property
@@ -109,7 +114,15 @@ class ClassifierGuard(Guard):
                 except GuardError as error:
                     raise GuardError(str(error), request=i) from error
         scores = iter(self._scores(rows))
-        return [Trajectory(tuple(next(scores) for _ in request.ends)) for request in requests]
+        found = [Trajectory(tuple(next(scores) for _ in request.ends)) for request in requests]
+        for i, trajectory in enumerate(found):
+            if not all(map(math.isfinite, trajectory.scores)):
+                raise GuardError(
+                    f"Guard {self.name!r} returned scores that are not numbers. Try guard_dtype="
+                    "'float32', or another guard.",
+                    request=i,
+                )
+        return found
 
     def truncates(self, request: PrefixRequest) -> bool:
         return self._pairs.cuts(_last_question(request), request.text)
@@ -126,7 +139,9 @@ class ClassifierGuard(Guard):
     def _scores(self, rows: Sequence[tuple[list[int], list[int]]]) -> list[float]:
         """P(safe) of each (ids, token types), in order."""
         found = [0.0] * len(rows)
-        for batch in batches([len(ids) for ids, _ in rows], self._batch_tokens):
+        # Without padding, one by one.
+        budget = 1 if self._padding is None else self._batch_tokens
+        for batch in batches([len(ids) for ids, _ in rows], budget):
             scores = self._safe([rows[i] for i in batch])
             for i, score in zip(batch, scores, strict=True):
                 found[i] = score
@@ -136,8 +151,8 @@ class ClassifierGuard(Guard):
     def _safe(self, rows: Sequence[tuple[list[int], list[int]]]) -> list[float]:
         """P(safe) of B pairs of up to T tokens, in one forward pass."""
         longest = max(len(ids) for ids, _ in rows)
-        ids, types = (torch.zeros(len(rows), longest, dtype=torch.long) for _ in range(2))
-        real = torch.zeros(len(rows), longest, dtype=torch.long)
+        types, real = (torch.zeros(len(rows), longest, dtype=torch.long) for _ in range(2))
+        ids = torch.full_like(real, self._padding or 0)
         for i, (tokens, kinds) in enumerate(rows):
             ids[i, : len(tokens)] = torch.tensor(tokens)
             types[i, : len(tokens)] = torch.tensor(kinds)
@@ -151,11 +166,6 @@ class ClassifierGuard(Guard):
             unsafe = logits[:, 0].sigmoid()
         else:
             unsafe = logits.softmax(-1)[:, self._unsafe_class]
-        if not bool(unsafe.isfinite().all()):
-            raise GuardError(
-                f"Guard {self.name!r} returned scores that are not numbers. Try guard_dtype="
-                "'float32', or another guard."
-            )
         return (1 - unsafe).tolist()
 
     def _load(self) -> None:

@@ -14,7 +14,11 @@ from typing import Any, Literal
 from star_dss_plugin.errors import ConfigError, unknown_name
 from star_dss_plugin.guards.base import Guard, PrefixRequest, Trajectory, ask, lowest
 
-__all__ = ["CalibratedGuard", "CombinedGuard", "EnsembleGuard", "calibrate", "leaves"]
+__all__ = ["NEAREST", "CalibratedGuard", "CombinedGuard", "EnsembleGuard", "calibrate", "leaves"]
+
+NEAREST = 1e-7
+"""A score nearer to 0 or 1 than this counts as this near: some guards round to 0 and 1, and no
+temperature would move those."""
 
 
 class CombinedGuard(Guard):
@@ -103,7 +107,7 @@ class CalibratedGuard(CombinedGuard):
     Args:
         guard: The guard.
         temperature: T > 0; above 1 scores are drawn to the middle.
-        threshold: θ in (0, 1): the guard's score that becomes 0.5.
+        threshold: θ: the guard's score that becomes 0.5; between `NEAREST` and 1 − `NEAREST`.
 
     Raises:
         ConfigError: They are out of range.
@@ -112,8 +116,10 @@ class CalibratedGuard(CombinedGuard):
     def __init__(self, guard: Guard, temperature: float = 1.0, threshold: float = 0.5) -> None:
         if not _is_number(temperature) or not 0 < temperature < math.inf:
             raise ConfigError(f"temperature is {temperature!r}; it must be positive (1 = raw).")
-        if not _is_number(threshold) or not 0 < threshold < 1:
-            raise ConfigError(f"threshold is {threshold!r}; it must lie between 0 and 1.")
+        if not _is_number(threshold) or not NEAREST < threshold < 1 - NEAREST:
+            raise ConfigError(
+                f"threshold is {threshold!r}; it must lie between 0 and 1, and {NEAREST} from both."
+            )
         self.parts = (guard,)
         self.temperature, self.threshold = float(temperature), float(threshold)
         self.name, self.demonstration = guard.name, guard.demonstration
@@ -138,9 +144,8 @@ class CalibratedGuard(CombinedGuard):
 
 
 def calibrate(p: float, temperature: float, threshold: float) -> float:
-    """sigmoid((logit p − logit θ) / T); 0 and 1 stay what they are."""
-    if p in (0.0, 1.0):
-        return p
+    """sigmoid((logit p − logit θ) / T), with p kept `NEAREST` away from 0 and 1."""
+    p = min(max(p, NEAREST), 1 - NEAREST)
     logit = math.log(p / (1 - p)) - math.log(threshold / (1 - threshold))
     # Whichever of the two does not overflow.
     small = math.exp(-abs(logit) / temperature)

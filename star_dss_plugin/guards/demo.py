@@ -24,7 +24,13 @@ from torch import Tensor
 
 from star_dss_plugin.errors import ConfigError, GuardError, unknown_name
 from star_dss_plugin.guards.base import Message, PrefixRequest, StreamingGuard, batches
-from star_dss_plugin.guards.demo_states import LAYERS, Backbone, content_of
+from star_dss_plugin.guards.demo_states import (
+    LAYERS,
+    MAX_CONTEXT,
+    ROUND_A_TURN,
+    Backbone,
+    content_of,
+)
 from star_dss_plugin.guards.untrusted import Markers
 from star_dss_plugin.smollm2 import gguf_fingerprint
 
@@ -125,16 +131,23 @@ class DemoGuard(StreamingGuard):
     ) -> list[list[tuple[int, float]]]:
         backbone, weight, bias = self._load()
         result = []
-        for char_ends, states in backbone.read(responses):
+        for i, (char_ends, states) in enumerate(backbone.read(responses)):
             scores = torch.sigmoid(probe_logits(states, weight, bias)).tolist()
             if not all(0 <= s <= 1 for s in scores):
                 raise GuardError(
                     "The demonstration guard computed a score that is no number, in "
-                    f"{self._dtype}. Set its dtype to float32."
+                    f"{self._dtype}. Set its dtype to float32.",
+                    request=i,
                 )
             # The first score is that of the open turn: the score of a response without tokens.
             result.append(list(zip(char_ends, scores[1:], strict=True)) or [(0, scores[0])])
         return result
+
+    def truncates(self, request: PrefixRequest) -> bool:
+        # No token is shorter than a byte, so most conversations need no tokenizer (nor weights).
+        contents = [content_of(m).encode("utf-8", "surrogatepass") for m in request.context]
+        most = sum(map(len, contents)) + ROUND_A_TURN * (len(contents) + 1)
+        return most > MAX_CONTEXT and self._load()[0].cuts(request.context)
 
     def close(self) -> None:
         self._loaded = None

@@ -25,6 +25,8 @@ LAYERS = (14, 16, 18)
 """The states after these blocks are read; later blocks are not run."""
 MAX_CONTEXT = 2048
 """Tokens of conversation before a response that are read; what is older is dropped."""
+ROUND_A_TURN = 32
+"""More tokens than the format writes around a message, or in a default system message."""
 WINDOW = 2048
 """Tokens of a response that one forward pass scores."""
 OVERLAP = 1024
@@ -91,10 +93,19 @@ class Backbone:
         return [(r.char_ends, torch.cat(s)) for r, s in zip(readings, states, strict=True)]
 
     def tokens(self, context: Sequence[Message], text: str) -> Reading:
-        """A response and its context as token ids.
+        """A response and its context as token ids."""
+        response, char_ends = self._plain(text)
+        return Reading(self._conversation(context)[0], response, char_ends)
 
-        Where the context is too long, its oldest messages are dropped and the oldest one kept
-        loses its start; the format around it stays whole.
+    def cuts(self, context: Sequence[Message]) -> bool:
+        """Whether something of a context is not read."""
+        return self._conversation(context)[1]
+
+    def _conversation(self, context: Sequence[Message]) -> tuple[list[int], bool]:
+        """Token ids of a context and an open turn, and whether the context was cut.
+
+        Where it is too long, its oldest messages are dropped and the oldest one kept loses its
+        start; the format around it stays whole.
         """
         start, end = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
         newline, _ = self._plain("\n")
@@ -112,8 +123,8 @@ class Backbone:
             turns.append([*head, *content[-room:], end, *newline])
             room -= len(content)
         opened = [start, *self._plain("assistant\n")[0]]
-        response, char_ends = self._plain(text)
-        return Reading([i for t in reversed(turns) for i in t] + opened, response, char_ends)
+        cut = len(turns) < len(messages) or room < 0
+        return [i for t in reversed(turns) for i in t] + opened, cut
 
     def _plain(self, text: str) -> tuple[list[int], list[int]]:
         """Token ids of text in which nothing is a control token, and where each token ends."""

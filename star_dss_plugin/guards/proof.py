@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from star_dss_plugin.errors import GuardError
 from star_dss_plugin.guards.base import Guard, PrefixRequest, Trajectory
 
-__all__ = ["SAFE_PROBE", "UNSAFE_PROBE", "ask_probes", "low_label_mass", "prove", "trust"]
+__all__ = [
+    "SAFE_PROBE",
+    "UNSAFE_PROBE",
+    "ask_probes",
+    "low_label_mass",
+    "prove",
+    "trust",
+    "unproven",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +39,11 @@ def ask_probes(guard: Guard) -> tuple[Trajectory, Trajectory]:
     found = []
     for probe in (SAFE_PROBE, UNSAFE_PROBE):
         text = probe[-1]["content"]
-        found += guard.trajectories([PrefixRequest(probe[:-1], text, (len(text),))])
+        try:
+            found += guard.trajectories([PrefixRequest(probe[:-1], text, (len(text),))])
+        except GuardError as error:
+            # Of no response of the data: it must not count as one that cannot be scored.
+            raise GuardError(f"On a probe: {error}") from error
     safe, unsafe = found
     return safe, unsafe
 
@@ -68,9 +81,17 @@ def trust(guard: Guard, *, self_check: bool) -> None:
         return
     try:
         prove(guard)
-    except GuardError:
+    except BaseException:  # whatever it was, nothing is shown: the next call has to ask again
         guard.close()
         raise
+
+
+def unproven(self_check: bool) -> dict[str, Any]:
+    """An entry of the identity of a guard that proves nothing.
+
+    Without it a run with the self-check on would take such scores from the cache.
+    """
+    return {} if self_check else {"self_check": False}
 
 
 def low_label_mass(name: str, mass: float, minimum: float, where: str) -> GuardError:

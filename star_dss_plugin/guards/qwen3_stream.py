@@ -20,7 +20,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from star_dss_plugin.errors import ConfigError, GuardError
 from star_dss_plugin.guards.base import Message, PrefixRequest, StreamingGuard, batches
 from star_dss_plugin.guards.prompts import Prompts
-from star_dss_plugin.guards.proof import trust
+from star_dss_plugin.guards.proof import trust, unproven
 from star_dss_plugin.guards.template import GuardTemplate
 from star_dss_plugin.guards.untrusted import Markers
 from star_dss_plugin.guards.weights_on_disk import (
@@ -133,6 +133,7 @@ class Qwen3StreamGuard(StreamingGuard):
             "template": hashlib.sha256(self._template.source.encode()).hexdigest(),
             "levels": self._weights,
             "dtype": str(self._dtype),
+            **unproven(self_check),
         }
 
     @property

@@ -21,7 +21,7 @@ from star_dss_plugin.engines.selection import Weights, choose_engine
 from star_dss_plugin.errors import ConfigError, GuardError
 from star_dss_plugin.guards.base import Guard, PrefixRequest, Trajectory, lowest
 from star_dss_plugin.guards.prompts import Prompts, policies
-from star_dss_plugin.guards.proof import trust
+from star_dss_plugin.guards.proof import trust, unproven
 from star_dss_plugin.guards.template import PINNED_DATE, GuardTemplate
 from star_dss_plugin.guards.untrusted import Markers, scaffold_lines
 from star_dss_plugin.guards.weights_on_disk import (
@@ -164,6 +164,7 @@ class VerdictGuard(Guard):
             "dtype": str(self._dtype),
             "date": PINNED_DATE.date().isoformat(),
             **self._choice.identity(model),
+            **unproven(self_check),
         }
 
     @property

@@ -21,7 +21,7 @@ __all__ = [
     "weights_fingerprint",
 ]
 
-_MODEL_FILES = (".json", ".safetensors", ".bin", ".gguf", ".jinja", ".model", ".txt")
+_MODEL_FILES = (".json", ".safetensors", ".bin", ".gguf", ".jinja", ".model", ".txt", ".py")
 
 
 def default_device(device: str | None) -> torch.device:
