@@ -118,6 +118,6 @@ def answer_prompts(
     for i, answer in bar:
         store.add(missing[i], answer)
     return [
-        Answer(store.known[key], tokenizer.decode(opening))
+        Answer(store.known[key], str(tokenizer.decode(opening)))
         for key, opening in zip(keys, openings, strict=True)
     ]

@@ -52,7 +52,7 @@ def greedy_answers(
             found = model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
         for i, row in zip(chosen, found[:, ids.shape[1] :].tolist(), strict=True):
             spoken = itertools.takewhile(lambda token: token not in greedy.eos_token_id, row)
-            yield i, tokenizer.decode(list(spoken), skip_special_tokens=True)
+            yield i, str(tokenizer.decode(list(spoken), skip_special_tokens=True))
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message]) -> list[int]:

@@ -57,7 +57,8 @@ def vllm_generation(
         wanted = SamplingParams(temperature=0.0, max_tokens=max_new_tokens, detokenize=False)
         asked = [{"prompt_token_ids": list(ids)} for ids in prompts]
         for i, output in enumerate(llm.generate(asked, wanted, use_tqdm=False) if asked else ()):
-            yield i, tokenizer.decode(output.outputs[0].token_ids, skip_special_tokens=True)
+            said = tokenizer.decode(output.outputs[0].token_ids, skip_special_tokens=True)
+            yield i, str(said)
 
     try:
         yield generate
