@@ -408,7 +408,8 @@ def test_memory_does_not_grow_with_the_number_of_responses() -> None:
 
     def watched(*args: Any) -> Any:
         gc.collect()
-        alive.append(sum(isinstance(x, torch.Tensor) for x in gc.get_objects()))
+        # `isinstance` would ask lazy modules for their class, which warns for torch.distributed.
+        alive.append(sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects()))
         return run_trunks(*args)
 
     engine._run_trunks = watched  # type: ignore[method-assign]
