@@ -77,7 +77,9 @@ def axolotl(session: nox.Session) -> None:
 def lowest(session: nox.Session) -> None:
     """The lowest version of every dependency that is declared (constraints/lowest.txt)."""
     install(session, "lowest", "-e", ".[ray,report,server,trl]", "hypothesis", "pytest")
-    pytest(session, *session.posargs)
+    # What old versions use of their own dependencies is deprecated by now.
+    quiet = ("-W", "ignore::DeprecationWarning", "-W", "ignore::FutureWarning")
+    pytest(session, *quiet, *session.posargs)
 
 
 @nox.session(name="wheel")
