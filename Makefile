@@ -7,7 +7,7 @@ PYTEST_FLAGS ?= -q
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-axolotl test-vllm lint clean
+.PHONY: demo test test-axolotl test-vllm lint docs clean
 
 demo: $(VENV)/.ready
 	$(VENV)/bin/star-dss demo
@@ -29,6 +29,10 @@ lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+docs: $(VENV)/.ready
+	$(VENV)/bin/sphinx-build -W --keep-going -q docs docs/_build
+	@echo "docs/_build/index.html"
 
 # torch goes first and alone: its pinned version then satisfies everything installed after it.
 $(VENV)/.ready: pyproject.toml constraints/newest.txt
@@ -52,4 +56,4 @@ $(VLLM_VENV)/.ready: pyproject.toml constraints/vllm-0.32.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(AXOLOTL_VENV) $(VLLM_VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(AXOLOTL_VENV) $(VLLM_VENV) .nox runs build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -54,10 +54,20 @@ def _text_message(message: Mapping[str, Any]) -> Message:
 
 
 def template_arguments(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What a row gives to its chat template beside its messages."""
+    """What a row gives to its chat template beside its messages.
+
+    Raises:
+        DataError: It would give the template itself: data must not choose how it is rendered.
+    """
     tools = row.get("tools")
     tools = json.loads(tools) if isinstance(tools, str) else tools
-    return {"tools": tools, **(row.get("chat_template_kwargs") or {})}
+    given = dict(row.get("chat_template_kwargs") or {})
+    if given.pop("chat_template", None) is not None:
+        raise DataError(
+            "chat_template_kwargs brings a chat_template, which is a program: it may come with the "
+            "tokenizer, not with the data. Remove it from the row and set the tokenizer's."
+        )
+    return {"tools": tools, **given}
 
 
 def render_chat(

@@ -1,7 +1,7 @@
 """The extension points. Four hooks; the built-ins use them like everybody else.
 
 A plugin is a package with an entry point in the group `star_dss` that names a module (or object)
-with any of these functions, each marked with `hookimpl`:
+with any of these functions, each marked with `hookimpl`::
 
     from star_dss_plugin import hookimpl
 

@@ -218,8 +218,11 @@ def _trained_outside(policy: nn.Module) -> list[str]:
 def _load_named(name: str, policy: nn.Module, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
     parameter = next(policy.parameters())
     try:
-        theirs = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=parameter.dtype)
+        # Without a word here transformers would ask on the terminal whether to run a model's code.
+        theirs = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=parameter.dtype, use_safetensors=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"The reference {name!r} cannot be loaded: {error}. Give the id or folder of a model "

@@ -63,7 +63,9 @@ def load_smollm2(
     if folder is None:
         model, tokenizer = _convert(_gguf_file())
         return model.to(dtype).eval(), tokenizer
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, local_files_only=True, use_safetensors=True
+    )
     return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 

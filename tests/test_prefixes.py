@@ -6,12 +6,12 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from conftest import real_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from star_dss_plugin.guards.prefixes import PrefixTokenizer
-from star_dss_plugin.smollm2 import load_smollm2
 
 GUARDS = Path(__file__).parents[2] / "shared" / "guards"
 
@@ -32,7 +32,7 @@ def stripped(tokenizer: Tokenizer) -> Tokenizer:
 @cache
 def tokenizer(name: str) -> Tokenizer:
     if name == "smollm2":
-        return stripped(load_smollm2()[1].backend_tokenizer)
+        return stripped(real_model()[1].backend_tokenizer)
     path = GUARDS / name / "tokenizer.json"
     if not path.exists():
         pytest.skip(f"the fixture {name} is not part of the repository")

@@ -1,0 +1,136 @@
+"""The environments in which the package has to work: `nox -s NAME`, or `nox -l` for the list.
+
+Each session makes its environment and runs the tests in it; arguments after `--` go to pytest.
+`.ci/run` runs `core` and `wheel`; `make test` and `make test-axolotl` are `newest` and `axolotl` in
+environments that stay.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tomllib
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).parent.resolve()
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1",
+    "AXOLOTL_DO_NOT_TRACK": "1",
+}  # fmt: skip
+
+nox.options.default_venv_backend = "venv"
+nox.options.reuse_existing_virtualenvs = True
+nox.options.sessions = ["core", "wheel"]
+
+
+def install(session: nox.Session, constraints: str, *what: str) -> None:
+    """Installs torch first and alone: its pinned version then satisfies everything after it."""
+    pins = ("-c", str(ROOT / "constraints" / f"{constraints}.txt"))
+    session.install("--quiet", *pins, "torch")
+    session.install("--quiet", *pins, *what)
+
+
+def pytest(session: nox.Session, *arguments: str) -> None:
+    """Runs tests as `make test` does."""
+    session.run("python", "-m", "pytest", "-q", *arguments, env=ENVIRONMENT)
+
+
+@nox.session(name="core")
+def core(session: nox.Session) -> None:
+    """The core alone: no extra is installed, and tests that need TRL or another are skipped."""
+    install(session, "newest", "-e", ".", "hypothesis", "pytest")
+    session.run(
+        "python", "-c",
+        "import importlib.util as u, star_dss_plugin; "
+        "assert not any(map(u.find_spec, ('trl', 'peft', 'axolotl', 'ray', 'matplotlib')))",
+    )  # fmt: skip
+    pytest(session, *session.posargs)
+
+
+@nox.session(name="trl-1.9")
+def oldest_trl(session: nox.Session) -> None:
+    """The oldest supported TRL, with transformers 5.16 (Axolotl 0.19 pins both)."""
+    install(session, "axolotl-0.19", "-e", ".[test]")
+    pytest(session, *session.posargs)
+
+
+@nox.session(name="newest")
+def newest(session: nox.Session) -> None:
+    """The newest TRL and transformers that were tested."""
+    install(session, "newest", "-e", ".[test]")
+    pytest(session, *session.posargs)
+
+
+@nox.session(name="axolotl")
+def axolotl(session: nox.Session) -> None:
+    """Axolotl, in a process of its own: it patches transformers and torch when it is imported."""
+    install(session, "axolotl-0.19", "-e", ".[axolotl,test]")
+    if session.posargs:
+        pytest(session, *session.posargs)
+    else:
+        pytest(session, "--ignore", "tests/in_axolotl")
+        pytest(session, "tests/in_axolotl")
+
+
+@nox.session(name="lowest")
+def lowest(session: nox.Session) -> None:
+    """The lowest version of every dependency that is declared (constraints/lowest.txt)."""
+    install(session, "lowest", "-e", ".[ray,report,server,trl]", "hypothesis", "pytest")
+    # What old versions use of their own dependencies is deprecated by now.
+    quiet = ("-W", "ignore::DeprecationWarning", "-W", "ignore::FutureWarning")
+    pytest(session, *quiet, *session.posargs)
+
+
+@nox.session(name="wheel")
+def wheel(session: nox.Session) -> None:
+    """What would be published, installed outside of the source tree: its README's snippets run."""
+    built = Path(session.create_tmp()).resolve() / "dist"
+    shutil.rmtree(built, ignore_errors=True)
+    session.install("--quiet", "build", "twine")
+    session.run("python", "-m", "build", "--outdir", str(built), str(ROOT), silent=True)
+    session.run("twine", "check", "--strict", *map(str, built.iterdir()))
+    (found,) = built.glob("*.whl")
+    install(session, "newest", f"star-dss-plugin[report,trl] @ {found.as_uri()}", "pytest")
+    # Nothing of the source tree but the tests, and the pages that they read.
+    session.chdir(built)
+    session.run(
+        "python", "-c",
+        "import star_dss_plugin, star_dss_trl; "
+        "assert all('site-packages' in m.__file__ for m in (star_dss_plugin, star_dss_trl))",
+    )  # fmt: skip
+    session.run("star-dss", "--version")
+    names = ("test_snippets", "test_examples", "test_cli", "test_docs", "test_security")
+    tests = [str(ROOT / "tests" / f"{name}.py") for name in names]
+    options = ("-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider")
+    pytest(session, *options, *(session.posargs or tests))
+
+
+@nox.session(name="extras")
+def extras(session: nox.Session) -> None:
+    """Whether every extra resolves on this Python, to the newest and to the lowest versions."""
+    session.install("--quiet", "uv")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    for extra in extras:
+        for resolution in ("highest", "lowest-direct"):
+            session.run(
+                "uv", "pip", "compile", "--quiet", "--resolution", resolution, "--extra", extra,
+                "--output-file", str(Path(session.create_tmp()) / f"{extra}-{resolution}.txt"),
+                "pyproject.toml", silent=True,
+            )  # fmt: skip
+
+
+@nox.session(name="docs")
+def docs(session: nox.Session) -> None:
+    """The documentation's site, in docs/_build; any warning is an error."""
+    install(session, "newest", "-e", ".[docs]")
+    session.run("sphinx-build", "-W", "--keep-going", "-q", "docs", "docs/_build", env=ENVIRONMENT)
+
+
+@nox.session(name="audit")
+def audit(session: nox.Session) -> None:
+    """Known vulnerabilities of everything that the package and its extras for training need."""
+    install(session, "newest", ".[report,server,trl]", "pip-audit")
+    session.run("pip-audit", "--skip-editable", "--progress-spinner", "off", *session.posargs)

