@@ -73,6 +73,10 @@ def test_whatever_is_loaded_says_whether_its_code_may_run():
     for where, node in nodes(ast.Call):
         if not dotted(node.func).endswith(".from_pretrained") or where.split(":")[0] in OWN_FILES:
             continue
+        if dotted(node.func) == "PeftModel.from_pretrained":
+            # It has no such options; that there are safetensors is looked up before.
+            assert '"adapter_model.safetensors"' in (PACKAGE / "evaluate" / "loading.py").read_text()
+            continue
         seen += 1
         given = {keyword.arg for keyword in node.keywords}
         assert given & {"trust_remote_code", None}, f"{where} leaves trust_remote_code open"

@@ -111,6 +111,8 @@ def stand_ins(source, tokenizer) -> dict:
         "reference": reference,
         "optimizer": torch.optim.SGD(policy.parameters(), lr=1e-3),
         "my_prompts": ["is this bad?"],
+        "tasks": Dataset.from_list(CHAT),
+        "harmful": Dataset.from_list(CHAT[1:2]),
     }
     if "lora" in source:
         from peft import LoraConfig

@@ -17,20 +17,20 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from star_dss_plugin.collation import SCORES_COLUMN
 from star_dss_plugin.evaluate.generation import greedy_answers, prompt_ids
+from star_dss_plugin.evaluate.loading import DEMO_MODEL, load_whole_model
 from star_dss_plugin.evaluate.refusal import is_refusal
 from star_dss_plugin.files import write_text
 from star_dss_plugin.logprobs import IGNORE_INDEX, token_logprobs
 from star_dss_plugin.report.page import render_page
 from star_dss_plugin.report.reading import read_scored
 from star_dss_plugin.scorer import score_dataset
-from star_dss_plugin.smollm2 import load_smollm2
 from star_dss_trl.config import StarDSSConfig
 from star_dss_trl.trainer import StarDSSTrainer
 
@@ -50,11 +50,8 @@ def aligned_start() -> tuple[Any, PreTrainedTokenizerBase]:
     The model as published answers most of them. `scripts/make_aligned_adapter.py` made the adapter,
     which is merged, so that the result is a plain model with something to lose.
     """
-    model, tokenizer = load_smollm2()
     with as_file(files("star_dss_plugin").joinpath("data", _ADAPTER)) as folder:
-        wrapped: Any = PeftModel.from_pretrained(model, folder)
-    merged = wrapped.merge_and_unload()
-    return merged.eval(), tokenizer
+        return load_whole_model(str(folder), base=DEMO_MODEL)
 
 
 def run(output: Path, *, steps: int = 12, prompt_count: int = 20) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,8 +45,8 @@ def load_whole_model(
     try:
         if name == DEMO_MODEL:
             return load_smollm2(torch.float32 if dtype == "auto" else wanted)
-        if find_adapter_config_file(name) is not None:
-            return _merged(name, wanted, base)
+        if (adapter := find_adapter_config_file(name)) is not None:
+            return _merged(name, Path(adapter), wanted, base)
         return _read(name, wanted).eval(), load_tokenizer(name)
     except ConfigError:
         raise
@@ -70,16 +71,19 @@ def _read(name: str, dtype: Any) -> PreTrainedModel:
 
 
 def _merged(
-    name: str, dtype: Any, base: str | None
+    name: str, adapter: Path, dtype: Any, base: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
-        from peft import PeftConfig, PeftModel
+        from peft import PeftModel
     except ImportError as error:
         raise ConfigError(
             f"{name!r} is an adapter, and PEFT, which reads adapters, is not installed. Install it "
             "with: pip install 'star-dss-plugin[trl]'"
         ) from error
-    origin = base or PeftConfig.from_pretrained(name).base_model_name_or_path
+    if _file(name, "adapter_model.safetensors") is None:  # PEFT would take a .bin file
+        raise ValueError("it has no adapter_model.safetensors; save it with safe serialization")
+    config = json.loads(adapter.read_text(encoding="utf-8"))
+    origin = base or config.get("base_model_name_or_path")
     if not origin:
         raise ValueError("its adapter_config.json names no base model; name one as the base")
     try:
@@ -94,8 +98,14 @@ def _merged(
     merged = PeftModel.from_pretrained(model, name).merge_and_unload(safe_merge=True)
     assert isinstance(merged, PreTrainedModel)
     # An adapter may bring tokens of its own; most bring no tokenizer.
-    own = cached_file(name, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False)
+    own = _file(name, "tokenizer_config.json")
     return merged.eval(), tokenizer if own is None else load_tokenizer(name)
+
+
+def _file(name: str, file: str) -> str | None:
+    """Where a file of a folder or of a hub repository is; None if there is no such file."""
+    found: str | None = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+    return found
 
 
 def find_device(name: str | None) -> torch.device:
