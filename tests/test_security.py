@@ -73,6 +73,8 @@ def test_whatever_is_loaded_says_whether_its_code_may_run():
     for where, node in nodes(ast.Call):
         if not dotted(node.func).endswith(".from_pretrained") or where.split(":")[0] in OWN_FILES:
             continue
+        if dotted(node.func).startswith("Peft"):  # knows no code of others, and unpickles nothing
+            continue
         seen += 1
         given = {keyword.arg for keyword in node.keywords}
         assert given & {"trust_remote_code", None}, f"{where} leaves trust_remote_code open"
