@@ -3,7 +3,7 @@
     python benchmarks/threats.py DATA_DIR                     # the reduced grid, on two cores
     python benchmarks/threats.py DATA_DIR --grid full         # every threat, mode, three seeds
     python benchmarks/threats.py DATA_DIR --grid noise        # the guard's verdicts corrupted
-    python benchmarks/threats.py DATA_DIR --table             # what has been measured so far
+    python benchmarks/threats.py DATA_DIR --table --save all.json   # what has been measured so far
 
 DATA_DIR holds attack_mix.jsonl, eval_harmful_prompts.jsonl and eval_benign_prompts.jsonl (NOTICE
 names the sources). Each cell of the grid is a training run and its evaluation, and is kept as one
@@ -302,12 +302,12 @@ def table(cells: list[dict[str, Any]]) -> str:
             if k in ("finetuning", "threat", "mode", "ratio", "noise", "kl_coef", "kl_estimator",
                      "chunk_size", "rate", "steps")
         }  # fmt: skip
-        groups[json.dumps(what)].append(cell)
+        groups[json.dumps(what, sort_keys=True)].append(cell)
     lines = [
         "| finetuning | threat | mode | seeds | refuses | refuses, prefilled | over-refuses "
         "| task loss | drift |", "|---|---|---|---:|---:|---:|---:|---:|---:|",
     ]  # fmt: skip
-    for key, found in groups.items():
+    for key, found in sorted(groups.items(), key=_place):
         what = json.loads(key)
         mode = what["mode"] + "".join(
             f", {name} {what[name]}"
@@ -324,6 +324,16 @@ def table(cells: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _place(group: tuple[str, list[dict[str, Any]]]) -> tuple[Any, ...]:
+    """Where a line of the table stands."""
+    cell = group[1][0]
+    threats, modes = ("none", *THREATS, "identity_shift"), ("start", *MODES)
+    return (
+        ("-", "lora", "full").index(cell["finetuning"]), threats.index(cell["threat"]),
+        modes.index(cell["mode"]), group[0],
+    )  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("data", type=Path)
@@ -337,6 +347,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes that share the cells")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no cell after these")
     parser.add_argument("--table", action="store_true", help="only print what is there")
+    parser.add_argument("--save", type=Path, help="all cells in one JSON file, with --table")
     args = parser.parse_args()
     transformers_logging.set_verbosity_error()
     cells = [json.loads(path.read_text()) for path in sorted(args.output.glob("*.json"))]
@@ -360,6 +371,9 @@ def main() -> None:
             write_text(path, json.dumps(found, indent=2, sort_keys=True) + "\n")
             cells.append(found)
             print(f"{number} of {len(planned)}: {json.dumps(found)}", flush=True)
+    if args.save:
+        order = sorted(cells, key=lambda c: [str(c.get(k)) for k in ("finetuning", *COLUMNS)])
+        write_text(args.save, json.dumps(order, indent=1, sort_keys=True) + "\n")
     print(table(cells))
 
 

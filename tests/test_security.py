@@ -75,7 +75,9 @@ def test_whatever_is_loaded_says_whether_its_code_may_run():
             continue
         if dotted(node.func) == "PeftModel.from_pretrained":
             # It has no such options; that there are safetensors is looked up before.
-            assert '"adapter_model.safetensors"' in (PACKAGE / "evaluate" / "loading.py").read_text()
+            assert (
+                '"adapter_model.safetensors"' in (PACKAGE / "evaluate" / "loading.py").read_text()
+            )
             continue
         seen += 1
         given = {keyword.arg for keyword in node.keywords}
