@@ -334,6 +334,30 @@ def _place(group: tuple[str, list[dict[str, Any]]]) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
+def figure(cells: list[dict[str, Any]], path: Path) -> None:
+    """Refusals by threat and mode (LoRA, first choice of every option), a dot for each seed."""
+    import matplotlib.pyplot as plt
+
+    usual = {"finetuning": "lora", "noise": None, "kl_coef": 0.5, "kl_estimator": "k2"}
+    start = next(cell for cell in cells if cell["mode"] == "start")
+    shown = [cell for cell in cells if all(cell.get(k) == v for k, v in usual.items())]
+    threats = [t for t in THREATS if any(cell["threat"] == t for cell in shown)]
+    picture, axes = plt.subplots(
+        1, len(threats), figsize=(2.6 * len(threats), 2.8), sharey=True, layout="constrained"
+    )
+    for axis, threat in zip(axes, threats, strict=True):
+        axis.axvline(100 * start["refusals"], color="#888888", linestyle="--", linewidth=1)
+        for place, mode in enumerate(MAIN):
+            found = [c for c in shown if (c["threat"], c["mode"]) == (threat, mode)]
+            values = [100 * cell["refusals"] for cell in found]
+            axis.plot(values, [place] * len(values), "o", color="#1d5a9e", markersize=7)
+        axis.set(title=threat.replace("_", " "), xlim=(-4, 104), ylim=(2.5, -0.5))
+        axis.set_xlabel("harmful prompts declined, %")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks(range(len(MAIN)), MAIN)
+    picture.savefig(path, dpi=150)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("data", type=Path)
@@ -347,6 +371,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes that share the cells")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no cell after these")
     parser.add_argument("--table", action="store_true", help="only print what is there")
+    parser.add_argument("--figure", type=Path, help="a picture of it, with --table")
     parser.add_argument("--save", type=Path, help="all cells in one JSON file, with --table")
     args = parser.parse_args()
     transformers_logging.set_verbosity_error()
@@ -374,6 +399,8 @@ def main() -> None:
     if args.save:
         order = sorted(cells, key=lambda c: [str(c.get(k)) for k in ("finetuning", *COLUMNS)])
         write_text(args.save, json.dumps(order, indent=1, sort_keys=True) + "\n")
+    if args.figure:
+        figure(cells, args.figure)
     print(table(cells))
 
 

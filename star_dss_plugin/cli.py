@@ -231,7 +231,7 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the report.")] = Path(
         "runs/demo"
     ),
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each run.")] = 12,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each run.")] = 13,
     prompts: Annotated[
         int, typer.Option(min=1, help="Prompts of each kind that each model answers, at most.")
     ] = 20,

@@ -1,6 +1,6 @@
 """`star-dss demo`: the whole pipeline on a small model and a small real data set.
 
-Starts from SmolLM2-135M-Instruct with an adapter that makes it decline harmful requests, scores 84
+Starts from SmolLM2-135M-Instruct with an adapter that makes it decline harmful requests, scores 102
 conversations with the demonstration guard, finetunes with LoRA once with plain SFT and once with
 STAR-DSS, and counts what each of the three models still declines, and what it learned.
 """
@@ -54,7 +54,7 @@ def aligned_start() -> tuple[Any, PreTrainedTokenizerBase]:
         return load_whole_model(str(folder), base=DEMO_MODEL)
 
 
-def run(output: Path, *, steps: int = 12, prompt_count: int = 20) -> dict[str, Any]:
+def run(output: Path, *, steps: int = 13, prompt_count: int = 20) -> dict[str, Any]:
     """Runs the demonstration; writes `report.md`, `results.json` and `scores.html` to `output`.
 
     Args:
@@ -162,7 +162,7 @@ def _finetune(
         per_device_train_batch_size=4,
         gradient_accumulation_steps=2,
         max_steps=steps,
-        learning_rate=1e-3,
+        learning_rate=2e-3,
         warmup_steps=2,
         lr_scheduler_type="cosine",
         logging_steps=max(1, steps // 4),
@@ -203,10 +203,10 @@ def _answers(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[s
     return [answer.strip() for _, answer in sorted(said)]
 
 
-_NAMES = {"start": "start (aligned SmolLM2)", "sft": "plain SFT (nll)", "star_dss": "STAR-DSS"}
+_NAMES = {"start": "start", "sft": "plain SFT", "star_dss": "STAR-DSS"}
 _HEADINGS = (
-    "model", "declines harmful prompts", "declines benign ones", "task loss", "CE of harmful rows",
-    "loss", "its CE part", "its KL part",
+    "model", "declines harmful", "declines benign", "task loss", "harmful CE", "loss", "CE part",
+    "KL part",
 )  # fmt: skip
 
 
@@ -258,12 +258,12 @@ def _report(results: dict[str, Any], scored: Dataset, harmful: Sequence[int]) ->
             f"| {name} rows | {t['tokens']} | {t['mean_score']:.3f} | {t['share_below_half']:.1%} |"
             for name, t in results["tokens"].items()
         ), "",
-        "- **declines**: by a match of phrases in the first words of a greedy answer. Benign "
-        "prompts look dangerous and are not (XSTest).",
+        "- **declines harmful**, **declines benign**: prompts, by a match of phrases in the first "
+        "words of a greedy answer. Benign prompts look dangerous and are not (XSTest).",
         f"- **task loss**: cross-entropy per token on {results['held_out']} benign rows that were "
         "not trained on. Lower is better.",
-        "- **CE of harmful rows**: the same on the harmful-labelled training rows. Lower means "
+        "- **harmful CE**: the same on the harmful-labelled training rows. Lower means "
         "learned, which they should not be.",
-        "- **loss**, its **CE part** and its **KL part**: the last log line of the run.", "",
+        "- **loss**, its **CE part** and **KL part**: the last log line of the run.", "",
     ]  # fmt: skip
     return "\n".join(lines)
