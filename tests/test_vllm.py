@@ -22,6 +22,11 @@ from star_dss_plugin.smollm2 import load_smollm2
 
 pytest.importorskip("vllm", reason="needs vLLM (make test-vllm)")
 
+# vLLM 0.32 uses what torch 2.13 deprecates.
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore::{kind}")
+    for kind in ("DeprecationWarning", "FutureWarning", "PendingDeprecationWarning")
+]
 LABELS = {"safe_labels": [" safe", "safe"], "unsafe_labels": [" unsafe", "unsafe"]}
 SMALL = {"max_model_len": 1024, "enforce_eager": True, "block_size": 32}
 MEMORY = {"VLLM_CPU_KVCACHE_SPACE": "1"}
