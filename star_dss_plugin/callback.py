@@ -23,6 +23,7 @@ from star_dss_plugin.logprobs import IGNORE_INDEX, token_logprobs
 from star_dss_plugin.loss import star_dss_loss
 from star_dss_plugin.report.harmless import visible
 from star_dss_plugin.run_summary import summary_table
+from star_dss_plugin.weights import needs_scores
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -112,12 +113,19 @@ def startup_line(active: StarDSSState) -> str:
     """The one line that every run with an active loss prints."""
     options, train = active.options, active.summaries["train"]
     share = train.below_threshold / train.trained_tokens
+    reads = needs_scores(active.weight_map, kl_coef=options.kl_coef, threshold=options.threshold)
+    # Right if the data is that safe; also what a broken guard or a made-up column looks like.
+    plain = (
+        " Every score is 1, so this is plain finetuning: check the guard, or where the star_scores "
+        "column comes from."
+    )
     return (
         f"STAR-DSS is active: loss_type={options.loss_type} (kl_coef={options.kl_coef}, "
         f"kl_estimator={options.kl_estimator}), guard={visible(train.guard)}, "
         f"reference={active.reference.description}; {train.responses} responses scored, "
         f"{train.below_threshold} of {train.trained_tokens} trained tokens ({share:.1%}) below "
         f"{options.threshold}, mean score {train.mean_score:.3f}."
+        + (plain if reads and train.mean_score == 1 else "")
     )
 
 

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from star_dss_plugin import ConfigError, DataError, StarDSSError, attach
+from star_dss_plugin.callback import startup_line
 from star_dss_plugin.collation import SCORES_COLUMN
 from star_dss_plugin.provenance import provenances_of
 
@@ -390,6 +391,17 @@ def test_errors_before_the_first_step(tmp_path, tokenizer):
             train_dataset=prompt_completion(),
             processing_class=tokenizer,
         )
+
+
+@pytest.mark.parametrize(("score", "loss_type", "said"), [
+    (1.0, "star_dss", True), (1.0, "rejection", True), (0.999, "star_dss", False),
+    (1.0, "kl_only", False),
+])  # fmt: skip
+def test_scores_that_make_it_plain_finetuning_are_said(tmp_path, tokenizer, score, loss_type, said):
+    scored = make(tmp_path, tokenizer).train_dataset.remove_columns("ref_logps")
+    safe = scored.map(lambda r: {SCORES_COLUMN: [score] * len(r[SCORES_COLUMN])})
+    trainer = make(tmp_path, tokenizer, safe, guard=None, loss_type=loss_type)
+    assert ("this is plain finetuning" in startup_line(trainer.star_dss_state)) is said
 
 
 def test_bad_star_scores_are_refused(tmp_path, tokenizer):
