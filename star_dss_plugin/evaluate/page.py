@@ -6,12 +6,9 @@ under a policy that runs and loads nothing.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from star_dss_plugin._version import __version__
@@ -19,6 +16,7 @@ from star_dss_plugin.evaluate.comparison import PREFILL, REFUSED, Comparison, me
 from star_dss_plugin.evaluate.prompts import BENIGN, HARMFUL
 from star_dss_plugin.evaluate.statistics import Share
 from star_dss_plugin.report.harmless import visible
+from star_dss_plugin.report.rendering import content_hash, page_environment
 
 __all__ = ["HEADINGS", "render_comparison", "shown"]
 
@@ -46,20 +44,12 @@ def render_comparison(found: Comparison, *, text: bool = True) -> str:
         found: What `compare` returned.
         text: Whether prompts and answers are in it. Those that models differ on are unfolded.
     """
-    environment = Environment(
-        loader=PackageLoader("star_dss_plugin.evaluate", "assets"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["visible"] = visible
+    environment = page_environment("star_dss_plugin.evaluate")
     style = files("star_dss_plugin.evaluate").joinpath("assets", "answers.css").read_text("utf-8")
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     table = {model.name: measures(model, found.guard) for model in found.models}
     names = list(next(iter(table.values())))
     return environment.get_template("answers.html.j2").render(
-        policy=f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; "
+        policy=f"default-src 'none'; style-src '{content_hash(style)}'; base-uri 'none'; "
         "form-action 'none'",
         style=Markup(style),
         version=__version__,

@@ -8,15 +8,12 @@ this one script and this one style sheet, by their hashes, and no other source o
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from star_dss_plugin._version import __version__
@@ -24,6 +21,7 @@ from star_dss_plugin.guard_notes import remarks
 from star_dss_plugin.report import palette
 from star_dss_plugin.report.harmless import visible
 from star_dss_plugin.report.reading import ScoredData, ScoredResponse
+from star_dss_plugin.report.rendering import content_hash, page_environment
 from star_dss_plugin.report.summary import BINS, by_source, histogram, summarise
 
 __all__ = ["render_page"]
@@ -52,21 +50,14 @@ def render_page(
     Returns:
         ASCII-only where text of the data is concerned; encode it as UTF-8.
     """
-    environment = Environment(
-        loader=PackageLoader("star_dss_plugin.report", "assets"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["visible"] = visible
+    environment = page_environment("star_dss_plugin.report")
     style, script = _style(), _asset("drawing.js") + _asset("report.js")
     sources = by_source(data.responses, threshold)
     counts = histogram(data.responses)
     return environment.get_template("report.html.j2").render(
         policy="; ".join([
-            "default-src 'none'", f"script-src '{_hash(script)}'", f"style-src '{_hash(style)}'",
-            "base-uri 'none'", "form-action 'none'",
+            "default-src 'none'", f"script-src '{content_hash(script)}'",
+            f"style-src '{content_hash(style)}'", "base-uri 'none'", "form-action 'none'",
         ]),
         # Ours alone: nothing of the data is in them.
         style=Markup(style),
@@ -113,11 +104,6 @@ def _style() -> str:
         f".h{k}{{background:var(--h{k})}}.bar{k}{{fill:var(--h{k})}}" for k in range(palette.LEVELS)
     )
     return f":root{{{ink}{scale}}}\n{_asset('report.css')}{rules}\n"
-
-
-def _hash(content: str) -> str:
-    digest = hashlib.sha256(content.encode()).digest()
-    return f"sha256-{base64.b64encode(digest).decode()}"
 
 
 def _embedded(value: Any) -> Markup:
