@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from star_dss_plugin._version import __version__
 from star_dss_plugin.errors import (
     CacheError,
+    CheckpointError,
     ConfigError,
     DataError,
     GuardError,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CacheError",
+    "CheckpointError",
     "ConfigError",
     "DataError",
     "GuardError",

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 __all__ = [
     "CacheError",
+    "CheckpointError",
     "ConfigError",
     "DataError",
     "GuardError",
@@ -47,6 +48,10 @@ class GuardError(StarDSSError):
 
 class CacheError(StarDSSError):
     """The score cache cannot be read or written, or was given something it cannot hold."""
+
+
+class CheckpointError(StarDSSError):
+    """Training cannot resume from what it was given: it was not written to its end."""
 
 
 class PluginError(StarDSSError):

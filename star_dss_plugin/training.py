@@ -18,6 +18,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import Trainer
 
+from star_dss_plugin.checkpoints import check_checkpoint
 from star_dss_plugin.collation import REF_COLUMN, SCORES_COLUMN, forward_inputs
 from star_dss_plugin.config import StarDSSOptions
 from star_dss_plugin.dataset import DatasetSummary
@@ -93,6 +94,18 @@ class StarDSSMixin(_Base):
     def pack(self, dataset: Dataset, *, evaluation: bool) -> Dataset:
         """Joins scored rows, where the trainer is told to; `seq_lengths` then says where."""
         return dataset
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The base class's, from a checkpoint that is whole.
+
+        Raises:
+            CheckpointError: It is not; see `check_checkpoint`.
+        """
+        if self.star_dss_state is not None and resume_from_checkpoint:
+            check_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

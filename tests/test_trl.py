@@ -16,7 +16,7 @@ from star_dss_trl import StarDSSConfig, StarDSSTrainer
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from star_dss_plugin import ConfigError, DataError, StarDSSError, attach
+from star_dss_plugin import CheckpointError, ConfigError, DataError, StarDSSError, attach
 from star_dss_plugin.callback import startup_line
 from star_dss_plugin.collation import SCORES_COLUMN
 from star_dss_plugin.provenance import provenances_of
@@ -489,6 +489,14 @@ def test_resuming_equals_never_having_stopped(tmp_path, tokenizer):
     assert history(resumed)[-2:] == history(whole)[-2:]
     for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_checkpoint_that_is_not_whole_is_named(tmp_path, tokenizer):
+    config = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    make(tmp_path, tokenizer, **config).train()
+    (tmp_path / "out" / "checkpoint-2" / "trainer_state.json").unlink()
+    with pytest.raises(CheckpointError, match="checkpoint-2: it was not written to its end"):
+        make(tmp_path, tokenizer, **config).train(resume_from_checkpoint=True)
 
 
 def test_reference_log_probabilities_that_came_with_the_data_are_replaced(tmp_path, tokenizer):

@@ -21,7 +21,7 @@ from star_dss_axolotl.trainer import StarDSSAxolotlTrainer
 from star_dss_trl import StarDSSConfig, StarDSSTrainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from star_dss_plugin import DataError, load_scored, shards, star_dss_loss
+from star_dss_plugin import CheckpointError, DataError, load_scored, shards, star_dss_loss
 from star_dss_plugin.collation import SCORES_COLUMN, TokenColumnsCollator
 from star_dss_plugin.files import write_dataset
 
@@ -275,6 +275,14 @@ def test_the_guard_is_asked_once(tmp_path, model_dir):
     assert loads(star_dss={**block, "kl_coef": 0.1}) == 0
     assert loads(star_dss={**block, "chunk_size": 3}) > 0
     assert loads(star_dss={**block, "guard": {"preset": "test-words", "word": "dog"}}) > 0
+
+
+def test_a_checkpoint_that_is_not_whole_is_named(tmp_path, model_dir):
+    folder = tmp_path / "out" / "checkpoint-2"
+    folder.mkdir(parents=True)
+    trainer = trainer_of(tmp_path, configuration(tmp_path, model_dir))
+    with pytest.raises(CheckpointError, match="checkpoint-2: it was not written to its end"):
+        trainer.train(resume_from_checkpoint=str(folder))
 
 
 def test_scored_data_needs_no_guard(tmp_path, model_dir):
