@@ -10,12 +10,14 @@ a new series begins with nothing left of the old one.
 
   score    `star-dss score` of the demonstration's rows, with a guard that takes its time
   train    scoring, reference log-probabilities and StarDSSTrainer with a checkpoint every second
-           step, resumed from the last one; compared are the final weights and the logged losses. A
-           checkpoint that transformers had not written to its end cannot be resumed from: its own
-           error is counted, and the folder removed
+           step, resumed from the last one; compared are the final weights and the logged losses.
+           Runs are forked from a process that has imported everything, and what a run was doing
+           when it was killed is counted. A checkpoint that transformers had not written to its end
+           is removed, as our error says, and counted; any other error ends the benchmark
   report   `star-dss report` of scored rows: the page is the old one or the new one, never half
 
-The model is a tiny random one, so that it is the files that are busy.
+The model is a tiny random one, so that it is the files that are busy; guard, reference and steps
+are slowed down, and what they find is written every 0.2 seconds (not 20): kills find all states.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import argparse
 import collections
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -39,15 +42,22 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 GUARD = """
-import hashlib, time
-from star_dss_plugin import hookimpl
+import hashlib, os, time
+from star_dss_plugin import cache, hookimpl
 from star_dss_plugin.guards.base import StreamingGuard
+
+cache._FLUSH_SECONDS = 0.2
+
+def mark(what):
+    with open(os.environ["KILLS_MARKS"], "a") as file:
+        file.write(what + "\\n")
 
 class Slow(StreamingGuard):
     name = "slow"
     identity = {"kind": "slow"}
     def __init__(self, **common): pass
     def token_scores(self, responses):
+        mark("scoring")
         time.sleep(0.03 * len(responses))
         def score(text):
             return int.from_bytes(hashlib.sha256(text.encode()).digest()[:3], "big") / 2**24
@@ -57,37 +67,9 @@ class Slow(StreamingGuard):
 def star_dss_register_guards(register):
     register("slow", Slow, summary="for the benchmark")
 """
-TRAIN = """
-import json, shutil, sys
-from pathlib import Path
-from datasets import load_dataset
-from star_dss_trl import StarDSSConfig, StarDSSTrainer
-from transformers.trainer_utils import get_last_checkpoint
-model, data, out = sys.argv[1:]
-trainer = StarDSSTrainer(
-    model,
-    args=StarDSSConfig(
-        output_dir=out, guard="slow", max_steps=12, per_device_train_batch_size=4, save_steps=2,
-        logging_steps=1, report_to="none", bf16=False, use_cpu=True, max_length=64,
-        disable_tqdm=True, gradient_checkpointing=False,
-    ),
-    train_dataset=load_dataset("json", data_files=data, split="train").select(range(48)),
-)
-last = get_last_checkpoint(out) if Path(out).is_dir() else None
-try:
-    trainer.train(resume_from_checkpoint=last)
-except Exception as error:
-    if last is None:
-        raise
-    print("CHECKPOINT", type(error).__name__, error)
-    shutil.rmtree(last)
-    sys.exit(3)
-final = Path(out) / "final"
-trainer.model.save_pretrained(final)
-losses = [[line["step"], line["loss"], line["grad_norm"]] for line in trainer.state.log_history
-          if "grad_norm" in line]
-(final / "losses.json").write_text(json.dumps(losses))
-"""
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["star_dss_trl", "star_dss_plugin.attachment"])
+Run = Any  # a subprocess.Popen or a forked process: both have a pid
 CLI = "from star_dss_plugin.cli import main; main()"
 
 
@@ -116,10 +98,68 @@ def prepare(folder: Path) -> None:
     (info / "entry_points.txt").write_text("[star_dss]\nslow = star_dss_slow\n")
 
 
+def train(folder: Path, out: Path, environment: dict[str, str]) -> None:
+    """One training run, in a process of its own."""
+    os.setsid()
+    os.environ.update(environment)
+    said = os.open(folder / "said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    sys.path.insert(0, str(folder))
+    from datasets import load_dataset
+    from star_dss_slow import mark  # type: ignore[import-not-found]
+    from star_dss_trl import StarDSSConfig, StarDSSTrainer
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from star_dss_plugin import CheckpointError, precompute
+
+    class Trainer(StarDSSTrainer):
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            mark("training")
+            time.sleep(0.1)
+            return super().training_step(*args, **kwargs)
+
+        def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+            mark("writing a checkpoint")
+            super()._save_checkpoint(*args, **kwargs)
+            mark("training")
+
+    states_of = precompute.states_of
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        mark("reference log-probabilities")
+        time.sleep(0.1)
+        return states_of(*args, **kwargs)
+
+    precompute.states_of, precompute._BATCH_TOKENS = slow, 128
+    mark("preparing data")
+    data = load_dataset("json", data_files=str(folder / "chat.jsonl"), split="train")
+    trainer = Trainer(
+        str(folder / "model"),
+        args=StarDSSConfig(
+            output_dir=str(out), guard="slow", max_steps=12, per_device_train_batch_size=4,
+            save_steps=2, logging_steps=1, report_to="none", bf16=False, use_cpu=True,
+            max_length=64, disable_tqdm=True, gradient_checkpointing=False,
+        ),
+        train_dataset=data.select(range(48)),
+    )  # fmt: skip
+    last = get_last_checkpoint(str(out)) if out.is_dir() else None
+    mark("starting to train")
+    try:
+        trainer.train(resume_from_checkpoint=last)
+    except CheckpointError:
+        assert last is not None
+        shutil.rmtree(last)
+        sys.exit(3)
+    mark("writing the result")
+    trainer.model.save_pretrained(out / "final")
+    lines = [line for line in trainer.state.log_history if "grad_norm" in line]
+    losses = [[line["step"], line["loss"], line["grad_norm"]] for line in lines]
+    (out / "final" / "losses.json").write_text(json.dumps(losses))
+
+
 def command(target: str, folder: Path, out: Path) -> list[str]:
     model, data = str(folder / "model"), str(folder / "chat.jsonl")
-    if target == "train":
-        return [sys.executable, "-c", TRAIN, model, data, str(out)]
     words = ["score", data, "--tokenizer", model, "--guard", "slow", "-o", str(out), "-q"]
     if target == "report":
         words = ["report", str(folder / "scored"), "-o", str(out / "report.html"), "-q"]
@@ -136,23 +176,43 @@ def contents(target: str, out: Path) -> dict[str, str]:
     }
 
 
-def start(target: str, folder: Path, out: Path, cache: Path) -> subprocess.Popen[str]:
+def start(target: str, folder: Path, out: Path, cache: Path) -> Run:
     environment = {
-        **os.environ, "STAR_DSS_CACHE": str(cache), "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]),
+        "STAR_DSS_CACHE": str(cache), "TOKENIZERS_PARALLELISM": "false",
+        "KILLS_MARKS": str(folder / "marks"),
     }  # fmt: skip
-    return subprocess.Popen(
-        command(target, folder, out), env=environment, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
+    (folder / "marks").write_text("")
+    if target == "train":
+        process = FORKS.Process(target=train, args=(folder, out, environment))
+        process.start()
+        while process.is_alive() and not (folder / "marks").stat().st_size:
+            time.sleep(0.01)
+        return process
+    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    with open(folder / "said", "w") as said:
+        return subprocess.Popen(
+            command(target, folder, out), env={**os.environ, **environment, "PYTHONPATH": path},
+            stdout=said, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+
+def status(run: Run, timeout: float | None = None) -> int | None:
+    """The exit status of a run; None if it goes on after so many seconds."""
+    if isinstance(run, subprocess.Popen):
+        try:
+            return run.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return None
+    run.join(timeout)
+    found: int | None = run.exitcode
+    return found
 
 
 def undisturbed(target: str, folder: Path, where: Path) -> tuple[dict[str, str], float]:
+    run = start(target, folder, where / "out", where / "cache")
     began = time.monotonic()
-    process = start(target, folder, where / "out", where / "cache")
-    said, _ = process.communicate()
-    if process.returncode:
-        raise SystemExit(f"the undisturbed run failed:\n{said}")
+    if status(run):
+        raise SystemExit(f"the undisturbed run failed:\n{(folder / 'said').read_text()}")
     return contents(target, where / "out"), time.monotonic() - began
 
 
@@ -162,13 +222,13 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    earliest = 0.0 if args.target == "train" else 0.2  # the others import first
     draw, counted = random.Random(args.seed), collections.Counter[str]()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         prepare(folder)
         if args.target == "report":
-            process = start("score", folder, folder / "scored", folder / "cache")
-            process.communicate()
+            status(start("score", folder, folder / "scored", folder / "cache"))
         wanted, seconds = undisturbed(args.target, folder, folder / "first")
         again, _ = undisturbed(args.target, folder, folder / "second")
         if wanted != again:
@@ -177,13 +237,14 @@ def main() -> None:
         series = folder / "series"
         while counted["kills"] < args.kills:
             out = series / "out"
-            process = start(args.target, folder, out, series / "cache")
-            try:
-                said, _ = process.communicate(timeout=draw.uniform(0.2, 1.1) * seconds)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.communicate()
+            run = start(args.target, folder, out, series / "cache")
+            ended = status(run, draw.uniform(earliest, 1.1) * seconds)
+            if ended is None:
+                os.killpg(run.pid, signal.SIGKILL)
+                status(run)
                 counted["kills"] += 1
+                marks = (folder / "marks").read_text().split("\n")
+                counted[f"kills: {marks[-2] if len(marks) > 1 else 'before any work'}"] += 1
                 if args.target == "score" and out.exists():  # killed on its way out
                     finished(wanted, contents("score", out), counted)
                     shutil.rmtree(series)
@@ -194,10 +255,11 @@ def main() -> None:
                         raise SystemExit(f"half a report was left behind, beside {left}") from None
                     counted["kills that left a scratch file"] += 1
                 continue
-            if process.returncode == 3:
-                counted[f"half a checkpoint: {said.rpartition('CHECKPOINT')[2].split()[0]}"] += 1
+            if ended == 3:
+                counted["half a checkpoint, named and removed"] += 1
                 continue
-            if process.returncode:
+            if ended:
+                said = (folder / "said").read_text()
                 raise SystemExit(f"a run that was started again failed:\n{said}")
             finished(wanted, contents(args.target, out), counted)
             shutil.rmtree(series)
@@ -210,6 +272,7 @@ def finished(
     if unlike := difference(wanted, found):
         raise SystemExit(f"another result after {counted['kills']} kills: {unlike}")
     counted["series that ended as if nothing had happened"] += 1
+    print(json.dumps(counted), file=sys.stderr)
 
 
 def difference(one: dict[str, Any], other: dict[str, Any]) -> list[str]:

@@ -23,7 +23,6 @@ __all__ = ["Asking", "none_scored"]
 
 logger = logging.getLogger(__name__)
 
-_FLUSH_SECONDS = 20.0
 _FEW = 20
 
 
@@ -137,7 +136,7 @@ class Asking:
             disable=not self.progress or not todo,
             smoothing=0,  # the data's order says nothing about what is left: the mean is the guess
         )
-        started = flushed = time.monotonic()
+        started = time.monotonic()
         responses, failed = 0, set[str]()
         try:
             for batch in todo:
@@ -152,9 +151,7 @@ class Asking:
                     f"{responses / max(now - started, 1e-9):.2f} responses/s", refresh=False
                 )
                 bar.update(sum(len(wanted[i].ends) for i in batch))
-                if now - flushed > _FLUSH_SECONDS:
-                    cache.flush()
-                    flushed = time.monotonic()
+                cache.flush_if_due()
         finally:
             cache.flush()
             bar.close()

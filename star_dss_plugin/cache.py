@@ -37,6 +37,7 @@ _MAGIC = b"star-dss-cache 1 "
 _SHARD = ".shard"
 _TEMPORARY = ".tmp"
 _DAY = 24 * 60 * 60.0
+_FLUSH_SECONDS = 20.0
 
 
 def default_cache_dir() -> Path:
@@ -92,6 +93,7 @@ class ScoreCache:
         self._seen: set[str] = set()
         self._loaded = False
         self._stamp = 0
+        self._waiting_since = 0.0
 
     def get(self, key: str) -> Trajectory | None:
         """The entry, if it was put here or was on disk at the last `refresh` (or first `get`)."""
@@ -111,7 +113,18 @@ class ScoreCache:
             raise CacheError(f"Refused to store NaN under key {key!r}: {entry}.")
         masses = None if entry.label_mass is None else len(entry.label_mass)
         data = struct.pack(f"<{len(floats)}d", *floats)
+        if not self._pending:
+            self._waiting_since = time.monotonic()
         self._pending[key] = _Packed("", data, 0, len(entry.scores), masses)
+
+    def flush_if_due(self) -> None:
+        """Flushes if an entry has waited for 20 seconds, which is what a kill may cost.
+
+        Raises:
+            CacheError: As `flush`.
+        """
+        if self._pending and time.monotonic() - self._waiting_since > _FLUSH_SECONDS:
+            self.flush()
 
     def flush(self) -> None:
         """Writes what was put since the last flush, as one shard: all of it or nothing.

@@ -133,10 +133,9 @@ def add_reference_logps(
         # Looked up before it is locked: a complete cache may be read-only.
         if any(cache.get(key) is None for key in wanted):
             with cache.lock(part):
-                todo = {key: wanted[key] for key in of(list(wanted)) if cache.get(key) is None}
+                mine = {key: wanted[key] for key in of(list(wanted))}
                 projects = reference.projects
-                _compute(plain, model, projects, todo, cache, pad_token_id, autocast, progress)
-                cache.flush()
+                _compute(plain, model, projects, mine, cache, pad_token_id, autocast, progress)
 
     if share.of > 1:
         fill(f"-{share.index}-of-{share.of}", share.mine)
@@ -174,22 +173,28 @@ def _compute(
     rows: Dataset,
     model: nn.Module,
     projects: bool,
-    todo: Mapping[str, tuple[int, int]],
+    wanted: Mapping[str, tuple[int, int]],
     cache: ScoreCache,
     pad_token_id: int,
     autocast: Callable[[], contextlib.AbstractContextManager[None]],
     progress: bool,
 ) -> None:
+    """Puts what is wanted into the cache, batch by batch.
+
+    Batches depend on the data alone: the last bits of a result depend on how it was padded, and a
+    run that goes on where a killed one ended must find what an undisturbed one finds.
+    """
     device = next(model.parameters()).device
     training = model.training
     model.eval()
+    todo = [b for b in _batches(rows, wanted) if any(cache.get(key) is None for key in b)]
     bar = tqdm(
-        total=len(todo), desc="Reference log-probabilities", unit="row",
+        total=sum(map(len, todo)), desc="Reference log-probabilities", unit="row",
         disable=not progress or not todo,
     )  # fmt: skip
     try:
-        for keys in _batches(rows, todo):
-            batch = [_documents(rows[i])[j] for i, j in map(todo.__getitem__, keys)]
+        for keys in todo:
+            batch = [_documents(rows[i])[j] for i, j in map(wanted.__getitem__, keys)]
             ids = [torch.tensor(document["input_ids"]) for document in batch]
             labels = [torch.tensor(document["labels"]) for document in batch]
             padded = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad_token_id)
@@ -203,19 +208,21 @@ def _compute(
                 states = states_of(model, inputs, project=projects)
                 logps = token_logprobs(states.rows, targets.to(device), states.project).cpu()
             for key, row, length in zip(keys, logps, lengths.tolist(), strict=True):
-                values = (0.0, *row[: length - 1].tolist())
-                cache.put(key, Trajectory(values))
+                if cache.get(key) is None:
+                    cache.put(key, Trajectory((0.0, *row[: length - 1].tolist())))
+            cache.flush_if_due()
             bar.update(len(batch))
     finally:
+        cache.flush()
         model.train(training)
         bar.close()
 
 
-def _batches(rows: Dataset, todo: Mapping[str, tuple[int, int]]) -> Iterator[list[str]]:
+def _batches(rows: Dataset, wanted: Mapping[str, tuple[int, int]]) -> Iterator[list[str]]:
     """Documents of similar length, at most `_BATCH_TOKENS` padded tokens (or one) at a time."""
-    lengths = {key: len(_documents(rows[i])[j]["input_ids"]) for key, (i, j) in todo.items()}
+    lengths = {key: len(_documents(rows[i])[j]["input_ids"]) for key, (i, j) in wanted.items()}
     batch: list[str] = []
-    for key in sorted(todo, key=lambda key: (lengths[key], todo[key])):
+    for key in sorted(wanted, key=lambda key: (lengths[key], wanted[key])):
         if batch and (len(batch) + 1) * lengths[key] > _BATCH_TOKENS:
             yield batch
             batch = []

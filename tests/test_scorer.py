@@ -19,7 +19,7 @@ from star_dss_plugin import (
     ConfigError,
     DataError,
     GuardError,
-    asking,
+    cache,
     load_guard,
     provenance_of,
     score_dataset,
@@ -381,12 +381,12 @@ def test_what_a_batch_lost_is_computed_in_the_same_batch(tokenizer, tmp_path):
     assert list(found["star_scores"])[:20] == list(whole["star_scores"])
 
 
-def score_in_a_process(tokenizer, cache, out, fail_at, delay, start=None):
-    asking._FLUSH_SECONDS = 0.0
+def score_in_a_process(tokenizer, folder, out, fail_at, delay, start=None):
+    cache._FLUSH_SECONDS = 0.0
     guard = BatchGuard(fail_at, lambda: os._exit(7), delay)
     if start is not None:
         start.wait()
-    scored(conversations(), tokenizer, guard, score_cache_dir=cache).save_to_disk(out)
+    scored(conversations(), tokenizer, guard, score_cache_dir=folder).save_to_disk(out)
     (out / "batches").write_text(str(len(guard.batches)))
 
 

@@ -320,7 +320,7 @@ def test_a_server_that_dies_half_way_loses_nothing(
     saved, tokenizer, model_dir, tmp_path, monkeypatch
 ):
     """Once it stays away and the run ends; once it comes back and the run waits for it."""
-    monkeypatch.setattr("star_dss_plugin.asking._FLUSH_SECONDS", 0.0)
+    monkeypatch.setattr("star_dss_plugin.cache._FLUSH_SECONDS", 0.0)
     monkeypatch.setattr("star_dss_plugin.guards.verdict._PREFIXES_PER_CALL", 40)
     whole = Fake(saved)
     expected = score_dataset(
