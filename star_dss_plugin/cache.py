@@ -7,6 +7,7 @@ writer loses what it had not flushed and nothing else, and any number of process
 A shard is one line `star-dss-cache 1 <sha256 of the rest>`, one line with a JSON list of
 [key, number of scores, number of label masses or null], and the little-endian float64 of all
 entries. Whatever does not match its checksum is set aside, and its entries are computed again.
+Another format has another number there and in the name of the folder; it is left as it is.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import logging
 import math
 import os
+import re
 import struct
 import time
 import uuid
@@ -34,6 +36,7 @@ __all__ = ["ScoreCache", "content_key", "default_cache_dir"]
 logger = logging.getLogger(__name__)
 
 _MAGIC = b"star-dss-cache 1 "
+_ANY_FORMAT = re.compile(rb"star-dss-cache (\d+) ")
 _SHARD = ".shard"
 _TEMPORARY = ".tmp"
 _DAY = 24 * 60 * 60.0
@@ -91,6 +94,7 @@ class ScoreCache:
         self._index: dict[str, _Packed] = {}
         self._pending: dict[str, _Packed] = {}
         self._seen: set[str] = set()
+        self._foreign = False
         self._loaded = False
         self._stamp = 0
         self._waiting_since = 0.0
@@ -140,7 +144,7 @@ class ScoreCache:
         body = _encode(self._pending)
         with self._explained("write to"):
             self._prepare()
-            self._write(name, _header(body) + body)
+            self._tidy(now=self._write(name, _header(body) + body))
         self._add(name, body)
         self._pending.clear()
 
@@ -184,24 +188,34 @@ class ScoreCache:
             lock.release()
 
     def _prepare(self) -> None:
-        """Makes the folder, says what it is for, and removes what killed writers left behind."""
+        """Makes the folder and says what it is for."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / "namespace.json").exists():
             text = json.dumps(self._namespace, indent=2, sort_keys=True, ensure_ascii=False)
             self._write("namespace.json", text.encode())
+
+    def _tidy(self, now: float) -> None:
+        """Removes what killed writers left behind a day ago, by the clock of the file system:
+        that of this machine may be wrong, and another one's writer at work.
+        """
         for path in self.folder.glob(f"*{_TEMPORARY}"):
             with contextlib.suppress(OSError):  # another process may be removing it too
-                if time.time() - path.stat().st_mtime > _DAY:
+                if now - path.stat().st_mtime > _DAY:
                     path.unlink()
 
-    def _write(self, name: str, data: bytes) -> None:
-        """A file that appears whole, and stays after a power cut, or does not appear."""
+    def _write(self, name: str, data: bytes) -> float:
+        """A file that appears whole, and stays after a power cut, or does not appear.
+
+        Returns:
+            When the file system says it was written, in seconds.
+        """
         temporary = self.folder / f"{name}.{uuid.uuid4().hex}{_TEMPORARY}"
         try:
             with open(temporary, "xb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
+                written = os.fstat(file.fileno()).st_mtime
             os.replace(temporary, self.folder / name)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -213,11 +227,22 @@ class ScoreCache:
                 os.fsync(folder)
             finally:
                 os.close(folder)
+        return written
 
     def _read(self, name: str) -> None:
         path = self.folder / name
         try:
-            self._add(name, _checked(path.read_bytes()))
+            data = path.read_bytes()
+            if other := _other_format(data):
+                self._seen.add(name)
+                if not self._foreign:
+                    logger.warning(
+                        "Left %s alone, and whatever is like it: it has the format %d of another "
+                        "version of star-dss-plugin. What it holds is computed again.", path, other
+                    )  # fmt: skip
+                self._foreign = True
+                return
+            self._add(name, _checked(data))
         except FileNotFoundError:
             pass  # another process has set it aside
         except (OSError, ValueError) as error:
@@ -256,6 +281,12 @@ def _encode(entries: Mapping[str, _Packed]) -> bytes:
     """The body of a shard."""
     index = [[key, packed.scores, packed.masses] for key, packed in entries.items()]
     return json.dumps(index).encode("ascii") + b"\n" + b"".join(p.data for p in entries.values())
+
+
+def _other_format(data: bytes) -> int | None:
+    """The number of a shard's format if it is not ours, whole or not."""
+    found = None if data.startswith(_MAGIC) else _ANY_FORMAT.match(data)
+    return found and int(found[1])
 
 
 def _checked(data: bytes) -> bytes:

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from star_dss_plugin import cache as cache_module
 from star_dss_plugin.cache import ScoreCache, content_key, default_cache_dir
 from star_dss_plugin.errors import CacheError, StarDSSError
 from star_dss_plugin.guards.base import Trajectory
@@ -250,7 +251,7 @@ def test_any_damage_is_found(damage, entries):
         assert fresh.get("intact") == ENTRY
         assert len(warnings) == 1
         assert str(path) in warnings[0]
-        assert not path.exists()
+        assert path.exists() == ("another version" in warnings[0])  # one bit of its number
 
 
 def test_every_single_bit_counts(tmp_path):
@@ -271,7 +272,6 @@ def test_every_single_bit_counts(tmp_path):
     [
         (b"", "empty file"),
         (b"PK\x03\x04 not ours", "not a cache file"),
-        (b"star-dss-cache 2 \n", "not a cache file"),
         (b"star-dss-cache 1 ", "truncated or damaged"),
         (b"star-dss-cache 1 " + b"0" * 64 + b"\n[]\n", "truncated or damaged"),
     ],
@@ -329,6 +329,102 @@ def test_what_killed_writers_left_behind_is_ignored_and_removed_after_a_day(tmp_
     assert not warnings
     assert not old.exists()
     assert young.exists()
+
+
+# Clocks that are wrong
+
+
+def test_a_wrong_clock_here_does_not_remove_what_others_are_writing(tmp_path, monkeypatch):
+    cache = filled(tmp_path, {"a": ENTRY})
+    theirs = cache.folder / "x.shard.1.tmp"
+    theirs.write_bytes(b"star-dss-cache 1 ")
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 3 * 24 * 3600)
+    monkeypatch.setattr(time, "time_ns", lambda: 10**9 * int(now + 3 * 24 * 3600))
+    filled(tmp_path, {"b": ENTRY})
+    assert theirs.exists()
+
+
+@pytest.mark.parametrize("days", [-400_000, -20_000, -2, 2, 400_000])
+def test_files_of_another_day_are_read_like_all(tmp_path, days):
+    """As a machine with another clock, or a copy without times, leaves them."""
+    cache = filled(tmp_path, {"a": ENTRY})
+    for path in [*shards(cache), cache.folder / "namespace.json", cache.folder]:
+        os.utime(path, (max(time.time() + days * 86400, -(2**31)),) * 2)
+    with Log() as warnings:
+        filled(tmp_path, {"b": ENTRY})
+        fresh = ScoreCache(tmp_path, NAMESPACE)
+        assert (fresh.get("a"), fresh.get("b")) == (ENTRY, ENTRY)
+        with fresh.lock():
+            pass
+    assert not warnings
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 2), st.sampled_from("abc"), st.integers(-(10**9), 10**20 - 1)),
+        max_size=8,
+    )
+)
+def test_writers_whose_clocks_disagree_lose_nothing_and_all_readers_agree(puts):
+    with tempfile.TemporaryDirectory() as root, pytest.MonkeyPatch.context() as patched:
+        writers = [ScoreCache(Path(root), NAMESPACE) for _ in range(3)]
+        given: dict[str, set[Trajectory]] = {}
+        for i, (writer, key, clock) in enumerate(puts):
+            patched.setattr(time, "time_ns", lambda clock=clock: clock)
+            entry = Trajectory((float(i),))
+            given.setdefault(key, set()).add(entry)
+            writers[writer].put(key, entry)
+            writers[writer].flush()
+        for writer in writers:
+            writer.refresh()
+        fresh = ScoreCache(Path(root), NAMESPACE)
+        for key in "abc":
+            assert len({cache.get(key) for cache in [*writers, fresh]}) == 1
+            assert fresh.get(key) in given.get(key, {None})
+
+
+# Other versions of this package
+
+
+def test_two_versions_share_a_cache_folder_and_leave_each_other_alone(tmp_path, monkeypatch):
+    old = filled(tmp_path, {"a": ENTRY})
+    newer = Trajectory((0.125,))
+    with monkeypatch.context() as patched, Log() as warnings:
+        patched.setattr(cache_module, "_MAGIC", b"star-dss-cache 2 ")
+        new = ScoreCache(tmp_path, NAMESPACE)
+        assert new.get("a") is None
+        new.put("a", newer)
+        new.flush()
+        assert ScoreCache(tmp_path, NAMESPACE).get("a") == newer
+        assert new.folder != old.folder
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with Log() as more:
+        fresh = ScoreCache(tmp_path, NAMESPACE)
+        assert fresh.get("a") == ENTRY
+        fresh.put("b", ENTRY)
+        fresh.flush()
+    assert not warnings + more
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_shards_of_another_format_are_left_alone_and_named_once(tmp_path):
+    cache = filled(tmp_path, {"a": ENTRY})
+    others = {
+        cache.folder / f"{i:020d}-other.shard": b"star-dss-cache %d whatever comes then" % i
+        for i in (2, 3, 17)
+    }
+    for path, data in others.items():
+        path.write_bytes(data)
+    with Log() as warnings:
+        fresh = ScoreCache(tmp_path, NAMESPACE)
+        assert fresh.get("a") == ENTRY
+        fresh.refresh()
+    assert len(warnings) == 1
+    assert "format 2 of another version of star-dss-plugin" in warnings[0]
+    assert str(min(others)) in warnings[0]
+    assert {path: path.read_bytes() for path in others} == others
 
 
 # Many processes
