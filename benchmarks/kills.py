@@ -11,8 +11,9 @@ a new series begins with nothing left of the old one.
   score    `star-dss score` of the demonstration's rows, with a guard that takes its time
   train    scoring, reference log-probabilities and StarDSSTrainer with a checkpoint every second
            step, resumed from the last one; compared are the final weights and the logged losses.
-           Runs are forked from a process that has imported everything, and what a run was doing
-           when it was killed is counted. A checkpoint that transformers had not written to its end
+           Runs are forked from a process that has imported everything. First it is drawn in which
+           of the three they are to be killed (if they have not done it), then when; what they
+           were doing is counted. A checkpoint that transformers had not written to its end
            is removed, as our error says, and counted; any other error ends the benchmark
   report   `star-dss report` of scored rows: the page is the old one or the new one, never half
 
@@ -25,6 +26,7 @@ from __future__ import annotations
 import argparse
 import collections
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -50,7 +52,7 @@ cache._FLUSH_SECONDS = 0.2
 
 def mark(what):
     with open(os.environ["KILLS_MARKS"], "a") as file:
-        file.write(what + "\\n")
+        file.write(f"{time.monotonic()} {what}\\n")
 
 class Slow(StreamingGuard):
     name = "slow"
@@ -68,6 +70,7 @@ def star_dss_register_guards(register):
     register("slow", Slow, summary="for the benchmark")
 """
 FORKS = multiprocessing.get_context("forkserver")
+AIMS = ("scoring", "reference log-probabilities", "starting to train")
 FORKS.set_forkserver_preload(["star_dss_trl", "star_dss_plugin.attachment"])
 Run = Any  # a subprocess.Popen or a forked process: both have a pid
 CLI = "from star_dss_plugin.cli import main; main()"
@@ -137,7 +140,7 @@ def train(folder: Path, out: Path, environment: dict[str, str]) -> None:
     trainer = Trainer(
         str(folder / "model"),
         args=StarDSSConfig(
-            output_dir=str(out), guard="slow", max_steps=12, per_device_train_batch_size=4,
+            output_dir=str(out), guard="slow", max_steps=8, per_device_train_batch_size=4,
             save_steps=2, logging_steps=1, report_to="none", bf16=False, use_cpu=True,
             max_length=64, disable_tqdm=True, gradient_checkpointing=False,
         ),
@@ -208,12 +211,31 @@ def status(run: Run, timeout: float | None = None) -> int | None:
     return found
 
 
-def undisturbed(target: str, folder: Path, where: Path) -> tuple[dict[str, str], float]:
-    run = start(target, folder, where / "out", where / "cache")
+def marks(folder: Path) -> list[tuple[float, str]]:
+    """When a run began what, the last one what it is doing."""
+    lines = (folder / "marks").read_text().split("\n")[:-1]
+    return [(float(when), what) for when, _, what in (line.partition(" ") for line in lines)]
+
+
+def undisturbed(
+    target: str, folder: Path, where: Path
+) -> tuple[dict[str, str], float, dict[str, float]]:
+    """What a run writes, how long it takes, and how long each of AIMS takes."""
     began = time.monotonic()
+    run = start(target, folder, where / "out", where / "cache")
     if status(run):
         raise SystemExit(f"the undisturbed run failed:\n{(folder / 'said').read_text()}")
-    return contents(target, where / "out"), time.monotonic() - began
+    end = time.monotonic()
+    found = marks(folder) if target == "train" else []
+    begins = [next(when for when, what in found if what == aim) for aim in AIMS if found]
+    spans = zip(AIMS, itertools.pairwise([*begins, end]), strict=False)
+    return contents(target, where / "out"), end - began, {aim: b - a for aim, (a, b) in spans}
+
+
+def reach(run: Run, folder: Path, aim: str) -> None:
+    """Waits until a run begins what it is to be killed in, or ends without."""
+    while status(run, 0.01) is None and aim not in [what for _, what in marks(folder)]:
+        pass
 
 
 def main() -> None:
@@ -222,29 +244,34 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    earliest = 0.0 if args.target == "train" else 0.2  # the others import first
     draw, counted = random.Random(args.seed), collections.Counter[str]()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         prepare(folder)
         if args.target == "report":
             status(start("score", folder, folder / "scored", folder / "cache"))
-        wanted, seconds = undisturbed(args.target, folder, folder / "first")
-        again, _ = undisturbed(args.target, folder, folder / "second")
+        wanted, seconds, spans = undisturbed(args.target, folder, folder / "first")
+        again, *_ = undisturbed(args.target, folder, folder / "second")
         if wanted != again:
             raise SystemExit(f"two undisturbed runs differ: {difference(wanted, again)}")
         print(f"{args.target}: an undisturbed run takes {seconds:.1f} s, {len(wanted)} files")
-        series = folder / "series"
+        series, done = folder / "series", 0
         while counted["kills"] < args.kills:
             out = series / "out"
             run = start(args.target, folder, out, series / "cache")
-            ended = status(run, draw.uniform(earliest, 1.1) * seconds)
+            if args.target == "train":
+                aim = draw.choice(AIMS[done:])
+                reach(run, folder, aim)
+                ended = status(run, draw.uniform(0, 1.1) * spans[aim])
+            else:
+                ended = status(run, draw.uniform(0.2, 1.1) * seconds)
             if ended is None:
                 os.killpg(run.pid, signal.SIGKILL)
                 status(run)
                 counted["kills"] += 1
-                marks = (folder / "marks").read_text().split("\n")
-                counted[f"kills: {marks[-2] if len(marks) > 1 else 'before any work'}"] += 1
+                doing = [what for _, what in marks(folder)] or ["not known"]
+                counted[f"kills: {doing[-1]}"] += 1
+                done = max([done, *(AIMS.index(what) for what in doing if what in AIMS)])
                 if args.target == "score" and out.exists():  # killed on its way out
                     finished(wanted, contents("score", out), counted)
                     shutil.rmtree(series)
@@ -263,6 +290,7 @@ def main() -> None:
                 raise SystemExit(f"a run that was started again failed:\n{said}")
             finished(wanted, contents(args.target, out), counted)
             shutil.rmtree(series)
+            done = 0
     print(json.dumps(counted, indent=1))
 
 

@@ -107,6 +107,16 @@ class StarDSSMixin(_Base):
             check_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """The base class's, unless the run had reached its last step when it was checkpointed.
+
+        transformers (5.16 to 5.23) looks at max_steps after a step only, and trains one too many.
+        """
+        if self.star_dss_state is not None and self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
+
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         if self.star_dss_state is not None:

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import tiny_llama
 from datasets import Dataset
 from transformers import Trainer, TrainingArguments
@@ -114,6 +115,18 @@ def test_a_checkpoint_that_is_not_there_is_named(run, tokenizer, tmp_path):
     assert f"The newest whole checkpoint is {run / 'checkpoint-4'}" in said
     said = error_of(tmp_path / "new", tokenizer)
     assert f"{tmp_path / 'new'} holds no checkpoint" in said
+
+
+def test_a_finished_run_that_is_resumed_is_finished(tmp_path, tokenizer):
+    """Killed after its last checkpoint, before it was saved; 4 steps are part of an epoch."""
+    constant = {"lr_scheduler_type": "constant", "learning_rate": 0.1}
+    finished = trainer_in(tmp_path, tokenizer, **constant)
+    finished.train()
+    resumed = trainer_in(tmp_path, tokenizer, **constant)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
+    for a, b in zip(finished.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_a_checkpoint_of_the_model_alone_is_whole(tmp_path, tokenizer):
