@@ -17,6 +17,7 @@ from star_dss_plugin.errors import (
     ConfigError,
     DataError,
     GuardError,
+    OutputError,
     PluginError,
     StarDSSError,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "GuardError",
+    "OutputError",
     "PluginError",
     "SafetyProbe",
     "ShapedLoss",

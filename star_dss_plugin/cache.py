@@ -269,7 +269,8 @@ class ScoreCache:
             raise CacheError(
                 f"Cannot {doing} the score cache in {self.folder}: {error}. Free space there or "
                 "name a writable folder: the option score_cache_dir, or the environment variable "
-                "STAR_DSS_CACHE."
+                "STAR_DSS_CACHE (with --shard-rows or --ray: another output). Then start the same "
+                "command again: what had been written is not computed again."
             ) from error
 
 

@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from star_dss_plugin._version import __version__
 from star_dss_plugin.collation import REF_COLUMN, SCORES_COLUMN, forward_inputs
 from star_dss_plugin.errors import StarDSSError
+from star_dss_plugin.files import write_text
 from star_dss_plugin.logprobs import IGNORE_INDEX, token_logprobs
 from star_dss_plugin.loss import star_dss_loss
 from star_dss_plugin.report.harmless import visible
@@ -80,9 +81,8 @@ class StarDSSCallback(TrainerCallback):
         if state.is_world_process_zero:
             # Printed and not logged: a run must say this whatever its log level is.
             print(startup_line(active), flush=True)  # noqa: T201
-            path = Path(args.output_dir) / "star_dss.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(run_record(active), indent=2, sort_keys=True) + "\n")
+            record = json.dumps(run_record(active), indent=2, sort_keys=True)
+            write_text(Path(args.output_dir) / "star_dss.json", record + "\n")
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stops before the weights move if no loss of this step was shaped.

@@ -5,6 +5,7 @@ Heavy imports stay inside the commands, so that `--help` and `plugins` answer at
 
 from __future__ import annotations
 
+import errno
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,6 +29,7 @@ app = typer.Typer(
     name="star-dss", no_args_is_help=True, add_completion=False,
     help="Safety-shaped finetuning: score data with a guard, finetune with the scores.",
 )  # fmt: skip
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 _RAW = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -39,6 +41,16 @@ def main() -> None:
         Console(stderr=True).print(
             "Error:", visible(str(error)), style="red", markup=False, soft_wrap=True
         )
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        # What we write says so in its own words; this is what libraries keep on the side.
+        Console(stderr=True).print(
+            "Error:", visible(str(error)), "while a library wrote a file of its own. Free space, "
+            "or name other folders: HF_HOME, HF_DATASETS_CACHE, TMPDIR. Then start the same "
+            "command again.", style="red", markup=False, soft_wrap=True,
+        )  # fmt: skip
         sys.exit(2)
 
 
@@ -152,12 +164,18 @@ def _score_at_once(
     data: str, split: str, tokenizer: str, output: Path, options: dict[str, Any]
 ) -> dict[str, Any]:
     """Scores and writes a data set in this process; returns its provenance."""
-    from star_dss_plugin.files import load_tokenizer, read_dataset, write_dataset
+    from star_dss_plugin.files import (
+        check_writable,
+        load_tokenizer,
+        read_dataset,
+        write_dataset,
+    )
     from star_dss_plugin.provenance import provenance_of
     from star_dss_plugin.scorer import score_dataset
 
     if output.exists():
         raise ConfigError(f"{output} exists. Name a new folder, or remove it first.")
+    check_writable(output)
     scored = score_dataset(read_dataset(data, split), load_tokenizer(tokenizer), **options)
     write_dataset(scored, output)
     found = provenance_of(scored)

@@ -6,8 +6,10 @@ what to do. None derives from ImportError: host frameworks log those and train o
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 
 __all__ = [
     "CacheError",
@@ -15,9 +17,11 @@ __all__ = [
     "ConfigError",
     "DataError",
     "GuardError",
+    "OutputError",
     "PluginError",
     "StarDSSError",
     "unknown_name",
+    "writing",
 ]
 
 
@@ -54,8 +58,32 @@ class CheckpointError(StarDSSError):
     """Training cannot resume from what it was given: it was not written to its end."""
 
 
+class OutputError(StarDSSError):
+    """A result cannot be written: the disk is full, or the folder is not ours to write to."""
+
+
 class PluginError(StarDSSError):
     """A plugin cannot be loaded or registers something that cannot be used."""
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns an error of the file system into one that says what to do.
+
+    Args:
+        path: The result that is being written.
+
+    Raises:
+        OutputError: In place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"{os.fspath(path)} cannot be written: {error}. Free space there, or name an output "
+            "that can be written, and start the same command again: what guards and models have "
+            "answered so far is kept, and nothing that was complete is lost."
+        ) from error
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> ConfigError:

@@ -8,17 +8,19 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import datasets
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from star_dss_plugin.cache import content_key
 from star_dss_plugin.columns import with_attention_mask
-from star_dss_plugin.errors import ConfigError, DataError
+from star_dss_plugin.errors import ConfigError, DataError, writing
 from star_dss_plugin.parquet import PROVENANCE_FILE, is_sharded, load_scored
 from star_dss_plugin.provenance import provenance_of
 
 __all__ = [
     "PROVENANCE_FILE",
+    "check_writable",
     "is_saved_dataset",
     "load_tokenizer",
     "read_dataset",
@@ -61,6 +63,14 @@ def read_dataset(source: str, split: str = "train") -> Dataset:
     except DataError:
         raise
     except Exception as error:  # readers raise whatever their formats raise
+        cause = error.__cause__ or error
+        if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
+            copies = datasets.config.HF_DATASETS_CACHE
+            raise DataError(
+                f"{source} cannot be read: {type(cause).__name__}: {cause}. `datasets` keeps a "
+                f"copy of what it reads in {copies}: free space there, or set HF_DATASETS_CACHE to "
+                f"a folder that can be written. If it is {source} that cannot be read, change that."
+            ) from error
         raise DataError(
             f"{source} cannot be read: {type(error).__name__}: {error}. Give a .jsonl or .parquet "
             "file, a folder written by save_to_disk, or a data set id."
@@ -106,32 +116,54 @@ def write_dataset(dataset: Dataset, folder: Path) -> None:
     """Writes a scored data set and its provenance (`star_dss.json`) to a new folder.
 
     The folder appears when it is complete: a killed run leaves nothing that looks like a result.
+
+    Raises:
+        OutputError: It cannot be written.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        with_attention_mask(dataset).save_to_disk(str(building), num_proc=None)
-        text = json.dumps(provenance_of(dataset), indent=2, sort_keys=True)
-        (building / PROVENANCE_FILE).write_text(text + "\n", encoding="utf-8")
-        building.chmod(0o777 & ~_umask())
-        building.rename(folder)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
+    dataset = with_attention_mask(dataset)
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            dataset.save_to_disk(str(building), num_proc=None)
+            text = json.dumps(provenance_of(dataset), indent=2, sort_keys=True)
+            (building / PROVENANCE_FILE).write_text(text + "\n", encoding="utf-8")
+            building.chmod(0o777 & ~_umask())
+            building.rename(folder)
+        except BaseException:
+            shutil.rmtree(building, ignore_errors=True)
+            raise
+
+
+def check_writable(output: Path) -> None:
+    """Finds out before hours of work whether something can be made where a result will go.
+
+    Raises:
+        OutputError: Nothing can.
+    """
+    with writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent):
+            pass
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a UTF-8 file whole or not at all; replaces what was there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        os.chmod(scratch, 0o666 & ~_umask())
-        os.replace(scratch, path)
-    except BaseException:
-        Path(scratch).unlink(missing_ok=True)
-        raise
+    """Writes a UTF-8 file whole or not at all; replaces what was there.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, scratch = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+                file.write(text)
+            os.chmod(scratch, 0o666 & ~_umask())
+            os.replace(scratch, path)
+        except BaseException:
+            Path(scratch).unlink(missing_ok=True)
+            raise
 
 
 def _umask() -> int:

@@ -103,7 +103,7 @@ def calibrate(
 ) -> None:
     """Fits a temperature and a threshold on labelled responses, and says how good they are."""
     from star_dss_plugin.calibration import fit_guard, labelled_rows
-    from star_dss_plugin.files import read_dataset
+    from star_dss_plugin.files import read_dataset, write_text
     from star_dss_plugin.guards import load_guard
     from star_dss_plugin.report.figures import check_ready
     from star_dss_plugin.report.reliability import write_reliability
@@ -113,8 +113,7 @@ def calibrate(
     asked = load_guard(guard, device=guard_device, dtype=guard_dtype)
     found, _ = fit_guard(asked, conversations, labels)
     asked.close()
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "calibration.json").write_text(json.dumps(found.as_dict(), indent=2) + "\n")
+    write_text(output / "calibration.json", json.dumps(found.as_dict(), indent=2) + "\n")
     write_reliability(found, output / "reliability.png", demonstration=asked.demonstration)
     table = Table("", "Brier", "AUROC", "F1 of harmful", title=visible(found.guard))
     for name, values in (("as it is", found.raw), ("calibrated, held out", found.calibrated)):

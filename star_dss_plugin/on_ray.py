@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from star_dss_plugin import errors
-from star_dss_plugin.errors import ConfigError, GuardError, PluginError, StarDSSError
+from star_dss_plugin.errors import ConfigError, GuardError, PluginError, StarDSSError, writing
 from star_dss_plugin.shards import Job, ShardScorer, bar
 
 __all__ = ["score_on_ray"]
@@ -109,15 +109,17 @@ def score_on_ray(
 
 def _count_try(job: Job, shard: int) -> None:
     """Notes on disk that a worker begins a shard: a worker that dies can say nothing any more."""
-    job.begun.mkdir(exist_ok=True)
-    with (job.begun / f"{shard:05d}.tries").open("a") as file:
-        file.write(".")
-        if file.tell() > _TRIES:
-            raise GuardError(
-                f"{_TRIES} workers have died on shard {shard} (rows {shard * job.shard_rows} and "
-                "on). If they ran out of memory, lower score_batch_tokens or --shard-rows; Ray's "
-                "own messages are above. What is scored stays."
-            )
+    with writing(job.begun):
+        job.begun.mkdir(exist_ok=True)
+        with (job.begun / f"{shard:05d}.tries").open("a") as file:
+            file.write(".")
+            tries = file.tell()
+    if tries > _TRIES:
+        raise GuardError(
+            f"{_TRIES} workers have died on shard {shard} (rows {shard * job.shard_rows} and on). "
+            "If they ran out of memory, lower score_batch_tokens or --shard-rows; Ray's own "
+            "messages are above. What is scored stays."
+        )
 
 
 def _connect(ray: Any, address: str | None, num_workers: int) -> None:

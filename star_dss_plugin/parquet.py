@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import yaml
 from datasets import Dataset, IterableDataset, load_dataset
 
-from star_dss_plugin.errors import DataError
+from star_dss_plugin.errors import DataError, writing
 from star_dss_plugin.guard_notes import ROWS_NAMED
 from star_dss_plugin.provenance import describe, provenance_of, write_note
 
@@ -49,22 +49,26 @@ def write_shard(dataset: Dataset, path: Path) -> None:
     """Writes scored rows with their provenance as one parquet file, whole or not at all.
 
     Equal rows give equal bytes with equal versions of pyarrow.
+
+    Raises:
+        OutputError: It cannot be written.
     """
     table: pa.Table = dataset.with_format("arrow")[:]
     schema = dataset.features.arrow_schema
     note = json.dumps(provenance_of(dataset), sort_keys=True).encode()
     table = table.cast(schema).replace_schema_metadata({**(schema.metadata or {}), _NOTE: note})
-    path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with scratch.open("xb") as file:
-            pq.write_table(table, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with scratch.open("xb") as file:
+                pq.write_table(table, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(scratch, path)
+        except BaseException:
+            scratch.unlink(missing_ok=True)
+            raise
 
 
 def shard_note(path: Path) -> dict[str, Any]:

@@ -135,7 +135,14 @@ def begin(
     known = job.folder / _JOB_FILE
     plan = json.dumps(asdict(job), indent=2, sort_keys=True)
     if known.exists():
-        before, now = json.loads(known.read_text("utf-8")), json.loads(plan)
+        now = json.loads(plan)
+        try:
+            before = dict(json.loads(known.read_bytes()))
+        except (ValueError, TypeError) as error:
+            raise DataError(
+                f"{known} is damaged ({error}), so nobody knows how the shards beside it were "
+                f"scored. Remove the whole folder {job.folder} and start again."
+            ) from error
         if changed := [name for name in now if before.get(name) != now[name]]:
             raise ConfigError(
                 f"{job.folder} holds shards of another run: {', '.join(changed)} differ from "

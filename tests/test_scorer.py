@@ -1,6 +1,7 @@
 """Rows to `star_scores`: the right floats on the right tokens, once, whatever happens meanwhile."""
 
 import copy
+import errno
 import hashlib
 import json
 import logging
@@ -16,6 +17,7 @@ from conftest import CHATML, WordGuard
 from datasets import Dataset, List, Value, load_from_disk
 
 from star_dss_plugin import (
+    CacheError,
     ConfigError,
     DataError,
     GuardError,
@@ -424,6 +426,57 @@ def test_killed_and_started_again_by_two_at_once(tokenizer, tmp_path):
     whole.save_to_disk(tmp_path / "saved")
     assert arrow(tmp_path / "a") == arrow(tmp_path / "b") == arrow(tmp_path / "saved")
     assert provenance_of(load_from_disk(tmp_path / "a")) == provenance_of(whole)
+
+
+def score_a_part(tokenizer, folder, first, out, start):
+    cache._FLUSH_SECONDS = 0.0
+    rows = conversations(24).select(range(first, first + 9))
+    start.wait()
+    found = scored(rows, tokenizer, HashGuard(), score_cache_dir=folder)
+    out.write_text(json.dumps(list(found["star_scores"])))
+
+
+def test_sixteen_processes_on_one_cache_lose_nothing(tokenizer, tmp_path):
+    """Each scores nine rows of 24, most of which others score at the same time."""
+    start, outs = PROCESSES.Barrier(16), [tmp_path / f"{i}.json" for i in range(16)]
+    processes = [
+        PROCESSES.Process(
+            target=score_a_part, args=(tokenizer, tmp_path / "cache", i, outs[i], start)
+        )
+        for i in range(16)
+    ]
+    assert run_together(*processes) == [0] * 16
+    alone = scored(conversations(24), tokenizer, HashGuard(), score_cache_dir=tmp_path / "alone")
+    wanted = list(alone["star_scores"])
+    for i, out in enumerate(outs):
+        assert json.loads(out.read_text()) == wanted[i : i + 9]
+    guard = HashGuard()
+    again = scored(conversations(24), tokenizer, guard, score_cache_dir=tmp_path / "cache")
+    assert list(again["star_scores"]) == wanted
+    assert guard.asked == []
+    left = {path.suffix for path in (tmp_path / "cache").rglob("*") if path.is_file()}
+    assert left == {".shard", ".json", ""}  # nothing damaged or half-written; "" is the lock
+
+
+def test_a_disk_that_fills_up_costs_what_was_not_written(tokenizer, tmp_path, monkeypatch):
+    whole = scored(conversations(), tokenizer, BatchGuard(), score_cache_dir=tmp_path / "whole")
+    monkeypatch.setattr(cache, "_FLUSH_SECONDS", -1.0)
+    write, written = cache.ScoreCache._write, []
+
+    def until_full(self, name, data):
+        written.append(name)
+        if len(written) > 4:  # namespace.json and three batches
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, name, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cache.ScoreCache, "_write", until_full)
+        with pytest.raises(CacheError, match=r"No space left.*start the same command again"):
+            scored(conversations(), tokenizer, BatchGuard(), score_cache_dir=tmp_path / "full")
+    rest = BatchGuard()
+    found = scored(conversations(), tokenizer, rest, score_cache_dir=tmp_path / "full")
+    assert len(rest.batches) == 14 - 3
+    assert saved(found, tmp_path / "a") == saved(whole, tmp_path / "b")
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty"])

@@ -3,23 +3,28 @@
 import copy
 import json
 import math
+import multiprocessing
+import os
+import sys
+import time
 
 import pytest
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, concatenate_datasets, load_from_disk
 
 pytest.importorskip("trl")
 
-from conftest import WordGuard, tiny_llama
+from conftest import WordGuard, WordsPlugin, tiny_llama
 from peft import LoraConfig
 from star_dss_trl import StarDSSConfig, StarDSSTrainer
-from transformers import TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from star_dss_plugin import CheckpointError, ConfigError, DataError, StarDSSError, attach
+from star_dss_plugin import CheckpointError, ConfigError, DataError, StarDSSError, attach, cli
 from star_dss_plugin.callback import startup_line
 from star_dss_plugin.collation import SCORES_COLUMN
-from star_dss_plugin.provenance import provenances_of
+from star_dss_plugin.plugins import Origin, load_plugins
+from star_dss_plugin.provenance import provenance_of, provenances_of
 
 PROMPTS = ["how are you?", "is this bad?", "1 + 1 =", "hello world. who is lazy?"] * 2
 ANSWERS = [
@@ -497,6 +502,46 @@ def test_a_checkpoint_that_is_not_whole_is_named(tmp_path, tokenizer):
     (tmp_path / "out" / "checkpoint-2" / "trainer_state.json").unlink()
     with pytest.raises(CheckpointError, match="checkpoint-2: it was not written to its end"):
         make(tmp_path, tokenizer, **config).train(resume_from_checkpoint=True)
+
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload([__name__])
+
+
+def score_beside(by, folder, model_dir, start):
+    os.environ["STAR_DSS_CACHE"] = str(folder / "cache")
+    load_plugins().register(WordsPlugin(), Origin("tests", "star-dss-tests", "0"))
+    answer = WordGuard.token_scores
+    WordGuard.token_scores = lambda *args: time.sleep(0.5) or answer(*args)
+    start.wait()
+    if by == "command":
+        sys.argv = [
+            "star-dss", "score", str(folder / "chat.jsonl"), "--guard", "test-words", "-q",
+            "--chunk-size", "2", "--tokenizer", str(model_dir), "-o", str(folder / by),
+        ]  # fmt: skip
+        cli.main()
+    else:
+        trainer = make(folder, AutoTokenizer.from_pretrained(model_dir))
+        trainer.train_dataset.save_to_disk(folder / by)
+
+
+def test_a_trainer_and_the_command_score_the_same_data_at_once(tmp_path, model_dir):
+    prompt_completion().to_json(tmp_path / "chat.jsonl")
+    start = PROCESSES.Barrier(2)
+    both = [
+        PROCESSES.Process(target=score_beside, args=(by, tmp_path, model_dir, start))
+        for by in ("command", "trainer")
+    ]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    command, trainer = (load_from_disk(tmp_path / by) for by in ("command", "trainer"))
+    for column in ("input_ids", "labels", SCORES_COLUMN):
+        assert list(command[column]) == list(trainer[column])
+    assert provenance_of(command)["guard_identity"] == provenance_of(trainer)["guard_identity"]
+    assert len(list((tmp_path / "cache").rglob("*.shard"))) == 2  # scores, reference
 
 
 def test_reference_log_probabilities_that_came_with_the_data_are_replaced(tmp_path, tokenizer):

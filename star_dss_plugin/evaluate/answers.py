@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from star_dss_plugin.cache import content_key
+from star_dss_plugin.errors import writing
 from star_dss_plugin.evaluate.generation import greedy_answers, prompt_ids
 from star_dss_plugin.evaluate.prompts import Prompt
 
@@ -65,9 +66,10 @@ class AnswerFile:
     def add(self, key: str, answer: str) -> None:
         """Remembers an answer, in the file at once."""
         self.known[key] = answer
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="ascii") as file:
-            file.write(json.dumps({"key": key, "answer": answer}) + "\n")
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="ascii") as file:
+                file.write(json.dumps({"key": key, "answer": answer}) + "\n")
 
 
 def local_generation(model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Generate:

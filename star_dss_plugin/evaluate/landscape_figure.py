@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from star_dss_plugin.errors import ConfigError
+from star_dss_plugin.errors import ConfigError, writing
 from star_dss_plugin.evaluate.landscape import S_MAX
 from star_dss_plugin.evaluate.landscape_points import Curve, Landscape
 from star_dss_plugin.report.harmless import visible
@@ -55,8 +55,9 @@ def write_landscape(landscapes: Mapping[str, Landscape], path: Path) -> None:
     figure = _plane(planes[0].curves[0]) if planes else _lines(landscapes)
     title = ", ".join(_title(label, one) for label, one in landscapes.items())
     figure.suptitle(_plain(title), fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
 
 
 def _title(label: str, one: Landscape) -> str:

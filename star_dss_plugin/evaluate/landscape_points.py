@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from star_dss_plugin.errors import ConfigError, DataError
+from star_dss_plugin.errors import ConfigError, DataError, writing
 from star_dss_plugin.evaluate.landscape import S_MAX, Sample, attack_success, visage
 from star_dss_plugin.evaluate.moved_weights import TOWARD, Place
 
@@ -112,9 +112,10 @@ class PointsFile:
         verdicts = list(safe)
         lines = [] if self._began else [self._bound]
         lines.append({"place": place, "safe": verdicts})
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
+        with writing(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(line) + "\n" for line in lines))
         self._began = True
         self.known[place] = verdicts
 

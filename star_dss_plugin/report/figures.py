@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from star_dss_plugin.errors import ConfigError, DataError
+from star_dss_plugin.errors import ConfigError, DataError, writing
 from star_dss_plugin.report import palette
 from star_dss_plugin.report.harmless import visible
 from star_dss_plugin.report.reading import ScoredData, ScoredResponse
@@ -61,7 +61,6 @@ def write_figures(
     """
     check_ready(folder)
     chosen = _chosen(data, rows)
-    folder.mkdir(parents=True, exist_ok=True)
     drawn = {
         "trajectories.png": _trajectories(chosen, threshold),
         "histogram.png": _histogram(data, threshold),
@@ -72,7 +71,9 @@ def write_figures(
     for name, figure in drawn.items():
         _mark_guard(figure, data)
         path = folder / name
-        figure.savefig(path, dpi=150)
+        with writing(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path, dpi=150)
         paths.append(path)
     return paths
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from star_dss_plugin.calibration import Calibration, Quality
+from star_dss_plugin.errors import writing
 from star_dss_plugin.report.figures import check_ready
 from star_dss_plugin.report.harmless import visible
 
@@ -38,4 +39,5 @@ def write_reliability(found: Calibration, path: Path, *, demonstration: bool) ->
     figure.suptitle(
         visible(f"guard: {found.guard}{warning}, {found.rows} rows").replace("$", r"\$"), fontsize=9
     )
-    figure.savefig(path, dpi=150)
+    with writing(path):
+        figure.savefig(path, dpi=150)
