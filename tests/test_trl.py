@@ -1,6 +1,7 @@
 """TRL: the trainer, the attachment, and what they must have in common with stock SFT."""
 
 import copy
+import errno
 import json
 import math
 import multiprocessing
@@ -21,8 +22,9 @@ from transformers import AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from star_dss_plugin import CheckpointError, ConfigError, DataError, StarDSSError, attach, cli
+from star_dss_plugin.cache import ScoreCache
 from star_dss_plugin.callback import startup_line
-from star_dss_plugin.collation import SCORES_COLUMN
+from star_dss_plugin.collation import REF_COLUMN, SCORES_COLUMN
 from star_dss_plugin.plugins import Origin, load_plugins
 from star_dss_plugin.provenance import provenance_of, provenances_of
 
@@ -502,6 +504,19 @@ def test_a_checkpoint_that_is_not_whole_is_named(tmp_path, tokenizer):
     (tmp_path / "out" / "checkpoint-2" / "trainer_state.json").unlink()
     with pytest.raises(CheckpointError, match="checkpoint-2: it was not written to its end"):
         make(tmp_path, tokenizer, **config).train(resume_from_checkpoint=True)
+
+
+def test_a_complete_cache_may_be_read_only(tmp_path, tokenizer, monkeypatch):
+    before = make(tmp_path, tokenizer).train_dataset
+
+    def refuse(self, *args):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    for writer in ("lock", "flush", "_write"):
+        monkeypatch.setattr(ScoreCache, writer, refuse)
+    again = make(tmp_path, tokenizer).train_dataset
+    for column in (SCORES_COLUMN, REF_COLUMN):
+        assert list(again[column]) == list(before[column])
 
 
 PROCESSES = multiprocessing.get_context("forkserver")
