@@ -19,6 +19,7 @@ from star_dss_plugin.collation import SCORES_COLUMN
 from star_dss_plugin.config import StarDSSOptions
 from star_dss_plugin.errors import ConfigError, PluginError, StarDSSError
 from star_dss_plugin.guards import load_guard
+from star_dss_plugin.guards.base import announced
 from star_dss_plugin.loss import resolve_weight_map
 from star_dss_plugin.plugins import load_plugins
 from star_dss_plugin.responses import find_responses
@@ -80,8 +81,7 @@ def check_options(options: StarDSSOptions) -> Findings:
                 engine=options.engine, engine_options=options.engine_options,
             )  # fmt: skip
             assert guard.identity
-            warning = " (DEMONSTRATION ONLY, protects nobody)" if guard.demonstration else ""
-            found.notes.append(f"guard: {guard.name}{warning}")
+            found.notes.append(f"guard: {announced(guard.name, guard.demonstration)}")
     except StarDSSError as error:
         found.problems.append(str(error))
     found.notes.append(

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from star_dss_plugin import command_options as option
 from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.report.harmless import visible
 
@@ -45,15 +46,9 @@ def capability(
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the examples that are drawn.")] = 1234,
-    base: Annotated[
-        str | None, typer.Option(help="What adapters belong to, if their config is wrong here.")
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cuda, cpu, …; default: the GPU if there is one.")
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="auto: as stored; float32, bfloat16, float16.")
-    ] = "auto",
+    base: option.Base = None,
+    device: option.Device = None,
+    dtype: option.Dtype = "auto",
 ) -> None:
     """Compares what models can do, with lm-eval: MMLU, ARC, GSM8K by name, or files of yours.
 

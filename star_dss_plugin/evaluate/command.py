@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from star_dss_plugin import command_options as option
+
 if TYPE_CHECKING:
     from star_dss_plugin.evaluate.comparison import Comparison
 
@@ -37,22 +39,20 @@ def evaluate(
     prefill_tokens: Annotated[
         int, typer.Option(min=0, help="k first tokens of a compliant answer; 0: no such attack.")
     ] = 5,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer.")] = 64,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at a time.")] = 8,
+    max_new_tokens: option.MaxNewTokens = 64,
+    batch_size: option.AnswerBatch = 8,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only the first so many prompts of each kind.")
     ] = None,
-    base: Annotated[
-        str | None, typer.Option(help="What adapters belong to, if their config is wrong here.")
-    ] = None,
-    split: Annotated[str, typer.Option(help="The split of a data set folder.")] = "train",
-    device: Annotated[str | None, typer.Option(help="cuda, cpu, …")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    base: option.Base = None,
+    split: option.Split = "train",
+    device: option.Device = None,
+    dtype: option.Dtype = "auto",
     engine: Annotated[str, typer.Option(help="local or vllm: what makes the answers.")] = "local",
     no_text: Annotated[
         bool, typer.Option("--no-text", help="Leave prompts and answers out of the page.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
+    quiet: option.Quiet = False,
 ) -> None:
     """Compares models: harmful prompts declined, prefilled attacks survived, benign ones answered.
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from star_dss_plugin import command_options as option
 from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.report.harmless import visible
-
-if TYPE_CHECKING:
-    from star_dss_plugin.report.reading import ScoredData
 
 __all__ = ["inspect", "report"]
 
@@ -23,7 +21,6 @@ _Tokenizer = Annotated[
     typer.Option(help="Id or folder of the model it was scored for; default: as the data notes."),
 ]
 _Threshold = Annotated[float, typer.Option(help="τ in [0, 1]: scores below it count as unsafe.")]
-_Split = Annotated[str, typer.Option(help="The split of a data set folder.")]
 
 
 def report(
@@ -48,11 +45,12 @@ def report(
         typer.Option(help="Rows of the trajectory figure: 3,17,40; default: the most mixed."),
     ] = None,
     tokenizer: _Tokenizer = None,
-    split: _Split = "train",
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    split: option.Split = "train",
+    quiet: option.Quiet = False,
 ) -> None:
     """Writes scored data as one HTML page that needs no network, and figures with --png."""
     from star_dss_plugin.files import read_dataset, write_text
+    from star_dss_plugin.guards.base import announced
     from star_dss_plugin.report import figures
     from star_dss_plugin.report.page import render_page
     from star_dss_plugin.report.reading import read_scored, tokenizer_of
@@ -74,7 +72,7 @@ def report(
     total = summarise(data.responses, threshold)
     typer.echo(
         f"{output}: {total.responses} responses, {total.tokens} tokens, {total.share_below:.1%} "
-        f"below {threshold}, guard {_guard(data)}"
+        f"below {threshold}, guard {announced(visible(data.guard), data.demonstration)}"
     )
     if png is not None:
         for path in figures.write_figures(data, png, threshold=threshold, rows=wanted):
@@ -86,7 +84,7 @@ def inspect(
     row: Annotated[int, typer.Option(min=0, help="The row to show, from 0.")],
     threshold: _Threshold = 0.5,
     tokenizer: _Tokenizer = None,
-    split: _Split = "train",
+    split: option.Split = "train",
 ) -> None:
     """Shows one scored row: its responses coloured by score, and their trajectories."""
     from rich.console import Console
@@ -113,9 +111,3 @@ def _numbers(rows: str | None) -> list[int] | None:
     if not all(part.isdecimal() for part in parts):
         raise ConfigError(f"--rows is {rows!r}; give row numbers with commas between: 3,17,40")
     return [int(part) for part in parts]
-
-
-def _guard(data: ScoredData) -> str:
-    return visible(data.guard) + (
-        " (DEMONSTRATION ONLY, protects nobody)" if data.demonstration else ""
-    )
