@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from star_dss_plugin.collation import SCORES_COLUMN
 from star_dss_plugin.config import StarDSSOptions
 from star_dss_plugin.errors import ConfigError, PluginError, StarDSSError
-from star_dss_plugin.guards import load_guard
+from star_dss_plugin.guards import guard_of
 from star_dss_plugin.guards.base import announced
 from star_dss_plugin.loss import resolve_weight_map
 from star_dss_plugin.plugins import load_plugins
@@ -76,10 +76,7 @@ def check_options(options: StarDSSOptions) -> Findings:
     try:
         options.validate()
         if options.guard is not None:
-            guard = load_guard(
-                options.guard, device=options.guard_device, dtype=options.guard_dtype,
-                engine=options.engine, engine_options=options.engine_options,
-            )  # fmt: skip
+            guard = guard_of(options)
             assert guard.identity
             found.notes.append(f"guard: {announced(guard.name, guard.demonstration)}")
     except StarDSSError as error:

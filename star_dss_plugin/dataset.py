@@ -14,7 +14,6 @@ from star_dss_plugin.collation import SCORES_COLUMN
 from star_dss_plugin.columns import with_column
 from star_dss_plugin.config import StarDSSOptions
 from star_dss_plugin.errors import DataError
-from star_dss_plugin.guards import missing_guard
 from star_dss_plugin.guards.base import announced
 from star_dss_plugin.logprobs import IGNORE_INDEX
 from star_dss_plugin.provenance import provenances_of
@@ -112,8 +111,6 @@ def prepare_dataset(
         why = unread if name == "train" or options.score_eval else "score_eval is off"
         return dataset, _summary(dataset, options, f"none ({why})")
     else:
-        if options.guard is None:
-            raise missing_guard()
         dataset = score_dataset(
             dataset,
             tokenizer,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from star_dss_plugin.checks import at_least, probability
 from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.evaluate.answers import (
     Answer,
@@ -305,15 +306,10 @@ def _check(
 ) -> None:
     if not prompts:
         raise ConfigError("There are no prompts to ask. Give harmful ones, benign ones, or both.")
-    if not 0 <= threshold <= 1:
-        raise ConfigError(f"threshold is {threshold!r}; P(safe) lies in [0, 1].")
-    lowest = {
-        "prefill_tokens": (prefill_tokens, 0), "max_new_tokens": (max_new_tokens, 1),
-        "batch_size": (batch_size, 1),
-    }  # fmt: skip
-    for name, (value, least) in lowest.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ConfigError(f"{name} is {value!r}; give an integer of at least {least}.")
+    probability("threshold", threshold)
+    at_least("prefill_tokens", prefill_tokens, 0, integer=True)
+    at_least("max_new_tokens", max_new_tokens, 1, integer=True)
+    at_least("batch_size", batch_size, 1, integer=True)
     if engine not in ("local", "vllm"):
         raise ConfigError(f"engine is {engine!r}; answers are made by 'local' or 'vllm'.")
 

@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol
 
 from torch import nn
 
+from star_dss_plugin.checks import at_least
 from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.evaluate.moved_weights import TOWARD, MovedWeights, Place
 from star_dss_plugin.guards.base import Message
@@ -62,8 +63,7 @@ def random_lines(directions: int = 3, steps: int = 20, radius: float = 0.5) -> l
     Raises:
         ConfigError: A number is out of range.
     """
-    if directions < 1:
-        raise ConfigError(f"directions is {directions}; it must be at least 1.")
+    at_least("directions", directions, 1, integer=True)
     alphas = _around(steps, radius)
     return [
         Sample(f"direction {k}", (a,), _place((f"random {k}", a)))
@@ -112,10 +112,8 @@ def _around(steps: int, radius: float) -> list[float]:
 
 
 def _between(steps: int, beyond: float) -> list[float]:
-    if steps < 1:
-        raise ConfigError(f"steps is {steps}; it must be at least 1.")
-    if not (beyond >= 0 and math.isfinite(beyond)):
-        raise ConfigError(f"beyond is {beyond}; it must be a number of at least 0.")
+    at_least("steps", steps, 1, integer=True)
+    at_least("beyond", beyond, 0)
     further = math.floor(beyond * steps + 1e-9)
     return [round(i / steps, 12) for i in range(-further, steps + further + 1)]
 

@@ -22,7 +22,8 @@ import torch
 from safetensors.torch import load as read_safetensors
 from torch import Tensor
 
-from star_dss_plugin.errors import ConfigError, GuardError, unknown_name
+from star_dss_plugin.checks import at_least
+from star_dss_plugin.errors import GuardError, unknown_name
 from star_dss_plugin.guards.base import Message, PrefixRequest, StreamingGuard, batches
 from star_dss_plugin.guards.demo_states import (
     LAYERS,
@@ -101,8 +102,7 @@ class DemoGuard(StreamingGuard):
         dtype: str | torch.dtype | None = None,
         batch_tokens: int = 16384,
     ) -> None:
-        if batch_tokens < 1:
-            raise ConfigError(f"batch_tokens is {batch_tokens!r}; it must be at least 1.")
+        at_least("batch_tokens", batch_tokens, 1, integer=True)
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._dtype = _as_dtype(dtype)
         self._batch_tokens = batch_tokens

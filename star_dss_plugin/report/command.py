@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from star_dss_plugin import command_options as option
+from star_dss_plugin.checks import probability
 from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.report.harmless import visible
 
@@ -58,7 +59,7 @@ def report(
 
     if output.is_dir():
         raise ConfigError(f"{output} is a folder. Name a file for the report: {output}/report.html")
-    _check_threshold(threshold)
+    probability("--threshold", threshold)
     wanted = _numbers(rows)
     if rows is not None and png is None:
         raise ConfigError("--rows chooses rows for the figures. Give a folder for them with --png.")
@@ -92,16 +93,9 @@ def inspect(
     from star_dss_plugin.files import read_dataset
     from star_dss_plugin.report.inspection import inspect_row
 
-    _check_threshold(threshold)
+    probability("--threshold", threshold)
     dataset = read_dataset(scored, split)
     Console().print(inspect_row(dataset, row, tokenizer=tokenizer, threshold=threshold))
-
-
-def _check_threshold(threshold: float) -> None:
-    if not 0 <= threshold <= 1:  # also NaN
-        raise ConfigError(
-            f"--threshold is {threshold}, but scores are probabilities: use a value in [0, 1]."
-        )
 
 
 def _numbers(rows: str | None) -> list[int] | None:
