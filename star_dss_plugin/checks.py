@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import Any
 
 from star_dss_plugin.errors import ConfigError
@@ -16,9 +16,9 @@ def at_least(name: str, value: Any, minimum: float, *, integer: bool = False) ->
     Raises:
         ConfigError: It is something else.
     """
-    kinds = (int,) if integer else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not minimum <= value < math.inf:
-        what = "an integer" if integer else "a number"
+    kinds, most = (int, sys.maxsize) if integer else ((int, float), sys.float_info.max)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not minimum <= value <= most:
+        what = "an integer" if integer else "a finite number"
         raise ConfigError(f"{name} is {value!r}; it must be {what} of at least {minimum}.")
 
 

@@ -33,6 +33,7 @@ from star_dss_plugin.guards.demo_states import (
     content_of,
 )
 from star_dss_plugin.guards.untrusted import Markers
+from star_dss_plugin.pretrained import default_device
 from star_dss_plugin.smollm2 import gguf_fingerprint
 
 __all__ = ["DemoGuard", "probe_logits", "recent_mean", "running_mean"]
@@ -103,7 +104,7 @@ class DemoGuard(StreamingGuard):
         batch_tokens: int = 16384,
     ) -> None:
         at_least("batch_tokens", batch_tokens, 1, integer=True)
-        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._device = default_device(device)
         self._dtype = _as_dtype(dtype)
         self._batch_tokens = batch_tokens
         self._loaded: tuple[Backbone, Tensor, float] | None = None

@@ -25,12 +25,12 @@ from star_dss_plugin.guards.proof import trust, unproven
 from star_dss_plugin.guards.template import GuardTemplate
 from star_dss_plugin.guards.untrusted import Markers
 from star_dss_plugin.guards.weights_on_disk import (
-    default_device,
     load_weights,
     not_loadable,
     resolve_dtype,
     weights_fingerprint,
 )
+from star_dss_plugin.pretrained import default_device
 
 __all__ = ["Qwen3GuardStreamModel", "Qwen3StreamGuard"]
 
