@@ -20,8 +20,8 @@ from star_dss_plugin.errors import ConfigError, PluginError, StarDSSError
 from star_dss_plugin.evaluate.capability_command import capability
 from star_dss_plugin.evaluate.command import evaluate as evaluate_command
 from star_dss_plugin.evaluate.landscape_command import landscape
+from star_dss_plugin.harmless import visible
 from star_dss_plugin.report import command as report_commands
-from star_dss_plugin.report.harmless import visible
 
 __all__ = ["app", "main"]
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from star_dss_plugin import command_options as option
-from star_dss_plugin.report.harmless import visible
+from star_dss_plugin.harmless import visible
 
 __all__ = ["app"]
 

@@ -21,8 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from star_dss_plugin._version import __version__
 from star_dss_plugin.asking import Asking
 from star_dss_plugin.cache import content_key, default_cache_dir
-from star_dss_plugin.collation import SCORES_COLUMN
-from star_dss_plugin.columns import with_column
+from star_dss_plugin.columns import SCORES_COLUMN, with_column
 from star_dss_plugin.config import StarDSSOptions
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.guard_notes import attempt_notes, label_mass, member_notes

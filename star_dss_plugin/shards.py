@@ -22,8 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from star_dss_plugin.asking import none_scored
 from star_dss_plugin.checks import at_least
-from star_dss_plugin.collation import SCORES_COLUMN
-from star_dss_plugin.columns import with_attention_mask
+from star_dss_plugin.columns import SCORES_COLUMN, with_attention_mask
 from star_dss_plugin.config import StarDSSOptions
 from star_dss_plugin.errors import ConfigError, DataError, StarDSSError
 from star_dss_plugin.files import load_tokenizer, read_dataset, sample_of, words_of, write_text

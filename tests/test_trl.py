@@ -18,7 +18,7 @@ from trl import SFTConfig, SFTTrainer
 
 from star_dss_plugin import ConfigError, DataError, StarDSSError, attach
 from star_dss_plugin.callback import startup_line
-from star_dss_plugin.collation import SCORES_COLUMN
+from star_dss_plugin.columns import SCORES_COLUMN
 from star_dss_plugin.provenance import provenances_of
 
 PROMPTS = ["how are you?", "is this bad?", "1 + 1 =", "hello world. who is lazy?"] * 2

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from star_dss_plugin import command_options as option
 from star_dss_plugin.errors import ConfigError
-from star_dss_plugin.report.harmless import visible
+from star_dss_plugin.harmless import visible
 
 if TYPE_CHECKING:
     from star_dss_plugin.evaluate.capability import Measured

@@ -84,7 +84,7 @@ def _print(found: Comparison) -> None:
 
     from star_dss_plugin.evaluate.comparison import differences, measures
     from star_dss_plugin.evaluate.page import HEADINGS, shown
-    from star_dss_plugin.report.harmless import visible
+    from star_dss_plugin.harmless import visible
 
     console = Console()
     first = found.models[0]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.evaluate.landscape import S_MAX
 from star_dss_plugin.evaluate.landscape_points import Curve, Landscape
-from star_dss_plugin.report.harmless import visible
+from star_dss_plugin.harmless import visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -15,7 +15,7 @@ from star_dss_plugin._version import __version__
 from star_dss_plugin.evaluate.comparison import PREFILL, REFUSED, Comparison, measures
 from star_dss_plugin.evaluate.prompts import BENIGN, HARMFUL
 from star_dss_plugin.evaluate.statistics import Share
-from star_dss_plugin.report.harmless import visible
+from star_dss_plugin.harmless import visible
 from star_dss_plugin.report.rendering import content_hash, page_environment
 
 __all__ = ["HEADINGS", "render_comparison", "shown"]

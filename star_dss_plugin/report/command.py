@@ -10,7 +10,7 @@ import typer
 from star_dss_plugin import command_options as option
 from star_dss_plugin.checks import probability
 from star_dss_plugin.errors import ConfigError
-from star_dss_plugin.report.harmless import visible
+from star_dss_plugin.harmless import visible
 
 __all__ = ["inspect", "report"]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from star_dss_plugin.errors import ConfigError, DataError
+from star_dss_plugin.harmless import visible
 from star_dss_plugin.report import palette
-from star_dss_plugin.report.harmless import visible
 from star_dss_plugin.report.reading import ScoredData, ScoredResponse
 from star_dss_plugin.report.summary import BINS, grouped, histogram, mean_trajectory
 

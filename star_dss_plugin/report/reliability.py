@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from star_dss_plugin.calibration import Calibration, Quality
+from star_dss_plugin.harmless import visible
 from star_dss_plugin.report.figures import check_ready
-from star_dss_plugin.report.harmless import visible
 
 __all__ = ["write_reliability"]
 
