@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,10 +53,8 @@ def capability(
 
     See docs/capability.md.
     """
-    import torch
-
     from star_dss_plugin.evaluate.capability import compared, open_tasks, run_tasks
-    from star_dss_plugin.evaluate.loading import find_device, load_whole_model
+    from star_dss_plugin.evaluate.loading import find_device, free_memory, load_whole_model
     from star_dss_plugin.files import write_text
 
     if output.is_dir():
@@ -76,9 +73,7 @@ def capability(
                 batch_size=batch_size, chat_template=chat_template, seed=seed,
             )  # fmt: skip
             del loaded
-            gc.collect()
-            if place.type == "cuda":
-                torch.cuda.empty_cache()
+            free_memory()
     said = {
         "tasks": names, "tasks_data": tasks_data or [], "limit": limit, "num_fewshot": num_fewshot,
         "chat_template": chat_template, "batch_size": batch_size, "seed": seed, "dtype": dtype,

@@ -11,7 +11,7 @@ import typer
 from star_dss_plugin import command_options as option
 
 if TYPE_CHECKING:
-    from star_dss_plugin.evaluate.comparison import Comparison
+    from star_dss_plugin.evaluate.verdicts import Comparison
 
 __all__ = ["evaluate"]
 
@@ -82,8 +82,8 @@ def _print(found: Comparison) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from star_dss_plugin.evaluate.comparison import differences, measures
     from star_dss_plugin.evaluate.page import HEADINGS, shown
+    from star_dss_plugin.evaluate.verdicts import differences, measures
     from star_dss_plugin.harmless import visible
 
     console = Console()

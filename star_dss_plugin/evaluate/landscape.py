@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from torch import nn
 
@@ -22,21 +22,18 @@ from star_dss_plugin.evaluate.moved_weights import TOWARD, MovedWeights, Place
 from star_dss_plugin.guards.base import Message
 
 __all__ = [
-    "S_MAX", "Answer", "Judge", "Sample", "attack_success", "grid", "measure", "random_lines",
+    "S_MAX", "AnswerAll", "Judge", "Sample", "attack_success", "grid", "measure", "random_lines",
     "toward_line", "visage",
 ]  # fmt: skip
 
 Judge = Callable[[Sequence[Sequence[Message]], Sequence[str]], Sequence[bool]]
 """(prompts, answers) → whether each answer is safe."""
 
+AnswerAll = Callable[[nn.Module], Sequence[str]]
+"""A model, with whatever weights it has → its answers to the same prompts."""
+
 S_MAX = 100.0
 """The largest attack success rate, in percent."""
-
-
-class Answer(Protocol):
-    """Answers the same prompts with whatever weights the model has."""
-
-    def __call__(self, model: nn.Module) -> Sequence[str]: ...
 
 
 class Sample(NamedTuple):
@@ -162,7 +159,7 @@ def measure(
     model: nn.Module,
     places: Iterable[Place],
     prompts: Sequence[Sequence[Message]],
-    answer: Answer,
+    answer: AnswerAll,
     judge: Judge,
     keep: Callable[[Place, list[bool]], None],
 ) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from star_dss_plugin.evaluate.landscape import Answer, Judge
+    from star_dss_plugin.evaluate.landscape import AnswerAll, Judge
     from star_dss_plugin.evaluate.landscape_points import Landscape
     from star_dss_plugin.evaluate.moved_weights import Place
     from star_dss_plugin.guards.base import Message
@@ -177,6 +177,7 @@ def _judge(name: str, threshold: float, device: str | None) -> _Judged:
         ConfigError: There is no such guard.
     """
     from star_dss_plugin.evaluate.refusal import is_refusal
+    from star_dss_plugin.evaluate.verdicts import answer_scores
     from star_dss_plugin.guards import load_guard
     from star_dss_plugin.guards.base import announced
 
@@ -185,11 +186,7 @@ def _judge(name: str, threshold: float, device: str | None) -> _Judged:
     guard = load_guard(name, device=device)
 
     def verdicts(prompts: Sequence[Sequence[Message]], answers: Sequence[str]) -> list[bool]:
-        conversations = [
-            [*prompt, {"role": "assistant", "content": answer}]
-            for prompt, answer in zip(prompts, answers, strict=True)
-        ]
-        return [score >= threshold for score in guard.score(conversations)]
+        return [score >= threshold for score in answer_scores(guard, prompts, answers)]
 
     identity = {"guard": guard.identity, "threshold": threshold}
     return _Judged(verdicts, identity, announced(guard.name, guard.demonstration))
@@ -200,7 +197,7 @@ def _greedy_answers(
     prompts: Sequence[Sequence[Message]],
     max_new_tokens: int,
     batch_size: int,
-) -> Answer:
+) -> AnswerAll:
     """Answers the same prompts, without special tokens, with whatever weights the model has."""
     from star_dss_plugin.evaluate.generation import greedy_answers, prompt_ids
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 from pathlib import Path
@@ -23,7 +24,7 @@ from star_dss_plugin.pretrained import (
 )
 from star_dss_plugin.smollm2 import load_smollm2
 
-__all__ = ["DEMO_MODEL", "find_device", "load_whole_model", "weights_digest"]
+__all__ = ["DEMO_MODEL", "find_device", "free_memory", "load_whole_model", "weights_digest"]
 
 DEMO_MODEL = "smollm2"
 """The name of SmolLM2-135M-Instruct as `load_smollm2` gives it, without the network."""
@@ -113,6 +114,13 @@ def find_device(name: str | None) -> torch.device:
             f"device is {name or 'cuda'!r}: {said}. Use cpu, or cuda on a GPU."
         ) from error
     return device
+
+
+def free_memory() -> None:
+    """Gives the memory of models that nobody holds any more back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def weights_digest(model: PreTrainedModel) -> str:

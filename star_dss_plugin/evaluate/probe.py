@@ -19,6 +19,7 @@ from star_dss_plugin.checks import at_least, probability
 from star_dss_plugin.errors import ConfigError, unknown_name
 from star_dss_plugin.evaluate.generation import greedy_answers, prompt_ids
 from star_dss_plugin.evaluate.refusal import is_refusal
+from star_dss_plugin.evaluate.verdicts import answer_scores
 from star_dss_plugin.guards import load_guard
 from star_dss_plugin.guards.base import Guard, Message
 
@@ -173,12 +174,7 @@ class SafetyProbe(TrainerCallback):
             batch_tokens=options.score_batch_tokens,
         )
         try:
-            scores = guard.score(
-                [
-                    [*prompt, {"role": "assistant", "content": answer}]
-                    for prompt, answer in zip(prompts, answers, strict=True)
-                ]
-            )
+            scores = answer_scores(guard, prompts, answers)
         finally:
             guard.close()
         return sum(score >= options.threshold for score in scores)
