@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from star_dss_plugin.attachment import attach
     from star_dss_plugin.callback import StarDSSCallback
     from star_dss_plugin.config import StarDSSOptions
+    from star_dss_plugin.evaluate.probe import SafetyProbe
     from star_dss_plugin.guards import load_guard
     from star_dss_plugin.loss import ShapedLoss, star_dss_loss
     from star_dss_plugin.parquet import load_scored
-    from star_dss_plugin.probe import SafetyProbe
     from star_dss_plugin.provenance import provenance_of
     from star_dss_plugin.scorer import score_dataset
 
@@ -58,7 +58,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "SafetyProbe": "probe",
+    "SafetyProbe": "evaluate.probe",
     "ShapedLoss": "loss",
     "StarDSSCallback": "callback",
     "StarDSSOptions": "config",

@@ -17,12 +17,13 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from star_dss_plugin._version import __version__
-from star_dss_plugin.collation import REF_COLUMN, SCORES_COLUMN, forward_inputs
+from star_dss_plugin.columns import REF_COLUMN, SCORES_COLUMN
 from star_dss_plugin.errors import StarDSSError
 from star_dss_plugin.files import write_text
+from star_dss_plugin.harmless import visible
 from star_dss_plugin.logprobs import IGNORE_INDEX, token_logprobs
 from star_dss_plugin.loss import star_dss_loss
-from star_dss_plugin.report.harmless import visible
+from star_dss_plugin.projection import forward_inputs
 from star_dss_plugin.run_summary import summary_table
 from star_dss_plugin.weights import needs_scores
 

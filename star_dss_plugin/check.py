@@ -15,10 +15,11 @@ import yaml
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from star_dss_plugin.collation import SCORES_COLUMN
+from star_dss_plugin.columns import SCORES_COLUMN
 from star_dss_plugin.config import StarDSSOptions
 from star_dss_plugin.errors import ConfigError, PluginError, StarDSSError
-from star_dss_plugin.guards import load_guard
+from star_dss_plugin.guards import guard_of
+from star_dss_plugin.guards.base import announced
 from star_dss_plugin.loss import resolve_weight_map
 from star_dss_plugin.plugins import load_plugins
 from star_dss_plugin.responses import find_responses
@@ -75,13 +76,9 @@ def check_options(options: StarDSSOptions) -> Findings:
     try:
         options.validate()
         if options.guard is not None:
-            guard = load_guard(
-                options.guard, device=options.guard_device, dtype=options.guard_dtype,
-                engine=options.engine, engine_options=options.engine_options,
-            )  # fmt: skip
+            guard = guard_of(options)
             assert guard.identity
-            warning = " (DEMONSTRATION ONLY, protects nobody)" if guard.demonstration else ""
-            found.notes.append(f"guard: {guard.name}{warning}")
+            found.notes.append(f"guard: {announced(guard.name, guard.demonstration)}")
     except StarDSSError as error:
         found.problems.append(str(error))
     found.notes.append(

@@ -14,14 +14,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from star_dss_plugin import command_options as option
 from star_dss_plugin import guard_commands
 from star_dss_plugin._version import __version__
 from star_dss_plugin.errors import ConfigError, PluginError, StarDSSError
 from star_dss_plugin.evaluate.capability_command import capability
 from star_dss_plugin.evaluate.command import evaluate as evaluate_command
 from star_dss_plugin.evaluate.landscape_command import landscape
+from star_dss_plugin.harmless import visible
 from star_dss_plugin.report import command as report_commands
-from star_dss_plugin.report.harmless import visible
 
 __all__ = ["app", "main"]
 
@@ -81,9 +82,9 @@ def score(
     max_length: Annotated[
         int | None, typer.Option(min=1, help="Cut rows to this many tokens (as in training).")
     ] = None,
-    split: Annotated[str, typer.Option(help="The split of a data set folder.")] = "train",
-    guard_device: Annotated[str | None, typer.Option(help="cuda, cpu, …")] = None,
-    guard_dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    split: option.Split = "train",
+    guard_device: option.GuardDevice = None,
+    guard_dtype: option.GuardDtype = "auto",
     score_batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens per guard batch.")] = 16384,
     engine: Annotated[
         str, typer.Option(help="local, vllm, or a server's address: http://host:port.")
@@ -109,10 +110,11 @@ def score(
     per_guard: Annotated[
         bool, typer.Option("--per-guard", help="A column for each guard of several, too.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    quiet: option.Quiet = False,
 ) -> None:
     """Scores every prefix of every response and writes a data set with `star_scores`."""
     from star_dss_plugin.guard_notes import remarks
+    from star_dss_plugin.guards.base import announced
 
     options = {
         "guard": guard, "segmenter": segmenter, "chunk_size": chunk_size, "trajectory": trajectory,
@@ -153,8 +155,8 @@ def score(
     typer.echo(
         f"{output}: {found['responses']} responses, {found['prefixes']} prefixes, "
         f"{found['trained_tokens']} trained tokens, mean prefix score "
-        f"{found['mean_prefix_score']:.3f}, guard {found['guard']}"
-        + (" (DEMONSTRATION ONLY, protects nobody)" if found["demonstration_guard"] else "")
+        f"{found['mean_prefix_score']:.3f}, guard "
+        + announced(found["guard"], found["demonstration_guard"])
     )
     for line in remarks(found):
         typer.echo(line)

@@ -9,19 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from star_dss_plugin.columns import REF_COLUMN, SCORES_COLUMN
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.logprobs import IGNORE_INDEX
 
-__all__ = [
-    "REF_COLUMN",
-    "SCORES_COLUMN",
-    "TokenColumnsCollator",
-    "document_starts",
-    "forward_inputs",
-]
+__all__ = ["TokenColumnsCollator", "document_starts"]
 
-SCORES_COLUMN = "star_scores"
-REF_COLUMN = "ref_logps"
 _PADDING = {SCORES_COLUMN: 1.0, REF_COLUMN: 0.0}
 
 
@@ -93,13 +86,6 @@ class TokenColumnsCollator:
             for name in columns:
                 added[name][i, where] = torch.as_tensor(feature[name], dtype=torch.float32)
         return batch | added
-
-
-def forward_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What a model takes of a batch to return logits, and no loss."""
-    columns = ("labels", *_PADDING)
-    bare = {name: value for name, value in batch.items() if name not in columns}
-    return {**bare, "use_cache": False}
 
 
 def document_starts(row: Mapping[str, Any]) -> list[int]:

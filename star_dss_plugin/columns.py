@@ -1,4 +1,4 @@
-"""Adding columns to data sets so that equal contents give equal files."""
+"""The columns this project adds, and adding columns so that equal contents give equal files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, List, Value
 
-__all__ = ["with_attention_mask", "with_column"]
+__all__ = ["REF_COLUMN", "SCORES_COLUMN", "TOKEN_COLUMNS", "with_attention_mask", "with_column"]
+
+SCORES_COLUMN = "star_scores"
+"""The STAR score s_t of every token of `input_ids`: float32 in [0, 1], 1.0 outside responses."""
+REF_COLUMN = "ref_logps"
+"""log π_ref(y_t) of every token of `input_ids`: float32, 0.0 where it is not needed."""
+TOKEN_COLUMNS = (SCORES_COLUMN, REF_COLUMN)
 
 
 def with_column(dataset: Dataset, name: str, column: Sequence[Any], feature: Any) -> Dataset:

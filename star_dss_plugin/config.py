@@ -9,13 +9,14 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from star_dss_plugin.errors import ConfigError, unknown_name
+from star_dss_plugin.checks import at_least, probability
+from star_dss_plugin.errors import unknown_name
 
-__all__ = ["GUARD_ERRORS", "KL_ESTIMATORS", "REFERENCES", "TRAJECTORIES", "StarDSSOptions"]
+__all__ = ["KL_ESTIMATORS", "REFERENCES", "StarDSSOptions"]
 
 KL_ESTIMATORS = ("k1", "k2", "k3", "full")
-GUARD_ERRORS = ("raise", "unsafe")
-TRAJECTORIES = ("exact", "adaptive")
+_GUARD_ERRORS = ("raise", "unsafe")
+_TRAJECTORIES = ("exact", "adaptive")
 REFERENCES = ("auto", "adapter", "precomputed", "copy", "none")
 
 
@@ -25,7 +26,7 @@ def _option(default: Any, help_text: str) -> Any:
 
 @dataclass
 class StarDSSOptions:
-    """What a STAR-DSS run can be told. See METHOD in the docs for the symbols.
+    """What a STAR-DSS run can be told; docs/method.md has the symbols (paper, Eq. 3).
 
     Raises:
         ConfigError: From `validate`, for values that cannot work.
@@ -135,34 +136,23 @@ class StarDSSOptions:
         )
         if self.kl_estimator not in KL_ESTIMATORS:
             raise unknown_name("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
-        _at_least("chunk_size", self.chunk_size, 1, integer=True)
-        _at_least("score_batch_tokens", self.score_batch_tokens, 1, integer=True)
-        _at_least("kl_coef", self.kl_coef, 0)
-        _at_least("kl_warmup_steps", self.kl_warmup_steps, 0, integer=True)
-        _at_least("unsafe_lookahead", self.unsafe_lookahead, 0, integer=True)
-        for name in ("threshold", "trajectory_epsilon"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(
-                    f"{name} is {getattr(self, name)!r}, but scores are probabilities: use a value "
-                    "in [0, 1]."
-                )
-        if self.trajectory not in TRAJECTORIES:
-            raise unknown_name("trajectory", self.trajectory, TRAJECTORIES)
-        if self.on_guard_error not in GUARD_ERRORS:
-            raise unknown_name("on_guard_error", self.on_guard_error, GUARD_ERRORS)
+        at_least("chunk_size", self.chunk_size, 1, integer=True)
+        at_least("score_batch_tokens", self.score_batch_tokens, 1, integer=True)
+        at_least("kl_coef", self.kl_coef, 0)
+        at_least("kl_warmup_steps", self.kl_warmup_steps, 0, integer=True)
+        at_least("unsafe_lookahead", self.unsafe_lookahead, 0, integer=True)
+        probability("threshold", self.threshold)
+        probability("trajectory_epsilon", self.trajectory_epsilon)
+        if self.trajectory not in _TRAJECTORIES:
+            raise unknown_name("trajectory", self.trajectory, _TRAJECTORIES)
+        if self.on_guard_error not in _GUARD_ERRORS:
+            raise unknown_name("on_guard_error", self.on_guard_error, _GUARD_ERRORS)
         if self.reference not in REFERENCES and not _looks_like_a_model(self.reference):
             raise unknown_name("reference", self.reference, [*REFERENCES, "<a model id or folder>"])
 
     def star_dss_dict(self) -> dict[str, Any]:
         """The options of this class alone, also when called on a subclass."""
         return {f.name: getattr(self, f.name) for f in fields(StarDSSOptions)}
-
-
-def _at_least(name: str, value: Any, minimum: float, *, integer: bool = False) -> None:
-    kinds = (int,) if integer else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not value >= minimum:
-        what = "an integer" if integer else "a number"
-        raise ConfigError(f"{name} is {value!r}; it must be {what} of at least {minimum}.")
 
 
 def _looks_like_a_model(name: str) -> bool:

@@ -10,11 +10,10 @@ import numpy as np
 from datasets import Dataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from star_dss_plugin.collation import SCORES_COLUMN
-from star_dss_plugin.columns import with_column
+from star_dss_plugin.columns import SCORES_COLUMN, with_column
 from star_dss_plugin.config import StarDSSOptions
 from star_dss_plugin.errors import DataError
-from star_dss_plugin.guards import missing_guard
+from star_dss_plugin.guards.base import announced
 from star_dss_plugin.logprobs import IGNORE_INDEX
 from star_dss_plugin.provenance import provenances_of
 from star_dss_plugin.ranks import ALONE, Share
@@ -111,8 +110,6 @@ def prepare_dataset(
         why = unread if name == "train" or options.score_eval else "score_eval is off"
         return dataset, _summary(dataset, options, f"none ({why})")
     else:
-        if options.guard is None:
-            raise missing_guard()
         dataset = score_dataset(
             dataset,
             tokenizer,
@@ -177,9 +174,10 @@ def _summary(dataset: Dataset, options: StarDSSOptions, guard: str | None) -> Da
     provenance = known[0] if known else None
     if guard is None:
         names = dict.fromkeys(one["guard"] for one in known)
-        guard = " and ".join(names) or "unknown (star_scores column given)"
-        if any(one["demonstration_guard"] for one in known):
-            guard += " (DEMONSTRATION ONLY, protects nobody)"
+        guard = announced(
+            " and ".join(names) or "unknown (star_scores column given)",
+            any(one["demonstration_guard"] for one in known),
+        )
     responses = tokens = below = 0
     total = 0.0
     plain = dataset.with_format(None).select_columns(["labels", SCORES_COLUMN])

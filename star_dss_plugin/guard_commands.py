@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from star_dss_plugin.report.harmless import visible
+from star_dss_plugin import command_options as option
+from star_dss_plugin.harmless import visible
 
 __all__ = ["app"]
 
@@ -18,8 +19,6 @@ app = typer.Typer(help="Lists guards; checks or calibrates one.", invoke_without
 _Guard = Annotated[
     str, typer.Argument(help="A registered guard, or a JSON mapping as the option guard takes it.")
 ]
-_Device = Annotated[str | None, typer.Option(help="cuda, cpu, …")]
-_Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")]
 
 
 @app.callback()
@@ -57,23 +56,22 @@ def guards(context: typer.Context) -> None:
 @app.command()
 def check(
     guard: _Guard,
-    guard_device: _Device = None,
-    guard_dtype: _Dtype = "auto",
+    guard_device: option.GuardDevice = None,
+    guard_dtype: option.GuardDtype = "auto",
     weights: Annotated[
         bool, typer.Option(help="Load the weights and ask the two probes, too.")
     ] = True,
 ) -> None:
     """Shows what a guard is asked, and checks that its answers mean what they should."""
     from star_dss_plugin.guards import load_guard
-    from star_dss_plugin.guards.base import PrefixRequest
+    from star_dss_plugin.guards.base import PrefixRequest, announced
     from star_dss_plugin.guards.combined import leaves
     from star_dss_plugin.guards.proof import UNSAFE_PROBE, prove
 
     text = UNSAFE_PROBE[-1]["content"]
     request = PrefixRequest(UNSAFE_PROBE[:-1], text, (len(text),))
     for one in leaves(load_guard(guard, device=guard_device, dtype=guard_dtype)):
-        warning = " (DEMONSTRATION ONLY, protects nobody)" if one.demonstration else ""
-        typer.echo(f"guard: {one.name}{warning}")
+        typer.echo(f"guard: {announced(one.name, one.demonstration)}")
         for what, shown in one.explained(request).items():
             typer.echo(f"{what}: {visible(shown)}")
         if not weights:
@@ -97,9 +95,9 @@ def calibrate(
         Path,
         typer.Option("--output", "-o", help="Folder for calibration.json and reliability.png."),
     ],
-    split: Annotated[str, typer.Option(help="The split of a data set folder.")] = "train",
-    guard_device: _Device = None,
-    guard_dtype: _Dtype = "auto",
+    split: option.Split = "train",
+    guard_device: option.GuardDevice = None,
+    guard_dtype: option.GuardDtype = "auto",
 ) -> None:
     """Fits a temperature and a threshold on labelled responses, and says how good they are."""
     from star_dss_plugin.calibration import fit_guard, labelled_rows

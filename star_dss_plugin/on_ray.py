@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from star_dss_plugin import errors
+from star_dss_plugin.checks import at_least
 from star_dss_plugin.errors import ConfigError, GuardError, PluginError, StarDSSError, writing
 from star_dss_plugin.shards import Job, ShardScorer, bar
 
@@ -61,8 +62,7 @@ def score_on_ray(
     Raises:
         StarDSSError: Ray is missing or cannot be reached; or what a worker could not score.
     """
-    if num_workers < 1:
-        raise ConfigError(f"num_workers is {num_workers!r}; it must be at least 1.")
+    at_least("num_workers", num_workers, 1, integer=True)
     try:
         import ray
         import ray.data

@@ -19,8 +19,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from star_dss_plugin.cache import ScoreCache, content_key
-from star_dss_plugin.collation import REF_COLUMN, SCORES_COLUMN, document_starts
-from star_dss_plugin.columns import with_column
+from star_dss_plugin.collation import document_starts
+from star_dss_plugin.columns import REF_COLUMN, SCORES_COLUMN, with_column
 from star_dss_plugin.guards.base import Trajectory
 from star_dss_plugin.logprobs import IGNORE_INDEX, token_logprobs
 from star_dss_plugin.loss import TokenWeights

@@ -18,9 +18,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from star_dss_plugin.collation import forward_inputs
+from star_dss_plugin.columns import TOKEN_COLUMNS
 
-__all__ = ["Projection", "States", "can_project", "hidden_states", "states_of", "without_logits"]
+__all__ = [
+    "Projection",
+    "States",
+    "can_project",
+    "first_output",
+    "forward_inputs",
+    "hidden_states",
+    "states_of",
+    "without_logits",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +80,13 @@ class States:
     project: Callable[[Tensor], Tensor] | None = None
 
 
+def forward_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model takes of a batch to return logits, and no loss."""
+    columns = ("labels", *TOKEN_COLUMNS)
+    bare = {name: value for name, value in batch.items() if name not in columns}
+    return {**bare, "use_cache": False}
+
+
 def states_of(model: nn.Module, batch: Mapping[str, Any], *, project: bool) -> States:
     """Runs an unwrapped model, whose head is then used without gradients.
 
@@ -88,6 +104,22 @@ def states_of(model: nn.Module, batch: Mapping[str, Any], *, project: bool) -> S
     # The tensors of now: a parameter may hold the reference's values for this pass only.
     bias = None if head.bias is None else head.bias.detach()
     return States(found[0], replace(head, weight=head.weight.detach(), bias=bias))
+
+
+@contextlib.contextmanager
+def first_output(model: nn.Module) -> Iterator[list[Any]]:
+    """Collects what a model returns when it is first called; an empty list if it never is."""
+    found: list[Any] = []
+
+    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+        if not found:
+            found.append(output)
+
+    handle = model.register_forward_hook(keep)
+    try:
+        yield found
+    finally:
+        handle.remove()
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from star_dss_plugin.config import REFERENCES
 from star_dss_plugin.errors import ConfigError, StarDSSError
+from star_dss_plugin.pretrained import UNLOADABLE, read_model, settings_of
 from star_dss_plugin.projection import States, can_project, states_of
 
 __all__ = ["Reference", "choose_reference", "is_peft", "model_fingerprint"]
@@ -220,10 +221,10 @@ def _load_named(name: str, policy: nn.Module, tokenizer: PreTrainedTokenizerBase
     try:
         # Without a word here transformers would ask on the terminal whether to run a model's code.
         theirs = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=parameter.dtype, use_safetensors=True, trust_remote_code=False
+        model = read_model(
+            AutoModelForCausalLM, name, dtype=parameter.dtype, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError) as error:
+    except UNLOADABLE as error:
         raise ConfigError(
             f"The reference {name!r} cannot be loaded: {error}. Give the id or folder of a model "
             "that is available here, or reference='auto'."
@@ -234,7 +235,7 @@ def _load_named(name: str, policy: nn.Module, tokenizer: PreTrainedTokenizerBase
             "log-probabilities belong to other tokens. Use a reference with the same tokenizer: "
             "the model before finetuning."
         )
-    frozen: nn.Module = model.requires_grad_(False).eval()
+    frozen: nn.Module = model.requires_grad_(False)
     return frozen.to(parameter.device)
 
 
@@ -245,10 +246,7 @@ def model_fingerprint(model: nn.Module) -> str:
     spaced values of every parameter and buffer.
     """
     digest = hashlib.sha256()
-    config = getattr(model, "config", None)
-    settings = {} if config is None else config.to_diff_dict()
-    for incidental in ("_name_or_path", "transformers_version", "use_cache"):
-        settings.pop(incidental, None)
+    settings = settings_of(getattr(model, "config", None))
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     if is_peft(model):
         digest.update(repr(model.active_adapters).encode())

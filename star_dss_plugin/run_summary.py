@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from star_dss_plugin.dataset import DatasetSummary
-from star_dss_plugin.report.harmless import visible
+from star_dss_plugin.harmless import visible
 
 __all__ = ["summary_table"]
 

@@ -15,8 +15,7 @@ import numpy as np
 from datasets import Dataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from star_dss_plugin.collation import SCORES_COLUMN
-from star_dss_plugin.columns import with_column
+from star_dss_plugin.columns import SCORES_COLUMN, with_column
 from star_dss_plugin.config import StarDSSOptions
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.plugins import load_plugins

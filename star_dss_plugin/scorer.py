@@ -21,12 +21,11 @@ from transformers import PreTrainedTokenizerBase
 from star_dss_plugin._version import __version__
 from star_dss_plugin.asking import Asking
 from star_dss_plugin.cache import content_key, default_cache_dir
-from star_dss_plugin.collation import SCORES_COLUMN
-from star_dss_plugin.columns import with_column
-from star_dss_plugin.config import GUARD_ERRORS, TRAJECTORIES, StarDSSOptions
-from star_dss_plugin.errors import ConfigError, DataError, unknown_name
+from star_dss_plugin.columns import SCORES_COLUMN, with_column
+from star_dss_plugin.config import StarDSSOptions
+from star_dss_plugin.errors import DataError
 from star_dss_plugin.guard_notes import attempt_notes, label_mass, member_notes
-from star_dss_plugin.guards import load_guard, missing_guard
+from star_dss_plugin.guards import guard_of, missing_guard
 from star_dss_plugin.guards.adaptive import adaptive
 from star_dss_plugin.guards.base import Guard, PrefixRequest, Trajectory
 from star_dss_plugin.plugins import load_plugins
@@ -110,6 +109,21 @@ def score_dataset(
     Raises:
         StarDSSError: What cannot be scored, with the row's number.
     """
+    loaded = guard if isinstance(guard, Guard) else None
+    options = StarDSSOptions(
+        guard=None if isinstance(guard, Guard) else guard,  # type: ignore[arg-type]
+        segmenter=segmenter,
+        chunk_size=chunk_size,
+        trajectory=trajectory,
+        trajectory_epsilon=trajectory_epsilon,
+        guard_device=guard_device,
+        guard_dtype=guard_dtype,
+        score_batch_tokens=score_batch_tokens,
+        engine=engine,
+        engine_options=engine_options,  # type: ignore[arg-type]
+        on_guard_error=on_guard_error,
+    )
+    options.validate()
     if guard is None:
         raise missing_guard()
     if SCORES_COLUMN in dataset.column_names:
@@ -117,12 +131,6 @@ def score_dataset(
             "The data set already has a 'star_scores' column. Remove it to score again, or use "
             "the data set as it is."
         )
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
-        raise ConfigError(f"chunk_size is {chunk_size!r}; it must be an integer of at least 1.")
-    if trajectory not in TRAJECTORIES:
-        raise unknown_name("trajectory", trajectory, TRAJECTORIES)
-    if on_guard_error not in GUARD_ERRORS:
-        raise unknown_name("on_guard_error", on_guard_error, GUARD_ERRORS)
     if "input_ids" not in dataset.column_names:
         dataset = tokenized(dataset, tokenizer, max_length, chat_template)
     elif "labels" not in dataset.column_names:
@@ -131,15 +139,7 @@ def score_dataset(
             "trained. Add labels: a copy of input_ids with -100 where nothing is trained."
         )
     dataset = only_responses(dataset, tokenizer, chat_template, needed=not part)
-    loaded = guard if isinstance(guard, Guard) else None
-    asked = loaded or load_guard(
-        guard,  # type: ignore[arg-type]
-        device=guard_device,
-        dtype=guard_dtype,
-        batch_tokens=score_batch_tokens,
-        engine=engine,
-        engine_options=engine_options,
-    )
+    asked = loaded or guard_of(options)
     if trajectory == "adaptive":
         asked = adaptive(asked, trajectory_epsilon)
     try:

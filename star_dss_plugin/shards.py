@@ -21,12 +21,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from star_dss_plugin.asking import none_scored
-from star_dss_plugin.collation import SCORES_COLUMN
-from star_dss_plugin.columns import with_attention_mask
+from star_dss_plugin.checks import at_least
+from star_dss_plugin.columns import SCORES_COLUMN, with_attention_mask
 from star_dss_plugin.config import StarDSSOptions
 from star_dss_plugin.errors import ConfigError, DataError, StarDSSError
 from star_dss_plugin.files import load_tokenizer, read_dataset, sample_of, words_of, write_text
-from star_dss_plugin.guards import load_guard, missing_guard
+from star_dss_plugin.guards import guard_of
 from star_dss_plugin.guards.base import Guard
 from star_dss_plugin.parquet import DATA, merged, shard_name, shard_note, write_card, write_shard
 from star_dss_plugin.scorer import score_dataset, versions
@@ -114,23 +114,20 @@ def begin(
     """
     if output.exists():
         raise ConfigError(f"{output} exists. Name a new folder, or remove it first.")
-    if shard_rows < 1:
-        raise ConfigError(f"shard_rows is {shard_rows!r}; it must be at least 1.")
+    at_least("shard_rows", shard_rows, 1, integer=True)
     dataset = read_dataset(data, split)
     if len(dataset) == 0:
         raise DataError(f"{data} has no rows, so there is nothing to score.")
     if SCORES_COLUMN in dataset.column_names:
         raise DataError(f"{data} already has a {SCORES_COLUMN!r} column. Remove it to score again.")
     tokens = words_of(load_tokenizer(tokenizer))
-    if options.get("guard") is None:
-        raise missing_guard()
-    known_options = {f.name for f in fields(StarDSSOptions)} & options.keys()
-    StarDSSOptions(**{name: options[name] for name in known_options}).validate()
+    chosen = _options(options)
+    chosen.validate()
     # Workers may run in other folders.
     data = str(Path(data).absolute()) if Path(data).exists() else data
     job = Job(
         data, split, tokenizer, str(output.absolute()), len(dataset), shard_rows,
-        sample_of(dataset), tokens, _guard(options).identity, options, versions(),
+        sample_of(dataset), tokens, guard_of(chosen).identity, options, versions(),
     )  # fmt: skip
     known = job.folder / _JOB_FILE
     plan = json.dumps(asdict(job), indent=2, sort_keys=True)
@@ -224,7 +221,7 @@ class ShardScorer:
 
     @cached_property
     def _loaded_guard(self) -> Guard:
-        guard = _guard(self.job.options)
+        guard = guard_of(_options(self.job.options))
         # Through JSON, as the job went: a tuple comes back as a list.
         if json.loads(json.dumps(guard.identity)) != json.loads(json.dumps(self.job.guard)):
             raise ConfigError(
@@ -289,13 +286,7 @@ def _notes(job: Job) -> Iterator[dict[str, Any]]:
         yield note
 
 
-def _guard(options: Mapping[str, Any]) -> Guard:
-    """The guard of a run; its weights are not loaded."""
-    return load_guard(
-        options["guard"],
-        device=options.get("guard_device"),
-        dtype=options.get("guard_dtype", "auto"),
-        batch_tokens=options.get("score_batch_tokens", 16384),
-        engine=options.get("engine", "local"),
-        engine_options=options.get("engine_options"),
-    )
+def _options(given: Mapping[str, Any]) -> StarDSSOptions:
+    """Those of `score_dataset` that a trainer has too."""
+    names = {f.name for f in fields(StarDSSOptions)} & given.keys()
+    return StarDSSOptions(**{name: given[name] for name in names})

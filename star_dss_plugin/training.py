@@ -8,7 +8,7 @@ in place of the trainer's. So everything else in the user's stack stays as it is
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from star_dss_plugin.checkpoints import check_checkpoint
-from star_dss_plugin.collation import REF_COLUMN, SCORES_COLUMN, forward_inputs
+from star_dss_plugin.columns import REF_COLUMN, SCORES_COLUMN, TOKEN_COLUMNS
 from star_dss_plugin.config import StarDSSOptions
 from star_dss_plugin.dataset import DatasetSummary
 from star_dss_plugin.errors import ConfigError, StarDSSError
@@ -33,7 +33,14 @@ from star_dss_plugin.logprobs import (
 from star_dss_plugin.loss import TokenWeights, shaped_loss
 from star_dss_plugin.metrics import TokenMetrics
 from star_dss_plugin.model_card import add_section
-from star_dss_plugin.projection import Projection, States, hidden_states, without_logits
+from star_dss_plugin.projection import (
+    Projection,
+    States,
+    first_output,
+    forward_inputs,
+    hidden_states,
+    without_logits,
+)
 from star_dss_plugin.reference import Reference
 from star_dss_plugin.schedules import kl_coef_at
 from star_dss_plugin.weights import WeightMap
@@ -121,7 +128,7 @@ class StarDSSMixin(_Base):
         super()._set_signature_columns_if_needed()
         if self.star_dss_state is not None:
             columns: Any = self._signature_columns
-            columns += [c for c in (SCORES_COLUMN, REF_COLUMN) if c not in columns]
+            columns += [c for c in TOKEN_COLUMNS if c not in columns]
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         return super().get_eval_dataloader(self._scored_late(eval_dataset))
@@ -188,8 +195,7 @@ class StarDSSMixin(_Base):
 
     def base_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """What the base class alone would train with on a batch: its mean over the batch."""
-        columns = (SCORES_COLUMN, REF_COLUMN)
-        bare = {name: value for name, value in inputs.items() if name not in columns}
+        bare = {name: value for name, value in inputs.items() if name not in TOKEN_COLUMNS}
         loss = super().compute_loss(model, bare)
         assert isinstance(loss, Tensor)
         return loss
@@ -233,7 +239,7 @@ class StarDSSMixin(_Base):
         """The base class's own result, the policy's outputs, and what its logits are made of."""
         policy = self.accelerator.unwrap_model(model)
         with contextlib.ExitStack() as stack:
-            captured = stack.enter_context(_first_outputs(model))
+            captured = stack.enter_context(first_output(model))
             if state.projects:
                 hidden = stack.enter_context(hidden_states(policy))
                 if self._host_wants_loss_alone() and not return_outputs:
@@ -342,19 +348,3 @@ class StarDSSMixin(_Base):
                 logs |= self.star_dss_state.extra_metrics
                 self.star_dss_state.extra_metrics.clear()
         super().log(logs, start_time)
-
-
-@contextlib.contextmanager
-def _first_outputs(model: nn.Module) -> Iterator[list[Any]]:
-    """Collects the output of the first call of a module."""
-    captured: list[Any] = []
-
-    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-        if not captured:
-            captured.append(output)
-
-    handle = model.register_forward_hook(keep)
-    try:
-        yield captured
-    finally:
-        handle.remove()

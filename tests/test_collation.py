@@ -13,7 +13,8 @@ from transformers import (
 )
 
 from star_dss_plugin import DataError
-from star_dss_plugin.collation import REF_COLUMN, SCORES_COLUMN, TokenColumnsCollator
+from star_dss_plugin.collation import TokenColumnsCollator
+from star_dss_plugin.columns import REF_COLUMN, SCORES_COLUMN
 
 PAD = 0  # the tiny tokenizer's <|endoftext|>, a token of its texts too
 

@@ -19,13 +19,14 @@ from test_cli import run
 from star_dss_plugin import ConfigError, DataError
 from star_dss_plugin.evaluate import comparison
 from star_dss_plugin.evaluate.answers import AnswerFile, answer_prompts, local_generation
-from star_dss_plugin.evaluate.comparison import compare, differences, measures, training_guard
+from star_dss_plugin.evaluate.comparison import compare, training_guard
 from star_dss_plugin.evaluate.generation import greedy_answers, prompt_ids
 from star_dss_plugin.evaluate.loading import load_whole_model
 from star_dss_plugin.evaluate.page import render_comparison
 from star_dss_plugin.evaluate.prompts import DEFAULT_PREFILL, read_prompts, with_prefill
 from star_dss_plugin.evaluate.refusal import is_refusal
 from star_dss_plugin.evaluate.statistics import bootstrap_share, paired_difference
+from star_dss_plugin.evaluate.verdicts import differences, measures
 
 HARMFUL = [{"prompt": "is this bad?"}, {"prompt": "who is lazy?", "target": "good words keep"}]
 BENIGN = [{"prompt": "how are you?"}]
@@ -235,6 +236,13 @@ def test_pickled_weights_are_not_loaded(model_dirs, tmp_path, tokenizer):
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(ConfigError, match="cannot be loaded"):
         load_whole_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["[1]\n", "no json\n", '{"key": "k"}\n', "\n"])
+def test_a_file_of_answers_that_is_something_else(tmp_path, text):
+    (tmp_path / "a.jsonl").write_text(text)
+    with pytest.raises(DataError, match=r"a\.jsonl is not what an evaluation writes there"):
+        AnswerFile(tmp_path / "a.jsonl")
 
 
 # The comparison

@@ -37,6 +37,16 @@ def test_the_core_names_no_host_and_no_extra_where_it_is_imported():
             assert not roots - set(NEED_AN_EXTRA.values()), path
 
 
+def test_what_scores_and_trains_imports_nothing_of_what_shows_and_compares():
+    top, commands = {"report", "evaluate"}, {"cli.py", "guard_commands.py"}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if top & set(path.relative_to(PACKAGE).parts) or path.name in commands:
+            continue
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ImportFrom):
+                assert not top & set(str(node.module).split(".")), path
+
+
 def test_nothing_heavy_is_imported_before_it_is_used():
     code = (
         "import sys, star_dss_plugin, star_dss_plugin.cli, star_dss_plugin.plugins as p;"

@@ -15,7 +15,8 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, Tra
 from trl import SFTTrainer
 
 from star_dss_plugin import ConfigError, DataError, attach
-from star_dss_plugin.collation import REF_COLUMN, SCORES_COLUMN, document_starts
+from star_dss_plugin.collation import document_starts
+from star_dss_plugin.columns import REF_COLUMN, SCORES_COLUMN
 
 LENGTH = 64
 

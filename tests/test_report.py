@@ -17,9 +17,9 @@ from report_data import PROVENANCE, data, response
 from rich.console import Console
 
 from star_dss_plugin import ConfigError, DataError, cli, provenance_of
+from star_dss_plugin.harmless import visible
 from star_dss_plugin.provenance import write_note
 from star_dss_plugin.report import figures, inspect_row, palette
-from star_dss_plugin.report.harmless import visible
 from star_dss_plugin.report.inspection import Inspection
 from star_dss_plugin.report.page import render_page
 from star_dss_plugin.report.reading import ScoredData, read_scored, tokenizer_of

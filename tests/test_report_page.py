@@ -9,7 +9,7 @@ import shutil
 import pytest
 from report_data import data, response
 
-from star_dss_plugin.report.harmless import visible
+from star_dss_plugin.harmless import visible
 from star_dss_plugin.report.page import render_page
 
 sync_api = pytest.importorskip("playwright.sync_api")

@@ -1,6 +1,7 @@
 """Stricter scores and the warm-up of λ: what they may do, what they do, and that it trains."""
 
 import itertools
+import math
 
 import pytest
 from datasets import concatenate_datasets
@@ -52,6 +53,13 @@ def test_the_warm_up_rises_to_kl_coef(step, steps, kl_coef):
         assert now == kl_coef
     elif kl_coef > 1e-300:
         assert 0 < now < kl_coef
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan, True, "0.5"])
+@pytest.mark.parametrize("name", ["kl_coef", "threshold", "trajectory_epsilon"])
+def test_what_is_no_finite_number(name, value):
+    with pytest.raises(ConfigError, match=f"{name} is {value!r}; it must be a "):
+        StarDSSOptions(guard="demo", **{name: value}).validate()
 
 
 @pytest.mark.parametrize("name", ["kl_warmup_steps", "unsafe_lookahead"])

@@ -48,7 +48,7 @@ def dotted(node) -> str:
 
 def test_the_walk_sees_the_package():
     seen = {path.name for path in SOURCES}
-    assert {"reference.py", "weights_on_disk.py", "sft.py", "messages.py"} <= seen
+    assert {"reference.py", "pretrained.py", "sft.py", "messages.py"} <= seen
 
 
 def test_nothing_is_imported_that_runs_what_it_reads():
@@ -105,6 +105,27 @@ def test_a_pickled_reference_is_refused(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04not read")
     with pytest.raises(ConfigError, match=r"cannot be loaded: .*safetensors"):
+        _load_named(str(tmp_path), model, tokenizer)
+
+
+def test_a_reference_that_is_not_whole_is_refused(tokenizer, tmp_path):
+    """transformers fills missing weights with random numbers: that would be no reference at all."""
+    from conftest import tiny_llama
+    from safetensors.torch import load_file, save_file
+
+    from star_dss_plugin import ConfigError
+    from star_dss_plugin.reference import _load_named
+
+    model = tiny_llama(len(tokenizer))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if "up_proj" not in name}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"cannot be loaded: .*lack the weights.*up_proj"):
+        _load_named(str(tmp_path), model, tokenizer)
+    (tmp_path / "model.safetensors").write_bytes(b"half a file")
+    with pytest.raises(ConfigError, match="cannot be loaded"):
         _load_named(str(tmp_path), model, tokenizer)
 
 

@@ -24,7 +24,7 @@ from trl import SFTConfig, SFTTrainer
 from star_dss_plugin import CheckpointError, ConfigError, DataError, StarDSSError, attach, cli
 from star_dss_plugin.cache import ScoreCache
 from star_dss_plugin.callback import startup_line
-from star_dss_plugin.collation import REF_COLUMN, SCORES_COLUMN
+from star_dss_plugin.columns import REF_COLUMN, SCORES_COLUMN
 from star_dss_plugin.plugins import Origin, load_plugins
 from star_dss_plugin.provenance import provenance_of, provenances_of
 

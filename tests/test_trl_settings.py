@@ -18,7 +18,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from trl import SFTTrainer
 
 from star_dss_plugin import ConfigError, DataError
-from star_dss_plugin.collation import SCORES_COLUMN
+from star_dss_plugin.columns import SCORES_COLUMN
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -9,7 +9,7 @@ from datasets import Dataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from star_dss_axolotl.messages import TemplateInverse
-from star_dss_plugin.collation import SCORES_COLUMN
+from star_dss_plugin.columns import SCORES_COLUMN
 from star_dss_plugin.config import StarDSSOptions
 from star_dss_plugin.dataset import asks_guard
 from star_dss_plugin.decoding import decode

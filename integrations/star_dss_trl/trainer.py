@@ -9,7 +9,7 @@ from datasets import Dataset
 from trl import SFTTrainer, pack_dataset
 
 from star_dss_plugin.attachment import set_up
-from star_dss_plugin.collation import SCORES_COLUMN
+from star_dss_plugin.columns import SCORES_COLUMN
 from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.loss import resolve_weight_map
 from star_dss_plugin.training import StarDSSMixin

@@ -3,15 +3,14 @@
 Head, trunks and tails (`tree.py`) run one after the other, each attending to the stored keys and
 values of what comes before it (`attention.py`), at its true positions. Each query meets the very
 keys and values it would meet in a pass over its own prompt, so the result is that pass up to
-rounding, whatever the tokenizer merged at a boundary. Models for which this does not hold get one
-pass per prompt, and a warning says why.
+rounding, whatever the tokenizer merged at a boundary. Models for which this does not hold
+(`trial.py`) get one pass per prompt, and a warning says why.
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
@@ -20,15 +19,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from star_dss_plugin.engines.attention import NAME, KeysValues, Pass, Prefix, running
+from star_dss_plugin.engines.attention import KeysValues, Pass, Prefix, running
 from star_dss_plugin.engines.tree import Tail, Tree, batched, common_length, grow
+from star_dss_plugin.engines.trial import fixed_rope_length, why_not
 from star_dss_plugin.errors import DataError, GuardError
 
 __all__ = ["LocalEngine"]
 
 logger = logging.getLogger(__name__)
-
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 class LocalEngine:
@@ -52,8 +50,7 @@ class LocalEngine:
         self.batch_tokens = batch_tokens
         self.computed_tokens = self.distinct_tokens = 0
         self._config: PreTrainedConfig = model.config.get_text_config(decoder=True)
-        self._window: int = getattr(self._config, "sliding_window", None) or sys.maxsize
-        self._fixed_rope_length = _fixed_rope_length(self._config)
+        self._fixed_rope_length = fixed_rope_length(self._config)
         self._parameters = inspect.signature(model.forward).parameters
         self._head: tuple[tuple[int, ...], KeysValues] = ((), {})
         self._warned: set[str] = set()
@@ -159,7 +156,7 @@ class LocalEngine:
                 ids = torch.tensor([tokens], device=self.model.device)
                 position = torch.arange(len(tokens), device=ids.device)[None]
                 real = torch.ones_like(ids, dtype=torch.bool)
-                self._forward(ids, Pass(position, real, kept=kept), keep=1)
+                self._forward(ids, Pass(position, real, kept=kept))
             self._head = (tokens, kept)
         return self._head[1]
 
@@ -179,7 +176,7 @@ class LocalEngine:
             visible = real.new_ones(len(rest), head_length)
             prefixes = [Prefix(len(rest), [head], visible)]
         kept: KeysValues = {}
-        self._forward(ids, Pass(position, real, prefixes, kept), keep=1)
+        self._forward(ids, Pass(position, real, prefixes, kept))
         return {
             group: _cut(kept, len(tokens), row)
             for row, (group, tokens) in enumerate(zip(groups, rest, strict=True))
@@ -212,8 +209,7 @@ class LocalEngine:
             first += rows
         if max(t.shared for t in batch) == 0:
             prefixes = []
-        logits = self._forward(ids, Pass(position, real, prefixes), keep=1)
-        return logits[:, -1].float().log_softmax(-1)
+        return self._forward(ids, Pass(position, real, prefixes)).float().log_softmax(-1)
 
     def _whole_logprobs(self, batch: list[Tail]) -> Tensor:
         """Log-probabilities after B whole prompts padded on the right, shape (B, vocabulary)."""
@@ -230,15 +226,15 @@ class LocalEngine:
         found: Tensor = logits[rows, columns[which]].float().log_softmax(-1)
         return found
 
-    def _forward(self, ids: Tensor, current: Pass, keep: int) -> Tensor:
-        """The model's own logits in the last `keep` columns, attending as `current` says."""
-        inputs = {"logits_to_keep": keep} if "logits_to_keep" in self._parameters else {}
+    def _forward(self, ids: Tensor, current: Pass) -> Tensor:
+        """The model's own logits in the last column, (rows, vocabulary), attending as told."""
+        inputs = {"logits_to_keep": 1} if "logits_to_keep" in self._parameters else {}
         with running(self._config, current):
             logits = self.model(
                 ids, position_ids=current.positions, use_cache=False, **inputs
             ).logits
         self.computed_tokens += ids.numel()
-        found: Tensor = logits[:, -keep:]
+        found: Tensor = logits[:, -1]
         return found
 
     def _padded(self, rows: Sequence[Sequence[int]], *, left: bool) -> tuple[Tensor, Tensor]:
@@ -278,65 +274,12 @@ class LocalEngine:
 
     @cached_property
     def _why_plain(self) -> str | None:
-        """Why the fast path cannot serve this model, or None: its structure, then a trial."""
-        types = set(getattr(self._config, "layer_types", None) or _LAYER_TYPES)
-        if self.model._is_stateful or not types <= _LAYER_TYPES:
-            return "it has layers other than full and sliding attention"
-        if "position_ids" not in self._parameters:
-            return "its forward takes no position_ids"
-        if getattr(self.model, "_supports_attention_backend", False) is False:
-            return f"its attention cannot be replaced by {NAME!r}"
-        try:
-            difference = self._trial()
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # If the fault is not the fast path's, the plain one raises it.
-            return f"a trial on a shared prefix failed with {error!r}"
-        # In 16 bits rounding alone moves 3 to 6 % of the probability on random tokens, as much as
-        # it moves either path away from float32. What is computed wrongly moves most of it.
-        if not difference <= (1e-3 if self.model.dtype.itemsize >= 4 else 0.15):
-            return f"a trial on a shared prefix gave probabilities {difference:.2g} apart"
-        return None
-
-    def _trial(self) -> float:
-        """The largest total variation between the two paths over a few random prompts.
-
-        No token's probability differs by more. The prompts outgrow all but very wide windows.
-        """
-        window = self._window if self._window <= 4096 else 0
-        most: int = getattr(self._config, "max_position_embeddings", None) or sys.maxsize
-        size, vocabulary = min(window + 16, most, self._fixed_rope_length), self._config.vocab_size
-        random = torch.Generator().manual_seed(0)
-        one, two, other = torch.randint(vocabulary, (3, size), generator=random).tolist()
-        half = size // 2
-        two = one[: half // 2] + two[half // 2 :]
-        groups = [
-            [one, one[:half] + other[:4], one[:-4] + other[:3], one[: half + 1]],
-            [two, two[:-3] + other[:5], two[: half + 2] + other[:6]],
-            [one[: half // 2] + other[:7], other[:3]],
-        ]
+        """Why the fast path cannot serve this model, or None."""
         # An engine of its own: nothing is counted here, and no head is kept.
-        engine = LocalEngine(self.model)
-        shared = engine._compute(groups, range(vocabulary), whole=False)
-        whole = engine._compute(groups, range(vocabulary), whole=True)
-        distance = [
-            (a.exp() - b.exp()).abs().sum(1).max() for a, b in zip(shared, whole, strict=True)
-        ]
-        return float(max(distance)) / 2  # fmt: skip
+        return why_not(self.model, list(self._parameters), LocalEngine(self.model)._compute)
 
 
 def _cut(part: KeysValues, tokens: int, row: int = 0) -> KeysValues:
     """The first tokens of one row."""
     rows = slice(row, row + 1)
     return {layer: (k[rows, :, :tokens], v[rows, :, :tokens]) for layer, (k, v) in part.items()}
-
-
-def _fixed_rope_length(config: PreTrainedConfig) -> int:
-    """The longest prompt whose rotary frequencies do not depend on what runs beside it."""
-    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
-    settings = [rope] if "rope_type" in rope else rope.values()
-    moving = [setting for setting in settings if setting["rope_type"] in {"dynamic", "longrope"}]
-    most = config.max_position_embeddings if moving else sys.maxsize
-    return min(
-        [most, *(setting.get("original_max_position_embeddings") or most for setting in moving)]
-    )

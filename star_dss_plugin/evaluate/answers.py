@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from star_dss_plugin.cache import content_key
-from star_dss_plugin.errors import writing
+from star_dss_plugin.errors import DataError
 from star_dss_plugin.evaluate.generation import greedy_answers, prompt_ids
+from star_dss_plugin.evaluate.json_lines import append_lines, read_lines
 from star_dss_plugin.evaluate.prompts import Prompt
 
 __all__ = ["Answer", "AnswerFile", "Generate", "answer_prompts", "local_generation"]
@@ -49,27 +49,26 @@ class AnswerFile:
     """One model's answers by the key of what was asked; a JSON line each.
 
     Args:
-        path: Created by the first answer. Half a line at its end, from a killed run, is dropped.
+        path: Created by the first answer.
+
+    Raises:
+        DataError: The file is damaged.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.known: dict[str, str] = {}
-        whole = path.read_bytes() if path.is_file() else b""
-        kept = whole[: whole.rfind(b"\n") + 1]
-        for line in kept.decode("utf-8", "surrogatepass").splitlines():
-            entry = json.loads(line)
-            self.known[entry["key"]] = entry["answer"]
-        if kept != whole:
-            path.write_bytes(kept)
+        try:
+            self.known = {str(e["key"]): str(e["answer"]) for e in read_lines(path)}
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{path} is not what an evaluation writes there ({error!r}). Remove it, and its "
+                "answers are asked for again."
+            ) from error
 
     def add(self, key: str, answer: str) -> None:
         """Remembers an answer, in the file at once."""
         self.known[key] = answer
-        with writing(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="ascii") as file:
-                file.write(json.dumps({"key": key, "answer": answer}) + "\n")
+        append_lines(self.path, [{"key": key, "answer": answer}])
 
 
 def local_generation(model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Generate:

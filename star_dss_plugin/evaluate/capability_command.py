@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +11,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from star_dss_plugin import command_options as option
 from star_dss_plugin.errors import ConfigError
-from star_dss_plugin.report.harmless import visible
+from star_dss_plugin.harmless import visible
 
 if TYPE_CHECKING:
     from star_dss_plugin.evaluate.capability import Measured
@@ -45,24 +45,16 @@ def capability(
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the examples that are drawn.")] = 1234,
-    base: Annotated[
-        str | None, typer.Option(help="What adapters belong to, if their config is wrong here.")
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cuda, cpu, …; default: the GPU if there is one.")
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="auto: as stored; float32, bfloat16, float16.")
-    ] = "auto",
+    base: option.Base = None,
+    device: option.Device = None,
+    dtype: option.Dtype = "auto",
 ) -> None:
     """Compares what models can do, with lm-eval: MMLU, ARC, GSM8K by name, or files of yours.
 
     See docs/capability.md.
     """
-    import torch
-
     from star_dss_plugin.evaluate.capability import compared, open_tasks, run_tasks
-    from star_dss_plugin.evaluate.loading import find_device, load_whole_model
+    from star_dss_plugin.evaluate.loading import find_device, free_memory, load_whole_model
     from star_dss_plugin.files import write_text
 
     if output.is_dir():
@@ -81,9 +73,7 @@ def capability(
                 batch_size=batch_size, chat_template=chat_template, seed=seed,
             )  # fmt: skip
             del loaded
-            gc.collect()
-            if place.type == "cuda":
-                torch.cuda.empty_cache()
+            free_memory()
     said = {
         "tasks": names, "tasks_data": tasks_data or [], "limit": limit, "num_fewshot": num_fewshot,
         "chat_template": chat_template, "batch_size": batch_size, "seed": seed, "dtype": dtype,

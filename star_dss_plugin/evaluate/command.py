@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from star_dss_plugin import command_options as option
+
 if TYPE_CHECKING:
-    from star_dss_plugin.evaluate.comparison import Comparison
+    from star_dss_plugin.evaluate.verdicts import Comparison
 
 __all__ = ["evaluate"]
 
@@ -37,22 +39,20 @@ def evaluate(
     prefill_tokens: Annotated[
         int, typer.Option(min=0, help="k first tokens of a compliant answer; 0: no such attack.")
     ] = 5,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer.")] = 64,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at a time.")] = 8,
+    max_new_tokens: option.MaxNewTokens = 64,
+    batch_size: option.AnswerBatch = 8,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only the first so many prompts of each kind.")
     ] = None,
-    base: Annotated[
-        str | None, typer.Option(help="What adapters belong to, if their config is wrong here.")
-    ] = None,
-    split: Annotated[str, typer.Option(help="The split of a data set folder.")] = "train",
-    device: Annotated[str | None, typer.Option(help="cuda, cpu, …")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    base: option.Base = None,
+    split: option.Split = "train",
+    device: option.Device = None,
+    dtype: option.Dtype = "auto",
     engine: Annotated[str, typer.Option(help="local or vllm: what makes the answers.")] = "local",
     no_text: Annotated[
         bool, typer.Option("--no-text", help="Leave prompts and answers out of the page.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
+    quiet: option.Quiet = False,
 ) -> None:
     """Compares models: harmful prompts declined, prefilled attacks survived, benign ones answered.
 
@@ -82,9 +82,9 @@ def _print(found: Comparison) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from star_dss_plugin.evaluate.comparison import differences, measures
     from star_dss_plugin.evaluate.page import HEADINGS, shown
-    from star_dss_plugin.report.harmless import visible
+    from star_dss_plugin.evaluate.verdicts import differences, measures
+    from star_dss_plugin.harmless import visible
 
     console = Console()
     first = found.models[0]

@@ -12,30 +12,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from torch import nn
 
+from star_dss_plugin.checks import at_least
 from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.evaluate.moved_weights import TOWARD, MovedWeights, Place
 from star_dss_plugin.guards.base import Message
 
 __all__ = [
-    "S_MAX", "Answer", "Judge", "Sample", "attack_success", "grid", "measure", "random_lines",
+    "S_MAX", "AnswerAll", "Judge", "Sample", "attack_success", "grid", "measure", "random_lines",
     "toward_line", "visage",
 ]  # fmt: skip
 
 Judge = Callable[[Sequence[Sequence[Message]], Sequence[str]], Sequence[bool]]
 """(prompts, answers) → whether each answer is safe."""
 
+AnswerAll = Callable[[nn.Module], Sequence[str]]
+"""A model, with whatever weights it has → its answers to the same prompts."""
+
 S_MAX = 100.0
 """The largest attack success rate, in percent."""
-
-
-class Answer(Protocol):
-    """Answers the same prompts with whatever weights the model has."""
-
-    def __call__(self, model: nn.Module) -> Sequence[str]: ...
 
 
 class Sample(NamedTuple):
@@ -62,8 +60,7 @@ def random_lines(directions: int = 3, steps: int = 20, radius: float = 0.5) -> l
     Raises:
         ConfigError: A number is out of range.
     """
-    if directions < 1:
-        raise ConfigError(f"directions is {directions}; it must be at least 1.")
+    at_least("directions", directions, 1, integer=True)
     alphas = _around(steps, radius)
     return [
         Sample(f"direction {k}", (a,), _place((f"random {k}", a)))
@@ -112,10 +109,8 @@ def _around(steps: int, radius: float) -> list[float]:
 
 
 def _between(steps: int, beyond: float) -> list[float]:
-    if steps < 1:
-        raise ConfigError(f"steps is {steps}; it must be at least 1.")
-    if not (beyond >= 0 and math.isfinite(beyond)):
-        raise ConfigError(f"beyond is {beyond}; it must be a number of at least 0.")
+    at_least("steps", steps, 1, integer=True)
+    at_least("beyond", beyond, 0)
     further = math.floor(beyond * steps + 1e-9)
     return [round(i / steps, 12) for i in range(-further, steps + further + 1)]
 
@@ -164,7 +159,7 @@ def measure(
     model: nn.Module,
     places: Iterable[Place],
     prompts: Sequence[Sequence[Message]],
-    answer: Answer,
+    answer: AnswerAll,
     judge: Judge,
     keep: Callable[[Place, list[bool]], None],
 ) -> None:

@@ -12,14 +12,15 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
+from star_dss_plugin import command_options as option
 from star_dss_plugin.errors import ConfigError
-from star_dss_plugin.report.harmless import visible
+from star_dss_plugin.harmless import visible
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from star_dss_plugin.evaluate.landscape import Answer, Judge
+    from star_dss_plugin.evaluate.landscape import AnswerAll, Judge
     from star_dss_plugin.evaluate.landscape_points import Landscape
     from star_dss_plugin.evaluate.moved_weights import Place
     from star_dss_plugin.guards.base import Message
@@ -57,19 +58,13 @@ def landscape(
         float, typer.Option(min=0, max=1, help="τ of a guard: a score of at least τ is safe.")
     ] = 0.5,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many prompts.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer.")] = 64,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at a time.")] = 16,
-    base: Annotated[
-        str | None, typer.Option(help="What adapters belong to, if their config is wrong here.")
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cuda, cpu, …; default: the GPU if there is one.")
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="auto: as stored; float32, bfloat16, float16.")
-    ] = "auto",
+    max_new_tokens: option.MaxNewTokens = 64,
+    batch_size: option.AnswerBatch = 16,
+    base: option.Base = None,
+    device: option.Device = None,
+    dtype: option.Dtype = "auto",
     figure: Annotated[bool, typer.Option(help="Draw landscape.png; extra 'report'.")] = True,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    quiet: option.Quiet = False,
 ) -> None:
     """Measures attack success around a model (VISAGE), or between two models.
 
@@ -182,22 +177,19 @@ def _judge(name: str, threshold: float, device: str | None) -> _Judged:
         ConfigError: There is no such guard.
     """
     from star_dss_plugin.evaluate.refusal import is_refusal
+    from star_dss_plugin.evaluate.verdicts import answer_scores
     from star_dss_plugin.guards import load_guard
+    from star_dss_plugin.guards.base import announced
 
     if name == "refusal":
         return _Judged(lambda _, answers: [is_refusal(a) for a in answers], name, name)
     guard = load_guard(name, device=device)
 
     def verdicts(prompts: Sequence[Sequence[Message]], answers: Sequence[str]) -> list[bool]:
-        conversations = [
-            [*prompt, {"role": "assistant", "content": answer}]
-            for prompt, answer in zip(prompts, answers, strict=True)
-        ]
-        return [score >= threshold for score in guard.score(conversations)]
+        return [score >= threshold for score in answer_scores(guard, prompts, answers)]
 
-    warning = " (DEMONSTRATION ONLY, protects nobody)" if guard.demonstration else ""
     identity = {"guard": guard.identity, "threshold": threshold}
-    return _Judged(verdicts, identity, guard.name + warning)
+    return _Judged(verdicts, identity, announced(guard.name, guard.demonstration))
 
 
 def _greedy_answers(
@@ -205,7 +197,7 @@ def _greedy_answers(
     prompts: Sequence[Sequence[Message]],
     max_new_tokens: int,
     batch_size: int,
-) -> Answer:
+) -> AnswerAll:
     """Answers the same prompts, without special tokens, with whatever weights the model has."""
     from star_dss_plugin.evaluate.generation import greedy_answers, prompt_ids
 

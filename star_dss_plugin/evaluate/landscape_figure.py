@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from star_dss_plugin.errors import ConfigError, writing
 from star_dss_plugin.evaluate.landscape import S_MAX
 from star_dss_plugin.evaluate.landscape_points import Curve, Landscape
-from star_dss_plugin.report.harmless import visible
+from star_dss_plugin.report.plotting import GUIDE, line_style, plain, require_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = ["check_figures", "write_landscape"]
-
-# Okabe and Ito: told apart with every kind of colour vision. Line styles differ as well.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#1c1d1f", "#8a8d91")
-_DASHES = ("-", "--", "-.", ":")
-_QUIET = "#5a5e64"
 
 
 def check_figures() -> None:
@@ -30,11 +24,7 @@ def check_figures() -> None:
     Raises:
         ConfigError: matplotlib is missing.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError(
-            "The figure needs matplotlib, which is not installed. Install it with: pip install "
-            "'star-dss-plugin[report]', or leave the figure out with --no-figure."
-        )
+    require_matplotlib("or leave the figure out with --no-figure")
 
 
 def write_landscape(landscapes: Mapping[str, Landscape], path: Path) -> None:
@@ -54,7 +44,7 @@ def write_landscape(landscapes: Mapping[str, Landscape], path: Path) -> None:
         raise ConfigError("A plane fills a figure. Draw one landscape at a time.")
     figure = _plane(planes[0].curves[0]) if planes else _lines(landscapes)
     title = ", ".join(_title(label, one) for label, one in landscapes.items())
-    figure.suptitle(_plain(title), fontsize=9)
+    figure.suptitle(plain(title), fontsize=9)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
@@ -75,7 +65,7 @@ def _lines(landscapes: Mapping[str, Landscape]) -> Figure:
         _mean_curves(axes, landscapes)
     toward = any(one.visage is None for one in landscapes.values())
     for end in (0, 1) if toward else (0,):
-        axes.axvline(end, color=_QUIET, linewidth=0.8, linestyle=(0, (4, 3)))
+        axes.axvline(end, **GUIDE)
     axes.set_ylim(-2, S_MAX + 2)
     axes.set_xlabel("α: the model is 0, the other 1" if toward else "α, of each weight's norm")
     axes.set_ylabel("attack success rate, %")
@@ -88,7 +78,7 @@ def _each_curve(axes: Axes, landscape: Landscape) -> None:
     for k, curve in enumerate(landscape.curves):
         alphas = [point.at[0] for point in curve.points]
         rates = [point.attack_success for point in curve.points]
-        axes.plot(alphas, rates, label=curve.name, linewidth=1.4, **_style(k))
+        axes.plot(alphas, rates, label=curve.name, linewidth=1.4, **line_style(k))
 
 
 def _mean_curves(axes: Axes, landscapes: Mapping[str, Landscape]) -> None:
@@ -96,20 +86,11 @@ def _mean_curves(axes: Axes, landscapes: Mapping[str, Landscape]) -> None:
         alphas = [point.at[0] for point in landscape.curves[0].points]
         of_curves = [[p.attack_success for p in curve.points] for curve in landscape.curves]
         at_each = list(zip(*of_curves, strict=True))
-        style = _style(k)
+        style = line_style(k)
         mean = [sum(rates) / len(rates) for rates in at_each]
-        axes.plot(alphas, mean, label=_plain(label), linewidth=1.6, **style)
+        axes.plot(alphas, mean, label=plain(label), linewidth=1.6, **style)
         low, high = [min(r) for r in at_each], [max(r) for r in at_each]
         axes.fill_between(alphas, low, high, color=style["color"], alpha=0.12, linewidth=0)
-
-
-def _style(k: int) -> dict[str, Any]:
-    return {"color": _COLOURS[k % len(_COLOURS)], "linestyle": _DASHES[k % len(_DASHES)]}
-
-
-def _plain(text: str) -> str:
-    """Text that matplotlib does not take for mathematics."""
-    return visible(text).replace("$", r"\$")
 
 
 def _plane(curve: Curve) -> Figure:

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from star_dss_plugin.errors import ConfigError, DataError, writing
+from star_dss_plugin.errors import ConfigError, DataError
+from star_dss_plugin.evaluate.json_lines import append_lines, read_lines
 from star_dss_plugin.evaluate.landscape import S_MAX, Sample, attack_success, visage
 from star_dss_plugin.evaluate.moved_weights import TOWARD, Place
 
@@ -103,38 +104,28 @@ class PointsFile:
         # As JSON reads it back: tuples become lists.
         self._bound = json.loads(json.dumps({"star_dss_landscape": _FORMAT, **bound}))
         self.known: dict[Place, list[bool]] = {}
-        self._began = path.exists() and path.stat().st_size > 0
-        if self._began:
-            self._read()
+        self._began = self._read()
 
     def add(self, place: Place, safe: Iterable[bool]) -> None:
         """Remembers a point and writes it."""
         verdicts = list(safe)
         lines = [] if self._began else [self._bound]
         lines.append({"place": place, "safe": verdicts})
-        with writing(self._path):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(line) + "\n" for line in lines))
+        append_lines(self._path, lines)
         self._began = True
         self.known[place] = verdicts
 
-    def _read(self) -> None:
-        data = self._path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]  # a run that is killed may leave half a line
-        if len(whole) < len(data):
-            with self._path.open("r+b") as file:
-                file.truncate(len(whole))
-        lines = whole.decode("utf-8", errors="replace").splitlines()
-        if not lines:
-            self._began = False
-            return
+    def _read(self) -> bool:
+        """Takes what the file holds; whether it was begun."""
         try:
-            head = json.loads(lines[0])
+            lines = read_lines(self._path)
+            if not lines:
+                return False
+            head = lines[0]
             if not isinstance(head, dict) or "star_dss_landscape" not in head:
                 raise ValueError("its first line does not say what it is")
             if head == self._bound:
-                self.known = dict(self._point(line) for line in lines[1:])
+                self.known = dict(map(self._point, lines[1:]))
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"{self._path} is not what a landscape writes there ({error!r}). Remove it, or "
@@ -151,9 +142,9 @@ class PointsFile:
                 f"{self._path} holds points of another landscape; they cannot be mixed: {said}. "
                 "Name another output folder, or remove this one."
             )
+        return True
 
-    def _point(self, line: str) -> tuple[Place, list[bool]]:
-        entry = json.loads(line)
+    def _point(self, entry: Any) -> tuple[Place, list[bool]]:
         safe = entry["safe"]
         if len(safe) != self._prompts or not all(isinstance(s, bool) for s in safe):
             raise ValueError(f"a point has {len(safe)} verdicts for {self._prompts} prompts")

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.files import load_tokenizer
+from star_dss_plugin.pretrained import (
+    UNLOADABLE,
+    default_device,
+    floating_dtype,
+    read_model,
+    settings_of,
+)
 from star_dss_plugin.smollm2 import load_smollm2
 
-__all__ = ["DEMO_MODEL", "find_device", "load_whole_model", "weights_digest"]
+__all__ = ["DEMO_MODEL", "find_device", "free_memory", "load_whole_model", "weights_digest"]
 
 DEMO_MODEL = "smollm2"
 """The name of SmolLM2-135M-Instruct as `load_smollm2` gives it, without the network."""
-
-_UNLOADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 
 
 def load_whole_model(
@@ -39,35 +44,21 @@ def load_whole_model(
     Raises:
         ConfigError: It cannot be loaded; the reason is in the message.
     """
-    wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype, None)
-    if dtype != "auto" and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
-        raise ConfigError(f"dtype is {dtype!r}; use 'auto', 'float32', 'bfloat16' or 'float16'.")
+    wanted: Any = dtype if dtype == "auto" else floating_dtype("dtype", dtype)
     try:
         if name == DEMO_MODEL:
             return load_smollm2(torch.float32 if dtype == "auto" else wanted)
         if (adapter := find_adapter_config_file(name)) is not None:
             return _merged(name, Path(adapter), wanted, base)
-        return _read(name, wanted).eval(), load_tokenizer(name)
+        model = read_model(AutoModelForCausalLM, name, dtype=wanted, trust_remote_code=False)
+        return model, load_tokenizer(name)
     except ConfigError:
         raise
-    except _UNLOADABLE as error:
+    except UNLOADABLE as error:
         raise ConfigError(
             f"The model {name!r} cannot be loaded: {error}. Give the id or folder of a causal "
             "language model, or of a PEFT adapter whose base model is available here."
         ) from error
-
-
-def _read(name: str, dtype: Any) -> PreTrainedModel:
-    # No pickle: a .bin file may run whatever its author likes.
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        name, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
-    )
-    model, report = loaded
-    if missing := sorted(report["missing_keys"]):
-        # transformers fills them with random numbers and goes on.
-        raise ValueError(f"its files lack the weights {missing[:3]}")
-    assert isinstance(model, PreTrainedModel)
-    return model
 
 
 def _merged(
@@ -114,14 +105,22 @@ def find_device(name: str | None) -> torch.device:
     Raises:
         ConfigError: There is no such device.
     """
-    chosen = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(chosen)
+        device = default_device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts that it has it
         said = str(error).splitlines()[0]
-        raise ConfigError(f"device is {chosen!r}: {said}. Use cpu, or cuda on a GPU.") from error
+        raise ConfigError(
+            f"device is {name or 'cuda'!r}: {said}. Use cpu, or cuda on a GPU."
+        ) from error
     return device
+
+
+def free_memory() -> None:
+    """Gives the memory of models that nobody holds any more back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def weights_digest(model: PreTrainedModel) -> str:
@@ -130,10 +129,8 @@ def weights_digest(model: PreTrainedModel) -> str:
     Unlike `reference.model_fingerprint`, which sums weights where they are, it does not depend on
     the number of threads: a resumed run must recognise its model anywhere.
     """
-    settings = model.config.to_diff_dict()
-    for incidental in ("_name_or_path", "transformers_version", "use_cache"):
-        settings.pop(incidental, None)
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    settings = json.dumps(settings_of(model.config), sort_keys=True, default=str)
+    digest = hashlib.sha256(settings.encode())
     for name, weight in sorted(model.named_parameters()):
         digest.update(f"{name}:{tuple(weight.shape)}:{weight.dtype}:".encode())
         digest.update(weight.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)

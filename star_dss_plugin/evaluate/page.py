@@ -12,10 +12,10 @@ from typing import Any
 from markupsafe import Markup
 
 from star_dss_plugin._version import __version__
-from star_dss_plugin.evaluate.comparison import PREFILL, REFUSED, Comparison, measures
 from star_dss_plugin.evaluate.prompts import BENIGN, HARMFUL
-from star_dss_plugin.evaluate.statistics import Share
-from star_dss_plugin.report.harmless import visible
+from star_dss_plugin.evaluate.statistics import Estimate
+from star_dss_plugin.evaluate.verdicts import PREFILL, REFUSED, Comparison, measures
+from star_dss_plugin.harmless import visible
 from star_dss_plugin.report.rendering import content_hash, page_environment
 
 __all__ = ["HEADINGS", "render_comparison", "shown"]
@@ -32,7 +32,7 @@ _TITLES = {
 }  # fmt: skip
 
 
-def shown(share: Share) -> str:
+def shown(share: Estimate) -> str:
     """A share with its interval, in percent: "93 % [85, 98]"."""
     return f"{100 * share.value:.0f} % [{100 * share.low:.0f}, {100 * share.high:.0f}]"
 

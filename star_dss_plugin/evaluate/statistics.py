@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Share", "bootstrap_share", "paired_difference"]
+__all__ = ["Estimate", "bootstrap_share", "paired_difference"]
 
 _BATCH = 1000  # resamples held at a time
 
 
 @dataclass(frozen=True)
-class Share:
+class Estimate:
     """A share, or a difference of two, with its 95 % interval.
 
     Attributes:
@@ -29,7 +29,7 @@ class Share:
     count: int
 
 
-def bootstrap_share(hits: Sequence[bool], *, resamples: int = 10_000, seed: int = 0) -> Share:
+def bootstrap_share(hits: Sequence[bool], *, resamples: int = 10_000, seed: int = 0) -> Estimate:
     """The share of hits, with the percentile bootstrap's interval over prompts.
 
     The interval says what other prompts of the same kind might have given. It knows nothing of
@@ -46,7 +46,7 @@ def bootstrap_share(hits: Sequence[bool], *, resamples: int = 10_000, seed: int 
 
 def paired_difference(
     hits: Sequence[bool], baseline: Sequence[bool], *, resamples: int = 10_000, seed: int = 0
-) -> Share:
+) -> Estimate:
     """The difference of two shares on the same prompts: what is easy or hard for both cancels out.
 
     Args:
@@ -59,11 +59,11 @@ def paired_difference(
     return _interval(difference, resamples, seed)
 
 
-def _interval(values: np.ndarray, resamples: int, seed: int) -> Share:
+def _interval(values: np.ndarray, resamples: int, seed: int) -> Estimate:
     draw = np.random.default_rng(seed)
     means = np.concatenate([
         values[draw.integers(0, len(values), (min(_BATCH, resamples - at), len(values)))].mean(1)
         for at in range(0, resamples, _BATCH)
     ])  # fmt: skip
     low, high = np.quantile(means, (0.025, 0.975))
-    return Share(float(values.mean()), float(low), float(high), len(values))
+    return Estimate(float(values.mean()), float(low), float(high), len(values))

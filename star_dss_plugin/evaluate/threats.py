@@ -23,6 +23,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from star_dss_plugin.checks import at_least
 from star_dss_plugin.conversations import row_messages
 from star_dss_plugin.errors import ConfigError, DataError, unknown_name
 from star_dss_plugin.guards.base import Message
@@ -99,8 +100,7 @@ def build_threat(
         raise unknown_name("threat", threat, THREATS)
     if isinstance(ratio, bool) or not 0 < ratio <= 1:
         raise ConfigError(f"ratio is {ratio!r}; give the share of poisoned rows, in (0, 1].")
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ConfigError(f"size is {size!r}; give a number of rows, at least 1.")
+    at_least("size", size, 1, integer=True)
     # At least one: a small set with a small ratio would otherwise be no threat at all.
     poisoned = min(size, max(1, math.floor(ratio * size + 0.5)))
     draw = random.Random(seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from star_dss_plugin.errors import ConfigError, PluginError, unknown_name
 from star_dss_plugin.guards.base import Guard
@@ -13,7 +13,10 @@ from star_dss_plugin.guards.combined import CalibratedGuard, EnsembleGuard
 from star_dss_plugin.guards.presets import PRESETS, VERDICT
 from star_dss_plugin.plugins import load_plugins
 
-__all__ = ["load_guard", "missing_guard", "parse_guard"]
+if TYPE_CHECKING:
+    from star_dss_plugin.config import StarDSSOptions
+
+__all__ = ["guard_of", "load_guard", "missing_guard", "parse_guard"]
 
 
 def load_guard(
@@ -86,6 +89,20 @@ def load_guard(
             "from Guard or StreamingGuard in star_dss_plugin.guards.base."
         )
     return made
+
+
+def guard_of(options: StarDSSOptions) -> Guard:
+    """The guard that a run's options name, computed as they say; raises what `load_guard` does."""
+    if options.guard is None:
+        raise missing_guard()
+    return load_guard(
+        options.guard,
+        device=options.guard_device,
+        dtype=options.guard_dtype,
+        batch_tokens=options.score_batch_tokens,
+        engine=options.engine,
+        engine_options=options.engine_options,
+    )
 
 
 def _built(target: Any, what: str, /, *args: Any, **options: Any) -> Guard:

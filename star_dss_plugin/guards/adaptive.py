@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from star_dss_plugin.errors import ConfigError, GuardError
+from star_dss_plugin.checks import probability
+from star_dss_plugin.errors import GuardError
 from star_dss_plugin.guards.base import (
     Guard,
     PrefixRequest,
@@ -59,12 +60,7 @@ class AdaptiveGuard(Guard):
     """
 
     def __init__(self, guard: Guard, epsilon: float = 0.02) -> None:
-        if (
-            isinstance(epsilon, bool)
-            or not isinstance(epsilon, int | float)
-            or not 0 <= epsilon <= 1
-        ):
-            raise ConfigError(f"trajectory_epsilon is {epsilon!r}; use a number in [0, 1].")
+        probability("trajectory_epsilon", epsilon)
         self._guard, self.epsilon = guard, epsilon
         self.name, self.demonstration = guard.name, guard.demonstration
         self.min_label_mass, self.markers = guard.min_label_mass, guard.markers

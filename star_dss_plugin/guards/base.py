@@ -23,6 +23,7 @@ __all__ = [
     "PrefixRequest",
     "StreamingGuard",
     "Trajectory",
+    "announced",
     "ask",
     "batches",
     "check_trajectories",
@@ -68,6 +69,11 @@ class Trajectory:
 
     scores: tuple[float, ...]
     label_mass: tuple[float, ...] | None = None
+
+
+def announced(name: str, demonstration: bool) -> str:
+    """A guard's name as users read it: one that protects nobody says so wherever it appears."""
+    return f"{name} (DEMONSTRATION ONLY, protects nobody)" if demonstration else name
 
 
 def ask(guard: Guard, requests: Sequence[PrefixRequest]) -> list[Trajectory]:

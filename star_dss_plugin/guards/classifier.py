@@ -17,12 +17,12 @@ from star_dss_plugin.guards.content import ContentTokenizer, without_surrogates
 from star_dss_plugin.guards.proof import trust, unproven
 from star_dss_plugin.guards.untrusted import Markers
 from star_dss_plugin.guards.weights_on_disk import (
-    default_device,
     load_config,
     load_weights,
     resolve_dtype,
     weights_fingerprint,
 )
+from star_dss_plugin.pretrained import default_device
 
 __all__ = ["ClassifierGuard"]
 

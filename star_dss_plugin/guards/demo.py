@@ -22,7 +22,8 @@ import torch
 from safetensors.torch import load as read_safetensors
 from torch import Tensor
 
-from star_dss_plugin.errors import ConfigError, GuardError, unknown_name
+from star_dss_plugin.checks import at_least
+from star_dss_plugin.errors import GuardError, unknown_name
 from star_dss_plugin.guards.base import Message, PrefixRequest, StreamingGuard, batches
 from star_dss_plugin.guards.demo_states import (
     LAYERS,
@@ -32,6 +33,7 @@ from star_dss_plugin.guards.demo_states import (
     content_of,
 )
 from star_dss_plugin.guards.untrusted import Markers
+from star_dss_plugin.pretrained import default_device
 from star_dss_plugin.smollm2 import gguf_fingerprint
 
 __all__ = ["DemoGuard", "probe_logits", "recent_mean", "running_mean"]
@@ -101,9 +103,8 @@ class DemoGuard(StreamingGuard):
         dtype: str | torch.dtype | None = None,
         batch_tokens: int = 16384,
     ) -> None:
-        if batch_tokens < 1:
-            raise ConfigError(f"batch_tokens is {batch_tokens!r}; it must be at least 1.")
-        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        at_least("batch_tokens", batch_tokens, 1, integer=True)
+        self._device = default_device(device)
         self._dtype = _as_dtype(dtype)
         self._batch_tokens = batch_tokens
         self._loaded: tuple[Backbone, Tensor, float] | None = None

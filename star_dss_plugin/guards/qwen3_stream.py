@@ -17,19 +17,20 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, Qwen3Config, Qwen3Model, Qwen3PreTrainedModel
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from star_dss_plugin.errors import ConfigError, GuardError
+from star_dss_plugin.checks import probability
+from star_dss_plugin.errors import GuardError
 from star_dss_plugin.guards.base import Message, PrefixRequest, StreamingGuard, batches
 from star_dss_plugin.guards.prompts import Prompts
 from star_dss_plugin.guards.proof import trust, unproven
 from star_dss_plugin.guards.template import GuardTemplate
 from star_dss_plugin.guards.untrusted import Markers
 from star_dss_plugin.guards.weights_on_disk import (
-    default_device,
     load_weights,
     not_loadable,
     resolve_dtype,
     weights_fingerprint,
 )
+from star_dss_plugin.pretrained import default_device
 
 __all__ = ["Qwen3GuardStreamModel", "Qwen3StreamGuard"]
 
@@ -98,8 +99,7 @@ class Qwen3StreamGuard(StreamingGuard):
         dtype: str | None = None,
         batch_tokens: int = 16384,
     ) -> None:
-        if not 0 <= controversial_weight <= 1:
-            raise ConfigError(f"controversial_weight is {controversial_weight!r}, not in [0, 1].")
+        probability("controversial_weight", controversial_weight)
         self.name = name or model
         self._source = model
         self._hub: dict[str, Any] = {"revision": revision}

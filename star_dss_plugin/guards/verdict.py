@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from star_dss_plugin.checks import probability
 from star_dss_plugin.engines.base import Engine
 from star_dss_plugin.engines.local import LocalEngine
 from star_dss_plugin.engines.selection import Weights, choose_engine
@@ -25,12 +26,12 @@ from star_dss_plugin.guards.proof import trust, unproven
 from star_dss_plugin.guards.template import PINNED_DATE, GuardTemplate
 from star_dss_plugin.guards.untrusted import Markers, scaffold_lines
 from star_dss_plugin.guards.weights_on_disk import (
-    default_device,
     load_config,
     load_weights,
     resolve_dtype,
     weights_fingerprint,
 )
+from star_dss_plugin.pretrained import default_device
 
 __all__ = ["VerdictGuard"]
 
@@ -101,8 +102,7 @@ class VerdictGuard(Guard):
         engine: str = "local",
         engine_options: Mapping[str, Any] | str | None = None,
     ) -> None:
-        if not 0 <= controversial_weight <= 1:
-            raise ConfigError(f"controversial_weight is {controversial_weight!r}, not in [0, 1].")
+        probability("controversial_weight", controversial_weight)
         self.name = name or model
         self.min_label_mass = min_label_mass
         self._source = model

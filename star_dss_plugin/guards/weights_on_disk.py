@@ -1,4 +1,4 @@
-"""A guard's files: which weights it has, in which dtype, and loading them, all or nothing."""
+"""A guard's files: which weights it has, in which dtype, and its own words for what is wrong."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 
-from star_dss_plugin.errors import ConfigError, GuardError
+from star_dss_plugin.errors import GuardError
+from star_dss_plugin.pretrained import UNLOADABLE, floating_dtype, read_model
 
 __all__ = [
-    "default_device",
     "load_config",
     "load_weights",
     "not_loadable",
@@ -22,11 +21,6 @@ __all__ = [
 ]
 
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".gguf", ".jinja", ".model", ".txt", ".py")
-
-
-def default_device(device: str | None) -> torch.device:
-    """The device that was asked for; None: the GPU if there is one."""
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def load_config(name: str, source: str, **hub: Any) -> tuple[Any, Any]:
@@ -38,7 +32,7 @@ def load_config(name: str, source: str, **hub: Any) -> tuple[Any, Any]:
     try:
         config = AutoConfig.from_pretrained(source, **hub)
         return config, AutoTokenizer.from_pretrained(source, **hub)
-    except (OSError, ValueError, KeyError) as error:
+    except UNLOADABLE as error:
         raise not_loadable(name, source, error) from error
 
 
@@ -52,10 +46,10 @@ def load_weights(
     exact: bool = False,
     **hub: Any,
 ) -> Any:
-    """A frozen model from safetensors files that hold all of its weights.
+    """A guard's frozen model.
 
     Args:
-        auto: The class whose `from_pretrained` loads it.
+        auto: As for `read_model`; so are `source`, `dtype`, `exact` and `hub`.
         name: The guard's name, for errors.
         source: Hub id or folder.
         device: Where it will be.
@@ -67,22 +61,10 @@ def load_weights(
         GuardError: They are not there, damaged or incomplete.
     """
     try:
-        # No pickle: a .bin file may run whatever its author likes.
-        loaded: Any = auto.from_pretrained(
-            source, dtype=dtype, output_loading_info=True, use_safetensors=True, **hub
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        model = read_model(auto, source, dtype=dtype, exact=exact, **hub)
+    except UNLOADABLE as error:
         raise not_loadable(name, source, error) from error
-    model, report = loaded
-    if missing := sorted(report["missing_keys"]):
-        # transformers fills them with random numbers and goes on.
-        raise not_loadable(name, source, ValueError(f"its files lack the weights {missing[:3]}"))
-    if exact and (unexpected := sorted(report["unexpected_keys"])):
-        raise not_loadable(
-            name, source, ValueError(f"its files have weights of another model: {unexpected[:3]}")
-        )
-    model.eval().requires_grad_(False)
-    return torch.nn.Module.to(model, device)
+    return torch.nn.Module.to(model.requires_grad_(False), device)
 
 
 def not_loadable(name: str, source: str, error: Exception) -> GuardError:
@@ -97,12 +79,7 @@ def resolve_dtype(name: str | None, device: torch.device) -> torch.dtype:
     """The dtype that "auto" or a name stands for on a device."""
     if name in (None, "auto"):
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    found = getattr(torch, str(name), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ConfigError(
-            f"guard_dtype is {name!r}; use 'auto', 'float32', 'bfloat16' or 'float16'."
-        )
-    return found
+    return floating_dtype("guard_dtype", str(name))
 
 
 def weights_fingerprint(source: str, config: Any) -> str:

@@ -1,7 +1,7 @@
 """Looking at scored data: the HTML report, figures, and single rows in a terminal or a notebook.
 
 Everything here reads a scored data set and changes nothing. What it shows was written by strangers:
-`harmless.py` says how text becomes safe to show, `page.py` how a file keeps it from being more.
+`../harmless.py` makes text safe to show, `page.py` says how a file keeps it from being more.
 Names are imported on first use, so that the command line answers at once.
 """
 

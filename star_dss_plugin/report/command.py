@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from star_dss_plugin import command_options as option
+from star_dss_plugin.checks import probability
 from star_dss_plugin.errors import ConfigError
-from star_dss_plugin.report.harmless import visible
-
-if TYPE_CHECKING:
-    from star_dss_plugin.report.reading import ScoredData
+from star_dss_plugin.harmless import visible
 
 __all__ = ["inspect", "report"]
 
@@ -23,7 +22,6 @@ _Tokenizer = Annotated[
     typer.Option(help="Id or folder of the model it was scored for; default: as the data notes."),
 ]
 _Threshold = Annotated[float, typer.Option(help="τ in [0, 1]: scores below it count as unsafe.")]
-_Split = Annotated[str, typer.Option(help="The split of a data set folder.")]
 
 
 def report(
@@ -48,11 +46,12 @@ def report(
         typer.Option(help="Rows of the trajectory figure: 3,17,40; default: the most mixed."),
     ] = None,
     tokenizer: _Tokenizer = None,
-    split: _Split = "train",
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    split: option.Split = "train",
+    quiet: option.Quiet = False,
 ) -> None:
     """Writes scored data as one HTML page that needs no network, and figures with --png."""
     from star_dss_plugin.files import read_dataset, write_text
+    from star_dss_plugin.guards.base import announced
     from star_dss_plugin.report import figures
     from star_dss_plugin.report.page import render_page
     from star_dss_plugin.report.reading import read_scored, tokenizer_of
@@ -60,7 +59,7 @@ def report(
 
     if output.is_dir():
         raise ConfigError(f"{output} is a folder. Name a file for the report: {output}/report.html")
-    _check_threshold(threshold)
+    probability("--threshold", threshold)
     wanted = _numbers(rows)
     if rows is not None and png is None:
         raise ConfigError("--rows chooses rows for the figures. Give a folder for them with --png.")
@@ -74,7 +73,7 @@ def report(
     total = summarise(data.responses, threshold)
     typer.echo(
         f"{output}: {total.responses} responses, {total.tokens} tokens, {total.share_below:.1%} "
-        f"below {threshold}, guard {_guard(data)}"
+        f"below {threshold}, guard {announced(visible(data.guard), data.demonstration)}"
     )
     if png is not None:
         for path in figures.write_figures(data, png, threshold=threshold, rows=wanted):
@@ -86,7 +85,7 @@ def inspect(
     row: Annotated[int, typer.Option(min=0, help="The row to show, from 0.")],
     threshold: _Threshold = 0.5,
     tokenizer: _Tokenizer = None,
-    split: _Split = "train",
+    split: option.Split = "train",
 ) -> None:
     """Shows one scored row: its responses coloured by score, and their trajectories."""
     from rich.console import Console
@@ -94,16 +93,9 @@ def inspect(
     from star_dss_plugin.files import read_dataset
     from star_dss_plugin.report.inspection import inspect_row
 
-    _check_threshold(threshold)
+    probability("--threshold", threshold)
     dataset = read_dataset(scored, split)
     Console().print(inspect_row(dataset, row, tokenizer=tokenizer, threshold=threshold))
-
-
-def _check_threshold(threshold: float) -> None:
-    if not 0 <= threshold <= 1:  # also NaN
-        raise ConfigError(
-            f"--threshold is {threshold}, but scores are probabilities: use a value in [0, 1]."
-        )
 
 
 def _numbers(rows: str | None) -> list[int] | None:
@@ -113,9 +105,3 @@ def _numbers(rows: str | None) -> list[int] | None:
     if not all(part.isdecimal() for part in parts):
         raise ConfigError(f"--rows is {rows!r}; give row numbers with commas between: 3,17,40")
     return [int(part) for part in parts]
-
-
-def _guard(data: ScoredData) -> str:
-    return visible(data.guard) + (
-        " (DEMONSTRATION ONLY, protects nobody)" if data.demonstration else ""
-    )

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from star_dss_plugin.errors import ConfigError, DataError, writing
 from star_dss_plugin.report import palette
-from star_dss_plugin.report.harmless import visible
+from star_dss_plugin.report.plotting import (
+    COLOURS,
+    GUIDE,
+    QUIET,
+    line_style,
+    plain,
+    require_matplotlib,
+)
 from star_dss_plugin.report.reading import ScoredData, ScoredResponse
 from star_dss_plugin.report.summary import BINS, grouped, histogram, mean_trajectory
 
@@ -19,11 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["check_ready", "write_figures"]
 
-# Okabe and Ito: told apart with every kind of colour vision. Line styles differ as well.
-_LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#1c1d1f", "#8a8d91")
-_DASHES = ("-", "--", "-.", ":")
 _TRAJECTORIES = 6
-_QUIET = "#5a5e64"
 
 
 def check_ready(folder: Path) -> None:
@@ -32,11 +34,7 @@ def check_ready(folder: Path) -> None:
     Raises:
         ConfigError: matplotlib is missing, or the folder is a file.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError(
-            "Figures need matplotlib, which is not installed. Install it with: pip install "
-            "'star-dss-plugin[report]'; the HTML report works without it."
-        )
+    require_matplotlib("the HTML report works without it")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file. Give --png a folder for the figures.")
 
@@ -97,23 +95,15 @@ def _axes(height: float = 3.4) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(6.4, height), layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_QUIET)
-    axes.tick_params(colors=_QUIET, labelsize=9)
+    axes.spines[["left", "bottom"]].set_color(QUIET)
+    axes.tick_params(colors=QUIET, labelsize=9)
     return figure, axes
 
 
 def _score_axis(axes: Axes, threshold: float) -> None:
     axes.set_ylim(-0.02, 1.02)
     axes.set_ylabel("STAR score")
-    axes.axhline(threshold, color=_QUIET, linewidth=0.8, linestyle=(0, (4, 3)))
-
-
-def _line(k: int) -> dict[str, Any]:
-    return {
-        "color": _LINES[k % len(_LINES)],
-        "linestyle": _DASHES[k % len(_DASHES)],
-        "linewidth": 1.5,
-    }
+    axes.axhline(threshold, **GUIDE)
 
 
 def _trajectories(chosen: Sequence[ScoredResponse], threshold: float) -> Figure:
@@ -121,7 +111,9 @@ def _trajectories(chosen: Sequence[ScoredResponse], threshold: float) -> Figure:
     for k, response in enumerate(chosen):
         label = f"row {response.row}" + (f", response {response.turn + 1}" if response.turn else "")
         edges = [0, *response.token_ends]
-        axes.stairs(response.scores, edges, baseline=None, label=label, **_line(k))
+        axes.stairs(
+            response.scores, edges, baseline=None, label=label, linewidth=1.5, **line_style(k)
+        )
     axes.set_xlim(left=0)
     axes.set_xlabel("token of the response")
     _score_axis(axes, threshold)
@@ -134,8 +126,8 @@ def _histogram(data: ScoredData, threshold: float) -> Figure:
     centres = [(k + 0.5) / BINS for k in range(BINS)]
     colours = [palette.LIGHT[palette.level(centre)] for centre in centres]
     axes.bar(centres, histogram(data.responses), 0.92 / BINS,
-             color=colours, edgecolor=_QUIET, linewidth=0.6)  # fmt: skip
-    axes.axvline(threshold, color=_QUIET, linewidth=0.8, linestyle=(0, (4, 3)))
+             color=colours, edgecolor=QUIET, linewidth=0.6)  # fmt: skip
+    axes.axvline(threshold, **GUIDE)
     axes.set_xlim(0, 1)
     axes.set_xlabel("STAR score")
     axes.set_ylabel("tokens")
@@ -144,11 +136,10 @@ def _histogram(data: ScoredData, threshold: float) -> Figure:
 
 def _by_source(sources: dict[str, list[ScoredResponse]], threshold: float) -> Figure:
     figure, axes = _axes()
-    for k, (name, responses) in enumerate(list(sources.items())[: len(_LINES)]):
+    for k, (name, responses) in enumerate(list(sources.items())[: len(COLOURS)]):
         share, mean = mean_trajectory(responses)
-        # A dollar sign would start a formula.
-        shown = visible(name).replace("$", r"\$")[:40]
-        axes.plot(100 * share, mean, label=f"{shown} ({len(responses)})", **_line(k))
+        label = f"{plain(name)[:40]} ({len(responses)})"
+        axes.plot(100 * share, mean, label=label, linewidth=1.5, **line_style(k))
     axes.set_xlim(0, 100)
     axes.set_xlabel("share of the response, %")
     _score_axis(axes, threshold)
@@ -165,4 +156,4 @@ def _mark_guard(figure: Figure, data: ScoredData) -> None:
     text = f"guard: {data.guard}"
     if data.demonstration:
         text = "DEMONSTRATION SCORES: the guard protects nobody"
-    figure.suptitle(visible(text).replace("$", r"\$"), fontsize=9, color=_QUIET, x=0.01, ha="left")
+    figure.suptitle(plain(text), fontsize=9, color=QUIET, x=0.01, ha="left")

@@ -11,8 +11,8 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from star_dss_plugin.errors import DataError
+from star_dss_plugin.harmless import visible
 from star_dss_plugin.report import palette
-from star_dss_plugin.report.harmless import visible
 from star_dss_plugin.report.reading import ScoredData, ScoredResponse, read_scored, tokenizer_of
 
 __all__ = ["Inspection", "inspect_row"]

@@ -18,8 +18,8 @@ from markupsafe import Markup
 
 from star_dss_plugin._version import __version__
 from star_dss_plugin.guard_notes import remarks
+from star_dss_plugin.harmless import visible
 from star_dss_plugin.report import palette
-from star_dss_plugin.report.harmless import visible
 from star_dss_plugin.report.reading import ScoredData, ScoredResponse
 from star_dss_plugin.report.rendering import content_hash, page_environment
 from star_dss_plugin.report.summary import BINS, by_source, histogram, summarise

@@ -12,7 +12,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from star_dss_plugin.collation import SCORES_COLUMN
+from star_dss_plugin.columns import SCORES_COLUMN
 from star_dss_plugin.dataset import check_scores
 from star_dss_plugin.errors import ConfigError, DataError
 from star_dss_plugin.files import load_tokenizer

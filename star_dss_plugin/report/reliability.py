@@ -7,7 +7,7 @@ from pathlib import Path
 from star_dss_plugin.calibration import Calibration, Quality
 from star_dss_plugin.errors import writing
 from star_dss_plugin.report.figures import check_ready
-from star_dss_plugin.report.harmless import visible
+from star_dss_plugin.report.plotting import COLOURS, GUIDE, plain
 
 __all__ = ["write_reliability"]
 
@@ -23,9 +23,9 @@ def write_reliability(found: Calibration, path: Path, *, demonstration: bool) ->
 
     figure = Figure(figsize=(5.2, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot([0, 1], [0, 1], color="#8a8d91", linewidth=0.8, linestyle=(0, (4, 3)))
+    axes.plot([0, 1], [0, 1], **GUIDE)
     sets: tuple[tuple[str, Quality, str], ...] = (
-        ("as it is", found.raw, "#d55e00"), ("calibrated, held out", found.calibrated, "#0072b2")
+        ("as it is", found.raw, COLOURS[1]), ("calibrated, held out", found.calibrated, COLOURS[0])
     )  # fmt: skip
     for label, quality, colour in sets:
         counts, scores, shares = zip(*quality.bins, strict=True)
@@ -36,8 +36,6 @@ def write_reliability(found: Calibration, path: Path, *, demonstration: bool) ->
     axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="P(safe)", ylabel="share that is safe")
     axes.legend(frameon=False, fontsize=8, loc="upper left")
     warning = " (DEMONSTRATION ONLY)" if demonstration else ""
-    figure.suptitle(
-        visible(f"guard: {found.guard}{warning}, {found.rows} rows").replace("$", r"\$"), fontsize=9
-    )
+    figure.suptitle(plain(f"guard: {found.guard}{warning}, {found.rows} rows"), fontsize=9)
     with writing(path):
         figure.savefig(path, dpi=150)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from star_dss_plugin.report.reading import ScoredResponse
 
-__all__ = ["BINS", "Group", "by_source", "histogram", "mean_trajectory", "summarise"]
+__all__ = ["BINS", "Group", "by_source", "grouped", "histogram", "mean_trajectory", "summarise"]
 
 BINS = 20
 """Bars of the histogram over [0, 1]."""

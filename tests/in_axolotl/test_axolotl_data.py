@@ -16,7 +16,7 @@ from axolotl_runs import (
 )
 from conftest import WordGuard
 
-from star_dss_plugin.collation import SCORES_COLUMN
+from star_dss_plugin.columns import SCORES_COLUMN
 from star_dss_plugin.provenance import provenance_of
 from star_dss_plugin.responses import runs
 

@@ -22,7 +22,8 @@ from star_dss_trl import StarDSSConfig, StarDSSTrainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from star_dss_plugin import CheckpointError, DataError, load_scored, shards, star_dss_loss
-from star_dss_plugin.collation import SCORES_COLUMN, TokenColumnsCollator
+from star_dss_plugin.collation import TokenColumnsCollator
+from star_dss_plugin.columns import SCORES_COLUMN
 from star_dss_plugin.files import write_dataset
 
 SAFE = {"preset": "test-words", "word": "☃", "safe": 1.0}

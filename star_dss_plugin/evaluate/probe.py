@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
+from star_dss_plugin.checks import at_least, probability
 from star_dss_plugin.errors import ConfigError, unknown_name
 from star_dss_plugin.evaluate.generation import greedy_answers, prompt_ids
 from star_dss_plugin.evaluate.refusal import is_refusal
+from star_dss_plugin.evaluate.verdicts import answer_scores
 from star_dss_plugin.guards import load_guard
 from star_dss_plugin.guards.base import Guard, Message
 
@@ -78,10 +80,8 @@ class SafetyProbe(TrainerCallback):
     ) -> None:
         numbers = {"every": every, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
         for name, value in numbers.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} is {value!r}; it must be an integer of at least 1.")
-        if not 0 <= margin <= 1:
-            raise ConfigError(f"margin is {margin!r}, a share of the prompts: use 0 to 1.")
+            at_least(name, value, 1, integer=True)
+        probability("margin", margin)
         if on_fall not in _ACTIONS:
             raise unknown_name("on_fall", on_fall, _ACTIONS)
         if isinstance(prompts, str):
@@ -174,12 +174,7 @@ class SafetyProbe(TrainerCallback):
             batch_tokens=options.score_batch_tokens,
         )
         try:
-            scores = guard.score(
-                [
-                    [*prompt, {"role": "assistant", "content": answer}]
-                    for prompt, answer in zip(prompts, answers, strict=True)
-                ]
-            )
+            scores = answer_scores(guard, prompts, answers)
         finally:
             guard.close()
         return sum(score >= options.threshold for score in scores)
