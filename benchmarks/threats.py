@@ -137,7 +137,10 @@ class Bench:
         """Trains and measures one cell."""
         began = time.monotonic()
         data, kept = self._data(cell)
-        found = self.measure(self._train(cell, data))
+        model = self._train(cell, data)
+        found = self.measure(model)
+        if self.args.keep:
+            self.keep(model, cell)
         return {
             **cell, **found, "rows": len(data), "poison_score": kept,
             "seconds": round(time.monotonic() - began),
@@ -149,6 +152,13 @@ class Bench:
         answers = {what: self._answers(model, ids) for what, ids in self.asked.items()}
         shares = {w: statistics.mean(map(is_refusal, said)) for w, said in answers.items()}
         return {**shares, "task_loss": self._task_loss(model), "drift": self._drift(model)}
+
+    def keep(self, model: Any, cell: dict[str, Any]) -> None:
+        """Saves what was measured, adapters merged, for `star-dss landscape` and others."""
+        folder = self.args.keep / "-".join(str(cell[k]) for k in ("threat", "mode", "seed"))
+        whole = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+        whole.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
 
     def _ids(self, prompt: str) -> list[int]:
         return prompt_ids(self.tokenizer, [{"role": "user", "content": prompt}])
@@ -369,6 +379,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=48, help="task rows kept for the loss")
     parser.add_argument("--worker", type=int, default=0, help="of several processes, from 0")
     parser.add_argument("--workers", type=int, default=1, help="processes that share the cells")
+    parser.add_argument("--keep", type=Path, help="folder for the models of the cells that it runs")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no cell after these")
     parser.add_argument("--table", action="store_true", help="only print what is there")
     parser.add_argument("--figure", type=Path, help="a picture of it, with --table")
@@ -388,11 +399,12 @@ def main() -> None:
                 continue
             if path.exists() or time.monotonic() - began > 60 * args.minutes:
                 continue
-            found = (
-                {**cell, **bench.measure(bench.start)}
-                if cell["mode"] == "start"
-                else bench.run(cell)
-            )
+            if cell["mode"] == "start":
+                found = {**cell, **bench.measure(bench.start)}
+                if args.keep:
+                    bench.keep(bench.start, cell)
+            else:
+                found = bench.run(cell)
             write_text(path, json.dumps(found, indent=2, sort_keys=True) + "\n")
             cells.append(found)
             print(f"{number} of {len(planned)}: {json.dumps(found)}", flush=True)
