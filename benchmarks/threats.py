@@ -304,7 +304,7 @@ COLUMNS = ("refusals", "prefill_refusals", "over_refusal", "task_loss", "drift")
 
 
 def table(cells: list[dict[str, Any]]) -> str:
-    """Means over seeds, one line for each threat and mode."""
+    """Means over seeds (and the range of refusals), one line for each threat and mode."""
     groups = defaultdict(list)
     for cell in cells:
         what = {
@@ -326,7 +326,10 @@ def table(cells: list[dict[str, Any]]) -> str:
             if what.get(name, usual) != usual
         )  # fmt: skip
         means = [statistics.mean(cell[column] for cell in found) for column in COLUMNS]
-        shares = " | ".join(f"{100 * value:.0f} %" for value in means[:3])
+        refusals = sorted(cell["refusals"] for cell in found)
+        spread = f" ({100 * refusals[0]:.0f}–{100 * refusals[-1]:.0f})" if len(found) > 1 else ""
+        first, *others = (f"{100 * value:.0f} %" for value in means[:3])
+        shares = " | ".join([first + spread, *others])
         lines.append(
             f"| {what['finetuning']} | {what['threat']} | {mode} | {len(found)} | {shares} "
             f"| {means[3]:.3f} | {means[4]:.3f} |"
@@ -344,13 +347,21 @@ def _place(group: tuple[str, list[dict[str, Any]]]) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
+def _plain(cell: dict[str, Any]) -> bool:
+    """Whether a cell has the first choice of every option."""
+    usual = {
+        "finetuning": "lora", "noise": None, "kl_coef": 0.5, "kl_estimator": "k2",
+        "chunk_size": CHUNK, "rate": None,
+    }  # fmt: skip
+    return all(cell.get(name, "none") == value for name, value in usual.items())
+
+
 def figure(cells: list[dict[str, Any]], path: Path) -> None:
-    """Refusals by threat and mode (LoRA, first choice of every option), a dot for each seed."""
+    """Refusals by threat and mode, first choice of every option, a dot for each seed."""
     import matplotlib.pyplot as plt
 
-    usual = {"finetuning": "lora", "noise": None, "kl_coef": 0.5, "kl_estimator": "k2"}
     start = next(cell for cell in cells if cell["mode"] == "start")
-    shown = [cell for cell in cells if all(cell.get(k) == v for k, v in usual.items())]
+    shown = [cell for cell in cells if _plain(cell)]
     threats = [t for t in THREATS if any(cell["threat"] == t for cell in shown)]
     picture, axes = plt.subplots(
         1, len(threats), figsize=(2.6 * len(threats), 2.8), sharey=True, layout="constrained"
@@ -365,6 +376,33 @@ def figure(cells: list[dict[str, Any]], path: Path) -> None:
         axis.set_xlabel("harmful prompts declined, %")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_yticks(range(len(MAIN)), MAIN)
+    picture.savefig(path, dpi=150)
+
+
+def noise_figure(cells: list[dict[str, Any]], path: Path) -> None:
+    """Refusals against the share of verdicts that were turned round, for each kind of error."""
+    import matplotlib.pyplot as plt
+
+    clean = [c for c in cells if _plain(c) and (c["threat"], c["seed"]) == ("harmful_mix", 0)]
+    kinds = sorted({cell["noise"][0] for cell in cells if cell.get("noise")})
+    picture, panels = plt.subplots(
+        1, len(kinds), figsize=(3.2 * len(kinds) + 0.6, 2.8), sharey=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for axis, kind in zip(panels[0], kinds, strict=True):
+        for mode, style in (("star_dss", "o-"), ("rejection", "s--")):
+            noisy = [c for c in cells if c.get("noise") and c["noise"][0] == kind]
+            points = sorted(
+                (100 * (c["noise"] or [kind, 0])[1], 100 * c["refusals"])
+                for c in [*clean, *noisy]
+                if c["mode"] == mode
+            )
+            axis.plot(*zip(*points, strict=True), style, label=mode)
+        axis.set(title=kind.replace("_", " "), ylim=(-4, 104))
+        axis.set_xlabel("verdicts turned round, %")
+        axis.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set_ylabel("harmful prompts declined, %")
+    panels[0][0].legend(frameon=False, fontsize=8)
     picture.savefig(path, dpi=150)
 
 
@@ -413,6 +451,8 @@ def main() -> None:
         write_text(args.save, json.dumps(order, indent=1, sort_keys=True) + "\n")
     if args.figure:
         figure(cells, args.figure)
+        if any(cell.get("noise") for cell in cells):
+            noise_figure(cells, args.figure.with_stem(f"{args.figure.stem}-noise"))
     print(table(cells))
 
 
