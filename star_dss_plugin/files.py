@@ -18,7 +18,6 @@ from star_dss_plugin.parquet import PROVENANCE_FILE, is_sharded, load_scored
 from star_dss_plugin.provenance import provenance_of
 
 __all__ = [
-    "PROVENANCE_FILE",
     "is_saved_dataset",
     "load_tokenizer",
     "read_dataset",
