@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from star_dss_plugin.training import StarDSSState
 
-__all__ = ["StarDSSCallback", "startup_line"]
+__all__ = ["StarDSSCallback", "run_record", "startup_line"]
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class StarDSSCallback(TrainerCallback):
             print(startup_line(active), flush=True)  # noqa: T201
             path = Path(args.output_dir) / "star_dss.json"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(_run_record(active), indent=2, sort_keys=True) + "\n")
+            path.write_text(json.dumps(run_record(active), indent=2, sort_keys=True) + "\n")
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stops before the weights move if no loss of this step was shaped.
@@ -129,7 +129,7 @@ def startup_line(active: StarDSSState) -> str:
     )
 
 
-def _run_record(active: StarDSSState) -> dict[str, Any]:
+def run_record(active: StarDSSState) -> dict[str, Any]:
     """What is needed to make the run again: `star_dss.json`."""
     return {
         "options": active.options.star_dss_dict(),
