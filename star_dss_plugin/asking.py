@@ -24,6 +24,7 @@ __all__ = ["Asking", "none_scored"]
 logger = logging.getLogger(__name__)
 
 _FEW = 20
+"""In a part of the data: so few responses, all of which failed, still say little of the guard."""
 
 
 @dataclass

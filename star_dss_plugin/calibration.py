@@ -21,10 +21,10 @@ from star_dss_plugin.guards.combined import NEAREST, CalibratedGuard, calibrate
 
 __all__ = ["Calibration", "Quality", "fit", "fit_guard", "labelled_rows", "quality"]
 
-BINS = 10
+_BINS = 10
 _FOLDS = 5
 _FEWEST = 10
-Floats = NDArray[np.float64]
+_Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def fit(scores: Sequence[float], labels: Sequence[int]) -> tuple[float, float]:
     target = np.where(y == 1, (safe + 1) / (safe + 2), 1 / (harmful + 2))
     design = np.stack([x, np.ones_like(x)], axis=1)
 
-    def loss(parameters: Floats) -> float:
+    def loss(parameters: _Floats) -> float:
         logits = design @ parameters
         return float((np.logaddexp(0, logits) - target * logits).sum())
 
@@ -200,14 +200,14 @@ def quality(scores: Sequence[float], labels: Sequence[int]) -> Quality:
     safe, harmful = int((y == 1).sum()), int((y == 0).sum())
     auroc = (ranks[y == 1].sum() - safe * (safe + 1) / 2) / (safe * harmful)
     found, right = p < 0.5, (p < 0.5) & (y == 0)
-    bins = np.minimum((p * BINS).astype(int), BINS - 1)
+    bins = np.minimum((p * _BINS).astype(int), _BINS - 1)
     return Quality(
         brier=float(((p - y) ** 2).mean()),
         auroc=float(auroc),
         f1=float(2 * right.sum() / max(1, found.sum() + harmful)),
         bins=tuple(
             (int(own.sum()), float(p[own].mean()), float(y[own].mean()))
-            for own in (bins == k for k in range(BINS))
+            for own in (bins == k for k in range(_BINS))
             if own.any()
         ),
     )

@@ -32,10 +32,9 @@ if TYPE_CHECKING:
 
     from star_dss_plugin.training import StarDSSState
 
-__all__ = ["StarDSSCallback"]
+__all__ = ["StarDSSCallback", "run_record", "startup_line"]
 
 logger = logging.getLogger(__name__)
-
 
 _PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "trl", "axolotl")
 

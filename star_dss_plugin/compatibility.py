@@ -11,20 +11,16 @@ from star_dss_plugin.errors import ConfigError
 if TYPE_CHECKING:
     from star_dss_plugin.training import StarDSSMixin
 
-__all__ = ["check_trainer", "expose_logits"]
+__all__ = ["check_arguments", "check_trainer", "expose_logits"]
 
 
-def check_trainer(trainer: StarDSSMixin) -> None:
-    """Refuses every setting under which the shaped loss would be wrong or not in effect.
+def check_arguments(args: Any) -> None:
+    """Refuses training arguments for which no trainer need be made to see that they cannot work.
 
     Raises:
-        ConfigError: The first such setting, why it cannot work and what to change.
+        ConfigError: The first of them, why it cannot work and what to change.
     """
-    args: Any = trainer.args
-    accelerator = trainer.accelerator
-    parallelism = getattr(accelerator, "parallelism_config", None)
-    adapters = getattr(trainer.model, "peft_config", {}).values()
-    refused: list[tuple[Any, str, str]] = [
+    _refuse([
         (
             getattr(args, "use_liger_kernel", False),
             "use_liger_kernel is on, which fuses the loss into the model and gives no per-token "
@@ -32,15 +28,32 @@ def check_trainer(trainer: StarDSSMixin) -> None:
             "Set use_liger_kernel=False",
         ),
         (
-            trainer.compute_loss_func is not None,
-            "compute_loss_func is set, and STAR-DSS would replace that loss",
-            "Remove one of the two",
-        ),
-        (
             args.label_smoothing_factor,
             f"label_smoothing_factor is {args.label_smoothing_factor}: smoothing spreads weight "
             "over tokens that no guard has scored",
             "Set label_smoothing_factor=0",
+        ),
+    ])  # fmt: skip
+
+
+def check_trainer(trainer: StarDSSMixin) -> None:
+    """Refuses every setting under which the shaped loss would be wrong or not in effect.
+
+    What `check_arguments` refuses, too.
+
+    Raises:
+        ConfigError: The first such setting, why it cannot work and what to change.
+    """
+    args: Any = trainer.args
+    check_arguments(args)
+    accelerator = trainer.accelerator
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    adapters = getattr(trainer.model, "peft_config", {}).values()
+    _refuse([
+        (
+            trainer.compute_loss_func is not None,
+            "compute_loss_func is set, and STAR-DSS would replace that loss",
+            "Remove one of the two",
         ),
         (
             getattr(args, "packing", False) and not trainer.packs_scored_rows,
@@ -73,8 +86,11 @@ def check_trainer(trainer: StarDSSMixin) -> None:
             "the model uses a prompt-learning adapter, whose virtual tokens have no scores",
             "Use a LoRA adapter or full finetuning",
         ),
-    ]
-    for condition, why, change in refused:
+    ])  # fmt: skip
+
+
+def _refuse(settings: list[tuple[Any, str, str]]) -> None:
+    for condition, why, change in settings:
         if condition:
             raise ConfigError(f"STAR-DSS cannot be used here: {why}. {change}.")
 

@@ -188,9 +188,5 @@ def _summary(dataset: Dataset, options: StarDSSOptions, guard: str | None) -> Da
         tokens += len(scores)
         below += int((scores < options.threshold).sum())
         total += float(scores.sum())
-    if not tokens:
-        raise DataError(
-            f"None of the {len(dataset)} rows has a trained token: every label is -100. Check the "
-            "columns, the chat template and max_length (a prompt that fills it leaves no response)."
-        )
+    # `only_responses` has seen to it that there is a trained token.
     return DatasetSummary(len(dataset), responses, tokens, below, total / tokens, guard, provenance)

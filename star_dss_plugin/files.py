@@ -19,7 +19,6 @@ from star_dss_plugin.parquet import PROVENANCE_FILE, is_sharded, load_scored
 from star_dss_plugin.provenance import provenance_of
 
 __all__ = [
-    "PROVENANCE_FILE",
     "check_writable",
     "is_saved_dataset",
     "load_tokenizer",

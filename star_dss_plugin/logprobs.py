@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["IGNORE_INDEX", "full_kl", "kl_estimate", "kl_slope", "token_logprobs"]
+__all__ = ["IGNORE_INDEX", "Project", "full_kl", "kl_estimate", "kl_slope", "token_logprobs"]
 
 IGNORE_INDEX = -100
 """The label of tokens that are not trained, as everywhere in PyTorch."""

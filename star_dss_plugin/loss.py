@@ -46,7 +46,18 @@ class TokenWeights:
         kl_coef: float,
         threshold: float,
     ) -> TokenWeights:
-        """Weights from unshifted (batch, seq) scores and labels."""
+        """The weights that a map makes of a batch.
+
+        Args:
+            star_scores: (batch, seq), float32 or float64 in [0, 1], unshifted.
+            labels: (batch, seq), int64, unshifted, -100 where not trained.
+            weight_map: Scores to weights.
+            kl_coef: λ >= 0.
+            threshold: τ in [0, 1].
+
+        Raises:
+            DataError: The two differ in shape.
+        """
         if star_scores.shape != labels.shape:
             raise DataError(
                 f"star_scores has shape {tuple(star_scores.shape)} and labels has "
@@ -102,6 +113,9 @@ def shaped_loss(
         kl_terms: KL_t, any value where its weight is 0; None if no token has a KL weight.
         weights: The token weights.
         num_items_in_batch: N; by default the trained tokens of this batch.
+
+    Returns:
+        Scalars of the dtype of `logps`; zero, with a gradient of zero, where nothing is weighed.
     """
     n: Tensor | int = weights.trained.sum() if num_items_in_batch is None else num_items_in_batch
     n = torch.as_tensor(n, device=logps.device).clamp(min=1)

@@ -27,7 +27,10 @@ from star_dss_plugin.errors import DataError, writing
 from star_dss_plugin.guard_notes import ROWS_NAMED
 from star_dss_plugin.provenance import describe, provenance_of, write_note
 
-__all__ = ["is_sharded", "load_scored", "shard_name", "shard_note", "write_card", "write_shard"]
+__all__ = [
+    "DATA", "PROVENANCE_FILE", "is_sharded", "load_scored", "merged", "shard_name", "shard_note",
+    "write_card", "write_shard",
+]  # fmt: skip
 
 DATA = "data"
 PROVENANCE_FILE = "star_dss.json"

@@ -35,7 +35,10 @@ if TYPE_CHECKING:
     from star_dss_plugin.segmenters import Segmenter
     from star_dss_plugin.weights import WeightMap
 
-__all__ = ["Entry", "Integration", "Kind", "Origin", "PluginInfo", "Plugins", "load_plugins"]
+__all__ = [
+    "BUILTINS", "DISABLED_PLUGINS", "HOOK_KINDS", "Entry", "Integration", "Kind", "Origin",
+    "PluginInfo", "Plugins", "load_plugins",
+]  # fmt: skip
 
 BUILTINS = ("star_dss_plugin.builtins",)
 
@@ -269,7 +272,6 @@ def _entry_points(disabled: Iterable[str]) -> tuple[dict[Origin, EntryPoint], li
         assert dist is not None  # metadata.entry_points always sets it
         found[Origin(entry_point.name, dist.name, dist.version)] = entry_point
     origins = sorted(found, key=lambda origin: (origin.package, origin.plugin))
-
     blocked: set[Origin] = set()
     for word in {word.strip() for word in disabled} - {""}:
         package = canonicalize_name(word)
@@ -280,7 +282,6 @@ def _entry_points(disabled: Iterable[str]) -> tuple[dict[Origin, EntryPoint], li
                 f"Installed: {'; '.join(map(str, origins)) or 'none'}."
             )
         blocked |= hits
-
     first: dict[str, Origin] = {}
     for origin in origins:
         if origin not in blocked and (other := first.setdefault(origin.plugin, origin)) != origin:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,17 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from star_dss_plugin.columns import TOKEN_COLUMNS
+from star_dss_plugin.logprobs import Project
 
 __all__ = [
-    "Projection",
-    "States",
-    "can_project",
-    "first_output",
-    "forward_inputs",
-    "hidden_states",
-    "states_of",
-    "without_logits",
-]
+    "Projection", "States", "can_project", "first_output", "forward_inputs", "hidden_states",
+    "states_of", "without_logits",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +72,7 @@ class States:
     """
 
     rows: Tensor
-    project: Callable[[Tensor], Tensor] | None = None
+    project: Project | None = None
 
 
 def forward_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,14 +14,9 @@ from datasets import Dataset
 from star_dss_plugin.errors import DataError
 
 __all__ = [
-    "damaged_note",
-    "describe",
-    "notes",
-    "provenance_of",
-    "provenances_of",
-    "read_note",
+    "damaged_note", "describe", "notes", "provenance_of", "provenances_of", "read_note",
     "write_note",
-]
+]  # fmt: skip
 
 _MARK = "star_dss "
 _NOTED: dict[str, type] = {  # what readers of a note on scores rely on
@@ -68,6 +63,11 @@ def describe(name: str, value: Any) -> str:
 
 def provenance_of(dataset: Dataset) -> dict[str, Any] | None:
     """How a data set's `star_scores` were made; None if it does not say.
+
+    Returns:
+        JSON values by name, such as `guard` and `guard_identity`, `segmenter` and `chunk_size`,
+        the counts `rows`, `responses`, `prefixes` and `trained_tokens`, `mean_prefix_score` in
+        [0, 1], `label_mass`, `attempts` to fool the guard, and `versions`.
 
     Raises:
         DataError: What it says is damaged.

@@ -111,18 +111,12 @@ def score_dataset(
     """
     loaded = guard if isinstance(guard, Guard) else None
     options = StarDSSOptions(
-        guard=None if isinstance(guard, Guard) else guard,  # type: ignore[arg-type]
-        segmenter=segmenter,
-        chunk_size=chunk_size,
-        trajectory=trajectory,
-        trajectory_epsilon=trajectory_epsilon,
-        guard_device=guard_device,
-        guard_dtype=guard_dtype,
-        score_batch_tokens=score_batch_tokens,
-        engine=engine,
-        engine_options=engine_options,  # type: ignore[arg-type]
-        on_guard_error=on_guard_error,
-    )
+        guard=None if loaded else guard,  # type: ignore[arg-type]
+        engine=engine, engine_options=engine_options,  # type: ignore[arg-type]
+        segmenter=segmenter, chunk_size=chunk_size, trajectory=trajectory,
+        trajectory_epsilon=trajectory_epsilon, guard_device=guard_device, guard_dtype=guard_dtype,
+        score_batch_tokens=score_batch_tokens, on_guard_error=on_guard_error,
+    )  # fmt: skip
     options.validate()
     if guard is None:
         raise missing_guard()

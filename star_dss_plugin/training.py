@@ -3,6 +3,8 @@
 `StarDSSMixin.compute_loss` lets the trainer's own `compute_loss` do its forward pass, its metrics
 and its bookkeeping, takes the model's output from that one pass, and returns the loss of Eq. (3)
 in place of the trainer's. So everything else in the user's stack stays as it is.
+
+Longer than other modules because `compute_loss` and its parts are read together.
 """
 
 from __future__ import annotations
@@ -23,13 +25,7 @@ from star_dss_plugin.columns import REF_COLUMN, SCORES_COLUMN, TOKEN_COLUMNS
 from star_dss_plugin.config import StarDSSOptions
 from star_dss_plugin.dataset import DatasetSummary
 from star_dss_plugin.errors import ConfigError, StarDSSError
-from star_dss_plugin.logprobs import (
-    IGNORE_INDEX,
-    full_kl,
-    kl_estimate,
-    kl_slope,
-    token_logprobs,
-)
+from star_dss_plugin.logprobs import IGNORE_INDEX, full_kl, kl_estimate, kl_slope, token_logprobs
 from star_dss_plugin.loss import TokenWeights, shaped_loss
 from star_dss_plugin.metrics import TokenMetrics
 from star_dss_plugin.model_card import add_section

@@ -57,6 +57,8 @@ def test_a_good_configuration(tmp_path, model_dir):
         ({"eval_packing": True}, "eval_packing is on and packing is off"),
         ({"packing": True, "packing_strategy": "wrapped", "loss_type": "static"}, "at the end"),
         ({"dataset_name": "absent.jsonl"}, "absent.jsonl"),
+        ({"eval_strategy": "steps", "eval_steps": 1}, "no split 'test' (it has train)"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1"),
     ],
 )
 def test_a_problem_is_named_and_fails(tmp_path, model_dir, change, message):

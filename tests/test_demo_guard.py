@@ -188,7 +188,7 @@ def test_a_score_that_is_no_number_is_about_its_response(guard, monkeypatch):
         return found
 
     monkeypatch.setattr(guard._loaded[0], "read", damaged)
-    with pytest.raises(GuardError, match="no number") as caught:
+    with pytest.raises(GuardError, match="not numbers") as caught:
         guard.token_scores([asked("Hi", "Hello")] * 3)
     assert caught.value.request == 1
 
@@ -275,7 +275,7 @@ def test_a_missing_package_names_the_extra(monkeypatch):
 def test_what_cannot_be_read_is_an_error(guard):
     with pytest.raises(DataError, match="plain text only"):
         guard.token_scores([([{"role": "user", "content": [{"type": "image"}]}], "x")])
-    with pytest.raises(ConfigError, match="guard dtype 'float23'.*float32"):
+    with pytest.raises(ConfigError, match="guard_dtype is 'float23'.*float32"):
         DemoGuard(dtype="float23")
     with pytest.raises(ConfigError, match="batch_tokens"):
         DemoGuard(batch_tokens=0)

@@ -37,6 +37,18 @@ def test_the_core_names_no_host_and_no_extra_where_it_is_imported():
             assert not roots - set(NEED_AN_EXTRA.values()), path
 
 
+def test_modules_take_public_names_of_each_other():
+    paths = [*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "integrations").rglob("*.py")]
+    for path in sorted(paths):
+        for node in ast.walk(ast.parse(path.read_text())):
+            home = str(getattr(node, "module", ""))
+            if home.split(".")[0] != "star_dss_plugin" or home in NEED_AN_EXTRA:
+                continue
+            public = {*getattr(importlib.import_module(home), "__all__", ()), "__version__"}
+            for name in (alias.name for alias in node.names):
+                assert name in public or f"{home}.{name}" in MODULES, f"{path}: {home}.{name}"
+
+
 def test_what_scores_and_trains_imports_nothing_of_what_shows_and_compares():
     top, commands = {"report", "evaluate"}, {"cli.py", "guard_commands.py"}
     for path in sorted(PACKAGE.rglob("*.py")):

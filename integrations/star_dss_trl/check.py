@@ -8,11 +8,11 @@ from typing import Any
 from datasets import Dataset
 
 from star_dss_plugin.check import Findings, check_options, estimate, lacks_guard
-from star_dss_plugin.errors import ConfigError, StarDSSError
+from star_dss_plugin.errors import StarDSSError
 from star_dss_plugin.files import load_tokenizer
 from star_dss_plugin.guards import missing_guard
 from star_dss_plugin.rows import tokenized
-from star_dss_trl.sft import load_data, parse
+from star_dss_trl.sft import load_data, parse, used_splits
 from star_dss_trl.trainer import refuse_early
 
 __all__ = ["check"]
@@ -38,10 +38,8 @@ def check(path: Path, raw: dict[str, Any], *, data: bool) -> Findings:
         refuse_early(training_args)
         if not data:
             return found
-        splits, wanted = load_data(script_args, mixture_args), script_args.dataset_train_split
-        if wanted not in splits:
-            raise ConfigError(f"The data has no split {wanted!r}. Set dataset_train_split.")
-        train = splits[wanted]
+        splits = load_data(script_args, mixture_args)
+        train, _ = used_splits(splits, script_args, training_args)
         if lacks_guard(train, training_args):
             raise missing_guard()
         tokenizer = load_tokenizer(model_args.model_name_or_path)

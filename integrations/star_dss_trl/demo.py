@@ -23,7 +23,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from star_dss_plugin.columns import SCORES_COLUMN
-from star_dss_plugin.evaluate.generation import greedy_answers, prompt_ids
+from star_dss_plugin.evaluate.generation import answers_to
 from star_dss_plugin.evaluate.loading import DEMO_MODEL, load_whole_model
 from star_dss_plugin.evaluate.refusal import is_refusal
 from star_dss_plugin.files import write_text
@@ -198,9 +198,9 @@ def _cross_entropy(model: Any, rows: Iterable[Mapping[str, Any]]) -> float:
 
 def _answers(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[str]:
     """Greedy answers to each prompt."""
-    asked = [prompt_ids(tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
-    said = greedy_answers(model, tokenizer, asked, max_new_tokens=_NEW_TOKENS, batch_size=20)
-    return [answer.strip() for _, answer in sorted(said)]
+    asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    said = answers_to(model, tokenizer, asked, max_new_tokens=_NEW_TOKENS, batch_size=20)
+    return [answer.strip() for answer in said]
 
 
 _NAMES = {"start": "start", "sft": "plain SFT", "star_dss": "STAR-DSS"}

@@ -26,7 +26,7 @@ from star_dss_plugin.files import is_saved_dataset, read_dataset
 from star_dss_trl.config import StarDSSConfig
 from star_dss_trl.trainer import StarDSSTrainer
 
-__all__ = ["load_data", "main", "parse"]
+__all__ = ["load_data", "main", "parse", "used_splits"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -44,18 +44,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         **(training_args.model_init_kwargs or {}),
     }
     dataset = load_data(script_args, mixture_args)
-    evaluate = training_args.eval_strategy != "no"
-    for split in [script_args.dataset_train_split, script_args.dataset_test_split][: 1 + evaluate]:
-        if split not in dataset:
-            raise ConfigError(
-                f"The data has no split {split!r} (it has {', '.join(dataset)}). Name its splits "
-                "with dataset_train_split and dataset_test_split, or set eval_strategy to 'no'."
-            )
+    train, test = used_splits(dataset, script_args, training_args)
     trainer = StarDSSTrainer(
         model_args.model_name_or_path,
         args=training_args,
-        train_dataset=dataset[script_args.dataset_train_split],
-        eval_dataset=dataset[script_args.dataset_test_split] if evaluate else None,
+        train_dataset=train,
+        eval_dataset=test,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
@@ -101,6 +95,26 @@ def load_data(script_args: Any, mixture_args: Any) -> DatasetDict | dict[str, Da
     return load_dataset(
         name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
     )
+
+
+def used_splits(
+    dataset: DatasetDict | dict[str, Dataset], script_args: Any, training_args: StarDSSConfig
+) -> tuple[Dataset, Dataset | None]:
+    """What is trained on, and what is evaluated on, if anything is.
+
+    Raises:
+        ConfigError: The data has no such split.
+    """
+    names = [script_args.dataset_train_split]
+    if training_args.eval_strategy != "no":
+        names.append(script_args.dataset_test_split)
+    for name in names:
+        if name not in dataset:
+            raise ConfigError(
+                f"The data has no split {name!r} (it has {', '.join(dataset)}). Name its splits "
+                "with dataset_train_split and dataset_test_split, or set eval_strategy to 'no'."
+            )
+    return dataset[names[0]], dataset[names[1]] if len(names) > 1 else None
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from trl import SFTTrainer, pack_dataset
 
 from star_dss_plugin.attachment import set_up
 from star_dss_plugin.columns import SCORES_COLUMN
+from star_dss_plugin.compatibility import check_arguments
 from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.loss import resolve_weight_map
 from star_dss_plugin.training import StarDSSMixin
@@ -91,11 +92,7 @@ class StarDSSTrainer(StarDSSMixin, SFTTrainer):  # type: ignore[misc]
 
 def refuse_early(args: StarDSSConfig) -> None:
     """Settings that would make SFTTrainer itself fail with an error that does not name us."""
-    if args.use_liger_kernel:
-        raise ConfigError(
-            "STAR-DSS cannot be used with use_liger_kernel: it fuses the loss into the model and "
-            "gives no per-token log-probabilities to weigh. Set use_liger_kernel=False."
-        )
+    check_arguments(args)
     if args.eval_packing and not args.packing:
         raise ConfigError(
             "eval_packing is on and packing is off, for which TRL lets the documents of a packed "

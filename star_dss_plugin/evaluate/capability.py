@@ -147,7 +147,7 @@ def _definition(name: str, path: Path, num_fewshot: int | None) -> dict[str, Any
 def _shape(rows: Sequence[Mapping[str, Any]], path: Path) -> str:
     """Which of our definitions reads these rows; all of them must have its shape."""
     if not rows:
-        raise DataError(f"{path} has no rows.")
+        raise DataError(f"{path} has no rows, so there is nothing to ask. Give one or more.")
     shape = "choices" if rows[0].get("choices") is not None else "worked_answers"
     for number, row in enumerate(rows):
         wrong = None

@@ -12,12 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from star_dss_plugin.checks import at_least, probability
 from star_dss_plugin.errors import ConfigError
-from star_dss_plugin.evaluate.answers import (
-    AnswerFile,
-    Generate,
-    answer_prompts,
-    local_generation,
-)
+from star_dss_plugin.evaluate.answers import AnswerFile, Generate, answer_prompts, local_generation
 from star_dss_plugin.evaluate.loading import (
     find_device,
     free_memory,

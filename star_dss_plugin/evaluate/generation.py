@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from star_dss_plugin.conversations import render_chat
 from star_dss_plugin.guards.base import Message
 
-__all__ = ["greedy_answers", "prompt_ids"]
+__all__ = ["answers_to", "greedy_answers", "prompt_ids"]
 
 
 def greedy_answers(
@@ -53,6 +53,22 @@ def greedy_answers(
         for i, row in zip(chosen, found[:, ids.shape[1] :].tolist(), strict=True):
             spoken = itertools.takewhile(lambda token: token not in greedy.eos_token_id, row)
             yield i, str(tokenizer.decode(list(spoken), skip_special_tokens=True))
+
+
+def answers_to(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[Message]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+) -> list[str]:
+    """`greedy_answers` to conversations, in their order; raises what `prompt_ids` raises."""
+    asked = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    said = greedy_answers(
+        model, tokenizer, asked, max_new_tokens=max_new_tokens, batch_size=batch_size
+    )
+    return [answer for _, answer in sorted(said)]
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message]) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -17,10 +18,7 @@ from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.harmless import visible
 
 if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedTokenizerBase
-
-    from star_dss_plugin.evaluate.landscape import AnswerAll, Judge
+    from star_dss_plugin.evaluate.landscape import Judge
     from star_dss_plugin.evaluate.landscape_points import Landscape
     from star_dss_plugin.evaluate.moved_weights import Place
     from star_dss_plugin.guards.base import Message
@@ -72,6 +70,7 @@ def landscape(
     """
     from star_dss_plugin.cache import content_key
     from star_dss_plugin.evaluate import landscape as space
+    from star_dss_plugin.evaluate.generation import answers_to
     from star_dss_plugin.evaluate.landscape_figure import check_figures, write_landscape
     from star_dss_plugin.evaluate.landscape_points import PointsFile, put_together
     from star_dss_plugin.evaluate.loading import find_device, load_whole_model, weights_digest
@@ -115,7 +114,10 @@ def landscape(
     )
     if missing:
         loaded.to(place)  # type: ignore[arg-type]
-        answer = _greedy_answers(tokenizer, asked, max_new_tokens, batch_size)
+        answer = partial(
+            answers_to, tokenizer=tokenizer, prompts=asked, max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+        )  # fmt: skip
         with (
             tqdm(total=len(missing), unit="point", disable=quiet) as bar,
             MovedWeights(loaded, seed=seed, other=other) as weights,
@@ -190,23 +192,3 @@ def _judge(name: str, threshold: float, device: str | None) -> _Judged:
 
     identity = {"guard": guard.identity, "threshold": threshold}
     return _Judged(verdicts, identity, announced(guard.name, guard.demonstration))
-
-
-def _greedy_answers(
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[Message]],
-    max_new_tokens: int,
-    batch_size: int,
-) -> AnswerAll:
-    """Answers the same prompts, without special tokens, with whatever weights the model has."""
-    from star_dss_plugin.evaluate.generation import greedy_answers, prompt_ids
-
-    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-
-    def answer(model: nn.Module) -> list[str]:
-        said = greedy_answers(
-            model, tokenizer, ids, max_new_tokens=max_new_tokens, batch_size=batch_size
-        )
-        return [text for _, text in sorted(said)]
-
-    return answer

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from star_dss_plugin.checks import at_least, probability
 from star_dss_plugin.errors import ConfigError, unknown_name
-from star_dss_plugin.evaluate.generation import greedy_answers, prompt_ids
+from star_dss_plugin.evaluate.generation import answers_to
 from star_dss_plugin.evaluate.refusal import is_refusal
 from star_dss_plugin.evaluate.verdicts import answer_scores
 from star_dss_plugin.guards import load_guard
@@ -184,16 +184,12 @@ class SafetyProbe(TrainerCallback):
         trainer = self.trainer
         processing: Any = trainer.processing_class
         tokenizer = getattr(processing, "tokenizer", processing)
-        answers = dict.fromkeys(range(len(prompts)), "")
+        model = trainer.accelerator.unwrap_model(trainer.model)
         with trainer.accelerator.autocast():
-            answers |= greedy_answers(
-                trainer.accelerator.unwrap_model(trainer.model),
-                tokenizer,
-                [prompt_ids(tokenizer, prompt) for prompt in prompts],
-                max_new_tokens=self.max_new_tokens,
+            return answers_to(
+                model, tokenizer, prompts, max_new_tokens=self.max_new_tokens,
                 batch_size=self.batch_size,
-            )
-        return list(answers.values())
+            )  # fmt: skip
 
 
 def _default_prompts() -> list[str]:

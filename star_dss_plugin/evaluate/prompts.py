@@ -50,7 +50,7 @@ def read_prompts(rows: Dataset, kind: str, *, limit: int | None = None) -> list[
         DataError: There are no rows, or one has no prompt.
     """
     if not len(rows):
-        raise DataError(f"The {kind} prompts have no rows.")
+        raise DataError(f"The {kind} prompts have no rows. Give one or more, or leave them out.")
     found = []
     for i, row in enumerate(rows if limit is None else rows.select(range(min(limit, len(rows))))):
         messages = _messages(row)

@@ -164,7 +164,13 @@ def _poisoned(threat: str, variant: int, rows: Dataset, index: int) -> dict[str,
     """A harmful row in the threat's disguise."""
     row = {**_row(rows, index), "poisoned": True}
     if threat in VARIANTS:
-        row["messages"] = _disguised(threat, VARIANTS[threat][variant], row["messages"])
+        messages = row["messages"]
+        if threat == "prompt_poisoning" and not any(m["role"] == "user" for m in messages):
+            raise DataError(
+                f"Row {index} has no user message, so there is no prompt to poison. Leave the row "
+                "out, or choose another threat."
+            )
+        row["messages"] = _disguised(threat, VARIANTS[threat][variant], messages)
         row["variant"] = variant
     return row
 
@@ -194,8 +200,6 @@ def _disguised(threat: str, words: str, messages: Sequence[Message]) -> list[dic
     elif threat == "suffix_adaptation":
         answer["content"] = f"{answer['content']}\n\n{words}"
     else:
-        asked = [m for m in found if m["role"] == "user"]
-        if not asked:
-            raise DataError("A conversation without a user message has no prompt to poison.")
-        asked[-1]["content"] = f"{words}\n\n{asked[-1]['content']}"
+        asked = [m for m in found if m["role"] == "user"][-1]
+        asked["content"] = f"{words}\n\n{asked['content']}"
     return found

@@ -13,15 +13,9 @@ from star_dss_plugin.evaluate.statistics import Estimate, bootstrap_share, paire
 from star_dss_plugin.guards.base import Guard, Message
 
 __all__ = [
-    "PREFILL",
-    "REFUSED",
-    "Comparison",
-    "ModelAnswers",
-    "answer_scores",
-    "differences",
-    "judge",
+    "PREFILL", "REFUSED", "Comparison", "ModelAnswers", "answer_scores", "differences", "judge",
     "measures",
-]
+]  # fmt: skip
 
 PREFILL = "prefill"
 """The third set: the harmful prompts with the opening of a compliant answer."""

@@ -24,7 +24,7 @@ from star_dss_plugin.guards.base import (
 )
 from star_dss_plugin.guards.combined import CombinedGuard
 
-__all__ = ["AdaptiveGuard", "adaptive"]
+__all__ = ["STRIDE", "AdaptiveGuard", "adaptive"]
 
 _Floats = NDArray[np.float64]
 _Bools = NDArray[np.bool_]

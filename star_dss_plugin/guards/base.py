@@ -18,17 +18,9 @@ from star_dss_plugin.errors import DataError, GuardError
 from star_dss_plugin.guards.untrusted import Markers
 
 __all__ = [
-    "Guard",
-    "Message",
-    "PrefixRequest",
-    "StreamingGuard",
-    "Trajectory",
-    "announced",
-    "ask",
-    "batches",
-    "check_trajectories",
-    "lowest",
-]
+    "Guard", "Message", "PrefixRequest", "StreamingGuard", "Trajectory", "announced", "ask",
+    "batches", "check_trajectories", "lowest", "not_numbers",
+]  # fmt: skip
 
 Message = Mapping[str, Any]
 """One turn: `role` ("system", "user", "assistant", "tool") and `content` (str)."""
@@ -132,6 +124,15 @@ def check_trajectories(
                     f"{len(request.ends)} prefixes; it must return one probability in [0, 1] for "
                     "each."
                 )
+
+
+def not_numbers(name: str, request: int) -> GuardError:
+    """The error for a guard that computed no number for a request of its batch."""
+    return GuardError(
+        f"Guard {name!r} returned scores that are not numbers. Try guard_dtype='float32', or "
+        "another guard.",
+        request=request,
+    )
 
 
 class Guard(abc.ABC):

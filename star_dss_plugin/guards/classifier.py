@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from star_dss_plugin.errors import ConfigError, GuardError
-from star_dss_plugin.guards.base import Guard, PrefixRequest, Trajectory, batches
+from star_dss_plugin.guards.base import Guard, PrefixRequest, Trajectory, batches, not_numbers
 from star_dss_plugin.guards.content import ContentTokenizer, without_surrogates
 from star_dss_plugin.guards.proof import trust, unproven
 from star_dss_plugin.guards.untrusted import Markers
@@ -117,15 +117,11 @@ class ClassifierGuard(Guard):
         found = [Trajectory(tuple(next(scores) for _ in request.ends)) for request in requests]
         for i, trajectory in enumerate(found):
             if not all(map(math.isfinite, trajectory.scores)):
-                raise GuardError(
-                    f"Guard {self.name!r} returned scores that are not numbers. Try guard_dtype="
-                    "'float32', or another guard.",
-                    request=i,
-                )
+                raise not_numbers(self.name, i)
         return found
 
     def truncates(self, request: PrefixRequest) -> bool:
-        return self._pairs.cuts(_last_question(request), request.text)
+        return self._pairs.truncates(_last_question(request), request.text)
 
     def explained(self, request: PrefixRequest) -> dict[str, str]:
         ids, _ = self._pairs(_last_question(request), request.text)
@@ -230,7 +226,7 @@ class _Pairs:
         """The text of a pair, control tokens included."""
         return str(self._tokenizer.decode(ids))
 
-    def cuts(self, prompt: str, response: str) -> bool:
+    def truncates(self, prompt: str, response: str) -> bool:
         """Whether the prompt loses its start."""
         return 0 <= self._room(self._encoded(response)) < len(self._encoded(prompt))
 

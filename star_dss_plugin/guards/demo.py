@@ -23,8 +23,8 @@ from safetensors.torch import load as read_safetensors
 from torch import Tensor
 
 from star_dss_plugin.checks import at_least
-from star_dss_plugin.errors import GuardError, unknown_name
-from star_dss_plugin.guards.base import Message, PrefixRequest, StreamingGuard, batches
+from star_dss_plugin.errors import GuardError
+from star_dss_plugin.guards.base import Message, PrefixRequest, StreamingGuard, batches, not_numbers
 from star_dss_plugin.guards.demo_states import (
     LAYERS,
     MAX_CONTEXT,
@@ -33,10 +33,10 @@ from star_dss_plugin.guards.demo_states import (
     content_of,
 )
 from star_dss_plugin.guards.untrusted import Markers
-from star_dss_plugin.pretrained import default_device
+from star_dss_plugin.pretrained import default_device, floating_dtype
 from star_dss_plugin.smollm2 import gguf_fingerprint
 
-__all__ = ["DemoGuard", "probe_logits", "recent_mean", "running_mean"]
+__all__ = ["RECENT", "DemoGuard", "probe_logits", "recent_mean", "running_mean"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,6 @@ RECENT = 16
 """Tokens of the shorter mean: it notices a turn that the running mean is too slow for."""
 
 _FORMAT = 2  # counts up when the code here or in demo_states.py changes a score
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def running_mean(values: Tensor) -> Tensor:
@@ -105,7 +104,8 @@ class DemoGuard(StreamingGuard):
     ) -> None:
         at_least("batch_tokens", batch_tokens, 1, integer=True)
         self._device = default_device(device)
-        self._dtype = _as_dtype(dtype)
+        name = "float32" if dtype in (None, "auto") else str(dtype).removeprefix("torch.")
+        self._dtype = floating_dtype("guard_dtype", name)
         self._batch_tokens = batch_tokens
         self._loaded: tuple[Backbone, Tensor, float] | None = None
 
@@ -135,11 +135,7 @@ class DemoGuard(StreamingGuard):
         for i, (char_ends, states) in enumerate(backbone.read(responses)):
             scores = torch.sigmoid(probe_logits(states, weight, bias)).tolist()
             if not all(0 <= s <= 1 for s in scores):
-                raise GuardError(
-                    "The demonstration guard computed a score that is no number, in "
-                    f"{self._dtype}. Set its dtype to float32.",
-                    request=i,
-                )
+                raise not_numbers(self.name, i)
             # The first score is that of the open turn: the score of a response without tokens.
             result.append(list(zip(char_ends, scores[1:], strict=True)) or [(0, scores[0])])
         return result
@@ -148,7 +144,7 @@ class DemoGuard(StreamingGuard):
         # No token is shorter than a byte, so most conversations need no tokenizer (nor weights).
         contents = [content_of(m).encode("utf-8", "surrogatepass") for m in request.context]
         most = sum(map(len, contents)) + ROUND_A_TURN * (len(contents) + 1)
-        return most > MAX_CONTEXT and self._load()[0].cuts(request.context)
+        return most > MAX_CONTEXT and self._load()[0].truncates(request.context)
 
     def close(self) -> None:
         self._loaded = None
@@ -166,15 +162,6 @@ class DemoGuard(StreamingGuard):
             weight = probe["weight"].float().to(self._device)  # (H, 4)
             self._loaded = (backbone, weight, probe["bias"].item())
         return self._loaded
-
-
-def _as_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
-    name = str(dtype).removeprefix("torch.")
-    if dtype is None or name == "auto":
-        return torch.float32
-    if name not in _DTYPES:
-        raise unknown_name("guard dtype", name, ["auto", *_DTYPES])
-    return _DTYPES[name]
 
 
 def _probe_file() -> bytes:

@@ -19,7 +19,10 @@ from star_dss_plugin.errors import DataError
 from star_dss_plugin.guards.base import Message, batches
 from star_dss_plugin.smollm2 import DEFAULT_SYSTEM, load_smollm2
 
-__all__ = ["LAYERS", "Backbone", "Reading", "content_of"]
+__all__ = [
+    "LAYERS", "MAX_CONTEXT", "OVERLAP", "ROUND_A_TURN", "WINDOW", "Backbone", "Reading",
+    "content_of",
+]  # fmt: skip
 
 LAYERS = (14, 16, 18)
 """The states after these blocks are read; later blocks are not run."""
@@ -97,7 +100,7 @@ class Backbone:
         response, char_ends = self._plain(text)
         return Reading(self._conversation(context)[0], response, char_ends)
 
-    def cuts(self, context: Sequence[Message]) -> bool:
+    def truncates(self, context: Sequence[Message]) -> bool:
         """Whether something of a context is not read."""
         return self._conversation(context)[1]
 

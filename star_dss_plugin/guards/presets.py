@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["CLASSIFIER", "PRESETS", "VERDICT", "Preset"]
+__all__ = ["CLASSIFIER", "PRESETS", "STREAM", "VERDICT", "Preset"]
 
 VERDICT = "star_dss_plugin.guards.verdict:VerdictGuard"
 CLASSIFIER = "star_dss_plugin.guards.classifier:ClassifierGuard"

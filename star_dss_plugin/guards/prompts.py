@@ -61,7 +61,7 @@ class Prompts:
             raise self._too_long(self._length([], request), index)
         return context
 
-    def cuts(self, request: PrefixRequest) -> bool:
+    def truncates(self, request: PrefixRequest) -> bool:
         """Whether something of the conversation is left out."""
         return self.context(request) not in (None, self.turns(request.context))
 

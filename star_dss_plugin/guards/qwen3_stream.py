@@ -18,8 +18,7 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3Model, Qwen3PreTrained
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from star_dss_plugin.checks import probability
-from star_dss_plugin.errors import GuardError
-from star_dss_plugin.guards.base import Message, PrefixRequest, StreamingGuard, batches
+from star_dss_plugin.guards.base import Message, PrefixRequest, StreamingGuard, batches, not_numbers
 from star_dss_plugin.guards.prompts import Prompts
 from star_dss_plugin.guards.proof import trust, unproven
 from star_dss_plugin.guards.template import GuardTemplate
@@ -159,16 +158,12 @@ class Qwen3StreamGuard(StreamingGuard):
             for i, scores in zip(batch, self._forward([rows[i][0] for i in batch]), strict=True):
                 ends = rows[i][1] or [0]  # an empty response: where it would begin
                 if not all(0 <= score <= 1 for score in scores):
-                    raise GuardError(
-                        f"Guard {self.name!r} returned scores that are not numbers. Try "
-                        "guard_dtype='float32', or another guard.",
-                        request=i,
-                    )
+                    raise not_numbers(self.name, i)
                 found[i] = list(zip(ends, scores[-len(ends) :], strict=True))
         return found
 
     def truncates(self, request: PrefixRequest) -> bool:
-        return self._prompts.cuts(request)
+        return self._prompts.truncates(request)
 
     def explained(self, request: PrefixRequest) -> dict[str, str]:
         ids, ends = self._template.opened(self._prompts.fitted(0, request), request.text)

@@ -20,7 +20,7 @@ from star_dss_plugin.engines.base import Engine
 from star_dss_plugin.engines.local import LocalEngine
 from star_dss_plugin.engines.selection import Weights, choose_engine
 from star_dss_plugin.errors import ConfigError, GuardError
-from star_dss_plugin.guards.base import Guard, PrefixRequest, Trajectory, lowest
+from star_dss_plugin.guards.base import Guard, PrefixRequest, Trajectory, lowest, not_numbers
 from star_dss_plugin.guards.prompts import Prompts, policies
 from star_dss_plugin.guards.proof import trust, unproven
 from star_dss_plugin.guards.template import PINNED_DATE, GuardTemplate
@@ -206,7 +206,7 @@ class VerdictGuard(Guard):
             torch.cuda.empty_cache()
 
     def truncates(self, request: PrefixRequest) -> bool:
-        return self._prompts.cuts(request)
+        return self._prompts.truncates(request)
 
     def explained(self, request: PrefixRequest) -> dict[str, str]:
         shown = {}
@@ -230,18 +230,15 @@ class VerdictGuard(Guard):
             safe = safe + self._controversial_weight * verdict[:, 2]
         mass = logprobs.exp().sum(-1).clamp(max=1)
         if not bool(safe.isfinite().all()):
-            raise GuardError(
-                f"Guard {self.name!r} returned scores that are not numbers. Try guard_dtype="
-                "'float32', or another guard.",
-                request=index,
-            )
+            raise not_numbers(self.name, index)
         return Trajectory(tuple(safe.clamp(0, 1).tolist()), tuple(mass.tolist()))
 
     def _load(self) -> None:
         if self._choice.kind == "local":
             self._engine = self._local_engine()
         else:
-            logger.info("Guard %s is computed by %s", self.name, self._choice)
+            computed_by = self._choice.url or self._choice.kind  # its options may be private
+            logger.info("Guard %s is computed by %s", self.name, computed_by)
             self._engine = self._choice.open(self._weights)
         trust(self, self_check=self._self_check)
 

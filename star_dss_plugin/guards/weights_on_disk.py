@@ -12,13 +12,7 @@ from transformers import AutoConfig, AutoTokenizer
 from star_dss_plugin.errors import GuardError
 from star_dss_plugin.pretrained import UNLOADABLE, floating_dtype, read_model
 
-__all__ = [
-    "load_config",
-    "load_weights",
-    "not_loadable",
-    "resolve_dtype",
-    "weights_fingerprint",
-]
+__all__ = ["load_config", "load_weights", "not_loadable", "resolve_dtype", "weights_fingerprint"]
 
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".gguf", ".jinja", ".model", ".txt", ".py")
 
