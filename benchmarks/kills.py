@@ -49,6 +49,7 @@ from star_dss_plugin import cache, hookimpl
 from star_dss_plugin.guards.base import StreamingGuard
 
 cache._FLUSH_SECONDS = 0.2
+pause = 0.03
 
 def mark(what):
     with open(os.environ["KILLS_MARKS"], "a") as file:
@@ -60,7 +61,7 @@ class Slow(StreamingGuard):
     def __init__(self, **common): pass
     def token_scores(self, responses):
         mark("scoring")
-        time.sleep(0.03 * len(responses))
+        time.sleep(pause * len(responses))
         def score(text):
             return int.from_bytes(hashlib.sha256(text.encode()).digest()[:3], "big") / 2**24
         return [[(e, score(t[:e])) for e in range(len(t) + 1)] for _, t in responses]
@@ -109,8 +110,9 @@ def train(folder: Path, out: Path, environment: dict[str, str]) -> None:
     os.dup2(said, 1)
     os.dup2(said, 2)
     sys.path.insert(0, str(folder))
+    import star_dss_slow  # type: ignore[import-not-found]
     from datasets import load_dataset
-    from star_dss_slow import mark  # type: ignore[import-not-found]
+    from star_dss_slow import mark
     from star_dss_trl import StarDSSConfig, StarDSSTrainer
     from transformers.trainer_utils import get_last_checkpoint
 
@@ -131,18 +133,19 @@ def train(folder: Path, out: Path, environment: dict[str, str]) -> None:
 
     def slow(*args: Any, **kwargs: Any) -> Any:
         mark("reference log-probabilities")
-        time.sleep(0.1)
+        time.sleep(0.3)
         return states_of(*args, **kwargs)
 
     precompute.states_of, precompute._BATCH_TOKENS = slow, 128
+    star_dss_slow.pause = 0.2
     mark("preparing data")
     data = load_dataset("json", data_files=str(folder / "chat.jsonl"), split="train")
     trainer = Trainer(
         str(folder / "model"),
         args=StarDSSConfig(
-            output_dir=str(out), guard="slow", max_steps=8, per_device_train_batch_size=4,
+            output_dir=str(out), guard="slow", max_steps=6, per_device_train_batch_size=4,
             save_steps=2, logging_steps=1, report_to="none", bf16=False, use_cpu=True,
-            max_length=64, score_batch_tokens=512, disable_tqdm=True, gradient_checkpointing=False,
+            max_length=64, disable_tqdm=True, gradient_checkpointing=False,
         ),
         train_dataset=data.select(range(48)),
     )  # fmt: skip
