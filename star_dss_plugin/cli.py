@@ -122,17 +122,19 @@ def score(
                 "output, and share no cache. Leave it out."
             )
         from star_dss_plugin import on_ray, shards
+        from star_dss_plugin.files import in_file
 
         job = shards.begin(
             data, tokenizer, output, split=split, shard_rows=shard_rows or 1000, **options
         )
-        if ray:
-            on_ray.score_on_ray(
-                job, num_workers=num_workers, address=address, gpus_per_worker=gpus_per_worker,
-                progress=not quiet,
-            )  # fmt: skip
-        else:
-            shards.score_shards(job, progress=not quiet)
+        with in_file(data):
+            if ray:
+                on_ray.score_on_ray(
+                    job, num_workers=num_workers, address=address, gpus_per_worker=gpus_per_worker,
+                    progress=not quiet,
+                )  # fmt: skip
+            else:
+                shards.score_shards(job, progress=not quiet)
         found = shards.finish(job)
     else:
         found = _score_at_once(data, split, tokenizer, output, {
@@ -152,13 +154,15 @@ def _score_at_once(
     data: str, split: str, tokenizer: str, output: Path, options: dict[str, Any]
 ) -> dict[str, Any]:
     """Scores and writes a data set in this process; returns its provenance."""
-    from star_dss_plugin.files import load_tokenizer, read_dataset, write_dataset
+    from star_dss_plugin.files import in_file, load_tokenizer, read_dataset, write_dataset
     from star_dss_plugin.provenance import provenance_of
     from star_dss_plugin.scorer import score_dataset
 
     if output.exists():
         raise ConfigError(f"{output} exists. Name a new folder, or remove it first.")
-    scored = score_dataset(read_dataset(data, split), load_tokenizer(tokenizer), **options)
+    rows, words = read_dataset(data, split), load_tokenizer(tokenizer)
+    with in_file(data):
+        scored = score_dataset(rows, words, **options)
     write_dataset(scored, output)
     found = provenance_of(scored)
     assert found is not None

@@ -5,7 +5,9 @@ Integrations extend `StarDSSOptions`; they add nothing to it and check nothing t
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field, fields
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +128,8 @@ class StarDSSOptions:
         from star_dss_plugin.loss import resolve_weight_map
         from star_dss_plugin.plugins import load_plugins
 
+        for option in fields(StarDSSOptions):
+            _check_kind(option.name, getattr(self, option.name), str(option.type))
         resolve_weight_map(self.loss_type)
         load_plugins().segmenter(self.segmenter)
         if self.guard is not None:
@@ -141,10 +145,10 @@ class StarDSSOptions:
         _at_least("kl_warmup_steps", self.kl_warmup_steps, 0, integer=True)
         _at_least("unsafe_lookahead", self.unsafe_lookahead, 0, integer=True)
         for name in ("threshold", "trajectory_epsilon"):
-            if not 0 <= getattr(self, name) <= 1:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
                 raise ConfigError(
-                    f"{name} is {getattr(self, name)!r}, but scores are probabilities: use a value "
-                    "in [0, 1]."
+                    f"{name} is {value!r}, but scores are probabilities: use a value in [0, 1]."
                 )
         if self.trajectory not in TRAJECTORIES:
             raise unknown_name("trajectory", self.trajectory, TRAJECTORIES)
@@ -158,13 +162,26 @@ class StarDSSOptions:
         return {f.name: getattr(self, f.name) for f in fields(StarDSSOptions)}
 
 
+def _check_kind(name: str, value: Any, annotation: str) -> None:
+    """Texts and switches: YAML makes numbers, lists and texts ("no") of what looks like them."""
+    if annotation == "bool" and not isinstance(value, bool):
+        raise ConfigError(f"{name} is {value!r}; it must be true or false, without quotes.")
+    if annotation == "str" and not isinstance(value, str):
+        raise ConfigError(f"{name} is {value!r}; it must be a text.")
+    if annotation == "str | None" and not isinstance(value, str | PathLike | None):
+        raise ConfigError(f"{name} is {value!r}; it must be a text, or nothing.")
+
+
 def _at_least(name: str, value: Any, minimum: float, *, integer: bool = False) -> None:
-    kinds = (int,) if integer else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not value >= minimum:
-        what = "an integer" if integer else "a number"
+    kinds, most = (int, sys.maxsize) if integer else ((int, float), sys.float_info.max)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not minimum <= value <= most:
+        what = "an integer" if integer else "a finite number"
         raise ConfigError(f"{name} is {value!r}; it must be {what} of at least {minimum}.")
 
 
 def _looks_like_a_model(name: str) -> bool:
     """A hub id has a slash; a folder exists. Anything else is a misspelt keyword."""
-    return "/" in name or Path(name).is_dir()
+    try:
+        return "/" in name or Path(name).is_dir()
+    except OSError:  # longer than a name can be
+        return False

@@ -129,11 +129,17 @@ def add_reference_logps(
             if _needs_reference(document, weight_map, kl_coef, threshold):
                 wanted.setdefault(key, (i, j))
 
+    lengths = {key: length for row in keys for key, length in row}
+
+    def known(key: str) -> tuple[float, ...] | None:
+        found = cache.get(key)
+        return found.scores if found is not None and len(found.scores) == lengths[key] else None
+
     def fill(part: str, of: Callable[[list[str]], list[str]]) -> None:
         # Looked up before it is locked: a complete cache may be read-only.
-        if any(cache.get(key) is None for key in wanted):
+        if any(known(key) is None for key in wanted):
             with cache.lock(part):
-                todo = {key: wanted[key] for key in of(list(wanted)) if cache.get(key) is None}
+                todo = {key: wanted[key] for key in of(list(wanted)) if known(key) is None}
                 projects = reference.projects
                 _compute(plain, model, projects, todo, cache, pad_token_id, autocast, progress)
                 cache.flush()
@@ -145,8 +151,8 @@ def add_reference_logps(
     fill("", list)
 
     def values(key: str, length: int) -> Any:
-        known = cache.get(key) if key in wanted else None
-        return np.zeros(length) if known is None else np.asarray(known.scores)
+        found = known(key) if key in wanted else None
+        return np.zeros(length) if found is None else np.asarray(found)
 
     column = [
         np.concatenate([np.zeros(0), *(values(*document) for document in row)]) for row in keys
