@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -36,10 +36,18 @@ def main() -> None:
     try:
         app()
     except StarDSSError as error:
-        Console(stderr=True).print(
-            "Error:", visible(str(error)), style="red", markup=False, soft_wrap=True
-        )
-        sys.exit(2)
+        _stop(str(error))
+    except OSError as error:
+        if error.filename is None:  # not about a file: the traceback says more
+            raise
+        _stop(f"{error.filename}: {error.strerror}. Name another file or folder.")
+
+
+def _stop(message: str) -> NoReturn:
+    Console(stderr=True).print(
+        "Error:", visible(message), style="red", markup=False, soft_wrap=True
+    )
+    sys.exit(2)
 
 
 @app.callback(invoke_without_command=True)

@@ -42,7 +42,8 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(hostile, inner, max_size=3),
     max_leaves=8,
 )
-roles = st.sampled_from(["user", "assistant", "assistant", "system", "tool"])
+ROLES = ["user", "assistant", "system", "tool"]
+roles = st.sampled_from(ROLES)
 turns = st.fixed_dictionaries({"role": roles, "content": readable})
 odd_turns = (
     turns

@@ -458,6 +458,7 @@ def test_a_file_without_provenance(monkeypatch, capsys, folder, model_dir, tmp_p
         (["--rows", "1"], "Give a folder for them with --png"),
         (["--rows", "1;2", "--png", "{tmp}/p"], "numbers with commas"),
         (["--rows", "9", "--png", "{tmp}/p"], "Row 9 has no response"),
+        (["--rows", "9" * 5000, "--png", "{tmp}/p"], "numbers with commas"),
         (["--png", "{tmp}/file"], "is a file"),
         (["--source", "sauce"], "no column 'sauce'"),
         (["--threshold", "nan"], "--threshold is nan"),
