@@ -104,12 +104,12 @@ class Asking:
         self, guard: Guard, cache: ScoreCache, wanted: Mapping[str, PrefixRequest], part: str
     ) -> tuple[dict[str, Trajectory], set[str]]:
         """The trajectories of some requests, and the keys that the guard could not score."""
-        found = _known(cache, wanted)
+        found = _known(guard, cache, wanted)
         # Looked up before it is locked: a complete cache may be read-only.
         if len(found) == len(wanted):
             return found, set()
         with cache.lock(part):
-            found = _known(cache, wanted)
+            found = _known(guard, cache, wanted)
             return found, self._ask_missing(guard, wanted, found, cache)
 
     def _unsafe(self, keys: Iterable[str]) -> dict[str, Trajectory]:
@@ -187,8 +187,24 @@ def none_scored(name: str, responses: int) -> GuardError:
     )
 
 
-def _known(cache: ScoreCache, keys: Iterable[str]) -> dict[str, Trajectory]:
-    return {key: known for key in keys if (known := cache.get(key)) is not None}
+def _known(
+    guard: Guard, cache: ScoreCache, wanted: Mapping[str, PrefixRequest]
+) -> dict[str, Trajectory]:
+    """What the cache has, and is an answer to what would be asked: whoever wrote it is unknown."""
+    found = {}
+    for key, request in wanted.items():
+        known = cache.get(key)
+        if known is None:
+            continue
+        try:
+            check_trajectories(guard.name, [request], [known])
+        except GuardError as error:
+            logger.warning(
+                "Ignored an entry of the cache in %s; it is computed again. %s", cache.folder, error
+            )
+        else:
+            found[key] = known
+    return found
 
 
 def _check_label_mass(guard: Guard, found: Iterable[Trajectory]) -> None:

@@ -300,8 +300,22 @@ def _checked(data: bytes) -> bytes:
     return body
 
 
-def _entries(shard: str, body: bytes) -> Iterator[tuple[str, _Packed]]:
-    offset = body.index(b"\n") + 1
-    for key, scores, masses in json.loads(body[:offset]):
-        yield key, _Packed(shard, body, offset, scores, masses)
-        offset += 8 * (scores + (masses or 0))
+def _entries(shard: str, body: bytes) -> list[tuple[str, _Packed]]:
+    """What the body of a shard holds; a ValueError if nobody writes such a one.
+
+    A checksum tells damage from what was written, and not who wrote it.
+    """
+    found: list[tuple[str, _Packed]] = []
+    try:
+        offset = body.index(b"\n") + 1
+        for key, scores, masses in json.loads(body[:offset]):
+            counts = (scores, 0 if masses is None else masses)
+            if not isinstance(key, str) or not all(type(n) is int and n >= 0 for n in counts):
+                raise ValueError(f"its index has the entry {[key, scores, masses]!r:.200}")
+            found.append((key, _Packed(shard, body, offset, scores, masses)))
+            offset += 8 * sum(counts)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"not as this version writes it ({error})") from error
+    if offset != len(body):
+        raise ValueError(f"not as this version writes it ({len(body)} bytes instead of {offset})")
+    return found

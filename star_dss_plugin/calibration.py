@@ -15,9 +15,12 @@ import numpy as np
 from datasets import Dataset
 from numpy.typing import NDArray
 
+from star_dss_plugin.conversations import row_messages
 from star_dss_plugin.errors import ConfigError, DataError, GuardError
 from star_dss_plugin.guards.base import Guard, Message
 from star_dss_plugin.guards.combined import NEAREST, CalibratedGuard, calibrate
+from star_dss_plugin.readable import plain_rows
+from star_dss_plugin.rows import in_row
 
 __all__ = ["Calibration", "Quality", "fit", "fit_guard", "labelled_rows", "quality"]
 
@@ -93,15 +96,16 @@ def labelled_rows(dataset: Dataset) -> tuple[list[list[Message]], list[int]]:
             "'prompt' and 'response' or 'messages'."
         )
     conversations, labels = [], []
-    for i, row in enumerate(dataset):
+    for i, row in enumerate(plain_rows(dataset)):
         if row["label"] is None:
             continue
         if row["label"] not in (0, 1):
             raise DataError(f"Row {i} has the label {row['label']!r}; use 1 (safe) or 0 (harmful).")
-        conversations.append(row["messages"] if talks else [
+        said = row if talks else {"messages": [
             {"role": "user", "content": row["prompt"]},
             {"role": "assistant", "content": row["response"]},
-        ])  # fmt: skip
+        ]}  # fmt: skip
+        conversations.append(in_row(i, row_messages, said) or [])
         labels.append(int(row["label"]))
     if min(labels.count(0), labels.count(1)) < _FEWEST:
         raise DataError(

@@ -54,10 +54,13 @@ def check_config(path: Path, *, data: bool) -> Findings:
     """
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    # Bytes that are no UTF-8 and dates that are no dates are ValueErrors; brackets can be too deep.
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read: {error}. Give a YAML file.") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds a {type(raw).__name__}. Give a YAML file with options.")
+    if strange := [key for key in raw if not isinstance(key, str)]:
+        raise ConfigError(f"{path} has the key {strange[0]!r}; keys are the names of options.")
     host = "axolotl" if {"base_model", "plugins", "star_dss"} & set(raw) else "trl"
     try:
         integration: Any = importlib.import_module(f"star_dss_{host}.check")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -39,20 +39,24 @@ def main() -> None:
     try:
         app()
     except StarDSSError as error:
-        Console(stderr=True).print(
-            "Error:", visible(str(error)), style="red", markup=False, soft_wrap=True
-        )
-        sys.exit(2)
+        _stop(str(error))
     except OSError as error:
-        if error.errno not in _NO_ROOM:
+        if error.errno in _NO_ROOM:
+            # What we write says so in its own words; this is what libraries keep on the side.
+            _stop(
+                f"{error} while a library wrote a file of its own. Free space, or name other "
+                "folders: HF_HOME, HF_DATASETS_CACHE, TMPDIR. Then start the same command again."
+            )
+        if error.filename is None:  # not about a file: the traceback says more
             raise
-        # What we write says so in its own words; this is what libraries keep on the side.
-        Console(stderr=True).print(
-            "Error:", visible(str(error)), "while a library wrote a file of its own. Free space, "
-            "or name other folders: HF_HOME, HF_DATASETS_CACHE, TMPDIR. Then start the same "
-            "command again.", style="red", markup=False, soft_wrap=True,
-        )  # fmt: skip
-        sys.exit(2)
+        _stop(f"{error.filename}: {error.strerror}. Name another file or folder.")
+
+
+def _stop(message: str) -> NoReturn:
+    Console(stderr=True).print(
+        "Error:", visible(message), style="red", markup=False, soft_wrap=True
+    )
+    sys.exit(2)
 
 
 @app.callback(invoke_without_command=True)
@@ -136,17 +140,19 @@ def score(
                 "output, and share no cache. Leave it out."
             )
         from star_dss_plugin import on_ray, shards
+        from star_dss_plugin.files import in_file
 
         job = shards.begin(
             data, tokenizer, output, split=split, shard_rows=shard_rows or 1000, **options
         )
-        if ray:
-            on_ray.score_on_ray(
-                job, num_workers=num_workers, address=address, gpus_per_worker=gpus_per_worker,
-                progress=not quiet,
-            )  # fmt: skip
-        else:
-            shards.score_shards(job, progress=not quiet)
+        with in_file(data):
+            if ray:
+                on_ray.score_on_ray(
+                    job, num_workers=num_workers, address=address, gpus_per_worker=gpus_per_worker,
+                    progress=not quiet,
+                )  # fmt: skip
+            else:
+                shards.score_shards(job, progress=not quiet)
         found = shards.finish(job)
     else:
         found = _score_at_once(data, split, tokenizer, output, {
@@ -168,6 +174,7 @@ def _score_at_once(
     """Scores and writes a data set in this process; returns its provenance."""
     from star_dss_plugin.files import (
         check_writable,
+        in_file,
         load_tokenizer,
         read_dataset,
         write_dataset,
@@ -178,7 +185,9 @@ def _score_at_once(
     if output.exists():
         raise ConfigError(f"{output} exists. Name a new folder, or remove it first.")
     check_writable(output)
-    scored = score_dataset(read_dataset(data, split), load_tokenizer(tokenizer), **options)
+    rows, words = read_dataset(data, split), load_tokenizer(tokenizer)
+    with in_file(data):
+        scored = score_dataset(rows, words, **options)
     write_dataset(scored, output)
     found = provenance_of(scored)
     assert found is not None

@@ -6,11 +6,12 @@ Integrations extend `StarDSSOptions`; they add nothing to it and check nothing t
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from star_dss_plugin.checks import at_least, probability
-from star_dss_plugin.errors import unknown_name
+from star_dss_plugin.errors import ConfigError, unknown_name
 
 __all__ = ["KL_ESTIMATORS", "REFERENCES", "StarDSSOptions"]
 
@@ -127,6 +128,8 @@ class StarDSSOptions:
         from star_dss_plugin.loss import resolve_weight_map
         from star_dss_plugin.plugins import load_plugins
 
+        for option in fields(StarDSSOptions):
+            _check_kind(option.name, getattr(self, option.name), str(option.type))
         resolve_weight_map(self.loss_type)
         load_plugins().segmenter(self.segmenter)
         if self.guard is not None:
@@ -155,6 +158,19 @@ class StarDSSOptions:
         return {f.name: getattr(self, f.name) for f in fields(StarDSSOptions)}
 
 
+def _check_kind(name: str, value: Any, annotation: str) -> None:
+    """Texts and switches: YAML makes numbers, lists and texts ("no") of what looks like them."""
+    if annotation == "bool" and not isinstance(value, bool):
+        raise ConfigError(f"{name} is {value!r}; it must be true or false, without quotes.")
+    if annotation == "str" and not isinstance(value, str):
+        raise ConfigError(f"{name} is {value!r}; it must be a text.")
+    if annotation == "str | None" and not isinstance(value, str | PathLike | None):
+        raise ConfigError(f"{name} is {value!r}; it must be a text, or nothing.")
+
+
 def _looks_like_a_model(name: str) -> bool:
     """A hub id has a slash; a folder exists. Anything else is a misspelt keyword."""
-    return "/" in name or Path(name).is_dir()
+    try:
+        return "/" in name or Path(name).is_dir()
+    except OSError:  # longer than a name can be
+        return False

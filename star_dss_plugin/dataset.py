@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from star_dss_plugin.guards.base import announced
 from star_dss_plugin.logprobs import IGNORE_INDEX
 from star_dss_plugin.provenance import provenances_of
 from star_dss_plugin.ranks import ALONE, Share
+from star_dss_plugin.readable import plain_rows
 from star_dss_plugin.responses import runs
 from star_dss_plugin.rows import only_responses
 from star_dss_plugin.schedules import stricter_dataset
@@ -131,11 +133,10 @@ def asks_guard(options: StarDSSOptions, weight_map: WeightMap, name: str) -> boo
 
 def _fit_scores(dataset: Dataset, name: str, max_length: int | None, mode: str | None) -> Dataset:
     """Cuts a `star_scores` column as the trainer cut the tokens, and checks it row by row."""
-    plain = dataset.with_format(None)
     column, changed = [], False
-    for i, row in enumerate(plain.select_columns(["input_ids", SCORES_COLUMN])):
+    for i, row in enumerate(plain_rows(dataset, ["input_ids", SCORES_COLUMN])):
         length, scores = len(row["input_ids"]), row[SCORES_COLUMN]
-        if scores is not None and length == max_length and len(scores) > length:
+        if isinstance(scores, list) and length == max_length and len(scores) > length:
             scores = scores[:length] if mode == "keep_start" else scores[-length:]
             changed = True
         check_scores(f"Row {i} of the {name} data set", scores, length)
@@ -156,14 +157,20 @@ def check_scores(where: str, scores: Any, length: int) -> None:
     Raises:
         DataError: They are not `length` probabilities.
     """
-    if not isinstance(scores, Sequence) or len(scores) != length:
-        given = len(scores) if isinstance(scores, Sequence) else scores
+    listed = isinstance(scores, Sequence) and not isinstance(scores, str | bytes)
+    if not listed or len(scores) != length:
+        given = len(scores) if listed else "no list of"
         raise DataError(
             f"{where} has {length} tokens and {given} star_scores. There must be one per token of "
             "input_ids: score the data again with this tokenizer and max_length, or remove the "
             "column and set a guard."
         )
-    values = np.asarray(scores, dtype=np.float64)
+    if other := set(map(type, scores)) - {float, int, NoneType}:
+        names = " and ".join(sorted(kind.__name__ for kind in other))
+        raise DataError(
+            f"{where} has star_scores that are {names}. They must be numbers in [0, 1]."
+        )
+    values = np.asarray([np.nan if score is None else score for score in scores], np.float64)
     if not ((values >= 0) & (values <= 1)).all():
         bad = values[~((values >= 0) & (values <= 1))][0]
         raise DataError(f"{where} has a star_score of {bad}. Scores are probabilities in [0, 1].")

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from star_dss_plugin.cache import content_key
 from star_dss_plugin.columns import with_attention_mask
-from star_dss_plugin.errors import ConfigError, DataError, writing
+from star_dss_plugin.errors import ConfigError, DataError, GuardError, writing
+from star_dss_plugin.json_rows import check_json, json_fault
 from star_dss_plugin.parquet import PROVENANCE_FILE, is_sharded, load_scored
 from star_dss_plugin.provenance import provenance_of
+from star_dss_plugin.readable import check_readable
 
 __all__ = [
     "check_writable",
+    "in_file",
     "is_saved_dataset",
     "load_tokenizer",
     "read_dataset",
@@ -46,19 +52,9 @@ def read_dataset(source: str, split: str = "train") -> Dataset:
     """
     path = Path(source)
     try:
-        if path.is_file():
-            if path.suffix not in _READERS:
-                raise DataError(
-                    f"{source} is a {path.suffix or 'nameless'} file. Give a .jsonl, .json or "
-                    ".parquet file, or a data set folder."
-                )
-            return load_dataset(_READERS[path.suffix], data_files=str(path), split="train")
-        if is_sharded(path):
-            return load_scored(path)
-        if is_saved_dataset(path):
-            found = load_from_disk(str(path))
-            return found[split] if isinstance(found, DatasetDict) else found
-        return load_dataset(source, split=split)
+        found = _load(source, path, split)
+        check_readable(found, source)
+        return found
     except DataError:
         raise
     except Exception as error:  # readers raise whatever their formats raise
@@ -70,10 +66,47 @@ def read_dataset(source: str, split: str = "train") -> Dataset:
                 f"copy of what it reads in {copies}: free space there, or set HF_DATASETS_CACHE to "
                 f"a folder that can be written. If it is {source} that cannot be read, change that."
             ) from error
+        fault = json_fault(path) if _READERS.get(path.suffix) == "json" and path.is_file() else ""
         raise DataError(
-            f"{source} cannot be read: {type(error).__name__}: {error}. Give a .jsonl or .parquet "
-            "file, a folder written by save_to_disk, or a data set id."
+            f"{source} cannot be read: {fault or _cause(error)} Give a .jsonl or .parquet file, a "
+            "folder written by save_to_disk, or a data set id."
         ) from error
+
+
+@contextlib.contextmanager
+def in_file(source: str) -> Iterator[None]:
+    """An error of ours that names a row says also in which file or folder that is."""
+    try:
+        yield
+    except (DataError, GuardError) as error:
+        if not str(error).startswith("Row"):
+            raise
+        raise type(error)(f"{source}: {error}") from error
+
+
+def _load(source: str, path: Path, split: str) -> Dataset:
+    if path.is_file():
+        if path.suffix not in _READERS:
+            raise DataError(
+                f"{source} is a {path.suffix or 'nameless'} file. Give a .jsonl, .json or "
+                ".parquet file, or a data set folder."
+            )
+        if _READERS[path.suffix] == "json":
+            check_json(path)
+        return load_dataset(_READERS[path.suffix], data_files=str(path), split="train")
+    if is_sharded(path):
+        return load_scored(path)
+    if is_saved_dataset(path):
+        found = load_from_disk(str(path))
+        return found[split] if isinstance(found, DatasetDict) else found
+    return load_dataset(source, split=split)
+
+
+def _cause(error: BaseException) -> str:
+    """What a reader stumbled over: `datasets` wraps it in an error that says nothing."""
+    while isinstance(error, DatasetGenerationError) and error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}."
 
 
 def load_tokenizer(name: str, *, only_local: bool = False) -> PreTrainedTokenizerBase:

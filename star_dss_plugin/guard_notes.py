@@ -112,7 +112,7 @@ def remarks(provenance: Mapping[str, Any]) -> list[str]:
     """
     try:
         return _remarks(provenance)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise damaged_note("scores") from error
 
 

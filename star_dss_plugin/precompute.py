@@ -129,13 +129,21 @@ def add_reference_logps(
             if _needs_reference(document, weight_map, kl_coef, threshold):
                 wanted.setdefault(key, (i, j))
 
+    lengths = {key: length for row in keys for key, length in row}
+
+    def known(key: str) -> tuple[float, ...] | None:
+        found = cache.get(key)
+        return found.scores if found is not None and len(found.scores) == lengths[key] else None
+
     def fill(part: str, of: Callable[[list[str]], list[str]]) -> None:
         # Looked up before it is locked: a complete cache may be read-only.
-        if any(cache.get(key) is None for key in wanted):
+        if any(known(key) is None for key in wanted):
             with cache.lock(part):
                 mine = {key: wanted[key] for key in of(list(wanted))}
                 projects = reference.projects
-                _compute(plain, model, projects, mine, cache, pad_token_id, autocast, progress)
+                _compute(
+                    plain, model, projects, mine, cache, known, pad_token_id, autocast, progress
+                )
 
     if share.of > 1:
         fill(f"-{share.index}-of-{share.of}", share.mine)
@@ -144,8 +152,8 @@ def add_reference_logps(
     fill("", list)
 
     def values(key: str, length: int) -> Any:
-        known = cache.get(key) if key in wanted else None
-        return np.zeros(length) if known is None else np.asarray(known.scores)
+        found = known(key) if key in wanted else None
+        return np.zeros(length) if found is None else np.asarray(found)
 
     column = [
         np.concatenate([np.zeros(0), *(values(*document) for document in row)]) for row in keys
@@ -175,11 +183,12 @@ def _compute(
     projects: bool,
     wanted: Mapping[str, tuple[int, int]],
     cache: ScoreCache,
+    known: Callable[[str], tuple[float, ...] | None],
     pad_token_id: int,
     autocast: Callable[[], contextlib.AbstractContextManager[None]],
     progress: bool,
 ) -> None:
-    """Puts what is wanted into the cache, batch by batch.
+    """Puts what is wanted and not known into the cache, batch by batch.
 
     Batches depend on the data alone: the last bits of a result depend on how it was padded, and a
     run that goes on where a killed one ended must find what an undisturbed one finds.
@@ -187,7 +196,7 @@ def _compute(
     device = next(model.parameters()).device
     training = model.training
     model.eval()
-    todo = [b for b in _batches(rows, wanted) if any(cache.get(key) is None for key in b)]
+    todo = [b for b in _batches(rows, wanted) if any(known(key) is None for key in b)]
     bar = tqdm(
         total=sum(map(len, todo)), desc="Reference log-probabilities", unit="row",
         disable=not progress or not todo,
@@ -208,7 +217,7 @@ def _compute(
                 states = states_of(model, inputs, project=projects)
                 logps = token_logprobs(states.rows, targets.to(device), states.project).cpu()
             for key, row, length in zip(keys, logps, lengths.tolist(), strict=True):
-                if cache.get(key) is None:
+                if known(key) is None:
                     cache.put(key, Trajectory((0.0, *row[: length - 1].tolist())))
             cache.flush_if_due()
             bar.update(len(batch))

@@ -34,11 +34,14 @@ def notes(dataset: Dataset, name: str) -> list[Any]:
     """The JSON values noted under a name: several if data sets were joined."""
     mark = f"{_MARK}{name}: "
     found = []
-    for line in (dataset.info.description or "").splitlines():
+    description = dataset.info.description or ""
+    if not isinstance(description, str):  # a file may say anything
+        raise damaged_note(name)
+    for line in description.splitlines():
         if line.startswith(mark):
             try:
                 found.append(json.loads(line.removeprefix(mark)))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise damaged_note(name) from error
     return found
 
@@ -79,8 +82,10 @@ def provenances_of(dataset: Dataset) -> list[dict[str, Any]]:
     """The same, of each of the data sets that were scored apart and then joined."""
     found = notes(dataset, "scores")
     for one in found:
-        if not isinstance(one, dict) or not all(
-            isinstance(one.get(key), kind) for key, kind in _NOTED.items()
+        if (
+            not isinstance(one, dict)
+            or not all(isinstance(one.get(key), kind) for key, kind in _NOTED.items())
+            or one["chunk_size"] < 1
         ):
             raise damaged_note("scores")
     return found

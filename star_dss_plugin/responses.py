@@ -21,7 +21,9 @@ from star_dss_plugin.guards.base import PrefixRequest
 from star_dss_plugin.logprobs import IGNORE_INDEX
 from star_dss_plugin.segmenters import Segmenter, chunk_ends
 
-__all__ = ["Response", "find_responses", "runs"]
+__all__ = ["Response", "find_responses", "runs", "tokens_of"]
+
+_IDS = 2**32  # what decoders can be given
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,36 @@ class Response:
     chunk_ends: tuple[int, ...]
     request: PrefixRequest
     raw_context: bool
+
+
+def tokens_of(row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+    """`input_ids` and `labels` of a row.
+
+    Raises:
+        DataError: One of them is no list of integers, or they differ in length.
+    """
+    ids, labels = _integers(row, "input_ids"), _integers(row, "labels")
+    if len(ids) != len(labels):
+        raise DataError(
+            f"input_ids has {len(ids)} tokens and labels has {len(labels)}. They must be the same "
+            "tokens: truncate both, or neither."
+        )
+    if wrong := [i for i in ids if not 0 <= i < _IDS]:
+        raise DataError(f"input_ids holds {wrong[0]}, which is no token of any tokenizer.")
+    return ids, labels
+
+
+def _integers(row: Mapping[str, Any], column: str) -> list[int]:
+    found = row[column]
+    if not isinstance(found, Sequence) or isinstance(found, str | bytes):
+        raise DataError(
+            f"{column} is a {type(found).__name__}; it must be a list of integers. Tokenize the "
+            "row again, or remove it."
+        )
+    if other := set(map(type, found)) - {int}:
+        names = " and ".join(sorted(kind.__name__ for kind in other))
+        raise DataError(f"{column} holds {names}; it must be a list of integers.")
+    return list(found)
 
 
 def runs(labels: Sequence[int]) -> list[tuple[int, int]]:
@@ -96,14 +128,10 @@ def find_responses(
         chat_template: The template that made `input_ids`; None: the tokenizer's own.
 
     Raises:
-        DataError: `input_ids` and `labels` differ in length, or a label is not its token.
+        DataError: `input_ids` or `labels` are no tokens, they differ in length, or a label is not
+            its token.
     """
-    ids, labels = list(row["input_ids"]), list(row["labels"])
-    if len(ids) != len(labels):
-        raise DataError(
-            f"input_ids has {len(ids)} tokens and labels has {len(labels)}. They must be the same "
-            "tokens: truncate both, or neither."
-        )
+    ids, labels = tokens_of(row)
     special = special_ids(tokenizer)
     context_of = context_finder(tokenizer, ids, row, chat_template)
     found = []

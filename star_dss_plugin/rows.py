@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from star_dss_plugin.columns import with_column
 from star_dss_plugin.errors import DataError, StarDSSError
 from star_dss_plugin.logprobs import IGNORE_INDEX
+from star_dss_plugin.readable import plain_rows
+from star_dss_plugin.responses import tokens_of
 from star_dss_plugin.tokenization import assistant_labels, needs_assistant_labels, tokenize_row
 
 __all__ = ["in_row", "known_rows", "only_responses", "tokenized"]
@@ -25,8 +27,7 @@ _COLUMNS = (
 
 def known_rows(dataset: Dataset) -> Iterator[dict[str, Any]]:
     """The rows as plain Python values, with the columns that say what was said."""
-    columns = [c for c in _COLUMNS if c in dataset.column_names]
-    return map(dict, dataset.with_format(None).select_columns(columns))
+    return plain_rows(dataset, [c for c in _COLUMNS if c in dataset.column_names])
 
 
 def in_row(i: int, function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -47,7 +48,7 @@ def tokenized(
     options = {"max_length": max_length, "chat_template": chat_template}
     rows = [
         in_row(i, tokenize_row, row, tokenizer, **options)
-        for i, row in enumerate(dataset.with_format(None))
+        for i, row in enumerate(plain_rows(dataset))
     ]
     for name in ("input_ids", "labels"):
         column = [row[name] for row in rows]
@@ -76,8 +77,8 @@ def only_responses(
     """
     column, changed, trained = [], 0, False
     for i, row in enumerate(known_rows(dataset)):
-        labels = list(row["labels"])
-        if needs_assistant_labels(row):
+        _, labels = in_row(i, tokens_of, row)
+        if in_row(i, needs_assistant_labels, row):
             labels = in_row(i, assistant_labels, row, tokenizer, chat_template=chat_template)
             changed += labels != row["labels"]
         trained = trained or any(label != IGNORE_INDEX for label in labels)

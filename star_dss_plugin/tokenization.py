@@ -55,7 +55,10 @@ def tokenize_row(
     elif {"prompt", "completion"} <= given:
         ids, mask = _prompt_completion(row, tokenizer, chat_template)
     elif text_column in given:
-        ids = _tokens(tokenizer, _with_eos(tokenizer, str(row[text_column])))
+        text = row[text_column]
+        if not isinstance(text, str):
+            raise DataError(f"{text_column!r} is a {type(text).__name__}; it must be a text.")
+        ids = _tokens(tokenizer, _with_eos(tokenizer, text))
         mask = [True] * len(ids)
     else:
         raise DataError(
@@ -73,6 +76,7 @@ def needs_assistant_labels(row: Mapping[str, Any]) -> bool:
     the assistant's is trained in one piece.
     """
     messages, completion = row.get("messages"), row.get("completion")
+    source_messages(row)  # or an error that says what is wrong with them
     if isinstance(messages, list):
         others = any(m["role"] != "assistant" for m in messages)
         return others and IGNORE_INDEX not in row["labels"]
@@ -141,7 +145,7 @@ def _conversation(
     scaffold = render_chat(tokenizer, marked, **kwargs)
     contents = {mark.format(i): str(messages[i]["content"]) for i in spoken}
     spans = _spans(text, scaffold, contents)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    encoded = tokenizer(_whole(text), add_special_tokens=False, return_offsets_mapping=True)
     ids: list[int] = list(encoded["input_ids"])
     offsets = _untrimmed(text, encoded["offset_mapping"])
     mask = [any(s < end and e > start for s, e in spans) for start, end in offsets]
@@ -196,6 +200,7 @@ def _prompt_completion(
     row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, chat_template: str | None
 ) -> tuple[list[int], list[bool]]:
     prompt, completion = row["prompt"], row["completion"]
+    source_messages(row)
     if isinstance(prompt, str) != isinstance(completion, str):
         raise DataError(
             f"'prompt' is a {type(prompt).__name__} and 'completion' a {type(completion).__name__}."
@@ -210,8 +215,8 @@ def _prompt_completion(
         kwargs = {"chat_template": chat_template, **template_arguments(row)}
         full = render_chat(tokenizer, [*prompt, *completion], **kwargs)
         question = render_chat(tokenizer, prompt, add_generation_prompt=True, **kwargs)
-        ids = list(tokenizer(full, add_special_tokens=False)["input_ids"])
-        prompt_ids = list(tokenizer(question, add_special_tokens=False)["input_ids"])
+        ids = list(tokenizer(_whole(full), add_special_tokens=False)["input_ids"])
+        prompt_ids = list(tokenizer(_whole(question), add_special_tokens=False)["input_ids"])
     common = 0
     while common < min(len(ids), len(prompt_ids)) and ids[common] == prompt_ids[common]:
         common += 1
@@ -219,7 +224,23 @@ def _prompt_completion(
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer(text)["input_ids"])
+    return list(tokenizer(_whole(text))["input_ids"])
+
+
+def _whole(text: str) -> str:
+    """A text that tokenizers take.
+
+    Raises:
+        DataError: It holds half a character: a lone surrogate, which JSON can spell.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        around = ascii(text[max(0, error.start - 20) : error.end + 20])
+        raise DataError(
+            f"The row's text has half a character (a lone surrogate), here: {around}. Remove it."
+        ) from error
+    return text
 
 
 def _with_eos(tokenizer: PreTrainedTokenizerBase, text: str) -> str:

@@ -102,8 +102,7 @@ def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("STAR_DSS_CACHE", str(tmp_path / "star-dss-cache"))
 
 
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -122,6 +121,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
         chat_template=CHATML,
         clean_up_tokenization_spaces=False,
     )
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
 
 
 def tiny_llama(vocab: int = 400, seed: int = 0, **changes) -> LlamaForCausalLM:

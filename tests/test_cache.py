@@ -1,5 +1,6 @@
 """The score cache: exact, crash-safe, shared by many processes, and never silently wrong."""
 
+import hashlib
 import json
 import logging
 import multiprocessing
@@ -291,6 +292,32 @@ def test_foreign_files_are_set_aside_and_their_entries_computed_again(tmp_path, 
     assert str(path) in warnings[0]
     assert reason in warnings[0]
     assert path.with_name("00-foreign.shard.damaged").read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        '[["a", 1e3, null]]', '[["a", -1, null]]', '[["a", true, null]]', '[[["a"], 1, null]]',
+        '[["a", 1]]', '[["a", 2, null]]', '[["a", 99999999999999999999, null]]', '[]', "5",
+        '{"a": 1}',
+        "[" * 5000,
+    ],
+    ids=lambda index: index[:30],
+)  # fmt: skip
+def test_what_has_a_checksum_and_is_no_index_is_set_aside_too(tmp_path, index):
+    """A checksum finds damage, and not what another version, or somebody, wrote on purpose."""
+    body = index.encode() + b"\n" + struct.pack("<d", 0.5)
+    cache = filled(tmp_path, {"mine": ENTRY})
+    path = cache.folder / "00-foreign.shard"
+    head = b"star-dss-cache 1 " + hashlib.sha256(body).hexdigest().encode() + b"\n"
+    path.write_bytes(head + body)
+    with Log() as warnings:
+        fresh = ScoreCache(tmp_path, NAMESPACE)
+        assert fresh.get("a") is None
+        assert fresh.get("mine") == ENTRY
+    assert len(warnings) == 1
+    assert "not as this version writes it" in warnings[0]
+    assert not path.exists()
 
 
 def test_what_cannot_be_read_is_ignored_but_left_where_it_is(tmp_path):

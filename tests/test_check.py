@@ -10,7 +10,7 @@ pytest.importorskip("trl")
 
 from typer.testing import CliRunner
 
-from star_dss_plugin import PluginError
+from star_dss_plugin import ConfigError, PluginError
 from star_dss_plugin.check import check_config
 from star_dss_plugin.cli import app
 
@@ -83,3 +83,24 @@ def test_a_missing_host_is_named(tmp_path):
     path.write_text("base_model: x\nstar_dss: {guard: demo}\n")
     with pytest.raises(PluginError, match=r"star-dss-plugin\[axolotl\]"):
         check_config(path, data=False)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"guard: \xff", "cannot be read: 'utf-8' codec"),
+        (b"a: 2001-99-99", "cannot be read: month must be in 1..12"),
+        (b"a: 0b_", "cannot be read: invalid literal"),
+        (b"[" * 5000, "cannot be read"),
+        (b"1: 2", "has the key 1"),
+        (b"env: 3", "not valid"),
+    ],
+)
+def test_yaml_that_no_parser_likes(tmp_path, data, message):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(data)
+    try:
+        said = " ".join(check_config(path, data=False).problems)
+    except ConfigError as error:
+        said = str(error)
+    assert message in said

@@ -131,6 +131,20 @@ def test_score_fails_in_words(monkeypatch, capsys, chat, model_dir, tmp_path, ch
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [("x" * 5000, "File name too long"), ("chat.jsonl/scored", "File exists")],
+)
+def test_outputs_that_cannot_be_written(
+    monkeypatch, capsys, chat, model_dir, tmp_path, output, message
+):
+    argv = ["score", chat, "--guard", "test-words", "--tokenizer", model_dir, "-q"]
+    assert run(monkeypatch, *argv, "-o", tmp_path / output) == 2
+    err = " ".join(capsys.readouterr().err.split())
+    assert message in err
+    assert "Traceback" not in err
+
+
 def test_plugins_lists_everything(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")
     assert run(monkeypatch, "plugins") == 0

@@ -223,14 +223,64 @@ def test_a_page_does_not_say_where_the_tokenizer_lies():
 
 @pytest.mark.parametrize(
     "note",
-    ["{}", "[]", "{nonsense", '{"guard": 3}', '"text"'],
-    ids=["empty", "list", "cut", "kind", "string"],
+    ["{}", "[]", "{nonsense", '{"guard": 3}', '"text"', "[" * 5000, "9" * 5000],
+    ids=["empty", "list", "cut", "kind", "string", "deep", "long"],
 )
 def test_a_damaged_note_is_said_to_be_one(scored, tokenizer, note):
     dataset = scored.select(range(len(scored)))
     dataset.info.description = f"star_dss scores: {note}"
     with pytest.raises(DataError, match="description"):
         read_scored(dataset, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"chunk_size": 0},
+        {"guard_errors": float("inf")},
+        {"disagreement": {"mean": 10**400, "opposite": 0}},
+    ],
+)
+def test_so_is_one_of_impossible_numbers(scored, tokenizer, change):
+    dataset = scored.select(range(len(scored)))
+    write_note(dataset, "scores", {**provenance_of(scored), **change})
+    with pytest.raises(DataError, match="description"):
+        render_page(read_scored(dataset, tokenizer), name="x")
+
+
+def test_a_description_that_is_no_text_is_damaged(scored, tokenizer):
+    dataset = scored.select(range(len(scored)))
+    dataset.info.description = 5
+    with pytest.raises(DataError, match="description"):
+        read_scored(dataset, tokenizer)
+
+
+@pytest.mark.parametrize("identity", [{"guards": 3}, {"guards": [5, {"trajectory": {}}]}])
+def test_identities_that_somebody_else_wrote_can_be_shown(identity):
+    assert "a-guard" in render_page(data(response(), guard_identity=identity), name="x")
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ("0.5", "Row 0 has 2 tokens and no list of star_scores"),
+        ([[0.5], [0.5, 0.5]], "Row 0 has star_scores that are list"),
+        (["0.5", "1"], "Row 0 has star_scores that are str"),
+        ([True, False], "Row 0 has star_scores that are bool"),
+        ([0.5, None], "Row 0 has a star_score of nan"),
+        ([0, 2], "Row 0 has a star_score of 2.0"),
+        ([0.5, float("-inf")], "Row 0 has a star_score of -inf"),
+    ],
+)
+def test_columns_that_are_no_scores(tokenizer, scores, message):
+    rows = Dataset.from_list([{"input_ids": [5, 6], "labels": [5, 6], "star_scores": scores}])
+    with pytest.raises(DataError, match=message):
+        read_scored(rows, tokenizer)
+
+
+def test_whole_numbers_are_scores(tokenizer):
+    rows = Dataset.from_list([{"input_ids": [5, 6], "labels": [5, 6], "star_scores": [0, 1]}])
+    assert read_scored(rows, tokenizer).responses[0].scores == (0.0, 1.0)
 
 
 def test_rows_without_messages_can_be_shown_alone(scored, tokenizer):
@@ -408,6 +458,7 @@ def test_a_file_without_provenance(monkeypatch, capsys, folder, model_dir, tmp_p
         (["--rows", "1"], "Give a folder for them with --png"),
         (["--rows", "1;2", "--png", "{tmp}/p"], "numbers with commas"),
         (["--rows", "9", "--png", "{tmp}/p"], "Row 9 has no response"),
+        (["--rows", "9" * 5000, "--png", "{tmp}/p"], "numbers with commas"),
         (["--png", "{tmp}/file"], "is a file"),
         (["--source", "sauce"], "no column 'sauce'"),
         (["--threshold", "nan"], "--threshold is nan"),

@@ -568,6 +568,26 @@ def test_labels_must_be_the_inputs(tokenizer, labels, message):
         find_responses({"input_ids": [5, 6, 7], "labels": labels}, tokenizer, tokens, 5)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"input_ids": None}, "input_ids is a NoneType"),
+        ({"labels": "abc"}, "labels is a str"),
+        ({"labels": [5, None, 7]}, "labels holds NoneType"),
+        ({"input_ids": [5, 6.0, "7"]}, "input_ids holds float and str"),
+        ({"labels": [True, False, True]}, "labels holds bool"),
+        ({"input_ids": [5, -100, 7]}, "input_ids holds -100, which is no token"),
+        ({"input_ids": [5, 2**32, 7]}, "input_ids holds 4294967296"),
+        ({"messages": [5]}, r"messages\[0\] is a int"),
+        ({"prompt": "a", "completion": 5}, "'completion' is a int"),
+    ],
+)
+def test_what_is_no_token_is_named(tokenizer, changes, message):
+    row = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], **changes}
+    with pytest.raises(DataError, match=message):
+        find_responses(row, tokenizer, tokens, 5)
+
+
 def test_no_trained_token_is_no_response(tokenizer):
     row = {"input_ids": [5, 6], "labels": [-100, -100]}
     assert find_responses(row, tokenizer, tokens, 5) == []

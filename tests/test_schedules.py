@@ -69,6 +69,34 @@ def test_bad_values(name, value):
         StarDSSOptions(guard="demo", **{name: value}).validate()
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("threshold", "0.5", "threshold is '0.5'"),
+        ("threshold", True, "threshold is True"),
+        ("trajectory_epsilon", None, "trajectory_epsilon is None"),
+        ("monotone", "no", "monotone is 'no'; it must be true or false"),
+        ("score_eval", 0, "score_eval is 0; it must be true or false"),
+        ("loss_type", ["star_dss"], "loss_type is .*; it must be a text"),
+        ("segmenter", {}, "segmenter is {}; it must be a text"),
+        ("reference", 5, "reference is 5; it must be a text"),
+        ("reference", "x" * 5000, "Unknown reference"),
+        ("guard_device", 0, "guard_device is 0; it must be a text, or nothing"),
+        ("kl_coef", float("inf"), "kl_coef is inf; it must be a finite number"),
+        ("kl_coef", 10**400, "it must be a finite number"),
+        ("chunk_size", 2**63, "chunk_size is 9223372036854775808"),
+        ("guard", "{" + '"a":{' * 3000, "is not valid JSON"),
+        ("guard", '{"a": ' + "9" * 5000 + "}", "is not valid JSON"),
+        ("guard", {1: 2}, "guard has the key 1"),
+        ("guard", {"preset": "demo", "calibration": {1: 2}}, "calibration is {1: 2}"),
+        ("engine_options", '{"a":' * 3000, "engine_options is not valid JSON"),
+    ],
+)
+def test_options_of_the_wrong_kind(name, value, message):
+    with pytest.raises(ConfigError, match=message):
+        StarDSSOptions(**{"guard": "demo", name: value}).validate()
+
+
 def scores_by_chunk(trainer):
     """The scores of each row's trained tokens, two tokens to a chunk (the test's chunk_size)."""
     for row in trainer.train_dataset:

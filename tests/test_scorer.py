@@ -26,6 +26,7 @@ from star_dss_plugin import (
     provenance_of,
     score_dataset,
 )
+from star_dss_plugin.cache import ScoreCache
 from star_dss_plugin.guards.base import Guard, StreamingGuard, Trajectory
 from star_dss_plugin.guards.verdict import VerdictGuard
 from star_dss_plugin.responses import runs
@@ -758,3 +759,24 @@ def test_nothing_is_logged_where_nothing_is_odd(tokenizer, caplog):
     with caplog.at_level(logging.WARNING, logger="star_dss_plugin"):
         scored(conversations(2), tokenizer, HashGuard())
     assert caplog.records == []
+
+
+@pytest.mark.parametrize("entry", [(), (0.5,) * 99, (float("inf"),), (-1.0,)])
+def test_an_entry_of_the_cache_that_is_no_answer_is_computed_again(
+    tmp_path, tokenizer, caplog, entry
+):
+    """Its checksum says that it is whole, and nothing of who wrote it."""
+    data = conversations(2)
+    options = {"guard": WordGuard(), "score_cache_dir": tmp_path, "progress": False}
+    options["segmenter"] = "whole"
+    expected = score_dataset(data, tokenizer, **options)
+    (shard,) = tmp_path.glob("*/*.shard")
+    lines = shard.read_bytes().split(b"\n", 2)
+    cache = ScoreCache(tmp_path, json.loads((shard.parent / "namespace.json").read_text()))
+    for key, _, _ in json.loads(lines[1]):
+        cache.put(key, Trajectory(entry))
+    cache.flush()
+    with caplog.at_level(logging.WARNING):
+        again = score_dataset(data, tokenizer, **options)
+    assert again["star_scores"][:] == expected["star_scores"][:]
+    assert "Ignored an entry of the cache" in caplog.text

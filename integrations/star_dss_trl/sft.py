@@ -74,8 +74,10 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Any, StarDSSConfig, Any, A
         parsed = parser.parse_args_and_config(argv, fail_with_unknown_args=True)
     except StarDSSError:
         raise
-    except ValueError as error:
-        raise ConfigError(f"The command line or the configuration is not valid: {error}") from error
+    except Exception as error:  # of YAML, argparse, the dataclasses: a file may say anything
+        raise ConfigError(
+            f"The command line or the configuration is not valid: {str(error) or type(error)}"
+        ) from error
     script_args, training_args, model_args, mixture_args = parsed
     return script_args, training_args, model_args, mixture_args
 

@@ -157,7 +157,7 @@ def _mapping(options: Mapping[str, Any] | str | None) -> dict[str, Any]:
     if isinstance(options, str):
         try:
             options = json.loads(options)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"engine_options is not valid JSON: {error}.") from error
     if options is not None and not isinstance(options, Mapping):
         raise ConfigError(
@@ -175,7 +175,7 @@ def _check_server_options(given: Mapping[str, Any]) -> None:
             raise unknown_name("option of a server engine", name, _SERVER_OPTIONS)
         least = 0 if name == "retries" else 1e-3 if name == "timeout" else 1
         wrong = isinstance(value, bool) or not isinstance(value, kinds)  # type: ignore[arg-type]
-        if wrong or (not isinstance(value, str) and value < least):
+        if wrong or (not isinstance(value, str) and not value >= least):
             what = "a string" if kinds is str else f"a number of at least {least}"
             raise ConfigError(f"engine_options: {name} must be {what}.")
 

@@ -11,6 +11,8 @@ from datasets import Dataset
 from star_dss_plugin.conversations import row_messages
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.guards.base import Message
+from star_dss_plugin.readable import plain_rows
+from star_dss_plugin.rows import in_row
 
 __all__ = ["BENIGN", "DEFAULT_PREFILL", "HARMFUL", "Prompt", "read_prompts", "with_prefill"]
 
@@ -52,8 +54,9 @@ def read_prompts(rows: Dataset, kind: str, *, limit: int | None = None) -> list[
     if not len(rows):
         raise DataError(f"The {kind} prompts have no rows. Give one or more, or leave them out.")
     found = []
-    for i, row in enumerate(rows if limit is None else rows.select(range(min(limit, len(rows))))):
-        messages = _messages(row)
+    some = rows if limit is None else rows.select(range(min(limit, len(rows))))
+    for i, row in enumerate(plain_rows(some)):
+        messages = in_row(i, _messages, row)
         if not messages or not any(str(m["content"]).strip() for m in messages):
             raise DataError(
                 f"Row {i} of the {kind} prompts has the columns {sorted(row)} and no prompt in "

@@ -27,6 +27,7 @@ from star_dss_plugin.checks import at_least
 from star_dss_plugin.conversations import row_messages
 from star_dss_plugin.errors import ConfigError, DataError, unknown_name
 from star_dss_plugin.guards.base import Message
+from star_dss_plugin.rows import in_row
 
 __all__ = ["THREATS", "VARIANTS", "build_threat", "describe_threat"]
 
@@ -179,7 +180,7 @@ def _conversation(row: Mapping[str, Any], index: int) -> list[dict[str, str]]:
     given = dict(row)
     if given.get("completion") is None and isinstance(given.get("response"), str):
         given["completion"] = given["response"]
-    messages = row_messages(given)
+    messages = in_row(index, row_messages, given)
     if not messages or messages[-1]["role"] != "assistant":
         raise DataError(
             f"Row {index} has the columns {sorted(row)}; it must be a conversation that ends with "

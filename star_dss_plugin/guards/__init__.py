@@ -137,7 +137,7 @@ def parse_guard(guard: str | Mapping[str, Any]) -> tuple[str | None, dict[str, A
     if isinstance(guard, str) and guard.lstrip().startswith("{"):
         try:
             guard = json.loads(guard)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"guard {guard!r} is not valid JSON: {error}.") from error
     if not isinstance(guard, str | Mapping):
         raise ConfigError(
@@ -145,6 +145,8 @@ def parse_guard(guard: str | Mapping[str, Any]) -> tuple[str | None, dict[str, A
         )
     options: dict[str, Any] = {} if isinstance(guard, str) else dict(guard)
     name = guard if isinstance(guard, str) else options.pop("preset", None)
+    if strange := [key for key in options if not isinstance(key, str)]:
+        raise ConfigError(f"guard has the key {strange[0]!r}; its keys are the names of options.")
     known = load_plugins().names("guard")
     if name is not None and name not in known:
         raise unknown_name("guard", name, known)
@@ -157,7 +159,8 @@ def parse_guard(guard: str | Mapping[str, Any]) -> tuple[str | None, dict[str, A
             )
         for member in members:
             parse_guard(member)
-    if not isinstance(options.get("calibration", {}), Mapping):
+    calibration = options.get("calibration", {})
+    if not isinstance(calibration, Mapping) or not all(isinstance(k, str) for k in calibration):
         raise ConfigError(
             f"calibration is {options['calibration']!r}; give a mapping with 'temperature' and "
             "'threshold', as `star-dss guards calibrate` prints it."

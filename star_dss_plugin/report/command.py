@@ -23,6 +23,8 @@ _Tokenizer = Annotated[
 ]
 _Threshold = Annotated[float, typer.Option(help="τ in [0, 1]: scores below it count as unsafe.")]
 
+_DIGITS = 12  # Python refuses to read numbers of thousands of digits
+
 
 def report(
     scored: _Scored,
@@ -50,7 +52,7 @@ def report(
     quiet: option.Quiet = False,
 ) -> None:
     """Writes scored data as one HTML page that needs no network, and figures with --png."""
-    from star_dss_plugin.files import read_dataset, write_text
+    from star_dss_plugin.files import in_file, read_dataset, write_text
     from star_dss_plugin.guards.base import announced
     from star_dss_plugin.report import figures
     from star_dss_plugin.report.page import render_page
@@ -66,7 +68,9 @@ def report(
     if png is not None:
         figures.check_ready(png)  # before the work, not after it
     dataset = read_dataset(scored, split)
-    data = read_scored(dataset, tokenizer_of(dataset, tokenizer), source=source, progress=not quiet)
+    words = tokenizer_of(dataset, tokenizer)
+    with in_file(scored):
+        data = read_scored(dataset, words, source=source, progress=not quiet)
     name = Path(scored).name or scored
     page = render_page(data, name=name, threshold=threshold, blur=blur, text=not no_text)
     write_text(output, page)
@@ -90,18 +94,20 @@ def inspect(
     """Shows one scored row: its responses coloured by score, and their trajectories."""
     from rich.console import Console
 
-    from star_dss_plugin.files import read_dataset
+    from star_dss_plugin.files import in_file, read_dataset
     from star_dss_plugin.report.inspection import inspect_row
 
     probability("--threshold", threshold)
     dataset = read_dataset(scored, split)
-    Console().print(inspect_row(dataset, row, tokenizer=tokenizer, threshold=threshold))
+    with in_file(scored):
+        shown = inspect_row(dataset, row, tokenizer=tokenizer, threshold=threshold)
+    Console().print(shown)
 
 
 def _numbers(rows: str | None) -> list[int] | None:
     if rows is None:
         return None
     parts = [part.strip() for part in rows.split(",")]
-    if not all(part.isdecimal() for part in parts):
+    if not all(part.isdecimal() and len(part) <= _DIGITS for part in parts):
         raise ConfigError(f"--rows is {rows!r}; give row numbers with commas between: 3,17,40")
     return [int(part) for part in parts]

@@ -18,7 +18,7 @@ from star_dss_plugin.errors import ConfigError, DataError
 from star_dss_plugin.files import load_tokenizer
 from star_dss_plugin.guards.base import Message
 from star_dss_plugin.provenance import provenance_of
-from star_dss_plugin.responses import Response, find_responses
+from star_dss_plugin.responses import Response, find_responses, tokens_of
 from star_dss_plugin.rows import in_row, known_rows
 from star_dss_plugin.segmenters import tokens
 
@@ -127,9 +127,13 @@ class ScoredData:
         return _interpolates((self.provenance or {}).get("guard_identity", {}))
 
 
-def _interpolates(identity: Mapping[str, Any]) -> bool:
+def _interpolates(identity: Any) -> bool:
     """Whether a guard, or one of those it is made of, leaves prefixes out."""
-    return "trajectory" in identity or any(map(_interpolates, identity.get("guards", ())))
+    if not isinstance(identity, Mapping):  # the data may note anything
+        return False
+    guards = identity.get("guards")
+    members = guards if isinstance(guards, list) else []
+    return "trajectory" in identity or any(map(_interpolates, members))
 
 
 def tokenizer_of(dataset: Dataset, name: str | None) -> PreTrainedTokenizerBase:
@@ -199,9 +203,7 @@ def read_scored(
     for i, (row, scores, origin) in enumerate(
         zip(rows, plain[SCORES_COLUMN], origins, strict=True)
     ):
-        ids = row["input_ids"]
-        if not isinstance(ids, Sequence):
-            raise DataError(f"Row {i} has no input_ids, so there is nothing to show. Remove it.")
+        ids, _ = in_row(i, tokens_of, row)
         check_scores(f"Row {i}", scores, len(ids))
         if max(ids, default=0) >= len(tokenizer) or min(ids, default=0) < 0:
             raise _other_tokenizer(tokenizer)

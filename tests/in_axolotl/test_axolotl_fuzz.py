@@ -1,0 +1,12 @@
+"""Hostile input to what Axolotl hands over: the block of options, and rendered conversations."""
+
+import pytest
+
+pytest.importorskip("axolotl")
+
+from fuzz_targets import AXOLOTL_TARGETS, holds
+
+
+@pytest.mark.parametrize("name", AXOLOTL_TARGETS)
+def test_hostile_input_works_or_is_refused(name):
+    holds(AXOLOTL_TARGETS[name])

@@ -1,0 +1,18 @@
+"""Hostile input, some of each kind: it works, or is refused in words (fuzz_targets.py)."""
+
+import pytest
+
+pytest.importorskip("hypothesis")
+
+from fuzz_targets import TARGETS, check_sizes, holds
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_hostile_input_works_or_is_refused(name):
+    if name == "yaml":
+        pytest.importorskip("trl")
+    holds(TARGETS[name])
+
+
+def test_long_responses_and_conversations():
+    check_sizes(0.1, 120)  # benchmarks/fuzz.py: 10 MB, and 2,000 turns
