@@ -128,8 +128,9 @@ class StarDSSOptions:
         from star_dss_plugin.loss import resolve_weight_map
         from star_dss_plugin.plugins import load_plugins
 
-        for option in fields(StarDSSOptions):
-            _check_kind(option.name, getattr(self, option.name), str(option.type))
+        # Not `fields`: transformers' argument parser replaces their types by what they evaluate to.
+        for name, kind in StarDSSOptions.__annotations__.items():
+            _check_kind(name, getattr(self, name), kind)
         resolve_weight_map(self.loss_type)
         load_plugins().segmenter(self.segmenter)
         if self.guard is not None:
