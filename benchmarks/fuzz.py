@@ -4,7 +4,7 @@
     python benchmarks/fuzz.py cache --runs 100000
     python benchmarks/fuzz.py jsonl --minutes 10
     python benchmarks/fuzz.py all --minutes 2      # one after the other, each in its own process
-    python benchmarks/fuzz.py sizes                # a response of 10 MB, a talk of 2,000 turns
+    python benchmarks/fuzz.py sizes                # 10 MB, and 2,000 turns: many minutes
 
 The targets and their properties are those of tests/test_fuzz.py (tests/fuzz_targets.py); atheris
 (`pip install atheris`) changes the inputs: the bytes themselves where a target reads a file, else
