@@ -33,7 +33,6 @@ def tokenize_row(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int | None = None,
-    text_column: str = "text",
     chat_template: str | None = None,
 ) -> dict[str, list[int]]:
     """`input_ids` and `labels` of a raw row, as TRL's SFTTrainer makes them.
@@ -43,7 +42,6 @@ def tokenize_row(
             or messages; the completion is trained) or `text` (all of it is trained).
         tokenizer: The trained model's tokenizer.
         max_length: Tokens kept from the start; None: all.
-        text_column: The column of plain text.
         chat_template: The template of conversations; None: the tokenizer's own.
 
     Raises:
@@ -54,16 +52,16 @@ def tokenize_row(
         ids, mask = _conversation(row, tokenizer, chat_template)
     elif {"prompt", "completion"} <= given:
         ids, mask = _prompt_completion(row, tokenizer, chat_template)
-    elif text_column in given:
-        text = row[text_column]
+    elif "text" in given:
+        text = row["text"]
         if not isinstance(text, str):
-            raise DataError(f"{text_column!r} is a {type(text).__name__}; it must be a text.")
+            raise DataError(f"'text' is a {type(text).__name__}; it must be a text.")
         ids = _tokens(tokenizer, _with_eos(tokenizer, text))
         mask = [True] * len(ids)
     else:
         raise DataError(
             f"A row has the columns {sorted(given)}. Scoring needs 'messages', 'prompt' and "
-            f"'completion', or {text_column!r} (or 'input_ids' and 'labels')."
+            "'completion', or 'text' (or 'input_ids' and 'labels')."
         )
     labels = [i if trained else IGNORE_INDEX for i, trained in zip(ids, mask, strict=True)]
     return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
