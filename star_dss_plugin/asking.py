@@ -104,12 +104,17 @@ class Asking:
         self, guard: Guard, cache: ScoreCache, wanted: Mapping[str, PrefixRequest], part: str
     ) -> tuple[dict[str, Trajectory], set[str]]:
         """The trajectories of some requests, and the keys that the guard could not score."""
-        found = _known(guard, cache, wanted)
+        found, _ = _known(guard, cache, wanted)
         # Looked up before it is locked: a complete cache may be read-only.
         if len(found) == len(wanted):
             return found, set()
         with cache.lock(part):
-            found = _known(guard, cache, wanted)
+            found, strange = _known(guard, cache, wanted)
+            if strange:
+                logger.warning(
+                    "Ignored %d entries of the cache in %s, which are no answers of %r to what is "
+                    "asked; they are computed again.", strange, cache.folder, guard.name,
+                )  # fmt: skip
             return found, self._ask_missing(guard, wanted, found, cache)
 
     def _unsafe(self, keys: Iterable[str]) -> dict[str, Trajectory]:
@@ -189,22 +194,24 @@ def none_scored(name: str, responses: int) -> GuardError:
 
 def _known(
     guard: Guard, cache: ScoreCache, wanted: Mapping[str, PrefixRequest]
-) -> dict[str, Trajectory]:
-    """What the cache has, and is an answer to what would be asked: whoever wrote it is unknown."""
-    found = {}
+) -> tuple[dict[str, Trajectory], int]:
+    """What the cache has, and is an answer to what would be asked: whoever wrote it is unknown.
+
+    Returns:
+        Key → trajectory, and how many entries are no answers.
+    """
+    found, strange = {}, 0
     for key, request in wanted.items():
         known = cache.get(key)
         if known is None:
             continue
         try:
             check_trajectories(guard.name, [request], [known])
-        except GuardError as error:
-            logger.warning(
-                "Ignored an entry of the cache in %s; it is computed again. %s", cache.folder, error
-            )
+        except GuardError:
+            strange += 1
         else:
             found[key] = known
-    return found
+    return found, strange
 
 
 def _check_label_mass(guard: Guard, found: Iterable[Trajectory]) -> None:

@@ -41,6 +41,8 @@ _SHARD = ".shard"
 _TEMPORARY = ".tmp"
 _DAY = 24 * 60 * 60.0
 _FLUSH_SECONDS = 20.0
+_DIGITS = 20
+"""Of the time, in nanoseconds, that a shard's name begins with."""
 
 
 def default_cache_dir() -> Path:
@@ -138,9 +140,12 @@ class ScoreCache:
         """
         if not self._pending:
             return
-        # Shard names sort by time, so that all processes agree which of two values is the latest.
-        self._stamp = max(self._stamp + 1, time.time_ns())
-        name = f"{self._stamp:020d}-{uuid.uuid4().hex}{_SHARD}"
+        # Shard names sort by time, so that all processes agree which of two values is the latest:
+        # ours, whatever the clocks of those whose shards are here already.
+        newest = max((int(n[:_DIGITS]) for n in self._seen if n[:_DIGITS].isdecimal()), default=0)
+        stamp = max(self._stamp + 1, newest + 1, time.time_ns())
+        self._stamp = min(stamp, 10**_DIGITS - 1)
+        name = f"{self._stamp:0{_DIGITS}d}-{uuid.uuid4().hex}{_SHARD}"
         body = _encode(self._pending)
         with self._explained("write to"):
             self._prepare()

@@ -105,7 +105,12 @@ def labelled_rows(dataset: Dataset) -> tuple[list[list[Message]], list[int]]:
             {"role": "user", "content": row["prompt"]},
             {"role": "assistant", "content": row["response"]},
         ]}  # fmt: skip
-        conversations.append(in_row(i, row_messages, said) or [])
+        conversation = in_row(i, row_messages, said) or []
+        if not conversation or not conversation[-1]["content"]:
+            raise DataError(
+                f"Row {i} has a label and no response: its last message has no text. Remove it."
+            )
+        conversations.append(conversation)
         labels.append(int(row["label"]))
     if min(labels.count(0), labels.count(1)) < _FEWEST:
         raise DataError(

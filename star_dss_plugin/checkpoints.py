@@ -23,8 +23,12 @@ _STATE = "trainer_state.json"
 _JSON = (_STATE, "config.json", "adapter_config.json")
 _INDEX = ".index.json"
 _WEIGHTS = (".safetensors", ".bin")
-_ZIPPED = (".pt", ".pth", ".bin")
-"""What `torch.save` writes: zip archives, whose end says what is in them."""
+_NO_WEIGHTS = ("training_args", "optimizer", "scheduler")
+_ZIPPED = (
+    "pytorch_model", "adapter_model.bin", "training_args.bin", "optimizer.", "scheduler.pt",
+    "scaler.pt", "rng_state",
+)  # fmt: skip
+"""What the trainer writes with `torch.save`: zip archives, whose end says what is in them."""
 
 
 def check_checkpoint(asked: str | os.PathLike[str] | bool, output_dir: str) -> None:
@@ -94,7 +98,7 @@ def _lacking(folder: Path) -> str | None:
             return f"{name} cannot be read to its end"
     for name in sorted(names):
         if name.endswith(_INDEX):
-            parts = set(json.loads((folder / name).read_bytes())["weight_map"].values())
+            parts = set(json.loads((folder / name).read_bytes()).get("weight_map", {}).values())
             if lost := sorted(parts - names):
                 return f"{lost[0]} is missing"
     return None
@@ -107,7 +111,7 @@ def _missing(folder: Path, names: set[str]) -> str | None:
     # DeepSpeed, FSDP and several adapters have folders of their own, which the trainer judges.
     if any(path.is_dir() for path in folder.iterdir()):
         return None
-    if not any(name.endswith(_WEIGHTS) and name != "training_args.bin" for name in names):
+    if not any(name.endswith(_WEIGHTS) and not name.startswith(_NO_WEIGHTS) for name in names):
         return "every file of weights"
     # With save_only_model none of these is there. Where some are, transformers would start the
     # others anew, and another run comes out.
@@ -125,7 +129,7 @@ def _readable(path: Path) -> bool:
     if path.name in _JSON or path.name.endswith(_INDEX):
         try:
             return isinstance(json.loads(path.read_bytes()), dict)
-        except ValueError:
+        except (ValueError, RecursionError):
             return False
     if path.suffix == ".safetensors":
         try:
@@ -133,4 +137,4 @@ def _readable(path: Path) -> bool:
                 return True
         except SafetensorError:
             return False
-    return path.suffix not in _ZIPPED or zipfile.is_zipfile(path)
+    return not path.name.startswith(_ZIPPED) or zipfile.is_zipfile(path)

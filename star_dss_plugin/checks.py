@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from numbers import Integral, Real
 from typing import Any
 
 from star_dss_plugin.errors import ConfigError
@@ -16,17 +18,22 @@ def at_least(name: str, value: Any, minimum: float, *, integer: bool = False) ->
     Raises:
         ConfigError: It is something else.
     """
-    kinds, most = (int, sys.maxsize) if integer else ((int, float), sys.float_info.max)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not minimum <= value <= most:
+    kind, most = (Integral, sys.maxsize) if integer else (Real, sys.float_info.max)
+    if not minimum <= _number(value, kind) <= most:
         what = "an integer" if integer else "a finite number"
         raise ConfigError(f"{name} is {value!r}; it must be {what} of at least {minimum}.")
 
 
-def probability(name: str, value: object) -> None:
+def probability(name: str, value: Any) -> None:
     """Checks a number in [0, 1]; switches are no numbers.
 
     Raises:
         ConfigError: It is something else.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+    if not 0 <= _number(value, Real) <= 1:
         raise ConfigError(f"{name} is {value!r}; it must be a number in [0, 1].")
+
+
+def _number(value: Any, kind: Any) -> Any:
+    """A number of a kind of `numbers`, which numpy's scalars are too; NaN in place of others."""
+    return value if isinstance(value, kind) and not isinstance(value, bool) else math.nan

@@ -47,8 +47,9 @@ def main() -> None:
                 f"{error} while a library wrote a file of its own. Free space, or name other "
                 "folders: HF_HOME, HF_DATASETS_CACHE, TMPDIR. Then start the same command again."
             )
-        if error.filename is None:  # not about a file: the traceback says more
-            raise
+        named = [word for word in sys.argv[1:] if not word.startswith("-")]
+        if not str(error.filename).startswith(tuple(named)):
+            raise  # nothing that the user has chosen: the traceback says more
         _stop(f"{error.filename}: {error.strerror}. Name another file or folder.")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from star_dss_plugin.errors import DataError
 
 __all__ = ["check_json", "json_fault"]
 
+_SPACE = re.compile(r"\s*")
 _DEPTH = 200
 """Deeper than any row of text is nested, and within Python's own limit."""
 
@@ -93,13 +95,20 @@ def _is_object(data: bytes) -> bool:
 
 
 def _document_fault(path: Path) -> str:
-    """What is wrong with a file that is one JSON value."""
+    """What is wrong with a file that is one JSON list, or objects that take several lines each."""
+    values = []
     try:
-        value = json.loads(path.read_bytes().removeprefix(codecs.BOM_UTF8))
+        text = path.read_bytes().removeprefix(codecs.BOM_UTF8).decode("utf-8").strip()
+        # Readers take integers of any length, and Python does not.
+        decoder, end = json.JSONDecoder(parse_int=lambda _: 0), 0
+        while end < len(text):
+            value, end = decoder.raw_decode(text, end)
+            values.append(value)
+            end = _SPACE.match(text, end).end()  # type: ignore[union-attr]  # matches nothing too
     except (ValueError, RecursionError) as error:
         # Objects in lines, the first of which is broken? The message of that one says more.
         return json_fault(path) or f"it is not JSON: {error}."
-    rows = value if isinstance(value, list) else [value]
+    rows = values[0] if len(values) == 1 and isinstance(values[0], list) else values
     for row, found in enumerate(rows):
         if not isinstance(found, dict):
             return f"row {row} is {_kind(found)} and not an object."

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from star_dss_plugin.cache import ScoreCache, content_key
 from star_dss_plugin.collation import document_starts
 from star_dss_plugin.columns import REF_COLUMN, SCORES_COLUMN, with_column
+from star_dss_plugin.errors import CacheError
 from star_dss_plugin.guards.base import Trajectory
 from star_dss_plugin.logprobs import IGNORE_INDEX, token_logprobs
 from star_dss_plugin.loss import TokenWeights
@@ -34,6 +35,8 @@ __all__ = ["add_reference_logps", "has_reference_logps"]
 
 _BATCH_TOKENS = 2048
 """Padded tokens per forward pass: their logits are what needs memory."""
+_ROUNDING = 1e-3
+"""By how much a log-probability may seem to be more than 0."""
 
 
 def has_reference_logps(
@@ -132,8 +135,11 @@ def add_reference_logps(
     lengths = {key: length for row in keys for key, length in row}
 
     def known(key: str) -> tuple[float, ...] | None:
+        """What the cache has, and may be an answer: whoever wrote it is unknown."""
         found = cache.get(key)
-        return found.scores if found is not None and len(found.scores) == lengths[key] else None
+        if found is None or len(found.scores) != lengths[key] or found.scores[:1] != (0.0,):
+            return None
+        return found.scores if all(value <= _ROUNDING for value in found.scores) else None
 
     def fill(part: str, of: Callable[[list[str]], list[str]]) -> None:
         # Looked up before it is locked: a complete cache may be read-only.
@@ -141,9 +147,13 @@ def add_reference_logps(
             with cache.lock(part):
                 mine = {key: wanted[key] for key in of(list(wanted))}
                 projects = reference.projects
+                # Batches depend on the data alone: the last bits of a result depend on how it was
+                # padded, and a run that goes on must find what an undisturbed one finds.
+                batches = [b for b in _batches(mine, lengths) if any(known(k) is None for k in b)]
                 _compute(
-                    plain, model, projects, mine, cache, known, pad_token_id, autocast, progress
-                )
+                    plain, model, projects, batches, mine, cache, known, pad_token_id, autocast,
+                    progress,
+                )  # fmt: skip
 
     if share.of > 1:
         fill(f"-{share.index}-of-{share.of}", share.mine)
@@ -152,8 +162,16 @@ def add_reference_logps(
     fill("", list)
 
     def values(key: str, length: int) -> Any:
-        found = known(key) if key in wanted else None
-        return np.zeros(length) if found is None else np.asarray(found)
+        if key not in wanted:
+            return np.zeros(length)
+        found = known(key)
+        if found is None:  # zeros would be a reference that is certain of every token
+            raise CacheError(
+                f"The reference log-probabilities that were just computed cannot be read from the "
+                f"cache in {cache.folder}: another process writes other values there, or the model "
+                "computes no numbers. Name another score_cache_dir, or remove that folder."
+            )
+        return np.asarray(found)
 
     column = [
         np.concatenate([np.zeros(0), *(values(*document) for document in row)]) for row in keys
@@ -181,29 +199,25 @@ def _compute(
     rows: Dataset,
     model: nn.Module,
     projects: bool,
-    wanted: Mapping[str, tuple[int, int]],
+    batches: list[list[str]],
+    places: Mapping[str, tuple[int, int]],
     cache: ScoreCache,
     known: Callable[[str], tuple[float, ...] | None],
     pad_token_id: int,
     autocast: Callable[[], contextlib.AbstractContextManager[None]],
     progress: bool,
 ) -> None:
-    """Puts what is wanted and not known into the cache, batch by batch.
-
-    Batches depend on the data alone: the last bits of a result depend on how it was padded, and a
-    run that goes on where a killed one ended must find what an undisturbed one finds.
-    """
+    """Puts what is not known into the cache, batch by batch; `places` are (row, document)."""
     device = next(model.parameters()).device
     training = model.training
     model.eval()
-    todo = [b for b in _batches(rows, wanted) if any(known(key) is None for key in b)]
     bar = tqdm(
-        total=sum(map(len, todo)), desc="Reference log-probabilities", unit="row",
-        disable=not progress or not todo,
+        total=sum(map(len, batches)), desc="Reference log-probabilities", unit="row",
+        disable=not progress or not batches,
     )  # fmt: skip
     try:
-        for keys in todo:
-            batch = [_documents(rows[i])[j] for i, j in map(wanted.__getitem__, keys)]
+        for keys in batches:
+            batch = [_documents(rows[i])[j] for i, j in map(places.__getitem__, keys)]
             ids = [torch.tensor(document["input_ids"]) for document in batch]
             labels = [torch.tensor(document["labels"]) for document in batch]
             padded = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad_token_id)
@@ -227,9 +241,10 @@ def _compute(
         bar.close()
 
 
-def _batches(rows: Dataset, wanted: Mapping[str, tuple[int, int]]) -> Iterator[list[str]]:
+def _batches(
+    wanted: Mapping[str, tuple[int, int]], lengths: Mapping[str, int]
+) -> Iterator[list[str]]:
     """Documents of similar length, at most `_BATCH_TOKENS` padded tokens (or one) at a time."""
-    lengths = {key: len(_documents(rows[i])[j]["input_ids"]) for key, (i, j) in wanted.items()}
     batch: list[str] = []
     for key in sorted(wanted, key=lambda key: (lengths[key], wanted[key])):
         if batch and (len(batch) + 1) * lengths[key] > _BATCH_TOKENS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ __all__ = ["UNLOADABLE", "default_device", "floating_dtype", "read_model", "sett
 
 UNLOADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 """What `read_model` and transformers raise for files that are not there, damaged or incomplete."""
+
+_COMPUTED_IN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def read_model(
@@ -36,6 +39,10 @@ def read_model(
         source, dtype=dtype, output_loading_info=True, use_safetensors=True, **hub
     )
     model, report = loaded
+    if getattr(model, "_hf_peft_config_loaded", False) and not Path(source, "config.json").exists():
+        # The report is about the adapter's weights; what its base lacks is in none.
+        base = next(iter(model.peft_config.values())).base_model_name_or_path
+        read_model(auto, base, dtype=dtype, trust_remote_code=hub.get("trust_remote_code", False))
     if missing := sorted(report["missing_keys"]):
         # transformers fills them with random numbers and goes on.
         raise ValueError(f"its files lack the weights {missing[:3]}")
@@ -53,10 +60,10 @@ def floating_dtype(option: str, name: str) -> torch.dtype:
     """The torch dtype of a name; "auto" is the caller's to explain.
 
     Raises:
-        ConfigError: It is no floating-point dtype.
+        ConfigError: It is no dtype that models are computed in.
     """
-    found = getattr(torch, name, None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    found = {str(dtype).removeprefix("torch."): dtype for dtype in _COMPUTED_IN}.get(name)
+    if found is None:
         raise ConfigError(f"{option} is {name!r}; use 'auto', 'float32', 'bfloat16' or 'float16'.")
     return found
 

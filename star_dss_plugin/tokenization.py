@@ -74,7 +74,8 @@ def needs_assistant_labels(row: Mapping[str, Any]) -> bool:
     the assistant's is trained in one piece.
     """
     messages, completion = row.get("messages"), row.get("completion")
-    source_messages(row)  # or an error that says what is wrong with them
+    if isinstance(messages, list) or isinstance(completion, list):
+        source_messages(row)  # or an error that says what is wrong with them
     if isinstance(messages, list):
         others = any(m["role"] != "assistant" for m in messages)
         return others and IGNORE_INDEX not in row["labels"]

@@ -101,6 +101,17 @@ def test_of_several_values_the_latest_counts_for_everybody(tmp_path):
     assert [cache.get("a") for cache in (early, late, fresh)] == [third] * 3
 
 
+def test_what_is_put_replaces_what_a_clock_that_is_ahead_left(tmp_path, monkeypatch):
+    with monkeypatch.context() as ahead:
+        ahead.setattr(time, "time_ns", lambda: 10**19)
+        filled(tmp_path, {"a": Trajectory((0.1,))})
+    here = ScoreCache(tmp_path, NAMESPACE)
+    assert here.get("a") != ENTRY
+    here.put("a", ENTRY)
+    here.flush()
+    assert here.get("a") == ScoreCache(tmp_path, NAMESPACE).get("a") == ENTRY
+
+
 def test_a_clock_that_is_set_back_does_not_bring_old_values_back(tmp_path, monkeypatch):
     cache = filled(tmp_path, {"a": Trajectory((0.1,))})
     monkeypatch.setattr(time, "time_ns", lambda: 1)

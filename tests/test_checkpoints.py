@@ -135,3 +135,20 @@ def test_a_checkpoint_of_the_model_alone_is_whole(tmp_path, tokenizer):
     trainer = trainer_in(tmp_path, tokenizer)
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 4
+
+
+def test_other_files_are_nobodys_business(run, tokenizer):
+    """Callbacks leave what they like in a checkpoint."""
+    for name in ("vocab.bin", "data.pt", "other.pth"):
+        (run / "checkpoint-2" / name).write_bytes(b"no zip archive")
+    (run / "checkpoint-2" / "other.index.json").write_text("{}")
+    trainer = trainer_in(run, tokenizer)
+    trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
+    assert trainer.state.global_step == 4
+
+
+def test_an_optimizer_is_no_model(run, tokenizer):
+    folder = run / "checkpoint-4"
+    (folder / "optimizer.pt").rename(folder / "optimizer.bin")
+    (folder / "model.safetensors").unlink()
+    assert "(every file of weights is missing)" in error_of(run, tokenizer)

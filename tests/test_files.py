@@ -57,6 +57,10 @@ def test_json_files_say_where_they_are_wrong(tmp_path, data, message):
         ("rows.json", b'[\n{"text": "hi"},\n{"text": "ho"}\n]', 2),
         ("rows.json", b'[{"text": "hi"}]', 1),
         ("rows.json", b'{\n"text": "hi"\n}', 1),
+        ("rows.json", b'{\n"text": "hi"\n}\n{\n"text": "ho"\n}\n', 2),  # as jq writes it
+        ("rows.jsonl", TEXT.strip() * 2 + b"\n" + TEXT, 3),
+        ("rows.jsonl", TEXT.replace(b"\n", b"\r") * 2, 2),
+        ("rows.jsonl", b'{"text": "hi", "n": 1.5, "large": ' + b"9" * 30 + b".0}\n" + TEXT, 2),
     ],
 )
 def test_json_files_of_every_layout_are_read(tmp_path, name, data, rows):

@@ -6,7 +6,7 @@ import pytest
 from conftest import tiny_llama
 from datasets import Dataset
 
-from star_dss_plugin import cache, precompute
+from star_dss_plugin import CacheError, cache, precompute
 from star_dss_plugin.loss import resolve_weight_map
 from star_dss_plugin.reference import Reference
 
@@ -86,3 +86,42 @@ def test_batches_do_not_depend_on_what_the_cache_holds(with_column, tmp_path, mo
         half.put(key, entries[key].unpack())
     half.flush()
     assert with_column(tmp_path) == undisturbed
+
+
+@pytest.mark.parametrize("ahead", [0, 10**19])
+@pytest.mark.parametrize("fault", ["length", "nan", "more than certain", "first"])
+def test_an_entry_that_is_no_answer_is_computed_again(
+    with_column, tmp_path, monkeypatch, fault, ahead
+):
+    """Whoever wrote it, whatever their clock says: zeros in its place would be a reference."""
+    undisturbed = with_column(tmp_path)
+    (shard,) = tmp_path.rglob("*.shard")
+    body = shard.read_bytes().partition(b"\n")[2]
+    foreign = cache.ScoreCache(
+        tmp_path, {"what": "ref_logps", "version": 1, "model": "f", "precision": "no"}
+    )
+    assert foreign.folder == shard.parent
+    for key, entry in cache._entries(shard.name, body):
+        values = list(entry.unpack().scores)
+        if fault == "length":
+            values.append(-1.0)
+        elif fault == "nan":
+            values[-1] = -7.0  # a NaN cannot be put; see below
+        else:
+            values[0 if fault == "first" else -1] = 5.0
+        foreign.put(key, cache.Trajectory(tuple(values)))
+    with monkeypatch.context() as clock:
+        if ahead:
+            clock.setattr(cache.time, "time_ns", lambda: ahead)
+        if fault == "nan":
+            seven, nan = (cache.struct.pack("<d", x) for x in (-7.0, float("nan")))
+            encode = cache._encode
+            clock.setattr(cache, "_encode", lambda entries: encode(entries).replace(seven, nan))
+        foreign.flush()
+    assert with_column(tmp_path) == undisturbed
+
+
+def test_what_cannot_be_read_back_is_an_error(with_column, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache.ScoreCache, "put", lambda *args: None)
+    with pytest.raises(CacheError, match="were just computed cannot be read"):
+        with_column(tmp_path)

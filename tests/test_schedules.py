@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 from datasets import concatenate_datasets
 from hypothesis import given
@@ -95,6 +96,12 @@ def test_bad_values(name, value):
 def test_options_of_the_wrong_kind(name, value, message):
     with pytest.raises(ConfigError, match=message):
         StarDSSOptions(**{"guard": "demo", name: value}).validate()
+
+
+def test_numbers_of_numpy_are_numbers():
+    StarDSSOptions(
+        guard="demo", threshold=np.float32(0.5), kl_coef=np.float64(0.1), chunk_size=np.int64(3)
+    ).validate()
 
 
 def scores_by_chunk(trainer):

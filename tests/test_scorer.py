@@ -779,4 +779,8 @@ def test_an_entry_of_the_cache_that_is_no_answer_is_computed_again(
     with caplog.at_level(logging.WARNING):
         again = score_dataset(data, tokenizer, **options)
     assert again["star_scores"][:] == expected["star_scores"][:]
-    assert "Ignored an entry of the cache" in caplog.text
+    assert caplog.text.count("entries of the cache") == 1
+    assert "Ignored 4 entries of the cache" in caplog.text
+    caplog.clear()
+    assert score_dataset(data, tokenizer, **options)["star_scores"][:] == again["star_scores"][:]
+    assert not caplog.text

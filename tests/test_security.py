@@ -129,6 +129,31 @@ def test_a_reference_that_is_not_whole_is_refused(tokenizer, tmp_path):
         _load_named(str(tmp_path), model, tokenizer)
 
 
+def test_an_adapter_of_a_base_that_is_not_whole_is_no_reference(tokenizer, tmp_path):
+    """transformers says what the adapter lacks, and not what its base does."""
+    peft = pytest.importorskip("peft")
+    from conftest import tiny_llama
+    from safetensors.torch import load_file, save_file
+
+    from star_dss_plugin import ConfigError
+    from star_dss_plugin.reference import _load_named
+
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    model = tiny_llama(len(tokenizer))
+    model.save_pretrained(base)
+    lora = peft.LoraConfig(target_modules=["q_proj"], base_model_name_or_path=str(base))
+    wrapped = peft.get_peft_model(tiny_llama(len(tokenizer)), lora)
+    wrapped.peft_config["default"].base_model_name_or_path = str(base)
+    wrapped.save_pretrained(adapter)
+    tokenizer.save_pretrained(adapter)
+    _load_named(str(adapter), model, tokenizer)
+    weights = load_file(base / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if "up_proj" not in name}
+    save_file(kept, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"cannot be loaded: .*lack the weights.*up_proj"):
+        _load_named(str(adapter), model, tokenizer)
+
+
 def test_a_row_cannot_bring_a_template(tokenizer):
     """A chat template is a program: a row's could loop for ever, or show the guard another text."""
     row = {
