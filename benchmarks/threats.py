@@ -321,10 +321,13 @@ def table(cells: list[dict[str, Any]]) -> str:
         what = json.loads(key)
         mode = what["mode"] + "".join(
             f", {name} {what[name]}"
-            for name, usual in (("noise", None), ("kl_coef", 0.5), ("kl_estimator", "k2"),
-                                ("chunk_size", CHUNK), ("rate", None))
+            for name, usual in (("kl_coef", 0.5), ("kl_estimator", "k2"), ("chunk_size", CHUNK),
+                                ("rate", None))
             if what.get(name, usual) != usual
         )  # fmt: skip
+        if what.get("noise"):
+            kind, rate = what["noise"]
+            mode += f", {rate:.0%} {kind}"
         means = [statistics.mean(cell[column] for cell in found) for column in COLUMNS]
         refusals = sorted(cell["refusals"] for cell in found)
         spread = f" ({100 * refusals[0]:.0f}–{100 * refusals[-1]:.0f})" if len(found) > 1 else ""
@@ -343,7 +346,7 @@ def _place(group: tuple[str, list[dict[str, Any]]]) -> tuple[Any, ...]:
     threats, modes = ("none", *THREATS, "identity_shift"), ("start", *MODES)
     return (
         ("-", "lora", "full").index(cell["finetuning"]), threats.index(cell["threat"]),
-        modes.index(cell["mode"]), group[0],
+        bool(cell.get("noise")), modes.index(cell["mode"]), group[0],
     )  # fmt: skip
 
 

@@ -524,7 +524,7 @@ def test_a_killed_driver_is_started_again(data, model_dir, tmp_path, log):
     environment = {**os.environ, "PYTHONPATH": search_path(site)}
     driver = subprocess.Popen(command, env=environment, start_new_session=True)
     made = tmp_path / "out.incomplete" / "data"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while len(list(made.glob("train-*.parquet"))) < 2:
         assert driver.poll() is None
         assert time.monotonic() < deadline
