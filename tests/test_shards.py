@@ -533,7 +533,7 @@ def test_a_killed_driver_is_started_again(data, model_dir, tmp_path, log):
     driver.wait()
     kept = {path.name: path.stat().st_mtime_ns for path in made.glob("train-*.parquet")}
     assert len(kept) < SHARDS
-    subprocess.run(command, env=environment, check=True, timeout=180)
+    subprocess.run(command, env=environment, check=True, timeout=600)
     again = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out" / "data").iterdir()}
     assert kept.items() <= again.items()
     assert contents(tmp_path / "out") == contents(tmp_path / "one")
