@@ -197,6 +197,7 @@ class Bench:
         # Weights that are trained need more than eight bits of precision; those below LoRA do not.
         full = cell["finetuning"] == "full"
         model, _ = start_in(torch.float32 if full else torch.bfloat16)
+        model.requires_grad_(full)  # what was merged came frozen
         lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
         with tempfile.TemporaryDirectory() as folder:
             trainer = StarDSSTrainer(
