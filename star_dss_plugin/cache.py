@@ -8,6 +8,8 @@ A shard is one line `star-dss-cache 1 <sha256 of the rest>`, one line with a JSO
 [key, number of scores, number of label masses or null], and the little-endian float64 of all
 entries. Whatever does not match its checksum is set aside, and its entries are computed again.
 Another format has another number there and in the name of the folder; it is left as it is.
+
+Longer than other modules: the format, and how many write and read it at once, are one argument.
 """
 
 from __future__ import annotations

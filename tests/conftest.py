@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -17,7 +18,7 @@ from standin_guards import make as make_guard
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from star_dss_plugin import hookimpl
+from star_dss_plugin import cli, hookimpl
 from star_dss_plugin.guards.base import Message, StreamingGuard
 from star_dss_plugin.plugins import Origin, load_plugins
 from star_dss_plugin.smollm2 import load_smollm2
@@ -41,6 +42,14 @@ CORPUS = [
     "a bad word makes a response unsafe; good words keep it safe. is this bad? no!",
     "user assistant system\n\nhello world. 1 + 1 = 2. it's 10 o'clock",
 ]
+
+
+def run_command(monkeypatch, *argv):
+    """The exit status of `star-dss` with these arguments, in this process."""
+    monkeypatch.setattr(sys, "argv", ["star-dss", *map(str, argv)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return stop.value.code or 0
 
 
 class WordGuard(StreamingGuard):

@@ -1,12 +1,12 @@
 """The command line: what it prints, what it writes, how it fails."""
 
 import json
-import sys
 
 import pytest
+from conftest import run_command as run
 from datasets import load_from_disk
 
-from star_dss_plugin import __version__, cli
+from star_dss_plugin import __version__
 from star_dss_plugin.files import read_dataset
 
 ROWS = [
@@ -17,13 +17,6 @@ ROWS = [
         ]
     }
 ] * 2
-
-
-def run(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["star-dss", *map(str, argv)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return stop.value.code or 0
 
 
 @pytest.fixture

@@ -2,11 +2,10 @@
 
 import json
 import math
-import sys
 
 import pytest
 import torch
-from conftest import WordGuard, tiny_llama
+from conftest import WordGuard, run_command, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -362,10 +361,7 @@ def test_points_of_another_landscape_are_refused(tmp_path):
 
 
 def run(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["star-dss", "landscape", *map(str, argv)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return stop.value.code or 0
+    return run_command(monkeypatch, "landscape", *argv)
 
 
 @pytest.fixture

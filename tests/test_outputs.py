@@ -4,11 +4,11 @@ import contextlib
 import errno
 import json
 import resource
-import sys
 
 import datasets
 import pytest
 from conftest import WordGuard
+from conftest import run_command as run
 from datasets import Dataset
 
 from star_dss_plugin import DataError, OutputError, cli, shards
@@ -104,13 +104,6 @@ def test_answers_before_a_full_disk_are_kept(tmp_path):
 
 
 # The command line
-
-
-def run(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["star-dss", *map(str, argv)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return stop.value.code or 0
 
 
 @pytest.fixture

@@ -10,13 +10,14 @@ import sys
 import numpy as np
 import pytest
 from conftest import WordGuard
+from conftest import run_command as run
 from datasets import Dataset, load_from_disk
 from hypothesis import given
 from hypothesis import strategies as st
 from report_data import PROVENANCE, data, response
 from rich.console import Console
 
-from star_dss_plugin import ConfigError, DataError, cli, provenance_of
+from star_dss_plugin import ConfigError, DataError, provenance_of
 from star_dss_plugin.harmless import visible
 from star_dss_plugin.provenance import write_note
 from star_dss_plugin.report import figures, inspect_row, palette
@@ -401,13 +402,6 @@ def test_inspection_of_hostile_text(text):
     out = console.export_text(styles=True)
     assert "[red]not markup" in re.sub("\x1b\\[[0-9;]*m", "", out)
     assert not re.search("[\x00\x07\x9b\u202e\ud800]|\x1b(?!\\[[0-9;]*m)", out)
-
-
-def run(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["star-dss", *map(str, argv)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return stop.value.code or 0
 
 
 @pytest.fixture
