@@ -18,8 +18,9 @@ Contenders, alternating in one run:
 
 Each round takes every contender over another slice of the responses, short and long ones in each,
 so that all rounds together score each response once. Medians over the rounds, also of the ratios,
-are reported. (a) is slow: with --per-prefix N it gets N responses of each slice, and its time is
-scaled by the tokens of their prompts.
+are reported. All but vLLM have the same bound on the tokens of a pass. (a) is slow: with
+--per-prefix N it gets N responses of each slice, and its time is scaled by the tokens of their
+prompts.
 """
 
 from __future__ import annotations
@@ -316,9 +317,7 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
     )
     tokenizer = AutoTokenizer.from_pretrained(folder, chat_template=CHATML)
     asked = requests(tokenizer, args.responses, args.longest)
-    rendering, groups = timed(
-        lambda: [guard._template.prompts(guard._context(r.context), r.text, r.ends) for r in asked]
-    )
+    rendering, groups = timed(lambda: [guard._prompts.of(i, r)[0] for i, r in enumerate(asked)])
     labels = [i for group in guard._label_groups for i in group]
     dtype = getattr(torch, args.dtype)
     model = model_of(args.shape, folder, dtype, args.device)
@@ -339,7 +338,7 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
         return taken
 
     def plain(number: int) -> float:
-        taken, run = timed(lambda: causal(model, distinct[number], longest, args.batch_tokens))
+        taken, run = timed(lambda: causal(model, distinct[number], longest, engine._budget))
         return taken * distinct[number] / run
 
     def baseline(number: int) -> float:
@@ -348,7 +347,7 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
         count = min(args.per_prefix or len(part), len(part))
         some = [(2 * k + 1) * len(part) // (2 * count) for k in range(count)]
         asked = [part[i] for i in some]
-        taken, logprobs = timed(lambda: per_prefix(model, asked, labels, args.batch_tokens))
+        taken, logprobs = timed(lambda: per_prefix(model, asked, labels, engine._budget))
         difference = probability(torch.cat([found[i] for i in some])) - probability(logprobs)
         differences.append(difference)
         return taken * size(part) / size(asked)

@@ -13,6 +13,7 @@ import torch
 from conftest import real_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.profiler import profile
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -32,8 +33,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from star_dss_plugin.engines import attention, savings
 from star_dss_plugin.engines.base import Engine
 from star_dss_plugin.engines.local import LocalEngine
+from star_dss_plugin.engines.savings import OneDnnLinear
 from star_dss_plugin.errors import GuardError
 
 MODULE = LocalEngine.__module__
@@ -418,3 +421,102 @@ def test_memory_does_not_grow_with_the_number_of_responses() -> None:
     engine.label_logprobs(groups, LABELS)
     assert len(alive) >= 8
     assert max(alive[2:]) <= alive[1] + 8
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_rows_that_see_little_of_a_trunk_meet_no_more_of_it(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_SLICE_QUERIES", 1)
+    met: list[int] = []
+    attend_shared = attention._attend_shared
+
+    def watched(query: torch.Tensor, key: torch.Tensor, *others: Any) -> Any:
+        met.append(key.shape[2])
+        return attend_shared(query, key, *others)
+
+    monkeypatch.setattr(attention, "_attend_shared", watched)
+    model = served(name)
+    engine = LocalEngine(model)
+    engine.label_logprobs([[[4]]], LABELS)
+    for shape, sequences in shapes().items():
+        met.clear()
+        got = engine.label_logprobs([sequences], LABELS)[0]
+        assert (got - one_pass_per_sequence(model, sequences, LABELS)).abs().max() <= 1e-4, shape
+        if shape == "prompts" and name == "llama":
+            # Each prompt's head and as much of the response as comes before its own tail.
+            assert set(met) == {10, 13, 16, 19, 22}
+
+
+def test_the_last_layer_runs_only_where_it_is_read() -> None:
+    model = make(SERVED["llama"]())
+    engine = LocalEngine(model)
+    engine.label_logprobs([[[4]]], LABELS)
+    seen: dict[str, list[int]] = {"first": [], "last": [], "projection": []}
+    layers = model.model.layers
+    for name, part in (("first", layers[0].mlp), ("last", layers[-1].mlp),
+                       ("projection", layers[-1].self_attn.o_proj)):  # fmt: skip
+        part.register_forward_hook(
+            lambda _, inputs, output, name=name: seen[name].append(output.shape[:-1].numel())
+        )
+    before = engine.computed_tokens
+    engine.label_logprobs([prompts()], LABELS)
+    assert sum(seen["first"]) == engine.computed_tokens - before
+    assert sum(seen["last"]) == sum(seen["projection"]) == len(prompts()) + 1
+
+
+def test_a_last_layer_that_needs_all_columns_gets_them(caplog: pytest.LogCaptureFixture) -> None:
+    class Whole(torch.nn.Module):
+        """An MLP that would notice that columns are missing."""
+
+        def __init__(self, mlp: torch.nn.Module) -> None:
+            super().__init__()
+            self.mlp = mlp
+            self.length = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if x.shape[1] != self.length:
+                raise ValueError("columns are missing")
+            found: torch.Tensor = self.mlp(x)
+            return found
+
+    model = make(SERVED["llama"]())
+    last = model.model.layers[-1]
+    last.mlp = Whole(last.mlp)
+    last.register_forward_pre_hook(
+        lambda layer, inputs: setattr(layer.mlp, "length", inputs[0].shape[1])
+    )
+    engine = LocalEngine(model)
+    got = engine.label_logprobs([prompts()], LABELS)[0]
+    assert (got - one_pass_per_sequence(model, prompts(), LABELS)).abs().max() <= 1e-4
+    assert engine.distinct_tokens < sum(map(len, prompts())) / 2
+    assert engine.computed_tokens < sum(map(len, prompts()))
+    assert not caplog.records
+
+
+@pytest.mark.skipif(not savings._USABLE, reason="this PyTorch has no oneDNN for linear layers")
+@pytest.mark.parametrize("shape", [(5,), (7, 5), (2, 7, 5), (0, 5)])
+@pytest.mark.parametrize("bias", [None, torch.randn(3)])
+def test_onednn_computes_float32_linear_layers(
+    shape: tuple[int, ...], bias: torch.Tensor | None
+) -> None:
+    x, weight = torch.randn(*shape), torch.randn(5, 3).t()
+    expected = torch.nn.functional.linear(x, weight, bias)
+    with torch.inference_mode(), OneDnnLinear(), profile() as run:
+        got = torch.nn.functional.linear(x, weight, bias)
+    assert got.shape == expected.shape
+    assert torch.allclose(got, expected, atol=1e-5)
+    used = any("mkldnn::_linear" in event.key for event in run.key_averages())
+    assert used == (x.numel() > 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_onednn_leaves_other_linear_layers_alone(dtype: torch.dtype) -> None:
+    x, weight = torch.randn(2, 7, 5, dtype=dtype), torch.randn(3, 5, dtype=dtype)
+    expected = torch.nn.functional.linear(x, weight)
+    with torch.inference_mode(), OneDnnLinear():
+        assert torch.equal(torch.nn.functional.linear(x, weight), expected)
+    trained = torch.nn.Linear(5, 3)
+    with OneDnnLinear():  # no kernel that has no gradient
+        trained(torch.randn(2, 5)).sum().backward()
+    assert trained.weight.grad is not None

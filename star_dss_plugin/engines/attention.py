@@ -31,6 +31,9 @@ KeysValues = dict[int, tuple[Tensor, Tensor]]
 _MATH_ELEMENTS = 1 << 26
 """Scores held at once where no fused kernel serves: 256 MB in float32."""
 
+_SLICE_QUERIES = 512
+"""Fewest queries that are given keys of their own: below, calls cost more than unseen keys."""
+
 
 @dataclass(frozen=True)
 class Prefix:
@@ -47,6 +50,18 @@ class Prefix:
     visible: Tensor
 
 
+@dataclass(frozen=True)
+class _Slice:
+    """Consecutive rows of a prefix, the keys that any of them sees, and what hides the others.
+
+    `mask` is additive, (rows, T, keys), or None where every row sees all of them.
+    """
+
+    rows: slice
+    keys: slice
+    mask: Tensor | None
+
+
 @dataclass
 class Pass:
     """One forward pass over rows of T tokens.
@@ -56,22 +71,25 @@ class Pass:
         real: (rows, T), bool: False on padding.
         prefixes: What the rows share, in their order; empty if they start at position 0.
         kept: Where the pass's own keys and values are stored, or None.
+        last_layer: The layer that only the last column of is read, or None: its queries in other
+            columns are not computed, and what it returns there means nothing.
     """
 
     positions: Tensor
     real: Tensor
     prefixes: Sequence[Prefix] = ()
     kept: KeysValues | None = None
-    _masks: dict[tuple[str, int, int | None], Tensor | None] = field(default_factory=dict)
+    last_layer: int | None = None
+    _masks: dict[int | None, Tensor | None] = field(default_factory=dict)
+    _slices: dict[tuple[int, int | None], list[_Slice]] = field(default_factory=dict)
 
     def own_mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
         """Additive (rows, 1, T, T), or None where plain causality is all there is."""
-        key = ("own", 0, window)
-        if key not in self._masks:
+        if window not in self._masks:
             length = self.real.shape[1]
             simple = bool(self.real.all()) and (window is None or window >= length)
-            self._masks[key] = None if simple else self._own_mask(window, dtype)
-        return self._masks[key]
+            self._masks[window] = None if simple else self._own_mask(window, dtype)
+        return self._masks[window]
 
     def _own_mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
         length = self.real.shape[1]
@@ -82,19 +100,33 @@ class Pass:
         # Padding sees itself: a softmax over nothing is not a number.
         return _additive(seen | torch.eye(length, dtype=torch.bool, device=slot.device), dtype)
 
-    def prefix_mask(self, index: int, window: int | None, dtype: torch.dtype) -> Tensor | None:
-        """Additive (rows, 1, 1 or T, tokens) of one prefix, or None where all of it is seen."""
-        key = ("prefix", index, window)
-        if key not in self._masks:
-            first = sum(p.rows for p in self.prefixes[:index])
+    def slices(self, index: int, window: int | None, dtype: torch.dtype) -> list[_Slice]:
+        """One prefix's rows, in slices that each meet little more than the keys that they see."""
+        key = (index, window)
+        if key not in self._slices:
             prefix = self.prefixes[index]
-            seen = prefix.visible[:, None, :]
-            position = self.positions[first : first + prefix.rows]
-            if window is not None and int(position.max()) >= window:
-                slot = torch.arange(seen.shape[2], device=seen.device)
-                seen = seen & (slot > position[:, :, None] - window)
-            self._masks[key] = None if bool(seen.all()) else _additive(seen, dtype)
-        return self._masks[key]
+            first = sum(p.rows for p in self.prefixes[:index])
+            step = -(-_SLICE_QUERIES // self.real.shape[1])
+            self._slices[key] = [
+                self._slice(prefix, first, slice(row, min(row + step, prefix.rows)), window, dtype)
+                for row in range(0, prefix.rows, step)
+            ]
+        return self._slices[key]
+
+    def _slice(
+        self, prefix: Prefix, first: int, rows: slice, window: int | None, dtype: torch.dtype
+    ) -> _Slice:
+        seen = prefix.visible[rows, None, :]
+        position = self.positions[first + rows.start : first + rows.stop]
+        if window is not None and int(position.max()) >= window:
+            slot = torch.arange(seen.shape[2], device=seen.device)
+            seen = seen & (slot > position[:, :, None] - window)
+        columns = seen.any(1).any(0).nonzero()
+        keys = slice(int(columns[0]), int(columns[-1]) + 1) if len(columns) else slice(0, 0)
+        seen = seen[..., keys]
+        if bool(seen.all()):
+            return _Slice(rows, keys, None)
+        return _Slice(rows, keys, _additive(seen.expand(-1, self.real.shape[1], -1), dtype)[:, 0])
 
 
 def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
@@ -155,25 +187,29 @@ def _attention(
         current.kept[module.layer_idx] = (key, value)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     groups = query.shape[1] // key.shape[1]
+    length = query.shape[2]
     mask = current.own_mask(sliding_window, query.dtype)
+    causal = mask is None
+    if module.layer_idx == current.last_layer:
+        query, causal = query[:, :, -1:], False
+        mask = None if mask is None else mask[:, :, -1:]
     out, lse = _attend(query, _grouped(key, groups), _grouped(value, groups), mask, scale, softcap,
-                       causal=mask is None)  # fmt: skip
+                       causal=causal)  # fmt: skip
     if current.prefixes:
         found = []
         for index, (prefix, rows) in enumerate(
             zip(current.prefixes, query.split([p.rows for p in current.prefixes]), strict=True)
         ):
             stored = [part[module.layer_idx] for part in prefix.parts]
-            keys, values = (
-                _grouped(torch.cat(tensors, dim=2), groups).expand(prefix.rows, -1, -1, -1)
-                for tensors in zip(*stored, strict=True)
-            )
-            mask = current.prefix_mask(index, sliding_window, query.dtype)
-            found.append(_attend(rows, keys, values, mask, scale, softcap, causal=False))
+            keys, values = (torch.cat(tensors, dim=2) for tensors in zip(*stored, strict=True))
+            for piece in current.slices(index, sliding_window, query.dtype):
+                asked, mask = rows[piece.rows], piece.mask
+                met, read = keys[:, :, piece.keys], values[:, :, piece.keys]
+                found.append(_attend_shared(asked, met, read, mask, scale, softcap))
         there, there_lse = (torch.cat(parts) for parts in zip(*found, strict=True))
         share = torch.sigmoid(there_lse - lse).unsqueeze(-1)
         out = torch.lerp(out.float(), there.float(), share).to(out.dtype)
-    return out.transpose(1, 2).contiguous(), None
+    return out.transpose(1, 2).expand(-1, length, -1, -1).contiguous(), None
 
 
 AttentionInterface.register(NAME, _attention)
@@ -181,6 +217,33 @@ AttentionInterface.register(NAME, _attention)
 
 def _grouped(tensor: Tensor, groups: int) -> Tensor:
     return tensor if groups == 1 else tensor.repeat_interleave(groups, dim=1)
+
+
+def _attend_shared(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """`_attend` of all rows to the keys of one, (1, key-value heads, keys, head size).
+
+    The rows are queries of one long row, and each key-value head is a row with as many heads as
+    share it: so nothing is copied to each row or head, and the products are large ones. A mask
+    is (rows, at least T, keys).
+    """
+    rows, heads, length, size = query.shape
+    shared = key.shape[1]
+    folded = query.transpose(0, 1).reshape(shared, heads // shared, rows * length, size)
+    if mask is not None:
+        mask = mask[:, -length:].reshape(1, 1, rows * length, -1)
+    key, value = (t.transpose(0, 1).expand(-1, heads // shared, -1, -1) for t in (key, value))
+    out, lse = _attend(folded, key, value, mask, scale, softcap, causal=False)
+    return (
+        out.reshape(heads, rows, length, -1).transpose(0, 1),
+        lse.reshape(heads, rows, length).transpose(0, 1),
+    )
 
 
 def _attend(

@@ -20,11 +20,15 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from star_dss_plugin.engines.attention import KeysValues, Pass, Prefix, running
+from star_dss_plugin.engines.savings import LastLayer, OneDnnLinear
 from star_dss_plugin.engines.tree import Tail, Tree, batched, common_length, grow
 from star_dss_plugin.engines.trial import fixed_rope_length, why_not
 from star_dss_plugin.errors import DataError, GuardError
 
 __all__ = ["LocalEngine"]
+
+_CPU_TOKENS = 2048
+"""Tokens of one pass for each thread of a CPU: the activations of more leave its caches."""
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +57,7 @@ class LocalEngine:
         self._fixed_rope_length = fixed_rope_length(self._config)
         self._parameters = inspect.signature(model.forward).parameters
         self._head: tuple[tuple[int, ...], KeysValues] = ((), {})
+        self._last_layer = LastLayer.of(model)
         self._warned: set[str] = set()
 
     def label_logprobs(
@@ -93,7 +98,7 @@ class LocalEngine:
         training = [module for module in self.model.modules() if module.training]
         self.model.train(False)
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), OneDnnLinear():
                 path = self._whole(trees) if whole else self._shared(trees)
                 for batch, logprobs in path:
                     picked = logprobs[:, list(label_ids)].cpu()
@@ -130,7 +135,7 @@ class LocalEngine:
         ordered = sorted(trees.values(), key=lambda tree: len(tree.trunk))
         while ordered:
             lengths = [len(tree.trunk) - head_length for tree in ordered]
-            run = ordered[next(batched(lengths, self.batch_tokens))]
+            run = ordered[next(batched(lengths, self._budget))]
             try:
                 trunks = self._run_trunks(run, head_length, head)
             except torch.OutOfMemoryError:
@@ -229,7 +234,8 @@ class LocalEngine:
     def _forward(self, ids: Tensor, current: Pass) -> Tensor:
         """The model's own logits in the last column, (rows, vocabulary), attending as told."""
         inputs = {"logits_to_keep": 1} if "logits_to_keep" in self._parameters else {}
-        with running(self._config, current):
+        current.last_layer = self._last_layer.index
+        with running(self._config, current), self._last_layer.only_last_column():
             logits = self.model(
                 ids, position_ids=current.positions, use_cache=False, **inputs
             ).logits
@@ -254,7 +260,7 @@ class LocalEngine:
         """Runs tails in their order, as many at a time as `batch_tokens` allows."""
         left = tails
         while left:
-            batch = left[next(batched([len(t.tokens) for t in left], self.batch_tokens))]
+            batch = left[next(batched([len(t.tokens) for t in left], self._budget))]
             if max(len(t.tokens) + t.shared for t in batch) > self._fixed_rope_length:
                 batch = batch[:1]
             try:
@@ -264,6 +270,13 @@ class LocalEngine:
                 continue
             yield batch, logprobs
             left = left[len(batch) :]
+
+    @property
+    def _budget(self) -> int:
+        """Tokens of one pass."""
+        if self.model.device.type != "cpu":
+            return self.batch_tokens
+        return min(self.batch_tokens, _CPU_TOKENS * torch.get_num_threads())
 
     def _halve(self, rows: int) -> None:
         """Makes room after a pass over `rows` rows ran out of memory; re-raises if that was one."""
@@ -276,7 +289,12 @@ class LocalEngine:
     def _why_plain(self) -> str | None:
         """Why the fast path cannot serve this model, or None."""
         # An engine of its own: nothing is counted here, and no head is kept.
-        return why_not(self.model, list(self._parameters), LocalEngine(self.model)._compute)
+        trial = LocalEngine(self.model)
+        reason = why_not(self.model, list(self._parameters), trial._compute)
+        if reason and trial._last_layer.parts:
+            trial._last_layer = self._last_layer = LastLayer()
+            reason = why_not(self.model, list(self._parameters), trial._compute)
+        return reason
 
 
 def _cut(part: KeysValues, tokens: int, row: int = 0) -> KeysValues:
