@@ -15,9 +15,10 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_FLAGS)
 
-# In two processes: Axolotl patches transformers and torch wherever it is imported. Ray, lm-eval and the
-# browser are the same whatever TRL is installed, and take minutes: `make test` has them.
-SAME_WITH_ANY_TRL = tests/test_shards.py tests/test_capability.py tests/test_report_page.py
+# In two processes: Axolotl patches transformers and torch wherever it is imported. Ray, lm-eval, the
+# browser and the benchmarks are the same whatever TRL is installed, and take minutes: `make test` has them.
+SAME_WITH_ANY_TRL = tests/test_shards.py tests/test_capability.py tests/test_report_page.py \
+	tests/test_benchmarks.py
 test-axolotl: export AXOLOTL_DO_NOT_TRACK = 1
 test-axolotl: $(AXOLOTL_VENV)/.ready
 	OMP_NUM_THREADS=1 $(AXOLOTL_VENV)/bin/python -m pytest $(PYTEST_FLAGS) --ignore tests/in_axolotl \

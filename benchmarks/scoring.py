@@ -8,19 +8,20 @@
 Workloads (responses of 40 to 400 trained tokens, chunks of 5):
   W1  the template and tokenizer in DIR (Qwen3Guard-Gen's) on a random Qwen3 of about 130M
   W2  a 14-category policy of about 250 tokens on SmolLM2-135M (a Llama)
-With --shape the guard has the shape of Llama-3.2-1B or Llama-3.1-8B, and random weights.
+With --shape the guard has the shape of Llama-3.2-1B or Llama-3.1-8B (or is tiny, to try this
+file), and random weights.
 
 Contenders, alternating in one run:
   plain   one causal pass over as many tokens as the engine's distinct ones: the floor
   engine  LocalEngine
-  (a)     one batched, left-padded forward pass per prefix
+  (a)     one batched, left-padded forward pass per prefix, --batch-tokens at a time
+  (a')    the same in passes as small as the engine's own, which on a CPU are faster
   (b)     vLLM with prefix caching on, label log-probabilities of one generated token
 
 Each round takes every contender over another slice of the responses, short and long ones in each,
 so that all rounds together score each response once. Medians over the rounds, also of the ratios,
-are reported. All but vLLM have the same bound on the tokens of a pass. (a) is slow: with
---per-prefix N it gets N responses of each slice, and its time is scaled by the tokens of their
-prompts.
+are reported. (a) is slow: with --per-prefix N it gets N responses of each slice, and its time is
+scaled by the tokens of their prompts.
 """
 
 from __future__ import annotations
@@ -106,6 +107,7 @@ def requests(tokenizer: Any, count: int, longest: int) -> list[PrefixRequest]:
 SHAPES = {  # hidden size, MLP size, layers, heads, tied embeddings
     "1b": (2048, 8192, 16, 32, True),
     "8b": (4096, 14336, 32, 32, False),
+    "tiny": (64, 128, 2, 8, True),  # to see whether this file works
 }
 
 
@@ -341,20 +343,22 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
         taken, run = timed(lambda: causal(model, distinct[number], longest, engine._budget))
         return taken * distinct[number] / run
 
-    def baseline(number: int) -> float:
+    def baseline(number: int, budget: int) -> float:
         part = slices[number]
         # The middle ones, in length, of so many equal parts.
         count = min(args.per_prefix or len(part), len(part))
         some = [(2 * k + 1) * len(part) // (2 * count) for k in range(count)]
         asked = [part[i] for i in some]
-        taken, logprobs = timed(lambda: per_prefix(model, asked, labels, engine._budget))
+        taken, logprobs = timed(lambda: per_prefix(model, asked, labels, budget))
         difference = probability(torch.cat([found[i] for i in some])) - probability(logprobs)
         differences.append(difference)
         return taken * size(part) / size(asked)
 
     contenders: dict[str, Callable[[int], float]] = {"engine": ours}
     if not args.engine_only:
-        contenders |= {"plain": plain, "(a)": baseline}
+        contenders |= {"plain": plain, "(a)": lambda i: baseline(i, args.batch_tokens)}
+        if engine._budget < args.batch_tokens:
+            contenders["(a')"] = lambda i: baseline(i, engine._budget)
     if args.vllm_python:
         vllm = Vllm(args.vllm_python, folder, slices, args.threads)
         contenders["(b)"] = vllm.run

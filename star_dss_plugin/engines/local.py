@@ -12,6 +12,8 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -27,8 +29,9 @@ from star_dss_plugin.errors import DataError, GuardError
 
 __all__ = ["LocalEngine"]
 
-_CPU_TOKENS = 2048
-"""Tokens of one pass for each thread of a CPU: the activations of more leave its caches."""
+_CPU_TOKENS = 1024
+"""Tokens of one pass for each thread of a CPU: with more, activations leave its caches, and their
+memory is given back to the system and asked for anew in every layer."""
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +61,7 @@ class LocalEngine:
         self._parameters = inspect.signature(model.forward).parameters
         self._head: tuple[tuple[int, ...], KeysValues] = ((), {})
         self._last_layer = LastLayer.of(model)
+        self._block_sparse = model.device.type == "cuda"
         self._warned: set[str] = set()
 
     def label_logprobs(
@@ -98,7 +102,8 @@ class LocalEngine:
         training = [module for module in self.model.modules() if module.training]
         self.model.train(False)
         try:
-            with torch.inference_mode(), OneDnnLinear():
+            on_cpu = self.model.device.type == "cpu"
+            with torch.inference_mode(), OneDnnLinear() if on_cpu else nullcontext():
                 path = self._whole(trees) if whole else self._shared(trees)
                 for batch, logprobs in path:
                     picked = logprobs[:, list(label_ids)].cpu()
@@ -178,8 +183,8 @@ class LocalEngine:
         position = (head_length + torch.arange(longest, device=ids.device)).expand_as(ids)
         prefixes = []
         if head:
-            visible = real.new_ones(len(rest), head_length)
-            prefixes = [Prefix(len(rest), [head], visible)]
+            depths = torch.full((len(rest),), head_length, device=ids.device)
+            prefixes = [Prefix([head], head_length, depths)]
         kept: KeysValues = {}
         self._forward(ids, Pass(position, real, prefixes, kept))
         return {
@@ -209,8 +214,7 @@ class LocalEngine:
             parts = [_cut(parts[0], deepest)] if len(parts) == 1 else [
                 *parts[:1], *(_cut(part, deepest - head_length) for part in parts[1:])
             ]  # fmt: skip
-            seen = torch.arange(deepest, device=ids.device) < shared[first : first + rows]
-            prefixes.append(Prefix(rows, parts, seen))
+            prefixes.append(Prefix(parts, deepest, shared[first : first + rows, 0]))
             first += rows
         if max(t.shared for t in batch) == 0:
             prefixes = []
@@ -234,11 +238,21 @@ class LocalEngine:
     def _forward(self, ids: Tensor, current: Pass) -> Tensor:
         """The model's own logits in the last column, (rows, vocabulary), attending as told."""
         inputs = {"logits_to_keep": 1} if "logits_to_keep" in self._parameters else {}
-        current.last_layer = self._last_layer.index
-        with running(self._config, current), self._last_layer.only_last_column():
-            logits = self.model(
-                ids, position_ids=current.positions, use_cache=False, **inputs
-            ).logits
+        current.last_layer, current.block_sparse = self._last_layer.index, self._block_sparse
+        try:
+            with running(self._config, current), self._last_layer.only_last_column():
+                logits = self.model(
+                    ids, position_ids=current.positions, use_cache=False, **inputs
+                ).logits
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # Of a compiler, say, that knows no kernel for this pass.
+            if not self._block_sparse:
+                raise
+            self._block_sparse = False
+            logits = self._forward(ids, replace(current))[:, None]
+            self.computed_tokens -= ids.numel()
+            self._warn_of_dense(f"a pass failed with {error!r}")
         self.computed_tokens += ids.numel()
         found: Tensor = logits[:, -1]
         return found
@@ -290,11 +304,26 @@ class LocalEngine:
         """Why the fast path cannot serve this model, or None."""
         # An engine of its own: nothing is counted here, and no head is kept.
         trial = LocalEngine(self.model)
-        reason = why_not(self.model, list(self._parameters), trial._compute)
-        if reason and trial._last_layer.parts:
-            trial._last_layer = self._last_layer = LastLayer()
-            reason = why_not(self.model, list(self._parameters), trial._compute)
-        return reason
+        trial._block_sparse, first = self._block_sparse, None
+
+        def reason() -> str | None:
+            return why_not(self.model, list(self._parameters), trial._compute)
+
+        found = reason()
+        if found and trial._block_sparse:
+            trial._block_sparse, first = False, found
+            found = reason()
+        if found and trial._last_layer.parts:
+            trial._last_layer = LastLayer()
+            found = reason()
+        if first and not found:
+            self._warn_of_dense(first)
+        self._block_sparse, self._last_layer = trial._block_sparse, trial._last_layer
+        return found
+
+    def _warn_of_dense(self, reason: str) -> None:
+        kind = self._config.model_type
+        logger.warning("A %s model runs without FlexAttention, slower: %s.", kind, reason)
 
 
 def _cut(part: KeysValues, tokens: int, row: int = 0) -> KeysValues:
