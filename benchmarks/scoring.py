@@ -384,11 +384,14 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
         f"tokens: {size(groups)} in all prompts, {sum(distinct)} distinct, "
         f"{computed} computed ({computed / sum(distinct):.3f} x distinct)"
     )
-    rate = 2e6 * parameters * computed / sum(times["engine"])
+    ends = {id(e.weight): e.weight for e in (model.get_input_embeddings(),
+                                             model.get_output_embeddings())}  # fmt: skip
+    inner = parameters - sum(weight.numel() for weight in ends.values()) / 1e6
+    rate = 2e6 * inner * computed / sum(times["engine"])
     best = matmul_rate(dtype, args.device)
     print(
-        f"engine: {rate / 1e12:.3f} TFLOP/s (2 x parameters x tokens), {rate / best:.0%} of a "
-        f"plain matrix product's {best / 1e12:.3f}"
+        f"engine: {rate / 1e12:.3f} TFLOP/s (2 x {inner:.0f}M parameters of the layers x tokens), "
+        f"{rate / best:.0%} of a plain matrix product's {best / 1e12:.3f}"
     )
     share = rendering / (rendering + sum(times["engine"]))
     print(f"rendering and tokenizing the prompts: {rendering:.2f} s ({share:.1%} of scoring)")
