@@ -61,9 +61,9 @@ def _last_column(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]
 class OneDnnLinear(TorchFunctionMode):
     """Within it, float32 linear layers on an x86 CPU are computed by oneDNN.
 
-    PyTorch gives them to MKL, which does not use all of what processors of other makers can do: on
-    an AMD EPYC, oneDNN, which every build for these machines has too, takes 0.75 to 0.9 of the
-    time (`benchmarks/scoring.py`). Results differ by rounding. Other tensors go their usual way.
+    PyTorch gives them to MKL, which does not use all of what processors of other makers can do;
+    oneDNN, which every build for these machines has too, was faster on an AMD EPYC at every size
+    that was tried. Results differ by rounding. Other tensors go their usual way.
     """
 
     def __torch_function__(
