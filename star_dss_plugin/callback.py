@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 from star_dss_plugin._version import __version__
 from star_dss_plugin.columns import REF_COLUMN, SCORES_COLUMN
+from star_dss_plugin.compatibility import check_trainer
 from star_dss_plugin.errors import StarDSSError
 from star_dss_plugin.files import write_text
 from star_dss_plugin.harmless import visible
@@ -66,7 +67,8 @@ class StarDSSCallback(TrainerCallback):
         """Checks and announces the loss.
 
         Raises:
-            StarDSSError: The shaped loss is not the one in effect.
+            StarDSSError: The shaped loss is not the one in effect, or the trainer was given a
+                setting since that it cannot go with.
         """
         active: StarDSSState | None = getattr(self.trainer, "star_dss_state", None)
         if active is None:
@@ -74,6 +76,7 @@ class StarDSSCallback(TrainerCallback):
                 self.trainer, "this trainer was never given it. Use StarDSSTrainer with a STAR-DSS "
                 "loss_type, or star_dss_plugin.attach(trainer, guard=...)"
             )  # fmt: skip
+        check_trainer(self.trainer)  # type: ignore[arg-type]  # it may have been changed since
         if train_dataloader is None:
             train_dataloader = self.trainer.get_train_dataloader()
         _check_loss(self.trainer, active, train_dataloader)

@@ -192,3 +192,18 @@ def test_what_cannot_be_shaped_is_refused(tmp_path, tokenizer):
         make(tmp_path, tokenizer, label_smoothing_factor=0.1)
     with pytest.raises(DataError, match="IterableDataset"):
         make(tmp_path, tokenizer, prompt_completion().to_iterable_dataset())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("compute_loss_func", lambda outputs, labels: outputs.logits.sum(), "compute_loss_func is"),
+        ("args.label_smoothing_factor", 0.1, "label_smoothing_factor is 0.1"),
+    ],
+)
+def test_so_is_what_comes_later(tmp_path, tokenizer, name, value, message):
+    trainer = make(tmp_path, tokenizer)
+    owner, _, attribute = name.rpartition(".")
+    setattr(getattr(trainer, owner) if owner else trainer, attribute, value)
+    with pytest.raises(ConfigError, match=message):
+        trainer.train()
