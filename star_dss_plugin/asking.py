@@ -94,7 +94,13 @@ class Asking:
             self._fill(guard, cache, part, f"-{self.share.index}-of-{self.share.of}")
         self.share.meet()
         cache.refresh()
-        found, failed = self._fill(guard, cache, self.requests, "")
+        found: dict[str, Trajectory] = {}
+        if self.share.of > 1:
+            found, _ = _known(guard, cache, self.requests)
+        # What nobody could score is asked for again by all, but not what stands in its batches.
+        left = {key: asked for key, asked in self.requests.items() if key not in found}
+        more, failed = self._fill(guard, cache, left, "")
+        found |= more
         if len(failed) > (_FEW if self.part else 0) and not found:
             raise none_scored(guard.name, len(failed))
         _check_label_mass(guard, found.values())

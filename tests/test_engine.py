@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from conftest import real_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.profiler import profile
 from transformers import (
     AutoModelForCausalLM,
@@ -28,6 +30,7 @@ from transformers import (
     Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen2MoeConfig,
     Qwen3Config,
     T5Config,
     T5ForConditionalGeneration,
@@ -648,3 +651,113 @@ def test_a_block_sparse_kernel_that_is_wrong_is_not_used(
     [warning] = [record.getMessage() for record in caplog.records if record.name == MODULE]
     assert "without FlexAttention" in warning
     assert "apart" in warning
+
+
+def test_the_callers_defaults_change_nothing() -> None:
+    model = served("llama")
+    expected = LocalEngine(model).label_logprobs([prompts()], LABELS)[0]
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            engine = LocalEngine(model)
+            got = engine.label_logprobs([prompts()], LABELS)[0]
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert engine._why_plain is None
+        assert got.dtype == torch.float32
+        assert torch.equal(got, expected)
+    group = prompts()
+    for context in (torch.device("meta"), torch.autocast("cpu", torch.bfloat16)):
+        with context:
+            got = LocalEngine(model).label_logprobs([group], LABELS)[0]
+        assert torch.equal(got, expected)
+
+
+def test_a_guard_in_float64_takes_the_fast_path() -> None:
+    model = make(LlamaConfig(**COMMON)).double()
+    engine = LocalEngine(model)
+    got = engine.label_logprobs([prompts()], LABELS)[0]
+    assert engine._why_plain is None
+    assert (got - one_pass_per_sequence(model, prompts(), LABELS)).abs().max() <= 1e-5
+
+
+def test_threads_wait_for_each_other() -> None:
+    model = make(LlamaConfig(**COMMON))
+    own = model.config._attn_implementation
+    engine = LocalEngine(model)
+    expected = engine.label_logprobs([prompts(60)], LABELS)[0]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: engine.label_logprobs([prompts(60)], LABELS)[0], range(16)))
+    assert all(torch.equal(got, expected) for got in found)
+    assert model.config._attn_implementation == own
+
+
+@pytest.mark.parametrize("window", [8, 4100])
+def test_a_window_that_only_the_mask_knows_is_left_to_the_model(window: int) -> None:
+    """A trial would not see the wide one."""
+    config = Qwen2MoeConfig(
+        **COMMON, moe_intermediate_size=16, shared_expert_intermediate_size=16, num_experts=4,
+        num_experts_per_tok=2, use_sliding_window=True, sliding_window=window,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    )  # fmt: skip
+    engine = LocalEngine(make(config))
+    assert "a sliding window that only the mask knows" in str(engine._why_plain)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_a_last_layer_that_must_be_whole_is_not_blamed_on_the_kernel(
+    small_blocks: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make(LlamaConfig(**COMMON))
+    mlp = model.model.layers[-1].mlp
+    forward = mlp.forward
+    mlp.forward = lambda x: forward(x) + x.mean(1, keepdim=True).cumsum(1) * (x.shape[1] > 1)
+    engine = LocalEngine(model)
+    engine._block_sparse = True
+    assert engine._why_plain is not None  # what looks at other columns cannot be served at all
+    mlp.forward = lambda x: forward(x) + 0 * x[:, -2:-1] if x.shape[1] == 1 else forward(x)
+    engine = LocalEngine(model)
+    engine._block_sparse = True
+    got = engine.label_logprobs([prompts()], LABELS)[0]
+    assert engine._block_sparse
+    assert not engine._last_layer.parts
+    assert (got - one_pass_per_sequence(model, prompts(), LABELS)).abs().max() <= 1e-4
+    assert not [r for r in caplog.records if "FlexAttention" in r.getMessage()]
+
+
+def test_few_scores_are_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, held = served("gemma2"), []
+    softmax = torch.Tensor.logsumexp
+
+    def watched(scores: torch.Tensor, *given: Any) -> torch.Tensor:
+        held.append(scores.numel())
+        return softmax(scores, *given)
+
+    monkeypatch.setattr(torch.Tensor, "logsumexp", watched)
+    expected = LocalEngine(model).label_logprobs([prompts(60)], LABELS)[0]
+    most = max(held)
+    bound = 4 * 60 * 7  # heads, keys, and some of the queries
+    monkeypatch.setattr(dense, "_MATH_ELEMENTS", bound)
+    held.clear()
+    got = LocalEngine(model).label_logprobs([prompts(60)], LABELS)[0]
+    assert max(held) <= bound < most
+    assert (got - expected).abs().max() <= 1e-5
+
+
+def test_linear_layers_that_onednn_does_not_take_go_their_way() -> None:
+    x = torch.randn(2, 3)
+    with torch.inference_mode(), OneDnnLinear():
+        assert torch.equal(nn.functional.linear(x, x[0]), x @ x[0])
+        sparse = torch.eye(3).to_sparse_csr()
+        assert torch.equal(nn.functional.linear(x, sparse), x)
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert torch.allclose(nn.functional.linear(x, x), x @ x.T)
+
+
+def test_distinct_tokens_are_those_of_the_trie_on_either_path() -> None:
+    counts = []
+    for whole in (False, True):
+        engine = LocalEngine(served("llama"))
+        engine._compute([prompts(), prompts(40)], LABELS, whole)
+        counts.append(engine.distinct_tokens)
+    assert counts[0] == counts[1]

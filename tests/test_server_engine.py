@@ -482,3 +482,14 @@ def test_options_that_no_guard_takes_are_named_without_their_values(guard):
 def test_waits_grow(monkeypatch, attempt, after, least, most):
     monkeypatch.setattr(server, "_LONGEST_WAIT", 30.0)
     assert least <= server._wait(attempt, after) <= most
+
+
+def test_what_a_call_gave_up_stays_so(fake, opened):
+    engine = opened(fake, concurrency=1)
+    fake.faults = [400]
+    with pytest.raises(GuardError, match="refused"):
+        engine.label_logprobs(groups(3), LABELS)
+    given_up = engine._stop
+    fake.faults = []
+    engine.label_logprobs(groups(1), LABELS)
+    assert given_up.is_set()

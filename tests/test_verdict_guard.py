@@ -810,3 +810,14 @@ def test_scores_do_not_depend_on_what_else_is_asked(tiny, ends):
     (together,) = tiny.trajectories([PrefixRequest(tuple(QUESTION), TEXT, tuple(ends))])
     alone = tiny.score([[*QUESTION, answer(TEXT[:end])] for end in ends])
     assert together.scores == pytest.approx(alone, abs=1e-5)
+
+
+def test_what_is_read_of_a_conversation_does_not_depend_on_the_prefixes_asked(tiny, monkeypatch):
+    context, text = talk("a word of a question " * 20), "a word of an answer " * 10
+    whole = prompts(tiny, context, text, [len(text)])[0]
+    monkeypatch.setattr(tiny._prompts, "_max_length", len(whole) - 20)
+    short, long = (
+        tiny._prompts.context(PrefixRequest(tuple(context), text, (end,))) for end in (5, len(text))
+    )
+    assert short == long
+    assert 0 < len(long[0]["content"]) < len(context[0]["content"])

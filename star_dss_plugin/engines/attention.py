@@ -156,6 +156,9 @@ def _attention(
     """
     if s_aux is not None:
         raise NotImplementedError("attention sinks")
+    types = getattr(getattr(module, "config", None), "layer_types", None) or ()
+    if sliding_window is None and "sliding_attention" in types[module.layer_idx :][:1]:
+        raise NotImplementedError("a sliding window that only the mask knows")
     current = _current.get()
     layer, length = module.layer_idx, query.shape[2]
     if current.kept is not None:

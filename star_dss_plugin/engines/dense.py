@@ -1,11 +1,12 @@
 """Attention by matrix products and PyTorch's fused kernels: own keys, then those that are shared.
 
 The two are merged by their log-sum-exps, which is exactly the softmax over both. So shared keys and
-values are read in place, and no mask over all tokens against all tokens is ever built.
+values are read in place, and no mask of all prompts against all tokens is ever built.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -80,7 +81,7 @@ class Dense:
                 found.append(_attend_shared(rows, *met, piece.mask, scale, softcap))
         there, there_lse = (torch.cat(parts) for parts in zip(*found, strict=True))
         share = torch.sigmoid(there_lse - lse).unsqueeze(-1)
-        return torch.lerp(out.float(), there.float(), share).to(out.dtype)
+        return torch.lerp(out.to(lse.dtype), there.to(lse.dtype), share).to(out.dtype)
 
     def _own_mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
         """Additive (rows, 1, T, T), or None where plain causality is all there is."""
@@ -174,11 +175,12 @@ def _attend(
     *,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(rows, heads, T, head size) and its log-sum-exp, float32 (rows, heads, T)."""
+    """(rows, heads, T, head size) and its log-sum-exp, (rows, heads, T), at least float32."""
+    precision = torch.promote_types(query.dtype, torch.float32)
     if key.shape[2] == 0:  # a group without a trunk; the fused kernel would divide by zero
         out = query.new_zeros(*query.shape[:-1], value.shape[-1])
         lowest = torch.finfo(torch.float32).min
-        return out, torch.full(query.shape[:-1], lowest, device=query.device)
+        return out, out.new_full(query.shape[:-1], lowest, dtype=precision)
     fused = softcap is None and query.device.type == "cpu" and query.shape[-1] == value.shape[-1]
     if fused:
         # What scaled_dot_product_attention runs on a CPU, with the log-sum-exp it computes anyway.
@@ -187,22 +189,25 @@ def _attend(
             query, key, value, 0.0, causal, attn_mask=mask, scale=scale
         )
         return result[0], result[1]
+    length, keys = query.shape[2], key.shape[2]
     if causal:
-        length = query.shape[2]
         seen = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
         mask = _additive(seen[None], query.dtype)
-    per_row = query.shape[1] * query.shape[2] * key.shape[2]
-    step = max(1, _MATH_ELEMENTS // max(1, per_row))
-    parts = []
-    for first in range(0, len(query), step):
-        rows = slice(first, first + step)
-        scores = torch.matmul(query[rows], key[rows].transpose(-1, -2)).float() * scale
+    columns = max(1, _MATH_ELEMENTS // (query.shape[1] * keys))
+    step = max(1, columns // length)
+    out = value.new_empty(*query.shape[:-1], value.shape[-1])
+    lse = query.new_empty(query.shape[:-1], dtype=precision)
+    for first, start in itertools.product(
+        range(0, len(query), step), range(0, length, min(columns, length))
+    ):
+        rows, asked = slice(first, first + step), slice(start, start + columns)
+        scores = torch.matmul(query[rows, :, asked], key[rows].transpose(-1, -2))
+        scores = scores.to(precision) * scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         if mask is not None:
-            scores = scores + (mask if len(mask) == 1 else mask[rows]).float()
-        lse = scores.logsumexp(-1)
-        weights = (scores - lse.unsqueeze(-1)).exp().to(value.dtype)
-        parts.append((torch.matmul(weights, value[rows]), lse))
-    out, lse = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+            scores = scores + (mask if len(mask) == 1 else mask[rows])[:, :, asked]
+        lse[rows, :, asked] = scores.logsumexp(-1)
+        weights = (scores - lse[rows, :, asked].unsqueeze(-1)).exp().to(value.dtype)
+        out[rows, :, asked] = torch.matmul(weights, value[rows])
     return out, lse

@@ -10,7 +10,9 @@ rounding, whatever the tokenizer merged at a boundary. Models for which this doe
 from __future__ import annotations
 
 import inspect
+import itertools
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -40,7 +42,8 @@ class LocalEngine:
     """An `Engine` over a transformers decoder, exact to one forward pass per prompt.
 
     Args:
-        model: A causal LM. Its weights, config and training flags are left as they are.
+        model: A causal LM. Its weights, config and training flags are left as they are, and its
+            weights must stay as they are until `close`.
         batch_tokens: Bound on the tokens of one forward pass, padding included. A prompt that
             needs more runs alone. Running out of CUDA memory halves it for good.
 
@@ -63,6 +66,8 @@ class LocalEngine:
         self._last_layer = LastLayer.of(model)
         self._block_sparse = model.device.type == "cuda"
         self._warned: set[str] = set()
+        # A pass tells the model how to attend: two at a time would tell each other's.
+        self._one_at_a_time = threading.Lock()
 
     def label_logprobs(
         self, groups: Sequence[Sequence[Sequence[int]]], label_ids: Sequence[int]
@@ -74,15 +79,16 @@ class LocalEngine:
                     raise DataError(
                         f"Prompt {index} of group {number} is empty. Give it at least one token."
                     )
-        reason = self._why_plain
         longest = max((len(prompt) for group in groups for prompt in group), default=0)
-        if reason is None and longest > self._fixed_rope_length:
-            reason = f"its rotary frequencies change beyond {self._fixed_rope_length} tokens"
-        if reason and reason not in self._warned:
-            self._warned.add(reason)
-            kind = self._config.model_type
-            logger.warning("A %s model runs every prompt whole, slowly: %s.", kind, reason)
-        return self._compute(groups, label_ids, whole=bool(reason))
+        with self._one_at_a_time:
+            reason = self._why_plain
+            if reason is None and longest > self._fixed_rope_length:
+                reason = f"its rotary frequencies change beyond {self._fixed_rope_length} tokens"
+            if reason and reason not in self._warned:
+                self._warned.add(reason)
+                kind = self._config.model_type
+                logger.warning("A %s model runs every prompt whole, slowly: %s.", kind, reason)
+            return self._compute(groups, label_ids, whole=bool(reason))
 
     def close(self) -> None:
         """See `Engine.close`."""
@@ -96,15 +102,22 @@ class LocalEngine:
     ) -> list[Tensor]:
         """`label_logprobs` along one of the two paths."""
         trees = {i: grow(i, group) for i, group in enumerate(groups) if group}
-        # Made outside inference mode: the caller may use them in a loss.
-        rows = [torch.empty(len(trees[i].tails) if i in trees else 0, len(label_ids))
-                for i in range(len(groups))]  # fmt: skip
+        head = _head_length(list(trees.values()))
+        self.distinct_tokens += head + sum(tree.distinct - head for tree in trees.values())
+        # Made outside inference mode: the caller may use them in a loss. As much is said of their
+        # kind as of every tensor here, because the caller's defaults may be others.
+        counts = [len(trees[i].tails) if i in trees else 0 for i in range(len(groups))]
+        rows = [torch.empty(n, len(label_ids), dtype=torch.float32, device="cpu") for n in counts]
         training = [module for module in self.model.modules() if module.training]
         self.model.train(False)
         try:
-            on_cpu = self.model.device.type == "cpu"
-            with torch.inference_mode(), OneDnnLinear() if on_cpu else nullcontext():
-                path = self._whole(trees) if whole else self._shared(trees)
+            device = self.model.device.type
+            with (
+                torch.inference_mode(),
+                torch.autocast(device, enabled=False),  # the dtype is the guard's
+                OneDnnLinear() if device == "cpu" else nullcontext(),
+            ):
+                path = self._whole(trees) if whole else self._shared(trees, head)
                 for batch, logprobs in path:
                     picked = logprobs[:, list(label_ids)].cpu()
                     for tail, values in zip(batch, picked, strict=True):
@@ -123,20 +136,15 @@ class LocalEngine:
             for tree in trees.values()
             for t in tree.tails
         ]
-        self.distinct_tokens += sum(tree.distinct for tree in trees.values())
         prompts.sort(key=lambda t: len(t.tokens))
         yield from self._in_batches(prompts, self._whole_logprobs)
 
-    def _shared(self, trees: dict[int, Tree]) -> Iterator[tuple[list[Tail], Tensor]]:
+    def _shared(
+        self, trees: dict[int, Tree], head_length: int
+    ) -> Iterator[tuple[list[Tail], Tensor]]:
         """The fast path: the head, then batches of trunks, each with the tails that hang on it."""
-        head_length = 0
-        if len(trees) > 1:
-            head_length = common_length([tree.trunk for tree in trees.values()])
-            head_length = min(head_length, *(t.shared for x in trees.values() for t in x.tails))
         some = next(iter(trees.values()), None)
         head = self._run_head(some.trunk[:head_length] if some else ())
-        self.distinct_tokens += sum(tree.distinct - head_length for tree in trees.values())
-        self.distinct_tokens += head_length
         ordered = sorted(trees.values(), key=lambda tree: len(tree.trunk))
         while ordered:
             lengths = [len(tree.trunk) - head_length for tree in ordered]
@@ -237,34 +245,36 @@ class LocalEngine:
 
     def _forward(self, ids: Tensor, current: Pass) -> Tensor:
         """The model's own logits in the last column, (rows, vocabulary), attending as told."""
-        inputs = {"logits_to_keep": 1} if "logits_to_keep" in self._parameters else {}
         current.last_layer, current.block_sparse = self._last_layer.index, self._block_sparse
         try:
-            with running(self._config, current), self._last_layer.only_last_column():
-                logits = self.model(
-                    ids, position_ids=current.positions, use_cache=False, **inputs
-                ).logits
+            found = self._last_logits(ids, current)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # Of a compiler, say, that knows no kernel for this pass.
             if not self._block_sparse:
                 raise
-            self._block_sparse = False
-            logits = self._forward(ids, replace(current))[:, None]
-            self.computed_tokens -= ids.numel()
+            found = self._last_logits(ids, replace(current, block_sparse=False))
+            self._block_sparse = False  # not before: now the fault was the kernel's
             self._warn_of_dense(f"a pass failed with {error!r}")
         self.computed_tokens += ids.numel()
-        found: Tensor = logits[:, -1]
+        return found
+
+    def _last_logits(self, ids: Tensor, current: Pass) -> Tensor:
+        inputs = {"logits_to_keep": 1} if "logits_to_keep" in self._parameters else {}
+        with running(self._config, current), self._last_layer.only_last_column():
+            found: Tensor = self.model(
+                ids, position_ids=current.positions, use_cache=False, **inputs
+            ).logits[:, -1]
         return found
 
     def _padded(self, rows: Sequence[Sequence[int]], *, left: bool) -> tuple[Tensor, Tensor]:
         """Token ids and which of them are real, both (rows, longest)."""
         longest = max(map(len, rows))
-        ids = torch.zeros(len(rows), longest, dtype=torch.long)
-        real = torch.zeros(len(rows), longest, dtype=torch.bool)
+        ids = torch.zeros(len(rows), longest, dtype=torch.long, device="cpu")
+        real = torch.zeros(len(rows), longest, dtype=torch.bool, device="cpu")
         for i, tokens in enumerate(rows):
             where = slice(longest - len(tokens), longest) if left else slice(0, len(tokens))
-            ids[i, where] = torch.tensor(tokens, dtype=torch.long)
+            ids[i, where] = torch.tensor(tokens, dtype=torch.long, device="cpu")
             real[i, where] = True
         return ids.to(self.model.device), real.to(self.model.device)
 
@@ -302,28 +312,35 @@ class LocalEngine:
     @cached_property
     def _why_plain(self) -> str | None:
         """Why the fast path cannot serve this model, or None."""
-        # An engine of its own: nothing is counted here, and no head is kept.
-        trial = LocalEngine(self.model)
-        trial._block_sparse, first = self._block_sparse, None
-
-        def reason() -> str | None:
-            return why_not(self.model, list(self._parameters), trial._compute)
-
-        found = reason()
-        if found and trial._block_sparse:
-            trial._block_sparse, first = False, found
-            found = reason()
-        if found and trial._last_layer.parts:
-            trial._last_layer = LastLayer()
-            found = reason()
-        if first and not found:
-            self._warn_of_dense(first)
-        self._block_sparse, self._last_layer = trial._block_sparse, trial._last_layer
-        return found
+        reasons: list[str] = []
+        for sparse, last in itertools.product(
+            {self._block_sparse: None, False: None}, {self._last_layer: None, LastLayer(): None}
+        ):  # the fastest first
+            # An engine of its own: nothing is counted here, and no head is kept.
+            trial = LocalEngine(self.model)
+            trial._block_sparse, trial._last_layer = sparse, last
+            reason = why_not(self.model, list(self._parameters), trial._compute)
+            if reason is None:
+                if self._block_sparse and not sparse:
+                    self._warn_of_dense(reasons[0])
+                self._block_sparse, self._last_layer = trial._block_sparse, last
+                return None
+            reasons.append(reason)
+        return reasons[-1]
 
     def _warn_of_dense(self, reason: str) -> None:
         kind = self._config.model_type
         logger.warning("A %s model runs without FlexAttention, slower: %s.", kind, reason)
+
+
+def _head_length(trees: Sequence[Tree]) -> int:
+    """Tokens that all prompts of several trees begin with, tails not counted."""
+    if len(trees) < 2:
+        return 0
+    return min(
+        common_length([tree.trunk for tree in trees]),
+        *(tail.shared for tree in trees for tail in tree.tails),
+    )
 
 
 def _cut(part: KeysValues, tokens: int, row: int = 0) -> KeysValues:

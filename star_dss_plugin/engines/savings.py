@@ -89,13 +89,15 @@ _USABLE = (
 
 def _onednn(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     """`torch.nn.functional.linear`, or None where it is not ours to compute."""
-    plain = all(
+    plain = weight.dim() == 2 and all(
         type(tensor) in {Tensor, nn.Parameter}
         and tensor.dtype == torch.float32
         and tensor.device.type == "cpu"
+        and tensor.layout == torch.strided
         for tensor in (input, weight)
     )
-    if not plain or input.numel() == 0 or torch.is_grad_enabled():
+    wanted = torch.backends.mkldnn.enabled and not torch.is_grad_enabled()
+    if not plain or not wanted or input.numel() == 0:
         return None
     found: Tensor = torch.ops.mkldnn._linear_pointwise(
         input.contiguous(), weight, bias, "none", [], ""

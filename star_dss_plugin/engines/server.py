@@ -103,9 +103,10 @@ class ServerEngine:
             for first in range(0, len(ordered), self._per_request):
                 parts.append((number, ordered[first : first + self._per_request]))
         self._check_budget(len(parts))
-        self._stop.clear()
+        # Of this call alone: what an earlier one has given up must stay so.
+        stop = self._stop = threading.Event()
         futures = [
-            self._pool.submit(self._complete, number, prompts, label_ids)
+            self._pool.submit(self._complete, number, prompts, label_ids, stop)
             for number, prompts in parts
         ]
         known: list[dict[tuple[int, ...], list[float]]] = [{} for _ in groups]
@@ -114,7 +115,7 @@ class ServerEngine:
                 for prompt, row in zip(prompts, future.result(), strict=True):
                     known[number][tuple(prompt)] = row
         except BaseException:
-            self._stop.set()  # nobody waits for a second try of the others
+            stop.set()  # nobody waits for a second try of the others
             for future in futures:
                 future.cancel()
             raise
@@ -129,7 +130,8 @@ class ServerEngine:
         self._client.close()
 
     def _check_model(self) -> None:
-        listed = self._send("GET", "/models", None, min(self._retries, _RETRIES_AT_START), None)
+        retries = min(self._retries, _RETRIES_AT_START)
+        listed = self._send("GET", "/models", None, retries, None, self._stop)
         entries = [entry for entry in listed.get("data") or () if isinstance(entry, dict)]
         served = [str(entry.get("id")) for entry in entries]
         if self._model not in served:
@@ -149,9 +151,13 @@ class ServerEngine:
             )
 
     def _complete(
-        self, number: int, prompts: list[list[int]], label_ids: Sequence[int]
+        self,
+        number: int,
+        prompts: list[list[int]],
+        label_ids: Sequence[int],
+        stop: threading.Event,
     ) -> list[list[float]]:
-        """The labels' log-probabilities after each prompt."""
+        """The labels' log-probabilities after each prompt, unless told to stop between tries."""
         body = {
             "model": self._model,
             "prompt": prompts,
@@ -161,7 +167,7 @@ class ServerEngine:
             "logprob_token_ids": list(label_ids),
             "return_tokens_as_token_ids": True,
         }
-        answer = self._send("POST", "/completions", body, self._retries, number)
+        answer = self._send("POST", "/completions", body, self._retries, number, stop)
         try:
             choices = sorted(answer["choices"], key=lambda choice: int(choice["index"]))
             tokens = int(answer["usage"]["prompt_tokens"])
@@ -187,7 +193,15 @@ class ServerEngine:
             )
         return [label_row(row, label_ids) for row in found]
 
-    def _send(self, method: str, path: str, body: Any, retries: int, number: int | None) -> Any:
+    def _send(
+        self,
+        method: str,
+        path: str,
+        body: Any,
+        retries: int,
+        number: int | None,
+        stop: threading.Event,
+    ) -> Any:
         """The JSON object that a request returns, after as many tries as it takes."""
         for attempt in range(retries + 1):
             self._count()
@@ -216,7 +230,7 @@ class ServerEngine:
             logger.warning(
                 "The server at %s: %s. Trying again in %.1f s.", self._url, problem, wait
             )
-            if self._stop.wait(wait):
+            if stop.wait(wait):
                 break
         raise GuardError(
             f"The server at {self._url} did not answer in {attempt + 1} tries; the last failed "

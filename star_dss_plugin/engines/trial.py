@@ -58,8 +58,8 @@ def _difference(config: PreTrainedConfig, compute: _Compute) -> float:
     most: int = getattr(config, "max_position_embeddings", None) or sys.maxsize
     size = min((window if window <= 4096 else 0) + 16, most, fixed_rope_length(config))
     vocabulary: int = config.vocab_size
-    random = torch.Generator().manual_seed(0)
-    one, two, other = torch.randint(vocabulary, (3, size), generator=random).tolist()
+    random = torch.Generator("cpu").manual_seed(0)
+    one, two, other = torch.randint(vocabulary, (3, size), generator=random, device="cpu").tolist()
     half = size // 2
     two = one[: half // 2] + two[half // 2 :]
     groups = [

@@ -101,9 +101,9 @@ class Prompts:
         return turns
 
     def _length(self, context: Sequence[Message], request: PrefixRequest) -> int:
-        """Tokens of the prompt for the longest prefix."""
+        """Tokens of the prompt for the whole response, whichever of its prefixes are asked for."""
         turns = context or self.turns([])
-        ends = request.ends[-1:]
+        ends = (len(request.text),)
         return max(len(t.prompts(turns, request.text, ends)[0]) for t in self.templates)
 
     @cached_property
