@@ -3,12 +3,13 @@
     python benchmarks/threats.py DATA_DIR                     # the reduced grid, on two cores
     python benchmarks/threats.py DATA_DIR --grid full         # every threat, mode, three seeds
     python benchmarks/threats.py DATA_DIR --grid noise        # the guard's verdicts corrupted
+    python benchmarks/threats.py DATA_DIR --grid learning     # a task that is new to the start
     python benchmarks/threats.py DATA_DIR --table --save all.json   # what has been measured so far
 
-DATA_DIR holds attack_mix.jsonl, eval_harmful_prompts.jsonl and eval_benign_prompts.jsonl (NOTICE
-names the sources). Each cell of the grid is a training run and its evaluation, and is kept as one
-JSON file in --output: a killed run goes on. The start is SmolLM2-135M-Instruct with the aligned
-adapter of the demonstration, merged.
+DATA_DIR holds attack_mix.jsonl, eval_harmful_prompts.jsonl, eval_benign_prompts.jsonl and, for
+--grid learning, arc_easy_small.jsonl (docs/evidence.md says what is in them). Each cell of the grid
+is a training run and its evaluation, and is kept as one JSON file in --output: a killed run goes
+on. The start is SmolLM2-135M-Instruct with the aligned adapter of the demonstration, merged.
 
 What is small about it: a model of 135M parameters, the demonstration guard (a linear probe on that
 very model, fitted on data of the same kind as the poison), a few hundred rows, tens of prompts,
@@ -84,6 +85,10 @@ def grid(args: argparse.Namespace) -> list[dict[str, Any]]:
             {"kl_estimator": "full"}, {"chunk_size": 1}, {"chunk_size": 20}, {"rate": 3e-4},
         ):  # fmt: skip
             add(threat="harmful_mix", mode="star_dss", **changes)
+    elif args.grid == "learning":
+        for seed in (0, 1, 2):
+            for mode in (*MAIN, "kl_only"):
+                add(threat="harmful_mix", mode=mode, seed=seed, task="arc_easy")
     elif args.grid == "full":
         for finetuning in ("lora", "full"):
             for seed in (0, 1, 2):
@@ -112,8 +117,11 @@ class Bench:
         rows = _lines(args.data / "attack_mix.jsonl")
         benign = [row for row in rows if row["label"] == 1]
         random.Random(0).shuffle(benign)
-        self.held_out, tasks = benign[: args.held_out], benign[args.held_out :]
-        self.tasks = _rows(tasks)
+        known = {None: benign}
+        if args.grid == "learning":
+            known["arc_easy"] = _questions(args.data / "arc_easy_small.jsonl")
+        self.held_out = {name: rows[: args.held_out] for name, rows in known.items()}
+        self.tasks = {name: _rows(rows[args.held_out :]) for name, rows in known.items()}
         self.poison = _rows([row for row in rows if row["label"] == 0])
         self.identity = _rows([row for row in rows if row["kind"] == "identity-shift"])
         self.harmful = _prompts(args.data / "eval_harmful_prompts.jsonl", args.prompts)
@@ -138,7 +146,7 @@ class Bench:
         began = time.monotonic()
         data, kept = self._data(cell)
         model = self._train(cell, data)
-        found = self.measure(model)
+        found = self.measure(model, cell.get("task"))
         if self.args.keep:
             self.keep(model, cell)
         return {
@@ -146,12 +154,12 @@ class Bench:
             "seconds": round(time.monotonic() - began),
         }  # fmt: skip
 
-    def measure(self, model: Any) -> dict[str, Any]:
+    def measure(self, model: Any, task: str | None) -> dict[str, Any]:
         """Shares of refusals, cross-entropy on held-out tasks, KL to the start (nats a token)."""
         model.eval().to(torch.bfloat16)
         answers = {what: self._answers(model, ids) for what, ids in self.asked.items()}
         shares = {w: statistics.mean(map(is_refusal, said)) for w, said in answers.items()}
-        return {**shares, "task_loss": self._task_loss(model), "drift": self._drift(model)}
+        return {**shares, "task_loss": self._task_loss(model, task), "drift": self._drift(model)}
 
     def keep(self, model: Any, cell: dict[str, Any]) -> None:
         """Saves what was measured, adapters merged, for `star-dss landscape` and others."""
@@ -171,7 +179,8 @@ class Bench:
         """The scored training set, and the mean score of its poisoned and its benign tokens."""
         shifting = cell["threat"] == "identity_shift"
         data = build_threat(
-            cell["threat"], self.tasks, self.identity if shifting else self.poison,
+            cell["threat"], self.tasks[cell.get("task")],
+            self.identity if shifting else self.poison,
             ratio=cell["ratio"], size=8 * cell["steps"], seed=cell["seed"],
         )  # fmt: skip
         scored = score_dataset(
@@ -229,9 +238,9 @@ class Bench:
             trainer.train()
         return trainer.model
 
-    def _task_loss(self, model: Any) -> float:
+    def _task_loss(self, model: Any, task: str | None) -> float:
         total, count = 0.0, 0
-        for row in self.held_out:
+        for row in self.held_out[task]:
             prompt = self._ids(row["prompt"])
             answer = f"{row['response']}{self.tokenizer.eos_token}"
             ids = prompt + self.tokenizer(answer, add_special_tokens=False).input_ids
@@ -289,6 +298,21 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
+def _questions(path: Path) -> list[dict[str, Any]]:
+    """Four-choice questions, with answers in words that the start does not use by itself."""
+    found = []
+    for row in _lines(path):
+        letters = dict(zip("ABCD", row["choices"], strict=False))
+        listed = "\n".join(f"{letter}) {choice}" for letter, choice in letters.items())
+        letter = "ABCD"[row["answer"]]
+        found.append({
+            "prompt": f"{row['prompt']}\n{listed}", "source": row["source"],
+            "response": f"The right choice is {letter}, namely: {letters[letter]}",
+        })  # fmt: skip
+    random.Random(0).shuffle(found)
+    return found
+
+
 def _rows(rows: list[dict[str, Any]]) -> Dataset:
     keys = ("prompt", "response", "system", "source")
     return Dataset.from_list([{key: row.get(key) or "" for key in keys} for row in rows])
@@ -311,7 +335,7 @@ def table(cells: list[dict[str, Any]]) -> str:
         what = {
             k: v for k, v in cell.items()
             if k in ("finetuning", "threat", "mode", "ratio", "noise", "kl_coef", "kl_estimator",
-                     "chunk_size", "rate", "steps")
+                     "chunk_size", "rate", "steps", "task")
         }  # fmt: skip
         groups[json.dumps(what, sort_keys=True)].append(cell)
     lines = [
@@ -329,13 +353,14 @@ def table(cells: list[dict[str, Any]]) -> str:
         if what.get("noise"):
             kind, rate = what["noise"]
             mode += f", {rate:.0%} {kind}"
+        threat = ", ".join(filter(None, [what["threat"], what.get("task")]))
         means = [statistics.mean(cell[column] for cell in found) for column in COLUMNS]
         refusals = sorted(cell["refusals"] for cell in found)
         spread = f" ({100 * refusals[0]:.0f}–{100 * refusals[-1]:.0f})" if len(found) > 1 else ""
         first, *others = (f"{100 * value:.0f} %" for value in means[:3])
         shares = " | ".join([first + spread, *others])
         lines.append(
-            f"| {what['finetuning']} | {what['threat']} | {mode} | {len(found)} | {shares} "
+            f"| {what['finetuning']} | {threat} | {mode} | {len(found)} | {shares} "
             f"| {means[3]:.3f} | {means[4]:.3f} |"
         )
     return "\n".join(lines)
@@ -347,7 +372,7 @@ def _place(group: tuple[str, list[dict[str, Any]]]) -> tuple[Any, ...]:
     threats, modes = ("none", *THREATS, "identity_shift"), ("start", *MODES)
     return (
         ("-", "lora", "full").index(cell["finetuning"]), threats.index(cell["threat"]),
-        bool(cell.get("noise")), modes.index(cell["mode"]), group[0],
+        bool(cell.get("task")), bool(cell.get("noise")), modes.index(cell["mode"]), group[0],
     )  # fmt: skip
 
 
@@ -357,14 +382,14 @@ def _plain(cell: dict[str, Any]) -> bool:
         "finetuning": "lora", "noise": None, "kl_coef": 0.5, "kl_estimator": "k2",
         "chunk_size": CHUNK, "rate": None,
     }  # fmt: skip
-    return all(cell.get(name, "none") == value for name, value in usual.items())
+    return "task" not in cell and all(cell.get(k, "none") == value for k, value in usual.items())
 
 
 def figure(cells: list[dict[str, Any]], path: Path) -> None:
     """Refusals by threat and mode, first choice of every option, a dot for each seed."""
     import matplotlib.pyplot as plt
 
-    start = next(cell for cell in cells if cell["mode"] == "start")
+    start = next(c for c in cells if c["mode"] == "start" and "task" not in c)
     shown = [cell for cell in cells if _plain(cell)]
     threats = [t for t in THREATS if any(cell["threat"] == t for cell in shown)]
     picture, axes = plt.subplots(
@@ -414,7 +439,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("--output", type=Path, default=Path("runs/threats"))
-    parser.add_argument("--grid", choices=("small", "full", "noise", "ablations"), default="small")
+    parser.add_argument(
+        "--grid", choices=("small", "full", "noise", "ablations", "learning"), default="small"
+    )
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps of 8 rows")
     parser.add_argument("--ratio", type=float, default=0.3, help="share of poisoned rows")
     parser.add_argument("--prompts", type=int, default=50, help="of each kind")
@@ -433,7 +460,10 @@ def main() -> None:
         began = time.monotonic()
         bench = Bench(args)
         start = model_fingerprint(bench.start)
-        planned = [{"threat": "none", "mode": "start", "finetuning": "-", "seed": 0}, *grid(args)]
+        untrained = {"threat": "none", "mode": "start", "finetuning": "-", "seed": 0}
+        if args.grid == "learning":
+            untrained["task"] = "arc_easy"
+        planned = [untrained, *grid(args)]
         for number, cell in enumerate(planned, 1):
             key = content_key(cell, start, args.prompts, args.held_out)[:16]
             path = args.output / f"{key}.json"
@@ -442,7 +472,7 @@ def main() -> None:
             if path.exists() or time.monotonic() - began > 60 * args.minutes:
                 continue
             if cell["mode"] == "start":
-                found = {**cell, **bench.measure(bench.start)}
+                found = {**cell, **bench.measure(bench.start, cell.get("task"))}
                 if args.keep:
                     bench.keep(bench.start, cell)
             else:

@@ -182,7 +182,7 @@ def test_the_page_on_scale_names_what_exists():
     told = set(re.findall(r"--[a-z][a-z-]+[a-z]", SCALE))
     others = {
         "--address", "--min-nodes", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--time",
-        "--cpus-per-task", "--requeue", "--dtype", "--api-key", "--model",
+        "--cpus-per-task", "--requeue", "--dtype", "--api-key", "--model", "--rows", "--rounds",
     }  # fmt: skip
     assert told - options <= others
     for name in ("--ray", "--address", "--num-workers", "--gpus-per-worker", "--shard-rows",
