@@ -7,12 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import DynamoBackend
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer
 
 from star_dss_plugin.cache import default_cache_dir
 from star_dss_plugin.callback import StarDSSCallback
 from star_dss_plugin.collation import TokenColumnsCollator
+from star_dss_plugin.columns import REF_COLUMN
 from star_dss_plugin.compatibility import check_trainer, expose_logits
 from star_dss_plugin.config import StarDSSOptions
 from star_dss_plugin.dataset import DatasetSummary, prepare_dataset
@@ -75,21 +77,27 @@ def set_up(trainer: StarDSSMixin, options: StarDSSOptions) -> None:
         StarDSSError: What was given, why it cannot work and what to change.
     """
     options.validate()
+    if options.loss_type == "nll":
+        raise ConfigError(
+            "loss_type is 'nll', the trainer's own loss, with which nothing is shaped. Set "
+            "loss_type='star_dss', or 'sft' for plain finetuning that is measured alike."
+        )
     tokenizer = _tokenizer(trainer)
     check_trainer(trainer)
     weight_map = resolve_weight_map(options.loss_type)
     needed = needs_reference(weight_map, kl_coef=options.kl_coef, threshold=options.threshold)
     expose_logits(trainer)
     model = trainer.model
-    if model is None:
-        raise ConfigError("The trainer has no model yet. Pass model, not model_init.")
+    assert model is not None  # a Trainer makes it, or does not begin
     projects = can_project(model)  # first: some quantized weights change when they are first used
     # A static graph is reduced by what DDP hangs on the model's outputs; hidden states are none.
-    projects = projects and not getattr(trainer.args, "ddp_static_graph", False)
+    # A compiled model calls no hook that could show them.
+    compiles = trainer.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
+    projects = projects and not compiles and not getattr(trainer.args, "ddp_static_graph", False)
     if not projects:
         logger.info(
             "The logits of every token are held at each step: the head of this model is not one "
-            "linear layer that can be used by itself, or ddp_static_graph is on."
+            "linear layer that can be used by itself, or it is compiled, or ddp_static_graph is on."
         )
     reference = choose_reference(
         options.reference,
@@ -156,6 +164,8 @@ def _prepare(
     """A data set with `star_scores` and, where they are needed, `ref_logps`."""
     args, policy = trainer.args, trainer.model
     assert policy is not None
+    if reference.kind != "precomputed" and isinstance(dataset, Dataset):
+        dataset = dataset.remove_columns([c for c in dataset.column_names if c == REF_COLUMN])
     share = share_of(trainer.accelerator)
     progress = not args.disable_tqdm and share.index == 0
     dataset, summary = prepare_dataset(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from star_dss_plugin.errors import StarDSSError
 from star_dss_plugin.files import write_text
 from star_dss_plugin.harmless import visible
 from star_dss_plugin.logprobs import IGNORE_INDEX, token_logprobs
-from star_dss_plugin.loss import star_dss_loss
+from star_dss_plugin.loss import TokenWeights, star_dss_loss
 from star_dss_plugin.projection import forward_inputs
 from star_dss_plugin.run_summary import summary_table
 from star_dss_plugin.weights import needs_scores
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 __all__ = ["StarDSSCallback", "run_record", "startup_line"]
 
 logger = logging.getLogger(__name__)
+
+_MOVED = 0.5
+"""Nats: more than rounding moves log-probabilities in any precision; little for other weights."""
 
 _PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "trl", "axolotl")
 
@@ -193,6 +197,8 @@ def _check_loss(trainer: Any, active: StarDSSState, dataloader: Any) -> None:
                 reference = _reference(active, trainer, batch, labels)
                 plain = star_dss_loss(logits, labels, torch.ones_like(labels).float(),
                                       loss_type="sft", **shaping).loss  # fmt: skip
+                if active.reference.is_start and active.shaped == 0 == trainer.state.global_step:
+                    _check_start(trainer, active, batch, logits)
                 base = trainer.base_loss(model, batch)
                 for probe in _probes(labels):
                     scored = {**batch, SCORES_COLUMN: probe}
@@ -235,6 +241,26 @@ def _check_loss(trainer: Any, active: StarDSSState, dataloader: Any) -> None:
             )  # fmt: skip
 
 
+def _check_start(
+    trainer: Any, active: StarDSSState, batch: Mapping[str, Any], logits: Tensor
+) -> None:
+    """That the model is still the one whose log-probabilities are the reference."""
+    labels, options = batch["labels"], active.options
+    weights = TokenWeights.of(
+        batch[SCORES_COLUMN].float(), labels, active.weight_map,
+        kl_coef=options.kl_coef, threshold=options.threshold,
+    )  # fmt: skip
+    held = weights.kl != 0
+    apart = (token_logprobs(logits, labels) - batch[REF_COLUMN][:, 1:])[held].abs().sum()
+    mean = float(apart) / max(1, int(held.sum()))
+    if mean > _MOVED:
+        raise _not_in_effect(
+            trainer, "its model is not the one that the reference was made of when STAR-DSS was "
+            f"set up (log-probabilities of one row are {mean:.2f} apart on average). Load weights "
+            "and adapters before that"
+        )  # fmt: skip
+
+
 def _probes(labels: Tensor) -> list[Tensor]:
     """Made-up scores, (batch, seq) each: real ones may all be 1, which is plain finetuning.
 
@@ -247,15 +273,21 @@ def _probes(labels: Tensor) -> list[Tensor]:
 
 def _has_auxiliary_loss(trainer: Any) -> bool:
     """Whether the model is a mixture of experts whose load-balancing loss is part of the loss."""
-    config = trainer.accelerator.unwrap_model(trainer.model).config.get_text_config()
+    config = trainer._policy(trainer.model).config.get_text_config()
     return bool(getattr(config, "output_router_logits", False))
 
 
 def _shortest_row(dataset: Any) -> Mapping[str, Any]:
-    """A row with trained tokens, of the first few the shortest: the check wants little memory."""
-    rows = [dataset[i] for i in range(min(len(dataset), 32))]
-    trained = [r for r in rows if any(label != IGNORE_INDEX for label in r["labels"])] or rows
-    return min(trained, key=lambda r: len(r["input_ids"]))
+    """A row with trained tokens, of the first few the shortest: the check wants little memory.
+
+    A row without any would prove nothing.
+    """
+    rows = (dataset[i] for i in range(len(dataset)))
+    trained = (r for r in rows if any(label != IGNORE_INDEX for label in r["labels"][1:]))
+    found = list(itertools.islice(trained, 32))
+    if not found:
+        raise StarDSSError("No row has a trained token: every label is -100. Check the data.")
+    return min(found, key=lambda r: len(r["input_ids"]))
 
 
 def _reference(
@@ -265,9 +297,15 @@ def _reference(
     if kind == "none":
         return {}
     if kind == "precomputed":
+        if REF_COLUMN not in batch:
+            raise _not_in_effect(
+                trainer, f"its batches have no {REF_COLUMN!r}, the reference's log-probabilities. "
+                "The data set was replaced after STAR-DSS was set up; give it to the trainer's "
+                "constructor"
+            )  # fmt: skip
         return {"ref_logps": batch[REF_COLUMN]}
     with trainer.accelerator.autocast():
-        policy = trainer.accelerator.unwrap_model(trainer.model)
+        policy = trainer._policy(trainer.model)
         with active.reference.active(policy) as model:
             logits = model(**forward_inputs(batch)).logits
     if active.options.kl_estimator == "full":

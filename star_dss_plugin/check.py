@@ -7,6 +7,7 @@ that it cannot import), so what a run cannot find out by itself is found here.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from star_dss_plugin.config import StarDSSOptions
 from star_dss_plugin.errors import ConfigError, PluginError, StarDSSError
 from star_dss_plugin.guards import guard_of
 from star_dss_plugin.guards.base import announced
+from star_dss_plugin.guards.presets import PRESETS, STREAM
 from star_dss_plugin.loss import resolve_weight_map
 from star_dss_plugin.plugins import load_plugins
 from star_dss_plugin.responses import find_responses
@@ -105,7 +107,7 @@ def estimate(
     options: StarDSSOptions,
     chat_template: str | None = None,
 ) -> str:
-    """How much a guard would read to score a tokenized data set, in one line.
+    """How much a guard would read to score a tokenized data set, in one line. It says no time.
 
     Args:
         dataset: With `input_ids` and `labels`, and if known the messages.
@@ -127,8 +129,15 @@ def estimate(
             once += response.end
             alone += sum(response.chunk_ends)
     most = "at most " if options.trajectory == "adaptive" else ""
+    said = f"{len(dataset)} rows, {responses} responses ({raw} without messages): "
+    name = options.guard.get("preset") if isinstance(options.guard, Mapping) else options.guard
+    preset = PRESETS.get(name) if isinstance(name, str) else None
+    if preset is not None and preset.kind == STREAM:
+        return f"{said}one pass over each, {once} tokens of conversation in all"
+    words = "the guard's own words before and after it"
+    if preset is not None and preset.per_prefix:
+        words = f"about {calls * preset.per_prefix} of {words}"
     return (
-        f"{len(dataset)} rows, {responses} responses ({raw} without messages): {most}{calls} guard "
-        f"calls; {once} tokens of conversation where prefixes are shared ({alone} if each were "
-        "read alone), and the guard's own prompt"
+        f"{said}{most}{calls} guard calls; {once} tokens of conversation where prefixes are shared "
+        f"({alone} if each were read alone), and {words}"
     )

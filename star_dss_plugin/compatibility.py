@@ -56,6 +56,12 @@ def check_trainer(trainer: StarDSSMixin) -> None:
             "Remove one of the two",
         ),
         (
+            trainer.model_init is not None,
+            "model_init is given, with which every call of train starts from another model than "
+            "the one that the reference is made of",
+            "Pass model in its place",
+        ),
+        (
             getattr(args, "packing", False) and not trainer.packs_scored_rows,
             "the trainer has packed its rows already, and what the guard must read of each (its "
             "messages) is gone",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import NoneType
@@ -26,6 +27,8 @@ from star_dss_plugin.scorer import options_for_scoring, score_dataset
 from star_dss_plugin.weights import WeightMap, needs_scores
 
 __all__ = ["DatasetSummary", "asks_guard", "check_scores", "prepare_dataset"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,12 @@ def prepare_dataset(
             "had. Give it unpacked, with packing=True if its rows are to be joined."
         )
     if SCORES_COLUMN in dataset.column_names:
+        if options.guard is not None and not _scored_as_told(dataset, options):
+            logger.warning(
+                "The %s data set brings its scores, which are not known to be those of the guard "
+                "and the chunks that the options name. They are used, and the guard is not asked. "
+                "Remove the column %s to have it scored anew.", name, SCORES_COLUMN,
+            )  # fmt: skip
         # Whoever scored it trained responses only; labels made since then may train all tokens.
         dataset = only_responses(dataset, tokenizer, chat_template)
         dataset = _fit_scores(dataset, name, *truncation)
@@ -122,6 +131,17 @@ def prepare_dataset(
         )
     dataset = stricter_dataset(dataset, tokenizer, options, chat_template=chat_template)
     return dataset, _summary(dataset, options, None)
+
+
+def _scored_as_told(dataset: Dataset, options: StarDSSOptions) -> bool:
+    """Whether the scores of a data set are noted to be what its options would give."""
+    noted = provenances_of(dataset)
+    guard = options.guard if isinstance(options.guard, str) else None
+    told = (options.segmenter, options.chunk_size)
+    return bool(noted) and all(
+        (one["segmenter"], one["chunk_size"]) == told and guard in (None, one["guard"])
+        for one in noted
+    )
 
 
 def asks_guard(options: StarDSSOptions, weight_map: WeightMap, name: str) -> bool:

@@ -80,6 +80,10 @@ class TokenMetrics:
             sums = torch.stack([p.sum(dtype=torch.float32) for p in parts])
             self._sums[mode] = sums + self._sums.get(mode, torch.zeros_like(sums))
 
+    def drop(self, mode: str) -> None:
+        """Starts a mode anew."""
+        self._sums.pop(mode, None)
+
     def pop(self, mode: str, accelerator: Any) -> dict[str, float]:
         """The means of a mode over all ranks, and starts anew; empty if nothing was added."""
         sums = self._sums.pop(mode, None)

@@ -10,6 +10,18 @@ __all__ = ["add_section"]
 
 _HEADING = "## STAR-DSS"
 
+_SHAPED = {
+    "star_dss": "the safer a token, the more it was learned, and the less it was held to a frozen "
+    "reference",
+    "static": "the safer a response was as a whole, the more it was learned, and the less it was "
+    "held to a frozen reference",
+    "hard": "tokens with a score of τ or more were learned, the others held to a frozen reference",
+    "rejection": "responses whose last score is below τ were not learned; nothing was held to a "
+    "reference",
+    "kl_only": "nothing was learned, and every token held to a frozen reference",
+    "sft": "every token was learned, whatever its score",
+}
+
 
 def add_section(output_dir: Path) -> None:
     """Appends the section to README.md in the output folder, if there is one without it."""
@@ -24,11 +36,12 @@ def add_section(output_dir: Path) -> None:
 
 def _section(run: dict[str, Any]) -> str:
     options, train = run["options"], run["data"]["train"]
+    shaped = _SHAPED.get(options["loss_type"], "a plugin decides what a score does to the loss")
     share = train["below_threshold"] / train["trained_tokens"]
     return f"""{_HEADING}
 
-Finetuned with the loss of [STAR-DSS](https://arxiv.org/abs/2505.17196): a guard model scored
-every prefix of every response; safe tokens were learned, unsafe ones held to a frozen reference.
+Finetuned with star-dss-plugin ([STAR-DSS](https://arxiv.org/abs/2505.17196)), for which a guard
+model scores every prefix of every response. With `{options["loss_type"]}`, {shaped}.
 
 | | |
 |---|---|

@@ -48,6 +48,7 @@ class Reference:
         fingerprint: Of kind "precomputed": identifies the weights of the model as it starts.
         starting: Of kind "copy": values of the trained parameters, by name.
         projects: Whether its logits are made a few positions at a time.
+        is_start: Whether it is the trained model as it starts.
     """
 
     kind: str
@@ -56,6 +57,7 @@ class Reference:
     fingerprint: str | None = None
     starting: dict[str, Tensor] | None = None
     projects: bool = False
+    is_start: bool = False
 
     @contextlib.contextmanager
     def active(self, policy: nn.Module) -> Iterator[nn.Module]:
@@ -79,8 +81,7 @@ class Reference:
 
     def _as_it_was(self, policy: nn.Module) -> contextlib.AbstractContextManager[Any]:
         if self.kind == "adapter":
-            without: contextlib.AbstractContextManager[Any] = policy.disable_adapter()  # type: ignore[operator]
-            return without
+            return _adapter_off(policy)
         assert self.starting is not None
         return _with_values(policy, self.starting)
 
@@ -88,6 +89,22 @@ class Reference:
         """What the reference's logits on a batch are made of, without gradients."""
         with self.active(policy) as model:
             return states_of(model, batch, project=self.projects)
+
+
+@contextlib.contextmanager
+def _adapter_off(policy: nn.Module) -> Iterator[None]:
+    """A PEFT model without its adapter for a while; what was frozen before is so afterwards.
+
+    PEFT makes all of an active adapter trainable when it switches it on again.
+    """
+    trained = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
+    try:
+        with policy.disable_adapter():  # type: ignore[operator]
+            yield
+    finally:
+        for parameter, was in trained:
+            if parameter.requires_grad != was:
+                parameter.requires_grad_(was)
 
 
 @contextlib.contextmanager
@@ -177,7 +194,9 @@ def choose_reference(
             )
         what = "the model as it starts (precomputed log-probabilities)"
         fingerprint = model_fingerprint(policy)
-        return Reference("precomputed", what, fingerprint=fingerprint, projects=projects)
+        return Reference(
+            "precomputed", what, fingerprint=fingerprint, projects=projects, is_start=True
+        )
     if name == "copy":
         trained = {n: p.detach().clone() for n, p in policy.named_parameters() if p.requires_grad}
         what = "the model as it starts (a frozen copy of what is trained)"
@@ -212,7 +231,7 @@ def _trained_outside(policy: nn.Module) -> list[str]:
     configs = policy.peft_config.values()  # type: ignore[operator]
     if any(getattr(config, "bias", "none") != "none" for config in configs):
         return [name for name, p in policy.named_parameters() if p.requires_grad and "bias" in name]
-    with policy.disable_adapter():  # type: ignore[operator]
+    with _adapter_off(policy):
         return [name for name, p in policy.named_parameters() if p.requires_grad]
 
 

@@ -91,7 +91,7 @@ def only_responses(
     if not changed:
         return dataset
     logger.warning(
-        "In %d of %d conversations the user's turns were trained too; they are not any more. "
+        "In %d of %d conversations what the user says was trained too; it is not any more. "
         "STAR-DSS shapes what the assistant says.", changed, len(column)
     )  # fmt: skip
     return with_column(dataset, "labels", column, List(Value("int64")))

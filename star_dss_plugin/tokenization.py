@@ -70,8 +70,8 @@ def tokenize_row(
 def needs_assistant_labels(row: Mapping[str, Any]) -> bool:
     """Whether a tokenized row trains on turns that are not an assistant's.
 
-    True where every token of a conversation is trained, or a completion that holds other turns than
-    the assistant's is trained in one piece.
+    True where every token of a conversation or of a prompt with its completion is trained, or a
+    completion that holds other turns than the assistant's is trained in one piece.
     """
     messages, completion = row.get("messages"), row.get("completion")
     if isinstance(messages, list) or isinstance(completion, list):
@@ -84,7 +84,8 @@ def needs_assistant_labels(row: Mapping[str, Any]) -> bool:
         # Several pieces: whoever made the labels (assistant_only_loss) has told the turns apart.
         in_one_piece = len(runs(row["labels"])) == 1
         return IGNORE_INDEX not in row["labels"] or (others and in_one_piece)
-    return False
+    said = isinstance(row.get("prompt"), str) and isinstance(completion, str)
+    return said and bool(row["prompt"]) and IGNORE_INDEX not in row["labels"]
 
 
 def assistant_labels(
@@ -106,12 +107,20 @@ def assistant_labels(
     Raises:
         DataError: The row's tokens are not those of its messages.
     """
-    ids, mask = _conversation(row, tokenizer, chat_template)
+    of_text = isinstance(row.get("completion"), str) and not isinstance(row.get("messages"), list)
+    made = _prompt_completion if of_text else _conversation
+    ids, mask = made(row, tokenizer, chat_template)
     given = list(row["input_ids"])
     for kept in (slice(0, len(given)), slice(max(0, len(ids) - len(given)), len(ids))):
         if ids[kept] == given:
             trained = zip(given, mask[kept], strict=True)
             return [i if is_trained else IGNORE_INDEX for i, is_trained in trained]
+    if of_text:
+        raise DataError(
+            "All tokens of a prompt and its completion are trained, and they are not those of the "
+            "two texts, so the completion cannot be found in them. Set completion_only_loss=True, "
+            "or give labels that are -100 on the prompt."
+        )
     raise DataError(
         "All tokens of a conversation are trained, and its tokens are not those of its chat "
         "template, so the assistant's turns cannot be found in them. Set "

@@ -132,11 +132,25 @@ class StarDSSMixin(_Base):
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         return super().get_test_dataloader(self._scored_late(test_dataset))
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The base class's; its metrics are those of this evaluation or prediction alone."""
+        if self.star_dss_state is not None:
+            self.star_dss_state.metrics.drop("eval")
+        return super().evaluation_loop(*args, **kwargs)
+
     def _scored_late(self, dataset: Any) -> Any:
         """Scores a data set that was handed to `evaluate` or `predict` directly."""
         if self.star_dss_state is None or not isinstance(dataset, Dataset):
             return dataset
+        if self._is_own(dataset):
+            return dataset
         return self.star_dss_state.prepare(dataset, "eval")
+
+    def _is_own(self, dataset: Dataset) -> bool:
+        """Whether it is one of the data sets that were prepared when STAR-DSS was set up."""
+        evaluated = self.eval_dataset
+        sets = evaluated.values() if isinstance(evaluated, dict) else [evaluated]
+        return any(dataset is one for one in [self.train_dataset, *sets])
 
     def compute_loss(
         self,
@@ -196,6 +210,10 @@ class StarDSSMixin(_Base):
         assert isinstance(loss, Tensor)
         return loss
 
+    def _policy(self, model: nn.Module) -> Any:
+        """The trained model without what accelerate and the compiler wrap it in."""
+        return self.accelerator.unwrap_model(model, keep_torch_compile=False)
+
     def _mode(self) -> str:
         assert self.model is not None
         return "train" if self.model.training else "eval"
@@ -216,7 +234,7 @@ class StarDSSMixin(_Base):
             if not bool((weights.kl != 0).any()):
                 return None
             with self.accelerator.autocast():
-                return state.reference.states(self.accelerator.unwrap_model(model), inputs)
+                return state.reference.states(self._policy(model), inputs)
         if kind == "precomputed" and ref_logps is None:
             raise StarDSSError(
                 f"A batch came without {REF_COLUMN!r}, the reference's log-probabilities. Give the "
@@ -233,7 +251,7 @@ class StarDSSMixin(_Base):
         self, state: StarDSSState, model: nn.Module, inputs: dict[str, Any], return_outputs: bool
     ) -> tuple[Any, Any, States | None]:
         """The base class's own result, the policy's outputs, and what its logits are made of."""
-        policy = self.accelerator.unwrap_model(model)
+        policy = self._policy(model)
         with contextlib.ExitStack() as stack:
             captured = stack.enter_context(first_output(model))
             if state.projects:
@@ -316,7 +334,8 @@ class StarDSSMixin(_Base):
         auxiliary = getattr(outputs, "aux_loss", None)
         if auxiliary is None:
             return loss
-        config = self.accelerator.unwrap_model(self.model).config.get_text_config()
+        assert self.model is not None
+        config = self._policy(self.model).config.get_text_config()
         coefficient = getattr(self, "router_aux_loss_coef", None)
         if coefficient is None:
             coefficient = getattr(config, "router_aux_loss_coef", 0.0)
@@ -334,11 +353,16 @@ class StarDSSMixin(_Base):
             add_section(Path(str(self.args.output_dir)))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the `star_dss/` metrics to the trainer's own log line."""
-        if self.star_dss_state is not None:
+        """Adds the `star_dss/` metrics to the trainer's own lines, which are those with a loss.
+
+        A user's line may come from one process alone, and the others would be waited for.
+        """
+        losses = [name for name in logs if name == "loss" or name.endswith("_loss")]
+        if self.star_dss_state is not None and losses:
             mode = self._mode()
             found = self.star_dss_state.metrics.pop(mode, self.accelerator)
-            prefix = "eval_" if mode == "eval" else ""
+            # "eval_", or "eval_NAME_" of one of several sets.
+            prefix = losses[0].removesuffix("loss") if mode == "eval" else ""
             logs = {**logs, **{prefix + name: value for name, value in found.items()}}
             if mode == "train":
                 logs |= self.star_dss_state.extra_metrics

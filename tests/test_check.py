@@ -8,11 +8,13 @@ import yaml
 
 pytest.importorskip("trl")
 
+from datasets import Dataset
 from typer.testing import CliRunner
 
 from star_dss_plugin import ConfigError, PluginError
-from star_dss_plugin.check import check_config
+from star_dss_plugin.check import check_config, estimate
 from star_dss_plugin.cli import app
+from star_dss_plugin.config import StarDSSOptions
 
 runner = CliRunner()
 
@@ -47,9 +49,26 @@ def test_a_good_configuration(tmp_path, model_dir):
 
 
 @pytest.mark.parametrize(
+    ("guard", "said"),
+    [
+        ("qwen3guard-gen-0.6b", "4 guard calls; {tokens} tokens of conversation where prefixes"),
+        ({"preset": "qwen3guard-gen-0.6b"}, "and about 476 of the guard's own words"),
+        ("qwen3guard-stream-0.6b", "one pass over each, {tokens} tokens of conversation in all"),
+        ("xguard-0.6b", "and the guard's own words before and after it"),
+    ],
+)
+def test_what_scoring_would_read(tokenizer, guard, said):
+    ids = tokenizer("is this bad? no! it is a word")["input_ids"]
+    rows = Dataset.from_dict({"input_ids": [ids], "labels": [[-100] * (len(ids) - 8) + ids[-8:]]})
+    options = StarDSSOptions(guard=guard, chunk_size=2)
+    assert said.format(tokens=len(ids)) in estimate(rows, tokenizer, options)
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"chunk_sise": 2}, "chunk_sise"),
+        ({"chunk_sise": 2}, "did you mean 'chunk_size'?"),
+        ({"chunk_sise": 2, "guards": "x"}, "'guards' (did you mean 'guard'?)"),
         ({"guard": "test-word"}, "Did you mean 'test-words'"),
         ({"guard": None}, "No guard was given"),
         ({"kl_coef": -1.0}, "kl_coef is -1.0"),

@@ -239,7 +239,7 @@ def test_trained_questions_are_not_trained_any_more(tokenizer, caplog):
     found = scored(Dataset.from_list([row, row | ids]), tokenizer, HashGuard())
     assert list(found["labels"]) == [ids["labels"]] * 2
     assert found["star_scores"][0] == found["star_scores"][1]
-    assert "In 1 of 2 conversations the user's turns were trained too" in caplog.text
+    assert "In 1 of 2 conversations what the user says was trained too" in caplog.text
 
 
 # Asked once

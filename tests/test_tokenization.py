@@ -330,7 +330,8 @@ def test_a_conversation_needs_labels_where_all_of_it_is_trained(messages, labels
         # assistant_only_loss has told the turns apart; its advice must help
         (chat("a:ok", "u:hi", "a:ok"), [-100, 2, -100, 4], False),
         (chat("a:ok", "t:42", "a:ok"), [-100, -100, -100], False),
-        ("ok", [1, 2, 3], False),
+        ("ok", [1, 2, 3], True),
+        ("ok", [-100, 2, 3], False),
     ],
 )
 def test_a_completion_needs_labels_where_its_turns_are_not_apart(completion, labels, needed):

@@ -55,7 +55,8 @@ class StarDSSAxolotlTrainer(StarDSSMixin, AxolotlTrainer):  # type: ignore[misc]
         return score(dataset, self._config, tokenizer, self._options, name)
 
     def _scored_late(self, dataset: Any) -> Any:
-        if self.star_dss_state is not None and isinstance(dataset, Dataset):
+        late = isinstance(dataset, Dataset) and not self._is_own(dataset)
+        if self.star_dss_state is not None and late:
             dataset = self._scored(dataset, "eval")
         return super()._scored_late(dataset)
 
@@ -67,7 +68,6 @@ class StarDSSAxolotlTrainer(StarDSSMixin, AxolotlTrainer):  # type: ignore[misc]
     ) -> dict[str, float]:
         """Also returns the `star_dss/` metrics: `axolotl evaluate` shows what is returned."""
         metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        for name, value in self.state.log_history[-1].items():
-            if name.startswith("eval_star_dss/"):
-                metrics[metric_key_prefix + name.removeprefix("eval")] = value
-        return metrics
+        ours = f"{metric_key_prefix}_star_dss/"
+        logged = self.state.log_history[-1].items()
+        return metrics | {name: value for name, value in logged if name.startswith(ours)}

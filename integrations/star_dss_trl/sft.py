@@ -6,6 +6,7 @@ Run it as `star-dss sft --config run.yaml`, or on several devices as
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -70,16 +71,29 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Any, StarDSSConfig, Any, A
         (ScriptArguments, StarDSSConfig, ModelConfig, DatasetMixtureConfig), prog="star-dss sft"
     )
     try:
-        # Unknown keys are an error, unlike in `trl sft`: a misspelt `chunk_sise` must not be lost.
-        parsed = parser.parse_args_and_config(argv, fail_with_unknown_args=True)
+        *parsed, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
     except StarDSSError:
         raise
     except Exception as error:  # of YAML, argparse, the dataclasses: a file may say anything
         raise ConfigError(
             f"The command line or the configuration is not valid: {str(error) or type(error)}"
         ) from error
+    # An error, unlike in `trl sft`: a misspelt `chunk_sise` must not be lost.
+    if unknown:
+        raise _unknown_options(unknown, [action.dest for action in parser._actions])
     script_args, training_args, model_args, mixture_args = parsed
     return script_args, training_args, model_args, mixture_args
+
+
+def _unknown_options(given: Sequence[str], known: Sequence[str]) -> ConfigError:
+    """The error for what the parser did not take, with the nearest option of each."""
+    names = [text[2:].split("=")[0] for text in given if text.startswith("--")] or given
+    near = {name: difflib.get_close_matches(name, known, n=1) for name in names}
+    said = [f"{n!r} (did you mean {m[0]!r}?)" if m else repr(n) for n, m in near.items()]
+    return ConfigError(
+        f"Unknown options: {', '.join(said)}. Correct or remove them; `star-dss sft --help` lists "
+        "all that there are."
+    )
 
 
 def load_data(script_args: Any, mixture_args: Any) -> DatasetDict | dict[str, Dataset]:
