@@ -39,7 +39,7 @@ __all__ = ["StarDSSCallback", "run_record", "startup_line"]
 logger = logging.getLogger(__name__)
 
 _MOVED = 0.5
-"""Nats: more than rounding moves log-probabilities in any precision; little for other weights."""
+"""Nats: more than rounding moves log-probabilities in any precision, less than other weights do."""
 
 _PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "trl", "axolotl")
 

@@ -353,18 +353,25 @@ class StarDSSMixin(_Base):
             add_section(Path(str(self.args.output_dir)))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the `star_dss/` metrics to the trainer's own lines, which are those with a loss.
-
-        A user's line may come from one process alone, and the others would be waited for.
-        """
-        losses = [name for name in logs if name == "loss" or name.endswith("_loss")]
-        if self.star_dss_state is not None and losses:
-            mode = self._mode()
-            found = self.star_dss_state.metrics.pop(mode, self.accelerator)
-            # "eval_", or "eval_NAME_" of one of several sets.
-            prefix = losses[0].removesuffix("loss") if mode == "eval" else ""
-            logs = {**logs, **{prefix + name: value for name, value in found.items()}}
-            if mode == "train":
-                logs |= self.star_dss_state.extra_metrics
-                self.star_dss_state.extra_metrics.clear()
+        """Adds the `star_dss/` metrics to the trainer's own log lines."""
+        if self.star_dss_state is not None:
+            logs = logs | self._metrics_for(logs, self.star_dss_state)
         super().log(logs, start_time)
+
+    def _metrics_for(self, logs: dict[str, float], state: StarDSSState) -> dict[str, float]:
+        """What goes with a line of the trainer's, which has a loss.
+
+        None with a user's: it may come from one process alone, and the others would be waited for.
+        """
+        if self._mode() == "train":
+            if not logs.keys() & {"loss", "train_loss"}:
+                return {}
+            found = state.metrics.pop("train", self.accelerator) | state.extra_metrics
+            state.extra_metrics.clear()
+            return found
+        losses = [name for name in logs if name.endswith("_loss")]
+        if not losses:
+            return {}
+        prefix = min(losses, key=len).removesuffix("loss")  # "eval_", "eval_NAME_"
+        found = state.metrics.pop("eval", self.accelerator)
+        return {prefix + name: value for name, value in found.items()}
