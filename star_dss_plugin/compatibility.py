@@ -92,6 +92,11 @@ def check_trainer(trainer: StarDSSMixin) -> None:
             "the model uses a prompt-learning adapter, whose virtual tokens have no scores",
             "Use a LoRA adapter or full finetuning",
         ),
+        (
+            any(getattr(config, "peft_type", None) == "ADALORA" for config in adapters),
+            "the model uses AdaLoRA, which adds a term of its own to the loss that is replaced",
+            "Use LoRA, DoRA or full finetuning",
+        ),
     ])  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("trl")
 
-from peft import PromptTuningConfig
+from peft import AdaLoraConfig, PromptTuningConfig
 from star_dss_trl import StarDSSConfig, StarDSSTrainer
 from test_trl import arguments, history, lora_config, make, prompt_completion
 from transformers import MixtralConfig, MixtralForCausalLM
@@ -196,6 +196,11 @@ def test_what_cannot_be_shaped_is_refused(tmp_path, tokenizer):
     tuning = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     with pytest.raises(ConfigError, match="prompt-learning adapter"):
         make(tmp_path, tokenizer, peft_config=tuning)
+    adaptive = AdaLoraConfig(
+        task_type="CAUSAL_LM", init_r=4, target_r=2, total_step=3, target_modules=["q_proj"]
+    )
+    with pytest.raises(ConfigError, match="AdaLoRA, which adds a term of its own"):
+        make(tmp_path, tokenizer, peft_config=adaptive)
     with pytest.raises(ConfigError, match="label_smoothing_factor is 0.1"):
         make(tmp_path, tokenizer, label_smoothing_factor=0.1)
     with pytest.raises(DataError, match="IterableDataset"):
