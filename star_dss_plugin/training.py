@@ -147,8 +147,17 @@ class StarDSSMixin(_Base):
         return self.star_dss_state.prepare(dataset, "eval")
 
     def _is_own(self, dataset: Dataset) -> bool:
-        """Whether it is one of the data sets that were prepared when STAR-DSS was set up."""
-        evaluated = self.eval_dataset
+        """Whether it is one of the data sets that were prepared when STAR-DSS was set up.
+
+        One that took its place since lacks the columns.
+        """
+        state, evaluated = self.star_dss_state, self.eval_dataset
+        assert state is not None
+        needed = {SCORES_COLUMN} | (
+            {REF_COLUMN} if state.reference.kind == "precomputed" else set()
+        )
+        if not needed <= set(dataset.column_names):
+            return False
         sets = evaluated.values() if isinstance(evaluated, dict) else [evaluated]
         return any(dataset is one for one in [self.train_dataset, *sets])
 

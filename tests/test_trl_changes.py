@@ -126,6 +126,12 @@ def test_a_model_that_is_made_by_every_call_is_no_reference(tmp_path, tokenizer)
         attach(trainer, guard="test-words")
 
 
+def test_evaluation_data_that_takes_anothers_place_is_scored(tmp_path, tokenizer):
+    trainer = make(tmp_path, tokenizer)
+    trainer.eval_dataset = trainer.train_dataset.remove_columns([SCORES_COLUMN, REF_COLUMN])
+    assert trainer.evaluate()["eval_loss"] == trainer.evaluate(trainer.train_dataset)["eval_loss"]
+
+
 def test_a_prompt_of_text_is_no_response(tmp_path, tokenizer, caplog):
     rows = [{"prompt": p, "completion": a} for p, a in zip(PROMPTS, ANSWERS, strict=True)]
     usual = make(tmp_path, tokenizer, Dataset.from_list(rows))

@@ -55,8 +55,8 @@ class StarDSSAxolotlTrainer(StarDSSMixin, AxolotlTrainer):  # type: ignore[misc]
         return score(dataset, self._config, tokenizer, self._options, name)
 
     def _scored_late(self, dataset: Any) -> Any:
-        late = isinstance(dataset, Dataset) and not self._is_own(dataset)
-        if self.star_dss_state is not None and late:
+        active = self.star_dss_state is not None and isinstance(dataset, Dataset)
+        if active and not self._is_own(dataset):
             dataset = self._scored(dataset, "eval")
         return super()._scored_late(dataset)
 
