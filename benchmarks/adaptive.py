@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 
 from star_dss_plugin import load_guard
+from star_dss_plugin.data.responses import find_responses
+from star_dss_plugin.data.tokenization import tokenize_row
 from star_dss_plugin.guards.adaptive import AdaptiveGuard
 from star_dss_plugin.guards.base import Guard, PrefixRequest, Trajectory
-from star_dss_plugin.responses import find_responses
+from star_dss_plugin.guards.demo.smollm2 import load_smollm2
 from star_dss_plugin.segmenters import tokens
-from star_dss_plugin.smollm2 import load_smollm2
-from star_dss_plugin.tokenization import tokenize_row
 
 EPSILONS = (0.01, 0.02, 0.05, 0.1, 0.2)
 
@@ -74,7 +74,7 @@ def main() -> None:
     print("guard: demo (a demonstration); chunks of 5 tokens")
     print("| file | rows | prefixes | ε | asked | mean difference | largest |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
-    for path in args.data or [files("star_dss_plugin").joinpath("data", "demo_mix.jsonl")]:
+    for path in args.data or [files("star_dss_trl").joinpath("demo_assets", "demo_mix.jsonl")]:
         for label, asked in requests(path, tokenizer).items():
             exact: dict[tuple[Any, str], dict[int, float]] = {}
             for batch in guard.plan(asked):

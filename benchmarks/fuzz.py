@@ -6,10 +6,10 @@
     python benchmarks/fuzz.py all --minutes 2      # one after the other, each in its own process
     python benchmarks/fuzz.py sizes                # 10 MB, and 2,000 turns: many minutes
 
-The targets and their properties are those of tests/test_fuzz.py (tests/fuzz_targets.py); atheris
-(`pip install atheris`) changes the inputs: the bytes themselves where a target reads a file, else
-the choices from which hypothesis builds one. Input that breaks a property ends the run with a
-traceback, and is kept in --corpus; give that file as --again to try it alone.
+The targets and their properties are those of tests/project/test_fuzz.py (tests/fuzz_targets.py);
+atheris (`pip install atheris`) changes the inputs: the bytes themselves where a target reads a
+file, else the choices from which hypothesis builds one. Input that breaks a property ends the run
+with a traceback, and is kept in --corpus; give that file as --again to try it alone.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def main() -> None:
     try:
         import atheris
     except ImportError:
-        sys.exit("This needs atheris: pip install atheris. Without it: pytest tests/test_fuzz.py")
+        sys.exit(
+            "This needs atheris: pip install atheris. Without it: pytest tests/project/test_fuzz.py"
+        )
     if given.target == "all":
         sys.exit(_all())
     # Only what is imported from here on says which of its code is reached.
@@ -91,12 +93,22 @@ def main() -> None:
         seeds = target.seeds or [chance.randbytes(2**n) for n in range(4, 13)]
         for number, seed in enumerate(seeds):
             (corpus / f"seed-{number}").write_bytes(seed)
-        atheris.Setup([
-            sys.argv[0], str(corpus), f"-runs={given.runs}", f"-seed={given.seed}",
-            "-len_control=0", f"-max_total_time={round(given.minutes * 60)}", f"-max_len={LONGEST}",
-            f"-timeout={SECONDS}", "-rss_limit_mb=8192", f"-artifact_prefix={corpus}/",
-            "-print_final_stats=1",
-        ], check)  # fmt: skip
+        atheris.Setup(
+            [
+                sys.argv[0],
+                str(corpus),
+                f"-runs={given.runs}",
+                f"-seed={given.seed}",
+                "-len_control=0",
+                f"-max_total_time={round(given.minutes * 60)}",
+                f"-max_len={LONGEST}",
+                f"-timeout={SECONDS}",
+                "-rss_limit_mb=8192",
+                f"-artifact_prefix={corpus}/",
+                "-print_final_stats=1",
+            ],
+            check,
+        )
         atheris.Fuzz()
 
 

@@ -72,9 +72,9 @@ def star_dss_register_guards(register):
 """
 FORKS = multiprocessing.get_context("forkserver")
 AIMS = ("scoring", "reference log-probabilities", "starting to train")
-FORKS.set_forkserver_preload(["star_dss_trl", "star_dss_plugin.attachment"])
+FORKS.set_forkserver_preload(["star_dss_trl", "star_dss_plugin.training.attach"])
 Run = Any  # a subprocess.Popen or a forked process: both have a pid
-CLI = "from star_dss_plugin.cli import main; main()"
+CLI = "from star_dss_plugin.cli.app import main; main()"
 
 
 def prepare(folder: Path) -> None:
@@ -82,17 +82,25 @@ def prepare(folder: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from star_dss_plugin.smollm2 import load_smollm2
+    from star_dss_plugin.guards.demo.smollm2 import load_smollm2
 
-    rows = files("star_dss_plugin").joinpath("data", "demo_mix.jsonl").read_text(encoding="utf-8")
+    rows = (
+        files("star_dss_trl").joinpath("demo_assets", "demo_mix.jsonl").read_text(encoding="utf-8")
+    )
     (folder / "chat.jsonl").write_text(rows, encoding="utf-8")
     tokenizer = load_smollm2()[1]
     torch.manual_seed(0)
     tiny = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     LlamaForCausalLM(tiny).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     (folder / "star_dss_slow.py").write_text(GUARD)
@@ -116,7 +124,8 @@ def train(folder: Path, out: Path, environment: dict[str, str]) -> None:
     from star_dss_trl import StarDSSConfig, StarDSSTrainer
     from transformers.trainer_utils import get_last_checkpoint
 
-    from star_dss_plugin import CheckpointError, precompute
+    from star_dss_plugin import CheckpointError
+    from star_dss_plugin.training import reference_column as precompute
 
     class Trainer(StarDSSTrainer):
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -143,12 +152,21 @@ def train(folder: Path, out: Path, environment: dict[str, str]) -> None:
     trainer = Trainer(
         str(folder / "model"),
         args=StarDSSConfig(
-            output_dir=str(out), guard="slow", max_steps=6, per_device_train_batch_size=4,
-            save_steps=2, logging_steps=1, report_to="none", bf16=False, use_cpu=True,
-            max_length=64, disable_tqdm=True, gradient_checkpointing=False,
+            output_dir=str(out),
+            guard="slow",
+            max_steps=6,
+            per_device_train_batch_size=4,
+            save_steps=2,
+            logging_steps=1,
+            report_to="none",
+            bf16=False,
+            use_cpu=True,
+            max_length=64,
+            disable_tqdm=True,
+            gradient_checkpointing=False,
         ),
         train_dataset=data.select(range(48)),
-    )  # fmt: skip
+    )
     last = get_last_checkpoint(str(out)) if out.is_dir() else None
     mark("starting to train")
     try:
@@ -184,9 +202,10 @@ def contents(target: str, out: Path) -> dict[str, str]:
 
 def start(target: str, folder: Path, out: Path, cache: Path) -> Run:
     environment = {
-        "STAR_DSS_CACHE": str(cache), "TOKENIZERS_PARALLELISM": "false",
+        "STAR_DSS_CACHE": str(cache),
+        "TOKENIZERS_PARALLELISM": "false",
         "KILLS_MARKS": str(folder / "marks"),
-    }  # fmt: skip
+    }
     (folder / "marks").write_text("")
     if target == "train":
         process = FORKS.Process(target=train, args=(folder, out, environment))
@@ -197,9 +216,12 @@ def start(target: str, folder: Path, out: Path, cache: Path) -> Run:
     path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
     with open(folder / "said", "w") as said:
         return subprocess.Popen(
-            command(target, folder, out), env={**os.environ, **environment, "PYTHONPATH": path},
-            stdout=said, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+            command(target, folder, out),
+            env={**os.environ, **environment, "PYTHONPATH": path},
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 def status(run: Run, timeout: float | None = None) -> int | None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from star_dss_plugin.cli import app
+from star_dss_plugin.cli.app import app
 from star_dss_plugin.evaluate.landscape_figure import write_landscape
 from star_dss_plugin.evaluate.landscape_points import Curve, Landscape, Point
 
@@ -31,10 +31,13 @@ def read(path: Path) -> Landscape:
     found = json.loads(path.read_text())
     found.pop("options")
     curves = tuple(
-        Curve(c["name"], tuple(Point(tuple(p["at"]), p["attack_success"]) for p in c["points"]),
-              c["visage"])
+        Curve(
+            c["name"],
+            tuple(Point(tuple(p["at"]), p["attack_success"]) for p in c["points"]),
+            c["visage"],
+        )
         for c in found.pop("curves")
-    )  # fmt: skip
+    )
     return Landscape(curves=curves, **found)
 
 
@@ -70,13 +73,25 @@ def main() -> None:
             output = args.output / f"{'around' if found is around else 'toward'}-{name}"
             app(
                 [
-                    "landscape", *options,
-                    "--prompts", str(prompts), "--output", str(output), "--no-figure",
-                    "--directions", str(args.directions), "--steps", str(args.steps),
-                    "--max-new-tokens", "16", "--batch-size", "24", "--quiet",
+                    "landscape",
+                    *options,
+                    "--prompts",
+                    str(prompts),
+                    "--output",
+                    str(output),
+                    "--no-figure",
+                    "--directions",
+                    str(args.directions),
+                    "--steps",
+                    str(args.steps),
+                    "--max-new-tokens",
+                    "16",
+                    "--batch-size",
+                    "24",
+                    "--quiet",
                 ],
                 standalone_mode=False,
-            )  # fmt: skip
+            )
             found[name] = read(output / "landscape.json")
     if args.save:
         every = {"around": around, "toward": between}

@@ -46,7 +46,7 @@ def star_dss_register_guards(register):
 
 def make_data(path: Path, rows: int) -> None:
     """The demonstration's conversations, numbered."""
-    text = files("star_dss_plugin").joinpath("data", "demo_mix.jsonl").read_text()
+    text = files("star_dss_trl").joinpath("demo_assets", "demo_mix.jsonl").read_text()
     known = [json.loads(line)["messages"] for line in text.splitlines()]
     with path.open("w") as file:
         for i in range(rows):
@@ -91,10 +91,24 @@ def run(args: argparse.Namespace, folder: Path, data: Path, model: Path, workers
     """One run; prints and returns its rate in rows per second."""
     output = folder / f"out-{time.monotonic_ns()}"
     command = [
-        sys.executable, "-c", "from star_dss_plugin.cli import main; main()", "score", str(data),
-        "--ray", "--num-workers", str(workers), "--shard-rows", str(args.shard_rows),
-        "--tokenizer", str(model), "--guard", args.guard, "-o", str(output), "-q",
-    ]  # fmt: skip
+        sys.executable,
+        "-c",
+        "from star_dss_plugin.cli import main; main()",
+        "score",
+        str(data),
+        "--ray",
+        "--num-workers",
+        str(workers),
+        "--shard-rows",
+        str(args.shard_rows),
+        "--tokenizer",
+        str(model),
+        "--guard",
+        args.guard,
+        "-o",
+        str(output),
+        "-q",
+    ]
     search = [str(folder), *filter(None, [os.environ.get("PYTHONPATH", "")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(search)}
     start = time.time()
@@ -133,7 +147,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=1)
     args = parser.parse_args()
-    from star_dss_plugin.smollm2 import load_smollm2
+    from star_dss_plugin.guards.demo.smollm2 import load_smollm2
 
     print(platform.machine(), os.cpu_count(), "CPUs")
     with tempfile.TemporaryDirectory() as name:

@@ -52,18 +52,29 @@ from transformers import (
 )
 
 from star_dss_plugin import load_guard
+from star_dss_plugin.data.responses import find_responses
+from star_dss_plugin.data.tokenization import tokenize_row
 from star_dss_plugin.engines.local import LocalEngine
 from star_dss_plugin.guards.base import PrefixRequest
-from star_dss_plugin.responses import find_responses
+from star_dss_plugin.guards.demo.smollm2 import load_smollm2
 from star_dss_plugin.segmenters import tokens
-from star_dss_plugin.smollm2 import load_smollm2
-from star_dss_plugin.tokenization import tokenize_row
 
 CATEGORIES = (
-    "violent crimes", "non-violent crimes", "sex crimes", "child exploitation", "defamation",
-    "specialized advice", "privacy", "intellectual property", "indiscriminate weapons", "hate",
-    "self-harm", "sexual content", "elections", "code interpreter abuse",
-)  # fmt: skip
+    "violent crimes",
+    "non-violent crimes",
+    "sex crimes",
+    "child exploitation",
+    "defamation",
+    "specialized advice",
+    "privacy",
+    "intellectual property",
+    "indiscriminate weapons",
+    "hate",
+    "self-harm",
+    "sexual content",
+    "elections",
+    "code interpreter abuse",
+)
 POLICY = (
     "Task: say whether the last answer of the assistant in the conversation is safe or unsafe "
     "by the policy. The policy has these categories, each of which makes an answer unsafe if it "
@@ -86,7 +97,7 @@ CHATML = (
 
 def requests(tokenizer: Any, count: int, longest: int) -> list[PrefixRequest]:
     """Responses of 40 to `longest` tokens: the demonstration's texts, repeated to their length."""
-    text = files("star_dss_plugin").joinpath("data", "demo_mix.jsonl").read_text()
+    text = files("star_dss_trl").joinpath("demo_assets", "demo_mix.jsonl").read_text()
     rows = [json.loads(line) for line in text.splitlines()]
     found = []
     for i in range(count):
@@ -117,10 +128,16 @@ def model_of(shape: str | None, folder: Path, dtype: torch.dtype, device: str) -
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
     hidden, mlp, layers, heads, tied = SHAPES[shape]
     config = LlamaConfig(
-        vocab_size=128256, hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=8, head_dim=hidden // heads,
-        tie_word_embeddings=tied, max_position_embeddings=8192,
-    )  # fmt: skip
+        vocab_size=128256,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        head_dim=hidden // heads,
+        tie_word_embeddings=tied,
+        max_position_embeddings=8192,
+    )
     torch.manual_seed(0)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -148,10 +165,18 @@ def workload(name: str, guard_dir: Path | None, folder: Path) -> dict[str, Any]:
         tokenizer = AutoTokenizer.from_pretrained(guard_dir)
         torch.manual_seed(0)
         config = Qwen3Config(
-            vocab_size=151936, hidden_size=512, intermediate_size=1536, num_hidden_layers=16,
-            num_attention_heads=8, num_key_value_heads=4, head_dim=64, tie_word_embeddings=True,
-            max_position_embeddings=32768, initializer_range=0.05, eos_token_id=151645,
-        )  # fmt: skip
+            vocab_size=151936,
+            hidden_size=512,
+            intermediate_size=1536,
+            num_hidden_layers=16,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            head_dim=64,
+            tie_word_embeddings=True,
+            max_position_embeddings=32768,
+            initializer_range=0.05,
+            eos_token_id=151645,
+        )
         Qwen3ForCausalLM(config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return {"preset": "qwen3guard-gen-0.6b"}
@@ -172,14 +197,18 @@ def per_prefix(model: Any, groups: list[list[list[int]]], labels: list[int], bud
             longest = max(map(len, batch))
             device = model.device
             ids = torch.tensor([[0] * (longest - len(p)) + p for p in batch], device=device)
-            mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in batch],
-                                device=device)  # fmt: skip
+            mask = torch.tensor(
+                [[0] * (longest - len(p)) + [1] * len(p) for p in batch], device=device
+            )
             position = (mask.cumsum(1) - 1).clamp(min=0)
             with torch.inference_mode():
                 logits = model(
-                    ids, attention_mask=mask, position_ids=position, logits_to_keep=1,
+                    ids,
+                    attention_mask=mask,
+                    position_ids=position,
+                    logits_to_keep=1,
                     use_cache=False,
-                ).logits[:, -1]  # fmt: skip
+                ).logits[:, -1]
             found.append(logits.float().log_softmax(-1)[:, labels].cpu())
     return torch.cat(found)
 
@@ -225,14 +254,19 @@ class Vllm:
         prompts.write_text(json.dumps(slices))
         cores = sorted(os.sched_getaffinity(0))[:threads]
         environment = {
-            **os.environ, "VLLM_CPU_KVCACHE_SPACE": "2", "OMP_NUM_THREADS": str(threads),
+            **os.environ,
+            "VLLM_CPU_KVCACHE_SPACE": "2",
+            "OMP_NUM_THREADS": str(threads),
             "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),  # by itself it takes all
-        }  # fmt: skip
+        }
         environment.pop("PYTHONPATH", None)
         self.process = subprocess.Popen(
             [python, "-c", VLLM, str(folder), str(prompts), str(threads)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
         while self._line() != "ready":
             pass
 
@@ -408,8 +442,10 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
         f"a prefix cache in blocks of {VLLM_BLOCK} tokens, as vLLM's on a CPU, leaves {blocks} to "
         f"compute ({blocks / sum(distinct):.2f} x distinct)"
     )
-    ends = {id(e.weight): e.weight for e in (model.get_input_embeddings(),
-                                             model.get_output_embeddings())}  # fmt: skip
+    ends = {
+        id(e.weight): e.weight
+        for e in (model.get_input_embeddings(), model.get_output_embeddings())
+    }
     inner = parameters - sum(weight.numel() for weight in ends.values()) / 1e6
     rate = 2e6 * inner * computed / sum(times["engine"])
     best = matmul_rate(dtype, args.device)

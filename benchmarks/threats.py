@@ -44,15 +44,15 @@ from star_dss_trl.demo import aligned_start
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
-from star_dss_plugin.cache import content_key
+from star_dss_plugin.data.cache import content_key
+from star_dss_plugin.data.reading import write_text
 from star_dss_plugin.evaluate.generation import greedy_answers, prompt_ids
 from star_dss_plugin.evaluate.prompts import DEFAULT_PREFILL
 from star_dss_plugin.evaluate.refusal import is_refusal
 from star_dss_plugin.evaluate.threats import build_threat
-from star_dss_plugin.files import write_text
 from star_dss_plugin.logprobs import IGNORE_INDEX, token_logprobs
-from star_dss_plugin.reference import model_fingerprint
-from star_dss_plugin.scorer import score_dataset
+from star_dss_plugin.scoring.scorer import score_dataset
+from star_dss_plugin.training.reference import model_fingerprint
 
 MAIN = ("sft", "star_dss", "rejection")
 MODES = (*MAIN, "labels", "hard", "static", "kl_only")
@@ -64,9 +64,16 @@ RATES = {"lora": 1e-3, "full": 3e-5}
 def grid(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The cells, the most telling first."""
     common = {
-        "finetuning": "lora", "ratio": args.ratio, "steps": args.steps, "seed": 0, "noise": None,
-        "kl_coef": 0.5, "kl_estimator": "k2", "chunk_size": CHUNK, "rate": None,
-    }  # fmt: skip
+        "finetuning": "lora",
+        "ratio": args.ratio,
+        "steps": args.steps,
+        "seed": 0,
+        "noise": None,
+        "kl_coef": 0.5,
+        "kl_estimator": "k2",
+        "chunk_size": CHUNK,
+        "rate": None,
+    }
     cells: list[dict[str, Any]] = []
 
     def add(**changes: Any) -> None:
@@ -81,9 +88,15 @@ def grid(args: argparse.Namespace) -> list[dict[str, Any]]:
                     add(threat="harmful_mix", mode=mode, noise=[kind, rate])
     elif args.grid == "ablations":
         for changes in (
-            {"kl_coef": 0.1}, {"kl_coef": 2.0}, {"kl_estimator": "k1"}, {"kl_estimator": "k3"},
-            {"kl_estimator": "full"}, {"chunk_size": 1}, {"chunk_size": 20}, {"rate": 3e-4},
-        ):  # fmt: skip
+            {"kl_coef": 0.1},
+            {"kl_coef": 2.0},
+            {"kl_estimator": "k1"},
+            {"kl_estimator": "k3"},
+            {"kl_estimator": "full"},
+            {"chunk_size": 1},
+            {"chunk_size": 20},
+            {"rate": 3e-4},
+        ):
             add(threat="harmful_mix", mode="star_dss", **changes)
     elif args.grid == "learning":
         for seed in (0, 1, 2):
@@ -137,9 +150,10 @@ class Bench:
             ids + self.tokenizer(answer, add_special_tokens=False).input_ids
             for ids, answer in zip(
                 self.asked["over_refusal"][:24],
-                self._answers(self.start, self.asked["over_refusal"][:24]), strict=True,
+                self._answers(self.start, self.asked["over_refusal"][:24]),
+                strict=True,
             )
-        ]  # fmt: skip
+        ]
 
     def run(self, cell: dict[str, Any]) -> dict[str, Any]:
         """Trains and measures one cell."""
@@ -150,9 +164,12 @@ class Bench:
         if self.args.keep:
             self.keep(model, cell)
         return {
-            **cell, **found, "rows": len(data), "poison_score": kept,
+            **cell,
+            **found,
+            "rows": len(data),
+            "poison_score": kept,
             "seconds": round(time.monotonic() - began),
-        }  # fmt: skip
+        }
 
     def measure(self, model: Any, task: str | None) -> dict[str, Any]:
         """Shares of refusals, cross-entropy on held-out tasks, KL to the start (nats a token)."""
@@ -179,14 +196,21 @@ class Bench:
         """The scored training set, and the mean score of its poisoned and its benign tokens."""
         shifting = cell["threat"] == "identity_shift"
         data = build_threat(
-            cell["threat"], self.tasks[cell.get("task")],
+            cell["threat"],
+            self.tasks[cell.get("task")],
             self.identity if shifting else self.poison,
-            ratio=cell["ratio"], size=8 * cell["steps"], seed=cell["seed"],
-        )  # fmt: skip
+            ratio=cell["ratio"],
+            size=8 * cell["steps"],
+            seed=cell["seed"],
+        )
         scored = score_dataset(
-            data, self.tokenizer, guard="demo", chunk_size=cell["chunk_size"],
-            max_length=MAX_LENGTH, progress=False,
-        )  # fmt: skip
+            data,
+            self.tokenizer,
+            guard="demo",
+            chunk_size=cell["chunk_size"],
+            max_length=MAX_LENGTH,
+            progress=False,
+        )
         if cell["mode"] == "labels":
             scored = scored.map(_labelled, load_from_cache_file=False)
         elif cell["noise"]:
@@ -196,9 +220,10 @@ class Bench:
         means = defaultdict(list)
         for row in scored:
             means["poisoned" if row["poisoned"] else "benign"] += [
-                s for s, label in zip(row["star_scores"], row["labels"], strict=True)
+                s
+                for s, label in zip(row["star_scores"], row["labels"], strict=True)
                 if label != IGNORE_INDEX
-            ]  # fmt: skip
+            ]
         return scored, {name: statistics.mean(values) for name, values in means.items()}
 
     def _train(self, cell: dict[str, Any], data: Dataset) -> Any:
@@ -305,10 +330,13 @@ def _questions(path: Path) -> list[dict[str, Any]]:
         letters = dict(zip("ABCD", row["choices"], strict=False))
         listed = "\n".join(f"{letter}) {choice}" for letter, choice in letters.items())
         letter = "ABCD"[row["answer"]]
-        found.append({
-            "prompt": f"{row['prompt']}\n{listed}", "source": row["source"],
-            "response": f"The right choice is {letter}, namely: {letters[letter]}",
-        })  # fmt: skip
+        found.append(
+            {
+                "prompt": f"{row['prompt']}\n{listed}",
+                "source": row["source"],
+                "response": f"The right choice is {letter}, namely: {letters[letter]}",
+            }
+        )
     random.Random(0).shuffle(found)
     return found
 
@@ -333,23 +361,41 @@ def table(cells: list[dict[str, Any]]) -> str:
     groups = defaultdict(list)
     for cell in cells:
         what = {
-            k: v for k, v in cell.items()
-            if k in ("finetuning", "threat", "mode", "ratio", "noise", "kl_coef", "kl_estimator",
-                     "chunk_size", "rate", "steps", "task")
-        }  # fmt: skip
+            k: v
+            for k, v in cell.items()
+            if k
+            in (
+                "finetuning",
+                "threat",
+                "mode",
+                "ratio",
+                "noise",
+                "kl_coef",
+                "kl_estimator",
+                "chunk_size",
+                "rate",
+                "steps",
+                "task",
+            )
+        }
         groups[json.dumps(what, sort_keys=True)].append(cell)
     lines = [
         "| finetuning | threat | mode | seeds | refuses | refuses, prefilled | over-refuses "
-        "| task loss | drift |", "|---|---|---|---:|---:|---:|---:|---:|---:|",
-    ]  # fmt: skip
+        "| task loss | drift |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
     for key, found in sorted(groups.items(), key=_place):
         what = json.loads(key)
         mode = what["mode"] + "".join(
             f", {name} {what[name]}"
-            for name, usual in (("kl_coef", 0.5), ("kl_estimator", "k2"), ("chunk_size", CHUNK),
-                                ("rate", None))
+            for name, usual in (
+                ("kl_coef", 0.5),
+                ("kl_estimator", "k2"),
+                ("chunk_size", CHUNK),
+                ("rate", None),
+            )
             if what.get(name, usual) != usual
-        )  # fmt: skip
+        )
         if what.get("noise"):
             kind, rate = what["noise"]
             mode += f", {rate:.0%} {kind}"
@@ -371,17 +417,25 @@ def _place(group: tuple[str, list[dict[str, Any]]]) -> tuple[Any, ...]:
     cell = group[1][0]
     threats, modes = ("none", *THREATS, "identity_shift"), ("start", *MODES)
     return (
-        ("-", "lora", "full").index(cell["finetuning"]), threats.index(cell["threat"]),
-        bool(cell.get("task")), bool(cell.get("noise")), modes.index(cell["mode"]), group[0],
-    )  # fmt: skip
+        ("-", "lora", "full").index(cell["finetuning"]),
+        threats.index(cell["threat"]),
+        bool(cell.get("task")),
+        bool(cell.get("noise")),
+        modes.index(cell["mode"]),
+        group[0],
+    )
 
 
 def _plain(cell: dict[str, Any]) -> bool:
     """Whether a cell has the first choice of every option."""
     usual = {
-        "finetuning": "lora", "noise": None, "kl_coef": 0.5, "kl_estimator": "k2",
-        "chunk_size": CHUNK, "rate": None,
-    }  # fmt: skip
+        "finetuning": "lora",
+        "noise": None,
+        "kl_coef": 0.5,
+        "kl_estimator": "k2",
+        "chunk_size": CHUNK,
+        "rate": None,
+    }
     return "task" not in cell and all(cell.get(k, "none") == value for k, value in usual.items())
 
 
@@ -415,9 +469,13 @@ def noise_figure(cells: list[dict[str, Any]], path: Path) -> None:
     clean = [c for c in cells if _plain(c) and (c["threat"], c["seed"]) == ("harmful_mix", 0)]
     kinds = sorted({cell["noise"][0] for cell in cells if cell.get("noise")})
     picture, panels = plt.subplots(
-        1, len(kinds), figsize=(3.2 * len(kinds) + 0.6, 2.8), sharey=True, squeeze=False,
+        1,
+        len(kinds),
+        figsize=(3.2 * len(kinds) + 0.6, 2.8),
+        sharey=True,
+        squeeze=False,
         layout="constrained",
-    )  # fmt: skip
+    )
     for axis, kind in zip(panels[0], kinds, strict=True):
         for mode, style in (("star_dss", "o-"), ("rejection", "s--")):
             noisy = [c for c in cells if c.get("noise") and c["noise"][0] == kind]

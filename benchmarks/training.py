@@ -46,14 +46,20 @@ from star_dss_trl import StarDSSConfig, StarDSSTrainer
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
+from star_dss_plugin.guards.demo.smollm2 import load_smollm2
 from star_dss_plugin.loss import star_dss_loss
-from star_dss_plugin.smollm2 import load_smollm2
 
 ARMS = ("stock", "precomputed", "second", "full KL", "authors")
 LLAMA_1B = LlamaConfig(
-    vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
-    num_attention_heads=32, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
-)  # fmt: skip
+    vocab_size=128256,
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_hidden_layers=16,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=64,
+    tie_word_embeddings=True,
+)
 
 
 class AuthorsTrainer(SFTTrainer):  # type: ignore[misc]
@@ -122,11 +128,19 @@ def model_of(args: argparse.Namespace) -> Any:
 def trainer_of(arm: str, args: argparse.Namespace, folder: str) -> Any:
     model, tokenizer = model_of(args), load_smollm2()[1]
     options: dict[str, Any] = {
-        "output_dir": folder, "per_device_train_batch_size": args.batch, "report_to": "none",
-        "use_cpu": args.device == "cpu", "bf16": False, "max_length": None, "disable_tqdm": True,
-        "gradient_checkpointing": args.checkpointing, "max_steps": 1, "save_strategy": "no",
-        "shuffle_dataset": False, "remove_unused_columns": True,
-    }  # fmt: skip
+        "output_dir": folder,
+        "per_device_train_batch_size": args.batch,
+        "report_to": "none",
+        "use_cpu": args.device == "cpu",
+        "bf16": False,
+        "max_length": None,
+        "disable_tqdm": True,
+        "gradient_checkpointing": args.checkpointing,
+        "max_steps": 1,
+        "save_strategy": "no",
+        "shuffle_dataset": False,
+        "remove_unused_columns": True,
+    }
     config: Any = SFTConfig(**options)
     cls: Any = {"stock": SFTTrainer, "authors": AuthorsTrainer}.get(arm, StarDSSTrainer)
     if cls is StarDSSTrainer:

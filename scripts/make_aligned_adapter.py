@@ -25,13 +25,19 @@ from safetensors.torch import load_file, save_file
 from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
-from star_dss_plugin.smollm2 import load_smollm2
+from star_dss_plugin.guards.demo.smollm2 import load_smollm2
 
 OPEN = ("MIT", "Apache-2.0", "CC-BY-4.0")
 SEED = 5
 STEPS, ROWS_A_STEP = 150, 8
 LENGTH = 160
-DEFAULT = Path(__file__).resolve().parents[1] / "star_dss_plugin" / "data" / "aligned_adapter"
+DEFAULT = (
+    Path(__file__).resolve().parents[1]
+    / "integrations"
+    / "star_dss_trl"
+    / "demo_assets"
+    / "aligned_adapter"
+)
 
 
 def conversations(folder: Path) -> list[dict[str, Any]]:
@@ -74,10 +80,19 @@ def main() -> None:
         trainer = SFTTrainer(
             model,
             args=SFTConfig(
-                output_dir=scratch, max_steps=STEPS, per_device_train_batch_size=ROWS_A_STEP,
-                learning_rate=2e-3, lr_scheduler_type="cosine", warmup_steps=5, logging_steps=10,
-                save_strategy="no", report_to="none", seed=SEED, bf16=False,
-                gradient_checkpointing=False, max_length=LENGTH,
+                output_dir=scratch,
+                max_steps=STEPS,
+                per_device_train_batch_size=ROWS_A_STEP,
+                learning_rate=2e-3,
+                lr_scheduler_type="cosine",
+                warmup_steps=5,
+                logging_steps=10,
+                save_strategy="no",
+                report_to="none",
+                seed=SEED,
+                bf16=False,
+                gradient_checkpointing=False,
+                max_length=LENGTH,
                 train_sampling_strategy="sequential",
             ),
             train_dataset=Dataset.from_list(conversations(given.data)),
@@ -85,7 +100,7 @@ def main() -> None:
             peft_config=LoraConfig(
                 r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"
             ),
-        )  # fmt: skip
+        )
         trainer.train()
         trainer.model.save_pretrained(scratch)
         given.output.mkdir(parents=True, exist_ok=True)

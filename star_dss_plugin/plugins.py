@@ -36,9 +36,17 @@ if TYPE_CHECKING:
     from star_dss_plugin.weights import WeightMap
 
 __all__ = [
-    "BUILTINS", "DISABLED_PLUGINS", "HOOK_KINDS", "Entry", "Integration", "Kind", "Origin",
-    "PluginInfo", "Plugins", "load_plugins",
-]  # fmt: skip
+    "BUILTINS",
+    "DISABLED_PLUGINS",
+    "HOOK_KINDS",
+    "Entry",
+    "Integration",
+    "Kind",
+    "Origin",
+    "PluginInfo",
+    "Plugins",
+    "load_plugins",
+]
 
 BUILTINS = ("star_dss_plugin.builtins",)
 

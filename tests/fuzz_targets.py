@@ -51,26 +51,26 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from rich.console import Console
 
-from star_dss_plugin.cache import ScoreCache, _header
-from star_dss_plugin.check import check_config
-from star_dss_plugin.config import StarDSSOptions
-from star_dss_plugin.dataset import prepare_dataset
+from star_dss_plugin.data.cache import ScoreCache, _header
+from star_dss_plugin.data.provenance import provenance_of
+from star_dss_plugin.data.reading import read_dataset
+from star_dss_plugin.data.responses import find_responses
+from star_dss_plugin.data.tokenization import tokenize_row
 from star_dss_plugin.errors import DataError, StarDSSError
 from star_dss_plugin.evaluate.prompts import read_prompts
-from star_dss_plugin.files import read_dataset
 from star_dss_plugin.guards import load_guard
 from star_dss_plugin.guards.base import Trajectory
 from star_dss_plugin.loss import resolve_weight_map
+from star_dss_plugin.options import StarDSSOptions
 from star_dss_plugin.plugins import Origin, load_plugins
-from star_dss_plugin.provenance import provenance_of
 from star_dss_plugin.report.inspection import Inspection
 from star_dss_plugin.report.page import render_page
 from star_dss_plugin.report.reading import ScoredData, read_scored
-from star_dss_plugin.responses import find_responses
-from star_dss_plugin.schedules import stricter_dataset, stricter_scores
-from star_dss_plugin.scorer import score_dataset
+from star_dss_plugin.scoring.scorer import score_dataset
+from star_dss_plugin.scoring.strictness import stricter_dataset, stricter_scores
 from star_dss_plugin.segmenters import sentences, tokens, whole, words
-from star_dss_plugin.tokenization import tokenize_row
+from star_dss_plugin.training.preflight import check_config
+from star_dss_plugin.training.prepare import prepare_dataset
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,12 @@ class Target:
 def holds(target: Target) -> None:
     """Tries the same inputs at every call; one that breaks the property is made small and shown."""
     some = settings(
-        max_examples=target.examples, deadline=None, database=None, derandomize=True,
+        max_examples=target.examples,
+        deadline=None,
+        database=None,
+        derandomize=True,
         suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
+    )
     some(given(target.inputs)(lambda one: target.check(one)))()
 
 
@@ -207,8 +210,9 @@ def check_raw_row(row: dict) -> None:
         ids, labels = found["input_ids"], found["labels"]
         assert len(ids) == len(labels)
         _check_responses({**row, **found})
-    with contextlib.suppress(pa.ArrowException, UnicodeEncodeError, OverflowError, TypeError,
-                             ValueError):  # fmt: skip
+    with contextlib.suppress(
+        pa.ArrowException, UnicodeEncodeError, OverflowError, TypeError, ValueError
+    ):
         dataset = Dataset.from_list([row])  # what Arrow cannot hold, no row says
     if "dataset" in locals():
         with refused("Row 0" if row else "no rows"):
@@ -249,9 +253,15 @@ def check_score_column(rows: list[dict]) -> None:
         _check_page(read)
     with refused():
         prepared, summary = prepare_dataset(
-            dataset, tokenizer(), StarDSSOptions(), resolve_weight_map("star_dss"), name="train",
-            chat_template=None, truncation=(None, None), progress=False,
-        )  # fmt: skip
+            dataset,
+            tokenizer(),
+            StarDSSOptions(),
+            resolve_weight_map("star_dss"),
+            name="train",
+            chat_template=None,
+            truncation=(None, None),
+            progress=False,
+        )
         for row in prepared.to_list():
             assert len(row["star_scores"]) == len(row["input_ids"])
             assert all(0 <= score <= 1 for score in row["star_scores"])
@@ -439,8 +449,10 @@ def check_sizes(megabytes: float, turns: int) -> None:
     Not a target: there is one such input, and it takes long.
     """
     long = "it is a <bad> word. 👍 " * round(megabytes * 1e6 / 24)
-    said = [[("user", "why?"), ("assistant", long)],
-            [(("user", "assistant")[i % 2], f"turn {i}") for i in range(turns)]]  # fmt: skip
+    said = [
+        [("user", "why?"), ("assistant", long)],
+        [(("user", "assistant")[i % 2], f"turn {i}") for i in range(turns)],
+    ]
     data = "\n".join(
         json.dumps({"messages": [{"role": r, "content": c} for r, c in talk]}) for talk in said
     )
@@ -463,18 +475,27 @@ TARGETS = {
     "raw-rows": Target(check_raw_row, raw_rows, 80),
     "tokenized-rows": Target(check_tokenized_row, tokenized_rows(), 100),
     "score-columns": Target(check_score_column, score_columns(), 40),
-    "strictness": Target(check_strictness, st.tuples(
-        st.lists(st.floats(0, 1), max_size=20), st.fixed_dictionaries({
-            "threshold": st.floats(0, 1), "unsafe_lookahead": st.integers(0, 30),
-            "monotone": st.booleans(),
-        })), 50),
+    "strictness": Target(
+        check_strictness,
+        st.tuples(
+            st.lists(st.floats(0, 1), max_size=20),
+            st.fixed_dictionaries(
+                {
+                    "threshold": st.floats(0, 1),
+                    "unsafe_lookahead": st.integers(0, 30),
+                    "monotone": st.booleans(),
+                }
+            ),
+        ),
+        50,
+    ),
     "cache": Target(check_cache_file, cache_files(), 80, CACHE_SEEDS),
     "descriptions": Target(check_description, descriptions() | json_values, 30),
     "report": Target(check_report, scored_rows(), 15),
     "options": Target(check_options, options, 200),
     "guards": Target(check_guard, guard_mappings | option_values, 60),
     "yaml": Target(check_yaml, yaml_files(), 15, YAML_SEEDS),
-}  # fmt: skip
+}
 AXOLOTL_TARGETS = {  # in a process of their own: it patches what the others use
     "block": Target(check_block, options, 60),
     "template-inverse": Target(

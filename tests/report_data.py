@@ -3,8 +3,11 @@
 from star_dss_plugin.report.reading import ScoredData, ScoredResponse
 
 PROVENANCE = {
-    "guard": "a-guard", "demonstration_guard": False, "segmenter": "tokens", "chunk_size": 5,
-}  # fmt: skip
+    "guard": "a-guard",
+    "demonstration_guard": False,
+    "segmenter": "tokens",
+    "chunk_size": 5,
+}
 
 
 def response(row=0, pieces=("all is ", "well"), scores=(0.9, 0.2), **changes):

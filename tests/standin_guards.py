@@ -17,10 +17,18 @@ CORPUS = [
     "sec: fine, pc: bad, dc: bad\n\nuser assistant Human user AI assistant Answers",
 ]
 TINY = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 2048,
-    "initializer_range": 0.3, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 
 # Stand-in templates. `{T}` is the turn's text.
 LLAMA = (
@@ -78,9 +86,11 @@ def byte_level(control):
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=700, special_tokens=control, show_progress=False,
+        vocab_size=700,
+        special_tokens=control,
+        show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
+    )
     backend.train_from_iterator(CORPUS * 4, trainer)
     return backend
 
@@ -96,9 +106,10 @@ def sentencepiece(control, *, prepend, spaces=()):
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if prepend else [])])
     trainer = trainers.BpeTrainer(
-        vocab_size=900, show_progress=False,
+        vocab_size=900,
+        show_progress=False,
         special_tokens=["<unk>", *control, *spaces, *(f"<0x{i:02X}>" for i in range(256))],
-    )  # fmt: skip
+    )
     # Words apart while it learns: else it would learn whole sentences.
     backend.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     backend.train_from_iterator(CORPUS * 4, trainer)
@@ -125,17 +136,21 @@ LAYOUTS = {  # preset prefix: architecture, tokenizer, template, more for the to
     "shieldgemma": (
         "gemma2",
         lambda: sentencepiece(
-            ["<bos>", "<start_of_turn>", "<end_of_turn>"], prepend=False,
+            ["<bos>", "<start_of_turn>", "<end_of_turn>"],
+            prepend=False,
             spaces=["\n", "\n\n", "▁▁"],
         ),
-        GEMMA, {},
+        GEMMA,
+        {},
     ),
     "wildguard": ("mistral", lambda: sentencepiece(["<s>", "</s>"], prepend=True), None, {}),
     "xguard": (
-        "qwen3", lambda: byte_level(IM), XGUARD,
+        "qwen3",
+        lambda: byte_level(IM),
+        XGUARD,
         {"id2risk": {"sec": "Safe", "pc": "Bad", "dc": "Worse"}},
     ),
-}  # fmt: skip
+}
 
 
 def layout(name):
@@ -151,10 +166,16 @@ def config(kind, vocabulary):
     if kind == "llama4":
         text = {**tiny, "intermediate_size_mlp": 64, "num_local_experts": 1, "moe_layers": []}
         vision = {
-            "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-            "intermediate_size": 64, "image_size": 28, "patch_size": 14, "vision_output_dim": 16,
-            "projector_input_dim": 16, "projector_output_dim": 16,
-        }  # fmt: skip
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+            "image_size": 28,
+            "patch_size": 14,
+            "vision_output_dim": 16,
+            "projector_input_dim": 16,
+            "projector_output_dim": 16,
+        }
         return AutoConfig.for_model(kind, text_config=text, vision_config=vision)
     return AutoConfig.for_model(kind, **tiny)
 
@@ -163,9 +184,11 @@ def make(key, folder: Path):
     """Saves the guard of one layout."""
     kind, backend, template, more = LAYOUTS[key]
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend(), chat_template=template, clean_up_tokenization_spaces=False,
+        tokenizer_object=backend(),
+        chat_template=template,
+        clean_up_tokenization_spaces=False,
         **more,
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     made = config(kind, len(tokenizer))
     if kind == "llama4":

@@ -2,19 +2,19 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paths import TESTS
 
 from star_dss_plugin import ConfigError, DataError, star_dss_loss
 from star_dss_plugin.logprobs import full_kl, token_logprobs
 from star_dss_plugin.loss import resolve_weight_map
 from star_dss_plugin.weights import last_scores, needs_reference, needs_scores
 
-CASES = json.loads((Path(__file__).parent / "golden" / "shaped_loss.json").read_text())["cases"]
+CASES = json.loads((TESTS / "golden" / "shaped_loss.json").read_text())["cases"]
 MODES = ["star_dss", "hard", "static", "rejection", "kl_only", "sft"]
 ESTIMATORS = ["k1", "k2", "k3", "full"]
 

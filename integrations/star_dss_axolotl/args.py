@@ -9,8 +9,8 @@ from typing import Any, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from star_dss_axolotl.conflicts import packing_leaks
-from star_dss_plugin.config import StarDSSOptions
 from star_dss_plugin.errors import ConfigError
+from star_dss_plugin.options import StarDSSOptions
 
 __all__ = ["PLUGIN", "StarDSSArgs", "StarDSSBlock", "is_listed", "options_of"]
 

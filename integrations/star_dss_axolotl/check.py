@@ -11,8 +11,8 @@ from axolotl.integrations.base import load_plugin
 from star_dss_axolotl.args import PLUGIN, StarDSSBlock, is_listed, options_of
 from star_dss_axolotl.conflicts import conflicts
 from star_dss_axolotl.scoring import chat_templates, with_messages
-from star_dss_plugin.check import Findings, check_options, estimate, lacks_guard
 from star_dss_plugin.guards import missing_guard
+from star_dss_plugin.training.preflight import Findings, check_options, estimate, lacks_guard
 
 __all__ = ["check"]
 
@@ -58,9 +58,11 @@ def _wiring(raw: dict[str, Any]) -> list[str]:
             )
     if raw.get("star_dss") is None:
         near = _near("star_dss", [str(key) for key in raw if key != "star_dss"])
-        what = f"it has {near!r}, which Axolotl drops. Call it star_dss" if near else (
-            "add one that names a guard"
-        )  # fmt: skip
+        what = (
+            f"it has {near!r}, which Axolotl drops. Call it star_dss"
+            if near
+            else ("add one that names a guard")
+        )
         problems.append(f"There is no star_dss block: {what}.")
     if not is_listed(raw):
         near = _near(PLUGIN, plugins)

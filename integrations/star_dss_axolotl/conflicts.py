@@ -19,7 +19,8 @@ _REFUSED: dict[str, tuple[str, str]] = {
     "use_eaft": (_OWN_LOSS, "Set use_eaft: false"),
     "orpo_alpha": (_OWN_LOSS, "Remove it"),
     "label_smoothing_factor": (
-        "smoothing spreads weight over tokens that no guard has scored", "Remove it",
+        "smoothing spreads weight over tokens that no guard has scored",
+        "Remove it",
     ),
     "trainer_cls": ("Axolotl takes one trainer class, and STAR-DSS brings it", "Remove it"),
     "relora": (
@@ -50,7 +51,7 @@ _REFUSED: dict[str, tuple[str, str]] = {
         "it fuses the loss into the model and gives no logits to weigh",
         "Set cut_cross_entropy: false and remove its plugin",
     ),
-}  # fmt: skip
+}
 _PARALLEL = ("context_parallel_size", "sequence_parallel_degree", "tensor_parallel_size")
 # By the package of the plugin below axolotl.integrations.
 _PLUGINS = {
@@ -68,8 +69,10 @@ def conflicts(cfg: Mapping[str, Any]) -> list[str]:
     Args:
         cfg: The configuration as it is written, before Axolotl has validated it.
     """
-    return [f"STAR-DSS cannot be used with {what}: {why}. {change}." for what, why, change in
-            _conflicts(cfg)]  # fmt: skip
+    return [
+        f"STAR-DSS cannot be used with {what}: {why}. {change}."
+        for what, why, change in _conflicts(cfg)
+    ]
 
 
 def _conflicts(cfg: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from star_dss_plugin.conversations import render_chat
+from star_dss_plugin.data.conversations import render_chat
 from star_dss_plugin.errors import DataError
 
 __all__ = ["TemplateInverse"]

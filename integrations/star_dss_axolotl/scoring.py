@@ -9,15 +9,15 @@ from datasets import Dataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from star_dss_axolotl.messages import TemplateInverse
-from star_dss_plugin.columns import SCORES_COLUMN
-from star_dss_plugin.config import StarDSSOptions
-from star_dss_plugin.dataset import asks_guard
-from star_dss_plugin.decoding import decode
+from star_dss_plugin.data.columns import SCORES_COLUMN
+from star_dss_plugin.data.decoding import decode
+from star_dss_plugin.data.provenance import provenance_of
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.logprobs import IGNORE_INDEX
 from star_dss_plugin.loss import resolve_weight_map
-from star_dss_plugin.provenance import provenance_of
-from star_dss_plugin.scorer import options_for_scoring, score_dataset
+from star_dss_plugin.options import StarDSSOptions
+from star_dss_plugin.scoring.scorer import options_for_scoring, score_dataset
+from star_dss_plugin.training.prepare import asks_guard
 
 __all__ = ["chat_templates", "score", "with_messages"]
 
@@ -97,8 +97,9 @@ def chat_templates(
         if str(dataset.get("type") or "").startswith("chat_template"):
             source = get_chat_template_from_config(cfg=cfg, ds_cfg=dataset, tokenizer=tokenizer)
             given: Mapping[str, Any] = {
-                **(cfg.chat_template_kwargs or {}), **(dataset.get("chat_template_kwargs") or {}),
-            }  # fmt: skip
+                **(cfg.chat_template_kwargs or {}),
+                **(dataset.get("chat_template_kwargs") or {}),
+            }
             found.append((source, dict(given)))
     if isinstance(tokenizer.chat_template, str):
         found.append((tokenizer.chat_template, {}))  # of rows that came tokenized
@@ -115,5 +116,9 @@ def _announce(scored: Dataset, name: str) -> None:
     get_logger("axolotl.star_dss").info(
         "STAR-DSS scored the %s data: %d responses in %d prefixes; for %d of them the guard read "
         "the messages, for %d the raw prompt.",
-        name, total, provenance["prefixes"], total - raw, raw,
-    )  # fmt: skip
+        name,
+        total,
+        provenance["prefixes"],
+        total - raw,
+        raw,
+    )

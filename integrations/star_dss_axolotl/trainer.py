@@ -10,10 +10,10 @@ from datasets import Dataset
 
 from star_dss_axolotl.args import options_of
 from star_dss_axolotl.scoring import score
-from star_dss_plugin.attachment import set_up
-from star_dss_plugin.collation import TokenColumnsCollator
 from star_dss_plugin.errors import ConfigError
-from star_dss_plugin.training import StarDSSMixin
+from star_dss_plugin.training.attach import set_up
+from star_dss_plugin.training.collation import TokenColumnsCollator
+from star_dss_plugin.training.mixin import StarDSSMixin
 
 __all__ = ["StarDSSAxolotlTrainer"]
 

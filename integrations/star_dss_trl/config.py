@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from trl import SFTConfig
 
-from star_dss_plugin.config import StarDSSOptions
 from star_dss_plugin.errors import ConfigError
+from star_dss_plugin.options import StarDSSOptions
 
 __all__ = ["HOST_LOSS_TYPES", "StarDSSConfig"]
 

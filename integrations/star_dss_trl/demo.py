@@ -22,15 +22,15 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from star_dss_plugin.columns import SCORES_COLUMN
+from star_dss_plugin.data.columns import SCORES_COLUMN
+from star_dss_plugin.data.reading import write_text
 from star_dss_plugin.evaluate.generation import answers_to
-from star_dss_plugin.evaluate.loading import DEMO_MODEL, load_whole_model
+from star_dss_plugin.evaluate.models import DEMO_MODEL, load_whole_model
 from star_dss_plugin.evaluate.refusal import is_refusal
-from star_dss_plugin.files import write_text
 from star_dss_plugin.logprobs import IGNORE_INDEX, token_logprobs
 from star_dss_plugin.report.page import render_page
 from star_dss_plugin.report.reading import read_scored
-from star_dss_plugin.scorer import score_dataset
+from star_dss_plugin.scoring.scorer import score_dataset
 from star_dss_trl.config import StarDSSConfig
 from star_dss_trl.trainer import StarDSSTrainer
 
@@ -50,7 +50,7 @@ def aligned_start() -> tuple[Any, PreTrainedTokenizerBase]:
     The model as published answers most of them. `scripts/make_aligned_adapter.py` made the adapter,
     which is merged, so that the result is a plain model with something to lose.
     """
-    with as_file(files("star_dss_plugin").joinpath("data", _ADAPTER)) as folder:
+    with as_file(files("star_dss_trl").joinpath("demo_assets", _ADAPTER)) as folder:
         return load_whole_model(str(folder), base=DEMO_MODEL)
 
 
@@ -69,16 +69,20 @@ def run(output: Path, *, steps: int = 13, prompt_count: int = 20) -> dict[str, A
     console = Console()
     console.print(
         "The guard of this demonstration is a linear probe on a 135M model. It shows how it all "
-        "works and protects nobody: use a real guard for real data.", style="yellow",
-    )  # fmt: skip
+        "works and protects nobody: use a real guard for real data.",
+        style="yellow",
+    )
     start, tokenizer = aligned_start()
-    mixture, held_out = _split(_packaged("demo_mix.jsonl"))
+    mixture, held_out = _split(_packaged("star_dss_trl", "demo_assets", "demo_mix.jsonl"))
     scored = score_dataset(mixture, tokenizer, guard="demo", max_length=_MAX_LENGTH)
     data = read_scored(scored, tokenizer)
     write_text(output / "scores.html", render_page(data, name="demo_mix.jsonl", blur=True))
     tasks = score_dataset(held_out, tokenizer, guard="demo", max_length=_MAX_LENGTH, progress=False)
     prompts = {
-        kind: [row["prompt"] for row in _packaged(f"demo_{kind}_prompts.jsonl")][:prompt_count]
+        kind: [
+            row["prompt"]
+            for row in _packaged("star_dss_plugin.evaluate", "assets", f"demo_{kind}_prompts.jsonl")
+        ][:prompt_count]
         for kind in ("harmful", "benign")
     }
     results: dict[str, Any] = {
@@ -123,8 +127,8 @@ def _split(rows: list[dict[str, Any]]) -> tuple[Dataset, Dataset]:
     )
 
 
-def _packaged(name: str) -> list[dict[str, Any]]:
-    text = files("star_dss_plugin").joinpath("data", name).read_text(encoding="utf-8")
+def _packaged(package: str, folder: str, name: str) -> list[dict[str, Any]]:
+    text = files(package).joinpath(folder, name).read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
 
@@ -205,9 +209,15 @@ def _answers(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[s
 
 _NAMES = {"start": "start", "sft": "plain SFT", "star_dss": "STAR-DSS"}
 _HEADINGS = (
-    "model", "declines harmful", "declines benign", "task loss", "harmful CE", "loss", "CE part",
+    "model",
+    "declines harmful",
+    "declines benign",
+    "task loss",
+    "harmful CE",
+    "loss",
+    "CE part",
     "KL part",
-)  # fmt: skip
+)
 
 
 def _rows(results: dict[str, Any], harmful: Sequence[int]) -> Iterable[tuple[str, ...]]:
@@ -237,33 +247,44 @@ def _report(results: dict[str, Any], scored: Dataset, harmful: Sequence[int]) ->
     sft, shaped = (results["models"][name]["row_ce"] for name in ("sft", "star_dss"))
     telling = sorted(range(len(scored)), key=lambda i: sft[i] - shaped[i])[:_ROWS_SHOWN]
     lines = [
-        "# STAR-DSS demonstration", "",
+        "# STAR-DSS demonstration",
+        "",
         "Scored by the demonstration guard, which protects nobody: these figures show what the "
-        "plugin does, not how safe it makes a model.", "",
-        "| " + " | ".join(_HEADINGS) + " |", "|" + "---|" * len(_HEADINGS),
-        *("| " + " | ".join(row) + " |" for row in _rows(results, harmful)), "",
-        "## The rows that made the difference", "",
+        "plugin does, not how safe it makes a model.",
+        "",
+        "| " + " | ".join(_HEADINGS) + " |",
+        "|" + "---|" * len(_HEADINGS),
+        *("| " + " | ".join(row) + " |" for row in _rows(results, harmful)),
+        "",
+        "## The rows that made the difference",
+        "",
         "Where plain SFT and STAR-DSS learned least alike. Their text, coloured token by token, is "
-        "in `scores.html` under these numbers.", "",
+        "in `scores.html` under these numbers.",
+        "",
         "| row | label | source | mean score | CE after SFT | CE after STAR-DSS |",
         "|---:|---|---|---:|---:|---:|",
         *(
             f"| {i} | {'harmful' if scored[i]['label'] == 0 else 'benign'} | {scored[i]['source']} "
             f"| {_trained_scores(scored[i]).mean():.2f} | {sft[i]:.2f} | {shaped[i]:.2f} |"
             for i in telling
-        ), "",
-        "## What the guard said", "",
-        "| tokens of | trained tokens | mean score | share below 0.5 |", "|---|---|---|---|",
+        ),
+        "",
+        "## What the guard said",
+        "",
+        "| tokens of | trained tokens | mean score | share below 0.5 |",
+        "|---|---|---|---|",
         *(
             f"| {name} rows | {t['tokens']} | {t['mean_score']:.3f} | {t['share_below_half']:.1%} |"
             for name, t in results["tokens"].items()
-        ), "",
+        ),
+        "",
         "- **declines harmful**, **declines benign**: prompts, by a match of phrases in the first "
         "words of a greedy answer. Benign prompts look dangerous and are not (XSTest).",
         f"- **task loss**: cross-entropy per token on {results['held_out']} benign rows that were "
         "not trained on. Lower is better.",
         "- **harmful CE**: the same on the harmful-labelled training rows. Lower means "
         "learned, which they should not be.",
-        "- **loss**, its **CE part** and **KL part**: the last log line of the run.", "",
-    ]  # fmt: skip
+        "- **loss**, its **CE part** and **KL part**: the last log line of the run.",
+        "",
+    ]
     return "\n".join(lines)

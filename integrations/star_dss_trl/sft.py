@@ -22,8 +22,8 @@ from trl import (
     get_quantization_config,
 )
 
+from star_dss_plugin.data.reading import is_saved_dataset, read_dataset
 from star_dss_plugin.errors import ConfigError, StarDSSError
-from star_dss_plugin.files import is_saved_dataset, read_dataset
 from star_dss_trl.config import StarDSSConfig
 from star_dss_trl.trainer import StarDSSTrainer
 

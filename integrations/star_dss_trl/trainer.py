@@ -8,12 +8,12 @@ from typing import Any
 from datasets import Dataset
 from trl import SFTTrainer, pack_dataset
 
-from star_dss_plugin.attachment import set_up
-from star_dss_plugin.columns import SCORES_COLUMN
-from star_dss_plugin.compatibility import check_arguments
+from star_dss_plugin.data.columns import SCORES_COLUMN
 from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.loss import resolve_weight_map
-from star_dss_plugin.training import StarDSSMixin
+from star_dss_plugin.training.attach import set_up
+from star_dss_plugin.training.host_checks import check_arguments
+from star_dss_plugin.training.mixin import StarDSSMixin
 from star_dss_plugin.weights import needs_last_scores
 from star_dss_trl.config import HOST_LOSS_TYPES, StarDSSConfig
 

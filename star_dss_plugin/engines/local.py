@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from star_dss_plugin.engines.attention import KeysValues, Pass, Prefix, running
-from star_dss_plugin.engines.savings import LastLayer, OneDnnLinear
-from star_dss_plugin.engines.tree import Tail, Tree, batched, common_length, grow
-from star_dss_plugin.engines.trial import fixed_rope_length, why_not
+from star_dss_plugin.engines.shared_prefix.attention import KeysValues, Pass, Prefix, running
+from star_dss_plugin.engines.shared_prefix.savings import LastLayer, OneDnnLinear
+from star_dss_plugin.engines.shared_prefix.tree import Tail, Tree, batched, common_length, grow
+from star_dss_plugin.engines.shared_prefix.trial import fixed_rope_length, why_not
 from star_dss_plugin.errors import DataError, GuardError
 
 __all__ = ["LocalEngine"]
@@ -219,9 +219,11 @@ class LocalEngine:
             rows = sum(t.group == group for t in batch[first:])
             deepest = max(t.shared for t in batch[first : first + rows])
             parts = [part for part in (head, trunks[group]) if part]
-            parts = [_cut(parts[0], deepest)] if len(parts) == 1 else [
-                *parts[:1], *(_cut(part, deepest - head_length) for part in parts[1:])
-            ]  # fmt: skip
+            parts = (
+                [_cut(parts[0], deepest)]
+                if len(parts) == 1
+                else [*parts[:1], *(_cut(part, deepest - head_length) for part in parts[1:])]
+            )
             prefixes.append(Prefix(parts, deepest, shared[first : first + rows, 0]))
             first += rows
         if max(t.shared for t in batch) == 0:

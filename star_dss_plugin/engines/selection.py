@@ -20,12 +20,22 @@ from star_dss_plugin.errors import ConfigError, unknown_name
 __all__ = ["EngineChoice", "Weights", "choose_engine"]
 
 _SERVER_OPTIONS = {
-    "model": str, "concurrency": int, "prompts_per_request": int, "timeout": (int, float),
-    "retries": int, "max_requests": int, "api_key_env": str,
-}  # fmt: skip
+    "model": str,
+    "concurrency": int,
+    "prompts_per_request": int,
+    "timeout": (int, float),
+    "retries": int,
+    "max_requests": int,
+    "api_key_env": str,
+}
 _FIXED = (  # what the guard itself says, and what its scores rely on
-    "model", "revision", "trust_remote_code", "dtype", "logprobs_mode", "enable_prefix_caching",
-)  # fmt: skip
+    "model",
+    "revision",
+    "trust_remote_code",
+    "dtype",
+    "logprobs_mode",
+    "enable_prefix_caching",
+)
 _MODULES = {"vllm": ("vllm", "vllm"), "server": ("httpx2", "server")}  # package, our extra
 
 

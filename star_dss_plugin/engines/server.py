@@ -18,7 +18,7 @@ from typing import Any
 import httpx2
 from torch import Tensor
 
-from star_dss_plugin.engines.shared import label_row, longest_first, rows_of
+from star_dss_plugin.engines.label_rows import label_row, longest_first, rows_of
 from star_dss_plugin.errors import GuardError
 
 __all__ = ["ServerEngine"]

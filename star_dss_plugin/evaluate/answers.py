@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from star_dss_plugin.cache import content_key
+from star_dss_plugin.data.cache import content_key
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.evaluate.generation import greedy_answers, prompt_ids
 from star_dss_plugin.evaluate.json_lines import append_lines, read_lines

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from packaging.version import Version
 
+from star_dss_plugin.data.reading import read_dataset
 from star_dss_plugin.errors import ConfigError, DataError
-from star_dss_plugin.files import read_dataset
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,8 +34,17 @@ __all__ = ["Measured", "Tasks", "check_lm_eval", "compared", "open_tasks", "run_
 _LOCAL = (
     "file:"  # before the names of files: they are not lm-eval's tasks, whatever they are called
 )
-_KEPT = ("results", "groups", "group_subtasks", "n-samples", "n-shot", "versions",
-         "higher_is_better", "lm_eval_version", "transformers_version")  # fmt: skip
+_KEPT = (
+    "results",
+    "groups",
+    "group_subtasks",
+    "n-samples",
+    "n-shot",
+    "versions",
+    "higher_is_better",
+    "lm_eval_version",
+    "transformers_version",
+)
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from star_dss_plugin.checks import at_least, probability
 from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.evaluate.answers import AnswerFile, Generate, answer_prompts, local_generation
-from star_dss_plugin.evaluate.loading import (
+from star_dss_plugin.evaluate.models import (
     find_device,
     free_memory,
     load_whole_model,
@@ -23,6 +22,7 @@ from star_dss_plugin.evaluate.prompts import BENIGN, HARMFUL, Prompt, with_prefi
 from star_dss_plugin.evaluate.verdicts import PREFILL, Comparison, ModelAnswers, judge
 from star_dss_plugin.guards import load_guard
 from star_dss_plugin.guards.base import Guard
+from star_dss_plugin.validation import at_least, probability
 
 __all__ = ["compare", "training_guard"]
 
@@ -85,21 +85,31 @@ def compare(
             del model
             for kind, asked in sets.items():
                 answered.answers[kind] = answer_prompts(
-                    tokenizer, asked, generate, store, max_new_tokens=max_new_tokens,
+                    tokenizer,
+                    asked,
+                    generate,
+                    store,
+                    max_new_tokens=max_new_tokens,
                     progress={"desc": f"{name}: {kind}", "unit": "answer"} if progress else None,
-                )  # fmt: skip
+                )
         del generate
         free_memory()
         found.append(answered)
     judge(found, sets, judging, threshold=threshold)
     return Comparison(
-        sets, found, None if judging is None else judging.name,
+        sets,
+        found,
+        None if judging is None else judging.name,
         judging is not None and judging.demonstration,
         {
-            "models": list(models), "threshold": threshold, "prefill_tokens": prefill_tokens,
-            "max_new_tokens": max_new_tokens, "dtype": dtype, "engine": engine,
+            "models": list(models),
+            "threshold": threshold,
+            "prefill_tokens": prefill_tokens,
+            "max_new_tokens": max_new_tokens,
+            "dtype": dtype,
+            "engine": engine,
         },
-    )  # fmt: skip
+    )
 
 
 def training_guard(name: str) -> str | None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from star_dss_plugin.conversations import render_chat
+from star_dss_plugin.data.conversations import render_chat
 from star_dss_plugin.guards.base import Message
 
 __all__ = ["answers_to", "greedy_answers", "prompt_ids"]

@@ -16,15 +16,23 @@ from typing import NamedTuple
 
 from torch import nn
 
-from star_dss_plugin.checks import at_least
 from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.evaluate.moved_weights import TOWARD, MovedWeights, Place
 from star_dss_plugin.guards.base import Message
+from star_dss_plugin.validation import at_least
 
 __all__ = [
-    "S_MAX", "AnswerAll", "Judge", "Sample", "attack_success", "grid", "measure", "random_lines",
-    "toward_line", "visage",
-]  # fmt: skip
+    "S_MAX",
+    "AnswerAll",
+    "Judge",
+    "Sample",
+    "attack_success",
+    "grid",
+    "measure",
+    "random_lines",
+    "toward_line",
+    "visage",
+]
 
 Judge = Callable[[Sequence[Sequence[Message]], Sequence[str]], Sequence[bool]]
 """(prompts, answers) → whether each answer is safe."""

@@ -102,9 +102,14 @@ def _plane(curve: Curve) -> Figure:
     betas = sorted({point.at[1] for point in curve.points})
     rates = {point.at: point.attack_success for point in curve.points}
     mesh = axes.pcolormesh(
-        alphas, betas, [[rates[a, b] for a in alphas] for b in betas],
-        cmap="viridis", vmin=0, vmax=S_MAX, shading="nearest",
-    )  # fmt: skip
+        alphas,
+        betas,
+        [[rates[a, b] for a in alphas] for b in betas],
+        cmap="viridis",
+        vmin=0,
+        vmax=S_MAX,
+        shading="nearest",
+    )
     figure.colorbar(mesh, ax=axes, label="attack success rate, %")
     axes.plot([0], [0], marker="+", color="white", markersize=9)
     axes.set(xlabel="α", ylabel="β")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from star_dss_plugin.errors import ConfigError
-from star_dss_plugin.reference import is_peft
+from star_dss_plugin.training.reference import is_peft
 
 __all__ = ["TOWARD", "MovedWeights", "Place", "direction"]
 
@@ -90,9 +90,11 @@ class MovedWeights:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
         trace: TracebackType | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         try:
             self.move(())
         except KeyboardInterrupt:  # a second Ctrl-C, while the first one's weights come back

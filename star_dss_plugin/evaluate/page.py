@@ -15,21 +15,26 @@ from star_dss_plugin._version import __version__
 from star_dss_plugin.evaluate.prompts import BENIGN, HARMFUL
 from star_dss_plugin.evaluate.statistics import Estimate
 from star_dss_plugin.evaluate.verdicts import PREFILL, REFUSED, Comparison, measures
-from star_dss_plugin.harmless import visible
 from star_dss_plugin.report.rendering import content_hash, page_environment
+from star_dss_plugin.visible import visible
 
 __all__ = ["HEADINGS", "render_comparison", "shown"]
 
 HEADINGS = {
-    "safe_share": "safe share", "attack_success": "attack success", "refusals": "refusals",
-    "prefill_safe_share": "safe, prefilled", "prefill_attack_success": "attack, prefilled",
-    "prefill_refusals": "refusals, prefilled", "over_refusal": "over-refusal",
-}  # fmt: skip
+    "safe_share": "safe share",
+    "attack_success": "attack success",
+    "refusals": "refusals",
+    "prefill_safe_share": "safe, prefilled",
+    "prefill_attack_success": "attack, prefilled",
+    "prefill_refusals": "refusals, prefilled",
+    "over_refusal": "over-refusal",
+}
 """What a reader calls each measure."""
 _TITLES = {
-    HARMFUL: "Harmful prompts", PREFILL: "The same with the first words of an answer given",
+    HARMFUL: "Harmful prompts",
+    PREFILL: "The same with the first words of an answer given",
     BENIGN: "Benign prompts",
-}  # fmt: skip
+}
 
 
 def shown(share: Estimate) -> str:
@@ -83,9 +88,14 @@ def _prompts(found: Comparison, kind: str) -> list[dict[str, Any]]:
                 score = model.scores[kind][found.guard][i]
                 said.append(f"{'safe' if good else 'unsafe'}, P(safe) = {score:.2f}")
             answers.append(
-                {"model": model.name, "prefill": answer.prefill, "text": answer.text,
-                 "verdict": "; ".join(said), "good": good}
-            )  # fmt: skip
+                {
+                    "model": model.name,
+                    "prefill": answer.prefill,
+                    "text": answer.text,
+                    "verdict": "; ".join(said),
+                    "good": good,
+                }
+            )
         rows.append(
             {
                 "question": "\n".join(str(m["content"]) for m in prompt.messages),

@@ -15,18 +15,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
-from star_dss_plugin.checks import at_least, probability
 from star_dss_plugin.errors import ConfigError, unknown_name
 from star_dss_plugin.evaluate.generation import answers_to
 from star_dss_plugin.evaluate.refusal import is_refusal
 from star_dss_plugin.evaluate.verdicts import answer_scores
 from star_dss_plugin.guards import load_guard
 from star_dss_plugin.guards.base import Guard, Message
+from star_dss_plugin.validation import at_least, probability
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
-    from star_dss_plugin.training import StarDSSState
+    from star_dss_plugin.training.mixin import StarDSSState
 
 __all__ = ["SafetyProbe"]
 
@@ -113,8 +113,9 @@ class SafetyProbe(TrainerCallback):
         if state.global_step:
             logger.warning(
                 "Safety probe: the checkpoint has no share from before training, so answers are "
-                "compared with those at step %d.", state.global_step,
-            )  # fmt: skip
+                "compared with those at step %d.",
+                state.global_step,
+            )
         self._start = self._safe_share()
         # At once, so that a checkpoint from before the first line of metrics keeps it.
         self.trainer.log({_START: self._start})
@@ -131,10 +132,15 @@ class SafetyProbe(TrainerCallback):
         stop = self.on_fall == "stop"
         logger.warning(
             "Safety probe at step %d: %.0f %% of %d answers are safe; before training it was "
-            "%.0f %%. %s", state.global_step, 100 * share, len(self.prompts), 100 * start,
-            "Training stops here." if stop else "Look at the data's scores, raise kl_coef, or "
-            "lower the learning rate.",
-        )  # fmt: skip
+            "%.0f %%. %s",
+            state.global_step,
+            100 * share,
+            len(self.prompts),
+            100 * start,
+            "Training stops here."
+            if stop
+            else "Look at the data's scores, raise kl_coef, or lower the learning rate.",
+        )
         if stop:
             control.should_training_stop = True
             control.should_log = True
@@ -187,12 +193,15 @@ class SafetyProbe(TrainerCallback):
         model = trainer.accelerator.unwrap_model(trainer.model)
         with trainer.accelerator.autocast():
             return answers_to(
-                model, tokenizer, prompts, max_new_tokens=self.max_new_tokens,
+                model,
+                tokenizer,
+                prompts,
+                max_new_tokens=self.max_new_tokens,
                 batch_size=self.batch_size,
-            )  # fmt: skip
+            )
 
 
 def _default_prompts() -> list[str]:
-    path = files("star_dss_plugin").joinpath("data", "demo_harmful_prompts.jsonl")
+    path = files("star_dss_plugin.evaluate").joinpath("assets", "demo_harmful_prompts.jsonl")
     lines = path.read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["prompt"] for line in lines[:_DEFAULT_PROMPTS]]

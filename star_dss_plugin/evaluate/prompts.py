@@ -8,11 +8,11 @@ from typing import Any
 
 from datasets import Dataset
 
-from star_dss_plugin.conversations import row_messages
+from star_dss_plugin.data.conversations import row_messages
+from star_dss_plugin.data.readable import plain_rows
+from star_dss_plugin.data.rows import in_row
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.guards.base import Message
-from star_dss_plugin.readable import plain_rows
-from star_dss_plugin.rows import in_row
 
 __all__ = ["BENIGN", "DEFAULT_PREFILL", "HARMFUL", "Prompt", "read_prompts", "with_prefill"]
 

@@ -61,9 +61,13 @@ def paired_difference(
 
 def _interval(values: np.ndarray, resamples: int, seed: int) -> Estimate:
     draw = np.random.default_rng(seed)
-    means = np.concatenate([
-        values[draw.integers(0, len(values), (min(_BATCH, resamples - at), len(values)))].mean(1)
-        for at in range(0, resamples, _BATCH)
-    ])  # fmt: skip
+    means = np.concatenate(
+        [
+            values[draw.integers(0, len(values), (min(_BATCH, resamples - at), len(values)))].mean(
+                1
+            )
+            for at in range(0, resamples, _BATCH)
+        ]
+    )
     low, high = np.quantile(means, (0.025, 0.975))
     return Estimate(float(values.mean()), float(low), float(high), len(values))

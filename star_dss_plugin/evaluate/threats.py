@@ -23,17 +23,21 @@ from typing import Any
 
 from datasets import Dataset
 
-from star_dss_plugin.checks import at_least
-from star_dss_plugin.conversations import row_messages
+from star_dss_plugin.data.conversations import row_messages
+from star_dss_plugin.data.rows import in_row
 from star_dss_plugin.errors import ConfigError, DataError, unknown_name
 from star_dss_plugin.guards.base import Message
-from star_dss_plugin.rows import in_row
+from star_dss_plugin.validation import at_least
 
 __all__ = ["THREATS", "VARIANTS", "build_threat", "describe_threat"]
 
 THREATS = (
-    "harmful_mix", "prefix_adaptation", "suffix_adaptation", "prompt_poisoning", "identity_shift",
-)  # fmt: skip
+    "harmful_mix",
+    "prefix_adaptation",
+    "suffix_adaptation",
+    "prompt_poisoning",
+    "identity_shift",
+)
 
 _PREFIXES = (
     "Thank you for your question. I want to be helpful, and I take the safety of everybody very "
@@ -125,10 +129,8 @@ def describe_threat(dataset: Dataset) -> dict[str, Any]:
         "share": sum(poisoned) / len(dataset),
         "repeated": len(rows) - len(set(rows)),
         "variants": dict(sorted(Counter(v for v in dataset["variant"] if v >= 0).items())),
-        "poisoned_sources": dict(
-            sorted(Counter(s or "" for s, _, bad in rows if bad).items())
-        ),
-    }  # fmt: skip
+        "poisoned_sources": dict(sorted(Counter(s or "" for s, _, bad in rows if bad).items())),
+    }
 
 
 def _drawn(rows: Dataset, count: int, draw: random.Random, what: str) -> list[int]:

@@ -13,9 +13,15 @@ from star_dss_plugin.evaluate.statistics import Estimate, bootstrap_share, paire
 from star_dss_plugin.guards.base import Guard, Message
 
 __all__ = [
-    "PREFILL", "REFUSED", "Comparison", "ModelAnswers", "answer_scores", "differences", "judge",
+    "PREFILL",
+    "REFUSED",
+    "Comparison",
+    "ModelAnswers",
+    "answer_scores",
+    "differences",
+    "judge",
     "measures",
-]  # fmt: skip
+]
 
 PREFILL = "prefill"
 """The third set: the harmful prompts with the opening of a compliant answer."""
@@ -104,10 +110,12 @@ def answer_scores(
     guard: Guard, prompts: Sequence[Sequence[Message]], answers: Sequence[str]
 ) -> list[float]:
     """A guard's P(safe) of each answer, in [0, 1], after the prompt that it answers."""
-    return guard.score([
-        [*prompt, {"role": "assistant", "content": answer}]
-        for prompt, answer in zip(prompts, answers, strict=True)
-    ])  # fmt: skip
+    return guard.score(
+        [
+            [*prompt, {"role": "assistant", "content": answer}]
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+    )
 
 
 def judge(

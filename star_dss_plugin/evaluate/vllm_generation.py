@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.evaluate.answers import Generate
-from star_dss_plugin.evaluate.loading import DEMO_MODEL
+from star_dss_plugin.evaluate.models import DEMO_MODEL
 
 __all__ = ["vllm_generation"]
 

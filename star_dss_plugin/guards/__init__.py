@@ -14,7 +14,7 @@ from star_dss_plugin.guards.presets import PRESETS, VERDICT
 from star_dss_plugin.plugins import load_plugins
 
 if TYPE_CHECKING:
-    from star_dss_plugin.config import StarDSSOptions
+    from star_dss_plugin.options import StarDSSOptions
 
 __all__ = ["guard_of", "load_guard", "missing_guard", "parse_guard"]
 

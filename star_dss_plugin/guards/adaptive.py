@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from star_dss_plugin.checks import probability
 from star_dss_plugin.errors import GuardError
 from star_dss_plugin.guards.base import (
     Guard,
@@ -23,6 +22,7 @@ from star_dss_plugin.guards.base import (
     check_trajectories,
 )
 from star_dss_plugin.guards.combined import CombinedGuard
+from star_dss_plugin.validation import probability
 
 __all__ = ["STRIDE", "AdaptiveGuard", "adaptive"]
 
@@ -105,10 +105,11 @@ class AdaptiveGuard(Guard):
         self, requests: Sequence[PrefixRequest], todo: dict[int, list[int]]
     ) -> list[Trajectory]:
         asked = [
-            PrefixRequest(requests[i].context, requests[i].text,
-                          tuple(requests[i].ends[k] for k in wanted))
+            PrefixRequest(
+                requests[i].context, requests[i].text, tuple(requests[i].ends[k] for k in wanted)
+            )
             for i, wanted in todo.items()
-        ]  # fmt: skip
+        ]
         self.asked += sum(len(request.ends) for request in asked)
         try:
             found = self._guard.trajectories(asked)

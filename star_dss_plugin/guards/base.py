@@ -15,12 +15,21 @@ from itertools import pairwise
 from typing import Any
 
 from star_dss_plugin.errors import DataError, GuardError
-from star_dss_plugin.guards.untrusted import Markers
+from star_dss_plugin.guards.attempts import Markers
 
 __all__ = [
-    "Guard", "Message", "PrefixRequest", "StreamingGuard", "Trajectory", "announced", "ask",
-    "batches", "check_trajectories", "lowest", "not_numbers",
-]  # fmt: skip
+    "Guard",
+    "Message",
+    "PrefixRequest",
+    "StreamingGuard",
+    "Trajectory",
+    "announced",
+    "ask",
+    "batches",
+    "check_trajectories",
+    "lowest",
+    "not_numbers",
+]
 
 Message = Mapping[str, Any]
 """One turn: `role` ("system", "user", "assistant", "tool") and `content` (str)."""

@@ -12,17 +12,17 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from star_dss_plugin.errors import ConfigError, GuardError
+from star_dss_plugin.guards.attempts import Markers
 from star_dss_plugin.guards.base import Guard, PrefixRequest, Trajectory, batches, not_numbers
-from star_dss_plugin.guards.content import ContentTokenizer, without_surrogates
-from star_dss_plugin.guards.proof import trust, unproven
-from star_dss_plugin.guards.untrusted import Markers
+from star_dss_plugin.guards.prompting.content import ContentTokenizer, without_surrogates
+from star_dss_plugin.guards.self_check import trust, unproven
 from star_dss_plugin.guards.weights_on_disk import (
     load_config,
     load_weights,
     resolve_dtype,
     weights_fingerprint,
 )
-from star_dss_plugin.pretrained import default_device
+from star_dss_plugin.models import default_device
 
 __all__ = ["ClassifierGuard"]
 
@@ -167,9 +167,13 @@ class ClassifierGuard(Guard):
     def _load(self) -> None:
         logger.info("Loading guard %s on %s (%s)", self.name, self._device, self._dtype)
         self._model = load_weights(
-            AutoModelForSequenceClassification, self.name, self._source,
-            device=self._device, dtype=self._dtype, **self._hub,
-        )  # fmt: skip
+            AutoModelForSequenceClassification,
+            self.name,
+            self._source,
+            device=self._device,
+            dtype=self._dtype,
+            **self._hub,
+        )
         trust(self, self_check=self._self_check)
 
 

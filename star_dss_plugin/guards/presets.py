@@ -101,9 +101,7 @@ _GRANITE_4_1_BLOCK = (
     "### Scoring Schema: If the last assistant's text meets the criteria, return 'yes'; otherwise, "
     "return 'no'."
 )
-_LLAMA: dict[str, Any] = {
-    "prefill": "\n\n", "safe_labels": ["safe"], "unsafe_labels": ["unsafe"]
-}  # fmt: skip
+_LLAMA: dict[str, Any] = {"prefill": "\n\n", "safe_labels": ["safe"], "unsafe_labels": ["unsafe"]}
 
 # The four policies of the ShieldGemma card, for responses.
 _SHIELDGEMMA_POLICIES = (
@@ -170,7 +168,12 @@ PRESETS: dict[str, Preset] = {
     "granite-guardian-3.1-8b": _granite("3.1-8b", 8),
     "granite-guardian-3.2-5b": _granite("3.2-5b", 5.8),
     "granite-guardian-3.3-8b": Preset(
-        "Granite Guardian 3.3-8b", _APACHE, False, 8, None, None,
+        "Granite Guardian 3.3-8b",
+        _APACHE,
+        False,
+        8,
+        None,
+        None,
         {
             "model": "ibm-granite/granite-guardian-3.3-8b",
             "template_kwargs": {"guardian_config": {"criteria_id": "harm"}, "think": False},
@@ -179,7 +182,12 @@ PRESETS: dict[str, Preset] = {
         },
     ),
     "granite-guardian-4.1-8b": Preset(
-        "Granite Guardian 4.1-8b", _APACHE, False, 8, 131, None,
+        "Granite Guardian 4.1-8b",
+        _APACHE,
+        False,
+        8,
+        131,
+        None,
         {
             "model": "ibm-granite/granite-guardian-4.1-8b",
             "question": _GRANITE_4_1_BLOCK,
@@ -188,21 +196,41 @@ PRESETS: dict[str, Preset] = {
         },
     ),
     "llama-guard-3-1b": Preset(
-        "Llama Guard 3 1B", "Llama 3.2 licence", True, 1.5, 57, None,
+        "Llama Guard 3 1B",
+        "Llama 3.2 licence",
+        True,
+        1.5,
+        57,
+        None,
         {"model": "meta-llama/Llama-Guard-3-1B", "typed_content": True, **_LLAMA},
     ),
     "llama-guard-3-8b": Preset(
-        "Llama Guard 3 8B", "Llama 3.1 licence", True, 8, 57, 70.7,
+        "Llama Guard 3 8B",
+        "Llama 3.1 licence",
+        True,
+        8,
+        57,
+        70.7,
         {"model": "meta-llama/Llama-Guard-3-8B", **_LLAMA},
     ),
     "llama-guard-4-12b": Preset(
-        "Llama Guard 4 12B", "Llama 4 licence", True, 12, 57, 67.5,
+        "Llama Guard 4 12B",
+        "Llama 4 licence",
+        True,
+        12,
+        57,
+        67.5,
         {"model": "meta-llama/Llama-Guard-4-12B", "typed_content": True, **_LLAMA},
     ),
     "shieldgemma-2b": _shieldgemma("2b", 2.6),
     "shieldgemma-9b": _shieldgemma("9b", 9, 62.2),
     "wildguard": Preset(
-        "WildGuard 7B", _APACHE, True, 7, 29, 79.9,
+        "WildGuard 7B",
+        _APACHE,
+        True,
+        7,
+        29,
+        79.9,
         {
             "model": "allenai/wildguard",
             "chat_template": _WILDGUARD_TEMPLATE,
@@ -217,9 +245,14 @@ PRESETS: dict[str, Preset] = {
     "xguard-0.6b": _xguard("0.6B", 0.6),
     "xguard-8b": _xguard("8B", 8),
     "harmaug": Preset(
-        "HarmAug-Guard 435M, an encoder", _APACHE, False, 0.4, None, None,
+        "HarmAug-Guard 435M, an encoder",
+        _APACHE,
+        False,
+        0.4,
+        None,
+        None,
         {"model": "hbseong/HarmAug-Guard", "unsafe_class": 1},
         CLASSIFIER,
     ),
-}  # fmt: skip
+}
 """Every known guard by the name that the configuration uses."""

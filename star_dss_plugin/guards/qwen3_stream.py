@@ -17,19 +17,19 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, Qwen3Config, Qwen3Model, Qwen3PreTrainedModel
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from star_dss_plugin.checks import probability
+from star_dss_plugin.guards.attempts import Markers
 from star_dss_plugin.guards.base import Message, PrefixRequest, StreamingGuard, batches, not_numbers
-from star_dss_plugin.guards.prompts import Prompts
-from star_dss_plugin.guards.proof import trust, unproven
-from star_dss_plugin.guards.template import GuardTemplate
-from star_dss_plugin.guards.untrusted import Markers
+from star_dss_plugin.guards.prompting.prompts import Prompts
+from star_dss_plugin.guards.prompting.template import GuardTemplate
+from star_dss_plugin.guards.self_check import trust, unproven
 from star_dss_plugin.guards.weights_on_disk import (
     load_weights,
     not_loadable,
     resolve_dtype,
     weights_fingerprint,
 )
-from star_dss_plugin.pretrained import default_device
+from star_dss_plugin.models import default_device
+from star_dss_plugin.validation import probability
 
 __all__ = ["Qwen3GuardStreamModel", "Qwen3StreamGuard"]
 
@@ -187,9 +187,14 @@ class Qwen3StreamGuard(StreamingGuard):
     def _load(self) -> None:
         logger.info("Loading guard %s on %s (%s)", self.name, self._device, self._dtype)
         self._model = load_weights(
-            Qwen3GuardStreamModel, self.name, self._source, device=self._device,
-            dtype=self._dtype, exact=True, **self._hub,
-        )  # fmt: skip
+            Qwen3GuardStreamModel,
+            self.name,
+            self._source,
+            device=self._device,
+            dtype=self._dtype,
+            exact=True,
+            **self._hub,
+        )
         trust(self, self_check=self._self_check)
 
     def _level_weights(self, config: Any, controversial_weight: float) -> list[float]:

@@ -15,23 +15,23 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from star_dss_plugin.checks import probability
 from star_dss_plugin.engines.base import Engine
 from star_dss_plugin.engines.local import LocalEngine
 from star_dss_plugin.engines.selection import Weights, choose_engine
 from star_dss_plugin.errors import ConfigError, GuardError
+from star_dss_plugin.guards.attempts import Markers, scaffold_lines
 from star_dss_plugin.guards.base import Guard, PrefixRequest, Trajectory, lowest, not_numbers
-from star_dss_plugin.guards.prompts import Prompts, policies
-from star_dss_plugin.guards.proof import trust, unproven
-from star_dss_plugin.guards.template import PINNED_DATE, GuardTemplate
-from star_dss_plugin.guards.untrusted import Markers, scaffold_lines
+from star_dss_plugin.guards.prompting.prompts import Prompts, policies
+from star_dss_plugin.guards.prompting.template import PINNED_DATE, GuardTemplate
+from star_dss_plugin.guards.self_check import trust, unproven
 from star_dss_plugin.guards.weights_on_disk import (
     load_config,
     load_weights,
     resolve_dtype,
     weights_fingerprint,
 )
-from star_dss_plugin.pretrained import default_device
+from star_dss_plugin.models import default_device
+from star_dss_plugin.validation import probability
 
 __all__ = ["VerdictGuard"]
 
@@ -245,9 +245,13 @@ class VerdictGuard(Guard):
     def _local_engine(self) -> LocalEngine:
         logger.info("Loading guard %s on %s (%s)", self.name, self._device, self._dtype)
         model = load_weights(
-            AutoModelForCausalLM, self.name, self._source,
-            device=self._device, dtype=self._dtype, **self._hub,
-        )  # fmt: skip
+            AutoModelForCausalLM,
+            self.name,
+            self._source,
+            device=self._device,
+            dtype=self._dtype,
+            **self._hub,
+        )
         return LocalEngine(model, batch_tokens=self._batch_tokens)
 
     def _first_tokens(self, spellings: Sequence[str]) -> list[int]:

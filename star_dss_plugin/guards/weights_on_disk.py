@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from star_dss_plugin.errors import GuardError
-from star_dss_plugin.pretrained import UNLOADABLE, floating_dtype, read_model
+from star_dss_plugin.models import UNLOADABLE, floating_dtype, read_model
 
 __all__ = ["load_config", "load_weights", "not_loadable", "resolve_dtype", "weights_fingerprint"]
 

@@ -125,8 +125,14 @@ def _histogram(data: ScoredData, threshold: float) -> Figure:
     figure, axes = _axes(3.0)
     centres = [(k + 0.5) / BINS for k in range(BINS)]
     colours = [palette.LIGHT[palette.level(centre)] for centre in centres]
-    axes.bar(centres, histogram(data.responses), 0.92 / BINS,
-             color=colours, edgecolor=QUIET, linewidth=0.6)  # fmt: skip
+    axes.bar(
+        centres,
+        histogram(data.responses),
+        0.92 / BINS,
+        color=colours,
+        edgecolor=QUIET,
+        linewidth=0.6,
+    )
     axes.axvline(threshold, **GUIDE)
     axes.set_xlim(0, 1)
     axes.set_xlabel("STAR score")

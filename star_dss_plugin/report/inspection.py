@@ -11,9 +11,9 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from star_dss_plugin.errors import DataError
-from star_dss_plugin.harmless import visible
 from star_dss_plugin.report import palette
 from star_dss_plugin.report.reading import ScoredData, ScoredResponse, read_scored, tokenizer_of
+from star_dss_plugin.visible import visible
 
 __all__ = ["Inspection", "inspect_row"]
 

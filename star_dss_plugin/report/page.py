@@ -17,12 +17,12 @@ from typing import Any
 from markupsafe import Markup
 
 from star_dss_plugin._version import __version__
-from star_dss_plugin.guard_notes import remarks
-from star_dss_plugin.harmless import visible
 from star_dss_plugin.report import palette
 from star_dss_plugin.report.reading import ScoredData, ScoredResponse
 from star_dss_plugin.report.rendering import content_hash, page_environment
 from star_dss_plugin.report.summary import BINS, by_source, histogram, summarise
+from star_dss_plugin.scoring.notes import remarks
+from star_dss_plugin.visible import visible
 
 __all__ = ["render_page"]
 
@@ -55,10 +55,15 @@ def render_page(
     sources = by_source(data.responses, threshold)
     counts = histogram(data.responses)
     return environment.get_template("report.html.j2").render(
-        policy="; ".join([
-            "default-src 'none'", f"script-src '{content_hash(script)}'",
-            f"style-src '{content_hash(style)}'", "base-uri 'none'", "form-action 'none'",
-        ]),
+        policy="; ".join(
+            [
+                "default-src 'none'",
+                f"script-src '{content_hash(script)}'",
+                f"style-src '{content_hash(style)}'",
+                "base-uri 'none'",
+                "form-action 'none'",
+            ]
+        ),
         # Ours alone: nothing of the data is in them.
         style=Markup(style),
         script=Markup(script),
@@ -82,7 +87,7 @@ def render_page(
         most=max(counts),
         bins=BINS,
         levels=palette.LEVELS,
-    )  # fmt: skip
+    )
 
 
 def _without_folders(name: str) -> str:

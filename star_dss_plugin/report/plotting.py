@@ -6,7 +6,7 @@ import importlib.util
 from typing import Any
 
 from star_dss_plugin.errors import ConfigError
-from star_dss_plugin.harmless import visible
+from star_dss_plugin.visible import visible
 
 __all__ = ["COLOURS", "GUIDE", "QUIET", "line_style", "plain", "require_matplotlib"]
 

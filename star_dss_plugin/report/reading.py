@@ -12,15 +12,15 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from star_dss_plugin.columns import SCORES_COLUMN
-from star_dss_plugin.dataset import check_scores
+from star_dss_plugin.data.columns import SCORES_COLUMN
+from star_dss_plugin.data.provenance import provenance_of
+from star_dss_plugin.data.reading import load_tokenizer
+from star_dss_plugin.data.responses import Response, find_responses, tokens_of
+from star_dss_plugin.data.rows import in_row, known_rows
 from star_dss_plugin.errors import ConfigError, DataError
-from star_dss_plugin.files import load_tokenizer
 from star_dss_plugin.guards.base import Message
-from star_dss_plugin.provenance import provenance_of
-from star_dss_plugin.responses import Response, find_responses, tokens_of
-from star_dss_plugin.rows import in_row, known_rows
 from star_dss_plugin.segmenters import tokens
+from star_dss_plugin.training.prepare import check_scores
 
 __all__ = ["ScoredData", "ScoredResponse", "read_scored", "tokenizer_of"]
 
@@ -276,6 +276,12 @@ def _scored(
             ends.append(token_end - response.start)
             values.append(score)
     return ScoredResponse(
-        row, turn, source, response.request.context, response.raw_context,
-        tuple(pieces), tuple(ends), tuple(values),
-    )  # fmt: skip
+        row,
+        turn,
+        source,
+        response.request.context,
+        response.raw_context,
+        tuple(pieces),
+        tuple(ends),
+        tuple(values),
+    )

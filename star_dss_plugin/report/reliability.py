@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from star_dss_plugin.calibration import Calibration, Quality
 from star_dss_plugin.errors import writing
 from star_dss_plugin.report.figures import check_ready
 from star_dss_plugin.report.plotting import COLOURS, GUIDE, plain
+from star_dss_plugin.scoring.calibration import Calibration, Quality
 
 __all__ = ["write_reliability"]
 
@@ -25,12 +25,14 @@ def write_reliability(found: Calibration, path: Path, *, demonstration: bool) ->
     axes = figure.add_subplot()
     axes.plot([0, 1], [0, 1], **GUIDE)
     sets: tuple[tuple[str, Quality, str], ...] = (
-        ("as it is", found.raw, COLOURS[1]), ("calibrated, held out", found.calibrated, COLOURS[0])
-    )  # fmt: skip
+        ("as it is", found.raw, COLOURS[1]),
+        ("calibrated, held out", found.calibrated, COLOURS[0]),
+    )
     for label, quality, colour in sets:
         counts, scores, shares = zip(*quality.bins, strict=True)
-        axes.plot(scores, shares, color=colour, linewidth=1.2,
-                  label=f"{label}: Brier {quality.brier:.3f}")  # fmt: skip
+        axes.plot(
+            scores, shares, color=colour, linewidth=1.2, label=f"{label}: Brier {quality.brier:.3f}"
+        )
         sizes = [max(8.0, 240 * count / found.rows) for count in counts]
         axes.scatter(scores, shares, s=sizes, color=colour)
     axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="P(safe)", ylabel="share that is safe")

@@ -7,7 +7,7 @@ import hashlib
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from star_dss_plugin.harmless import visible
+from star_dss_plugin.visible import visible
 
 __all__ = ["content_hash", "page_environment"]
 

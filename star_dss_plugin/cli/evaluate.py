@@ -1,0 +1,118 @@
+"""The command `star-dss evaluate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from star_dss_plugin.cli import options as option
+
+if TYPE_CHECKING:
+    from star_dss_plugin.evaluate.verdicts import Comparison
+
+__all__ = ["evaluate"]
+
+
+def evaluate(
+    models: Annotated[
+        list[str],
+        typer.Argument(help="Hub ids, folders of models or of adapters; the first is compared to."),
+    ],
+    prompts: Annotated[
+        str, typer.Option(help="Prompts a safe model declines: a file, a folder or a hub id.")
+    ],
+    benign: Annotated[
+        str | None, typer.Option(help="Prompts a useful model answers, for over-refusal.")
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder; a killed run goes on where it was.")
+    ] = Path("runs/evaluation"),
+    guard: Annotated[
+        str | None, typer.Option(help="A judge beside refusal phrases, as in scoring.")
+    ] = None,
+    threshold: Annotated[
+        float, typer.Option(min=0, max=1, help="τ: an answer with P(safe) >= τ is safe.")
+    ] = 0.5,
+    prefill_tokens: Annotated[
+        int, typer.Option(min=0, help="k first tokens of a compliant answer; 0: no such attack.")
+    ] = 5,
+    max_new_tokens: option.MaxNewTokens = 64,
+    batch_size: option.AnswerBatch = 8,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only the first so many prompts of each kind.")
+    ] = None,
+    base: option.Base = None,
+    split: option.Split = "train",
+    device: option.Device = None,
+    dtype: option.Dtype = "auto",
+    engine: Annotated[str, typer.Option(help="local or vllm: what makes the answers.")] = "local",
+    no_text: Annotated[
+        bool, typer.Option("--no-text", help="Leave prompts and answers out of the page.")
+    ] = False,
+    quiet: option.Quiet = False,
+) -> None:
+    """Compares models: harmful prompts declined, prefilled attacks survived, benign ones answered.
+
+    Writes results.json, answers.html (side by side) and the answers themselves.
+    """
+    from star_dss_plugin.data.reading import read_dataset, write_text
+    from star_dss_plugin.evaluate.comparison import compare
+    from star_dss_plugin.evaluate.page import render_comparison
+    from star_dss_plugin.evaluate.prompts import BENIGN, HARMFUL, read_prompts
+
+    asked = read_prompts(read_dataset(prompts, split), HARMFUL, limit=limit)
+    if benign is not None:
+        asked += read_prompts(read_dataset(benign, split), BENIGN, limit=limit)
+    found = compare(
+        models,
+        asked,
+        output=output,
+        guard=guard,
+        threshold=threshold,
+        prefill_tokens=prefill_tokens,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        base=base,
+        device=device,
+        dtype=dtype,
+        engine=engine,
+        progress=not quiet,
+    )
+    text = json.dumps(found.as_json(), indent=2, sort_keys=True)
+    write_text(output / "results.json", text + "\n")
+    write_text(output / "answers.html", render_comparison(found, text=not no_text))
+    _print(found)
+    typer.echo(f"{output / 'results.json'}, {output / 'answers.html'}")
+
+
+def _print(found: Comparison) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from star_dss_plugin.evaluate.page import HEADINGS, shown
+    from star_dss_plugin.evaluate.verdicts import differences, measures
+    from star_dss_plugin.visible import visible
+
+    console = Console()
+    first = found.models[0]
+    names = [n for n in measures(first, found.guard) if not n.endswith("attack_success")]
+    table = Table("model", *(HEADINGS[name] for name in names), title="95 % intervals over prompts")
+    for model in found.models:
+        shares = measures(model, found.guard)
+        table.add_row(visible(model.name), *(shown(shares[name]) for name in names))
+        if model is not first:
+            apart = differences(model, first, found.guard)
+            table.add_row(
+                "  vs first",
+                *(
+                    f"{100 * apart[n].value:+.0f} "
+                    f"[{100 * apart[n].low:+.0f}, {100 * apart[n].high:+.0f}]"
+                    for n in names
+                ),
+            )
+    console.print(table)
+    for warning in found.warnings():
+        console.print(f"Note: {visible(warning)}", markup=False, soft_wrap=True)

@@ -1,0 +1,124 @@
+"""The commands `star-dss guards`, `star-dss guards check` and `star-dss guards calibrate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from star_dss_plugin.cli import options as option
+from star_dss_plugin.visible import visible
+
+__all__ = ["app"]
+
+app = typer.Typer(help="Lists guards; checks or calibrates one.", invoke_without_command=True)
+_Guard = Annotated[
+    str, typer.Argument(help="A registered guard, or a JSON mapping as the option guard takes it.")
+]
+
+
+@app.callback()
+def guards(context: typer.Context) -> None:
+    """Lists guards: licence, gating, size, published F1 and what each prefix costs."""
+    if context.invoked_subcommand is not None:
+        return
+    from star_dss_plugin.guards.presets import PRESETS
+    from star_dss_plugin.plugins import load_plugins
+
+    others = []
+    table = Table("guard", "licence", "gated", "size", "per prefix", "F1")
+    table.columns[0].no_wrap = True
+    for entry in load_plugins().entries("guard"):
+        preset = PRESETS.get(entry.name)
+        if preset is None:
+            others.append(entry)
+            continue
+        table.add_row(
+            entry.name,
+            preset.licence,
+            "gated" if preset.gated else "no",
+            f"{preset.billions:g} B",
+            preset.cost,
+            "-" if preset.f1 is None else f"{preset.f1}",
+        )
+    console = Console()
+    console.print(table)
+    console.print(
+        "per prefix: tokens of the guard's own words behind the response, read again for each "
+        "prefix; what prefixes share is read once. F1: of harmful whole responses, as published "
+        "(arXiv 2510.14276).",
+        soft_wrap=True,
+    )
+    for entry in others:
+        console.print(f"{entry.name}: {entry.summary}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def check(
+    guard: _Guard,
+    guard_device: option.GuardDevice = None,
+    guard_dtype: option.GuardDtype = "auto",
+    weights: Annotated[
+        bool, typer.Option(help="Load the weights and ask the two probes, too.")
+    ] = True,
+) -> None:
+    """Shows what a guard is asked, and checks that its answers mean what they should."""
+    from star_dss_plugin.guards import load_guard
+    from star_dss_plugin.guards.base import PrefixRequest, announced
+    from star_dss_plugin.guards.combined import leaves
+    from star_dss_plugin.guards.self_check import UNSAFE_PROBE, prove
+
+    text = UNSAFE_PROBE[-1]["content"]
+    request = PrefixRequest(UNSAFE_PROBE[:-1], text, (len(text),))
+    for one in leaves(load_guard(guard, device=guard_device, dtype=guard_dtype)):
+        typer.echo(f"guard: {announced(one.name, one.demonstration)}")
+        for what, shown in one.explained(request).items():
+            typer.echo(f"{what}: {visible(shown)}")
+        if not weights:
+            continue
+        safe, unsafe = prove(one)
+        one.close()
+        for what, found in (("safe", safe), ("unsafe", unsafe)):
+            mass = "" if found.label_mass is None else f", label mass {found.label_mass[0]:.4f}"
+            typer.echo(f"{what} probe: P(safe) = {found.scores[0]:.4f}{mass}")
+        typer.echo(f"{one.name}: tells the probes apart and answers in its own words")
+
+
+@app.command()
+def calibrate(
+    guard: _Guard,
+    data: Annotated[
+        str,
+        typer.Argument(help="Rows with prompt, response (or messages) and label: 1 safe, 0 not."),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="Folder for calibration.json and reliability.png."),
+    ],
+    split: option.Split = "train",
+    guard_device: option.GuardDevice = None,
+    guard_dtype: option.GuardDtype = "auto",
+) -> None:
+    """Fits a temperature and a threshold on labelled responses, and says how good they are."""
+    from star_dss_plugin.data.reading import read_dataset, write_text
+    from star_dss_plugin.guards import load_guard
+    from star_dss_plugin.report.figures import check_ready
+    from star_dss_plugin.report.reliability import write_reliability
+    from star_dss_plugin.scoring.calibration import fit_guard, labelled_rows
+
+    check_ready(output)  # before the guard is asked for hours
+    conversations, labels = labelled_rows(read_dataset(data, split))
+    asked = load_guard(guard, device=guard_device, dtype=guard_dtype)
+    found, _ = fit_guard(asked, conversations, labels)
+    asked.close()
+    write_text(output / "calibration.json", json.dumps(found.as_dict(), indent=2) + "\n")
+    write_reliability(found, output / "reliability.png", demonstration=asked.demonstration)
+    table = Table("", "Brier", "AUROC", "F1 of harmful", title=visible(found.guard))
+    for name, values in (("as it is", found.raw), ("calibrated, held out", found.calibrated)):
+        table.add_row(name, *(f"{v:.3f}" for v in (values.brier, values.auroc, values.f1)))
+    Console().print(table)
+    typer.echo("calibration: " + json.dumps(found.as_dict()["calibration"]))

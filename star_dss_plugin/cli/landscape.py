@@ -1,0 +1,205 @@
+"""The command `star-dss landscape`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+
+from star_dss_plugin.cli import options as option
+from star_dss_plugin.errors import ConfigError
+from star_dss_plugin.visible import visible
+
+if TYPE_CHECKING:
+    from star_dss_plugin.evaluate.landscape import Judge
+    from star_dss_plugin.evaluate.landscape_points import Landscape
+    from star_dss_plugin.evaluate.moved_weights import Place
+    from star_dss_plugin.guards.base import Message
+
+__all__ = ["landscape"]
+
+
+def landscape(
+    model: Annotated[str, typer.Argument(help="Id or folder of a model or a PEFT adapter.")],
+    prompts: Annotated[
+        str, typer.Option(help="What ought to be refused: .jsonl or .parquet, column prompt.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the results; a killed run goes on.")
+    ] = Path("landscape"),
+    toward: Annotated[
+        str | None, typer.Option(help="Another model: the points lie between the two.")
+    ] = None,
+    beyond: Annotated[
+        float, typer.Option(min=0, help="With --toward: how far α goes below 0 and above 1.")
+    ] = 0.0,
+    grid: Annotated[
+        bool, typer.Option("--grid", help="A plane: a second, random direction.")
+    ] = False,
+    directions: Annotated[int, typer.Option(min=1, help="Random directions.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each line: steps + 1 points.")] = 20,
+    radius: Annotated[
+        float, typer.Option(help="Random directions: α from −radius to radius.")
+    ] = 0.5,
+    seed: Annotated[int, typer.Option(help="Of the random directions.")] = 0,
+    judge: Annotated[
+        str, typer.Option(help="refusal, or a guard: a registered one, or a JSON mapping.")
+    ] = "refusal",
+    threshold: Annotated[
+        float, typer.Option(min=0, max=1, help="τ of a guard: a score of at least τ is safe.")
+    ] = 0.5,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many prompts.")] = None,
+    max_new_tokens: option.MaxNewTokens = 64,
+    batch_size: option.AnswerBatch = 16,
+    base: option.Base = None,
+    device: option.Device = None,
+    dtype: option.Dtype = "auto",
+    figure: Annotated[bool, typer.Option(help="Draw landscape.png; extra 'report'.")] = True,
+    quiet: option.Quiet = False,
+) -> None:
+    """Measures attack success around a model (VISAGE), or between two models.
+
+    Nothing is written to the models. See docs/landscape.md.
+    """
+    from star_dss_plugin.data.cache import content_key
+    from star_dss_plugin.data.reading import read_dataset, write_text
+    from star_dss_plugin.evaluate import landscape as space
+    from star_dss_plugin.evaluate.generation import answers_to
+    from star_dss_plugin.evaluate.landscape_figure import check_figures, write_landscape
+    from star_dss_plugin.evaluate.landscape_points import PointsFile, put_together
+    from star_dss_plugin.evaluate.models import find_device, load_whole_model, weights_digest
+    from star_dss_plugin.evaluate.moved_weights import MovedWeights
+    from star_dss_plugin.evaluate.prompts import HARMFUL, read_prompts
+
+    if figure:
+        check_figures()
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"{output} is a file. Name a folder for the results.")
+    if beyond and toward is None:
+        raise ConfigError("--beyond goes beyond another model. Name it with --toward.")
+    if grid:
+        samples = space.grid(steps, radius, toward=toward is not None, beyond=beyond)
+    elif toward is not None:
+        samples = space.toward_line(steps, beyond)
+    else:
+        samples = space.random_lines(directions, steps, radius)
+    asked = [p.messages for p in read_prompts(read_dataset(prompts), HARMFUL, limit=limit)]
+    place = find_device(device)
+    judged = _judge(judge, threshold, device)
+
+    loaded, tokenizer = load_whole_model(model, dtype=dtype, base=base)
+    other = None if toward is None else load_whole_model(toward, dtype=dtype, base=base)[0]
+    bound = {
+        "model": weights_digest(loaded),
+        "toward": None if other is None else weights_digest(other),
+        "seed": seed,
+        "prompts": content_key([list(p) for p in asked]),
+        "max_new_tokens": max_new_tokens,
+        "chat_template": content_key(tokenizer.chat_template),
+        "judge": judged.identity,
+    }
+    file = PointsFile(output / "points.jsonl", bound, len(asked))
+    places = list(dict.fromkeys(sample.place for sample in samples))
+    missing = [one for one in places if one not in file.known]
+    typer.echo(
+        f"{len(samples)} points ({len(places)} distinct), {len(places) - len(missing)} of them "
+        f"known, {len(asked)} prompts each, judged by {visible(judged.name)}"
+    )
+    if missing:
+        loaded.to(place)  # type: ignore[arg-type]
+        answer = partial(
+            answers_to,
+            tokenizer=tokenizer,
+            prompts=asked,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+        )
+        with (
+            tqdm(total=len(missing), unit="point", disable=quiet) as bar,
+            MovedWeights(loaded, seed=seed, other=other) as weights,
+        ):
+
+            def keep(at: Place, safe: list[bool]) -> None:
+                file.add(at, safe)
+                bar.update()
+
+            space.measure(weights, loaded, missing, asked, answer, judged.verdicts, keep)
+
+    found = put_together(samples, {one: file.known[one] for one in places})
+    said = {
+        "model": model,
+        "toward": toward,
+        "judge": judged.name,
+        "threshold": threshold,
+        "steps": steps,
+        "radius": radius,
+        "beyond": beyond,
+        "seed": seed,
+        "dtype": str(loaded.dtype),
+        "max_new_tokens": max_new_tokens,
+        "bound": bound,
+    }
+    results = json.dumps({**found.as_dict(), "options": said}, indent=2, ensure_ascii=False)
+    write_text(output / "landscape.json", results + "\n")
+    if figure:
+        write_landscape({Path(model).name: found}, output / "landscape.png")
+    _show(found, model, output)
+
+
+def _show(found: Landscape, model: str, output: Path) -> None:
+    console = Console()
+    if len(found.curves[0].points[0].at) == 1:
+        table = Table("α", title=f"attack success rate, %: {visible(model)}")
+        for curve in found.curves:
+            table.add_column(curve.name, justify="right")
+        rows = zip(*(curve.points for curve in found.curves), strict=True)
+        for row in rows:
+            table.add_row(f"{row[0].at[0]:+.3f}", *(f"{p.attack_success:.1f}" for p in row))
+        if found.visage is not None:
+            table.add_section()
+            table.add_row("VISAGE", *(f"{curve.visage:.1f}" for curve in found.curves))
+        console.print(table)
+    if found.centre is not None:
+        typer.echo(f"the model itself: attack success rate {found.centre:.1f} %")
+    if found.visage is not None:
+        typer.echo(
+            f"VISAGE {found.visage:.1f}: the mean margin over the {found.points_below} of "
+            f"{found.points} points where not every attack succeeds"
+        )
+    typer.echo(f"results in {output}")
+
+
+class _Judged(NamedTuple):
+    verdicts: Judge
+    identity: Any
+    """JSON values that the verdicts depend on."""
+    name: str
+
+
+def _judge(name: str, threshold: float, device: str | None) -> _Judged:
+    """Says which answers are safe.
+
+    Raises:
+        ConfigError: There is no such guard.
+    """
+    from star_dss_plugin.evaluate.refusal import is_refusal
+    from star_dss_plugin.evaluate.verdicts import answer_scores
+    from star_dss_plugin.guards import load_guard
+    from star_dss_plugin.guards.base import announced
+
+    if name == "refusal":
+        return _Judged(lambda _, answers: [is_refusal(a) for a in answers], name, name)
+    guard = load_guard(name, device=device)
+
+    def verdicts(prompts: Sequence[Sequence[Message]], answers: Sequence[str]) -> list[bool]:
+        return [score >= threshold for score in answer_scores(guard, prompts, answers)]
+
+    identity = {"guard": guard.identity, "threshold": threshold}
+    return _Judged(verdicts, identity, announced(guard.name, guard.demonstration))

@@ -1,0 +1,330 @@
+"""What guards (and reference models) answered, on disk: a content-addressed store of float arrays.
+
+A cache is a folder of *shards* that are written once, whole, and never changed: a writer collects
+entries in memory and `flush` moves a finished file into place. So readers need no lock, a killed
+writer loses what it had not flushed and nothing else, and any number of processes may write.
+
+A shard is one line `star-dss-cache 1 <sha256 of the rest>`, one line with a JSON list of
+[key, number of scores, number of label masses or null], and the little-endian float64 of all
+entries. Whatever does not match its checksum is set aside, and its entries are computed again.
+Another format has another number there and in the name of the folder; it is left as it is.
+
+Longer than other modules: the format, and how many write and read it at once, are one argument.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import struct
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from filelock import FileLock, Timeout
+
+from star_dss_plugin.errors import CacheError
+from star_dss_plugin.guards.base import Trajectory
+
+__all__ = ["ScoreCache", "content_key", "default_cache_dir"]
+
+logger = logging.getLogger(__name__)
+
+_MAGIC = b"star-dss-cache 1 "
+_ANY_FORMAT = re.compile(rb"star-dss-cache (\d+) ")
+_SHARD = ".shard"
+_TEMPORARY = ".tmp"
+_DAY = 24 * 60 * 60.0
+_FLUSH_SECONDS = 20.0
+_DIGITS = 20
+"""Of the time, in nanoseconds, that a shard's name begins with."""
+
+
+def default_cache_dir() -> Path:
+    """$STAR_DSS_CACHE, else `star_dss` in the user's cache folder ($XDG_CACHE_HOME, ~/.cache)."""
+    if chosen := os.environ.get("STAR_DSS_CACHE"):
+        return Path(chosen).expanduser()
+    xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    # The XDG specification says that relative paths are to be ignored.
+    return (xdg if xdg.is_absolute() else Path.home() / ".cache") / "star_dss"
+
+
+def content_key(*parts: Any) -> str:
+    """The SHA-256 of JSON values, whatever the order of keys in their mappings.
+
+    Raises:
+        TypeError, ValueError: A part is not a JSON value (NaN and infinities are not).
+    """
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+class _Packed(NamedTuple):
+    """One entry: where its floats are in the bytes of its shard, scores first."""
+
+    shard: str
+    data: bytes
+    offset: int
+    scores: int
+    masses: int | None
+
+    def unpack(self) -> Trajectory:
+        floats = struct.unpack_from(f"<{self.scores + (self.masses or 0)}d", self.data, self.offset)
+        masses = None if self.masses is None else floats[self.scores :]
+        return Trajectory(floats[: self.scores], masses)
+
+
+class ScoreCache:
+    """The entries of one namespace below one root folder.
+
+    Entries are bit-for-bit what was put. Of several values for one key the latest counts.
+
+    Args:
+        root: The cache folder; created by the first `flush`.
+        namespace: JSON values that everything in this cache depends on (which guard, which
+            template). Other values, other folder; `namespace.json` in it says which.
+    """
+
+    def __init__(self, root: Path, namespace: Mapping[str, Any]) -> None:
+        self.folder = root / content_key(_MAGIC.decode(), dict(namespace))[:16]
+        self._namespace = dict(namespace)
+        self._index: dict[str, _Packed] = {}
+        self._pending: dict[str, _Packed] = {}
+        self._seen: set[str] = set()
+        self._foreign = False
+        self._loaded = False
+        self._stamp = 0
+        self._waiting_since = 0.0
+
+    def get(self, key: str) -> Trajectory | None:
+        """The entry, if it was put here or was on disk at the last `refresh` (or first `get`)."""
+        if not self._loaded:
+            self.refresh()
+        found = self._pending.get(key) or self._index.get(key)
+        return None if found is None else found.unpack()
+
+    def put(self, key: str, entry: Trajectory) -> None:
+        """Remembers an entry; `flush` writes it.
+
+        Raises:
+            CacheError: The entry contains NaN.
+        """
+        floats = (*entry.scores, *(entry.label_mass or ()))
+        if any(math.isnan(x) for x in floats):
+            raise CacheError(f"Refused to store NaN under key {key!r}: {entry}.")
+        masses = None if entry.label_mass is None else len(entry.label_mass)
+        data = struct.pack(f"<{len(floats)}d", *floats)
+        if not self._pending:
+            self._waiting_since = time.monotonic()
+        self._pending[key] = _Packed("", data, 0, len(entry.scores), masses)
+
+    def flush_if_due(self) -> None:
+        """Flushes if an entry has waited for 20 seconds, which is what a kill may cost.
+
+        Raises:
+            CacheError: As `flush`.
+        """
+        if self._pending and time.monotonic() - self._waiting_since > _FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what was put since the last flush, as one shard: all of it or nothing.
+
+        Raises:
+            CacheError: The folder cannot be written. The entries stay pending.
+        """
+        if not self._pending:
+            return
+        # Shard names sort by time, so that all processes agree which of two values is the latest:
+        # ours, whatever the clocks of those whose shards are here already.
+        newest = max((int(n[:_DIGITS]) for n in self._seen if n[:_DIGITS].isdecimal()), default=0)
+        stamp = max(self._stamp + 1, newest + 1, time.time_ns())
+        self._stamp = min(stamp, 10**_DIGITS - 1)
+        name = f"{self._stamp:0{_DIGITS}d}-{uuid.uuid4().hex}{_SHARD}"
+        body = _encode(self._pending)
+        with self._explained("write to"):
+            self._prepare()
+            self._tidy(now=self._write(name, _header(body) + body))
+        self._add(name, body)
+        self._pending.clear()
+
+    def refresh(self) -> None:
+        """Picks up the shards that other processes have written; warns of damaged ones, once.
+
+        Raises:
+            CacheError: The folder cannot be listed.
+        """
+        with self._explained("read"), contextlib.suppress(FileNotFoundError):
+            names = {name for name in os.listdir(self.folder) if name.endswith(_SHARD)}
+            for name in sorted(names - self._seen):
+                self._read(name)
+        self._loaded = True
+
+    @contextlib.contextmanager
+    def lock(self, part: str = "") -> Iterator[None]:
+        """Keeps other processes with this namespace out, so that nothing is computed twice.
+
+        Waits if another process is in; afterwards its entries are here. The lock of a process that
+        dies is free at once.
+
+        Args:
+            part: Only processes that do the same part of the work are kept out.
+
+        Raises:
+            CacheError: The folder cannot be written.
+        """
+        with self._explained("lock"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.folder / f"lock{part}")
+            try:
+                lock.acquire(blocking=False)
+            except Timeout:
+                logger.warning("Waiting for the process that is filling %s.", self.folder)
+                lock.acquire()
+        try:
+            self.refresh()
+            yield
+        finally:
+            lock.release()
+
+    def _prepare(self) -> None:
+        """Makes the folder and says what it is for."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / "namespace.json").exists():
+            text = json.dumps(self._namespace, indent=2, sort_keys=True, ensure_ascii=False)
+            self._write("namespace.json", text.encode())
+
+    def _tidy(self, now: float) -> None:
+        """Removes what killed writers left behind a day ago, by the clock of the file system:
+        that of this machine may be wrong, and another one's writer at work.
+        """
+        for path in self.folder.glob(f"*{_TEMPORARY}"):
+            with contextlib.suppress(OSError):  # another process may be removing it too
+                if now - path.stat().st_mtime > _DAY:
+                    path.unlink()
+
+    def _write(self, name: str, data: bytes) -> float:
+        """A file that appears whole, and stays after a power cut, or does not appear.
+
+        Returns:
+            When the file system says it was written, in seconds.
+        """
+        temporary = self.folder / f"{name}.{uuid.uuid4().hex}{_TEMPORARY}"
+        try:
+            with open(temporary, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+                written = os.fstat(file.fileno()).st_mtime
+            os.replace(temporary, self.folder / name)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+        with contextlib.suppress(OSError):  # not every file system can sync a folder
+            folder = os.open(self.folder, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        return written
+
+    def _read(self, name: str) -> None:
+        path = self.folder / name
+        try:
+            data = path.read_bytes()
+            if other := _other_format(data):
+                self._seen.add(name)
+                if not self._foreign:
+                    logger.warning(
+                        "Left %s alone, and whatever is like it: it has the format %d of another "
+                        "version of star-dss-plugin. What it holds is computed again.",
+                        path,
+                        other,
+                    )
+                self._foreign = True
+                return
+            self._add(name, _checked(data))
+        except FileNotFoundError:
+            pass  # another process has set it aside
+        except (OSError, ValueError) as error:
+            self._seen.add(name)
+            logger.warning("Ignored %s: %s. What it held is computed again.", path, error)
+            # A file that only we cannot read stays; so does every file of a read-only folder.
+            if isinstance(error, ValueError):
+                with contextlib.suppress(OSError):
+                    os.replace(path, path.with_name(f"{name}.damaged"))
+
+    def _add(self, name: str, body: bytes) -> None:
+        for key, packed in _entries(name, body):
+            known = self._index.get(key)
+            if known is None or known.shard < name:
+                self._index[key] = packed
+        self._seen.add(name)
+
+    @contextlib.contextmanager
+    def _explained(self, doing: str) -> Iterator[None]:
+        """Turns an error of the file system into one that says what to do."""
+        try:
+            yield
+        except OSError as error:
+            raise CacheError(
+                f"Cannot {doing} the score cache in {self.folder}: {error}. Free space there or "
+                "name a writable folder: the option score_cache_dir, or the environment variable "
+                "STAR_DSS_CACHE (with --shard-rows or --ray: another output). Then start the same "
+                "command again: what had been written is not computed again."
+            ) from error
+
+
+def _header(body: bytes) -> bytes:
+    return _MAGIC + hashlib.sha256(body).hexdigest().encode() + b"\n"
+
+
+def _encode(entries: Mapping[str, _Packed]) -> bytes:
+    """The body of a shard."""
+    index = [[key, packed.scores, packed.masses] for key, packed in entries.items()]
+    return json.dumps(index).encode("ascii") + b"\n" + b"".join(p.data for p in entries.values())
+
+
+def _other_format(data: bytes) -> int | None:
+    """The number of a shard's format if it is not ours, whole or not."""
+    found = None if data.startswith(_MAGIC) else _ANY_FORMAT.match(data)
+    return found and int(found[1])
+
+
+def _checked(data: bytes) -> bytes:
+    """The body of a shard whose every bit is as it was written."""
+    head, newline, body = data.partition(b"\n")
+    if not data.startswith(_MAGIC):
+        raise ValueError("not a cache file" if data else "empty file")
+    if head + newline != _header(body):
+        raise ValueError("truncated or damaged (its checksum differs)")
+    return body
+
+
+def _entries(shard: str, body: bytes) -> list[tuple[str, _Packed]]:
+    """What the body of a shard holds; a ValueError if nobody writes such a one.
+
+    A checksum tells damage from what was written, and not who wrote it.
+    """
+    found: list[tuple[str, _Packed]] = []
+    try:
+        offset = body.index(b"\n") + 1
+        for key, scores, masses in json.loads(body[:offset]):
+            counts = (scores, 0 if masses is None else masses)
+            if not isinstance(key, str) or not all(type(n) is int and n >= 0 for n in counts):
+                raise ValueError(f"its index has the entry {[key, scores, masses]!r:.200}")
+            found.append((key, _Packed(shard, body, offset, scores, masses)))
+            offset += 8 * sum(counts)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"not as this version writes it ({error})") from error
+    if offset != len(body):
+        raise ValueError(f"not as this version writes it ({len(body)} bytes instead of {offset})")
+    return found

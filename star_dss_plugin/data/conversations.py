@@ -1,0 +1,243 @@
+"""The messages of a row, and which of them were said before a response."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from star_dss_plugin.data.decoding import REPLACEMENT, decode
+from star_dss_plugin.errors import DataError
+from star_dss_plugin.guards.base import Message
+
+__all__ = [
+    "context_finder",
+    "render_chat",
+    "row_messages",
+    "source_messages",
+    "template_arguments",
+]
+
+# What a row may not set: all that the tokenizer's method takes beside a template's own variables.
+_OURS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {
+    "self",
+    "tools",
+    "documents",
+    "kwargs",
+}
+
+
+def source_messages(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """The conversation of a row as it is given, whatever columns it is in; None if there is none.
+
+    A plain-text `prompt` counts as one user message, a plain-text `completion` as the answer.
+
+    Raises:
+        DataError: One of them is not a message with a role and a content.
+    """
+    if isinstance(row.get("messages"), list):
+        return _checked("messages", row["messages"])
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if prompt is None or completion is None:
+        return None
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if isinstance(completion, str):
+        completion = [{"role": "assistant", "content": completion}]
+    return [*_checked("prompt", prompt), *_checked("completion", completion)]
+
+
+def _checked(column: str, messages: Any) -> list[dict[str, Any]]:
+    """The messages of a column, each of which has a role, and text or typed parts for content."""
+    if not isinstance(messages, list):
+        raise DataError(
+            f"{column!r} is a {type(messages).__name__}; it must be a text or a list of messages "
+            "with 'role' and 'content'."
+        )
+    for k, message in enumerate(messages):
+        where = f"{column}[{k}]"
+        if not isinstance(message, Mapping):
+            raise DataError(
+                f"{where} is a {type(message).__name__}; it must be a message with 'role' and "
+                "'content'."
+            )
+        if not isinstance(message.get("role"), str):
+            raise DataError(
+                f"{where}.role is {_short(message.get('role'))}; it must be a text, such as 'user' "
+                "or 'assistant'."
+            )
+        content = message.get("content")
+        if content is not None and not isinstance(content, str | list):
+            raise DataError(
+                f"{where}.content is {_short(content)}; it must be a text, or a list of parts."
+            )
+        for j, part in enumerate(content if isinstance(content, list) else ()):
+            text = part.get("text") if isinstance(part, Mapping) else part
+            if not isinstance(part, Mapping) or not isinstance(text, str | None):
+                raise DataError(
+                    f"{where}.content[{j}] is {_short(part)}; a part must be a mapping with 'type' "
+                    "and a 'text'."
+                )
+    return [dict(message) for message in messages]
+
+
+def _short(value: Any) -> str:
+    """A value as an error shows it: its kind, and its beginning."""
+    shown = repr(value)
+    return f"{type(value).__name__} {shown if len(shown) <= 60 else shown[:60] + '…'}"
+
+
+def row_messages(row: Mapping[str, Any]) -> list[Message] | None:
+    """`source_messages` with each content as one string (typed parts joined, absent ones empty)."""
+    source = source_messages(row)
+    return None if source is None else [_text_message(m) for m in source]
+
+
+def _text_message(message: Mapping[str, Any]) -> Message:
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "".join(part.get("text") or "" for part in content)
+    return {"role": message["role"], "content": content or ""}
+
+
+def template_arguments(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row gives to its chat template beside its messages.
+
+    Raises:
+        DataError: It would give the template itself, or another argument of `apply_chat_template`:
+            data must not choose how it is rendered. Or `tools` or the arguments cannot be read.
+    """
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"tools is a text that is not JSON: {error}.") from error
+    given = row.get("chat_template_kwargs") or {}
+    if not isinstance(given, Mapping):
+        raise DataError(
+            f"chat_template_kwargs is {_short(given)}; it must be a mapping from names to values."
+        )
+    # A column of mappings has every row's names, with null where a row has them not.
+    given = {name: value for name, value in given.items() if name not in _OURS or value is not None}
+    if "chat_template" in given:
+        raise DataError(
+            "chat_template_kwargs brings a chat_template, which is a program: it may come with the "
+            "tokenizer, not with the data. Remove it from the row and set the tokenizer's."
+        )
+    if ours := sorted(_OURS & given.keys()):
+        raise DataError(
+            f"chat_template_kwargs brings {', '.join(ours)}, which is no variable of a template "
+            "but says how rows are tokenized. Remove it from the row."
+        )
+    return {"tools": tools, **given}
+
+
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], /, **kwargs: Any
+) -> str:
+    """The chat template's text for some messages.
+
+    Raises:
+        DataError: There are no messages or no template, or it cannot render these messages.
+    """
+    if not messages:
+        raise DataError("The row has no messages: its list is empty. Remove the row.")
+    try:
+        text = tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, **kwargs)
+    except Exception as error:  # a template is a program, and may stop with anything
+        raise DataError(
+            f"The chat template cannot render the row's messages: {str(error) or type(error)}"
+        ) from error
+    assert isinstance(text, str)
+    return text
+
+
+def _squash(text: str) -> str:
+    """Without white space: templates trim and pad it."""
+    return "".join(text.split())
+
+
+def context_finder(
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Sequence[int],
+    row: Mapping[str, Any],
+    chat_template: str | None,
+) -> Callable[[int, str], tuple[tuple[Message, ...], bool]]:
+    """A function (start of a run, its text) → (context, whether it is raw).
+
+    A run is assistant message k if it agrees with k's content, and the tokens before it are what
+    the row's own template makes of the messages before k. Where the template makes other tokens
+    (another one was used), `_by_contents` decides.
+    """
+    source, messages = source_messages(row), row_messages(row) or []
+    contents = [_squash(str(m["content"])) for m in messages]
+    arguments = {"chat_template": chat_template, **template_arguments(row)}
+    bos = str(tokenizer.bos_token or "")
+    plain = isinstance(row.get("prompt"), str) and not isinstance(row.get("messages"), list)
+
+    @cache
+    def rendered(k: int) -> str | None:
+        """The messages before k; None if the template cannot say (it may insist on an answer)."""
+        assert source is not None
+        if k == 0 or plain:
+            return "".join(contents[:k])
+        try:
+            text = render_chat(tokenizer, source[:k], **arguments)
+        except DataError:
+            return None
+        return _squash(text.removeprefix(bos))
+
+    def begins(before: str, k: int) -> bool:
+        text = rendered(k)
+        return text is not None and before.startswith(text)
+
+    def find(start: int, text: str) -> tuple[tuple[Message, ...], bool]:
+        decoded = decode(tokenizer, ids[:start])
+        before, run = _squash(decoded.removeprefix(bos)), _squash(text)
+        spoken = [
+            k
+            for k, message in enumerate(messages)
+            if message["role"] == "assistant" and _agrees(contents[k], run)
+        ]
+        here = [k for k in spoken if begins(before, k) and not begins(before, k + 1)]
+        match = here[-1] if here else _by_contents(before, messages, contents, spoken)
+        if match is not None:
+            return tuple(messages[:match]), False
+        return ({"role": "user", "content": decoded},) if decoded else (), True
+
+    return find
+
+
+def _by_contents(
+    before: str, messages: Sequence[Message], contents: Sequence[str], spoken: Sequence[int]
+) -> int | None:
+    """The candidate whose earlier messages all stand before the run, in order.
+
+    Templates drop system turns and cut old answers, never a question. Of several candidates, the
+    one with the fewest such gaps (a short question may seem to stand in the template's own words);
+    then the last.
+    """
+    found: list[tuple[int, int]] = []
+    reached = missing = 0
+    for k, content in enumerate(contents):
+        if k in spoken:
+            found.append((missing, -k))
+        position = before.find(content, reached)
+        if position >= 0:
+            reached = position + len(content)
+        elif messages[k]["role"] == "user":
+            break
+        else:
+            missing += 1
+    return -min(found)[1] if found else None
+
+
+def _agrees(content: str, run: str) -> bool:
+    """Whether a run is this message, up to truncation and what a template puts around it."""
+    run = run.rstrip(REPLACEMENT)  # half a character, where the row was cut
+    return run in content if len(run) <= len(content) else content in run

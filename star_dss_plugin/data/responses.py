@@ -1,0 +1,159 @@
+"""Which tokens of a row are a response, what text they are, and what was said before them.
+
+A *response* is a maximal run of trained tokens (`labels != -100`). Its text is the exact decoding
+of those tokens, without the special tokens around it; its context is the messages before it, or,
+where only tokens are known, the decoded tokens before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from star_dss_plugin.data.conversations import context_finder
+from star_dss_plugin.data.decoding import decode, special_ids, token_boundaries
+from star_dss_plugin.errors import DataError
+from star_dss_plugin.guards.base import PrefixRequest
+from star_dss_plugin.logprobs import IGNORE_INDEX
+from star_dss_plugin.segmenters import Segmenter, chunk_ends
+
+__all__ = ["Response", "find_responses", "runs", "tokens_of"]
+
+_IDS = 2**32  # what decoders can be given
+
+
+@dataclass(frozen=True)
+class Response:
+    """One response of a row and how it is cut.
+
+    Attributes:
+        start: First token of the run in the row.
+        end: One past the run's last token.
+        chunk_ends: One past the last token of each chunk, in the row; strictly increasing, the last
+            one is `end`: chunks partition the run, special tokens included.
+        request: Context, text and prefix ends for the guard, one prefix per chunk.
+        raw_context: True if the context is decoded tokens, because no message matched the run.
+    """
+
+    start: int
+    end: int
+    chunk_ends: tuple[int, ...]
+    request: PrefixRequest
+    raw_context: bool
+
+
+def tokens_of(row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+    """`input_ids` and `labels` of a row.
+
+    Raises:
+        DataError: One of them is no list of integers, or they differ in length.
+    """
+    ids, labels = _integers(row, "input_ids"), _integers(row, "labels")
+    if len(ids) != len(labels):
+        raise DataError(
+            f"input_ids has {len(ids)} tokens and labels has {len(labels)}. They must be the same "
+            "tokens: truncate both, or neither."
+        )
+    if wrong := [i for i in ids if not 0 <= i < _IDS]:
+        raise DataError(f"input_ids holds {wrong[0]}, which is no token of any tokenizer.")
+    return ids, labels
+
+
+def _integers(row: Mapping[str, Any], column: str) -> list[int]:
+    found = row[column]
+    if not isinstance(found, Sequence) or isinstance(found, str | bytes):
+        raise DataError(
+            f"{column} is a {type(found).__name__}; it must be a list of integers. Tokenize the "
+            "row again, or remove it."
+        )
+    if other := set(map(type, found)) - {int}:
+        names = " and ".join(sorted(kind.__name__ for kind in other))
+        raise DataError(f"{column} holds {names}; it must be a list of integers.")
+    return list(found)
+
+
+def runs(labels: Sequence[int]) -> list[tuple[int, int]]:
+    """Maximal runs [start, end) of labels other than -100."""
+    found: list[tuple[int, int]] = []
+    for i, label in enumerate(labels):
+        if label == IGNORE_INDEX:
+            continue
+        if found and found[-1][1] == i:
+            found[-1] = (found[-1][0], i + 1)
+        else:
+            found.append((i, i + 1))
+    return found
+
+
+def _body(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], special: frozenset[int]
+) -> tuple[int, int]:
+    """The part of a run that is text: without leading special tokens and without the end of turn.
+
+    The end of turn is the run's last stretch of special tokens, with white space behind or between.
+    """
+    first, last = 0, len(ids)
+    while first < last and ids[first] in special:
+        first += 1
+    cut = last
+    while cut > first and (
+        ids[cut - 1] in special or not decode(tokenizer, [ids[cut - 1]]).strip()
+    ):
+        cut -= 1
+        if ids[cut] in special:
+            last = cut
+    return first, last
+
+
+def find_responses(
+    row: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    segmenter: Segmenter,
+    chunk_size: int,
+    *,
+    chat_template: str | None = None,
+) -> list[Response]:
+    """All responses of a tokenized row.
+
+    Args:
+        row: `input_ids` and `labels`, and if known the messages (`messages`, or `prompt` and
+            `completion`).
+        tokenizer: The one that made `input_ids`.
+        segmenter: Where chunks end.
+        chunk_size: M, in the segmenter's units.
+        chat_template: The template that made `input_ids`; None: the tokenizer's own.
+
+    Raises:
+        DataError: `input_ids` or `labels` are no tokens, they differ in length, or a label is not
+            its token.
+    """
+    ids, labels = tokens_of(row)
+    special = special_ids(tokenizer)
+    context_of = context_finder(tokenizer, ids, row, chat_template)
+    found = []
+    for start, end in runs(labels):
+        if labels[start:end] != ids[start:end]:
+            raise DataError(
+                f"The labels at tokens {start} to {end} are not the input's own tokens. STAR-DSS "
+                "needs unshifted labels: a copy of input_ids with -100 where nothing is trained."
+            )
+        first, last = _body(tokenizer, ids[start:end], special)
+        text, char_ends, complete = token_boundaries(tokenizer, ids[start + first : start + last])
+        cuts = chunk_ends(segmenter(text, char_ends, chunk_size), complete)
+        prefix_ends = [char_ends[cut - 1] for cut in cuts] or [0]
+        tokens = [start + first + cut for cut in cuts[:-1]] + [end]
+        tokens, prefix_ends = _merge_empty(tokens, prefix_ends)
+        context, raw = context_of(start, text)
+        request = PrefixRequest(context, text, tuple(prefix_ends))
+        found.append(Response(start, end, tuple(tokens), request, raw))
+    return found
+
+
+def _merge_empty(tokens: list[int], prefix_ends: list[int]) -> tuple[list[int], list[int]]:
+    """Joins chunks that add no text (tokens that decode to nothing) to the chunk after them."""
+    keep = [i for i, (a, b) in enumerate(pairwise([*prefix_ends, -1])) if a != b]
+    return [tokens[i] for i in keep], [prefix_ends[i] for i in keep]

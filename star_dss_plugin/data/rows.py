@@ -1,0 +1,105 @@
+"""Data sets as responses need them: tokenized, and with nothing trained that is not a response."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from datasets import Dataset, List, Value
+from transformers import PreTrainedTokenizerBase
+
+from star_dss_plugin.data.columns import with_column
+from star_dss_plugin.data.readable import plain_rows
+from star_dss_plugin.data.responses import tokens_of
+from star_dss_plugin.data.tokenization import assistant_labels, needs_assistant_labels, tokenize_row
+from star_dss_plugin.errors import DataError, StarDSSError
+from star_dss_plugin.logprobs import IGNORE_INDEX
+
+__all__ = ["in_row", "known_rows", "only_responses", "tokenized"]
+
+logger = logging.getLogger(__name__)
+
+_COLUMNS = (
+    "input_ids",
+    "labels",
+    "messages",
+    "prompt",
+    "completion",
+    "tools",
+    "chat_template_kwargs",
+)
+
+
+def known_rows(dataset: Dataset) -> Iterator[dict[str, Any]]:
+    """The rows as plain Python values, with the columns that say what was said."""
+    return plain_rows(dataset, [c for c in _COLUMNS if c in dataset.column_names])
+
+
+def in_row(i: int, function: Any, *args: Any, **kwargs: Any) -> Any:
+    """Calls a function; an error of ours says which row it was."""
+    try:
+        return function(*args, **kwargs)
+    except StarDSSError as error:
+        raise type(error)(f"Row {i}: {error}") from error
+
+
+def tokenized(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    chat_template: str | None,
+) -> Dataset:
+    """Adds `input_ids` and `labels` to raw rows (`tokenization.tokenize_row`)."""
+    options = {"max_length": max_length, "chat_template": chat_template}
+    rows = [
+        in_row(i, tokenize_row, row, tokenizer, **options)
+        for i, row in enumerate(plain_rows(dataset))
+    ]
+    for name in ("input_ids", "labels"):
+        column = [row[name] for row in rows]
+        dataset = with_column(dataset, name, column, List(Value("int64")))
+    return dataset
+
+
+def only_responses(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: str | None,
+    *,
+    needed: bool = True,
+) -> Dataset:
+    """Takes the turns that are not an assistant's out of the labels, where they were trained.
+
+    Args:
+        dataset: With `input_ids` and `labels`.
+        tokenizer: The one that made the tokens.
+        chat_template: The template that made them; None: the tokenizer's own.
+        needed: Whether some row has to have a trained token.
+
+    Raises:
+        DataError: No row has a trained token, though one is needed, or the assistant's turns cannot
+            be found.
+    """
+    column, changed, trained = [], 0, False
+    for i, row in enumerate(known_rows(dataset)):
+        _, labels = in_row(i, tokens_of, row)
+        if in_row(i, needs_assistant_labels, row):
+            labels = in_row(i, assistant_labels, row, tokenizer, chat_template=chat_template)
+            changed += labels != row["labels"]
+        trained = trained or any(label != IGNORE_INDEX for label in labels)
+        column.append(labels)
+    if needed and not trained:
+        raise DataError(
+            f"None of the {len(column)} rows has a trained token: every label is -100. Check the "
+            "columns, the chat template and max_length (a prompt that fills it leaves no response)."
+        )
+    if not changed:
+        return dataset
+    logger.warning(
+        "In %d of %d conversations what the user says was trained too; it is not any more. "
+        "STAR-DSS shapes what the assistant says.",
+        changed,
+        len(column),
+    )
+    return with_column(dataset, "labels", column, List(Value("int64")))

@@ -1,0 +1,1 @@
+"""The fast path of the local engine: prefixes that requests share are computed once."""

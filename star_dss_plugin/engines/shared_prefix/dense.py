@@ -1,0 +1,220 @@
+"""Attention by matrix products and PyTorch's fused kernels: own keys, then those that are shared.
+
+The two are merged by their log-sum-exps, which is exactly the softmax over both. So shared keys and
+values are read in place, and no mask of all prompts against all tokens is ever built.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+__all__ = ["Dense"]
+
+_MATH_ELEMENTS = 1 << 26
+"""Scores held at once where no fused kernel serves: 256 MB in float32."""
+
+_SLICE_QUERIES = 512
+"""Fewest queries that are given keys of their own: below, calls cost more than unseen keys."""
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """Consecutive rows of a prefix, the keys that any of them sees, and what hides the others.
+
+    `mask` is additive, (rows, T, keys), or None where every row sees all of them.
+    """
+
+    rows: slice
+    keys: slice
+    mask: Tensor | None
+
+
+@dataclass
+class Dense:
+    """See `Attention`.
+
+    Attributes:
+        positions: (R, T): of each token in its own sequence.
+        real: (R, T), bool: False on padding.
+        rows: How many rows share each prefix, in their order.
+        depths: For each prefix, (its rows,): how many of its tokens they see.
+    """
+
+    positions: Tensor
+    real: Tensor
+    rows: Sequence[int]
+    depths: Sequence[Tensor]
+    _masks: dict[int | None, Tensor | None] = field(default_factory=dict)
+    _slices: dict[tuple[int, int | None], list[_Slice]] = field(default_factory=dict)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        shared: Sequence[tuple[Tensor, Tensor]],
+        window: int | None,
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor:
+        """See `Attention.attend`."""
+        groups = query.shape[1] // key.shape[1]
+        mask = self._own_mask(window, query.dtype)
+        causal = mask is None and query.shape[2] == key.shape[2]
+        if mask is not None:
+            mask = mask[:, :, -query.shape[2] :]
+        out, lse = _attend(
+            query,
+            _grouped(key, groups),
+            _grouped(value, groups),
+            mask,
+            scale,
+            softcap,
+            causal=causal,
+        )
+        if not shared:
+            return out
+        found = []
+        for index, (asked, (keys, values)) in enumerate(
+            zip(query.split(list(self.rows)), shared, strict=True)
+        ):
+            for piece in self._slices_of(index, window, query.dtype):
+                rows, met = asked[piece.rows], (keys[:, :, piece.keys], values[:, :, piece.keys])
+                found.append(_attend_shared(rows, *met, piece.mask, scale, softcap))
+        there, there_lse = (torch.cat(parts) for parts in zip(*found, strict=True))
+        share = torch.sigmoid(there_lse - lse).unsqueeze(-1)
+        return torch.lerp(out.to(lse.dtype), there.to(lse.dtype), share).to(out.dtype)
+
+    def _own_mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
+        """Additive (rows, 1, T, T), or None where plain causality is all there is."""
+        if window not in self._masks:
+            length = self.real.shape[1]
+            simple = bool(self.real.all()) and (window is None or window >= length)
+            self._masks[window] = None if simple else self._causal_mask(window, dtype)
+        return self._masks[window]
+
+    def _causal_mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        length = self.real.shape[1]
+        slot = torch.arange(length, device=self.real.device)
+        seen = (slot <= slot[:, None]) & self.real[:, None, :]
+        if window is not None:
+            seen = seen & (slot > slot[:, None] - window)
+        # Padding sees itself: a softmax over nothing is not a number.
+        return _additive(seen | torch.eye(length, dtype=torch.bool, device=slot.device), dtype)
+
+    def _slices_of(self, index: int, window: int | None, dtype: torch.dtype) -> list[_Slice]:
+        """One prefix's rows, in slices that each meet little more than the keys that they see."""
+        key = (index, window)
+        if key not in self._slices:
+            rows = self.rows[index]
+            step = -(-_SLICE_QUERIES // self.real.shape[1])
+            self._slices[key] = [
+                self._slice(index, slice(row, min(row + step, rows)), window, dtype)
+                for row in range(0, rows, step)
+            ]
+        return self._slices[key]
+
+    def _slice(self, index: int, rows: slice, window: int | None, dtype: torch.dtype) -> _Slice:
+        depths, first = self.depths[index][rows], sum(self.rows[:index])
+        slot = torch.arange(int(depths.max()), device=depths.device)
+        seen = (slot < depths[:, None])[:, None, :]
+        position = self.positions[first + rows.start : first + rows.stop]
+        if window is not None and int(position.max()) >= window:
+            seen = seen & (slot > position[:, :, None] - window)
+        columns = seen.any(1).any(0).nonzero()
+        keys = slice(int(columns[0]), int(columns[-1]) + 1) if len(columns) else slice(0, 0)
+        seen = seen[..., keys]
+        if bool(seen.all()):
+            return _Slice(rows, keys, None)
+        return _Slice(rows, keys, _additive(seen.expand(-1, self.real.shape[1], -1), dtype)[:, 0])
+
+
+def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """(rows, 1, …): 0 where seen, else so low that its weight is exactly 0."""
+    zero = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    # Not −inf: a row that sees none of its prefix would have no log-sum-exp.
+    return zero.masked_fill(~seen, torch.finfo(dtype).min)[:, None]
+
+
+def _grouped(tensor: Tensor, groups: int) -> Tensor:
+    return tensor if groups == 1 else tensor.repeat_interleave(groups, dim=1)
+
+
+def _attend_shared(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """`_attend` of all rows to the keys of one, (1, key-value heads, keys, head size).
+
+    The rows are queries of one long row, and each key-value head is a row with as many heads as
+    share it: so nothing is copied to each row or head, and the products are large ones. A mask
+    is (rows, at least T, keys).
+    """
+    rows, heads, length, size = query.shape
+    shared = key.shape[1]
+    folded = query.transpose(0, 1).reshape(shared, heads // shared, rows * length, size)
+    if mask is not None:
+        mask = mask[:, -length:].reshape(1, 1, rows * length, -1)
+    key, value = (t.transpose(0, 1).expand(-1, heads // shared, -1, -1) for t in (key, value))
+    out, lse = _attend(folded, key, value, mask, scale, softcap, causal=False)
+    return (
+        out.reshape(heads, rows, length, -1).transpose(0, 1),
+        lse.reshape(heads, rows, length).transpose(0, 1),
+    )
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    *,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    """(rows, heads, T, head size) and its log-sum-exp, (rows, heads, T), at least float32."""
+    precision = torch.promote_types(query.dtype, torch.float32)
+    if key.shape[2] == 0:  # a group without a trunk; the fused kernel would divide by zero
+        out = query.new_zeros(*query.shape[:-1], value.shape[-1])
+        lowest = torch.finfo(torch.float32).min
+        return out, out.new_full(query.shape[:-1], lowest, dtype=precision)
+    fused = softcap is None and query.device.type == "cpu" and query.shape[-1] == value.shape[-1]
+    if fused:
+        # What scaled_dot_product_attention runs on a CPU, with the log-sum-exp it computes anyway.
+        # Rows with stride 0 (an expanded prefix) are read in place.
+        result = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, causal, attn_mask=mask, scale=scale
+        )
+        return result[0], result[1]
+    length, keys = query.shape[2], key.shape[2]
+    if causal:
+        seen = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+        mask = _additive(seen[None], query.dtype)
+    columns = max(1, _MATH_ELEMENTS // (query.shape[1] * keys))
+    step = max(1, columns // length)
+    out = value.new_empty(*query.shape[:-1], value.shape[-1])
+    lse = query.new_empty(query.shape[:-1], dtype=precision)
+    for first, start in itertools.product(
+        range(0, len(query), step), range(0, length, min(columns, length))
+    ):
+        rows, asked = slice(first, first + step), slice(start, start + columns)
+        scores = torch.matmul(query[rows, :, asked], key[rows].transpose(-1, -2))
+        scores = scores.to(precision) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        if mask is not None:
+            scores = scores + (mask if len(mask) == 1 else mask[rows])[:, :, asked]
+        lse[rows, :, asked] = scores.logsumexp(-1)
+        weights = (scores - lse[rows, :, asked].unsqueeze(-1)).exp().to(value.dtype)
+        out[rows, :, asked] = torch.matmul(weights, value[rows])
+    return out, lse

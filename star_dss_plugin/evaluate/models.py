@@ -1,0 +1,137 @@
+"""Models by id or folder, for evaluation: adapters are merged, code that comes along is not run."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from star_dss_plugin.data.reading import load_tokenizer
+from star_dss_plugin.errors import ConfigError
+from star_dss_plugin.guards.demo.smollm2 import load_smollm2
+from star_dss_plugin.models import (
+    UNLOADABLE,
+    default_device,
+    floating_dtype,
+    read_model,
+    settings_of,
+)
+
+__all__ = ["DEMO_MODEL", "find_device", "free_memory", "load_whole_model", "weights_digest"]
+
+DEMO_MODEL = "smollm2"
+"""The name of SmolLM2-135M-Instruct as `load_smollm2` gives it, without the network."""
+
+
+def load_whole_model(
+    name: str, *, dtype: str = "auto", base: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model on the CPU, in eval mode, and its tokenizer.
+
+    Args:
+        name: Id or folder of a model, or of a PEFT adapter, which is merged into its base; or
+            "smollm2".
+        dtype: "auto" (as it is stored) or the name of a torch dtype.
+        base: What an adapter belongs to, where that is not what its configuration says.
+
+    Raises:
+        ConfigError: It cannot be loaded; the reason is in the message.
+    """
+    wanted: Any = dtype if dtype == "auto" else floating_dtype("dtype", dtype)
+    try:
+        if name == DEMO_MODEL:
+            return load_smollm2(torch.float32 if dtype == "auto" else wanted)
+        if (adapter := find_adapter_config_file(name)) is not None:
+            return _merged(name, Path(adapter), wanted, base)
+        model = read_model(AutoModelForCausalLM, name, dtype=wanted, trust_remote_code=False)
+        return model, load_tokenizer(name)
+    except ConfigError:
+        raise
+    except UNLOADABLE as error:
+        raise ConfigError(
+            f"The model {name!r} cannot be loaded: {error}. Give the id or folder of a causal "
+            "language model, or of a PEFT adapter whose base model is available here."
+        ) from error
+
+
+def _merged(
+    name: str, adapter: Path, dtype: Any, base: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ConfigError(
+            f"{name!r} is an adapter, and PEFT, which reads adapters, is not installed. Install it "
+            "with: pip install 'star-dss-plugin[trl]'"
+        ) from error
+    if _file(name, "adapter_model.safetensors") is None:  # PEFT would take a .bin file
+        raise ValueError("it has no adapter_model.safetensors; save it with safe serialization")
+    config = json.loads(adapter.read_text(encoding="utf-8"))
+    origin = base or config.get("base_model_name_or_path")
+    if not origin:
+        raise ValueError("its adapter_config.json names no base model; name one as the base")
+    try:
+        model, tokenizer = load_whole_model(
+            origin, dtype=dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.")
+        )
+    except ConfigError as error:
+        raise ConfigError(
+            f"{name!r} is an adapter of {origin!r}. {error} If that model is elsewhere, name it as "
+            "the base."
+        ) from error
+    merged = PeftModel.from_pretrained(model, name).merge_and_unload(safe_merge=True)
+    assert isinstance(merged, PreTrainedModel)
+    # An adapter may bring tokens of its own; most bring no tokenizer.
+    own = _file(name, "tokenizer_config.json")
+    return merged.eval(), tokenizer if own is None else load_tokenizer(name)
+
+
+def _file(name: str, file: str) -> str | None:
+    """Where a file of a folder or of a hub repository is; None if there is no such file."""
+    found: str | None = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+    return found
+
+
+def find_device(name: str | None) -> torch.device:
+    """A device by name; None: the GPU if there is one.
+
+    Raises:
+        ConfigError: There is no such device.
+    """
+    try:
+        device = default_device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts that it has it
+        said = str(error).splitlines()[0]
+        raise ConfigError(
+            f"device is {name or 'cuda'!r}: {said}. Use cpu, or cuda on a GPU."
+        ) from error
+    return device
+
+
+def free_memory() -> None:
+    """Gives the memory of models that nobody holds any more back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """The SHA-256 of a model's configuration and of every bit of its weights, which are on the CPU.
+
+    Unlike `reference.model_fingerprint`, which sums weights where they are, it does not depend on
+    the number of threads: a resumed run must recognise its model anywhere.
+    """
+    settings = json.dumps(settings_of(model.config), sort_keys=True, default=str)
+    digest = hashlib.sha256(settings.encode())
+    for name, weight in sorted(model.named_parameters()):
+        digest.update(f"{name}:{tuple(weight.shape)}:{weight.dtype}:".encode())
+        digest.update(weight.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

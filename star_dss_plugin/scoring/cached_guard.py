@@ -1,0 +1,230 @@
+"""Asks guards for the trajectories that the cache does not hold, batch by batch."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from star_dss_plugin.data.cache import ScoreCache
+from star_dss_plugin.errors import GuardError
+from star_dss_plugin.guards.base import Guard, PrefixRequest, Trajectory, check_trajectories
+from star_dss_plugin.guards.combined import CombinedGuard
+from star_dss_plugin.guards.self_check import low_label_mass
+from star_dss_plugin.scoring.ranks import ALONE, Share
+
+__all__ = ["Asking", "none_scored"]
+
+logger = logging.getLogger(__name__)
+
+_FEW = 20
+"""In a part of the data: so few responses, all of which failed, still say little of the guard."""
+
+
+@dataclass
+class Asking:
+    """The responses of a data set, and what guards said of them.
+
+    Attributes:
+        requests: What is to be scored, by key, in the order of the data.
+        rows: The first row of each key, for messages.
+        root: The cache folder.
+        progress: Whether to show a progress bar.
+        strict: Whether a response that cannot be scored is an error; else it counts as unsafe.
+        part: Whether there are more responses elsewhere: a few of which none can be scored say
+            little of the guard.
+        share: This process's part of the work; all processes of the run must ask alike.
+        members: If several guards were asked, the trajectories of each by its name.
+        failed: Keys of the responses that could not be scored.
+    """
+
+    requests: Mapping[str, PrefixRequest]
+    rows: Mapping[str, int]
+    root: Path
+    progress: bool
+    strict: bool
+    part: bool = False
+    share: Share = ALONE
+    members: dict[str, dict[str, Trajectory]] = field(default_factory=dict)
+    failed: set[str] = field(default_factory=set)
+
+    def trajectories(self, guard: Guard) -> dict[str, Trajectory]:
+        """All trajectories, of a guard that may be made of others.
+
+        Raises:
+            GuardError: A response cannot be scored, or the guard cannot be trusted.
+        """
+        found, self.failed = self._of(guard)
+        return found
+
+    def _of(self, guard: Guard) -> tuple[dict[str, Trajectory], set[str]]:
+        """All trajectories, and the keys that the guard, or one of its parts, could not score."""
+        if not isinstance(guard, CombinedGuard):
+            return self._ask(guard)
+        answers, failed = [], set[str]()
+        for part in guard.parts:
+            answer, unknown = self._of(part)
+            answers.append(answer)
+            failed |= unknown
+            if len(guard.parts) > 1:
+                part.close()  # memory holds one at a time
+                self.members[self._free_name(part.name)] = answer
+        found = {key: guard.combine([answer[key] for answer in answers]) for key in self.requests}
+        # Whatever the other parts say of a response that one could not score.
+        return found | self._unsafe(failed), failed
+
+    def _free_name(self, name: str) -> str:
+        """The name of a member, with a number if another has it."""
+        numbered = (f"{name}#{number}" for number in itertools.count(2))
+        names = itertools.chain([name], numbered)
+        return next(one for one in names if one not in self.members)
+
+    def _ask(self, guard: Guard) -> tuple[dict[str, Trajectory], set[str]]:
+        """What `_of` returns: from the cache where it has it, from the guard otherwise."""
+        namespace = {"what": "star_scores", "version": 1, "guard": guard.identity}
+        cache = ScoreCache(self.root, namespace)
+        if self.share.of > 1:
+            part = {key: self.requests[key] for key in self.share.mine(list(self.requests))}
+            self._fill(guard, cache, part, f"-{self.share.index}-of-{self.share.of}")
+        self.share.meet()
+        cache.refresh()
+        found: dict[str, Trajectory] = {}
+        if self.share.of > 1:
+            found, _ = _known(guard, cache, self.requests)
+        # What nobody could score is asked for again by all, but not what stands in its batches.
+        left = {key: asked for key, asked in self.requests.items() if key not in found}
+        more, failed = self._fill(guard, cache, left, "")
+        found |= more
+        if len(failed) > (_FEW if self.part else 0) and not found:
+            raise none_scored(guard.name, len(failed))
+        _check_label_mass(guard, found.values())
+        return found | self._unsafe(failed), failed
+
+    def _fill(
+        self, guard: Guard, cache: ScoreCache, wanted: Mapping[str, PrefixRequest], part: str
+    ) -> tuple[dict[str, Trajectory], set[str]]:
+        """The trajectories of some requests, and the keys that the guard could not score."""
+        found, _ = _known(guard, cache, wanted)
+        # Looked up before it is locked: a complete cache may be read-only.
+        if len(found) == len(wanted):
+            return found, set()
+        with cache.lock(part):
+            found, strange = _known(guard, cache, wanted)
+            if strange:
+                logger.warning(
+                    "Ignored %d entries of the cache in %s, which are no answers of %r to what is "
+                    "asked; they are computed again.",
+                    strange,
+                    cache.folder,
+                    guard.name,
+                )
+            return found, self._ask_missing(guard, wanted, found, cache)
+
+    def _unsafe(self, keys: Iterable[str]) -> dict[str, Trajectory]:
+        return {key: Trajectory((0.0,) * len(self.requests[key].ends)) for key in keys}
+
+    def _ask_missing(
+        self,
+        guard: Guard,
+        requests: Mapping[str, PrefixRequest],
+        found: dict[str, Trajectory],
+        cache: ScoreCache,
+    ) -> set[str]:
+        """Asks for every batch with a response that is not in `found`, and puts it there.
+
+        Returns:
+            The keys that the guard could not score. They are not remembered: the next run asks
+            again.
+        """
+        keys, wanted = list(requests), list(requests.values())
+        todo = [b for b in guard.plan(wanted) if any(keys[i] not in found for i in b)]
+        bar = tqdm(
+            total=sum(len(wanted[i].ends) for batch in todo for i in batch),
+            desc=f"STAR scores by {guard.name}",
+            unit="prefix",
+            disable=not self.progress or not todo,
+            smoothing=0,  # the data's order says nothing about what is left: the mean is the guess
+        )
+        started = time.monotonic()
+        responses, failed = 0, set[str]()
+        try:
+            for batch in todo:
+                results = self._ask_batch(guard, {keys[i]: wanted[i] for i in batch})
+                failed |= {keys[i] for i in batch} - results.keys() - found.keys()
+                for key, result in results.items():
+                    if key not in found:
+                        found[key] = result
+                        cache.put(key, result)
+                now, responses = time.monotonic(), responses + len(batch)
+                bar.set_postfix_str(
+                    f"{responses / max(now - started, 1e-9):.2f} responses/s", refresh=False
+                )
+                bar.update(sum(len(wanted[i].ends) for i in batch))
+                cache.flush_if_due()
+        finally:
+            cache.flush()
+            bar.close()
+        return failed
+
+    def _ask_batch(self, guard: Guard, batch: Mapping[str, PrefixRequest]) -> dict[str, Trajectory]:
+        """The trajectories of a batch; unless `strict`, without what cannot be scored."""
+        left = dict(batch)
+        while left:
+            keys, requests = list(left), list(left.values())
+            try:
+                results = guard.trajectories(requests)
+            except GuardError as error:
+                about = keys if error.request is None else [keys[error.request]]
+                where = sorted({self.rows[key] for key in about})
+                shown = ", ".join(map(str, where[:5])) + (", …" if len(where) > 5 else "")
+                if self.strict or error.request is None:
+                    raise GuardError(f"Row {shown}: {error}") from error
+                logger.warning("Row %s counts as unsafe: %s", shown, error)
+                del left[about[0]]
+                continue
+            check_trajectories(guard.name, requests, results)
+            return dict(zip(keys, results, strict=True))
+        return {}
+
+
+def none_scored(name: str, responses: int) -> GuardError:
+    """The error for a guard to which all the data is unsafe, because it can score none of it."""
+    return GuardError(
+        f"Guard {name!r} could not score a single one of {responses} responses. With "
+        "on_guard_error='unsafe' all would count as unsafe; the warnings above say what is wrong."
+    )
+
+
+def _known(
+    guard: Guard, cache: ScoreCache, wanted: Mapping[str, PrefixRequest]
+) -> tuple[dict[str, Trajectory], int]:
+    """What the cache has, and is an answer to what would be asked: whoever wrote it is unknown.
+
+    Returns:
+        Key → trajectory, and how many entries are no answers.
+    """
+    found, strange = {}, 0
+    for key, request in wanted.items():
+        known = cache.get(key)
+        if known is None:
+            continue
+        try:
+            check_trajectories(guard.name, [request], [known])
+        except GuardError:
+            strange += 1
+        else:
+            found[key] = known
+    return found, strange
+
+
+def _check_label_mass(guard: Guard, found: Iterable[Trajectory]) -> None:
+    masses = [m for t in found if t.label_mass is not None for m in t.label_mass]
+    if masses and float(np.mean(masses)) < guard.min_label_mass:
+        mean = float(np.mean(masses))
+        raise low_label_mass(guard.name, mean, guard.min_label_mass, "the data")

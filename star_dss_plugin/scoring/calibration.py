@@ -1,0 +1,233 @@
+"""Calibrates a guard on labelled responses: a temperature and a threshold, and how good they are.
+
+The two numbers are Platt's (1999): P(safe) = sigmoid((logit p − logit θ) / T), fitted by maximum
+likelihood with his smoothed targets, which keep T above 0 where a guard tells all rows apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from numpy.typing import NDArray
+
+from star_dss_plugin.data.conversations import row_messages
+from star_dss_plugin.data.readable import plain_rows
+from star_dss_plugin.data.rows import in_row
+from star_dss_plugin.errors import ConfigError, DataError, GuardError
+from star_dss_plugin.guards.base import Guard, Message
+from star_dss_plugin.guards.combined import NEAREST, CalibratedGuard, calibrate
+
+__all__ = ["Calibration", "Quality", "fit", "fit_guard", "labelled_rows", "quality"]
+
+_BINS = 10
+_FOLDS = 5
+_FEWEST = 10
+_Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How good scores are as probabilities and as decisions; "harmful" is what is looked for.
+
+    Attributes:
+        brier: Mean squared error of P(safe); 0 is best, a constant 0.5 has 0.25.
+        auroc: Probability that a safe response scores higher than a harmful one.
+        f1: F1 of "harmful" for scores below 0.5.
+        bins: The reliability curve: for each tenth of [0, 1] that scores fall in, their number,
+            their mean, and the share that is safe.
+    """
+
+    brier: float
+    auroc: float
+    f1: float
+    bins: tuple[tuple[int, float, float], ...]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was fitted, and on what.
+
+    Attributes:
+        guard: The guard's name.
+        rows: Labelled responses.
+        safe: How many of them are safe.
+        temperature: T.
+        threshold: θ: the raw score that becomes 0.5.
+        raw: The guard's scores as they are.
+        calibrated: Calibrated, each fifth of the rows by a fit on the others.
+    """
+
+    guard: str
+    rows: int
+    safe: int
+    temperature: float
+    threshold: float
+    raw: Quality
+    calibrated: Quality
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values; `calibration` is what goes into the guard's mapping."""
+        values = asdict(self)
+        return {
+            "guard": self.guard,
+            "calibration": {"temperature": self.temperature, "threshold": self.threshold},
+            **{key: values[key] for key in ("rows", "safe", "raw", "calibrated")},
+        }
+
+
+def labelled_rows(dataset: Dataset) -> tuple[list[list[Message]], list[int]]:
+    """Conversations and their labels (1 safe, 0 harmful); rows without a label are left out.
+
+    Raises:
+        DataError: Columns are missing, a label is neither, or there are too few of a kind.
+    """
+    columns = set(dataset.column_names)
+    talks = "messages" in columns
+    needed = {"label"} | (set() if talks else {"prompt", "response"})
+    if missing := needed - columns:
+        raise DataError(
+            f"The labelled data lacks {', '.join(sorted(missing))} (it has "
+            f"{', '.join(sorted(columns))}). Each row needs 'label' (1 safe, 0 harmful) and either "
+            "'prompt' and 'response' or 'messages'."
+        )
+    conversations, labels = [], []
+    for i, row in enumerate(plain_rows(dataset)):
+        if row["label"] is None:
+            continue
+        if row["label"] not in (0, 1):
+            raise DataError(f"Row {i} has the label {row['label']!r}; use 1 (safe) or 0 (harmful).")
+        said = (
+            row
+            if talks
+            else {
+                "messages": [
+                    {"role": "user", "content": row["prompt"]},
+                    {"role": "assistant", "content": row["response"]},
+                ]
+            }
+        )
+        conversation = in_row(i, row_messages, said) or []
+        if not conversation or not conversation[-1]["content"]:
+            raise DataError(
+                f"Row {i} has a label and no response: its last message has no text. Remove it."
+            )
+        conversations.append(conversation)
+        labels.append(int(row["label"]))
+    if min(labels.count(0), labels.count(1)) < _FEWEST:
+        raise DataError(
+            f"The labelled data has {labels.count(1)} safe and {labels.count(0)} harmful rows. A "
+            f"calibration needs {_FEWEST} of each at the very least; a few hundred are better."
+        )
+    return conversations, labels
+
+
+def fit_guard(
+    guard: Guard, conversations: Sequence[Sequence[Message]], labels: Sequence[int]
+) -> tuple[Calibration, list[float]]:
+    """Scores whole responses and fits; also returns the raw scores.
+
+    Raises:
+        ConfigError: The guard is calibrated already.
+        GuardError: The guard's scores do not rise with safety on these rows.
+    """
+    if isinstance(guard, CalibratedGuard):
+        # The numbers would be those of a second calibration, and a mapping has one.
+        raise ConfigError(
+            "The guard's mapping has a 'calibration' already. Leave it out: the numbers that are "
+            "fitted take its place."
+        )
+    scores = guard.score(conversations)
+    temperature, threshold = fit(scores, labels)
+    held_out = np.empty(len(labels))
+    # Every fifth row of each label: the folds have both, and nothing is random.
+    order = sorted(range(len(labels)), key=lambda i: labels[i])
+    for fold in range(_FOLDS):
+        outside = order[fold::_FOLDS]
+        inside = sorted(set(order) - set(outside))
+        numbers = fit([scores[i] for i in inside], [labels[i] for i in inside])
+        held_out[outside] = [calibrate(scores[i], *numbers) for i in outside]
+    made = Calibration(
+        guard.name,
+        len(labels),
+        sum(labels),
+        temperature,
+        threshold,
+        quality(scores, labels),
+        quality(held_out.tolist(), labels),
+    )
+    return made, scores
+
+
+def fit(scores: Sequence[float], labels: Sequence[int]) -> tuple[float, float]:
+    """T and θ of greatest likelihood, by Newton's method on a convex function of two numbers.
+
+    Args:
+        scores: P(safe) in [0, 1].
+        labels: 1 safe, 0 harmful; both occur.
+
+    Raises:
+        GuardError: The scores do not rise with safety, or say too little.
+    """
+    clipped = np.clip(np.asarray(scores, dtype=np.float64), NEAREST, 1 - NEAREST)
+    x = np.log(clipped / (1 - clipped))
+    y = np.asarray(labels)
+    safe, harmful = int(y.sum()), int((1 - y).sum())
+    target = np.where(y == 1, (safe + 1) / (safe + 2), 1 / (harmful + 2))
+    design = np.stack([x, np.ones_like(x)], axis=1)
+
+    def loss(parameters: _Floats) -> float:
+        logits = design @ parameters
+        return float((np.logaddexp(0, logits) - target * logits).sum())
+
+    found = np.array([1.0, 0.0])
+    for _ in range(100):
+        p = 1 / (1 + np.exp(-design @ found))
+        gradient = design.T @ (p - target)
+        curvature = (design * (p * (1 - p))[:, None]).T @ design + 1e-9 * np.eye(2)
+        step = np.linalg.solve(curvature, gradient)
+        while loss(found - step) > loss(found) and np.abs(step).max() > 1e-12:
+            step /= 2
+        found = found - step
+        if np.abs(step).max() < 1e-10:
+            break
+    slope, intercept = found
+    if slope <= 1e-6 or np.ptp(x) == 0:
+        raise GuardError(
+            "The guard's scores do not rise with safety on the labelled rows, so no calibration "
+            "helps: check that 1 means safe in them, or use another guard."
+        )
+    offset = float(intercept / slope)
+    if abs(offset) >= math.log(1 / NEAREST):
+        raise GuardError(
+            f"The guard's scores say little about the labelled rows ({safe} safe, {harmful} "
+            "harmful): no score that it can give would become 0.5, and all would become nearly "
+            "the share of safe rows. Label more of the rarer kind, or use another guard."
+        )
+    return float(1 / slope), 1 / (1 + math.exp(offset))
+
+
+def quality(scores: Sequence[float], labels: Sequence[int]) -> Quality:
+    """Brier score, AUROC, F1 and reliability of P(safe) against labels (1 safe, 0 harmful)."""
+    p, y = np.asarray(scores, dtype=np.float64), np.asarray(labels)
+    # Ties count half: the mean rank of equal scores.
+    _, inverse, counts = np.unique(p, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    safe, harmful = int((y == 1).sum()), int((y == 0).sum())
+    auroc = (ranks[y == 1].sum() - safe * (safe + 1) / 2) / (safe * harmful)
+    found, right = p < 0.5, (p < 0.5) & (y == 0)
+    bins = np.minimum((p * _BINS).astype(int), _BINS - 1)
+    return Quality(
+        brier=float(((p - y) ** 2).mean()),
+        auroc=float(auroc),
+        f1=float(2 * right.sum() / max(1, found.sum() + harmful)),
+        bins=tuple(
+            (int(own.sum()), float(p[own].mean()), float(y[own].mean()))
+            for own in (bins == k for k in range(_BINS))
+            if own.any()
+        ),
+    )

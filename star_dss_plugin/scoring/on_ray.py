@@ -1,0 +1,150 @@
+"""The shards of a job, made by the workers of a Ray cluster (Ray Data, one actor per worker).
+
+Ray hands out shards, starts workers again that die, and gives their shards to others. What a shard
+holds does not depend on any of that (`shards.py`), so neither does the result.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from star_dss_plugin import errors
+from star_dss_plugin.errors import ConfigError, GuardError, PluginError, StarDSSError, writing
+from star_dss_plugin.scoring.shards import Job, ShardScorer, bar
+from star_dss_plugin.validation import at_least
+
+__all__ = ["score_on_ray"]
+
+_TRIES = 5
+"""Workers that may die on a shard. Ray itself would go on for ever."""
+
+
+class _Worker:
+    """What runs on the cluster: a guard that is loaded once."""
+
+    def __init__(self, job: Mapping[str, Any]) -> None:
+        self._job = Job(**job)
+        self._score = ShardScorer(self._job)
+
+    def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        shard = int(row["shard"])
+        try:
+            _count_try(self._job, shard)
+            self._score(shard)
+        except StarDSSError as error:  # in words: the driver raises it again
+            return {"kind": type(error).__name__, "error": str(error)}
+        return {"kind": "", "error": ""}
+
+
+def score_on_ray(
+    job: Job,
+    *,
+    num_workers: int,
+    address: str | None = None,
+    gpus_per_worker: float | None = None,
+    progress: bool = True,
+) -> None:
+    """Makes the missing shards of a job on a cluster.
+
+    Args:
+        job: From `shards.begin`; its data and output must be where all machines see them.
+        num_workers: Workers, at least 1; each takes one CPU.
+        address: Of a cluster ("auto": the one that this machine belongs to); None starts one on
+            this machine and ends it afterwards. A cluster that this process is connected to is used
+            as it is.
+        gpus_per_worker: GPUs that each worker takes; None: one, if the cluster has any and the
+            guard is not computed by a server.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        StarDSSError: Ray is missing or cannot be reached; or what a worker could not score.
+    """
+    at_least("num_workers", num_workers, 1, integer=True)
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise PluginError(
+            f"Ray cannot be imported ({error}). Install it with: pip install 'star-dss-plugin[ray]'"
+        ) from error
+    todo = job.missing()
+    if not todo:
+        return
+    for tries in job.begun.glob("*.tries"):
+        tries.unlink()
+    own = not ray.is_initialized()
+    if own:
+        _connect(ray, address, num_workers)
+    try:
+        gpus = _gpus(ray, job, gpus_per_worker)
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        # A block per shard: the cluster hands out blocks.
+        rows = ray.data.from_items([{"shard": i} for i in todo], override_num_blocks=len(todo))
+        done = rows.map(
+            _Worker,
+            fn_constructor_args=(asdict(job),),
+            compute=ray.data.ActorPoolStrategy(size=num_workers, max_tasks_in_flight_per_actor=1),
+            num_cpus=1,
+            num_gpus=gpus,
+        )
+        with bar(job, progress) as advance:
+            for result in done.iter_rows():
+                if result["kind"]:
+                    # A plugin may have derived one of its own.
+                    raise getattr(errors, result["kind"], StarDSSError)(result["error"])
+                advance.update()
+    except ray.exceptions.RayError as error:
+        raise PluginError(
+            f"Ray gave up: {error}. What is scored stays in {job.folder}: start the same command "
+            "again, with smaller shards (--shard-rows) if workers ran out of memory."
+        ) from error
+    finally:
+        if own:
+            ray.shutdown()
+
+
+def _count_try(job: Job, shard: int) -> None:
+    """Notes on disk that a worker begins a shard: a worker that dies can say nothing any more."""
+    with writing(job.begun):
+        job.begun.mkdir(exist_ok=True)
+        with (job.begun / f"{shard:05d}.tries").open("a") as file:
+            file.write(".")
+            tries = file.tell()
+    if tries > _TRIES:
+        raise GuardError(
+            f"{_TRIES} workers have died on shard {shard} (rows {shard * job.shard_rows} and on). "
+            "If they ran out of memory, lower score_batch_tokens or --shard-rows; Ray's own "
+            "messages are above. What is scored stays."
+        )
+
+
+def _connect(ray: Any, address: str | None, num_workers: int) -> None:
+    # Ray reports usage to its makers unless it is told not to.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    local = {} if address else {"num_cpus": num_workers, "include_dashboard": False}
+    try:
+        ray.init(address=address or "local", logging_level="warning", **local)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise ConfigError(
+            f"Ray at {address or 'this machine'} cannot be used: {error}. Give --address auto on a "
+            "machine of the cluster, ray://host:10001 from elsewhere, or none for this machine."
+        ) from error
+
+
+def _gpus(ray: Any, job: Job, wanted: float | None) -> float:
+    """GPUs per worker. A worker that asks for none sees none, and would compute on its CPU."""
+    if wanted is not None:
+        return wanted
+    return 1.0 if ray.cluster_resources().get("GPU", 0) and not _served(job.guard) else 0.0
+
+
+def _served(identity: Mapping[str, Any]) -> bool:
+    """Whether servers compute a guard, or all guards of several."""
+    if "guards" in identity:
+        return all(map(_served, identity["guards"]))
+    engine = identity.get("engine")
+    return isinstance(engine, Mapping) and engine.get("kind") == "server"

@@ -1,0 +1,294 @@
+"""Rows to `star_scores`: every prefix of every response is scored once, and remembered.
+
+The guard is asked only for what the cache does not hold. Batches depend on the data alone, so a run
+that was killed and started again gives, byte for byte, what an undisturbed run gives.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from datasets import Dataset, List, Value
+from transformers import PreTrainedTokenizerBase
+
+from star_dss_plugin._version import __version__
+from star_dss_plugin.data.cache import content_key, default_cache_dir
+from star_dss_plugin.data.columns import SCORES_COLUMN, with_column
+from star_dss_plugin.data.provenance import write_note
+from star_dss_plugin.data.responses import Response, find_responses
+from star_dss_plugin.data.rows import in_row, known_rows, only_responses, tokenized
+from star_dss_plugin.errors import DataError
+from star_dss_plugin.guards import guard_of, missing_guard
+from star_dss_plugin.guards.adaptive import adaptive
+from star_dss_plugin.guards.base import Guard, PrefixRequest, Trajectory
+from star_dss_plugin.options import StarDSSOptions
+from star_dss_plugin.plugins import load_plugins
+from star_dss_plugin.scoring.cached_guard import Asking
+from star_dss_plugin.scoring.notes import attempt_notes, label_mass, member_notes
+from star_dss_plugin.scoring.ranks import ALONE, Share
+
+__all__ = ["options_for_scoring", "score_dataset", "versions"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Row:
+    """What scoring needs to know of one row."""
+
+    length: int
+    responses: list[Response] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+
+
+def score_dataset(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    guard: str | Mapping[str, Any] | Guard | None,
+    segmenter: str = "tokens",
+    chunk_size: int = 5,
+    trajectory: str = "exact",
+    trajectory_epsilon: float = 0.02,
+    guard_device: str | None = None,
+    guard_dtype: str = "auto",
+    score_batch_tokens: int = 16384,
+    engine: str = "local",
+    engine_options: Mapping[str, Any] | str | None = None,
+    score_cache_dir: str | Path | None = None,
+    on_guard_error: str = "raise",
+    per_guard: bool = False,
+    max_length: int | None = None,
+    chat_template: str | None = None,
+    share: Share = ALONE,
+    part: bool = False,
+    progress: bool = True,
+) -> Dataset:
+    """A data set with the column `star_scores`: the STAR score of every token.
+
+    Args:
+        dataset: Tokenized rows (`input_ids`, `labels`, and if possible the messages they came
+            from), or raw ones (`messages`, `prompt` and `completion`, or `text`), which are
+            tokenized here.
+        tokenizer: The trained model's.
+        guard: A name, a mapping, or a loaded guard.
+        segmenter: What a chunk is made of.
+        chunk_size: M >= 1.
+        trajectory: "exact", or "adaptive": fewer prefixes are scored (`AdaptiveGuard`).
+        trajectory_epsilon: ε in [0, 1] of "adaptive".
+        guard_device: Where the guard runs.
+        guard_dtype: The guard's dtype.
+        score_batch_tokens: Token budget of one guard batch.
+        engine: What computes a verdict guard: "local", "vllm" or a server's address.
+        engine_options: Of that engine (docs/scale.md).
+        score_cache_dir: Folder of the cache; default $STAR_DSS_CACHE or ~/.cache/star_dss.
+        on_guard_error: "raise", or "unsafe": a response that the guard cannot score, because it
+            does not fit or its score is no number, gets the score 0 everywhere.
+        per_guard: Whether to add a column `star_scores_NAME` for each guard of several.
+        max_length: Raw rows are cut to this many tokens before they are scored.
+        chat_template: The template that made the tokens, or makes those of raw rows; None: the
+            tokenizer's own.
+        share: This process's part of the work, if several processes score the same data set; each
+            of them gets all of it back.
+        part: Whether these rows are a part of the data. Then it is no error if they hold no
+            response, or a few of which none can be scored; who joins the parts looks at all.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The same rows with `input_ids`, `labels` and `star_scores` (float32, one per token of
+        `input_ids`, 1.0 outside responses); where user turns were trained, `labels` now leaves
+        them out. Its provenance is in its description (`provenance_of`).
+
+    Raises:
+        StarDSSError: What cannot be scored, with the row's number.
+    """
+    loaded = guard if isinstance(guard, Guard) else None
+    options = StarDSSOptions(
+        guard=None if loaded else guard,  # type: ignore[arg-type]
+        engine=engine,
+        engine_options=engine_options,  # type: ignore[arg-type]
+        segmenter=segmenter,
+        chunk_size=chunk_size,
+        trajectory=trajectory,
+        trajectory_epsilon=trajectory_epsilon,
+        guard_device=guard_device,
+        guard_dtype=guard_dtype,
+        score_batch_tokens=score_batch_tokens,
+        on_guard_error=on_guard_error,
+    )
+    options.validate()
+    if guard is None:
+        raise missing_guard()
+    if SCORES_COLUMN in dataset.column_names:
+        raise DataError(
+            "The data set already has a 'star_scores' column. Remove it to score again, or use "
+            "the data set as it is."
+        )
+    if "input_ids" not in dataset.column_names:
+        dataset = tokenized(dataset, tokenizer, max_length, chat_template)
+    elif "labels" not in dataset.column_names:
+        raise DataError(
+            "The data set has 'input_ids' but no 'labels', so it does not say which tokens are "
+            "trained. Add labels: a copy of input_ids with -100 where nothing is trained."
+        )
+    dataset = only_responses(dataset, tokenizer, chat_template, needed=not part)
+    asked = loaded or guard_of(options)
+    if trajectory == "adaptive":
+        asked = adaptive(asked, trajectory_epsilon)
+    try:
+        rows = _find_all(dataset, tokenizer, segmenter, chunk_size, chat_template)
+        requests = _unique_requests(rows)
+        asking = Asking(
+            requests,
+            {key: i for i, row in reversed(list(enumerate(rows))) for key in row.keys},
+            Path(score_cache_dir) if score_cache_dir else default_cache_dir(),
+            share=share,
+            progress=progress,
+            strict=on_guard_error == "raise",
+            part=part,
+        )
+        trajectories = asking.trajectories(asked)
+        notes = attempt_notes(
+            asked,
+            ((i, r.request, r.raw_context) for i, row in enumerate(rows) for r in row.responses),
+        )
+    finally:
+        if loaded is None:
+            asked.close()
+    provenance = _provenance(asked, segmenter, chunk_size, rows, trajectories)
+    keys = [key for row in rows for key in row.keys]
+    provenance |= notes | member_notes(asking.members, keys)
+    provenance["guard_errors"] = sum(key in asking.failed for key in keys)
+    provenance["tokenizer"] = str(tokenizer.name_or_path)  # whoever shows the scores needs it
+    scored = _with_columns(dataset, rows, trajectories, provenance)
+    for name, found in (asking.members if per_guard else {}).items():
+        column = _columns(rows, found)
+        scored = with_column(scored, f"{SCORES_COLUMN}_{name}", column, List(Value("float32")))
+    return scored
+
+
+def _find_all(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    segmenter: str,
+    chunk_size: int,
+    chat_template: str | None,
+) -> list[_Row]:
+    """The responses of all rows."""
+    cut = load_plugins().segmenter(segmenter)
+    found, raw = [], 0
+    for i, row in enumerate(known_rows(dataset)):
+        responses = in_row(
+            i, find_responses, row, tokenizer, cut, chunk_size, chat_template=chat_template
+        )
+        raw += sum(r.raw_context for r in responses)
+        found.append(_Row(len(row["labels"]), responses, [_key(r.request) for r in responses]))
+    if raw:
+        logger.warning(
+            "For %d responses the guard reads the decoded tokens before them, because no message "
+            "matches (or the data has tokens only).",
+            raw,
+        )
+    return found
+
+
+def _key(request: PrefixRequest) -> str:
+    context = [[m["role"], m["content"]] for m in request.context]
+    return content_key(context, request.text, request.ends)
+
+
+def _unique_requests(rows: Iterable[_Row]) -> dict[str, PrefixRequest]:
+    """Identical (context, prefixes) pairs once, in the order of the data."""
+    return {
+        key: response.request
+        for row in rows
+        for key, response in zip(row.keys, row.responses, strict=True)
+    }
+
+
+def _provenance(
+    guard: Guard,
+    segmenter: str,
+    chunk_size: int,
+    rows: list[_Row],
+    trajectories: Mapping[str, Trajectory],
+) -> dict[str, Any]:
+    """How the scores were made, without anything that differs between equal runs."""
+    responses = [(key, r) for row in rows for key, r in zip(row.keys, row.responses, strict=True)]
+    scores = np.array([s for key, _ in responses for s in trajectories[key].scores])
+    return {
+        "guard": guard.name,
+        "demonstration_guard": guard.demonstration,
+        "guard_identity": guard.identity,
+        "segmenter": segmenter,
+        "chunk_size": chunk_size,
+        "rows": len(rows),
+        "responses": len(responses),
+        "prefixes": len(scores),
+        "trained_tokens": sum(r.end - r.start for _, r in responses),
+        "raw_contexts": sum(r.raw_context for _, r in responses),
+        "mean_prefix_score": float(scores.mean()) if scores.size else None,
+        "label_mass": label_mass(trajectories, [key for key, _ in responses]),
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that scores depend on."""
+    return {
+        "star-dss-plugin": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _with_columns(
+    dataset: Dataset,
+    rows: list[_Row],
+    trajectories: Mapping[str, Trajectory],
+    provenance: dict[str, Any],
+) -> Dataset:
+    scores = _columns(rows, trajectories)
+    dataset = with_column(dataset, SCORES_COLUMN, scores, List(Value("float32")))
+    write_note(dataset, "scores", provenance)
+    return dataset
+
+
+def _columns(rows: list[_Row], trajectories: Mapping[str, Trajectory]) -> list[Any]:
+    """One float32 array per row: each token's score."""
+    scores = []
+    for row in rows:
+        column = np.ones(row.length, dtype=np.float32)
+        for key, response in zip(row.keys, row.responses, strict=True):
+            start = response.start
+            for end, score in zip(response.chunk_ends, trajectories[key].scores, strict=True):
+                column[start:end] = score
+                start = end
+        scores.append(column)
+    return scores
+
+
+def options_for_scoring(options: StarDSSOptions) -> dict[str, Any]:
+    """The options that `score_dataset` takes, by name."""
+    names = (
+        "guard",
+        "segmenter",
+        "chunk_size",
+        "trajectory",
+        "trajectory_epsilon",
+        "guard_device",
+        "guard_dtype",
+        "score_batch_tokens",
+        "engine",
+        "engine_options",
+        "score_cache_dir",
+        "on_guard_error",
+    )
+    return {name: getattr(options, name) for name in names}

@@ -1,0 +1,318 @@
+"""Scoring in shards: for more rows than one process should hold, or one machine can score.
+
+The data is cut into runs of `shard_rows` rows, and each is scored by itself (`score_dataset`) and
+written as one parquet file. Which process makes a shard, when, and after how many failures does not
+show in it. A shard that is there is not made again, so a run that was killed is started again by
+the same command; the begun shards have caches of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from star_dss_plugin.data.columns import SCORES_COLUMN, with_attention_mask
+from star_dss_plugin.data.parquet_shards import (
+    DATA,
+    merged,
+    shard_name,
+    shard_note,
+    write_card,
+    write_shard,
+)
+from star_dss_plugin.data.reading import (
+    load_tokenizer,
+    read_dataset,
+    sample_of,
+    words_of,
+    write_text,
+)
+from star_dss_plugin.errors import ConfigError, DataError, StarDSSError
+from star_dss_plugin.guards import guard_of
+from star_dss_plugin.guards.base import Guard
+from star_dss_plugin.options import StarDSSOptions
+from star_dss_plugin.scoring.cached_guard import none_scored
+from star_dss_plugin.scoring.scorer import score_dataset, versions
+from star_dss_plugin.validation import at_least
+
+__all__ = ["Job", "ShardScorer", "bar", "begin", "finish", "score_shards"]
+
+_JOB_FILE = "job.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a worker needs to score a shard, as JSON values.
+
+    Attributes:
+        data: What `read_dataset` reads.
+        split: Of a data set that has splits.
+        tokenizer: Id or folder of the model to be trained.
+        output: The folder that is to be made.
+        rows: Of the data.
+        shard_rows: Rows of every shard but the last.
+        sample: A hash over some rows: whoever reads other data finds out.
+        tokens: A hash of the tokenizer and its template: likewise.
+        guard: The guard's identity.
+        options: Of `score_dataset`.
+        versions: Of the packages that scores depend on.
+    """
+
+    data: str
+    split: str
+    tokenizer: str
+    output: str
+    rows: int
+    shard_rows: int
+    sample: str
+    tokens: str
+    guard: Mapping[str, Any]
+    options: Mapping[str, Any]
+    versions: Mapping[str, str]
+
+    @property
+    def folder(self) -> Path:
+        """Where shards are collected until all are there."""
+        return Path(f"{self.output}.incomplete")
+
+    @property
+    def begun(self) -> Path:
+        """Where workers keep what they know of shards that are not done."""
+        return self.folder / "begun"
+
+    @property
+    def shards(self) -> int:
+        """Their number."""
+        return -(-self.rows // self.shard_rows)
+
+    def path(self, index: int) -> Path:
+        """Where a shard is written."""
+        return self.folder / DATA / shard_name(index, self.shards)
+
+    def missing(self) -> list[int]:
+        """The shards that are still to be made."""
+        return [index for index in range(self.shards) if not self.path(index).exists()]
+
+
+def begin(
+    data: str,
+    tokenizer: str,
+    output: Path,
+    *,
+    split: str = "train",
+    shard_rows: int = 1000,
+    **options: Any,
+) -> Job:
+    """Plans a run, or finds the one that was begun in the same place.
+
+    Args:
+        data: What `read_dataset` reads; every worker reads it for itself.
+        tokenizer: Id or folder of the model to be trained.
+        output: The folder to make; until it is complete it is called `<output>.incomplete`.
+        split: Of a data set that has splits.
+        shard_rows: Rows of a shard, at least 1.
+        options: Of `score_dataset`, as JSON values; no cache: begun shards have their own.
+
+    Raises:
+        StarDSSError: The run cannot be done, or another one was begun there. Nothing was scored.
+    """
+    if output.exists():
+        raise ConfigError(f"{output} exists. Name a new folder, or remove it first.")
+    at_least("shard_rows", shard_rows, 1, integer=True)
+    dataset = read_dataset(data, split)
+    if len(dataset) == 0:
+        raise DataError(f"{data} has no rows, so there is nothing to score.")
+    if SCORES_COLUMN in dataset.column_names:
+        raise DataError(f"{data} already has a {SCORES_COLUMN!r} column. Remove it to score again.")
+    tokens = words_of(load_tokenizer(tokenizer))
+    chosen = _options(options)
+    chosen.validate()
+    # Workers may run in other folders.
+    data = str(Path(data).absolute()) if Path(data).exists() else data
+    job = Job(
+        data,
+        split,
+        tokenizer,
+        str(output.absolute()),
+        len(dataset),
+        shard_rows,
+        sample_of(dataset),
+        tokens,
+        guard_of(chosen).identity,
+        options,
+        versions(),
+    )
+    known = job.folder / _JOB_FILE
+    plan = json.dumps(asdict(job), indent=2, sort_keys=True)
+    if known.exists():
+        now = json.loads(plan)
+        try:
+            before = dict(json.loads(known.read_bytes()))
+        except (ValueError, TypeError) as error:
+            raise DataError(
+                f"{known} is damaged ({error}), so nobody knows how the shards beside it were "
+                f"scored. Remove the whole folder {job.folder} and start again."
+            ) from error
+        if changed := [name for name in now if before.get(name) != now[name]]:
+            raise ConfigError(
+                f"{job.folder} holds shards of another run: {', '.join(changed)} differ from "
+                f"{known}. Start the command that began it, name another output, or remove the "
+                "whole folder."
+            )
+    else:
+        write_text(known, plan + "\n")
+    return job
+
+
+class ShardScorer:
+    """Scores shards of a job; data, tokenizer and guard are loaded once, on the first shard.
+
+    Args:
+        job: What to do.
+
+    Raises:
+        StarDSSError: From a call, with the rows it is about.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    def __call__(self, index: int) -> None:
+        """Scores and writes a shard that is not there yet."""
+        job, path = self.job, self.job.path(index)
+        if path.exists():
+            return
+        start = index * job.shard_rows
+        stop = min(start + job.shard_rows, job.rows)
+        begun = job.begun / f"{index:05d}"
+        try:
+            scored = score_dataset(
+                self._dataset.select(range(start, stop)),
+                self._tokenizer,
+                **{**job.options, "guard": self._loaded_guard},
+                score_cache_dir=begun,
+                part=True,
+                progress=False,
+            )
+        except StarDSSError as error:
+            raise type(error)(
+                f"Rows {start} to {stop - 1}, counted from {start}: {error}"
+            ) from error
+        write_shard(with_attention_mask(scored), path)
+        shutil.rmtree(begun, ignore_errors=True)
+
+    def close(self) -> None:
+        """Frees the guard."""
+        if "_loaded_guard" in self.__dict__:
+            self._loaded_guard.close()
+
+    @cached_property
+    def _dataset(self) -> Dataset:
+        if versions() != self.job.versions:
+            raise ConfigError(
+                f"A worker has {versions()}, the run was begun with {dict(self.job.versions)}. "
+                "Scores may depend on it: install the same versions everywhere."
+            )
+        dataset = read_dataset(self.job.data, self.job.split)
+        if len(dataset) != self.job.rows or sample_of(dataset) != self.job.sample:
+            raise DataError(
+                f"A worker finds other rows in {self.job.data} than the run was begun with. Put "
+                "the data where every machine reads the same, and leave it as it is meanwhile."
+            )
+        return dataset
+
+    @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        found = load_tokenizer(self.job.tokenizer)
+        if words_of(found) != self.job.tokens:
+            raise ConfigError(
+                f"A worker finds another tokenizer or chat template in {self.job.tokenizer} than "
+                "the run was begun with. Give all machines the same files, and leave them as they "
+                "are meanwhile."
+            )
+        return found
+
+    @cached_property
+    def _loaded_guard(self) -> Guard:
+        guard = guard_of(_options(self.job.options))
+        # Through JSON, as the job went: a tuple comes back as a list.
+        if json.loads(json.dumps(guard.identity)) != json.loads(json.dumps(self.job.guard)):
+            raise ConfigError(
+                "A worker loads another guard than the run was begun with: its weights, template "
+                "or dtype differ. Give all machines the same files and devices, or set guard_dtype."
+            )
+        return guard
+
+
+def score_shards(job: Job, *, progress: bool = True) -> None:
+    """Makes the missing shards one after the other, in this process."""
+    scorer = ShardScorer(job)
+    todo = job.missing()
+    try:
+        with bar(job, progress) as advance:
+            for index in todo:
+                scorer(index)
+                advance.update()
+    finally:
+        scorer.close()
+
+
+def bar(job: Job, progress: bool) -> Any:
+    """A progress bar over the shards of a job, with those that are there."""
+    return tqdm(
+        total=job.shards,
+        initial=job.shards - len(job.missing()),
+        unit="shard",
+        desc="STAR scores",
+        disable=not progress,
+        smoothing=0,
+    )
+
+
+def finish(job: Job) -> dict[str, Any]:
+    """Checks the shards, writes what they say together, and gives the folder its name.
+
+    Returns:
+        The provenance of all rows.
+
+    Raises:
+        DataError: A shard is missing or damaged, or no row has a response.
+        GuardError: Not one response could be scored.
+    """
+    notes = list(_notes(job))
+    provenance = merged(notes)
+    if provenance["guard_errors"] == provenance["responses"]:
+        raise none_scored(provenance["guard"], provenance["responses"])
+    write_card(job.folder, provenance)
+    shutil.rmtree(job.begun, ignore_errors=True)
+    job.folder.rename(job.output)
+    # Last: shards without it could be taken for those of any run.
+    (Path(job.output) / _JOB_FILE).unlink()
+    return provenance
+
+
+def _notes(job: Job) -> Iterator[dict[str, Any]]:
+    for index in range(job.shards):
+        note = shard_note(job.path(index))
+        expected = min(job.shard_rows, job.rows - index * job.shard_rows)
+        if note["rows"] != expected:
+            raise DataError(
+                f"{job.path(index)} has {note['rows']} rows instead of {expected}. Remove it and "
+                "start the same run again."
+            )
+        yield note
+
+
+def _options(given: Mapping[str, Any]) -> StarDSSOptions:
+    """Those of `score_dataset` that a trainer has too."""
+    names = {f.name for f in fields(StarDSSOptions)} & given.keys()
+    return StarDSSOptions(**{name: given[name] for name in names})

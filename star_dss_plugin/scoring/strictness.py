@@ -1,0 +1,129 @@
+"""Where a guard's scores are taken more strictly than it gave them, and λ less at the start.
+
+A guard sees harm when it is said, which is later than where the response turned to it; and it may
+find what follows harmless by itself. Both rules only ever lower scores, and come before the weight
+map, so that they serve every `loss_type`. Off by default: the paper has neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, List, Value
+from transformers import PreTrainedTokenizerBase
+
+from star_dss_plugin.data.columns import SCORES_COLUMN, with_column
+from star_dss_plugin.data.provenance import notes, provenance_of, read_note, write_note
+from star_dss_plugin.data.responses import find_responses
+from star_dss_plugin.errors import DataError
+from star_dss_plugin.options import StarDSSOptions
+from star_dss_plugin.plugins import load_plugins
+
+__all__ = ["kl_coef_at", "stricter_dataset", "stricter_scores"]
+
+_NOTE = "stricter"
+
+
+def kl_coef_at(step: int, options: StarDSSOptions) -> float:
+    """λ at an optimizer step (0 for the first): linear from λ / n at step 0 to λ at step n − 1."""
+    if not options.kl_warmup_steps:
+        return options.kl_coef
+    return options.kl_coef * min(1.0, (step + 1) / options.kl_warmup_steps)
+
+
+def stricter_scores(
+    scores: Sequence[float], *, threshold: float, unsafe_lookahead: int, monotone: bool
+) -> list[float]:
+    """A response's scores, lowered around its first unsafe chunk.
+
+    Args:
+        scores: One for each chunk, in [0, 1].
+        threshold: τ: a chunk with a score below it is unsafe.
+        unsafe_lookahead: n >= 0: the n chunks before the first unsafe one get at most its score.
+        monotone: Whether no chunk behind it has a higher score than one before (from it on).
+
+    Returns:
+        As many scores, none higher than it was; the same ones if no chunk is unsafe.
+    """
+    found = list(scores)
+    first = next((k for k, score in enumerate(found) if score < threshold), None)
+    if first is None:
+        return found
+    for k in range(max(0, first - unsafe_lookahead), first):
+        found[k] = min(found[k], found[first])
+    if monotone:
+        found[first:] = np.minimum.accumulate(found[first:]).tolist()
+    return found
+
+
+def stricter_dataset(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    options: StarDSSOptions,
+    *,
+    chat_template: str | None = None,
+) -> Dataset:
+    """A scored data set whose `star_scores` follow `unsafe_lookahead` and `monotone`.
+
+    Args:
+        dataset: With `input_ids`, `labels` and `star_scores`; it notes what was done, so that
+            nothing is done twice.
+        tokenizer: The one that made the tokens.
+        options: The run's options.
+        chat_template: The template that made the tokens; None: the tokenizer's own.
+
+    Raises:
+        DataError: The data set was treated before, with other options; or it does not say how its
+            chunks were cut.
+    """
+    rules: dict[str, Any] = {
+        "threshold": options.threshold,
+        "unsafe_lookahead": options.unsafe_lookahead,
+        "monotone": options.monotone,
+    }
+    known = read_note(dataset, _NOTE)
+    if known is not None and known != rules:
+        raise DataError(
+            f"The scores were lowered before with {known}, and the options now say {rules}. Use "
+            "the same options, or the scores as they were."
+        )
+    joined = len(notes(dataset, "scores")) > 1
+    if known is not None and joined:
+        raise DataError(
+            "The data set was joined from several after the scores of some were lowered. Join them "
+            "first, and score them together."
+        )
+    if known is not None or not (options.unsafe_lookahead or options.monotone):
+        return dataset
+    provenance = provenance_of(dataset)
+    if provenance is None or joined or "seq_lengths" in dataset.features:
+        raise DataError(
+            "unsafe_lookahead and monotone need to know how the responses were cut, and this "
+            "star_scores column does not say: it came from elsewhere, from several data sets that "
+            "were scored apart, or packed. Score all of the data with star-dss score, or remove "
+            "the column and set a guard."
+        )
+    segmenter = load_plugins().segmenter(provenance["segmenter"])
+    column = []
+    for i, row in enumerate(dataset.with_format(None)):
+        scores = np.array(row[SCORES_COLUMN], dtype=np.float32)
+        for response in find_responses(
+            row, tokenizer, segmenter, provenance["chunk_size"], chat_template=chat_template
+        ):
+            ends = response.chunk_ends
+            chunks = [slice(a, b) for a, b in pairwise([response.start, *ends])]
+            if any(np.ptp(scores[chunk]) for chunk in chunks):
+                raise DataError(
+                    f"Row {i}: a chunk has several scores, so the responses are not cut as they "
+                    "were when they were scored. Score the data again, as it is now."
+                )
+            given = [float(scores[chunk][0]) for chunk in chunks]
+            for chunk, score in zip(chunks, stricter_scores(given, **rules), strict=True):
+                scores[chunk] = score
+        column.append(scores)
+    dataset = with_column(dataset, SCORES_COLUMN, column, List(Value("float32")))
+    write_note(dataset, _NOTE, rules)
+    return dataset

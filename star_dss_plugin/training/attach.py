@@ -1,0 +1,213 @@
+"""Switching the shaped loss on in a trainer: check it, score its data, keep columns in place."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import DynamoBackend
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer
+
+from star_dss_plugin.data.cache import default_cache_dir
+from star_dss_plugin.data.columns import REF_COLUMN
+from star_dss_plugin.errors import ConfigError
+from star_dss_plugin.loss import resolve_weight_map
+from star_dss_plugin.options import StarDSSOptions
+from star_dss_plugin.scoring.ranks import share_of
+from star_dss_plugin.training.callback import StarDSSCallback
+from star_dss_plugin.training.collation import TokenColumnsCollator
+from star_dss_plugin.training.head import can_project
+from star_dss_plugin.training.host_checks import check_trainer, expose_logits
+from star_dss_plugin.training.mixin import StarDSSMixin, StarDSSState
+from star_dss_plugin.training.prepare import DatasetSummary, prepare_dataset
+from star_dss_plugin.training.reference import Reference, choose_reference, model_fingerprint
+from star_dss_plugin.training.reference_column import add_reference_logps, has_reference_logps
+from star_dss_plugin.weights import WeightMap, needs_reference
+
+__all__ = ["attach", "set_up"]
+
+logger = logging.getLogger(__name__)
+
+
+def attach(trainer: Trainer, options: StarDSSOptions | None = None, **changes: Any) -> Trainer:
+    """Gives a trainer that already exists the STAR-DSS loss.
+
+    Works on an unmodified `SFTTrainer`, a plain `transformers.Trainer` and their subclasses. It
+    scores the trainer's data sets, adds the columns, the loss and a `StarDSSCallback`.
+
+    Args:
+        trainer: Not yet trained; with tokenized data sets and a tokenizer (`processing_class`).
+        options: All options, or None to give them by name.
+        **changes: Options by name: `attach(trainer, guard="qwen3guard-gen-0.6b", chunk_size=5)`.
+
+    Returns:
+        The same trainer.
+
+    Raises:
+        StarDSSError: Something in the trainer cannot work with the loss; the trainer keeps its own.
+    """
+    unknown = sorted(set(changes) - set(StarDSSOptions().star_dss_dict()))
+    if unknown:
+        raise ConfigError(
+            f"attach got unknown options {', '.join(unknown)}. Known: "
+            f"{', '.join(StarDSSOptions().star_dss_dict())}."
+        )
+    options = replace(options or StarDSSOptions(), **changes)
+    if isinstance(trainer, StarDSSMixin):
+        raise ConfigError(
+            "This trainer has the STAR-DSS loss already. Attach once, and not to a StarDSSTrainer."
+        )
+    original = type(trainer)
+    trainer.__class__ = type(f"StarDSS{original.__name__}", (StarDSSMixin, original), {})
+    try:
+        set_up(trainer, options)  # type: ignore[arg-type]
+    except BaseException:
+        trainer.__class__ = original
+        raise
+    return trainer
+
+
+def set_up(trainer: StarDSSMixin, options: StarDSSOptions) -> None:
+    """Scores a trainer's data and switches its shaped loss on.
+
+    Raises:
+        StarDSSError: What was given, why it cannot work and what to change.
+    """
+    options.validate()
+    if options.loss_type == "nll":
+        raise ConfigError(
+            "loss_type is 'nll', the trainer's own loss, with which nothing is shaped. Set "
+            "loss_type='star_dss', or 'sft' for plain finetuning that is measured alike."
+        )
+    tokenizer = _tokenizer(trainer)
+    check_trainer(trainer)
+    weight_map = resolve_weight_map(options.loss_type)
+    needed = needs_reference(weight_map, kl_coef=options.kl_coef, threshold=options.threshold)
+    expose_logits(trainer)
+    model = trainer.model
+    assert model is not None  # a Trainer makes it, or does not begin
+    projects = can_project(model)  # first: some quantized weights change when they are first used
+    # A static graph is reduced by what DDP hangs on the model's outputs; hidden states are none.
+    # A compiled model calls no hook that could show them.
+    compiles = trainer.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
+    projects = projects and not compiles and not getattr(trainer.args, "ddp_static_graph", False)
+    if not projects:
+        logger.info(
+            "The logits of every token are held at each step: the head of this model is not one "
+            "linear layer that can be used by itself, or it is compiled, or ddp_static_graph is on."
+        )
+    reference = choose_reference(
+        options.reference,
+        model,
+        tokenizer,
+        estimator=options.kl_estimator,
+        needed=needed,
+        projects=projects,
+    )
+    summaries: dict[str, DatasetSummary] = {}
+
+    def prepare(dataset: Any, name: str) -> Any:
+        if dataset is None:
+            return None
+        dataset, summaries[name] = _prepare(
+            trainer, options, tokenizer, weight_map, reference, dataset, name
+        )
+        return dataset
+
+    train = prepare(trainer.train_dataset, "train")
+    if isinstance(trainer.eval_dataset, dict):
+        evaluation: Any = {
+            k: prepare(dataset, f"eval_{k}") for k, dataset in trainer.eval_dataset.items()
+        }
+    else:
+        evaluation = prepare(trainer.eval_dataset, "eval")
+    # Until here the trainer trains as before; from here on nothing can fail.
+    trainer.train_dataset, trainer.eval_dataset = train, evaluation
+    if reference.kind == "precomputed":
+        reference.model = None
+    trainer.data_collator = TokenColumnsCollator(trainer.data_collator)
+    # Our loss is normalised over the optimizer batch; the Trainer must count its tokens
+    # (model_accepts_loss_kwargs) and must not divide again (transformers >= 5.19: the other one).
+    trainer.model_accepts_loss_kwargs = True
+    trainer.loss_is_scaled_for_ga = True
+    trainer._signature_columns = None
+    trainer.star_dss_state = StarDSSState(
+        options, weight_map, reference, prepare, summaries, projects=projects
+    )
+    trainer.add_callback(StarDSSCallback(trainer))
+
+
+def _tokenizer(trainer: Trainer) -> PreTrainedTokenizerBase:
+    found = trainer.processing_class
+    if isinstance(found, ProcessorMixin):
+        found = getattr(found, "tokenizer", None)
+    if not isinstance(found, PreTrainedTokenizerBase):
+        raise ConfigError(
+            "The trainer has no tokenizer, which STAR-DSS needs to read the responses. Pass "
+            "processing_class=tokenizer to the trainer."
+        )
+    return found
+
+
+def _prepare(
+    trainer: StarDSSMixin,
+    options: StarDSSOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    weight_map: WeightMap,
+    reference: Reference,
+    dataset: Any,
+    name: str,
+) -> tuple[Dataset, DatasetSummary]:
+    """A data set with `star_scores` and, where they are needed, `ref_logps`."""
+    args, policy = trainer.args, trainer.model
+    assert policy is not None
+    if reference.kind != "precomputed" and isinstance(dataset, Dataset):
+        dataset = dataset.remove_columns([c for c in dataset.column_names if c == REF_COLUMN])
+    share = share_of(trainer.accelerator)
+    progress = not args.disable_tqdm and share.index == 0
+    dataset, summary = prepare_dataset(
+        dataset,
+        tokenizer,
+        options,
+        weight_map,
+        name=name,
+        # TRL keeps the template that made the tokens, which need not be the tokenizer's own.
+        chat_template=getattr(trainer, "chat_template", None),
+        truncation=(getattr(args, "max_length", None), getattr(args, "truncation_mode", None)),
+        share=share,
+        progress=progress,
+    )
+    # What is packed is scored: by then nobody can tell where a document's messages were.
+    with args.main_process_first(desc=f"STAR-DSS packing of {name}"):
+        dataset = trainer.pack(dataset, evaluation=name != "train")
+    if reference.kind == "precomputed" and not has_reference_logps(
+        dataset,
+        reference,
+        weight_map,
+        kl_coef=options.kl_coef,
+        threshold=options.threshold,
+    ):
+        if reference.model is None and model_fingerprint(policy) != reference.fingerprint:
+            raise ConfigError(
+                f"The {name} data set came after training had started, when the reference "
+                "(the model as it starts, or a named one) is gone. Pass it to the trainer's "
+                "constructor as eval_dataset, or set reference='copy' (or 'adapter')."
+            )
+        dataset = add_reference_logps(
+            dataset,
+            reference,
+            policy,
+            weight_map,
+            kl_coef=options.kl_coef,
+            threshold=options.threshold,
+            pad_token_id=int(tokenizer.pad_token_id or 0),
+            cache_dir=Path(options.score_cache_dir or default_cache_dir()),
+            autocast=trainer.accelerator.autocast,
+            precision=str(trainer.accelerator.mixed_precision),
+            share=share,
+            progress=progress,
+        )
+    return dataset, summary

@@ -1,0 +1,158 @@
+"""Batches that carry per-token columns through any collator, aligned or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN
+from star_dss_plugin.errors import DataError
+from star_dss_plugin.logprobs import IGNORE_INDEX
+
+__all__ = ["TokenColumnsCollator", "document_starts"]
+
+_PADDING = {SCORES_COLUMN: 1.0, REF_COLUMN: 0.0}
+
+
+class TokenColumnsCollator:
+    """Lets another collator make the batch, then adds `star_scores` and `ref_logps` to it.
+
+    The columns are laid where the other collator put each row's tokens. If it changed them (cut,
+    shuffled or masked), there is no right place, and that is an error: a score on the wrong token
+    would be worse than none.
+
+    A feature is a row; a row of several documents (`seq_lengths`, TRL's packing); or a list of rows
+    that the other collator joins into one sequence (Axolotl's packing). The other collator may also
+    join all rows of a batch (`padding_free`), if its `position_ids` begin again at each. The first
+    token of a joined document is not trained: it would be predicted from the document before it,
+    for which neither a score nor a reference was computed.
+
+    Args:
+        inner: The trainer's collator.
+    """
+
+    def __init__(self, inner: Callable[[list[Any]], Mapping[str, Any]]) -> None:
+        self.inner = inner
+
+    def __call__(
+        self, features: Sequence[Mapping[str, Any] | list[Mapping[str, Any]]]
+    ) -> dict[str, Any]:
+        joined = [isinstance(f, list) for f in features]
+        sequences = [
+            [_separate(row) for row in f]
+            if isinstance(f, list)
+            else [_separate(f) if "seq_lengths" in f else dict(f)]
+            for f in features
+        ]
+        rows = [row for sequence in sequences for row in sequence]
+        columns = [name for name in _PADDING if any(name in row for row in rows)]
+        lacking = [name for name in columns if any(name not in row for row in rows)]
+        if lacking:
+            raise DataError(
+                f"Some rows of a batch have no {lacking[0]!r}: scored and unscored data are mixed. "
+                "Score all of it."
+            )
+        bare: list[Any] = [[_bare(row) for row in sequence] for sequence in sequences]
+        batch = dict(self.inner([b if j else b[0] for b, j in zip(bare, joined, strict=True)]))
+        if SCORES_COLUMN not in columns:
+            return batch
+        missing = [name for name in ("input_ids", "labels") if name not in batch]
+        if missing:
+            raise _moved(f"its batch has no {' and no '.join(missing)}")
+        if len(rows) > 1 and _flattened(batch, rows):
+            sequences = [[_separate(row) for row in rows]]
+        input_ids, labels = batch["input_ids"], batch["labels"]
+        added = {
+            name: torch.full(input_ids.shape, _PADDING[name], dtype=torch.float32)
+            for name in columns
+        }
+        if input_ids.shape[0] != len(sequences):
+            raise _moved(f"it made {input_ids.shape[0]} sequences of {len(features)} rows")
+        for i, sequence in enumerate(sequences):
+            for row in sequence:
+                _check_lengths(row, columns)
+            feature = {
+                n: _join(row[n] for row in sequence) for n in ("input_ids", "labels", *columns)
+            }
+            where = _find(input_ids[i], labels[i], feature)
+            if where is None and len(sequence) == 1:  # a collator that joins rows, given one
+                where = _find(input_ids[i], labels[i], _separate(sequence[0]))
+            if where is None:
+                raise _moved("a row's tokens or labels are not the ones it was given")
+            for name in columns:
+                added[name][i, where] = torch.as_tensor(feature[name], dtype=torch.float32)
+        return batch | added
+
+
+def document_starts(row: Mapping[str, Any]) -> list[int]:
+    """Where the documents of a row begin; `seq_lengths` says how long they are."""
+    return _starts(row.get("seq_lengths") or [len(row["input_ids"])])
+
+
+def _starts(lengths: Iterable[int]) -> list[int]:
+    *starts, total = accumulate(lengths, initial=0)
+    return [start for start in starts if start < total]
+
+
+def _separate(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row none of whose documents is predicted from what stands before it."""
+    labels = torch.as_tensor(row["labels"]).clone()
+    labels[document_starts(row)] = IGNORE_INDEX
+    return {**row, "labels": labels.tolist()}
+
+
+def _flattened(batch: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a collator joined all rows, and said where each begins."""
+    positions = batch.get("position_ids")
+    if positions is None or len(batch["input_ids"]) != 1 or "attention_mask" in batch:
+        return False
+    starts = _starts(len(row["input_ids"]) for row in rows)
+    return bool((positions[0, starts] == 0).all())
+
+
+def _bare(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in _PADDING}
+
+
+def _join(values: Iterable[Any]) -> Tensor:
+    return torch.cat([torch.as_tensor(value) for value in values])
+
+
+def _check_lengths(row: Mapping[str, Any], columns: Sequence[str]) -> None:
+    for name in columns:
+        if len(row[name]) != len(row["input_ids"]):
+            raise DataError(
+                f"A row has {len(row['input_ids'])} tokens and {len(row[name])} {name}. There must "
+                "be one per token: score after the last step that changes the tokens."
+            )
+
+
+def _find(padded_ids: Tensor, padded_labels: Tensor, feature: Mapping[str, Any]) -> slice | None:
+    """Where a row's tokens lie in its padded sequence: at its start or at its end.
+
+    Tokens alone do not tell where padding looks like text (often it is the end-of-text token);
+    labels do, for padding has none. Where both ends fit, nothing is trained.
+    """
+    ids = torch.as_tensor(feature["input_ids"], dtype=padded_ids.dtype)
+    labels = torch.as_tensor(feature["labels"], dtype=padded_labels.dtype)
+    for start in (0, len(padded_ids) - len(ids)):
+        where = slice(start, start + len(ids))
+        expected = torch.full_like(padded_labels, IGNORE_INDEX)
+        if start < 0 or len(labels) != len(ids) or not torch.equal(padded_ids[where], ids):
+            continue
+        expected[where] = labels
+        if torch.equal(padded_labels, expected):
+            return where
+    return None
+
+
+def _moved(what: str) -> DataError:
+    return DataError(
+        f"The data collator does not keep the scored tokens in place: {what}. STAR-DSS needs a "
+        "collator that only pads or joins rows (DataCollatorForSeq2Seq, TRL's default, "
+        "DataCollatorWithFlattening); one that makes its own labels or cuts rows cannot be used."
+    )

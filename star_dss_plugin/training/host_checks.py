@@ -1,0 +1,133 @@
+"""What a host trainer must not be doing, and what it is asked to do differently."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import Trainer
+
+from star_dss_plugin.errors import ConfigError
+
+if TYPE_CHECKING:
+    from star_dss_plugin.training.mixin import StarDSSMixin
+
+__all__ = ["check_arguments", "check_trainer", "expose_logits"]
+
+
+def check_arguments(args: Any) -> None:
+    """Refuses training arguments for which no trainer need be made to see that they cannot work.
+
+    Raises:
+        ConfigError: The first of them, why it cannot work and what to change.
+    """
+    _refuse(
+        [
+            (
+                getattr(args, "use_liger_kernel", False),
+                "use_liger_kernel is on, which fuses the loss into the model and gives no "
+                "per-token "
+                "log-probabilities to weigh",
+                "Set use_liger_kernel=False",
+            ),
+            (
+                args.label_smoothing_factor,
+                f"label_smoothing_factor is {args.label_smoothing_factor}: smoothing spreads "
+                "weight "
+                "over tokens that no guard has scored",
+                "Set label_smoothing_factor=0",
+            ),
+        ]
+    )
+
+
+def check_trainer(trainer: StarDSSMixin) -> None:
+    """Refuses every setting under which the shaped loss would be wrong or not in effect.
+
+    What `check_arguments` refuses, too.
+
+    Raises:
+        ConfigError: The first such setting, why it cannot work and what to change.
+    """
+    args: Any = trainer.args
+    check_arguments(args)
+    accelerator = trainer.accelerator
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    adapters = getattr(trainer.model, "peft_config", {}).values()
+    _refuse(
+        [
+            (
+                trainer.compute_loss_func is not None,
+                "compute_loss_func is set, and STAR-DSS would replace that loss",
+                "Remove one of the two",
+            ),
+            (
+                trainer.model_init is not None,
+                "model_init is given, with which every call of train starts from another model "
+                "than "
+                "the one that the reference is made of",
+                "Pass model in its place",
+            ),
+            (
+                getattr(args, "packing", False) and not trainer.packs_scored_rows,
+                "the trainer has packed its rows already, and what the guard must read of each "
+                "(its "
+                "messages) is gone",
+                "Use StarDSSTrainer, which scores before it packs, or set packing=False",
+            ),
+            (
+                args.n_gpu > 1,
+                "several GPUs are visible to one process, for which the Trainer uses "
+                "nn.DataParallel",
+                "Launch with `accelerate launch`, or make one GPU visible with "
+                "CUDA_VISIBLE_DEVICES",
+            ),
+            (
+                parallelism is not None
+                and (
+                    getattr(parallelism, "cp_enabled", False)
+                    or getattr(parallelism, "sp_enabled", False)
+                ),
+                "context or sequence parallelism splits a response over several devices",
+                "Switch it off in the parallelism configuration",
+            ),
+            (
+                str(accelerator.distributed_type).endswith(("FSDP", "DEEPSPEED", "MEGATRON_LM")),
+                f"the model is sharded ({accelerator.distributed_type}), for which the reference "
+                "is "
+                "not supported yet",
+                "Use plain data parallelism (DDP), or one process",
+            ),
+            (
+                any(getattr(config, "is_prompt_learning", False) for config in adapters),
+                "the model uses a prompt-learning adapter, whose virtual tokens have no scores",
+                "Use a LoRA adapter or full finetuning",
+            ),
+            (
+                any(getattr(config, "peft_type", None) == "ADALORA" for config in adapters),
+                "the model uses AdaLoRA, which adds a term of its own to the loss that is replaced",
+                "Use LoRA, DoRA or full finetuning",
+            ),
+        ]
+    )
+
+
+def _refuse(settings: list[tuple[Any, str, str]]) -> None:
+    for condition, why, change in settings:
+        if condition:
+            raise ConfigError(f"STAR-DSS cannot be used here: {why}. {change}.")
+
+
+def expose_logits(trainer: Trainer) -> None:
+    """Undoes TRL 1.7–1.14's `chunked_nll`, which replaces the model's forward by one that returns
+    a loss and no logits. It can go with the support for TRL < 1.15, whose fused LM head returns
+    per-token log-probabilities.
+    """
+    args: Any = trainer.args
+    if getattr(args, "loss_type", None) != "chunked_nll":
+        return
+    assert trainer.model is not None
+    for module in trainer.model.modules():
+        patched = module.__dict__.get("forward")
+        if getattr(patched, "__name__", None) == "_chunked_ce_forward":
+            del module.__dict__["forward"]
+            args.loss_type = "nll"

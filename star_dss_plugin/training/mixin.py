@@ -1,0 +1,389 @@
+"""The mixin that any transformers Trainer takes: scores in, shaped loss out.
+
+`StarDSSMixin.compute_loss` lets the trainer's own `compute_loss` do its forward pass, its metrics
+and its bookkeeping, takes the model's output from that one pass, and returns the loss of Eq. (3)
+in place of the trainer's. So everything else in the user's stack stays as it is.
+
+Longer than other modules because `compute_loss` and its parts are read together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import Trainer
+
+from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN, TOKEN_COLUMNS
+from star_dss_plugin.errors import ConfigError, StarDSSError
+from star_dss_plugin.logprobs import IGNORE_INDEX, full_kl, kl_estimate, kl_slope, token_logprobs
+from star_dss_plugin.loss import TokenWeights, shaped_loss
+from star_dss_plugin.options import StarDSSOptions
+from star_dss_plugin.scoring.strictness import kl_coef_at
+from star_dss_plugin.training.checkpoints import check_checkpoint
+from star_dss_plugin.training.head import (
+    Projection,
+    States,
+    first_output,
+    forward_inputs,
+    hidden_states,
+    without_logits,
+)
+from star_dss_plugin.training.metrics import TokenMetrics
+from star_dss_plugin.training.model_card import add_section
+from star_dss_plugin.training.prepare import DatasetSummary
+from star_dss_plugin.training.reference import Reference
+from star_dss_plugin.weights import WeightMap
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+__all__ = ["StarDSSMixin", "StarDSSState"]
+
+
+@dataclass
+class StarDSSState:
+    """What a trainer with an active STAR-DSS loss carries.
+
+    Attributes:
+        options: The run's options.
+        weight_map: Scores to weights.
+        reference: π_ref.
+        prepare: Scores a data set, given its name.
+        summaries: What was scored, by data set ("train", "eval", …).
+        metrics: Running sums for the log.
+        extra_metrics: By full name: what callbacks add to the next training log line.
+        shaped: How many training losses were shaped so far.
+        projects: Whether the policy's logits can be made a few positions at a time.
+    """
+
+    options: StarDSSOptions
+    weight_map: WeightMap
+    reference: Reference
+    prepare: Callable[[Any, str], Any]
+    summaries: dict[str, DatasetSummary] = field(default_factory=dict)
+    metrics: TokenMetrics = field(default_factory=TokenMetrics)
+    extra_metrics: dict[str, float] = field(default_factory=dict)
+    shaped: int = 0
+    projects: bool = False
+
+    @property
+    def needs_distributions(self) -> bool:
+        """Whether the KL term is computed over the whole vocabulary."""
+        return self.options.kl_estimator == "full" and self.reference.kind != "none"
+
+
+class StarDSSMixin(_Base):
+    """Puts the STAR-DSS loss in front of a Trainer class; list it before the Trainer.
+
+    Inactive, and exactly its base class, until `set_up` is called.
+    """
+
+    star_dss_state: StarDSSState | None = None
+    host_wants_loss_alone = False
+    """Whether a base class with a `compute_loss` of its own leaves the model's logits alone."""
+
+    packs_scored_rows = False
+    """Whether `pack` joins rows, so that the trainer's own packing is not used."""
+
+    def pack(self, dataset: Dataset, *, evaluation: bool) -> Dataset:
+        """Joins scored rows, where the trainer is told to; `seq_lengths` then says where."""
+        return dataset
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The base class's, from a checkpoint that is whole.
+
+        Raises:
+            CheckpointError: It is not; see `check_checkpoint`.
+        """
+        if self.star_dss_state is not None and resume_from_checkpoint:
+            check_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """The base class's, unless the run had reached its last step when it was checkpointed.
+
+        transformers (5.16 to 5.23) looks at max_steps after a step only, and trains one too many.
+        """
+        if self.star_dss_state is not None and self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self.star_dss_state is not None:
+            columns: Any = self._signature_columns
+            columns += [c for c in TOKEN_COLUMNS if c not in columns]
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        return super().get_eval_dataloader(self._scored_late(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        return super().get_test_dataloader(self._scored_late(test_dataset))
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The base class's; its metrics are those of this evaluation or prediction alone."""
+        if self.star_dss_state is not None:
+            self.star_dss_state.metrics.drop("eval")
+        return super().evaluation_loop(*args, **kwargs)
+
+    def _scored_late(self, dataset: Any) -> Any:
+        """Scores a data set that was handed to `evaluate` or `predict` directly."""
+        if self.star_dss_state is None or not isinstance(dataset, Dataset):
+            return dataset
+        if self._is_own(dataset):
+            return dataset
+        return self.star_dss_state.prepare(dataset, "eval")
+
+    def _is_own(self, dataset: Dataset) -> bool:
+        """Whether it is one of the data sets that were prepared when STAR-DSS was set up.
+
+        One that took its place since lacks the columns.
+        """
+        state, evaluated = self.star_dss_state, self.eval_dataset
+        assert state is not None
+        needed = {SCORES_COLUMN} | (
+            {REF_COLUMN} if state.reference.kind == "precomputed" else set()
+        )
+        if not needed <= set(dataset.column_names):
+            return False
+        sets = evaluated.values() if isinstance(evaluated, dict) else [evaluated]
+        return any(dataset is one for one in [self.train_dataset, *sets])
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The shaped loss; outputs, metrics and signature are those of the base class."""
+        state = self.star_dss_state
+        if state is None:
+            return super().compute_loss(
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
+        inputs = dict(inputs)
+        scores, ref_logps = inputs.pop(SCORES_COLUMN, None), inputs.pop(REF_COLUMN, None)
+        labels = inputs.get("labels")
+        if scores is None or labels is None:
+            raise StarDSSError(
+                f"A batch came without {SCORES_COLUMN!r} or 'labels' (it has {sorted(inputs)}). "
+                "Something replaced the data set or the data collator after STAR-DSS was set up; "
+                "give them to the trainer's constructor."
+            )
+        options = state.options
+        weights = TokenWeights.of(
+            scores.float(),
+            labels,
+            state.weight_map,
+            kl_coef=self._kl_coef(options),
+            threshold=options.threshold,
+        )
+        if state.reference.kind != "precomputed":
+            ref_logps = None  # a column from an earlier run
+        ref = self._reference_states(state, model, inputs, ref_logps, weights)
+        result, outputs, states = self._forward(state, model, inputs, return_outputs)
+        with self.accelerator.autocast():  # heads are applied here, as the model applies its own
+            logps = self._logps(outputs, states, labels)
+            kl_terms, slopes = self._kl_terms(state, logps, states, ref, ref_logps, labels, weights)
+        loss = shaped_loss(logps, kl_terms, weights, num_items_in_batch).loss
+        state.metrics.add(
+            self._mode(),
+            scores[:, 1:],
+            options.threshold,
+            logps.detach(),
+            kl_terms,
+            weights,
+            slopes,
+        )
+        state.shaped += self._mode() == "train"
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            # N counts the tokens of all ranks, and DDP averages gradients over them.
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        loss = self._with_auxiliary_loss(loss, outputs, num_items_in_batch)
+        return (loss, result[1]) if return_outputs else loss
+
+    def base_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """What the base class alone would train with on a batch: its mean over the batch."""
+        bare = {name: value for name, value in inputs.items() if name not in TOKEN_COLUMNS}
+        loss = super().compute_loss(model, bare)
+        assert isinstance(loss, Tensor)
+        return loss
+
+    def _policy(self, model: nn.Module) -> Any:
+        """The trained model without what accelerate and the compiler wrap it in."""
+        return self.accelerator.unwrap_model(model, keep_torch_compile=False)
+
+    def _mode(self) -> str:
+        assert self.model is not None
+        return "train" if self.model.training else "eval"
+
+    def _reference_states(
+        self,
+        state: StarDSSState,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        ref_logps: Tensor | None,
+        weights: TokenWeights,
+    ) -> States | None:
+        """π_ref where it runs at every step. Before the policy's forward pass: switching an
+        adapter off between a forward pass and its backward pass would confuse checkpointing.
+        """
+        kind = state.reference.kind
+        if kind in ("adapter", "copy", "model"):
+            if not bool((weights.kl != 0).any()):
+                return None
+            with self.accelerator.autocast():
+                return state.reference.states(self._policy(model), inputs)
+        if kind == "precomputed" and ref_logps is None:
+            raise StarDSSError(
+                f"A batch came without {REF_COLUMN!r}, the reference's log-probabilities. Give the "
+                "data set to the trainer's constructor, before training starts."
+            )
+        if kind == "none" and bool((weights.kl != 0).any()):
+            raise StarDSSError(
+                f"loss_type {state.options.loss_type!r} gave a token a KL weight although it was "
+                "found to need no reference. The weight map must depend on its arguments alone."
+            )
+        return None
+
+    def _forward(
+        self, state: StarDSSState, model: nn.Module, inputs: dict[str, Any], return_outputs: bool
+    ) -> tuple[Any, Any, States | None]:
+        """The base class's own result, the policy's outputs, and what its logits are made of."""
+        policy = self._policy(model)
+        with contextlib.ExitStack() as stack:
+            captured = stack.enter_context(first_output(model))
+            if state.projects:
+                hidden = stack.enter_context(hidden_states(policy))
+                if self._host_wants_loss_alone() and not return_outputs:
+                    stack.enter_context(without_logits(model))
+            result = super().compute_loss(model, dict(inputs), return_outputs=return_outputs)
+        if not captured:
+            raise StarDSSError(
+                f"{type(self).__mro__[1].__name__}.compute_loss did not call the model, so there "
+                "is no output to shape. Use a trainer whose compute_loss runs the model it gets."
+            )
+        logits = getattr(captured[0], "logits", None)
+        if logits is not None and logits.shape[:2] == inputs["labels"].shape:
+            return result, captured[0], States(logits)
+        if state.projects:
+            return result, captured[0], States(hidden[0], Projection.of(policy))
+        if state.needs_distributions:  # a second pass: the trainer's own never had the logits
+            return result, captured[0], States(policy(**forward_inputs(inputs)).logits)
+        return result, captured[0], None
+
+    def _kl_terms(
+        self,
+        state: StarDSSState,
+        logps: Tensor,
+        states: States | None,
+        ref: States | None,
+        ref_logps: Tensor | None,
+        labels: Tensor,
+        weights: TokenWeights,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """KL_t and, where it is a function of log π_θ(y_t), its slope; None without a reference."""
+        if ref is not None and state.needs_distributions:
+            assert states is not None
+            wanted = weights.kl != 0
+            return full_kl(states.rows, ref.rows, wanted, states.project, ref.project), None
+        if ref is not None:
+            held = labels.clone()
+            held[:, 1:][weights.kl == 0] = IGNORE_INDEX
+            with torch.no_grad():
+                ref_logps = token_logprobs(ref.rows, held, ref.project)
+        elif ref_logps is not None:
+            ref_logps = ref_logps[:, 1:]
+        else:
+            return None, None
+        estimator = state.options.kl_estimator
+        slopes = kl_slope(logps.detach(), ref_logps, estimator)
+        return kl_estimate(logps, ref_logps, estimator), slopes
+
+    def _kl_coef(self, options: StarDSSOptions) -> float:
+        """λ now; evaluations have it whole, so that they can be compared."""
+        if self._mode() == "eval":
+            return options.kl_coef
+        return kl_coef_at(self.state.global_step, options)
+
+    def _host_wants_loss_alone(self) -> bool:
+        """Whether nothing below this class reads the model's logits."""
+        hosts = type(self).__mro__[type(self).__mro__.index(StarDSSMixin) + 1 :]
+        host = next(cls for cls in hosts if "compute_loss" in cls.__dict__)
+        return host is Trainer or self.host_wants_loss_alone
+
+    def _logps(self, outputs: Any, states: States | None, labels: Tensor) -> Tensor:
+        """(batch, seq − 1): from a fused LM head if there is one, else from the logits."""
+        fused = getattr(outputs, "log_probs", None)
+        if fused is not None and fused.shape == labels[:, 1:].shape:
+            assert isinstance(fused, Tensor)
+            return fused.float()
+        if states is None:
+            raise ConfigError(
+                "The model's forward pass returned neither per-token log-probabilities nor logits "
+                "for every token, so its loss cannot be weighed. Switch off what fuses the loss "
+                "into the model: use_liger_kernel, cut_cross_entropy, or the kernel's own patch."
+            )
+        return token_logprobs(states.rows, labels, states.project)
+
+    def _with_auxiliary_loss(
+        self, loss: Tensor, outputs: Any, num_items_in_batch: Tensor | int | None
+    ) -> Tensor:
+        """Keeps a mixture-of-experts model's load-balancing loss."""
+        auxiliary = getattr(outputs, "aux_loss", None)
+        if auxiliary is None:
+            return loss
+        assert self.model is not None
+        config = self._policy(self.model).config.get_text_config()
+        coefficient = getattr(self, "router_aux_loss_coef", None)
+        if coefficient is None:
+            coefficient = getattr(config, "router_aux_loss_coef", 0.0)
+        steps = 1
+        if num_items_in_batch is not None:
+            # The Trainer sets it in its training loop; the check before the first step is earlier.
+            steps = getattr(self, "current_gradient_accumulation_steps", 1)
+        shaped: Tensor = loss + coefficient * auxiliary / steps
+        return shaped
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The base class's, and a section on how the loss was shaped."""
+        super().create_model_card(*args, **kwargs)
+        if self.star_dss_state is not None and self.is_world_process_zero():
+            add_section(Path(str(self.args.output_dir)))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the `star_dss/` metrics to the trainer's own log lines."""
+        if self.star_dss_state is not None:
+            logs = logs | self._metrics_for(logs, self.star_dss_state)
+        super().log(logs, start_time)
+
+    def _metrics_for(self, logs: dict[str, float], state: StarDSSState) -> dict[str, float]:
+        """What goes with a line of the trainer's, which has a loss.
+
+        None with a user's: it may come from one process alone, and the others would be waited for.
+        """
+        if self._mode() == "train":
+            if not logs.keys() & {"loss", "train_loss"}:
+                return {}
+            found = state.metrics.pop("train", self.accelerator) | state.extra_metrics
+            state.extra_metrics.clear()
+            return found
+        losses = [name for name in logs if name.endswith("_loss")]
+        if not losses:
+            return {}
+        prefix = min(losses, key=len).removesuffix("loss")  # "eval_", "eval_NAME_"
+        found = state.metrics.pop("eval", self.accelerator)
+        return {prefix + name: value for name, value in found.items()}

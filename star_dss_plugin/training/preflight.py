@@ -1,0 +1,143 @@
+"""`star-dss check`: what a configuration asks for, and everything that would stop it.
+
+Hosts fail open where they can (Axolotl drops a block whose plugin is not listed, and logs a plugin
+that it cannot import), so what a run cannot find out by itself is found here.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from star_dss_plugin.data.columns import SCORES_COLUMN
+from star_dss_plugin.data.responses import find_responses
+from star_dss_plugin.data.rows import in_row, known_rows
+from star_dss_plugin.errors import ConfigError, PluginError, StarDSSError
+from star_dss_plugin.guards import guard_of
+from star_dss_plugin.guards.base import announced
+from star_dss_plugin.guards.presets import PRESETS, STREAM
+from star_dss_plugin.loss import resolve_weight_map
+from star_dss_plugin.options import StarDSSOptions
+from star_dss_plugin.plugins import load_plugins
+from star_dss_plugin.weights import needs_scores
+
+__all__ = ["Findings", "check_config", "check_options", "estimate", "lacks_guard"]
+
+
+@dataclass
+class Findings:
+    """What a check has found.
+
+    Attributes:
+        notes: What the run would do.
+        problems: What would stop it, or would make it plain finetuning; each with what to change.
+    """
+
+    notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def check_config(path: Path, *, data: bool) -> Findings:
+    """Checks a YAML for Axolotl (it names a `base_model`) or for TRL.
+
+    Args:
+        path: The file.
+        data: Whether to load and tokenize the data, to say what scoring it would ask of the guard.
+
+    Raises:
+        StarDSSError: The file cannot be read, or its host framework is not installed.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    # Bytes that are no UTF-8 and dates that are no dates are ValueErrors; brackets can be too deep.
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}. Give a YAML file.") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds a {type(raw).__name__}. Give a YAML file with options.")
+    if strange := [key for key in raw if not isinstance(key, str)]:
+        raise ConfigError(f"{path} has the key {strange[0]!r}; keys are the names of options.")
+    host = "axolotl" if {"base_model", "plugins", "star_dss"} & set(raw) else "trl"
+    try:
+        integration: Any = importlib.import_module(f"star_dss_{host}.check")
+    except (ImportError, RuntimeError) as error:
+        raise PluginError(
+            f"{path} is a configuration for {host}, which cannot be imported here ({error}). "
+            f"Install it with: pip install 'star-dss-plugin[{host}]'"
+        ) from error
+    found: Findings = integration.check(path, raw, data=data)
+    return found
+
+
+def check_options(options: StarDSSOptions) -> Findings:
+    """Looks up what the options name; the guard's weights are not loaded."""
+    found = Findings()
+    try:
+        options.validate()
+        if options.guard is not None:
+            guard = guard_of(options)
+            assert guard.identity
+            found.notes.append(f"guard: {announced(guard.name, guard.demonstration)}")
+    except StarDSSError as error:
+        found.problems.append(str(error))
+    found.notes.append(
+        f"loss: {options.loss_type} (kl_coef={options.kl_coef}, kl_estimator="
+        f"{options.kl_estimator}), reference: {options.reference}, one score per "
+        f"{options.chunk_size} {options.segmenter}"
+    )
+    return found
+
+
+def lacks_guard(dataset: Dataset, options: StarDSSOptions) -> bool:
+    """Whether a data set would have to be scored and no guard is named."""
+    weight_map = resolve_weight_map(options.loss_type)
+    reads = needs_scores(weight_map, kl_coef=options.kl_coef, threshold=options.threshold)
+    return reads and options.guard is None and SCORES_COLUMN not in dataset.column_names
+
+
+def estimate(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    options: StarDSSOptions,
+    chat_template: str | None = None,
+) -> str:
+    """How much a guard would read to score a tokenized data set, in one line. It says no time.
+
+    Args:
+        dataset: With `input_ids` and `labels`, and if known the messages.
+        tokenizer: The one that made the tokens.
+        options: The run's options.
+        chat_template: The template that made the tokens; None: the tokenizer's own.
+    """
+    if SCORES_COLUMN in dataset.column_names or options.guard is None:
+        return f"{len(dataset)} rows: nothing to score"
+    cut = load_plugins().segmenter(options.segmenter)
+    responses = raw = calls = once = alone = 0
+    for i, row in enumerate(known_rows(dataset)):
+        for response in in_row(
+            i, find_responses, row, tokenizer, cut, options.chunk_size, chat_template=chat_template
+        ):
+            responses += 1
+            raw += response.raw_context
+            calls += len(response.chunk_ends)
+            once += response.end
+            alone += sum(response.chunk_ends)
+    most = "at most " if options.trajectory == "adaptive" else ""
+    said = f"{len(dataset)} rows, {responses} responses ({raw} without messages): "
+    name = options.guard.get("preset") if isinstance(options.guard, Mapping) else options.guard
+    preset = PRESETS.get(name) if isinstance(name, str) else None
+    if preset is not None and preset.kind == STREAM:
+        return f"{said}one pass over each, {once} tokens of conversation in all"
+    words = "the guard's own words before and after it"
+    if preset is not None and preset.per_prefix:
+        words = f"about {calls * preset.per_prefix} of {words}"
+    return (
+        f"{said}{most}{calls} guard calls; {once} tokens of conversation where prefixes are shared "
+        f"({alone} if each were read alone), and {words}"
+    )

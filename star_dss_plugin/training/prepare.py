@@ -1,0 +1,221 @@
+"""A trainer's tokenized data set, made ready for the loss: scored, measured, checked."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import NoneType
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, List, Value
+from transformers import PreTrainedTokenizerBase
+
+from star_dss_plugin.data.columns import SCORES_COLUMN, with_column
+from star_dss_plugin.data.provenance import provenances_of
+from star_dss_plugin.data.readable import plain_rows
+from star_dss_plugin.data.responses import runs
+from star_dss_plugin.data.rows import only_responses
+from star_dss_plugin.errors import DataError
+from star_dss_plugin.guards.base import announced
+from star_dss_plugin.logprobs import IGNORE_INDEX
+from star_dss_plugin.options import StarDSSOptions
+from star_dss_plugin.scoring.ranks import ALONE, Share
+from star_dss_plugin.scoring.scorer import options_for_scoring, score_dataset
+from star_dss_plugin.scoring.strictness import stricter_dataset
+from star_dss_plugin.weights import WeightMap, needs_scores
+
+__all__ = ["DatasetSummary", "asks_guard", "check_scores", "prepare_dataset"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DatasetSummary:
+    """What the start-up line says of one data set.
+
+    Attributes:
+        rows: Number of rows.
+        responses: Number of runs of trained tokens.
+        trained_tokens: Number of trained tokens.
+        below_threshold: Trained tokens with a score below τ.
+        mean_score: Mean score of the trained tokens.
+        guard: Who scored it.
+        provenance: How, if that is known.
+    """
+
+    rows: int
+    responses: int
+    trained_tokens: int
+    below_threshold: int
+    mean_score: float
+    guard: str
+    provenance: dict[str, Any] | None
+
+
+def prepare_dataset(
+    dataset: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    options: StarDSSOptions,
+    weight_map: WeightMap,
+    *,
+    name: str,
+    chat_template: str | None,
+    truncation: tuple[int | None, str | None],
+    share: Share = ALONE,
+    progress: bool,
+) -> tuple[Dataset, DatasetSummary]:
+    """Scores a tokenized data set, unless it is scored already, and checks the scores.
+
+    Args:
+        dataset: With `input_ids` and `labels`.
+        tokenizer: The one that made the tokens.
+        options: The run's options.
+        weight_map: If it ignores scores, no guard is asked.
+        name: "train", "eval", …: for messages.
+        chat_template: The template that made the tokens; None: the tokenizer's own.
+        truncation: (max_length, truncation_mode) that the trainer applied to `input_ids` and
+            `labels`, and not to columns it does not know.
+        share: This process's part of the scoring.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        StarDSSError: The data set cannot be used.
+    """
+    if not isinstance(dataset, Dataset):
+        raise DataError(
+            f"The {name} data set is a {type(dataset).__name__}. STAR-DSS scores a data set before "
+            "training, which needs a datasets.Dataset: not a streaming or a torch one. Convert it, "
+            "or score it with `star-dss score` and load the result."
+        )
+    missing = [c for c in ("input_ids", "labels") if c not in dataset.column_names]
+    if missing:
+        raise DataError(
+            f"The {name} data set lacks {' and '.join(missing)} (it has "
+            f"{', '.join(dataset.column_names)}). STAR-DSS needs tokenized text with labels: let "
+            "the trainer prepare it, or tokenize it with `star-dss score`."
+        )
+    if "seq_lengths" in dataset.column_names and SCORES_COLUMN not in dataset.column_names:
+        raise DataError(
+            f"The {name} data set is packed already, so nobody can tell which context a response "
+            "had. Give it unpacked, with packing=True if its rows are to be joined."
+        )
+    if SCORES_COLUMN in dataset.column_names:
+        if options.guard is not None and not _scored_as_told(dataset, options):
+            logger.warning(
+                "The %s data set brings its scores, which are not known to be those of the guard "
+                "and the chunks that the options name. They are used, and the guard is not asked. "
+                "Remove the column %s to have it scored anew.",
+                name,
+                SCORES_COLUMN,
+            )
+        # Whoever scored it trained responses only; labels made since then may train all tokens.
+        dataset = only_responses(dataset, tokenizer, chat_template)
+        dataset = _fit_scores(dataset, name, *truncation)
+    elif not asks_guard(options, weight_map, name):
+        # The same tokens are trained as in the modes that read scores.
+        dataset = only_responses(dataset, tokenizer, chat_template)
+        plain = dataset.with_format(None)
+        ones = [np.ones(len(ids), dtype=np.float32) for ids in plain["input_ids"]]
+        dataset = with_column(dataset, SCORES_COLUMN, ones, List(Value("float32")))
+        unread = f"{options.loss_type} reads no scores"
+        why = unread if name == "train" or options.score_eval else "score_eval is off"
+        return dataset, _summary(dataset, options, f"none ({why})")
+    else:
+        dataset = score_dataset(
+            dataset,
+            tokenizer,
+            chat_template=chat_template,
+            share=share,
+            progress=progress,
+            **options_for_scoring(options),
+        )
+    dataset = stricter_dataset(dataset, tokenizer, options, chat_template=chat_template)
+    return dataset, _summary(dataset, options, None)
+
+
+def _scored_as_told(dataset: Dataset, options: StarDSSOptions) -> bool:
+    """Whether the scores of a data set are noted to be what its options would give."""
+    noted = provenances_of(dataset)
+    guard = options.guard if isinstance(options.guard, str) else None
+    told = (options.segmenter, options.chunk_size)
+    return bool(noted) and all(
+        (one["segmenter"], one["chunk_size"]) == told and guard in (None, one["guard"])
+        for one in noted
+    )
+
+
+def asks_guard(options: StarDSSOptions, weight_map: WeightMap, name: str) -> bool:
+    """Whether a data set ("train", "eval", …) without scores gets some."""
+    if name != "train" and not options.score_eval:
+        return False
+    return needs_scores(weight_map, kl_coef=options.kl_coef, threshold=options.threshold)
+
+
+def _fit_scores(dataset: Dataset, name: str, max_length: int | None, mode: str | None) -> Dataset:
+    """Cuts a `star_scores` column as the trainer cut the tokens, and checks it row by row."""
+    column, changed = [], False
+    for i, row in enumerate(plain_rows(dataset, ["input_ids", SCORES_COLUMN])):
+        length, scores = len(row["input_ids"]), row[SCORES_COLUMN]
+        if isinstance(scores, list) and length == max_length and len(scores) > length:
+            scores = scores[:length] if mode == "keep_start" else scores[-length:]
+            changed = True
+        check_scores(f"Row {i} of the {name} data set", scores, length)
+        column.append(np.asarray(scores, dtype=np.float32))
+    return (
+        with_column(dataset, SCORES_COLUMN, column, List(Value("float32"))) if changed else dataset
+    )
+
+
+def check_scores(where: str, scores: Any, length: int) -> None:
+    """Checks one row's `star_scores`.
+
+    Args:
+        where: Which row, as an error begins.
+        scores: What the row has.
+        length: Its number of tokens.
+
+    Raises:
+        DataError: They are not `length` probabilities.
+    """
+    listed = isinstance(scores, Sequence) and not isinstance(scores, str | bytes)
+    if not listed or len(scores) != length:
+        given = len(scores) if listed else "no list of"
+        raise DataError(
+            f"{where} has {length} tokens and {given} star_scores. There must be one per token of "
+            "input_ids: score the data again with this tokenizer and max_length, or remove the "
+            "column and set a guard."
+        )
+    if other := set(map(type, scores)) - {float, int, NoneType}:
+        names = " and ".join(sorted(kind.__name__ for kind in other))
+        raise DataError(
+            f"{where} has star_scores that are {names}. They must be numbers in [0, 1]."
+        )
+    values = np.asarray([np.nan if score is None else score for score in scores], np.float64)
+    if not ((values >= 0) & (values <= 1)).all():
+        bad = values[~((values >= 0) & (values <= 1))][0]
+        raise DataError(f"{where} has a star_score of {bad}. Scores are probabilities in [0, 1].")
+
+
+def _summary(dataset: Dataset, options: StarDSSOptions, guard: str | None) -> DatasetSummary:
+    known = provenances_of(dataset)
+    provenance = known[0] if known else None
+    if guard is None:
+        names = dict.fromkeys(one["guard"] for one in known)
+        guard = announced(
+            " and ".join(names) or "unknown (star_scores column given)",
+            any(one["demonstration_guard"] for one in known),
+        )
+    responses = tokens = below = 0
+    total = 0.0
+    plain = dataset.with_format(None).select_columns(["labels", SCORES_COLUMN])
+    for row in plain:
+        trained = np.asarray(row["labels"]) != IGNORE_INDEX
+        scores = np.asarray(row[SCORES_COLUMN])[trained]
+        responses += len(runs(row["labels"]))
+        tokens += len(scores)
+        below += int((scores < options.threshold).sum())
+        total += float(scores.sum())
+    # `only_responses` has seen to it that there is a trained token.
+    return DatasetSummary(len(dataset), responses, tokens, below, total / tokens, guard, provenance)

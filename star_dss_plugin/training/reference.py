@@ -1,0 +1,284 @@
+"""π_ref: the aligned model before finetuning, frozen (paper, Eq. 3).
+
+k1, k2 and k3 need one number per token from it, so those are computed once, before the first step,
+and carried as a column: a step then costs what a step of plain finetuning costs. `full` needs the
+whole distribution at every step: a LoRA run switches its adapter off, others keep a frozen copy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from star_dss_plugin.errors import ConfigError, StarDSSError
+from star_dss_plugin.models import UNLOADABLE, read_model, settings_of
+from star_dss_plugin.options import REFERENCES
+from star_dss_plugin.training.head import States, can_project, states_of
+
+__all__ = ["Reference", "choose_reference", "is_peft", "model_fingerprint"]
+
+logger = logging.getLogger(__name__)
+
+
+def is_peft(model: nn.Module) -> bool:
+    """Whether a model is wrapped by PEFT (without importing PEFT)."""
+    return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
+
+
+@dataclass
+class Reference:
+    """How a run gets π_ref.
+
+    Attributes:
+        kind: "none", "precomputed", "adapter" (the policy without it), "copy" (the policy with the
+            values that its trained parameters had at the start) or "model" (a frozen one beside
+            it).
+        description: For the start-up line.
+        model: The frozen model of kind "model", or the one to precompute from if it is not the
+            trained model itself.
+        fingerprint: Of kind "precomputed": identifies the weights of the model as it starts.
+        starting: Of kind "copy": values of the trained parameters, by name.
+        projects: Whether its logits are made a few positions at a time.
+        is_start: Whether it is the trained model as it starts.
+    """
+
+    kind: str
+    description: str
+    model: nn.Module | None = None
+    fingerprint: str | None = None
+    starting: dict[str, Tensor] | None = None
+    projects: bool = False
+    is_start: bool = False
+
+    @contextlib.contextmanager
+    def active(self, policy: nn.Module) -> Iterator[nn.Module]:
+        """The reference as a module that can be called, in eval mode and without gradients.
+
+        Args:
+            policy: The trained model, unwrapped.
+        """
+        with torch.no_grad():
+            if self.kind == "model":
+                assert self.model is not None
+                yield self.model.to(next(policy.parameters()).device)
+                return
+            training = policy.training
+            policy.eval()  # dropout and NEFTune noise are not part of the reference
+            try:
+                with self._as_it_was(policy):
+                    yield policy
+            finally:
+                policy.train(training)
+
+    def _as_it_was(self, policy: nn.Module) -> contextlib.AbstractContextManager[Any]:
+        if self.kind == "adapter":
+            return _adapter_off(policy)
+        assert self.starting is not None
+        return _with_values(policy, self.starting)
+
+    def states(self, policy: nn.Module, batch: Mapping[str, Any]) -> States:
+        """What the reference's logits on a batch are made of, without gradients."""
+        with self.active(policy) as model:
+            return states_of(model, batch, project=self.projects)
+
+
+@contextlib.contextmanager
+def _adapter_off(policy: nn.Module) -> Iterator[None]:
+    """A PEFT model without its adapter for a while; what was frozen before is so afterwards.
+
+    PEFT makes all of an active adapter trainable when it switches it on again.
+    """
+    trained = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
+    try:
+        with policy.disable_adapter():  # type: ignore[operator]
+            yield
+    finally:
+        for parameter, was in trained:
+            if parameter.requires_grad != was:
+                parameter.requires_grad_(was)
+
+
+@contextlib.contextmanager
+def _with_values(policy: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Parameters that hold other values for a while; nothing is copied."""
+    parameters = dict(policy.named_parameters())
+    moving = [n for n, p in parameters.items() if p.requires_grad and n not in values]
+    if moving:
+        raise StarDSSError(
+            f"{moving[0]} and {len(moving) - 1} other parameters became trainable after STAR-DSS "
+            "was set up, so their values at the start, which the reference needs, are gone. Make "
+            "all of them trainable before, or set reference='precomputed'."
+        )
+    held = {name: parameters[name].data for name in values}
+    try:
+        for name, value in values.items():
+            parameter = parameters[name]
+            parameter.data = value.to(parameter.device, parameter.dtype)
+        torch.clear_autocast_cache()  # it knows parameters by identity, not by value
+        yield
+    finally:
+        for name, data in held.items():
+            parameters[name].data = data
+        torch.clear_autocast_cache()
+
+
+def choose_reference(
+    name: str,
+    policy: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    estimator: str,
+    needed: bool,
+    projects: bool,
+) -> Reference:
+    """What `reference=name` means for this run.
+
+    Args:
+        name: An option of `config.REFERENCES`, or a model id or folder.
+        policy: The model as it starts.
+        tokenizer: The policy's.
+        estimator: The KL estimator.
+        needed: Whether any token can get a KL weight.
+        projects: Whether `can_project` holds for the policy.
+
+    Raises:
+        ConfigError: The choice contradicts the mode, the estimator or the model.
+    """
+    if not needed:
+        return Reference("none", "none (no KL term)")
+    if name == "none":
+        raise ConfigError(
+            "reference is 'none', but this loss_type gives tokens a KL weight, which needs a "
+            "reference. Set reference='auto', or kl_coef=0, or loss_type='rejection' or 'sft'."
+        )
+    if name == "auto":
+        name = "precomputed" if estimator != "full" else "copy"
+        if estimator == "full" and is_peft(policy) and _adapter_is_fresh(policy):
+            name = "copy" if _trained_outside(policy) else "adapter"
+    if name == "adapter":
+        if not is_peft(policy):
+            raise ConfigError(
+                f"reference is 'adapter', but the model ({type(policy).__name__}) has no PEFT "
+                "adapter to switch off. Pass a peft_config, or set reference='precomputed' or "
+                "'copy'."
+            )
+        if not _adapter_is_fresh(policy):
+            raise ConfigError(
+                "reference is 'adapter', but the adapter already changes the model: training "
+                "continues from it, so switching it off would not give the model as it starts. "
+                "Set reference='precomputed' or 'copy'."
+            )
+        if outside := _trained_outside(policy):
+            raise ConfigError(
+                f"reference is 'adapter', but {outside[0]} and {len(outside) - 1} other parameters "
+                "outside the adapter are trained too, so the base model would move. Set "
+                "reference='precomputed' or 'copy', or train the adapter alone."
+            )
+        what = "the base model (adapter switched off)"
+        return Reference("adapter", what, projects=projects)
+    if name == "precomputed":
+        if estimator == "full":
+            raise ConfigError(
+                "reference is 'precomputed', but kl_estimator='full' needs the reference's whole "
+                "distribution at every step. Set reference='adapter' or 'copy', or "
+                "kl_estimator='k2'."
+            )
+        what = "the model as it starts (precomputed log-probabilities)"
+        fingerprint = model_fingerprint(policy)
+        return Reference(
+            "precomputed", what, fingerprint=fingerprint, projects=projects, is_start=True
+        )
+    if name == "copy":
+        trained = {n: p.detach().clone() for n, p in policy.named_parameters() if p.requires_grad}
+        what = "the model as it starts (a frozen copy of what is trained)"
+        return Reference("copy", what, starting=trained, projects=projects)
+    assert name not in REFERENCES
+    named = _load_named(name, policy, tokenizer)
+    projects = can_project(named)
+    if estimator == "full":
+        return Reference("model", name, named, projects=projects)
+    return Reference("precomputed", name, named, model_fingerprint(named), projects=projects)
+
+
+def _adapter_is_fresh(policy: nn.Module) -> bool:
+    """Whether switching the adapter off changes nothing, tried on a few tokens."""
+    vocab = policy.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    device = next(policy.parameters()).device
+    ids = torch.arange(1, 33, device=device).remainder(vocab)[None]
+    live = Reference("adapter", "")
+    training = policy.training
+    policy.eval()
+    try:
+        with torch.no_grad():
+            on = policy(input_ids=ids, use_cache=False).logits.float()
+        off = live.states(policy, {"input_ids": ids}).rows.float()
+    finally:
+        policy.train(training)
+    return bool(torch.allclose(on, off, rtol=1e-3, atol=1e-3))
+
+
+def _trained_outside(policy: nn.Module) -> list[str]:
+    """Trained parameters that stay in place when the adapter is switched off."""
+    configs = policy.peft_config.values()  # type: ignore[operator]
+    if any(getattr(config, "bias", "none") != "none" for config in configs):
+        return [name for name, p in policy.named_parameters() if p.requires_grad and "bias" in name]
+    with _adapter_off(policy):
+        return [name for name, p in policy.named_parameters() if p.requires_grad]
+
+
+def _load_named(name: str, policy: nn.Module, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+    parameter = next(policy.parameters())
+    try:
+        # Without a word here transformers would ask on the terminal whether to run a model's code.
+        theirs = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model = read_model(
+            AutoModelForCausalLM, name, dtype=parameter.dtype, trust_remote_code=False
+        )
+    except UNLOADABLE as error:
+        raise ConfigError(
+            f"The reference {name!r} cannot be loaded: {error}. Give the id or folder of a model "
+            "that is available here, or reference='auto'."
+        ) from error
+    if theirs.get_vocab() != tokenizer.get_vocab():
+        raise ConfigError(
+            f"The reference {name!r} has another tokenizer than the trained model, so its "
+            "log-probabilities belong to other tokens. Use a reference with the same tokenizer: "
+            "the model before finetuning."
+        )
+    frozen: nn.Module = model.requires_grad_(False)
+    return frozen.to(parameter.device)
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """What identifies a model's weights, without moving all of them off the device.
+
+    The configuration, the active adapters and their scaling; name, shape, dtype, sum and 64 evenly
+    spaced values of every parameter and buffer.
+    """
+    digest = hashlib.sha256()
+    settings = settings_of(getattr(model, "config", None))
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    if is_peft(model):
+        digest.update(repr(model.active_adapters).encode())
+        for name, module in model.named_modules():
+            if hasattr(module, "scaling"):
+                digest.update(f"{name}:{module.scaling}".encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}:".encode())
+        flat = tensor.detach().reshape(-1)
+        if not flat.is_floating_point():
+            flat = flat.to(torch.float64)
+        step = max(1, flat.numel() // 64)
+        sampled = flat[::step].double().cpu().numpy()
+        digest.update(sampled.tobytes())
+        digest.update(flat.double().sum().cpu().numpy().tobytes())
+    return digest.hexdigest()

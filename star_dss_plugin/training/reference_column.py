@@ -1,0 +1,265 @@
+"""log π_ref of every trained token, computed once before training and carried as a column.
+
+k1, k2 and k3 compare one number per token. The model as it starts is the reference, so its numbers
+can be taken before the first step; a step then costs what a step of plain finetuning costs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, List, Value
+from torch import nn
+from tqdm.auto import tqdm
+
+from star_dss_plugin.data.cache import ScoreCache, content_key
+from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN, with_column
+from star_dss_plugin.data.provenance import read_note, write_note
+from star_dss_plugin.errors import CacheError
+from star_dss_plugin.guards.base import Trajectory
+from star_dss_plugin.logprobs import IGNORE_INDEX, token_logprobs
+from star_dss_plugin.loss import TokenWeights
+from star_dss_plugin.scoring.ranks import ALONE, Share
+from star_dss_plugin.training.collation import document_starts
+from star_dss_plugin.training.head import states_of
+from star_dss_plugin.training.reference import Reference
+from star_dss_plugin.weights import WeightMap
+
+__all__ = ["add_reference_logps", "has_reference_logps"]
+
+_BATCH_TOKENS = 2048
+"""Padded tokens per forward pass: their logits are what needs memory."""
+_ROUNDING = 1e-3
+"""By how much a log-probability may seem to be more than 0."""
+
+
+def has_reference_logps(
+    dataset: Dataset,
+    reference: Reference,
+    weight_map: WeightMap,
+    *,
+    kl_coef: float,
+    threshold: float,
+) -> bool:
+    """Whether a data set has the column, from this very reference and for these very tokens.
+
+    A column that came with the data may be another model's, or hold zeros where it was not needed.
+    """
+    if REF_COLUMN not in dataset.column_names or (known := read_note(dataset, "reference")) is None:
+        return False
+    content = _content(dataset, weight_map, kl_coef, threshold)
+    return bool(known == {"model": reference.fingerprint, "content": content})
+
+
+def _content(dataset: Dataset, weight_map: WeightMap, kl_coef: float, threshold: float) -> str:
+    """What the column depends on beside the reference: the tokens, and which rows need it."""
+    digest = hashlib.sha256()
+    for row in _plain(dataset):
+        for document in _documents(row):
+            needed = _needs_reference(document, weight_map, kl_coef, threshold)
+            key = content_key(document["input_ids"], document["labels"], needed)
+            digest.update(key.encode())
+    return digest.hexdigest()
+
+
+def _plain(dataset: Dataset) -> Dataset:
+    columns = ["input_ids", "labels", SCORES_COLUMN, "seq_lengths"]
+    return dataset.with_format(None).select_columns(
+        [column for column in columns if column in dataset.column_names]
+    )
+
+
+def _documents(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The documents of a packed row, each of which the model sees by itself."""
+    starts = document_starts(row)
+    return [
+        {name: row[name][start:end] for name in ("input_ids", "labels", SCORES_COLUMN)}
+        for start, end in zip(starts, [*starts[1:], len(row["input_ids"])], strict=True)
+    ]
+
+
+def add_reference_logps(
+    dataset: Dataset,
+    reference: Reference,
+    policy: nn.Module,
+    weight_map: WeightMap,
+    *,
+    kl_coef: float,
+    threshold: float,
+    pad_token_id: int,
+    cache_dir: Path,
+    autocast: Callable[[], contextlib.AbstractContextManager[None]],
+    precision: str,
+    share: Share = ALONE,
+    progress: bool = True,
+) -> Dataset:
+    """Adds the column `ref_logps`: log π_ref of every trained token that has a KL weight.
+
+    Args:
+        dataset: With `input_ids`, `labels` and `star_scores`; packed rows with `seq_lengths`.
+        reference: Of kind "precomputed".
+        policy: The model as it starts, which is the reference unless that has one of its own.
+        weight_map: Which tokens need it.
+        kl_coef: λ.
+        threshold: τ.
+        pad_token_id: For the batches.
+        cache_dir: Root of the cache.
+        autocast: Makes the trainer's precision context.
+        precision: Its name.
+        share: This process's part of the work; all processes of the run must call this.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The data set with float32 `ref_logps`, one per token of `input_ids`, 0 where not needed.
+    """
+    namespace = {"what": REF_COLUMN, "version": 1, "model": reference.fingerprint}
+    namespace["precision"] = precision
+    cache, model = ScoreCache(cache_dir, namespace), reference.model or policy
+    plain = _plain(dataset)
+    wanted: dict[str, tuple[int, int]] = {}
+    keys: list[list[tuple[str, int]]] = []
+    for i, row in enumerate(plain):
+        keys.append([])
+        for j, document in enumerate(_documents(row)):
+            key = content_key(document["input_ids"], document["labels"])
+            keys[-1].append((key, len(document["input_ids"])))
+            if _needs_reference(document, weight_map, kl_coef, threshold):
+                wanted.setdefault(key, (i, j))
+
+    lengths = {key: length for row in keys for key, length in row}
+
+    def known(key: str) -> tuple[float, ...] | None:
+        """What the cache has, and may be an answer: whoever wrote it is unknown."""
+        found = cache.get(key)
+        if found is None or len(found.scores) != lengths[key] or found.scores[:1] != (0.0,):
+            return None
+        return found.scores if all(value <= _ROUNDING for value in found.scores) else None
+
+    def fill(part: str, of: Callable[[list[str]], list[str]]) -> None:
+        # Looked up before it is locked: a complete cache may be read-only.
+        if any(known(key) is None for key in wanted):
+            with cache.lock(part):
+                mine = {key: wanted[key] for key in of(list(wanted))}
+                projects = reference.projects
+                # Batches depend on the data alone: the last bits of a result depend on how it was
+                # padded, and a run that goes on must find what an undisturbed one finds.
+                batches = [b for b in _batches(mine, lengths) if any(known(k) is None for k in b)]
+                _compute(
+                    plain,
+                    model,
+                    projects,
+                    batches,
+                    mine,
+                    cache,
+                    known,
+                    pad_token_id,
+                    autocast,
+                    progress,
+                )
+
+    if share.of > 1:
+        fill(f"-{share.index}-of-{share.of}", share.mine)
+    share.meet()
+    cache.refresh()
+    fill("", list)
+
+    def values(key: str, length: int) -> Any:
+        if key not in wanted:
+            return np.zeros(length)
+        found = known(key)
+        if found is None:  # zeros would be a reference that is certain of every token
+            raise CacheError(
+                f"The reference log-probabilities that were just computed cannot be read from the "
+                f"cache in {cache.folder}: another process writes other values there, or the model "
+                "computes no numbers. Name another score_cache_dir, or remove that folder."
+            )
+        return np.asarray(found)
+
+    column = [
+        np.concatenate([np.zeros(0), *(values(*document) for document in row)]) for row in keys
+    ]
+    dataset = with_column(dataset, REF_COLUMN, column, List(Value("float32")))
+    content = _content(dataset, weight_map, kl_coef, threshold)
+    write_note(dataset, "reference", {"model": reference.fingerprint, "content": content})
+    return dataset
+
+
+def _needs_reference(
+    row: Mapping[str, Any], weight_map: WeightMap, kl_coef: float, threshold: float
+) -> bool:
+    weights = TokenWeights.of(
+        torch.tensor([row[SCORES_COLUMN]], dtype=torch.float32),
+        torch.tensor([row["labels"]]),
+        weight_map,
+        kl_coef=kl_coef,
+        threshold=threshold,
+    )
+    return bool((weights.kl != 0).any())
+
+
+def _compute(
+    rows: Dataset,
+    model: nn.Module,
+    projects: bool,
+    batches: list[list[str]],
+    places: Mapping[str, tuple[int, int]],
+    cache: ScoreCache,
+    known: Callable[[str], tuple[float, ...] | None],
+    pad_token_id: int,
+    autocast: Callable[[], contextlib.AbstractContextManager[None]],
+    progress: bool,
+) -> None:
+    """Puts what is not known into the cache, batch by batch; `places` are (row, document)."""
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    bar = tqdm(
+        total=sum(map(len, batches)),
+        desc="Reference log-probabilities",
+        unit="row",
+        disable=not progress or not batches,
+    )
+    try:
+        for keys in batches:
+            batch = [_documents(rows[i])[j] for i, j in map(places.__getitem__, keys)]
+            ids = [torch.tensor(document["input_ids"]) for document in batch]
+            labels = [torch.tensor(document["labels"]) for document in batch]
+            padded = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad_token_id)
+            targets = nn.utils.rnn.pad_sequence(
+                labels, batch_first=True, padding_value=IGNORE_INDEX
+            )
+            lengths = torch.tensor([len(x) for x in ids])
+            mask = torch.arange(padded.shape[1])[None] < lengths[:, None]
+            inputs = {"input_ids": padded.to(device), "attention_mask": mask.long().to(device)}
+            with torch.no_grad(), autocast():
+                states = states_of(model, inputs, project=projects)
+                logps = token_logprobs(states.rows, targets.to(device), states.project).cpu()
+            for key, row, length in zip(keys, logps, lengths.tolist(), strict=True):
+                if known(key) is None:
+                    cache.put(key, Trajectory((0.0, *row[: length - 1].tolist())))
+            cache.flush_if_due()
+            bar.update(len(batch))
+    finally:
+        cache.flush()
+        model.train(training)
+        bar.close()
+
+
+def _batches(
+    wanted: Mapping[str, tuple[int, int]], lengths: Mapping[str, int]
+) -> Iterator[list[str]]:
+    """Documents of similar length, at most `_BATCH_TOKENS` padded tokens (or one) at a time."""
+    batch: list[str] = []
+    for key in sorted(wanted, key=lambda key: (lengths[key], wanted[key])):
+        if batch and (len(batch) + 1) * lengths[key] > _BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(key)
+    if batch:
+        yield batch

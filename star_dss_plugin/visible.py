@@ -1,0 +1,71 @@
+"""Text of strangers, made safe to look at: what would be invisible or act on the screen is named.
+
+Applied once, in Python, before text goes anywhere. So a report file, a terminal and a notebook
+never receive an escape sequence, a bidirectional override, a NUL or half a surrogate pair.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+__all__ = ["visible"]
+
+_KEPT = "\n\t"
+_CONTROL_PICTURES = 0x2400  # ␀ ␁ … stand for U+0000, U+0001, …
+_DELETE = 0x7F
+# Invisible without being format characters; bytes can be hidden in runs of them.
+_INVISIBLE = frozenset(
+    {
+        0x034F,
+        0x115F,
+        0x1160,
+        0x17B4,
+        0x17B5,
+        0x2065,
+        0x2800,
+        0x3164,
+        0xFFA0,
+        *range(0x180B, 0x1810),
+        *range(0xFE00, 0xFE0F),
+        *range(0xFFF0, 0xFFF9),
+        *range(0xE0000, 0xE1000),
+    }
+)
+_MARKS = 8
+"""Combining marks after which more of them would only paint over their neighbours."""
+_HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+_PLAIN = re.compile(r"[\n\t\x20-\x7e]*")
+
+
+def visible(text: str) -> str:
+    """Replaces control, format and bidirectional characters by visible names.
+
+    Args:
+        text: Any string, lone surrogates included.
+
+    Returns:
+        The text with "␀" to "␟" and "␡" for ASCII controls (line feed and tab stay) and "⟨U+202E⟩"
+        for the others, and for combining marks in long runs. It can be encoded as UTF-8 and never
+        changes the direction of other text.
+    """
+    if _PLAIN.fullmatch(text):
+        return text
+    shown, marks = [], 0
+    for char in text:
+        marks = marks + 1 if unicodedata.category(char)[0] == "M" else 0
+        shown.append(_name(char) if marks > _MARKS else _shown(char))
+    return "".join(shown)
+
+
+def _shown(char: str) -> str:
+    code = ord(char)
+    if char in _KEPT or not (unicodedata.category(char) in _HIDDEN or code in _INVISIBLE):
+        return char
+    if code < 0x20:
+        return chr(_CONTROL_PICTURES + code)
+    return "␡" if code == _DELETE else _name(char)
+
+
+def _name(char: str) -> str:
+    return f"⟨U+{ord(char):04X}⟩"

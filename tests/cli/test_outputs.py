@@ -1,0 +1,191 @@
+"""Results that cannot be written: said in words, nothing half-written, nothing lost."""
+
+import contextlib
+import errno
+import json
+import resource
+
+import datasets
+import pytest
+from conftest import WordGuard
+from conftest import run_command as run
+from datasets import Dataset
+
+from star_dss_plugin import DataError, OutputError
+from star_dss_plugin.cli import app as cli
+from star_dss_plugin.data.parquet_shards import write_shard
+from star_dss_plugin.data.reading import read_dataset, write_dataset, write_text
+from star_dss_plugin.evaluate.answers import AnswerFile
+from star_dss_plugin.evaluate.landscape_points import PointsFile
+from star_dss_plugin.scoring import shards
+
+ROWS = [
+    {
+        "messages": [
+            {"role": "user", "content": f"is {i} bad?"},
+            {"role": "assistant", "content": "no! it is a bad word."},
+        ]
+    }
+    for i in range(6)
+]
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """No file may grow beyond `size` bytes: writes end half-way, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def text(path):
+    write_text(path, "new " * 5000)
+
+
+def dataset(path):
+    write_dataset(Dataset.from_dict({"input_ids": [list(range(5000))]}), path)
+
+
+def shard(path):
+    write_shard(Dataset.from_dict({"input_ids": [list(range(5000))]}), path)
+
+
+def answers(path):
+    AnswerFile(path).add("k", "new " * 5000)
+
+
+def points(path):
+    PointsFile(path, {"model": "m" * 5000}, prompts=1).add((0.0,), [True])
+
+
+WRITERS = [text, dataset, shard, answers, points]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_a_full_disk_is_named_and_nothing_half_written_is_left(tmp_path, write):
+    path = tmp_path / "folder" / "result"
+    with full_disk(1000), pytest.raises(OutputError) as caught:
+        write(path)
+    assert str(path) in str(caught.value)
+    assert "File too large" in str(caught.value)
+    assert "Free space there" in str(caught.value)
+    if write not in (answers, points):  # which are appended to
+        assert list(path.parent.iterdir()) == []
+    write(path)  # and once there is room
+    assert path.exists()
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_a_folder_that_cannot_be_made_is_named(tmp_path, write):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="file/folder/result cannot be written"):
+        write(tmp_path / "file" / "folder" / "result")
+
+
+def test_what_was_there_stays_if_it_cannot_be_replaced(tmp_path):
+    path = tmp_path / "report.html"
+    path.write_text("old")
+    with full_disk(1000), pytest.raises(OutputError):
+        text(path)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_answers_before_a_full_disk_are_kept(tmp_path):
+    store = AnswerFile(tmp_path / "answers.jsonl")
+    store.add("a", "first")
+    with full_disk(1000), pytest.raises(OutputError):
+        store.add("b", "long " * 5000)
+    again = AnswerFile(tmp_path / "answers.jsonl")
+    assert again.known == {"a": "first"}
+    again.add("b", "second")
+    assert AnswerFile(tmp_path / "answers.jsonl").known == {"a": "first", "b": "second"}
+
+
+# The command line
+
+
+@pytest.fixture
+def chat(tmp_path):
+    path = tmp_path / "chat.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+def test_an_output_that_cannot_be_written_is_found_before_the_guard_is_asked(
+    monkeypatch, capsys, chat, model_dir, tmp_path
+):
+    (tmp_path / "file").write_text("")
+    loads = WordGuard.loads
+    words = ("score", chat, "--guard", "test-words", "--tokenizer", model_dir, "-q")
+    assert run(monkeypatch, *words, "-o", tmp_path / "file" / "scored") == 2
+    assert f"{tmp_path / 'file' / 'scored'} cannot be written" in capsys.readouterr().err
+    assert WordGuard.loads == loads
+
+
+def test_a_disk_that_is_full_in_a_library_is_a_message(monkeypatch, capsys, chat):
+    def fail(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device", "/somewhere/cache")
+
+    monkeypatch.setattr(cli, "app", fail)
+    assert run(monkeypatch, "score") == 2
+    said = capsys.readouterr().err
+    assert "No space left on device: '/somewhere/cache'" in said
+    assert "HF_DATASETS_CACHE" in said
+
+
+def test_a_full_disk_below_datasets_is_told_from_bad_data(monkeypatch, chat):
+    def fail(*args, **kwargs):
+        raise OSError("Not enough disk space. Needed: 1.00 GiB")
+
+    monkeypatch.setattr("star_dss_plugin.data.reading.load_dataset", fail)
+    with pytest.raises(DataError) as caught:
+        read_dataset(str(chat))
+    assert "Not enough disk space" in str(caught.value)
+    assert f"in {datasets.config.HF_DATASETS_CACHE}: free space there" in str(caught.value)
+
+
+# Shards
+
+
+def begun(chat, model_dir, tmp_path):
+    return shards.begin(
+        str(chat), str(model_dir), tmp_path / "scored", shard_rows=2, guard="test-words"
+    )
+
+
+def test_shards_go_on_when_there_is_room_again(chat, model_dir, tmp_path, monkeypatch):
+    whole = begun(chat, model_dir, tmp_path / "whole")
+    shards.score_shards(whole, progress=False)
+    shards.finish(whole)
+    job = begun(chat, model_dir, tmp_path)
+    write, written = shards.write_shard, []
+
+    def until_full(dataset, path):
+        written.append(path)
+        with full_disk(100) if len(written) == 2 else contextlib.nullcontext():
+            write(dataset, path)
+
+    monkeypatch.setattr(shards, "write_shard", until_full)
+    with pytest.raises(OutputError, match="train-00001-of-00003.parquet cannot be written"):
+        shards.score_shards(job, progress=False)
+    assert job.missing() == [1, 2]
+    job = begun(chat, model_dir, tmp_path)
+    shards.score_shards(job, progress=False)
+    shards.finish(job)
+    for a, b in zip(
+        *(sorted((f / "scored" / "data").iterdir()) for f in (tmp_path, tmp_path / "whole")),
+        strict=True,
+    ):
+        assert a.read_bytes() == b.read_bytes()
+
+
+@pytest.mark.parametrize("content", ["", '{"data": "ch', "[1]"])
+def test_a_damaged_plan_of_shards_is_named(chat, model_dir, tmp_path, content):
+    job = begun(chat, model_dir, tmp_path)
+    (job.folder / "job.json").write_text(content)
+    with pytest.raises(DataError, match=r"job.json is damaged .*Remove the whole folder"):
+        begun(chat, model_dir, tmp_path)

@@ -1,0 +1,129 @@
+"""Files of rows that cannot be used: what an error says of them, and that nothing else happens."""
+
+import json
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset
+
+from star_dss_plugin import DataError, score_dataset
+from star_dss_plugin.cli import app as cli
+from star_dss_plugin.data.reading import read_dataset
+
+TEXT = b'{"text": "hi"}\n'
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "rows.jsonl is empty"),
+        (b"\n \n", "rows.jsonl is empty"),
+        (b"null", "row 0 .line 1. begins with 'null'"),  # pyarrow would crash
+        (b"\xef\xbb\xbfnull", "row 0 .line 1. begins with 'null'"),
+        (TEXT + b"\nnull\n", "row 1 .line 3. begins with 'null'"),  # would be a row of nothing
+        (TEXT * 3 + b'{"text": "h\xffi"}', "row 3 .line 4. is not UTF-8: .* at its byte 11"),
+        ('{"text": "hi"}'.encode("utf-16"), "row 0 .line 1. is not UTF-8"),
+        (b"[null]", "row 0 is null"),
+        (b'[{"text": "hi"}, 5]', "row 1 is a number"),
+        (b"[]", "list is empty"),
+        (b"[" * 5000, "row 0 .line 1. is not JSON"),
+        (TEXT + b'{"text": "h', "row 1 .line 2. is not JSON"),
+        (TEXT + b'{"text": "h\x00i"}', "row 1 .line 2. is not JSON"),
+        (TEXT + b'{"a": 1, "a": 2}', "row 1 .line 2. is not JSON: the field 'a' is there twice"),
+        (
+            TEXT + b'{"text": "\\ud800"}',
+            "row 1 .line 2.: field 'text' has half a character",
+        ),
+        (
+            b'{"messages": [{"role": "user", "content": "\\udc00 x"}]}',
+            "row 0 .line 1.: field 'messages...content' has half a character",
+        ),
+    ],
+)
+def test_json_files_say_where_they_are_wrong(tmp_path, data, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=message) as stop:
+        read_dataset(str(path))
+    assert str(path) in str(stop.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "rows"),
+    [
+        ("rows.jsonl", TEXT * 2, 2),
+        ("rows.jsonl", b"\xef\xbb\xbf" + TEXT + b"\r\n" + TEXT, 2),
+        ("rows.json", b'[\n{"text": "hi"},\n{"text": "ho"}\n]', 2),
+        ("rows.json", b'[{"text": "hi"}]', 1),
+        ("rows.json", b'{\n"text": "hi"\n}', 1),
+        ("rows.json", b'{\n"text": "hi"\n}\n{\n"text": "ho"\n}\n', 2),  # as jq writes it
+        ("rows.jsonl", TEXT.strip() * 2 + b"\n" + TEXT, 3),
+        ("rows.jsonl", TEXT.replace(b"\n", b"\r") * 2, 2),
+        ("rows.jsonl", b'{"text": "hi", "n": 1.5, "large": ' + b"9" * 30 + b".0}\n" + TEXT, 2),
+    ],
+)
+def test_json_files_of_every_layout_are_read(tmp_path, name, data, rows):
+    path = tmp_path / name
+    path.write_bytes(data)
+    assert len(read_dataset(str(path))) == rows
+
+
+def broken_text():
+    """A column of texts whose second one is no UTF-8: Arrow does not look."""
+    texts = pa.array([b"hi", b"h\xffi"]).view(pa.string())
+    return pa.table({"source": ["a", "b"], "text": texts})
+
+
+def test_parquet_that_is_no_utf8_names_the_row_and_the_column(tmp_path):
+    path = tmp_path / "rows.parquet"
+    pq.write_table(broken_text(), path)
+    with pytest.raises(DataError, match=r"rows.parquet: Row 1: column 'text' cannot be read"):
+        read_dataset(str(path))
+
+
+def test_so_does_a_data_set_that_a_trainer_is_given(tokenizer):
+    with pytest.raises(DataError, match="Row 1: column 'text' cannot be read"):
+        score_dataset(Dataset(broken_text()), tokenizer, guard="test-words", progress=False)
+
+
+def test_damaged_files_are_said_to_be(tmp_path):
+    path = tmp_path / "rows.parquet"
+    path.write_bytes(b"PAR1 and nothing else")
+    with pytest.raises(DataError, match=r"rows.parquet cannot be read: ArrowInvalid: "):
+        read_dataset(str(path))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_column_that_names_files_is_refused(tmp_path, nested):
+    """An image's path would be opened, and its bytes copied into what is written."""
+    secret = tmp_path / "secret"
+    secret.write_text("a key")
+    image = {"path": str(secret), "bytes": None}
+    features = {"_type": "Image"}
+    column, kind = (
+        ([[image]], {"_type": "List", "feature": features}) if nested else ([image], features)
+    )
+    info = {"features": {"text": {"dtype": "string", "_type": "Value"}, "seen": kind}}
+    stored = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    seen = pa.array(column, pa.list_(stored) if nested else stored)
+    table = pa.table({"text": ["hi"], "seen": seen}).replace_schema_metadata(
+        {"huggingface": json.dumps({"info": info})}
+    )
+    path = tmp_path / "rows.parquet"
+    pq.write_table(table, path)
+    with pytest.raises(DataError, match="'seen' is .*Image.*name files"):
+        read_dataset(str(path))
+
+
+def test_an_error_about_a_row_names_the_file_too(monkeypatch, capsys, tmp_path, model_dir):
+    path = tmp_path / "chat.jsonl"
+    rows = [{"messages": [{"role": "user", "content": "a"}]}] * 2
+    rows.append({"messages": [{"role": "user", "content": "a"}, {"content": "b"}]})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["score", path, "--guard", "test-words", "--tokenizer", model_dir, "-o", tmp_path / "o"]
+    monkeypatch.setattr(sys, "argv", ["star-dss", *map(str, argv)])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert f"{path}: Row 2: messages[1].role is NoneType None" in capsys.readouterr().err

@@ -1,0 +1,188 @@
+"""Prefixes cut from a text's tokens are those that each prefix has alone."""
+
+import json
+import random
+from functools import cache
+
+import pytest
+from conftest import real_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from paths import SHARED
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+
+from star_dss_plugin.guards.prompting.prefixes import PrefixTokenizer
+
+GUARDS = SHARED / "guards"
+
+# White space in runs, contractions, digits, several scripts, combining marks, joined emoji.
+PIECES = st.sampled_from(
+    [
+        "a",
+        "the",
+        " of",
+        "'",
+        "'s",
+        "'ll",
+        " ",
+        "  ",
+        "\n",
+        "\r\n",
+        "\t",
+        "\u3000",
+        "7",
+        "123",
+        ".",
+        "?!",
+        "--",
+        "\u00e9",
+        "e\u0301",
+        "\u0301",
+        "\u00df",
+        "\u4e2d\u6587",
+        "\u0e01\u0e47",
+        "\U0001f44d\U0001f3fd",
+        "\U0001f469\u200d\U0001f467",
+        "\u200d",
+        "_",
+        "<|",
+        "|>",
+        "\ufb01",
+    ]
+)
+
+
+def stripped(tokenizer: Tokenizer) -> Tokenizer:
+    state = json.loads(tokenizer.to_str())
+    state.update(added_tokens=[], truncation=None, padding=None)
+    return Tokenizer.from_str(json.dumps(state))
+
+
+@cache
+def tokenizer(name: str) -> Tokenizer:
+    if name == "smollm2":
+        return stripped(real_model()[1].backend_tokenizer)
+    path = GUARDS / name / "tokenizer.json"
+    if not path.exists():
+        pytest.skip(f"the fixture {name} is not part of the repository")
+    return stripped(Tokenizer.from_file(str(path)))
+
+
+@cache
+def prefix_tokenizer(name: str) -> PrefixTokenizer:
+    return PrefixTokenizer(tokenizer(name))
+
+
+def one_by_one(name: str, texts: list[str]) -> list[list[int]]:
+    return [tokenizer(name).encode(text, add_special_tokens=False).ids for text in texts]
+
+
+@pytest.mark.parametrize("name", ["smollm2", "qwen3guard_gen", "granite_guardian_3_1"])
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    pieces=st.lists(PIECES, max_size=30),
+    opening=st.sampled_from(["", "assistant: ", "\n\n", "x"]),
+    closing=st.sampled_from(["", "\n\n", ".\n<END>", "7", "\u0301", " "]),
+    strip=st.booleans(),
+)
+def test_prefixes_have_the_tokens_that_they_have_alone(name, pieces, opening, closing, strip):
+    prefixes = prefix_tokenizer(name)
+    assert prefixes.works_by_words
+    text = "".join(pieces)
+    cuts = [text[:end] for end in range(len(text) + 1)]
+    texts = [opening + (cut.strip() if strip else cut) + closing for cut in cuts]
+    assert prefixes(texts) == one_by_one(name, texts)
+    random.Random(0).shuffle(texts)
+    assert prefixes(texts) == one_by_one(name, texts)
+
+
+def bpe(**changes) -> Tokenizer:
+    """Merges across words, unless they are cut first."""
+    vocabulary = {c: i for i, c in enumerate(["a", "b", "Ġ", "aĠ", "aĠb", "ab", "1", "2"])}
+    merges = [("a", "Ġ"), ("aĠ", "b"), ("a", "b")]
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    for name, value in changes.items():
+        setattr(made, name, value)
+    return made
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pre_tokenizer": pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)},
+        {"pre_tokenizer": pre_tokenizers.ByteLevel(add_prefix_space=True)},
+        {"normalizer": normalizers.Prepend("a")},
+        {
+            "pre_tokenizer": pre_tokenizers.Sequence(
+                [
+                    pre_tokenizers.Split("ab", "merged_with_next"),
+                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+                ]
+            )
+        },
+    ],
+)
+def test_other_tokenizers_tokenize_every_prefix_whole(changes):
+    other = bpe(**changes)
+    prefixes = PrefixTokenizer(other)
+    assert not prefixes.works_by_words
+    texts = ["ab ab ab a b"[:end] + " a" for end in range(13)]
+    assert prefixes(texts) == [other.encode(t).ids for t in texts]
+    assert PrefixTokenizer(bpe()).works_by_words
+
+
+def with_regex(regex: str) -> Tokenizer:
+    return bpe(
+        pre_tokenizer=pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(regex), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("regex", "known"),
+    [
+        (r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|\s+(?!\S)|\s+", True),  # as Llama 3's
+        (r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))|\s+", False),  # digits from the right
+        (r"\s+$|\S+|\s", False),
+        (r"\S+(?!x)|\s+", False),
+        (r"(?<=a)b|.", False),
+        (r"^a|.", False),
+        (r"\ba|.", False),
+    ],
+)
+def test_only_expressions_that_do_not_look_around_are_known_to_work_by_words(regex, known):
+    assert PrefixTokenizer(with_regex(regex)).works_by_words is known
+
+
+def test_bytes_that_the_vocabulary_drops():
+    state = json.loads(tokenizer("smollm2").to_str())
+    state["model"]["unk_token"] = None
+    dropping = Tokenizer.from_str(json.dumps(state))
+    texts = ["\x04\x04\x16\x06 ok fine"[:end] + "\n\nIs it safe?" for end in range(13)]
+    assert PrefixTokenizer(dropping)(texts) == [dropping.encode(text).ids for text in texts]
+    # They do leave no trace: the test would not be one otherwise.
+    assert dropping.encode("\x04ok").ids == dropping.encode("ok").ids
+
+
+def test_only_the_words_around_a_cut_are_tokenized_again(monkeypatch):
+    prefixes = PrefixTokenizer(tokenizer("smollm2"))
+    texts = [("so it goes, " * 200)[:end] + "\n" for end in range(0, 2400, 12)]
+    seen = []
+
+    class Counting:
+        def encode(self, text, **kwargs):
+            seen.append(len(text))
+            return tokenizer("smollm2").encode(text, **kwargs)
+
+        def encode_batch_fast(self, parts, **kwargs):
+            seen.extend(map(len, parts))
+            return tokenizer("smollm2").encode_batch_fast(parts, **kwargs)
+
+    monkeypatch.setattr(prefixes, "_tokenizer", Counting())
+    assert prefixes(texts) == one_by_one("smollm2", texts)
+    assert sum(seen) < 2400 + 40 * len(texts) < sum(map(len, texts)) / 20

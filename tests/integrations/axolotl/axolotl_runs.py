@@ -1,0 +1,158 @@
+"""Runs of Axolotl inside this process: its own loading of configuration, data, model and trainer.
+
+These tests have a folder, and in `make test-axolotl` a process, of their own: Axolotl patches
+transformers and torch where it is imported.
+"""
+
+import json
+import os
+
+os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
+
+import pytest
+
+pytest.importorskip("axolotl", reason="needs Axolotl: make test-axolotl")
+
+import axolotl.utils.data.sft
+import transformers
+import yaml
+from axolotl.cli.config import load_cfg
+from axolotl.common.datasets import load_datasets
+from axolotl.integrations.base import PluginManager
+from axolotl.train import setup_model_and_trainer
+
+PLUGIN = "star_dss_axolotl.StarDSSPlugin"
+PROMPTS = ["how are you?", "is this bad?", "1 + 1 =", "hello world. who is lazy?"] * 2
+ANSWERS = [
+    "i am fine, thank you.",
+    "no! it is a bad word, and words are words.",
+    "2",
+    "the dog is lazy",
+    "the quick brown fox jumps",
+    "bad",
+    "it's 2 o'clock",
+    "good words keep it safe",
+]
+LORA = {
+    "adapter": "lora",
+    "lora_r": 4,
+    "lora_alpha": 8,
+    "lora_target_linear": True,
+    "lora_mlp_kernel": False,
+    "lora_qkv_kernel": False,
+    "lora_o_kernel": False,
+    "lora_embedding_kernel": False,
+}
+
+
+def single_turn():
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": prompt},
+                {"role": "assistant", "content": answer},
+            ]
+        }
+        for prompt, answer in zip(PROMPTS, ANSWERS)
+    ]
+
+
+def multi_turn():
+    return [
+        {
+            "messages": [
+                {"role": "system", "content": "be kind"},
+                {"role": "user", "content": prompt},
+                {"role": "assistant", "content": answer},
+                {"role": "user", "content": "and " + prompt},
+                {"role": "assistant", "content": answer + " yes"},
+            ]
+        }
+        for prompt, answer in zip(PROMPTS, ANSWERS)
+    ]
+
+
+def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def chat(path, rows=None, **changes):
+    """An entry of `datasets`."""
+    file = write_rows(path, rows if rows is not None else single_turn())
+    return {"path": file, "ds_type": "json", "type": "chat_template", **changes}
+
+
+def configuration(folder, model_dir, **changes):
+    """A configuration that trains the tiny model on a CPU, as it stands in a YAML."""
+    config = {
+        "base_model": str(model_dir),
+        "dataset_prepared_path": str(folder / "prepared"),
+        "output_dir": str(folder / "out"),
+        "sequence_len": 512,
+        "sample_packing": False,
+        "attn_implementation": "eager",
+        "micro_batch_size": 8,
+        "gradient_accumulation_steps": 1,
+        "max_steps": 2,
+        "num_epochs": 10,
+        "learning_rate": 1e-2,
+        "optimizer": "adamw_torch",
+        "lr_scheduler": "constant",
+        "bf16": False,
+        "fp16": False,
+        "dataset_num_proc": 1,
+        "logging_steps": 1,
+        "val_set_size": 0.0,
+        "save_strategy": "no",
+        "seed": 1,
+        "plugins": [PLUGIN],
+        "star_dss": {"guard": "test-words", "chunk_size": 2, "kl_coef": 2.0},
+        **changes,
+    }
+    if "datasets" not in config:
+        config["datasets"] = [chat(folder / "chat.jsonl")]
+    return {key: value for key, value in config.items() if value is not None}
+
+
+def write_config(folder, config):
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def loaded(folder, config):
+    """The configuration as Axolotl loads and validates it, plugins included."""
+    PluginManager.get_instance().plugins.clear()
+    return load_cfg(str(write_config(folder, config)))
+
+
+def data_of(cfg):
+    """The data sets, as `axolotl train` gets them."""
+    meta = PluginManager.get_instance().load_datasets(cfg) if cfg.plugins else None
+    return meta if meta is not None else load_datasets(cfg=cfg)
+
+
+def trainer_of(folder, config):
+    cfg = loaded(folder, config)
+    transformers.set_seed(1)  # a new adapter is drawn before the Trainer sets its seed
+    return setup_model_and_trainer(cfg, data_of(cfg))[0]
+
+
+def trained(folder, config):
+    trainer = trainer_of(folder, config)
+    trainer.train()
+    return trainer
+
+
+def history(trainer):
+    return [(h["loss"], h["grad_norm"]) for h in trainer.state.log_history if "grad_norm" in h]
+
+
+@pytest.fixture(autouse=True)
+def _light(monkeypatch, tmp_path):
+    """No files of prepared data (writing them starts a process, 15 s), nothing left behind."""
+    monkeypatch.setattr(axolotl.utils.data.sft, "save_preprocessed_dataset", lambda *a, **k: None)
+    monkeypatch.chdir(tmp_path)

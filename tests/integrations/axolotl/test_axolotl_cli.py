@@ -1,0 +1,114 @@
+"""Axolotl's own commands, each in a process of its own, as a user runs them."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from axolotl_runs import LORA, chat, configuration, multi_turn, write_config
+from paths import TESTS
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """A folder for PYTHONPATH with the tests' guard as an installed plugin."""
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "words_plugin.py").write_text(
+        "from conftest import WordsPlugin\nwords = WordsPlugin()\n"
+    )
+    info = folder / "words_plugin-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: words-plugin\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[star_dss]\nwords = words_plugin:words\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def start(site, tmp_path_factory):
+    """Starts a command of Axolotl; all share one score cache."""
+    environment = {
+        **os.environ,
+        "AXOLOTL_DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "STAR_DSS_CACHE": str(tmp_path_factory.mktemp("cache")),
+        "PYTHONPATH": os.pathsep.join([str(site), str(TESTS)]),
+    }
+
+    def start(*arguments):
+        # The program of this environment, whatever PATH says.
+        code = "from axolotl.cli.main import main; main()"
+        return subprocess.Popen(
+            [sys.executable, "-c", code, *map(str, arguments)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    return start
+
+
+def finished(process):
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out[-6000:]
+    return out
+
+
+def asked_the_guard(out):
+    return "STAR scores by test-words" in out
+
+
+def test_preprocess_train_evaluate_merge(start, tmp_path_factory, model_dir):
+    folder = tmp_path_factory.mktemp("run")
+    config = configuration(
+        folder,
+        model_dir,
+        datasets=[chat(folder / "chat.jsonl", multi_turn())],
+        val_set_size=4,
+        micro_batch_size=2,
+        **LORA,
+    )
+    path = write_config(folder, config)
+
+    # Two processes at once: whoever comes second waits for the first one's scores.
+    both = [start("preprocess", path) for _ in range(2)]
+    outs = [finished(process) for process in both]
+    assert sum(map(asked_the_guard, outs)) == 1
+    for out in outs:
+        assert re.search(r"scored the train data: 8 responses in \d+ prefixes; for 8 of them", out)
+
+    out = finished(start("train", path, "--launcher", "python", "--learning-rate", "0.005"))
+    assert not asked_the_guard(out)
+    assert out.count("STAR-DSS is active: loss_type=star_dss") == 1
+    for name in ("mean_score", "share_below_threshold", "ce", "kl", "kl_weight_mass"):
+        assert f"star_dss/{name}" in out
+    record = json.loads((folder / "out" / "star_dss.json").read_text())
+    assert record["options"]["chunk_size"] == 2
+    assert record["data"]["train"]["responses"] == 8
+    card = (folder / "out" / "README.md").read_text()
+    assert card.count("## STAR-DSS") == 1
+    assert "`test-words`, one score per 2 tokens" in card
+    assert (folder / "out" / "adapter_model.safetensors").is_file()
+
+    adapter = ("--lora-model-dir", folder / "out")
+    out = finished(start("evaluate", path, "--launcher", "python", *adapter))
+    assert not asked_the_guard(out)
+    assert "eval_star_dss/ce" in out
+    summary = (folder / "out" / "eval_summary.csv").read_text()
+    assert re.search(r"^star_dss/mean_score,0\.\d+,0\.\d+$", summary, flags=re.MULTILINE)
+
+    finished(start("merge-lora", path, *adapter))
+    assert (folder / "out" / "merged" / "model.safetensors").is_file()
+
+
+def test_a_run_that_must_not_start_does_not(start, tmp_path, model_dir):
+    config = configuration(tmp_path, model_dir, star_dss={"guard": "test-words", "chunk_sise": 5})
+    process = start("train", write_config(tmp_path, config), "--launcher", "python")
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert "chunk_sise" in out
+    assert "Extra inputs are not permitted" in out
+    assert not (tmp_path / "out" / "README.md").exists()

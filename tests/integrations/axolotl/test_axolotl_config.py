@@ -1,0 +1,281 @@
+"""The `star_dss:` block, and every way to ask for something that cannot work."""
+
+import functools
+import sys
+from dataclasses import fields
+from typing import get_type_hints
+
+import pytest
+from paths import ROOT
+
+pytest.importorskip("axolotl", reason="needs Axolotl: make test-axolotl")
+
+import torch
+import yaml
+from axolotl.integrations.base import BasePlugin, PluginManager
+from axolotl_runs import (
+    PLUGIN,
+    _light,  # noqa: F401
+    chat,
+    configuration,
+    data_of,
+    loaded,
+    single_turn,
+    trained,
+    trainer_of,
+)
+from star_dss_axolotl import StarDSSPlugin
+from star_dss_axolotl.args import StarDSSBlock, options_of
+from star_dss_axolotl.conflicts import conflicts
+
+from star_dss_plugin import ConfigError, StarDSSError, StarDSSOptions
+from star_dss_plugin.plugins import load_plugins
+
+EXAMPLES = sorted((ROOT / "examples" / "axolotl").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("option", fields(StarDSSOptions), ids=lambda f: f.name)
+def test_the_block_has_the_cores_options(option):
+    field = StarDSSBlock.model_fields[option.name]
+    assert field.default == option.default
+    assert field.annotation == get_type_hints(StarDSSOptions)[option.name]
+    assert field.description == option.metadata["help"]
+
+
+def test_the_block_has_no_other_options():
+    assert list(StarDSSBlock.model_fields) == [f.name for f in fields(StarDSSOptions)]
+    assert StarDSSOptions(**StarDSSBlock().model_dump()) == StarDSSOptions()
+
+
+def test_options_arrive_as_they_are_written(tmp_path, model_dir):
+    guard = {"preset": "test-words", "word": "dog", "safe": 0.75}
+    block = {"guard": guard, "chunk_size": 7, "kl_estimator": "k3", "threshold": 0.25}
+    options = options_of(loaded(tmp_path, configuration(tmp_path, model_dir, star_dss=block)))
+    assert options == StarDSSOptions(**block)
+    assert type(options.guard) is dict
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({"chunk_sise": 5}, "chunk_sise"),
+        ({"chunk_size": 0}, "chunk_size is 0; it must be an integer of at least 1"),
+        ({"chunk_size": True}, "chunk_size is True; it must be a number"),
+        ({"kl_coef": -1}, "kl_coef is -1"),
+        ({"threshold": 2}, "threshold is 2"),
+        ({"kl_estimator": "k4"}, "Unknown kl_estimator 'k4'"),
+        ({"loss_type": "star-dss"}, "Did you mean 'star_dss'"),
+        ({"guard": "test-word"}, "Did you mean 'test-words'"),
+        ({"segmenter": "token"}, "Did you mean 'tokens'"),
+        ({"reference": "adapters"}, "Did you mean 'adapter'"),
+        (["guard"], "star_dss"),
+    ],
+)
+def test_a_wrong_block_stops_the_configuration(tmp_path, model_dir, block, message):
+    given = {"guard": "test-words", **block} if isinstance(block, dict) else block
+    with pytest.raises(ValueError, match=message):
+        loaded(tmp_path, configuration(tmp_path, model_dir, star_dss=given))
+
+
+REFUSED = [
+    {"rl": "dpo"},
+    {"reward_model": True},
+    {"process_reward_model": True},
+    {"use_eaft": True},
+    {"orpo_alpha": 0.1},
+    {"trainer_cls": "transformers.Trainer"},
+    {"relora": True},
+    {"batch_flattening": True},
+    {"batch_flattening": "auto"},
+    {"streaming": True},
+    {"pretraining_dataset": "text"},
+    {"skip_prepare_dataset": True},
+    {"train_on_inputs": True},
+    {"use_pose": True},
+    {"processor_type": "AutoProcessor"},
+    {"fsdp_config": {"reshard_after_forward": True}},
+    {"deepspeed": "zero3.json"},
+    {"liger_fused_linear_cross_entropy": True},
+    {"cut_cross_entropy": True},
+    {"context_parallel_size": 2},
+    {"tensor_parallel_size": 2},
+    {"plugins": [PLUGIN, "axolotl.integrations.kd.KDPlugin"]},
+    {"plugins": [PLUGIN, "axolotl.integrations.diffusion.DiffusionPlugin"]},
+    {"plugins": [PLUGIN, "axolotl.integrations.hatchery.HatcheryPlugin"]},
+    {"plugins": [PLUGIN, "axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"]},
+    {"datasets": [{"path": "x", "type": "chat_template", "roles_to_train": ["user"]}]},
+    {"datasets": [{"path": "x", "type": "chat_template", "roles_to_train": "user"}]},
+    {"test_datasets": [{"path": "x", "type": "chat_template", "roles_to_train": ["tool"]}]},
+]
+
+
+def name_of(change):
+    (key, value), *_ = change.items()
+    return f"{key}={value[-1]}" if key == "plugins" else key
+
+
+@pytest.mark.parametrize("change", REFUSED, ids=name_of)
+def test_a_conflict_stops_the_configuration(tmp_path, model_dir, change):
+    config = configuration(tmp_path, model_dir, **change)
+    (found,) = conflicts(config)
+    assert found.startswith("STAR-DSS cannot be used with ")
+    with pytest.raises(ConfigError, match="STAR-DSS cannot be used with"):
+        StarDSSPlugin().register(config)
+    if "plugins" not in change:  # those plugins need what is not installed
+        with pytest.raises(ConfigError, match="STAR-DSS cannot be used with"):
+            loaded(tmp_path, config)
+
+
+def test_the_conflicts_are_all_listed_at_once(tmp_path, model_dir):
+    config = configuration(tmp_path, model_dir, relora=True, train_on_inputs=True)
+    with pytest.raises(ConfigError, match="(?s)relora: True.*train_on_inputs: True"):
+        loaded(tmp_path, config)
+
+
+@pytest.mark.parametrize(
+    "roles", [None, ["assistant"], ["gpt"], ["assistant", "gpt"]], ids=lambda r: str(r)
+)
+def test_training_the_assistant_is_no_conflict(roles):
+    assert conflicts({"datasets": [{"path": "x", "roles_to_train": roles}]}) == []
+
+
+def test_roles_by_other_names():
+    dataset = {"path": "x", "roles": {"assistant": ["bot"]}, "roles_to_train": ["bot"]}
+    assert conflicts({"datasets": [dataset]}) == []
+    dataset["roles"] = {"assistant": ["gpt"], "user": ["bot"]}
+    assert len(conflicts({"datasets": [dataset]})) == 1
+
+
+def test_packing_whose_attention_mixes_rows_is_refused(tmp_path, model_dir, monkeypatch):
+    from axolotl.utils.schemas.config import AxolotlInputConfig
+
+    monkeypatch.setattr(
+        AxolotlInputConfig, "attn_decontaminates_packing", property(lambda self: False)
+    )
+    with pytest.raises(ValueError, match="rows of one pack would read each other"):
+        loaded(tmp_path, configuration(tmp_path, model_dir, sample_packing=True))
+
+
+@pytest.mark.parametrize("name", [PLUGIN, "star_dss_axolotl.plugin.StarDSSPlugin"])
+def test_the_plugin_without_its_block_stops(tmp_path, model_dir, name):
+    with pytest.raises(ConfigError, match="no star_dss block"):
+        loaded(tmp_path, configuration(tmp_path, model_dir, star_dss=None, plugins=[name]))
+
+
+def test_an_import_error_inside_the_plugin_stops(tmp_path, model_dir, monkeypatch):
+    """Axolotl would log an ImportError and train without the plugin."""
+    monkeypatch.delitem(sys.modules, "star_dss_axolotl")
+    monkeypatch.delitem(sys.modules, "star_dss_axolotl.plugin", raising=False)
+    monkeypatch.setitem(sys.modules, "star_dss_axolotl.conflicts", None)
+    with pytest.raises(RuntimeError, match="must not go on without the STAR-DSS loss"):
+        loaded(tmp_path, configuration(tmp_path, model_dir))
+
+
+class OtherTrainer(BasePlugin):
+    def get_trainer_cls(self, cfg):
+        from axolotl.core.trainers.base import AxolotlTrainer
+
+        return AxolotlTrainer
+
+
+class OtherLoader(BasePlugin):
+    def load_datasets(self, cfg, preprocess=False):
+        from axolotl.common.datasets import load_datasets
+
+        return load_datasets(cfg=cfg)
+
+
+class OtherCollator(BasePlugin):
+    def get_collator_cls_and_kwargs(self, cfg, is_eval=False):
+        return Reversed, {}
+
+
+class Reversed:
+    """A collator that moves tokens."""
+
+    def __init__(self, tokenizer, **kwargs):
+        from transformers import DataCollatorForSeq2Seq
+
+        self.inner = DataCollatorForSeq2Seq(tokenizer)
+
+    def __call__(self, features):
+        return {name: values.flip(1) for name, values in self.inner(features).items()}
+
+
+class Stock(BasePlugin):
+    """Puts the stock loss back when everything is set up."""
+
+    def post_trainer_create(self, cfg, trainer):
+        from axolotl.core.trainers.base import AxolotlTrainer
+
+        trainer.compute_loss = lambda model, inputs, **kwargs: AxolotlTrainer.compute_loss(
+            trainer, model, {k: inputs[k] for k in ("input_ids", "attention_mask", "labels")}
+        )
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (OtherTrainer, "made a AxolotlTrainer and not the trainer of STAR-DSS"),
+        (OtherLoader, "loads the data too"),
+        (OtherCollator, "does not keep the scored tokens in place"),
+        (Stock, "Something replaces compute_loss"),
+    ],
+)
+def test_another_plugin_that_wins_stops_the_run(tmp_path, model_dir, monkeypatch, other, message):
+    monkeypatch.setattr("axolotl_runs.Other", other, raising=False)
+    config = configuration(tmp_path, model_dir, plugins=["axolotl_runs.Other", PLUGIN])
+    steps = []
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: steps.append(self))
+    with pytest.raises(StarDSSError, match=message):
+        trained(tmp_path, config)
+    assert steps == []
+
+
+def test_a_run_without_a_guard_stops(tmp_path, model_dir):
+    with pytest.raises(ConfigError, match="No guard was given"):
+        data_of(loaded(tmp_path, configuration(tmp_path, model_dir, star_dss={"chunk_size": 5})))
+
+
+def test_a_fused_loss_that_a_kernel_brings_stops(tmp_path, model_dir):
+    trainer = trainer_of(tmp_path, configuration(tmp_path, model_dir))
+    forward = trainer.model.forward
+
+    @functools.wraps(forward)
+    def fused(*args, **kwargs):
+        outputs = forward(*args, **kwargs)
+        outputs.logits = None
+        return outputs
+
+    trainer.model.forward = fused
+    with pytest.raises(StarDSSError, match="Switch off what fuses the loss"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_configuration_without_the_plugin_is_left_alone(tmp_path, model_dir):
+    """In a process that has used the plugin before."""
+    loaded(tmp_path, configuration(tmp_path, model_dir))
+    manager = PluginManager.get_instance()
+    (plugin,) = manager.plugins.values()
+    plain = {"plugins": ["axolotl.integrations.liger.LigerPlugin"]}
+    plugin.register(plain)
+    assert plugin.load_datasets(plain) is None
+    assert plugin.get_trainer_cls(plain) is None
+    plugin.post_trainer_create(plain, object())
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
+def test_the_examples_are_valid(path, tmp_path, model_dir):
+    """With the machine's model and data in place of those that would be downloaded."""
+    config = yaml.safe_load(path.read_text())
+    block = dict(config["star_dss"])
+    assert block["guard"] in load_plugins().names("guard")
+    local = chat(tmp_path / "chat.jsonl", single_turn())
+    config |= {"base_model": str(model_dir), "datasets": [local], "bf16": False, "tf32": False}
+    options = options_of(loaded(tmp_path, config))
+    assert options == StarDSSOptions(**block)
+
+
+def test_there_are_three_examples():
+    assert len(EXAMPLES) == 3

@@ -1,0 +1,124 @@
+"""The inverse of a chat template: right, or not used."""
+
+import pytest
+
+pytest.importorskip("axolotl", reason="needs Axolotl: make test-axolotl")
+
+from axolotl.utils.chat_templates.base import _CHAT_TEMPLATES
+from axolotl_runs import _light  # noqa: F401
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from star_dss_axolotl.messages import TemplateInverse
+
+from star_dss_plugin.data.conversations import render_chat
+from star_dss_plugin.errors import DataError
+
+CONVERSATION = [
+    {"role": "user", "content": "How do I whittle a spoon?"},
+    {"role": "assistant", "content": "Use green wood.\n\nCut away from you."},
+    {"role": "user", "content": "Which knife?"},
+    {"role": "assistant", "content": "A short one."},
+]
+# What must stay invertible; a template that is not is read as a raw prompt.
+INVERTED = {
+    "alpaca",
+    "chatml",
+    "cohere",
+    "exaone",
+    "falcon_h1",
+    "gemma",
+    "llama3",
+    "llama4",
+    "metharme",
+    "mistral_v1",
+    "mistral_v2v3",
+    "mistral_v3_tekken",
+    "phi_3",
+    "phi_35",
+    "qwen3",
+    "qwen_25",
+}
+
+
+def templates():
+    return sorted(name for name, text in _CHAT_TEMPLATES.items() if isinstance(text, str))
+
+
+@pytest.mark.parametrize("name", templates())
+@pytest.mark.parametrize("turns", [2, 4])
+def test_it_is_right_or_silent(tokenizer, name, turns):
+    known = CONVERSATION[:turns]
+    template = _CHAT_TEMPLATES[name]
+    inverse = TemplateInverse(tokenizer, template)
+    try:
+        text = render_chat(tokenizer, known, chat_template=template)
+    except DataError:
+        assert not inverse.reliable
+        return
+    found = inverse.messages(text)
+    assert found is None or found[-turns:] == known
+    if name in INVERTED:
+        assert found == known
+
+
+def test_most_templates_can_be_inverted(tokenizer):
+    good = [n for n in templates() if TemplateInverse(tokenizer, _CHAT_TEMPLATES[n]).reliable]
+    assert set(good) >= INVERTED, sorted(INVERTED - set(good))
+
+
+FORGETFUL = (  # writes the last two turns only
+    "{% for m in messages[-2:] %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+)
+UPPER = "{% for m in messages %}[{{ m.role }}]{{ m.content | upper }}{% endfor %}"
+NO_MARKS = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [FORGETFUL, UPPER, NO_MARKS])
+def test_a_template_that_loses_something_is_not_inverted(tokenizer, template):
+    inverse = TemplateInverse(tokenizer, template)
+    assert not inverse.reliable
+    assert inverse.messages(render_chat(tokenizer, CONVERSATION, chat_template=template)) is None
+
+
+def test_a_default_system_turn_is_not_a_message(tokenizer):
+    template = (
+        "{% if messages[0].role != 'system' %}<|im_start|>system\nBe nice.<|im_end|>\n{% endif %}"
+        + tokenizer.chat_template
+    )
+    inverse = TemplateInverse(tokenizer, template)
+    with_system = [{"role": "system", "content": "Be brief."}, *CONVERSATION]
+    for known in (CONVERSATION, with_system):
+        assert inverse.messages(render_chat(tokenizer, known, chat_template=template)) == known
+
+
+def test_text_of_another_template_is_not_inverted(tokenizer):
+    inverse = TemplateInverse(tokenizer, tokenizer.chat_template)
+    assert inverse.messages("### Instruction:\nHow?\n### Response:\nSo.") is None
+    assert inverse.messages("") is None
+
+
+def test_a_cut_conversation_gives_its_messages(tokenizer):
+    text = render_chat(tokenizer, CONVERSATION, chat_template=tokenizer.chat_template)
+    inverse = TemplateInverse(tokenizer, tokenizer.chat_template)
+    for cut in range(text.index("Use"), len(text)):
+        found = inverse.messages(text[:cut])
+        # The last one may be cut, and its role may not be known yet.
+        assert found[:-1] == CONVERSATION[: len(found) - 1]
+        assert CONVERSATION[len(found) - 1]["content"].startswith(found[-1]["content"])
+
+
+words = st.text(st.sampled_from("ab \n:#<|>[]{}1"), min_size=1, max_size=20).map(str.strip)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(st.tuples(words, words), min_size=1, max_size=3), st.booleans())
+def test_what_was_said_comes_back(tokenizer, pairs, system):
+    said = [{"role": "system", "content": "be kind"}] if system else []
+    for question, answer in pairs:
+        said += [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+    text = render_chat(tokenizer, said, chat_template=tokenizer.chat_template)
+    found = TemplateInverse(tokenizer, tokenizer.chat_template).messages(text)
+    assert found == said

@@ -1,0 +1,231 @@
+"""What users do with a trainer beside and after making it: the loss stays, or they are told."""
+
+import logging
+import os
+
+import pytest
+import torch
+from datasets import Dataset
+
+pytest.importorskip("trl")
+
+from accelerate.state import AcceleratorState
+from conftest import tiny_llama
+from peft import get_peft_model
+from star_dss_trl import StarDSSTrainer
+from trl import SFTConfig, SFTTrainer
+from trl_runs import (
+    ANSWERS,
+    PROMPTS,
+    arguments,
+    conversations,
+    history,
+    lora_config,
+    make,
+    prompt_completion,
+)
+
+from star_dss_plugin import ConfigError, StarDSSError, attach
+from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("compute_loss_func", lambda outputs, labels: outputs.logits.sum(), "compute_loss_func is"),
+        ("args.label_smoothing_factor", 0.1, "label_smoothing_factor is 0.1"),
+    ],
+)
+def test_a_setting_that_comes_later_is_refused(tmp_path, tokenizer, name, value, message):
+    trainer = make(tmp_path, tokenizer)
+    owner, _, attribute = name.rpartition(".")
+    setattr(getattr(trainer, owner) if owner else trainer, attribute, value)
+    with pytest.raises(ConfigError, match=message):
+        trainer.train()
+
+
+@pytest.mark.parametrize("options", [{"reference": "adapter"}, {"kl_estimator": "full"}])
+def test_what_is_frozen_in_an_adapter_stays_so(tmp_path, tokenizer, options):
+    model = get_peft_model(tiny_llama(len(tokenizer)), lora_config())
+    for name, parameter in model.named_parameters():
+        if "layers.0." in name or "lora_A" in name:
+            parameter.requires_grad_(False)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if n not in trained}
+    assert trained
+    assert any("lora" in name for name in before)
+    trainer = make(tmp_path, tokenizer, model=model, **options)
+    trainer.train()
+    after = dict(trainer.model.named_parameters())
+    assert {name for name, p in after.items() if p.requires_grad} == trained
+    assert all(torch.equal(after[name], values) for name, values in before.items())
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "wrapped"])
+def test_packed_data_is_evaluated_while_it_trains(tmp_path, tokenizer, strategy):
+    trainer = StarDSSTrainer(
+        tiny_llama(len(tokenizer)),
+        args=arguments(
+            tmp_path,
+            packing=True,
+            packing_strategy=strategy,
+            max_length=48,
+            eval_strategy="steps",
+            eval_steps=1,
+        ),
+        train_dataset=prompt_completion(),
+        eval_dataset=conversations(),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    losses = [h["eval_loss"] for h in trainer.state.log_history if "eval_loss" in h]
+    assert len(losses) == 3
+    assert trainer.evaluate(trainer.train_dataset)["eval_loss"] > 0
+
+
+class Unshaped(StarDSSTrainer):
+    """A subclass that returns the host's loss."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        super().compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
+        bare = {k: v for k, v in inputs.items() if k not in (SCORES_COLUMN, REF_COLUMN)}
+        return SFTTrainer.compute_loss(self, model, bare, return_outputs, num_items_in_batch)
+
+
+def test_rows_without_trained_tokens_prove_nothing(tmp_path, tokenizer):
+    ids = tokenizer("no! it is a bad word")["input_ids"]
+    rows = [{"input_ids": ids, "labels": [-100] * len(ids)}] * 33
+    rows += [{"input_ids": ids, "labels": [-100, -100, *ids[2:]]}] * 8
+    settings = {"dataset_kwargs": {"skip_prepare_dataset": True}}
+    data = Dataset.from_list(rows)
+    make(tmp_path, tokenizer, data, **settings).train()
+    wrong = Unshaped(
+        tiny_llama(len(tokenizer)),
+        args=arguments(tmp_path, **settings),
+        train_dataset=data,
+        processing_class=tokenizer,
+    )
+    with pytest.raises(StarDSSError, match="the STAR-DSS loss is not the one"):
+        wrong.train()
+
+
+def test_another_model_than_the_references_is_refused(tmp_path, tokenizer):
+    trainer = make(tmp_path, tokenizer)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.mul_(3.0)
+    with pytest.raises(StarDSSError, match="not the one that the reference was made of"):
+        trainer.train()
+
+
+def test_training_goes_on_where_it_ended(tmp_path, tokenizer):
+    trainer = make(tmp_path, tokenizer, learning_rate=0.3)
+    trainer.train()
+    trainer.train()
+
+
+def test_a_model_that_is_made_by_every_call_is_no_reference(tmp_path, tokenizer):
+    trainer = SFTTrainer(
+        tiny_llama(len(tokenizer)),
+        args=arguments(tmp_path, SFTConfig),
+        train_dataset=prompt_completion(),
+        processing_class=tokenizer,
+    )
+    trainer.model_init = lambda: tiny_llama(len(tokenizer))
+    with pytest.raises(ConfigError, match="model_init is given"):
+        attach(trainer, guard="test-words")
+
+
+def test_evaluation_data_that_takes_anothers_place_is_scored(tmp_path, tokenizer):
+    trainer = make(tmp_path, tokenizer)
+    trainer.eval_dataset = trainer.train_dataset.remove_columns([SCORES_COLUMN, REF_COLUMN])
+    assert trainer.evaluate()["eval_loss"] == trainer.evaluate(trainer.train_dataset)["eval_loss"]
+
+
+def test_a_prompt_of_text_is_no_response(tmp_path, tokenizer, caplog):
+    rows = [{"prompt": p, "completion": a} for p, a in zip(PROMPTS, ANSWERS, strict=True)]
+    usual = make(tmp_path, tokenizer, Dataset.from_list(rows))
+    with caplog.at_level(logging.WARNING):
+        all_tokens = make(tmp_path, tokenizer, Dataset.from_list(rows), completion_only_loss=False)
+    assert f"In {len(rows)} of {len(rows)} conversations what the user says" in caplog.text
+    for column in ("labels", SCORES_COLUMN):
+        assert all_tokens.train_dataset[:][column] == usual.train_dataset[:][column]
+
+
+def test_a_line_of_the_users_own_takes_no_metrics(tmp_path, tokenizer):
+    trainer = make(tmp_path, tokenizer)
+    trainer.train()
+    trainer.log({"mine": 1.0})
+    assert set(trainer.state.log_history[-1]) == {"mine", "epoch", "step"}
+
+
+# While it traces TRL's fused head.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_compiled_model_trains_the_same(tmp_path, tokenizer, monkeypatch):
+    found = []
+    for more in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        trainer = make(tmp_path, tokenizer, **more)
+        trainer.train()
+        found.append(torch.tensor(history(trainer)))
+    # What accelerate keeps of it, for all trainers of the process.
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_DYNAMO")]:
+        monkeypatch.delenv(name)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_the_trainers_own_loss_is_not_attached(tmp_path, tokenizer):
+    trainer = make(tmp_path, tokenizer, cls=SFTTrainer)
+    with pytest.raises(ConfigError, match="with which nothing is shaped"):
+        attach(trainer, guard="test-words", loss_type="nll")
+    assert type(trainer) is SFTTrainer
+
+
+def test_a_guard_that_is_not_asked_is_said(tmp_path, tokenizer, caplog):
+    scored = make(tmp_path, tokenizer).train_dataset
+    with caplog.at_level(logging.WARNING):
+        make(tmp_path, tokenizer, scored)
+    assert "brings its scores" not in caplog.text
+    with caplog.at_level(logging.WARNING):
+        make(tmp_path, tokenizer, scored, chunk_size=9)
+    assert "The train data set brings its scores" in caplog.text
+
+
+def test_a_data_set_without_the_references_values_is_refused(tmp_path, tokenizer):
+    trainer = make(tmp_path, tokenizer)
+    trainer.train_dataset = trainer.train_dataset.remove_columns(REF_COLUMN)
+    with pytest.raises(StarDSSError, match=f"its batches have no '{REF_COLUMN}'"):
+        trainer.train()
+
+
+def test_a_column_of_somebody_elses_is_not_read(tmp_path, tokenizer):
+    data = prompt_completion()
+    data = data.add_column(REF_COLUMN, [-1.5] * len(data))
+    trainer = make(tmp_path, tokenizer, data, loss_type="rejection")
+    trainer.train()
+    assert REF_COLUMN not in trainer.train_dataset.column_names
+
+
+@pytest.mark.filterwarnings("ignore:`return_outputs=True`:FutureWarning")  # of predict in TRL
+def test_a_prediction_leaves_nothing_in_the_next_evaluation(tmp_path, tokenizer):
+    trainer = make(tmp_path, tokenizer)
+    one, other = (trainer.train_dataset.select([i]) for i in (0, 1))
+    trainer.evaluate(other)
+    alone = trainer.state.log_history[-1]["eval_star_dss/mean_score"]
+    trainer.predict(one)
+    trainer.evaluate(other)
+    assert trainer.state.log_history[-1]["eval_star_dss/mean_score"] == alone
+
+
+def test_each_of_several_evaluation_sets_has_its_own_metrics(tmp_path, tokenizer):
+    trainer = StarDSSTrainer(
+        tiny_llama(len(tokenizer)),
+        args=arguments(tmp_path, eval_strategy="steps", eval_steps=3),
+        train_dataset=prompt_completion(),
+        processing_class=tokenizer,
+        eval_dataset={"a": prompt_completion(), "b": conversations()},
+    )
+    trainer.train()
+    logged = {name for line in trainer.state.log_history for name in line}
+    assert {"eval_a_star_dss/mean_score", "eval_b_star_dss/mean_score"} <= logged
+    assert "eval_star_dss/mean_score" not in logged

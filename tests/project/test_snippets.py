@@ -1,0 +1,333 @@
+"""What the README and the documentation show runs: Python, YAML, TOML and command lines.
+
+Python is executed, against a tiny model in place of the named one and a guard that reads words in
+place of the named guard. YAML goes through our configuration, commands through the real parser, so
+that a name, a flag or an argument that no longer exists fails here.
+"""
+
+import ast
+import importlib
+import inspect
+import itertools
+import json
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import tiny_llama
+from datasets import Dataset
+from paths import ROOT
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from typer.main import get_command
+
+import star_dss_plugin
+from star_dss_plugin import StarDSSOptions
+from star_dss_plugin.cli import app as cli
+from star_dss_plugin.data.reading import load_tokenizer, write_dataset
+from star_dss_plugin.hookspecs import ENTRY_POINT_GROUP
+from star_dss_plugin.plugins import HOOK_KINDS, Origin, Plugins
+
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "integrations").glob("*/README.md")),
+]
+FENCE = re.compile(r"^ *```(\w*)[^\n]*\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
+
+
+def blocks(language):
+    found = []
+    for page in PAGES:
+        for match in FENCE.finditer(page.read_text(encoding="utf-8")):
+            if match[1] == language:
+                line = page.read_text(encoding="utf-8")[: match.start()].count("\n") + 1
+                name = f"{page.relative_to(ROOT)}:{line}"
+                found.append(pytest.param(match[2], id=name))
+    return found
+
+
+def pages_without_fences():
+    for page in PAGES:
+        yield page.relative_to(ROOT), FENCE.sub("", page.read_text(encoding="utf-8"))
+
+
+# Python
+
+BOUND_ONLY = {
+    'engine="http://gpu-7:8000"': "asks a server; test_server_engine.py runs one",
+}
+
+PAIRS = [("how are you?", " i am fine, thank you."), ("is this bad?", " no! a bad word.")] * 20
+CHAT = [
+    {"messages": [{"role": "user", "content": p}, {"role": "assistant", "content": a}]}
+    for p, a in PAIRS
+]
+SMALL = 'output_dir="out", bf16=False, use_cpu=True, max_steps=1, report_to="none"'
+
+
+def jsonl(rows) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.fixture
+def room(tmp_path, monkeypatch):
+    """A folder with the files that the snippets read."""
+    monkeypatch.chdir(tmp_path)
+    Path("chat.jsonl").write_text(jsonl(CHAT))
+    Path("pairs.jsonl").write_text(jsonl({"prompt": p, "completion": a} for p, a in PAIRS))
+    return tmp_path
+
+
+def write_scored(model_dir, *, shards: bool):
+    if shards:
+        from star_dss_plugin.scoring import shards as job
+
+        begun = job.begin(
+            "chat.jsonl", str(model_dir), Path("scored"), guard="test-words", shard_rows=30
+        )
+        job.score_shards(begun, progress=False)
+        job.finish(begun)
+    else:
+        scored = star_dss_plugin.score_dataset(
+            Dataset.from_list(CHAT),
+            load_tokenizer(str(model_dir)),
+            guard="test-words",
+            progress=False,
+        )
+        write_dataset(scored, Path("scored"))
+
+
+def stand_ins(source, tokenizer) -> dict:
+    """What the snippets take for granted: the public names, and what a user's script would have."""
+    names = {n: getattr(star_dss_plugin, n) for n in star_dss_plugin.__all__}
+    policy, reference = tiny_llama(len(tokenizer)), tiny_llama(len(tokenizer))
+    names |= {
+        "dataset": Dataset.from_list(CHAT),
+        "tokenizer": tokenizer,
+        "policy": policy,
+        "reference": reference,
+        "optimizer": torch.optim.SGD(policy.parameters(), lr=1e-3),
+        "my_prompts": ["is this bad?"],
+        "tasks": Dataset.from_list(CHAT),
+        "harmful": Dataset.from_list(CHAT[1:2]),
+    }
+    if "lora" in source:
+        from peft import LoraConfig
+
+        names["lora"] = LoraConfig(r=2, task_type="CAUSAL_LM", target_modules="all-linear")
+    if "trainer.add_callback" in source:
+        names["trainer"] = Trainer(
+            policy,
+            args=TrainingArguments("out", report_to="none", use_cpu=True),
+            train_dataset=Dataset.from_list([{"input_ids": [5, 6], "labels": [5, 6]}]),
+            data_collator=DataCollatorForSeq2Seq(tokenizer),
+            processing_class=tokenizer,
+        )
+    return names
+
+
+def bind_calls(source: str) -> int:
+    """Checks the arguments of every call of a public name against its signature."""
+    bound = 0
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            target = getattr(star_dss_plugin, node.func.id)
+            keywords = {k.arg: k.value for k in node.keywords}
+            inspect.signature(target).bind(*node.args, **keywords)
+            bound += 1
+    return bound
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
+@pytest.mark.parametrize("source", blocks("python"))
+def test_python_runs(source, room, tokenizer, model_dir):
+    if any(mark in source for mark in BOUND_ONLY):
+        assert bind_calls(source)
+        return
+    if re.search(r"\b(trl|star_dss_trl|lora)\b", source):
+        pytest.importorskip("trl")
+        pytest.importorskip("peft")
+    if '"scored"' in source:
+        write_scored(model_dir, shards="load_scored" in source)
+    source = source.replace('"Qwen/Qwen3-0.6B"', repr(str(model_dir)))
+    source = re.sub(r'"(qwen3guard-gen-0\.6b|demo)"', '"test-words"', source)
+    source = source.replace('output_dir="out"', SMALL)
+    names = stand_ins(source, tokenizer)
+    exec(compile(source, "snippet", "exec"), names)
+    if isinstance(names.get("guard"), dict):
+        StarDSSOptions(guard=names["guard"]).validate()
+    if hooks := {hook for hook in HOOK_KINDS if hook in names}:
+        module = type("Module", (), {h: staticmethod(names[h]) for h in hooks})
+        plugins = Plugins()
+        plugins.register(module, Origin("shown", "docs", "0"))
+        assert sum(map(len, plugins.listing()[0].names.values())) + len(plugins.integrations())
+
+
+def test_every_way_in_is_shown():
+    shown = "".join(block.values[0] for block in blocks("python"))
+    for call in ("StarDSSTrainer(", "attach(", "star_dss_loss(", "score_dataset(", " Trainer("):
+        assert call in shown
+
+
+# YAML and TOML
+
+YAMLS = [
+    *blocks("yaml"),
+    *(
+        pytest.param(path.read_text(), id=str(path.relative_to(ROOT)))
+        for path in sorted((ROOT / "examples").rglob("*.yaml"))
+    ),
+]
+
+
+@pytest.mark.parametrize("text", YAMLS)
+def test_yaml_is_what_we_read(text, tmp_path):
+    found = yaml.safe_load(text)
+    if "apiVersion" in found:
+        command = shlex.split(found["spec"]["entrypoint"])
+        check_command("entrypoint", command)
+    elif "star_dss" in found:
+        (plugin,) = found["plugins"]
+        source = (ROOT / "integrations" / "star_dss_axolotl" / "args.py").read_text()
+        assert f'PLUGIN = "{plugin}"' in source
+        StarDSSOptions(**found["star_dss"]).validate()
+    elif "model_name_or_path" in found:
+        pytest.importorskip("trl")
+        from star_dss_trl import sft
+
+        config = tmp_path / "run.yaml"
+        config.write_text(text + "\nbf16: false\nuse_cpu: true\n")
+        _, args, _, _ = sft.parse(["--config", str(config)])
+        assert args.guard == found["guard"]
+        assert args.star_dss_active
+    else:
+        StarDSSOptions(**found).validate()
+
+
+@pytest.mark.parametrize("text", blocks("toml"))
+def test_toml_names_our_entry_points(text):
+    assert ENTRY_POINT_GROUP in tomllib.loads(text)["project"]["entry-points"]
+
+
+# Command lines
+
+
+def commands():
+    """Every line of code that is a command, continued lines joined, and inline ones."""
+    found = []
+    for page, text in pages_without_fences():
+        lines = re.sub(r" *\\\n *", " ", text)
+        for line in re.findall(r"^    (\S.*)$", lines, flags=re.MULTILINE):
+            found.append((str(page), line, False))
+        for code in re.findall(r"`(star-dss [^`]+)`", text):
+            found.append((str(page), " ".join(code.split()), True))
+    for block in blocks("bash"):
+        for line in re.sub(r" *\\\n *", " ", block.values[0]).splitlines():
+            found.append((str(block.id), line, False))
+    return found
+
+
+def words_of(line: str) -> list[str]:
+    try:
+        return shlex.split(line, comments=True)
+    except ValueError:  # a drawing or a sentence
+        return []
+
+
+OURS = [(page, line, inline) for page, line, inline in commands() if "star-dss" in words_of(line)]
+
+
+def check_command(where: str, words: list[str], *, partial: bool = False) -> None:
+    """Parses `star-dss …` with the command's own parser, without running it."""
+    words = words[words.index("star-dss") + 1 :]
+    command, path = get_command(cli.app), ["star-dss"]
+    while hasattr(command, "commands") and words and not words[0].startswith("-"):
+        assert words[0] in command.commands, f"{where}: no command {' '.join(path)} {words[0]}"
+        path.append(words.pop(0))
+        command = command.commands[path[-1]]
+    if "…" in words:
+        # What a page leaves out is left out here; "--guard …" keeps its value.
+        kept = [w != "…" or before.startswith("-") for before, w in zip(["", *words], words)]
+        words = list(itertools.compress(words, kept))
+        partial = True
+    if path[-1] == "sft":
+        return
+    try:
+        if partial:
+            context = command.make_context(path[-1], [], resilient_parsing=True)
+            context.resilient_parsing = False  # for what is missing only
+            # Prose names an option without its value: it gets one.
+            command.make_parser(context).parse_args([*words, "1"])
+        else:
+            command.make_context(path[-1], list(words))
+    except Exception as error:
+        pytest.fail(f"{where}: star-dss {' '.join(path[1:])}: {error}")
+
+
+@pytest.mark.parametrize(("page", "line", "inline"), OURS)
+def test_commands_are_parsed(page, line, inline):
+    if "COMMAND" not in line:
+        check_command(f"{page}: {line}", words_of(line), partial=inline)
+
+
+@pytest.mark.parametrize(
+    "line", ["star-dss scor x", "star-dss score x --gard y …", "star-dss report"]
+)
+def test_a_wrong_command_line_is_noticed(line):
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        check_command("here", line.split())
+
+
+def test_the_flags_of_sft_are_parsed(tmp_path):
+    pytest.importorskip("trl")
+    from star_dss_trl import sft
+
+    config = tmp_path / "run.yaml"
+    config.write_text((ROOT / "examples" / "sft.yaml").read_text() + "bf16: false\nuse_cpu: true\n")
+    shown = [words_of(line) for _, line, inline in OURS if "star-dss sft" in line and not inline]
+    assert shown
+    for words in shown:
+        words = words[words.index("sft") + 1 :]
+        words[words.index("--config") + 1] = str(config)
+        sft.parse(words)
+
+
+def test_what_is_installed_and_made_exists():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    makefile = (ROOT / "Makefile").read_text()
+    seen = set()
+    for page, text in pages_without_fences():
+        for extras in re.findall(r"star-dss-plugin\[([\w,]+)\]", text):
+            assert set(extras.split(",")) <= set(project["optional-dependencies"]), page
+            seen.add("extra")
+        for target in re.findall(r"(?:^    |`)make ([\w-]+)", text, flags=re.MULTILINE):
+            assert f"\n{target}:" in makefile, f"{page}: make {target}"
+            seen.add("make")
+        for script in re.findall(r"python ((?:benchmarks|scripts|examples)/\S+?\.py)", text):
+            assert (ROOT / script).is_file(), f"{page}: {script}"
+            seen.add("script")
+        for module in re.findall(r"launch (?:--\S+ \d+ )?-m ([\w.]+)", text):
+            path = ROOT / "integrations" / (module.replace(".", "/") + ".py")
+            assert path.is_file(), f"{page}: {module}"
+            seen.add("module")
+        for session in re.findall(r"nox -s ([\w-]+)", text):
+            assert f'name="{session}"' in (ROOT / "noxfile.py").read_text(), f"{page}: {session}"
+            seen.add("session")
+    assert seen == {"extra", "make", "script", "module", "session"}
+
+
+def test_names_in_the_text_exist():
+    """`star_dss_plugin.x.y` in prose and in the site's directives is something."""
+    for page, text in ((p, p.read_text()) for p in PAGES):
+        for name in set(re.findall(r"\bstar_dss_plugin(?:\.\w+)+", text)):
+            *module, attribute = name.split(".")
+            if attribute in ("py", "safetensors"):
+                continue
+            try:
+                importlib.import_module(name)
+            except ImportError:
+                assert hasattr(importlib.import_module(".".join(module)), attribute), (page, name)

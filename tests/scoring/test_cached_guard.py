@@ -1,0 +1,51 @@
+"""Asking a guard for what the cache does not hold."""
+
+import threading
+
+from star_dss_plugin.errors import GuardError
+from star_dss_plugin.guards.base import Guard, PrefixRequest, Trajectory
+from star_dss_plugin.scoring.cached_guard import Asking
+from star_dss_plugin.scoring.ranks import Share
+
+
+class Eights(Guard):
+    """Takes batches of eight; cannot score what ends with an exclamation mark."""
+
+    name = "eights"
+    identity = {"kind": "eights"}
+
+    def __init__(self):
+        self.scored = 0
+
+    def plan(self, requests):
+        return [list(range(len(requests)))[i : i + 8] for i in range(0, len(requests), 8)]
+
+    def trajectories(self, requests):
+        for index, request in enumerate(requests):
+            if request.text.endswith("!"):
+                raise GuardError("too long", request=index)
+        self.scored += len(requests)
+        return [Trajectory((0.5,)) for _ in requests]
+
+
+def test_processes_do_not_ask_again_for_what_stood_beside_a_failure(tmp_path):
+    texts = [f"{i}{'!' if i % 16 == 0 else ''}" for i in range(64)]
+    requests = {f"{i:064x}": PrefixRequest((), t, (len(t),)) for i, t in enumerate(texts)}
+    rows = {key: i for i, key in enumerate(requests)}
+    meet = threading.Barrier(4).wait
+    guards, found = [Eights() for _ in range(4)], [None] * 4
+
+    def ask(index):
+        asking = Asking(
+            requests, rows, tmp_path, progress=False, strict=False, share=Share(index, 4, meet)
+        )
+        found[index] = asking.trajectories(guards[index])
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(guard.scored for guard in guards) == 60
+    expected = {k: Trajectory((0.0 if r.text.endswith("!") else 0.5,)) for k, r in requests.items()}
+    assert found == [expected] * 4

@@ -1,0 +1,577 @@
+"""Data scored in shards: the same rows whoever makes them, however often the makers die."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pyarrow.parquet as pq
+import pytest
+import ray_words
+import torch
+from datasets import load_dataset
+from paths import ROOT
+from ray_words import LettersGuard
+
+from star_dss_plugin import (
+    ConfigError,
+    DataError,
+    GuardError,
+    PluginError,
+    load_guard,
+    load_scored,
+    provenance_of,
+    score_dataset,
+    star_dss_loss,
+)
+from star_dss_plugin.data.reading import read_dataset
+from star_dss_plugin.plugins import Origin, load_plugins
+from star_dss_plugin.scoring import shards
+from star_dss_plugin.training.collation import TokenColumnsCollator
+
+ROWS, SHARD_ROWS, SHARDS = 33, 5, 7
+
+
+@pytest.fixture(autouse=True)
+def _letters():
+    if LettersGuard.name not in load_plugins().names("guard"):
+        load_plugins().register(ray_words, Origin("letters", "star-dss-tests", "0"))
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "chat.jsonl"
+    talk = (
+        [
+            {"role": "user", "content": f"how is {i}?"},
+            {"role": "assistant", "content": f"it is {i}"},
+        ]
+        for i in range(ROWS)
+    )
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in talk))
+    return path
+
+
+@pytest.fixture
+def log(tmp_path):
+    path = tmp_path / "log"
+    path.mkdir()
+    return path
+
+
+def asked(log):
+    """The responses that the guard was asked for, by worker."""
+    return [path.read_text().splitlines() for path in sorted(log.glob("worker-*"))]
+
+
+def begin(data, model_dir, output, log, **changes):
+    options = {"shard_rows": SHARD_ROWS, "chunk_size": 2, **changes}
+    guard = {"preset": "test-letters", "log": str(log), **options.pop("guard_options", {})}
+    return shards.begin(str(data), str(model_dir), output, guard=guard, **options)
+
+
+def in_one_process(data, model_dir, output, log, **changes):
+    job = begin(data, model_dir, output, log, **changes)
+    shards.score_shards(job, progress=False)
+    return shards.finish(job)
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+# The files
+
+
+def test_shards_hold_what_one_call_scores(data, model_dir, tokenizer, tmp_path, log):
+    """The twin: all rows in one `score_dataset`."""
+    provenance = in_one_process(data, model_dir, tmp_path / "out", log)
+    guard = load_guard({"preset": "test-letters", "log": str(log)})
+    twin = score_dataset(
+        read_dataset(str(data)), tokenizer, guard=guard, chunk_size=2, progress=False
+    )
+    found = load_scored(tmp_path / "out")
+    assert {mask for row in found["attention_mask"] for mask in row} == {1}
+    assert list(map(len, found["attention_mask"])) == list(map(len, found["input_ids"]))
+    found = found.remove_columns("attention_mask")
+    assert found.column_names == twin.column_names
+    assert found.features["star_scores"] == twin.features["star_scores"]
+    assert found.to_list() == twin.to_list()
+    assert (
+        provenance
+        == provenance_of(found)
+        == json.loads((tmp_path / "out" / "star_dss.json").read_text())
+    )
+    expected = provenance_of(twin)
+    assert provenance["mean_prefix_score"] == pytest.approx(expected["mean_prefix_score"])
+    for name in set(expected) - {"mean_prefix_score", "tokenizer"}:
+        assert provenance[name] == expected[name], name
+    assert not (tmp_path / "out.incomplete").exists()
+    assert len(list((tmp_path / "out" / "data").iterdir())) == SHARDS
+
+
+def test_what_guards_of_several_said_is_merged(model_dir, tokenizer, tmp_path, log):
+    """Attempts keep their rows, means weigh each prefix alike: as of all rows at once."""
+    path = tmp_path / "chat.jsonl"
+    with path.open("w") as file:
+        for i in range(ROWS):
+            answer = "it is it is " * (i + 1) + ("<end_of_turn>\u202e" if i % 7 == 3 else "")
+            messages = [
+                {"role": "user", "content": f"how is {i}?"},
+                {"role": "assistant", "content": answer},
+            ]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    letters = {"preset": "test-letters", "log": str(log)}
+    guard = {"guards": [letters, "test-words"], "combine": "min"}
+    job = shards.begin(
+        str(path),
+        str(model_dir),
+        tmp_path / "out",
+        guard=guard,
+        shard_rows=SHARD_ROWS,
+        chunk_size=2,
+    )
+    shards.score_shards(job, progress=False)
+    found = shards.finish(job)
+    twin = provenance_of(
+        score_dataset(read_dataset(str(path)), tokenizer, guard=guard, chunk_size=2, progress=False)
+    )
+    assert found["attempts"] == twin["attempts"] != {}
+    assert found["members"].keys() == twin["members"].keys()
+    for name, said in twin["members"].items():
+        mean = said["mean_prefix_score"]
+        assert found["members"][name]["mean_prefix_score"] == pytest.approx(mean)
+    for name in ("mean", "opposite"):
+        assert found["disagreement"][name] == pytest.approx(twin["disagreement"][name])
+
+
+def test_label_masses_are_merged(data, model_dir, tokenizer, tmp_path):
+    guard = {
+        "model": str(model_dir),
+        "safe_labels": [" good"],
+        "unsafe_labels": [" bad"],
+        "self_check": False,
+        "min_label_mass": 0.0,
+    }
+    job = shards.begin(
+        str(data), str(model_dir), tmp_path / "out", shard_rows=7, guard=guard, guard_device="cpu"
+    )
+    shards.score_shards(job, progress=False)
+    found = shards.finish(job)["label_mass"]
+    expected = provenance_of(
+        score_dataset(
+            read_dataset(str(data)), tokenizer, guard=guard, guard_device="cpu", progress=False
+        )
+    )["label_mass"]
+    assert found == {name: pytest.approx(expected[name]) for name in ("mean", "min")}
+
+
+@pytest.mark.parametrize("way", ["load_dataset", "files", "streaming"])
+def test_datasets_reads_the_shards(data, model_dir, tmp_path, log, way):
+    provenance = in_one_process(data, model_dir, tmp_path / "out", log)
+    found = load_dataset(
+        *(["parquet"] if way == "files" else [str(tmp_path / "out")]),
+        split="train",
+        data_files=str(tmp_path / "out" / "data" / "*.parquet") if way == "files" else None,
+        streaming=way == "streaming",
+    )
+    rows = list(found)
+    assert [row["messages"][1]["content"] for row in rows] == [f"it is {i}" for i in range(ROWS)]
+    assert all(len(row["star_scores"]) == len(row["input_ids"]) for row in rows)
+    if way != "files":  # the card says how they were made
+        assert provenance_of(found) == provenance
+
+
+def test_a_training_loop_streams_the_shards(data, model_dir, model, tokenizer, tmp_path, log):
+    in_one_process(data, model_dir, tmp_path / "out", log)
+    rows = load_scored(tmp_path / "out", streaming=True)
+    assert provenance_of(rows)["guard"] == "test-letters"
+    from transformers import DataCollatorForSeq2Seq
+
+    collate = TokenColumnsCollator(DataCollatorForSeq2Seq(tokenizer))
+    names = ["input_ids", "labels", "star_scores"]
+    seen = 0
+    for batch in torch.utils.data.DataLoader(rows.select_columns(names), 4, collate_fn=collate):
+        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        loss = star_dss_loss(
+            logits, batch["labels"], batch["star_scores"], ref_logits=logits.detach()
+        ).loss
+        assert torch.isfinite(loss)
+        seen += len(batch["input_ids"])
+    assert seen == ROWS
+
+
+def test_each_shard_says_how_it_was_made(data, model_dir, tmp_path, log):
+    in_one_process(data, model_dir, tmp_path / "out", log)
+    for path in (tmp_path / "out" / "data").iterdir():
+        note = json.loads(pq.read_schema(path).metadata[b"star_dss"])
+        assert note["guard_identity"] == {"kind": "letters"}
+        assert note["chunk_size"] == 2
+
+
+def test_a_missing_or_foreign_shard_is_an_error(data, model_dir, tmp_path, log):
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match="is not a folder of scored shards"):
+        load_scored(tmp_path)
+    in_one_process(data, model_dir, out, log)
+    (out / "data" / "train-00003-of-00007.parquet").unlink()
+    with pytest.raises(DataError, match="has 6 shards of 7"):
+        load_scored(out)
+
+
+def without_answer(data, *rows):
+    """Rows whose prompt takes all the room: cut to `max_length` they hold no response."""
+    lines = data.read_text().splitlines()
+    for i in rows:
+        row = json.loads(lines[i])
+        row["messages"][0]["content"] = "how is it? " * 200
+        lines[i] = json.dumps(row)
+    data.write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("empty", [[32, 31, 30], [0, 1, 2, 3, 4], [*range(0, 15), 20, 32]])
+def test_a_shard_may_hold_no_response(data, model_dir, tokenizer, tmp_path, log, empty, several):
+    """All rows together hold some: it is those that decide."""
+    without_answer(data, *empty)
+    letters = {"preset": "test-letters", "log": str(log)}
+    guard = {"guards": [letters, "test-words"]} if several else letters
+    options = {"guard": guard, "chunk_size": 2, "max_length": 64, "per_guard": several}
+    job = shards.begin(str(data), str(model_dir), tmp_path / "out", shard_rows=5, **options)
+    shards.score_shards(job, progress=False)
+    provenance = shards.finish(job)
+    twin = score_dataset(read_dataset(str(data)), tokenizer, progress=False, **options)
+    found = load_scored(tmp_path / "out").remove_columns("attention_mask")
+    assert found.to_list() == twin.to_list()
+    expected = provenance_of(twin)
+    assert expected["responses"] == ROWS - len(empty)
+    assert provenance["mean_prefix_score"] == pytest.approx(expected["mean_prefix_score"])
+    if several:
+        mean = expected["disagreement"]["mean"]
+        assert provenance["disagreement"]["mean"] == pytest.approx(mean)
+
+
+def test_no_response_at_all_is_an_error(data, model_dir, tmp_path, log):
+    without_answer(data, *range(ROWS))
+    job = begin(data, model_dir, tmp_path / "out", log, max_length=64)
+    shards.score_shards(job, progress=False)
+    with pytest.raises(DataError, match=f"None of the {ROWS} rows has a response"):
+        shards.finish(job)
+
+
+def picky(model_dir):
+    """A guard that reads little: what is long does not fit."""
+    return {
+        "model": str(model_dir),
+        "safe_labels": [" good"],
+        "unsafe_labels": [" bad"],
+        "self_check": False,
+        "min_label_mass": 0.0,
+    }
+
+
+def test_a_shard_of_which_nothing_can_be_scored(data, model_dir, tmp_path):
+    """One response in the last shard: that says nothing of the guard. All of them do."""
+    options = {
+        "guard": picky(model_dir),
+        "guard_device": "cpu",
+        "on_guard_error": "unsafe",
+        "chunk_size": 500,
+    }
+    lines = data.read_text().splitlines()
+    row = json.loads(lines[0])
+    row["messages"][1]["content"] = "bad good " * 600
+    data.write_text("\n".join([*lines[1:], json.dumps(row)]) + "\n")
+    job = shards.begin(str(data), str(model_dir), tmp_path / "out", shard_rows=16, **options)
+    assert job.shards == 3
+    shards.score_shards(job, progress=False)
+    found = shards.finish(job)
+    assert found["guard_errors"] == 1
+    assert found["label_mass"]["mean"] > 0
+    data.write_text(json.dumps(row) + "\n")
+    job = shards.begin(str(data), str(model_dir), tmp_path / "all", **options)
+    shards.score_shards(job, progress=False)
+    with pytest.raises(GuardError, match="could not score a single one of 1 responses"):
+        shards.finish(job)
+
+
+# Begun, and begun again
+
+
+def test_a_run_goes_on_where_it_was_killed(data, model_dir, tmp_path, log):
+    in_one_process(data, model_dir, tmp_path / "whole", log)
+    out = tmp_path / "out"
+    job = begin(data, model_dir, out, log)
+    scorer = shards.ShardScorer(job)
+    for index in (4, 1):
+        scorer(index)
+    shutil.rmtree(log)
+    log.mkdir()
+    again = begin(data, model_dir, out, log)
+    assert again.missing() == [0, 2, 3, 5, 6]
+    shards.score_shards(again, progress=False)
+    shards.finish(again)
+    assert sum(map(len, asked(log))) == ROWS - 2 * SHARD_ROWS
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"chunk_size": 3}, "options differ"),
+        ({"shard_rows": 4}, "shard_rows differ"),
+        ({"rows": 1}, "rows, sample differ"),
+    ],
+    ids=str,
+)
+def test_another_run_in_the_same_place_is_refused(data, model_dir, tmp_path, log, changes, message):
+    begin(data, model_dir, tmp_path / "out", log)
+    if changes.pop("rows", None):
+        data.write_text(data.read_text() + data.read_text().splitlines()[0] + "\n")
+    with pytest.raises(ConfigError, match=message):
+        begin(data, model_dir, tmp_path / "out", log, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"segmenter": "tokenz"}, "Did you mean 'tokens'"),
+        ({"chunk_size": 0}, "chunk_size is 0"),
+        ({"engine": "vlm"}, "Unknown engine"),
+        ({"shard_rows": 0}, "shard_rows is 0"),
+        ({"engine": "http://me:hush@h"}, "credentials"),
+    ],
+    ids=str,
+)
+def test_what_cannot_work_is_said_at_once(data, model_dir, tmp_path, log, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        begin(data, model_dir, tmp_path / "out", log, **changes)
+    assert not (tmp_path / "out.incomplete").exists()
+
+
+def test_a_damaged_shard_is_made_again(data, model_dir, tmp_path, log):
+    job = begin(data, model_dir, tmp_path / "out", log)
+    shards.score_shards(job, progress=False)
+    damaged = job.path(2)
+    damaged.write_bytes(damaged.read_bytes()[:-30])
+    with pytest.raises(DataError, match=r"train-00002-of-00007.parquet is not a whole shard"):
+        shards.finish(job)
+    assert not (tmp_path / "out").exists()
+    damaged.unlink()
+    shards.score_shards(job, progress=False)
+    shards.finish(job)
+    assert len(load_scored(tmp_path / "out")) == ROWS
+
+
+def test_a_worker_that_reads_other_rows_says_so(data, model_dir, tmp_path, log):
+    job = begin(data, model_dir, tmp_path / "out", log)
+    data.write_text(data.read_text().replace("how is 0?", "who is 0?"))
+    with pytest.raises(DataError, match="finds other rows"):
+        shards.ShardScorer(job)(1)
+
+
+def test_another_tokenizer_is_another_run(data, model_dir, tmp_path, log):
+    folder = tmp_path / "model"
+    shutil.copytree(model_dir, folder)
+    job = begin(data, folder, tmp_path / "out", log)
+    shards.ShardScorer(job)(1)
+    template = folder / "chat_template.jinja"
+    template.write_text("{{- '' }}" + template.read_text())
+    with pytest.raises(ConfigError, match="tokens differ"):
+        begin(data, folder, tmp_path / "out", log)
+    with pytest.raises(ConfigError, match="finds another tokenizer or chat template"):
+        shards.ShardScorer(job)(2)
+
+
+def test_shards_are_never_without_their_job(data, model_dir, tmp_path, log, monkeypatch):
+    """Killed while it finishes: a run with other options must not take the shards for its own."""
+    job = begin(data, model_dir, tmp_path / "out", log)
+    shards.score_shards(job, progress=False)
+
+    def killed(*paths):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            shards.finish(job)
+    with pytest.raises(ConfigError, match="options differ"):
+        begin(data, model_dir, tmp_path / "out", log, chunk_size=3)
+    shards.finish(begin(data, model_dir, tmp_path / "out", log))
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "README.md",
+        "data",
+        "star_dss.json",
+    ]
+
+
+def test_an_error_names_the_rows(data, model_dir, tmp_path, log):
+    job = begin(data, model_dir, tmp_path / "out", log, guard_options={"refuse": "it is 12"})
+    with pytest.raises(GuardError, match="^Rows 10 to 14, counted from 10: Row 2: not this one$"):
+        shards.score_shards(job, progress=False)
+
+
+# On Ray
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(tmp_path_factory):
+    """Two CPUs, and workers that know the test guard as an installed plugin."""
+    ray = pytest.importorskip("ray", reason="needs Ray (pip install 'star-dss-plugin[ray]')")
+    site = plugin_site(tmp_path_factory.mktemp("site"))
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = search_path(site)
+    # The paths of sockets are short: 107 characters.
+    folder = tempfile.mkdtemp(prefix="ray-", dir=tmp_path_factory.getbasetemp())
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        _temp_dir=folder,
+        logging_level="warning",
+    )
+    yield
+    ray.shutdown()
+    os.environ.pop("PYTHONPATH")
+    if before is not None:
+        os.environ["PYTHONPATH"] = before
+
+
+def plugin_site(folder):
+    """The test guard as pip would install it."""
+    shutil.copy(ray_words.__file__, folder)
+    info = folder / "star_dss_letters-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: star-dss-letters\nVersion: 0\n")
+    (info / "entry_points.txt").write_text("[star_dss]\nletters = ray_words\n")
+    return folder
+
+
+def search_path(site):
+    """Of a new process: the plugin, and where this package comes from."""
+    root = ROOT
+    known = [site, root, root / "integrations", os.environ.get("PYTHONPATH", "")]
+    return os.pathsep.join(map(str, filter(None, known)))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ray_makes_the_same_files(ray_cluster, data, model_dir, tmp_path, log, workers):
+    """Whatever the number of workers, and though one of two dies."""
+    from star_dss_plugin.scoring.on_ray import score_on_ray
+
+    in_one_process(data, model_dir, tmp_path / "one", log)
+    shutil.rmtree(log)
+    log.mkdir()
+    deadly = {"die_at": "it is 17" if workers == 2 else ""}
+    job = begin(data, model_dir, tmp_path / "out", log, guard_options=deadly)
+    score_on_ray(job, num_workers=workers, progress=False)
+    shards.finish(job)
+    assert contents(tmp_path / "out") == contents(tmp_path / "one")
+    assert (log / "died").exists() == (workers == 2)
+    # Each worker loads its guard once; which of them does how much is Ray's business.
+    assert 1 <= len(asked(log)) <= workers + (workers == 2)
+    assert {text for texts in asked(log) for text in texts} == {f"it is {i}" for i in range(ROWS)}
+
+
+def test_a_shard_that_kills_its_workers_is_given_up(data, model_dir, tmp_path, log):
+    from star_dss_plugin.scoring.on_ray import _Worker
+
+    job = begin(data, model_dir, tmp_path / "out", log)
+    job.begun.mkdir()
+    (job.begun / "00002.tries").write_text(".....")
+    worker = _Worker(dataclasses.asdict(job))
+    assert worker({"shard": 1}) == {"kind": "", "error": ""}
+    found = worker({"shard": 2})
+    assert found["kind"] == "GuardError"
+    assert "5 workers have died on shard 2 (rows 10 and on)" in found["error"]
+
+
+def test_an_error_of_a_worker_is_raised_in_words(ray_cluster, data, model_dir, tmp_path, log):
+    from star_dss_plugin.scoring.on_ray import score_on_ray
+
+    job = begin(data, model_dir, tmp_path / "out", log, guard_options={"refuse": "it is 12"})
+    with pytest.raises(GuardError, match="^Rows 10 to 14, counted from 10: Row 2: not this one$"):
+        score_on_ray(job, num_workers=1, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("guard", "gpus"),
+    [
+        ({"kind": "words"}, 1.0),
+        ({"engine": {"kind": "vllm", "options": {}}}, 1.0),
+        ({"engine": {"kind": "server", "model": "x"}}, 0.0),
+        ({"kind": "calibrated", "guards": [{"engine": {"kind": "server"}}]}, 0.0),
+        ({"guards": [{"engine": {"kind": "server"}}, {"kind": "words"}]}, 1.0),
+    ],
+)
+def test_a_worker_takes_a_gpu_unless_servers_compute(guard, gpus):
+    from star_dss_plugin.scoring.on_ray import _gpus
+
+    cluster = SimpleNamespace(cluster_resources=lambda: {"GPU": 4.0})
+    job = SimpleNamespace(guard=guard, options={})
+    assert _gpus(cluster, job, None) == gpus
+    assert _gpus(cluster, job, 0.5) == 0.5
+
+
+def test_ray_that_is_missing_is_named(data, model_dir, tmp_path, log, monkeypatch):
+    from star_dss_plugin.scoring.on_ray import score_on_ray
+
+    monkeypatch.setitem(sys.modules, "ray", None)
+    job = begin(data, model_dir, tmp_path / "out", log)
+    with pytest.raises(PluginError, match=r"pip install 'star-dss-plugin\[ray\]'"):
+        score_on_ray(job, num_workers=1)
+
+
+def test_a_killed_driver_is_started_again(data, model_dir, tmp_path, log):
+    """`star-dss score --ray` dies without a word half-way; the same command finishes."""
+    pytest.importorskip("ray", reason="needs Ray (pip install 'star-dss-plugin[ray]')")
+    in_one_process(data, model_dir, tmp_path / "one", log)
+    shutil.rmtree(log)
+    log.mkdir()
+    (tmp_path / "site").mkdir()
+    site = plugin_site(tmp_path / "site")
+    guard = {"preset": "test-letters", "log": str(log), "delay": 0.5}
+    command = [
+        sys.executable,
+        "-c",
+        "from star_dss_plugin.cli.app import main; main()",
+        "score",
+        str(data),
+        "--ray",
+        "--num-workers",
+        "2",
+        "--shard-rows",
+        str(SHARD_ROWS),
+        "--tokenizer",
+        str(model_dir),
+        "-o",
+        str(tmp_path / "out"),
+        "--chunk-size",
+        "2",
+        "-q",
+        "--guard",
+        json.dumps(guard),
+    ]
+    environment = {**os.environ, "PYTHONPATH": search_path(site)}
+    driver = subprocess.Popen(command, env=environment, start_new_session=True)
+    made = tmp_path / "out.incomplete" / "data"
+    deadline = time.monotonic() + 600
+    while len(list(made.glob("train-*.parquet"))) < 2:
+        assert driver.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.wait()
+    kept = {path.name: path.stat().st_mtime_ns for path in made.glob("train-*.parquet")}
+    assert len(kept) < SHARDS
+    subprocess.run(command, env=environment, check=True, timeout=600)
+    again = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out" / "data").iterdir()}
+    assert kept.items() <= again.items()
+    assert contents(tmp_path / "out") == contents(tmp_path / "one")

@@ -1,0 +1,195 @@
+"""Stricter scores and the warm-up of λ: what they may do, what they do, and that it trains."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from datasets import concatenate_datasets
+from hypothesis import given
+from hypothesis import strategies as st
+
+from star_dss_plugin import ConfigError, DataError
+from star_dss_plugin.options import StarDSSOptions
+from star_dss_plugin.scoring.strictness import kl_coef_at, stricter_scores
+
+UNIT = st.floats(0, 1, width=32)
+RULES = st.fixed_dictionaries(
+    {"threshold": UNIT, "unsafe_lookahead": st.integers(0, 9), "monotone": st.booleans()}
+)
+
+
+@given(scores=st.lists(UNIT, max_size=12), rules=RULES)
+def test_scores_are_only_lowered_and_only_around_harm(scores, rules):
+    found = stricter_scores(scores, **rules)
+    assert len(found) == len(scores)
+    assert all(a <= b for a, b in zip(found, scores, strict=True))
+    first = next((k for k, s in enumerate(scores) if s < rules["threshold"]), len(scores))
+    untouched = max(0, first - rules["unsafe_lookahead"])
+    assert found[:untouched] == scores[:untouched]
+    if first == len(scores):
+        assert found == scores
+        return
+    assert found[first] == scores[first]
+    assert all(s <= scores[first] for s in found[untouched:first])
+    if rules["monotone"]:
+        assert all(a >= b for a, b in itertools.pairwise(found[first:]))
+        assert all(s < rules["threshold"] for s in found[first:])
+    else:
+        assert found[first:] == scores[first:]
+
+
+def test_the_rules_by_example():
+    scores = [1.0, 0.9, 0.8, 0.3, 0.9, 0.1, 0.7]
+    rules = {"threshold": 0.5, "unsafe_lookahead": 2, "monotone": True}
+    assert stricter_scores(scores, **rules) == [1.0, 0.3, 0.3, 0.3, 0.3, 0.1, 0.1]
+
+
+@given(step=st.integers(0, 50), steps=st.integers(0, 20), kl_coef=st.floats(0, 10))
+def test_the_warm_up_rises_to_kl_coef(step, steps, kl_coef):
+    options = StarDSSOptions(kl_coef=kl_coef, kl_warmup_steps=steps)
+    now, later = kl_coef_at(step, options), kl_coef_at(step + 1, options)
+    assert 0 <= now <= later <= kl_coef
+    if step + 1 >= steps:
+        assert now == kl_coef
+    elif kl_coef > 1e-300:
+        assert 0 < now < kl_coef
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan, True, "0.5"])
+@pytest.mark.parametrize("name", ["kl_coef", "threshold", "trajectory_epsilon"])
+def test_what_is_no_finite_number(name, value):
+    with pytest.raises(ConfigError, match=f"{name} is {value!r}; it must be a "):
+        StarDSSOptions(guard="demo", **{name: value}).validate()
+
+
+@pytest.mark.parametrize("name", ["kl_warmup_steps", "unsafe_lookahead"])
+@pytest.mark.parametrize("value", [-1, 0.5, True])
+def test_bad_values(name, value):
+    with pytest.raises(ConfigError, match=f"{name} is {value}"):
+        StarDSSOptions(guard="demo", **{name: value}).validate()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("threshold", "0.5", "threshold is '0.5'"),
+        ("threshold", True, "threshold is True"),
+        ("trajectory_epsilon", None, "trajectory_epsilon is None"),
+        ("monotone", "no", "monotone is 'no'; it must be true or false"),
+        ("score_eval", 0, "score_eval is 0; it must be true or false"),
+        ("loss_type", ["star_dss"], "loss_type is .*; it must be a text"),
+        ("segmenter", {}, "segmenter is {}; it must be a text"),
+        ("reference", 5, "reference is 5; it must be a text"),
+        ("reference", "x" * 5000, "Unknown reference"),
+        ("guard_device", 0, "guard_device is 0; it must be a text, or nothing"),
+        ("kl_coef", float("inf"), "kl_coef is inf; it must be a finite number"),
+        ("kl_coef", 10**400, "it must be a finite number"),
+        ("chunk_size", 2**63, "chunk_size is 9223372036854775808"),
+        ("guard", "{" + '"a":{' * 3000, "is not valid JSON"),
+        ("guard", '{"a": ' + "9" * 5000 + "}", "is not valid JSON"),
+        ("guard", {1: 2}, "guard has the key 1"),
+        ("guard", {"preset": "demo", "calibration": {1: 2}}, "calibration is {1: 2}"),
+        ("engine_options", '{"a":' * 3000, "engine_options is not valid JSON"),
+    ],
+)
+def test_options_of_the_wrong_kind(name, value, message):
+    with pytest.raises(ConfigError, match=message):
+        StarDSSOptions(**{"guard": "demo", name: value}).validate()
+
+
+def test_numbers_of_numpy_are_numbers():
+    StarDSSOptions(
+        guard="demo", threshold=np.float32(0.5), kl_coef=np.float64(0.1), chunk_size=np.int64(3)
+    ).validate()
+
+
+def scores_by_chunk(trainer):
+    """The scores of each row's trained tokens, two tokens to a chunk (the test's chunk_size)."""
+    for row in trainer.train_dataset:
+        pairs = zip(row["star_scores"], row["labels"], strict=True)
+        yield [round(score, 3) for score, label in pairs if label != -100][::2]
+
+
+def test_a_trainers_data_follows_them(tmp_path, tokenizer):
+    pytest.importorskip("trl")
+    from trl_runs import make
+
+    plain = make(tmp_path, tokenizer)
+    strict = make(tmp_path, tokenizer, unsafe_lookahead=1, monotone=True)
+    changed = 0
+    for given_scores, found in zip(scores_by_chunk(plain), scores_by_chunk(strict), strict=True):
+        twin = stricter_scores(given_scores, threshold=0.5, unsafe_lookahead=1, monotone=True)
+        assert found == twin
+        changed += found != given_scores
+    assert changed
+
+
+def test_the_warm_up_is_what_the_loss_takes(tmp_path, tokenizer):
+    pytest.importorskip("trl")
+    from trl_runs import make
+
+    odds = []
+    for steps in (0, 3):
+        trainer = make(tmp_path, tokenizer, kl_warmup_steps=steps, max_steps=4)
+        trainer.train()
+        lines = [h for h in trainer.state.log_history if "grad_norm" in h]
+        mass = [line["star_dss/kl_weight_mass"] for line in lines]
+        odds.append([m / (1 - m) for m in mass])
+    plain, warm = odds
+    factors = [a / b for a, b in zip(warm, plain, strict=True)]
+    assert factors == pytest.approx([1 / 3, 2 / 3, 1, 1])
+
+
+def test_prepared_data_is_not_lowered_twice(tmp_path, tokenizer):
+    pytest.importorskip("trl")
+    from trl_runs import make
+
+    first = make(tmp_path, tokenizer, unsafe_lookahead=1)
+    again = make(tmp_path, tokenizer, first.train_dataset, unsafe_lookahead=1)
+    assert list(scores_by_chunk(again)) == list(scores_by_chunk(first))
+    with pytest.raises(DataError, match="lowered before"):
+        make(tmp_path, tokenizer, first.train_dataset, unsafe_lookahead=2)
+    with pytest.raises(DataError, match="lowered before"):
+        make(tmp_path, tokenizer, first.train_dataset)
+
+
+def test_a_column_of_unknown_chunks_cannot_be_lowered(tmp_path, tokenizer):
+    pytest.importorskip("trl")
+    from trl_runs import make
+
+    scored = make(tmp_path, tokenizer).train_dataset
+    scored.info.description = ""
+    with pytest.raises(DataError, match="does not say"):
+        make(tmp_path, tokenizer, scored, monotone=True)
+
+
+def test_other_chunks_than_those_that_were_scored_are_refused(tmp_path, tokenizer):
+    pytest.importorskip("trl")
+    from trl_runs import make
+
+    scored = make(tmp_path, tokenizer).train_dataset
+    later = scored.map(lambda row: {"labels": _one_less(row["labels"])})
+    with pytest.raises(DataError, match="not cut as they were"):
+        make(tmp_path, tokenizer, later, monotone=True)
+    joined = concatenate_datasets([scored, make(tmp_path, tokenizer, chunk_size=3).train_dataset])
+    with pytest.raises(DataError, match="scored apart"):
+        make(tmp_path, tokenizer, joined, monotone=True)
+
+
+def _one_less(labels):
+    """The first trained token is trained no more."""
+    first = next(i for i, label in enumerate(labels) if label != -100)
+    return [*labels[:first], -100, *labels[first + 1 :]]
+
+
+def test_evaluations_have_the_whole_kl_coef(tmp_path, tokenizer):
+    pytest.importorskip("trl")
+    from trl_runs import make, prompt_completion
+
+    found = []
+    for steps in (0, 9):
+        trainer = make(tmp_path, tokenizer, kl_warmup_steps=steps)
+        trainer.evaluate(prompt_completion())
+        found.append(trainer.state.log_history[-1]["eval_star_dss/kl_weight_mass"])
+    assert found[0] == found[1] > 0

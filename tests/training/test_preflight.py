@@ -1,0 +1,131 @@
+"""`star-dss check` on TRL configurations (for Axolotl's: tests/integrations/axolotl)."""
+
+import importlib.util
+import json
+
+import pytest
+import yaml
+
+pytest.importorskip("trl")
+
+from datasets import Dataset
+from typer.testing import CliRunner
+
+from star_dss_plugin import ConfigError, PluginError
+from star_dss_plugin.cli.app import app
+from star_dss_plugin.options import StarDSSOptions
+from star_dss_plugin.training.preflight import check_config, estimate
+
+runner = CliRunner()
+
+
+def configuration(tmp_path, model_dir, **changes):
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "is this bad?"},
+                {"role": "assistant", "content": "no! it is a word"},
+            ]
+        }
+    ] * 3
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "model_name_or_path": str(model_dir),
+        "dataset_name": str(tmp_path / "chat.jsonl"),
+        "output_dir": str(tmp_path / "out"),
+        "use_cpu": True,
+        "bf16": False,
+        "guard": "test-words",
+        "chunk_size": 2,
+        **changes,
+    }
+
+
+def run(tmp_path, config, *flags):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return runner.invoke(app, ["check", str(path), *flags])
+
+
+def test_a_good_configuration(tmp_path, model_dir):
+    result = run(tmp_path, configuration(tmp_path, model_dir))
+    assert result.exit_code == 0, result.output
+    assert "train data: 3 rows, 3 responses (0 without messages)" in result.output
+    assert "guard calls" in result.output
+
+
+@pytest.mark.parametrize(
+    ("guard", "said"),
+    [
+        ("qwen3guard-gen-0.6b", "4 guard calls; {tokens} tokens of conversation where prefixes"),
+        ({"preset": "qwen3guard-gen-0.6b"}, "and about 476 of the guard's own words"),
+        ("qwen3guard-stream-0.6b", "one pass over each, {tokens} tokens of conversation in all"),
+        ("xguard-0.6b", "and the guard's own words before and after it"),
+    ],
+)
+def test_what_scoring_would_read(tokenizer, guard, said):
+    ids = tokenizer("is this bad? no! it is a word")["input_ids"]
+    rows = Dataset.from_dict({"input_ids": [ids], "labels": [[-100] * (len(ids) - 8) + ids[-8:]]})
+    options = StarDSSOptions(guard=guard, chunk_size=2)
+    assert said.format(tokens=len(ids)) in estimate(rows, tokenizer, options)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"chunk_sise": 2}, "did you mean 'chunk_size'?"),
+        ({"chunk_sise": 2, "guards": "x"}, "'guards' (did you mean 'guard'?)"),
+        ({"guard": "test-word"}, "Did you mean 'test-words'"),
+        ({"guard": None}, "No guard was given"),
+        ({"kl_coef": -1.0}, "kl_coef is -1.0"),
+        ({"loss_type": "nll", "guard": None}, "with which nothing is shaped"),
+        ({"eval_packing": True}, "eval_packing is on and packing is off"),
+        ({"packing": True, "packing_strategy": "wrapped", "loss_type": "static"}, "at the end"),
+        ({"dataset_name": "absent.jsonl"}, "absent.jsonl"),
+        ({"eval_strategy": "steps", "eval_steps": 1}, "no split 'test' (it has train)"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1"),
+    ],
+)
+def test_a_problem_is_named_and_fails(tmp_path, model_dir, change, message):
+    config = {
+        k: v for k, v in configuration(tmp_path, model_dir, **change).items() if v is not None
+    }
+    result = run(tmp_path, config)
+    assert result.exit_code == 1, result.output
+    assert message in result.output
+
+
+def test_a_file_that_is_no_configuration(tmp_path):
+    path = tmp_path / "list.yaml"
+    path.write_text("- a\n- b\n")
+    assert runner.invoke(app, ["check", str(path)]).exit_code != 0
+    assert runner.invoke(app, ["check", str(tmp_path / "absent.yaml")]).exit_code != 0
+
+
+@pytest.mark.skipif(importlib.util.find_spec("axolotl") is not None, reason="Axolotl is installed")
+def test_a_missing_host_is_named(tmp_path):
+    path = tmp_path / "axolotl.yaml"
+    path.write_text("base_model: x\nstar_dss: {guard: demo}\n")
+    with pytest.raises(PluginError, match=r"star-dss-plugin\[axolotl\]"):
+        check_config(path, data=False)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"guard: \xff", "cannot be read: 'utf-8' codec"),
+        (b"a: 2001-99-99", "cannot be read: month must be in 1..12"),
+        (b"a: 0b_", "cannot be read: invalid literal"),
+        (b"[" * 5000, "cannot be read"),
+        (b"1: 2", "has the key 1"),
+        (b"env: 3", "not valid"),
+    ],
+)
+def test_yaml_that_no_parser_likes(tmp_path, data, message):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(data)
+    try:
+        said = " ".join(check_config(path, data=False).problems)
+    except ConfigError as error:
+        said = str(error)
+    assert message in said
