@@ -33,6 +33,7 @@ lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-cache
 
 docs: $(VENV)/.ready
 	$(VENV)/bin/sphinx-build -W --keep-going -q docs docs/_build

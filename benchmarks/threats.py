@@ -44,15 +44,15 @@ from star_dss_trl.demo import aligned_start
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
-from star_dss_plugin.data.cache import content_key
-from star_dss_plugin.data.reading import write_text
+from star_dss_plugin.data.fingerprints import content_key
+from star_dss_plugin.data.writing import write_text
 from star_dss_plugin.evaluate.generation import greedy_answers, prompt_ids
 from star_dss_plugin.evaluate.prompts import DEFAULT_PREFILL
 from star_dss_plugin.evaluate.refusal import is_refusal
 from star_dss_plugin.evaluate.threats import build_threat
 from star_dss_plugin.logprobs import IGNORE_INDEX, token_logprobs
+from star_dss_plugin.models import model_fingerprint
 from star_dss_plugin.scoring.scorer import score_dataset
-from star_dss_plugin.training.reference import model_fingerprint
 
 MAIN = ("sft", "star_dss", "rejection")
 MODES = (*MAIN, "labels", "hard", "static", "kl_only")

@@ -26,30 +26,44 @@ from star_dss_plugin.hookspecs import hookimpl
 if TYPE_CHECKING:
     from star_dss_plugin.data.parquet_shards import load_scored
     from star_dss_plugin.data.provenance import provenance_of
+    from star_dss_plugin.data.requests import PrefixRequest, Trajectory
     from star_dss_plugin.evaluate.probe import SafetyProbe
-    from star_dss_plugin.guards import load_guard
+    from star_dss_plugin.guards.base import Guard, StreamingGuard
+    from star_dss_plugin.guards.loading import load_guard
     from star_dss_plugin.loss import ShapedLoss, star_dss_loss
     from star_dss_plugin.options import StarDSSOptions
+    from star_dss_plugin.report.inspection import inspect_row
     from star_dss_plugin.scoring.scorer import score_dataset
+    from star_dss_plugin.segmenters import Segmenter
     from star_dss_plugin.training.attach import attach
     from star_dss_plugin.training.callback import StarDSSCallback
+    from star_dss_plugin.training.mixin import StarDSSMixin
+    from star_dss_plugin.weights import WeightMap
 
 __all__ = [
     "CacheError",
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "Guard",
     "GuardError",
     "OutputError",
     "PluginError",
+    "PrefixRequest",
     "SafetyProbe",
+    "Segmenter",
     "ShapedLoss",
     "StarDSSCallback",
     "StarDSSError",
+    "StarDSSMixin",
     "StarDSSOptions",
+    "StreamingGuard",
+    "Trajectory",
+    "WeightMap",
     "__version__",
     "attach",
     "hookimpl",
+    "inspect_row",
     "load_guard",
     "load_scored",
     "provenance_of",
@@ -58,12 +72,20 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Guard": "guards.base",
+    "PrefixRequest": "data.requests",
     "SafetyProbe": "evaluate.probe",
+    "Segmenter": "segmenters",
     "ShapedLoss": "loss",
     "StarDSSCallback": "training.callback",
+    "StarDSSMixin": "training.mixin",
     "StarDSSOptions": "options",
+    "StreamingGuard": "guards.base",
+    "Trajectory": "data.requests",
+    "WeightMap": "weights",
     "attach": "training.attach",
-    "load_guard": "guards",
+    "inspect_row": "report.inspection",
+    "load_guard": "guards.loading",
     "load_scored": "data.parquet_shards",
     "provenance_of": "data.provenance",
     "score_dataset": "scoring.scorer",

@@ -6,11 +6,6 @@ what to do. None derives from ImportError: host frameworks log those and train o
 
 from __future__ import annotations
 
-import contextlib
-import difflib
-import os
-from collections.abc import Iterable, Iterator
-
 __all__ = [
     "CacheError",
     "CheckpointError",
@@ -20,8 +15,6 @@ __all__ = [
     "OutputError",
     "PluginError",
     "StarDSSError",
-    "unknown_name",
-    "writing",
 ]
 
 
@@ -64,37 +57,3 @@ class OutputError(StarDSSError):
 
 class PluginError(StarDSSError):
     """A plugin cannot be loaded or registers something that cannot be used."""
-
-
-@contextlib.contextmanager
-def writing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turns an error of the file system into one that says what to do.
-
-    Args:
-        path: The result that is being written.
-
-    Raises:
-        OutputError: In place of an OSError.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(
-            f"{os.fspath(path)} cannot be written: {error}. Free space there, or name an output "
-            "that can be written, and start the same command again: what guards and models have "
-            "answered so far is kept, and nothing that was complete is lost."
-        ) from error
-
-
-def unknown_name(kind: str, name: object, known: Iterable[str]) -> ConfigError:
-    """The error for a name that nobody registered, with the nearest known names.
-
-    Args:
-        kind: What was looked up, in the singular ("guard", "loss_type").
-        name: What was given.
-        known: All names that would have worked.
-    """
-    names = sorted(known)
-    near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
-    hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
-    return ConfigError(f"Unknown {kind} {name!r}.{hint} Known: {', '.join(names)}.")

@@ -13,8 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["IGNORE_INDEX", "Project", "full_kl", "kl_estimate", "kl_slope", "token_logprobs"]
+__all__ = [
+    "IGNORE_INDEX",
+    "KL_ESTIMATORS",
+    "Project",
+    "full_kl",
+    "kl_estimate",
+    "kl_slope",
+    "token_logprobs",
+]
 
+KL_ESTIMATORS = ("k1", "k2", "k3", "full")
 IGNORE_INDEX = -100
 """The label of tokens that are not trained, as everywhere in PyTorch."""
 

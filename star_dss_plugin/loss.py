@@ -13,13 +13,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from star_dss_plugin.errors import ConfigError, DataError, unknown_name
-from star_dss_plugin.logprobs import IGNORE_INDEX, full_kl, kl_estimate, token_logprobs
-from star_dss_plugin.options import KL_ESTIMATORS
-from star_dss_plugin.plugins import load_plugins
+from star_dss_plugin.errors import ConfigError, DataError
+from star_dss_plugin.logprobs import (
+    IGNORE_INDEX,
+    KL_ESTIMATORS,
+    full_kl,
+    kl_estimate,
+    token_logprobs,
+)
+from star_dss_plugin.plugins import resolve_weight_map
+from star_dss_plugin.validation import unknown_name
 from star_dss_plugin.weights import WeightMap, last_scores
 
-__all__ = ["ShapedLoss", "TokenWeights", "resolve_weight_map", "shaped_loss", "star_dss_loss"]
+__all__ = ["ShapedLoss", "TokenWeights", "kl_coef_at", "shaped_loss", "star_dss_loss"]
 
 
 @dataclass(frozen=True)
@@ -89,15 +95,6 @@ class ShapedLoss:
     loss: Tensor
     ce: Tensor
     kl: Tensor
-
-
-def resolve_weight_map(loss_type: str) -> WeightMap:
-    """The weight map of a `loss_type`, built in or a plugin's; "nll" is TRL's name of "sft".
-
-    Raises:
-        ConfigError: No such name.
-    """
-    return load_plugins().weight_map("sft" if loss_type == "nll" else loss_type)
 
 
 def shaped_loss(
@@ -197,3 +194,16 @@ def _missing_reference(loss_type: str, what: str) -> ConfigError:
         f"loss_type {loss_type!r} gives some tokens of this batch a KL weight, but {what} was not "
         "given. Pass the frozen reference's outputs on the same tokens, or set kl_coef=0."
     )
+
+
+def kl_coef_at(step: int, kl_coef: float, warmup_steps: int) -> float:
+    """Return λ at an optimizer step (0 for the first): linear from λ / n at step 0 to λ at n − 1.
+
+    Args:
+        step: Optimizer steps done so far.
+        kl_coef: λ >= 0.
+        warmup_steps: n >= 0; 0: λ is whole from the first step.
+    """
+    if not warmup_steps:
+        return kl_coef
+    return kl_coef * min(1.0, (step + 1) / warmup_steps)

@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
+import gc
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedConfig
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from star_dss_plugin.errors import ConfigError
+from star_dss_plugin.errors import ConfigError, GuardError
 
-__all__ = ["UNLOADABLE", "default_device", "floating_dtype", "read_model", "settings_of"]
+__all__ = [
+    "UNLOADABLE",
+    "default_device",
+    "find_device",
+    "floating_dtype",
+    "free_memory",
+    "is_peft",
+    "load_config",
+    "load_tokenizer",
+    "load_weights",
+    "model_fingerprint",
+    "not_loadable",
+    "read_model",
+    "resolve_dtype",
+    "settings_of",
+    "weights_digest",
+    "weights_fingerprint",
+]
 
 UNLOADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 """What `read_model` and transformers raise for files that are not there, damaged or incomplete."""
@@ -74,3 +101,183 @@ def settings_of(config: PreTrainedConfig | None) -> dict[str, Any]:
     for incidental in ("_name_or_path", "transformers_version", "use_cache"):
         settings.pop(incidental, None)
     return settings
+
+
+def load_tokenizer(name: str, *, only_local: bool = False) -> PreTrainedTokenizerBase:
+    """A tokenizer by id or folder; code that comes with it is never run.
+
+    Args:
+        name: Id or folder.
+        only_local: Whether nothing may be downloaded: for names that the data gives.
+
+    Raises:
+        ConfigError: It cannot be loaded.
+    """
+    try:
+        found = AutoTokenizer.from_pretrained(
+            name, trust_remote_code=False, local_files_only=only_local
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"The tokenizer {name!r} cannot be loaded: {error}. Give the id or folder of the model "
+            "that is to be trained."
+        ) from error
+    assert isinstance(found, PreTrainedTokenizerBase)
+    return found
+
+
+def is_peft(model: nn.Module) -> bool:
+    """Whether a model is wrapped by PEFT (without importing PEFT)."""
+    return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """What identifies a model's weights, without moving all of them off the device.
+
+    The configuration, the active adapters and their scaling; name, shape, dtype, sum and 64 evenly
+    spaced values of every parameter and buffer.
+    """
+    digest = hashlib.sha256()
+    settings = settings_of(getattr(model, "config", None))
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    if is_peft(model):
+        digest.update(repr(model.active_adapters).encode())
+        for name, module in model.named_modules():
+            if hasattr(module, "scaling"):
+                digest.update(f"{name}:{module.scaling}".encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}:".encode())
+        flat = tensor.detach().reshape(-1)
+        if not flat.is_floating_point():
+            flat = flat.to(torch.float64)
+        step = max(1, flat.numel() // 64)
+        sampled = flat[::step].double().cpu().numpy()
+        digest.update(sampled.tobytes())
+        digest.update(flat.double().sum().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def find_device(name: str | None) -> torch.device:
+    """A device by name; None: the GPU if there is one.
+
+    Raises:
+        ConfigError: There is no such device.
+    """
+    try:
+        device = default_device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts that it has it
+        said = str(error).splitlines()[0]
+        raise ConfigError(
+            f"device is {name or 'cuda'!r}: {said}. Use cpu, or cuda on a GPU."
+        ) from error
+    return device
+
+
+def free_memory() -> None:
+    """Gives the memory of models that nobody holds any more back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """The SHA-256 of a model's configuration and of every bit of its weights, which are on the CPU.
+
+    Unlike `reference.model_fingerprint`, which sums weights where they are, it does not depend on
+    the number of threads: a resumed run must recognise its model anywhere.
+    """
+    settings = json.dumps(settings_of(model.config), sort_keys=True, default=str)
+    digest = hashlib.sha256(settings.encode())
+    for name, weight in sorted(model.named_parameters()):
+        digest.update(f"{name}:{tuple(weight.shape)}:{weight.dtype}:".encode())
+        digest.update(weight.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+_MODEL_FILES = (".json", ".safetensors", ".bin", ".gguf", ".jinja", ".model", ".txt", ".py")
+
+
+def load_config(name: str, source: str, **hub: Any) -> tuple[Any, Any]:
+    """The configuration and the tokenizer of a model.
+
+    Raises:
+        GuardError: They are not there, or damaged.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source, **hub)
+        return config, AutoTokenizer.from_pretrained(source, **hub)
+    except UNLOADABLE as error:
+        raise not_loadable(name, source, error) from error
+
+
+def load_weights(
+    auto: Any,
+    name: str,
+    source: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    exact: bool = False,
+    **hub: Any,
+) -> Any:
+    """A guard's frozen model.
+
+    Args:
+        auto: As for `read_model`; so are `source`, `dtype`, `exact` and `hub`.
+        name: The guard's name, for errors.
+        source: Hub id or folder.
+        device: Where it will be.
+        dtype: Of its weights.
+        exact: Whether weights that the model does not have are an error too.
+        **hub: More arguments of `from_pretrained`.
+
+    Raises:
+        GuardError: They are not there, damaged or incomplete.
+    """
+    try:
+        model = read_model(auto, source, dtype=dtype, exact=exact, **hub)
+    except UNLOADABLE as error:
+        raise not_loadable(name, source, error) from error
+    return torch.nn.Module.to(model.requires_grad_(False), device)
+
+
+def not_loadable(name: str, source: str, error: Exception) -> GuardError:
+    """The error for a model that is not where it should be, or not whole."""
+    return GuardError(
+        f"Guard {name!r} cannot be loaded from {source!r}: {error}. Check the id or folder, that "
+        "you are logged in if the model is gated, and that it is downloaded if you are offline."
+    )
+
+
+def resolve_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """The dtype that "auto" or a name stands for on a device."""
+    if name in (None, "auto"):
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return floating_dtype("guard_dtype", str(name))
+
+
+def weights_fingerprint(source: str, config: Any) -> str:
+    """What identifies the weights without reading all of them (8B guards have 16 GB).
+
+    The hub's commit; for a folder the configuration, and of each weight file its name, its size and
+    blocks from all over it: a finetuned copy may differ in its inner layers only.
+    """
+    commit = getattr(config, "_commit_hash", None)
+    if commit:
+        return str(commit)
+    digest = hashlib.sha256()
+    block, blocks = 1 << 12, 1 << 9
+    for path in sorted(Path(source).glob("*")):
+        if path.suffix not in _MODEL_FILES:
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}:".encode())
+        with path.open("rb") as file:
+            if size <= block * blocks:
+                digest.update(file.read())
+                continue
+            for i in range(blocks):
+                file.seek(i * (size - block) // (blocks - 1))
+                digest.update(file.read(block))
+    return digest.hexdigest()

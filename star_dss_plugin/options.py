@@ -10,12 +10,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from star_dss_plugin.errors import ConfigError, unknown_name
-from star_dss_plugin.validation import at_least, probability
+from star_dss_plugin.errors import ConfigError
+from star_dss_plugin.validation import at_least, probability, unknown_name
 
-__all__ = ["KL_ESTIMATORS", "REFERENCES", "StarDSSOptions"]
+__all__ = ["REFERENCES", "StarDSSOptions"]
 
-KL_ESTIMATORS = ("k1", "k2", "k3", "full")
 _GUARD_ERRORS = ("raise", "unsafe")
 _TRAJECTORIES = ("exact", "adaptive")
 REFERENCES = ("auto", "adapter", "precomputed", "copy", "none")
@@ -122,11 +121,11 @@ class StarDSSOptions:
         Raises:
             ConfigError: What was given, why it cannot work and what to change.
         """
-        # Not at the top: those modules need this one.
+        # Not at the top: they bring torch, and `--help` must answer at once.
         from star_dss_plugin.engines.selection import choose_engine
-        from star_dss_plugin.guards import parse_guard
-        from star_dss_plugin.loss import resolve_weight_map
-        from star_dss_plugin.plugins import load_plugins
+        from star_dss_plugin.guards.spec import parse_guard
+        from star_dss_plugin.logprobs import KL_ESTIMATORS
+        from star_dss_plugin.plugins import load_plugins, resolve_weight_map
 
         # Not `fields`: transformers' argument parser replaces their types by what they evaluate to.
         for name, kind in StarDSSOptions.__annotations__.items():

@@ -22,7 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from star_dss_plugin import hookimpl
 from star_dss_plugin.cli import app as cli
-from star_dss_plugin.guards.base import Message, StreamingGuard
+from star_dss_plugin.data.requests import Message
+from star_dss_plugin.guards.base import StreamingGuard
 from star_dss_plugin.guards.demo.smollm2 import load_smollm2
 from star_dss_plugin.plugins import Origin, load_plugins
 

@@ -51,25 +51,24 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from rich.console import Console
 
+from star_dss_plugin.cli.check import check_config
 from star_dss_plugin.data.cache import ScoreCache, _header
 from star_dss_plugin.data.provenance import provenance_of
 from star_dss_plugin.data.reading import read_dataset
+from star_dss_plugin.data.requests import Trajectory
 from star_dss_plugin.data.responses import find_responses
 from star_dss_plugin.data.tokenization import tokenize_row
 from star_dss_plugin.errors import DataError, StarDSSError
 from star_dss_plugin.evaluate.prompts import read_prompts
-from star_dss_plugin.guards import load_guard
-from star_dss_plugin.guards.base import Trajectory
-from star_dss_plugin.loss import resolve_weight_map
+from star_dss_plugin.guards.loading import load_guard
 from star_dss_plugin.options import StarDSSOptions
-from star_dss_plugin.plugins import Origin, load_plugins
+from star_dss_plugin.plugins import Origin, load_plugins, resolve_weight_map
 from star_dss_plugin.report.inspection import Inspection
 from star_dss_plugin.report.page import render_page
 from star_dss_plugin.report.reading import ScoredData, read_scored
 from star_dss_plugin.scoring.scorer import score_dataset
 from star_dss_plugin.scoring.strictness import stricter_dataset, stricter_scores
 from star_dss_plugin.segmenters import sentences, tokens, whole, words
-from star_dss_plugin.training.preflight import check_config
 from star_dss_plugin.training.prepare import prepare_dataset
 
 

@@ -11,7 +11,7 @@ from paths import TESTS
 
 from star_dss_plugin import ConfigError, DataError, star_dss_loss
 from star_dss_plugin.logprobs import full_kl, token_logprobs
-from star_dss_plugin.loss import resolve_weight_map
+from star_dss_plugin.plugins import resolve_weight_map
 from star_dss_plugin.weights import last_scores, needs_reference, needs_scores
 
 CASES = json.loads((TESTS / "golden" / "shaped_loss.json").read_text())["cases"]

@@ -11,7 +11,7 @@ from axolotl.integrations.base import load_plugin
 from star_dss_axolotl.args import PLUGIN, StarDSSBlock, is_listed, options_of
 from star_dss_axolotl.conflicts import conflicts
 from star_dss_axolotl.scoring import chat_templates, with_messages
-from star_dss_plugin.guards import missing_guard
+from star_dss_plugin.guards.spec import missing_guard
 from star_dss_plugin.training.preflight import Findings, check_options, estimate, lacks_guard
 
 __all__ = ["check"]

@@ -14,8 +14,8 @@ from star_dss_plugin.data.decoding import decode
 from star_dss_plugin.data.provenance import provenance_of
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.logprobs import IGNORE_INDEX
-from star_dss_plugin.loss import resolve_weight_map
 from star_dss_plugin.options import StarDSSOptions
+from star_dss_plugin.plugins import resolve_weight_map
 from star_dss_plugin.scoring.scorer import options_for_scoring, score_dataset
 from star_dss_plugin.training.prepare import asks_guard
 

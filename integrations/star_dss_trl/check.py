@@ -7,10 +7,10 @@ from typing import Any
 
 from datasets import Dataset
 
-from star_dss_plugin.data.reading import load_tokenizer
 from star_dss_plugin.data.rows import tokenized
 from star_dss_plugin.errors import StarDSSError
-from star_dss_plugin.guards import missing_guard
+from star_dss_plugin.guards.spec import missing_guard
+from star_dss_plugin.models import load_tokenizer
 from star_dss_plugin.training.preflight import Findings, check_options, estimate, lacks_guard
 from star_dss_trl.sft import load_data, parse, used_splits
 from star_dss_trl.trainer import refuse_early

@@ -23,7 +23,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from star_dss_plugin.data.columns import SCORES_COLUMN
-from star_dss_plugin.data.reading import write_text
+from star_dss_plugin.data.writing import write_text
 from star_dss_plugin.evaluate.generation import answers_to
 from star_dss_plugin.evaluate.models import DEMO_MODEL, load_whole_model
 from star_dss_plugin.evaluate.refusal import is_refusal

@@ -10,7 +10,7 @@ from trl import SFTTrainer, pack_dataset
 
 from star_dss_plugin.data.columns import SCORES_COLUMN
 from star_dss_plugin.errors import ConfigError
-from star_dss_plugin.loss import resolve_weight_map
+from star_dss_plugin.plugins import resolve_weight_map
 from star_dss_plugin.training.attach import set_up
 from star_dss_plugin.training.host_checks import check_arguments
 from star_dss_plugin.training.mixin import StarDSSMixin

@@ -196,13 +196,9 @@ def _score_at_once(
 ) -> dict[str, Any]:
     """Scores and writes a data set in this process; returns its provenance."""
     from star_dss_plugin.data.provenance import provenance_of
-    from star_dss_plugin.data.reading import (
-        check_writable,
-        in_file,
-        load_tokenizer,
-        read_dataset,
-        write_dataset,
-    )
+    from star_dss_plugin.data.reading import in_file, read_dataset
+    from star_dss_plugin.data.writing import check_writable, write_dataset
+    from star_dss_plugin.models import load_tokenizer
     from star_dss_plugin.scoring.scorer import score_dataset
 
     if output.exists():
@@ -242,7 +238,7 @@ def check(
     ] = True,
 ) -> None:
     """Checks a configuration before it costs anything; exit status 1 if a run would not work."""
-    from star_dss_plugin.training.preflight import check_config
+    from star_dss_plugin.cli.check import check_config
 
     found = check_config(config, data=data)
     for note in found.notes:

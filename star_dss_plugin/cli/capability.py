@@ -53,9 +53,10 @@ def capability(
 
     See docs/capability.md.
     """
-    from star_dss_plugin.data.reading import write_text
+    from star_dss_plugin.data.writing import write_text
     from star_dss_plugin.evaluate.capability import compared, open_tasks, run_tasks
-    from star_dss_plugin.evaluate.models import find_device, free_memory, load_whole_model
+    from star_dss_plugin.evaluate.models import load_whole_model
+    from star_dss_plugin.models import find_device, free_memory
 
     if output.is_dir():
         raise ConfigError(f"{output} is a folder. Name a file: {output}/capability.json")

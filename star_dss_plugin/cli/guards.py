@@ -67,9 +67,10 @@ def check(
     ] = True,
 ) -> None:
     """Shows what a guard is asked, and checks that its answers mean what they should."""
-    from star_dss_plugin.guards import load_guard
-    from star_dss_plugin.guards.base import PrefixRequest, announced
+    from star_dss_plugin.data.requests import PrefixRequest
+    from star_dss_plugin.guards.base import announced
     from star_dss_plugin.guards.combined import leaves
+    from star_dss_plugin.guards.loading import load_guard
     from star_dss_plugin.guards.self_check import UNSAFE_PROBE, prove
 
     text = UNSAFE_PROBE[-1]["content"]
@@ -104,8 +105,9 @@ def calibrate(
     guard_dtype: option.GuardDtype = "auto",
 ) -> None:
     """Fits a temperature and a threshold on labelled responses, and says how good they are."""
-    from star_dss_plugin.data.reading import read_dataset, write_text
-    from star_dss_plugin.guards import load_guard
+    from star_dss_plugin.data.reading import read_dataset
+    from star_dss_plugin.data.writing import write_text
+    from star_dss_plugin.guards.loading import load_guard
     from star_dss_plugin.report.figures import check_ready
     from star_dss_plugin.report.reliability import write_reliability
     from star_dss_plugin.scoring.calibration import fit_guard, labelled_rows

@@ -18,10 +18,10 @@ from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.visible import visible
 
 if TYPE_CHECKING:
+    from star_dss_plugin.data.requests import Message
     from star_dss_plugin.evaluate.landscape import Judge
     from star_dss_plugin.evaluate.landscape_points import Landscape
     from star_dss_plugin.evaluate.moved_weights import Place
-    from star_dss_plugin.guards.base import Message
 
 __all__ = ["landscape"]
 
@@ -68,15 +68,17 @@ def landscape(
 
     Nothing is written to the models. See docs/landscape.md.
     """
-    from star_dss_plugin.data.cache import content_key
-    from star_dss_plugin.data.reading import read_dataset, write_text
+    from star_dss_plugin.data.fingerprints import content_key
+    from star_dss_plugin.data.reading import read_dataset
+    from star_dss_plugin.data.writing import write_text
     from star_dss_plugin.evaluate import landscape as space
     from star_dss_plugin.evaluate.generation import answers_to
     from star_dss_plugin.evaluate.landscape_figure import check_figures, write_landscape
     from star_dss_plugin.evaluate.landscape_points import PointsFile, put_together
-    from star_dss_plugin.evaluate.models import find_device, load_whole_model, weights_digest
+    from star_dss_plugin.evaluate.models import load_whole_model
     from star_dss_plugin.evaluate.moved_weights import MovedWeights
     from star_dss_plugin.evaluate.prompts import HARMFUL, read_prompts
+    from star_dss_plugin.models import find_device, weights_digest
 
     if figure:
         check_figures()
@@ -191,8 +193,8 @@ def _judge(name: str, threshold: float, device: str | None) -> _Judged:
     """
     from star_dss_plugin.evaluate.refusal import is_refusal
     from star_dss_plugin.evaluate.verdicts import answer_scores
-    from star_dss_plugin.guards import load_guard
     from star_dss_plugin.guards.base import announced
+    from star_dss_plugin.guards.loading import load_guard
 
     if name == "refusal":
         return _Judged(lambda _, answers: [is_refusal(a) for a in answers], name, name)

@@ -52,7 +52,8 @@ def report(
     quiet: option.Quiet = False,
 ) -> None:
     """Writes scored data as one HTML page that needs no network, and figures with --png."""
-    from star_dss_plugin.data.reading import in_file, read_dataset, write_text
+    from star_dss_plugin.data.reading import in_file, read_dataset
+    from star_dss_plugin.data.writing import write_text
     from star_dss_plugin.guards.base import announced
     from star_dss_plugin.report import figures
     from star_dss_plugin.report.page import render_page

@@ -30,10 +30,11 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
+from star_dss_plugin.data.fingerprints import content_key
+from star_dss_plugin.data.requests import Trajectory
 from star_dss_plugin.errors import CacheError
-from star_dss_plugin.guards.base import Trajectory
 
-__all__ = ["ScoreCache", "content_key", "default_cache_dir"]
+__all__ = ["ScoreCache", "default_cache_dir"]
 
 logger = logging.getLogger(__name__)
 
@@ -54,16 +55,6 @@ def default_cache_dir() -> Path:
     xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
     # The XDG specification says that relative paths are to be ignored.
     return (xdg if xdg.is_absolute() else Path.home() / ".cache") / "star_dss"
-
-
-def content_key(*parts: Any) -> str:
-    """The SHA-256 of JSON values, whatever the order of keys in their mappings.
-
-    Raises:
-        TypeError, ValueError: A part is not a JSON value (NaN and infinities are not).
-    """
-    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
 class _Packed(NamedTuple):

@@ -10,13 +10,14 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from star_dss_plugin.data.writing import writing
 from star_dss_plugin.errors import DataError
 
-__all__ = ["check_json", "json_fault"]
+__all__ = ["append_lines", "check_json", "json_fault", "read_lines"]
 
 _SPACE = re.compile(r"\s*")
 _DEPTH = 200
@@ -160,3 +161,31 @@ def _kind(value: Any) -> str:
         dict: "an object",
     }
     return names[type(value)]
+
+
+def read_lines(path: Path) -> list[Any]:
+    """The values of all whole lines; none if there is no file.
+
+    Half a line at the end, which a killed run leaves, is cut off the file.
+
+    Raises:
+        ValueError: A line is not JSON.
+    """
+    data = path.read_bytes() if path.is_file() else b""
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+    return [json.loads(line) for line in whole.split(b"\n")[:-1]]
+
+
+def append_lines(path: Path, values: Iterable[Any]) -> None:
+    """Writes a line for each value, at once; the file and its folder are made if need be.
+
+    Raises:
+        OutputError: They cannot be written.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="ascii") as file:
+            file.write("".join(json.dumps(value) + "\n" for value in values))

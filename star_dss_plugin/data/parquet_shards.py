@@ -13,26 +13,23 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, overload
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 from datasets import Dataset, IterableDataset, load_dataset
 
-from star_dss_plugin.data.provenance import describe, provenance_of, write_note
-from star_dss_plugin.errors import DataError, writing
-from star_dss_plugin.scoring.notes import ROWS_NAMED
+from star_dss_plugin.data.provenance import PROVENANCE_FILE, describe, provenance_of, write_note
+from star_dss_plugin.data.writing import writing
+from star_dss_plugin.errors import DataError
 
 __all__ = [
     "DATA",
-    "PROVENANCE_FILE",
     "is_sharded",
     "load_scored",
-    "merged",
     "shard_name",
     "shard_note",
     "write_card",
@@ -40,19 +37,8 @@ __all__ = [
 ]
 
 DATA = "data"
-PROVENANCE_FILE = "star_dss.json"
 _NOTE = b"star_dss"
 _NAME = re.compile(r"train-(\d{5,})-of-(\d{5,})\.parquet")
-_SUMS = (
-    "rows",
-    "responses",
-    "prefixes",
-    "trained_tokens",
-    "raw_contexts",
-    "truncated_contexts",
-    "guard_errors",
-)
-_MERGED = ("mean_prefix_score", "label_mass", "attempts", "members", "disagreement")
 
 
 def shard_name(index: int, shards: int) -> str:
@@ -104,80 +90,6 @@ def shard_note(path: Path) -> dict[str, Any]:
         f"{path} is not a whole shard of scored data ({problem}). Remove it and start the same "
         "run again: it makes that shard anew."
     )
-
-
-def merged(notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The provenance of all shards together.
-
-    Raises:
-        DataError: They were not made in one way.
-    """
-    counted = {*_SUMS, *_MERGED}
-    first = {name: value for name, value in notes[0].items() if name not in counted}
-    for number, note in enumerate(notes):
-        for name in {*first, *note} - counted:
-            if note.get(name) != first.get(name):
-                raise DataError(
-                    f"Shard {number} was scored with {name} {note.get(name)!r}, shard 0 with "
-                    f"{first.get(name)!r}. Remove the folder and score all of it in one way."
-                )
-    full = [note for note in notes if note["prefixes"]]
-    if not full:
-        raise DataError(
-            f"None of the {sum(note['rows'] for note in notes)} rows has a response, so there is "
-            "nothing to train. Check the columns, the chat template and max_length (a prompt that "
-            "fills it leaves no response)."
-        )
-    prefixes = [note["prefixes"] for note in full]
-    total = {name: sum(note[name] for note in notes) for name in _SUMS}
-    found = {**first, **total, **_mean_of(full, prefixes), "attempts": _attempts(notes)}
-    if "members" in full[0]:
-        found["members"] = {
-            name: _mean_of([note["members"][name] for note in full], prefixes)
-            for name in full[0]["members"]
-        }
-        found["disagreement"] = {
-            name: _weighted([note["disagreement"][name] for note in full], prefixes)
-            for name in ("mean", "opposite")
-        }
-    return found
-
-
-def _weighted(values: Sequence[float], prefixes: Sequence[int]) -> float:
-    """A mean over the prefixes of each shard, over those of all."""
-    return float(np.average(values, weights=prefixes))
-
-
-def _mean_of(parts: Sequence[Mapping[str, Any]], prefixes: Sequence[int]) -> dict[str, Any]:
-    """Scores and label mass of one guard, over all shards."""
-    # A shard of which nothing could be scored has no label mass.
-    known = [
-        (part["label_mass"], n)
-        for part, n in zip(parts, prefixes, strict=True)
-        if part["label_mass"]
-    ]
-    return {
-        "mean_prefix_score": _weighted([part["mean_prefix_score"] for part in parts], prefixes),
-        "label_mass": {
-            "mean": _weighted([mass["mean"] for mass, _ in known], [n for _, n in known]),
-            "min": min(mass["min"] for mass, _ in known),
-        }
-        if known
-        else None,
-    }
-
-
-def _attempts(notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Attempts to fool the guard, by kind; rows are counted from the first shard's first."""
-    found: dict[str, Any] = {}
-    start = 0
-    for note in notes:
-        for kind, what in note["attempts"].items():
-            known = found.setdefault(kind, {"responses": 0, "rows": []})
-            known["responses"] += what["responses"]
-            known["rows"] = (known["rows"] + [start + row for row in what["rows"]])[:ROWS_NAMED]
-        start += note["rows"]
-    return found
 
 
 def write_card(folder: Path, provenance: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ from datasets import Dataset
 from star_dss_plugin.errors import DataError
 
 __all__ = [
+    "PROVENANCE_FILE",
     "damaged_note",
     "describe",
     "notes",
@@ -103,3 +104,6 @@ def damaged_note(name: str) -> DataError:
         "writes there. Score the data again, or clear dataset.info.description if you trust the "
         "scores all the same."
     )
+
+
+PROVENANCE_FILE = "star_dss.json"

@@ -3,40 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+import pyarrow as pa
+from datasets import Dataset, DatasetDict, Json, LargeList, List, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from star_dss_plugin.data.cache import content_key
-from star_dss_plugin.data.columns import with_attention_mask
 from star_dss_plugin.data.json_lines import check_json, json_fault
-from star_dss_plugin.data.parquet_shards import PROVENANCE_FILE, is_sharded, load_scored
-from star_dss_plugin.data.provenance import provenance_of
-from star_dss_plugin.data.readable import check_readable
-from star_dss_plugin.errors import ConfigError, DataError, GuardError, writing
+from star_dss_plugin.data.parquet_shards import is_sharded, load_scored
+from star_dss_plugin.data.rows import unreadable
+from star_dss_plugin.errors import DataError, GuardError
 
-__all__ = [
-    "check_writable",
-    "in_file",
-    "is_saved_dataset",
-    "load_tokenizer",
-    "read_dataset",
-    "sample_of",
-    "words_of",
-    "write_dataset",
-    "write_text",
-]
+__all__ = ["check_readable", "in_file", "is_saved_dataset", "read_dataset"]
 
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-_SAMPLE = 64
 
 
 def is_saved_dataset(path: str | Path) -> bool:
@@ -109,96 +92,34 @@ def _cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}."
 
 
-def load_tokenizer(name: str, *, only_local: bool = False) -> PreTrainedTokenizerBase:
-    """A tokenizer by id or folder; code that comes with it is never run.
+def check_readable(dataset: Dataset, source: str) -> None:
+    """Checks a data set that came from a file, before any of its values is used.
 
     Args:
-        name: Id or folder.
-        only_local: Whether nothing may be downloaded: for names that the data gives.
+        dataset: As read.
+        source: Where from, for messages.
 
     Raises:
-        ConfigError: It cannot be loaded.
+        DataError: Its bytes are not what they should be, or a column holds media, whose rows name
+            files: those would be opened, and copied into whatever is written.
     """
+    for name, feature in dataset.features.items():
+        if _names_files(feature):
+            raise DataError(
+                f"{source}: the column {name!r} is {feature}, whose values name files to be "
+                "opened. Only text can be scored: remove the column."
+            )
     try:
-        found = AutoTokenizer.from_pretrained(
-            name, trust_remote_code=False, local_files_only=only_local
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"The tokenizer {name!r} cannot be loaded: {error}. Give the id or folder of the model "
-            "that is to be trained."
-        ) from error
-    assert isinstance(found, PreTrainedTokenizerBase)
-    return found
+        dataset.data.validate(full=True)
+    except pa.ArrowInvalid as error:
+        where = unreadable(dataset) or f"it is damaged: {error}."
+        raise DataError(f"{source}: {where} Write the file again, in UTF-8.") from error
 
 
-def sample_of(dataset: Dataset) -> str:
-    """A hash over column names and some rows from all over a data set."""
-    rows = dataset.with_format(None)
-    some = range(0, len(rows), max(1, len(rows) // _SAMPLE))
-    return content_key(list(rows.column_names), [repr(rows[i]) for i in some])
-
-
-def words_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash over a tokenizer's vocabulary and chat template."""
-    return content_key(tokenizer.get_vocab(), tokenizer.chat_template)
-
-
-def write_dataset(dataset: Dataset, folder: Path) -> None:
-    """Writes a scored data set and its provenance (`star_dss.json`) to a new folder.
-
-    The folder appears when it is complete: a killed run leaves nothing that looks like a result.
-
-    Raises:
-        OutputError: It cannot be written.
-    """
-    dataset = with_attention_mask(dataset)
-    with writing(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
-            dataset.save_to_disk(str(building), num_proc=None)
-            text = json.dumps(provenance_of(dataset), indent=2, sort_keys=True)
-            (building / PROVENANCE_FILE).write_text(text + "\n", encoding="utf-8")
-            building.chmod(0o777 & ~_umask())
-            building.rename(folder)
-        except BaseException:
-            shutil.rmtree(building, ignore_errors=True)
-            raise
-
-
-def check_writable(output: Path) -> None:
-    """Finds out before hours of work whether something can be made where a result will go.
-
-    Raises:
-        OutputError: Nothing can.
-    """
-    with writing(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent):
-            pass
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a UTF-8 file whole or not at all; replaces what was there.
-
-    Raises:
-        OutputError: It cannot be written.
-    """
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, scratch = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-                file.write(text)
-            os.chmod(scratch, 0o666 & ~_umask())
-            os.replace(scratch, path)
-        except BaseException:
-            Path(scratch).unlink(missing_ok=True)
-            raise
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
+def _names_files(feature: Any) -> bool:
+    """Whether a column holds images, sounds or the like, at any depth."""
+    if isinstance(feature, List | LargeList):
+        return _names_files(feature.feature)
+    if isinstance(feature, dict):
+        return any(map(_names_files, feature.values()))
+    return hasattr(feature, "decode_example") and not isinstance(feature, Json)

@@ -14,10 +14,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from star_dss_plugin.data.conversations import context_finder
+from star_dss_plugin.data.context import context_finder
 from star_dss_plugin.data.decoding import decode, special_ids, token_boundaries
+from star_dss_plugin.data.requests import PrefixRequest
 from star_dss_plugin.errors import DataError
-from star_dss_plugin.guards.base import PrefixRequest
 from star_dss_plugin.logprobs import IGNORE_INDEX
 from star_dss_plugin.segmenters import Segmenter, chunk_ends
 

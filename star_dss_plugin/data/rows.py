@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from datasets import Dataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from star_dss_plugin.data.columns import with_column
-from star_dss_plugin.data.readable import plain_rows
 from star_dss_plugin.data.responses import tokens_of
 from star_dss_plugin.data.tokenization import assistant_labels, needs_assistant_labels, tokenize_row
 from star_dss_plugin.errors import DataError, StarDSSError
 from star_dss_plugin.logprobs import IGNORE_INDEX
 
-__all__ = ["in_row", "known_rows", "only_responses", "tokenized"]
+__all__ = ["in_row", "known_rows", "only_responses", "plain_rows", "tokenized", "unreadable"]
 
 logger = logging.getLogger(__name__)
 
@@ -103,3 +102,38 @@ def only_responses(
         len(column),
     )
     return with_column(dataset, "labels", column, List(Value("int64")))
+
+
+def plain_rows(dataset: Dataset, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    """The rows as plain Python values.
+
+    Args:
+        dataset: The rows.
+        columns: Which columns; None: all.
+
+    Raises:
+        DataError: A value cannot be read.
+    """
+    plain = dataset.with_format(None)
+    if columns is not None:
+        plain = plain.select_columns(list(columns))
+    try:
+        yield from map(dict, plain)
+    except ValueError as error:  # UnicodeDecodeError; text that is not the JSON it should be
+        raise DataError(
+            f"{unreadable(plain) or f'The rows cannot be read: {error}.'} Write the data again, "
+            "in UTF-8."
+        ) from error
+
+
+def unreadable(dataset: Dataset) -> str:
+    """The first row, and its column, that cannot be read, as a sentence; "" if all can."""
+    plain = dataset.with_format(None)
+    for name in plain.column_names:
+        column = plain.select_columns([name])
+        for i in range(len(column)):
+            try:
+                column[i]
+            except ValueError as error:
+                return f"Row {i}: column {name!r} cannot be read: {error}."
+    return ""

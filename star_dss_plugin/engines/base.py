@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "Weights"]
 
 
 class Engine(Protocol):
@@ -32,3 +33,20 @@ class Engine(Protocol):
     def close(self) -> None:
         """Frees what the engine holds; it is not used again."""
         ...
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Which weights an engine computes with.
+
+    Attributes:
+        model: Hub id or folder.
+        revision: Hub revision.
+        trust_remote_code: Whether code that comes with the model may run.
+        dtype: Of the weights.
+    """
+
+    model: str
+    revision: str | None
+    trust_remote_code: bool
+    dtype: torch.dtype

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-import torch
+from star_dss_plugin.engines.base import Engine, Weights
+from star_dss_plugin.errors import ConfigError
+from star_dss_plugin.validation import unknown_name
 
-from star_dss_plugin.engines.base import Engine
-from star_dss_plugin.errors import ConfigError, unknown_name
-
-__all__ = ["EngineChoice", "Weights", "choose_engine"]
+__all__ = ["EngineChoice", "choose_engine"]
 
 _SERVER_OPTIONS = {
     "model": str,
@@ -37,23 +36,6 @@ _FIXED = (  # what the guard itself says, and what its scores rely on
     "enable_prefix_caching",
 )
 _MODULES = {"vllm": ("vllm", "vllm"), "server": ("httpx2", "server")}  # package, our extra
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Which weights an engine computes with.
-
-    Attributes:
-        model: Hub id or folder.
-        revision: Hub revision.
-        trust_remote_code: Whether code that comes with the model may run.
-        dtype: Of the weights.
-    """
-
-    model: str
-    revision: str | None
-    trust_remote_code: bool
-    dtype: torch.dtype
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
+from star_dss_plugin.engines.base import Weights
 from star_dss_plugin.engines.label_rows import label_row, longest_first, rows_of
-from star_dss_plugin.engines.selection import Weights
 from star_dss_plugin.errors import ConfigError, GuardError
 
 __all__ = ["VllmEngine"]

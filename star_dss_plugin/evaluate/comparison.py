@@ -12,16 +12,12 @@ from transformers import PreTrainedTokenizerBase
 
 from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.evaluate.answers import AnswerFile, Generate, answer_prompts, local_generation
-from star_dss_plugin.evaluate.models import (
-    find_device,
-    free_memory,
-    load_whole_model,
-    weights_digest,
-)
+from star_dss_plugin.evaluate.models import load_whole_model
 from star_dss_plugin.evaluate.prompts import BENIGN, HARMFUL, Prompt, with_prefill
 from star_dss_plugin.evaluate.verdicts import PREFILL, Comparison, ModelAnswers, judge
-from star_dss_plugin.guards import load_guard
 from star_dss_plugin.guards.base import Guard
+from star_dss_plugin.guards.loading import load_guard
+from star_dss_plugin.models import find_device, free_memory, weights_digest
 from star_dss_plugin.validation import at_least, probability
 
 __all__ = ["compare", "training_guard"]

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from star_dss_plugin.data.conversations import render_chat
-from star_dss_plugin.guards.base import Message
+from star_dss_plugin.data.requests import Message
 
 __all__ = ["answers_to", "greedy_answers", "prompt_ids"]
 

@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 from torch import nn
 
+from star_dss_plugin.data.requests import Message
 from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.evaluate.moved_weights import TOWARD, MovedWeights, Place
-from star_dss_plugin.guards.base import Message
 from star_dss_plugin.validation import at_least
 
 __all__ = [

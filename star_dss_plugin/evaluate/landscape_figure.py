@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from star_dss_plugin.errors import ConfigError, writing
+from star_dss_plugin.data.writing import writing
+from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.evaluate.landscape import S_MAX
 from star_dss_plugin.evaluate.landscape_points import Curve, Landscape
 from star_dss_plugin.report.plotting import GUIDE, line_style, plain, require_matplotlib

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,18 +11,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from star_dss_plugin.data.reading import load_tokenizer
 from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.guards.demo.smollm2 import load_smollm2
 from star_dss_plugin.models import (
     UNLOADABLE,
-    default_device,
     floating_dtype,
+    load_tokenizer,
     read_model,
-    settings_of,
 )
 
-__all__ = ["DEMO_MODEL", "find_device", "free_memory", "load_whole_model", "weights_digest"]
+__all__ = ["DEMO_MODEL", "load_whole_model"]
 
 DEMO_MODEL = "smollm2"
 """The name of SmolLM2-135M-Instruct as `load_smollm2` gives it, without the network."""
@@ -97,41 +93,3 @@ def _file(name: str, file: str) -> str | None:
     """Where a file of a folder or of a hub repository is; None if there is no such file."""
     found: str | None = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
     return found
-
-
-def find_device(name: str | None) -> torch.device:
-    """A device by name; None: the GPU if there is one.
-
-    Raises:
-        ConfigError: There is no such device.
-    """
-    try:
-        device = default_device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts that it has it
-        said = str(error).splitlines()[0]
-        raise ConfigError(
-            f"device is {name or 'cuda'!r}: {said}. Use cpu, or cuda on a GPU."
-        ) from error
-    return device
-
-
-def free_memory() -> None:
-    """Gives the memory of models that nobody holds any more back to the device."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def weights_digest(model: PreTrainedModel) -> str:
-    """The SHA-256 of a model's configuration and of every bit of its weights, which are on the CPU.
-
-    Unlike `reference.model_fingerprint`, which sums weights where they are, it does not depend on
-    the number of threads: a resumed run must recognise its model anywhere.
-    """
-    settings = json.dumps(settings_of(model.config), sort_keys=True, default=str)
-    digest = hashlib.sha256(settings.encode())
-    for name, weight in sorted(model.named_parameters()):
-        digest.update(f"{name}:{tuple(weight.shape)}:{weight.dtype}:".encode())
-        digest.update(weight.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

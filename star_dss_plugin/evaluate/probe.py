@@ -15,18 +15,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
-from star_dss_plugin.errors import ConfigError, unknown_name
+from star_dss_plugin.data.requests import Message
+from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.evaluate.generation import answers_to
 from star_dss_plugin.evaluate.refusal import is_refusal
 from star_dss_plugin.evaluate.verdicts import answer_scores
-from star_dss_plugin.guards import load_guard
-from star_dss_plugin.guards.base import Guard, Message
-from star_dss_plugin.validation import at_least, probability
+from star_dss_plugin.guards.base import Guard
+from star_dss_plugin.guards.loading import load_guard
+from star_dss_plugin.validation import at_least, probability, unknown_name
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
-    from star_dss_plugin.training.mixin import StarDSSState
+    from star_dss_plugin.training.state import StarDSSState
 
 __all__ = ["SafetyProbe"]
 

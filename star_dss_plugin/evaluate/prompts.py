@@ -9,10 +9,9 @@ from typing import Any
 from datasets import Dataset
 
 from star_dss_plugin.data.conversations import row_messages
-from star_dss_plugin.data.readable import plain_rows
-from star_dss_plugin.data.rows import in_row
+from star_dss_plugin.data.requests import Message
+from star_dss_plugin.data.rows import in_row, plain_rows
 from star_dss_plugin.errors import DataError
-from star_dss_plugin.guards.base import Message
 
 __all__ = ["BENIGN", "DEFAULT_PREFILL", "HARMFUL", "Prompt", "read_prompts", "with_prefill"]
 

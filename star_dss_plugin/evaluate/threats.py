@@ -24,10 +24,10 @@ from typing import Any
 from datasets import Dataset
 
 from star_dss_plugin.data.conversations import row_messages
+from star_dss_plugin.data.requests import Message
 from star_dss_plugin.data.rows import in_row
-from star_dss_plugin.errors import ConfigError, DataError, unknown_name
-from star_dss_plugin.guards.base import Message
-from star_dss_plugin.validation import at_least
+from star_dss_plugin.errors import ConfigError, DataError
+from star_dss_plugin.validation import at_least, unknown_name
 
 __all__ = ["THREATS", "VARIANTS", "build_threat", "describe_threat"]
 

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from star_dss_plugin.data.requests import Message
 from star_dss_plugin.evaluate.answers import Answer
 from star_dss_plugin.evaluate.prompts import BENIGN, HARMFUL, Prompt
 from star_dss_plugin.evaluate.refusal import is_refusal
 from star_dss_plugin.evaluate.statistics import Estimate, bootstrap_share, paired_difference
-from star_dss_plugin.guards.base import Guard, Message
+from star_dss_plugin.guards.base import Guard
 
 __all__ = [
     "PREFILL",

@@ -13,14 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from star_dss_plugin.data.requests import PrefixRequest, Trajectory
 from star_dss_plugin.errors import GuardError
-from star_dss_plugin.guards.base import (
-    Guard,
-    PrefixRequest,
-    StreamingGuard,
-    Trajectory,
-    check_trajectories,
-)
+from star_dss_plugin.guards.base import Guard, StreamingGuard, check_trajectories
 from star_dss_plugin.guards.combined import CombinedGuard
 from star_dss_plugin.validation import probability
 

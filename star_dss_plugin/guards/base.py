@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import abc
 import bisect
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Sequence
 from typing import Any
 
+from star_dss_plugin.data.requests import Message, PrefixRequest, Trajectory
 from star_dss_plugin.errors import DataError, GuardError
 from star_dss_plugin.guards.attempts import Markers
 
@@ -30,46 +29,6 @@ __all__ = [
     "lowest",
     "not_numbers",
 ]
-
-Message = Mapping[str, Any]
-"""One turn: `role` ("system", "user", "assistant", "tool") and `content` (str)."""
-
-
-@dataclass(frozen=True)
-class PrefixRequest:
-    """One response of which some prefixes are to be scored.
-
-    Attributes:
-        context: The messages before the response, oldest first; may be empty.
-        text: The response.
-        ends: Lengths of the prefixes in characters of `text`, strictly increasing, at least one,
-            each in [0, len(text)].
-    """
-
-    context: tuple[Message, ...]
-    text: str
-    ends: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        ends = self.ends
-        if not ends or ends[0] < 0 or ends[-1] > len(self.text):
-            raise ValueError(f"prefix ends {ends} do not lie within a text of {len(self.text)}")
-        if any(a >= b for a, b in pairwise(ends)):
-            raise ValueError(f"prefix ends must increase: {ends}")
-
-
-@dataclass(frozen=True)
-class Trajectory:
-    """The STAR scores of one response.
-
-    Attributes:
-        scores: P(safe) in [0, 1], one per prefix end of the request.
-        label_mass: Probability that the guard gave to all its label words together before they
-            were renormalised, one per prefix; None for guards that have no label words.
-    """
-
-    scores: tuple[float, ...]
-    label_mass: tuple[float, ...] | None = None
 
 
 def announced(name: str, demonstration: bool) -> str:

@@ -11,18 +11,19 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
+from star_dss_plugin.data.requests import PrefixRequest, Trajectory
 from star_dss_plugin.errors import ConfigError, GuardError
 from star_dss_plugin.guards.attempts import Markers
-from star_dss_plugin.guards.base import Guard, PrefixRequest, Trajectory, batches, not_numbers
+from star_dss_plugin.guards.base import Guard, batches, not_numbers
 from star_dss_plugin.guards.prompting.content import ContentTokenizer, without_surrogates
 from star_dss_plugin.guards.self_check import trust, unproven
-from star_dss_plugin.guards.weights_on_disk import (
+from star_dss_plugin.models import (
+    default_device,
     load_config,
     load_weights,
     resolve_dtype,
     weights_fingerprint,
 )
-from star_dss_plugin.models import default_device
 
 __all__ = ["ClassifierGuard"]
 

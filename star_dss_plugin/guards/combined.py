@@ -11,8 +11,10 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from star_dss_plugin.errors import ConfigError, unknown_name
-from star_dss_plugin.guards.base import Guard, PrefixRequest, Trajectory, ask, lowest
+from star_dss_plugin.data.requests import PrefixRequest, Trajectory
+from star_dss_plugin.errors import ConfigError
+from star_dss_plugin.guards.base import Guard, ask, lowest
+from star_dss_plugin.validation import unknown_name
 
 __all__ = ["NEAREST", "CalibratedGuard", "CombinedGuard", "EnsembleGuard", "calibrate", "leaves"]
 

@@ -17,18 +17,19 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, Qwen3Config, Qwen3Model, Qwen3PreTrainedModel
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
+from star_dss_plugin.data.requests import Message, PrefixRequest
 from star_dss_plugin.guards.attempts import Markers
-from star_dss_plugin.guards.base import Message, PrefixRequest, StreamingGuard, batches, not_numbers
+from star_dss_plugin.guards.base import StreamingGuard, batches, not_numbers
 from star_dss_plugin.guards.prompting.prompts import Prompts
 from star_dss_plugin.guards.prompting.template import GuardTemplate
 from star_dss_plugin.guards.self_check import trust, unproven
-from star_dss_plugin.guards.weights_on_disk import (
+from star_dss_plugin.models import (
+    default_device,
     load_weights,
     not_loadable,
     resolve_dtype,
     weights_fingerprint,
 )
-from star_dss_plugin.models import default_device
 from star_dss_plugin.validation import probability
 
 __all__ = ["Qwen3GuardStreamModel", "Qwen3StreamGuard"]

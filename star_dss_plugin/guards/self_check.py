@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from star_dss_plugin.data.requests import PrefixRequest, Trajectory
 from star_dss_plugin.errors import GuardError
-from star_dss_plugin.guards.base import Guard, PrefixRequest, Trajectory
+from star_dss_plugin.guards.base import Guard
 
 __all__ = [
     "SAFE_PROBE",

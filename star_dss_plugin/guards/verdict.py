@@ -15,22 +15,23 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from star_dss_plugin.engines.base import Engine
+from star_dss_plugin.data.requests import PrefixRequest, Trajectory
+from star_dss_plugin.engines.base import Engine, Weights
 from star_dss_plugin.engines.local import LocalEngine
-from star_dss_plugin.engines.selection import Weights, choose_engine
+from star_dss_plugin.engines.selection import choose_engine
 from star_dss_plugin.errors import ConfigError, GuardError
 from star_dss_plugin.guards.attempts import Markers, scaffold_lines
-from star_dss_plugin.guards.base import Guard, PrefixRequest, Trajectory, lowest, not_numbers
+from star_dss_plugin.guards.base import Guard, lowest, not_numbers
 from star_dss_plugin.guards.prompting.prompts import Prompts, policies
 from star_dss_plugin.guards.prompting.template import PINNED_DATE, GuardTemplate
 from star_dss_plugin.guards.self_check import trust, unproven
-from star_dss_plugin.guards.weights_on_disk import (
+from star_dss_plugin.models import (
+    default_device,
     load_config,
     load_weights,
     resolve_dtype,
     weights_fingerprint,
 )
-from star_dss_plugin.models import default_device
 from star_dss_plugin.validation import probability
 
 __all__ = ["VerdictGuard"]

@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerBase
 
 from star_dss_plugin.data.columns import SCORES_COLUMN
 from star_dss_plugin.data.provenance import provenance_of
-from star_dss_plugin.data.reading import load_tokenizer
+from star_dss_plugin.data.requests import Message
 from star_dss_plugin.data.responses import Response, find_responses, tokens_of
 from star_dss_plugin.data.rows import in_row, known_rows
 from star_dss_plugin.errors import ConfigError, DataError
-from star_dss_plugin.guards.base import Message
+from star_dss_plugin.models import load_tokenizer
 from star_dss_plugin.segmenters import tokens
 from star_dss_plugin.training.prepare import check_scores
 

@@ -13,8 +13,9 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from star_dss_plugin.data.cache import ScoreCache
+from star_dss_plugin.data.requests import PrefixRequest, Trajectory
 from star_dss_plugin.errors import GuardError
-from star_dss_plugin.guards.base import Guard, PrefixRequest, Trajectory, check_trajectories
+from star_dss_plugin.guards.base import Guard, check_trajectories
 from star_dss_plugin.guards.combined import CombinedGuard
 from star_dss_plugin.guards.self_check import low_label_mass
 from star_dss_plugin.scoring.ranks import ALONE, Share

@@ -16,10 +16,10 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from star_dss_plugin.data.conversations import row_messages
-from star_dss_plugin.data.readable import plain_rows
-from star_dss_plugin.data.rows import in_row
+from star_dss_plugin.data.requests import Message
+from star_dss_plugin.data.rows import in_row, plain_rows
 from star_dss_plugin.errors import ConfigError, DataError, GuardError
-from star_dss_plugin.guards.base import Guard, Message
+from star_dss_plugin.guards.base import Guard
 from star_dss_plugin.guards.combined import NEAREST, CalibratedGuard, calibrate
 
 __all__ = ["Calibration", "Quality", "fit", "fit_guard", "labelled_rows", "quality"]

@@ -10,11 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from star_dss_plugin.data.provenance import damaged_note
+from star_dss_plugin.data.requests import PrefixRequest, Trajectory
+from star_dss_plugin.errors import DataError
 from star_dss_plugin.guards.attempts import attempts
-from star_dss_plugin.guards.base import Guard, PrefixRequest, Trajectory
+from star_dss_plugin.guards.base import Guard
 from star_dss_plugin.guards.combined import leaves
 
-__all__ = ["ROWS_NAMED", "attempt_notes", "label_mass", "member_notes", "remarks"]
+__all__ = ["ROWS_NAMED", "attempt_notes", "label_mass", "member_notes", "merged", "remarks"]
 
 logger = logging.getLogger(__name__)
 
@@ -148,3 +150,91 @@ def label_mass(found: Mapping[str, Trajectory], keys: Sequence[str]) -> dict[str
         "min": float(masses.min()),
         "p05": float(np.quantile(masses, 0.05)),
     }
+
+
+_SUMS = (
+    "rows",
+    "responses",
+    "prefixes",
+    "trained_tokens",
+    "raw_contexts",
+    "truncated_contexts",
+    "guard_errors",
+)
+
+
+_MERGED = ("mean_prefix_score", "label_mass", "attempts", "members", "disagreement")
+
+
+def merged(notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The provenance of all shards together.
+
+    Raises:
+        DataError: They were not made in one way.
+    """
+    counted = {*_SUMS, *_MERGED}
+    first = {name: value for name, value in notes[0].items() if name not in counted}
+    for number, note in enumerate(notes):
+        for name in {*first, *note} - counted:
+            if note.get(name) != first.get(name):
+                raise DataError(
+                    f"Shard {number} was scored with {name} {note.get(name)!r}, shard 0 with "
+                    f"{first.get(name)!r}. Remove the folder and score all of it in one way."
+                )
+    full = [note for note in notes if note["prefixes"]]
+    if not full:
+        raise DataError(
+            f"None of the {sum(note['rows'] for note in notes)} rows has a response, so there is "
+            "nothing to train. Check the columns, the chat template and max_length (a prompt that "
+            "fills it leaves no response)."
+        )
+    prefixes = [note["prefixes"] for note in full]
+    total = {name: sum(note[name] for note in notes) for name in _SUMS}
+    found = {**first, **total, **_mean_of(full, prefixes), "attempts": _attempts(notes)}
+    if "members" in full[0]:
+        found["members"] = {
+            name: _mean_of([note["members"][name] for note in full], prefixes)
+            for name in full[0]["members"]
+        }
+        found["disagreement"] = {
+            name: _weighted([note["disagreement"][name] for note in full], prefixes)
+            for name in ("mean", "opposite")
+        }
+    return found
+
+
+def _weighted(values: Sequence[float], prefixes: Sequence[int]) -> float:
+    """A mean over the prefixes of each shard, over those of all."""
+    return float(np.average(values, weights=prefixes))
+
+
+def _mean_of(parts: Sequence[Mapping[str, Any]], prefixes: Sequence[int]) -> dict[str, Any]:
+    """Scores and label mass of one guard, over all shards."""
+    # A shard of which nothing could be scored has no label mass.
+    known = [
+        (part["label_mass"], n)
+        for part, n in zip(parts, prefixes, strict=True)
+        if part["label_mass"]
+    ]
+    return {
+        "mean_prefix_score": _weighted([part["mean_prefix_score"] for part in parts], prefixes),
+        "label_mass": {
+            "mean": _weighted([mass["mean"] for mass, _ in known], [n for _, n in known]),
+            "min": min(mass["min"] for mass, _ in known),
+        }
+        if known
+        else None,
+    }
+
+
+def _attempts(notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Attempts to fool the guard, by kind; rows are counted from the first shard's first."""
+    found: dict[str, Any] = {}
+    start = 0
+    for note in notes:
+        for kind, what in note["attempts"].items():
+            known = found.setdefault(kind, {"responses": 0, "rows": []})
+            known["responses"] += what["responses"]
+            known["rows"] = (known["rows"] + [start + row for row in what["rows"]])[:ROWS_NAMED]
+        start += note["rows"]
+    return found

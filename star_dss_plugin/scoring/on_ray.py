@@ -12,7 +12,8 @@ from dataclasses import asdict
 from typing import Any
 
 from star_dss_plugin import errors
-from star_dss_plugin.errors import ConfigError, GuardError, PluginError, StarDSSError, writing
+from star_dss_plugin.data.writing import writing
+from star_dss_plugin.errors import ConfigError, GuardError, PluginError, StarDSSError
 from star_dss_plugin.scoring.shards import Job, ShardScorer, bar
 from star_dss_plugin.validation import at_least
 

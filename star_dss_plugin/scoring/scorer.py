@@ -6,6 +6,15 @@ that was killed and started again gives, byte for byte, what an undisturbed run 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from star_dss_plugin.guards.base import Guard
+from star_dss_plugin.guards.loading import load_guard
+from star_dss_plugin.guards.spec import missing_guard
+
+if TYPE_CHECKING:
+    from star_dss_plugin.options import StarDSSOptions
+
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -19,22 +28,22 @@ from datasets import Dataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from star_dss_plugin._version import __version__
-from star_dss_plugin.data.cache import content_key, default_cache_dir
+from star_dss_plugin.data.cache import default_cache_dir
 from star_dss_plugin.data.columns import SCORES_COLUMN, with_column
+from star_dss_plugin.data.fingerprints import content_key
 from star_dss_plugin.data.provenance import write_note
+from star_dss_plugin.data.requests import PrefixRequest, Trajectory
 from star_dss_plugin.data.responses import Response, find_responses
 from star_dss_plugin.data.rows import in_row, known_rows, only_responses, tokenized
 from star_dss_plugin.errors import DataError
-from star_dss_plugin.guards import guard_of, missing_guard
 from star_dss_plugin.guards.adaptive import adaptive
-from star_dss_plugin.guards.base import Guard, PrefixRequest, Trajectory
 from star_dss_plugin.options import StarDSSOptions
 from star_dss_plugin.plugins import load_plugins
 from star_dss_plugin.scoring.cached_guard import Asking
 from star_dss_plugin.scoring.notes import attempt_notes, label_mass, member_notes
 from star_dss_plugin.scoring.ranks import ALONE, Share
 
-__all__ = ["options_for_scoring", "score_dataset", "versions"]
+__all__ = ["guard_of", "options_for_scoring", "score_dataset", "versions"]
 
 logger = logging.getLogger(__name__)
 
@@ -292,3 +301,17 @@ def options_for_scoring(options: StarDSSOptions) -> dict[str, Any]:
         "on_guard_error",
     )
     return {name: getattr(options, name) for name in names}
+
+
+def guard_of(options: StarDSSOptions) -> Guard:
+    """The guard that a run's options name, computed as they say; raises what `load_guard` does."""
+    if options.guard is None:
+        raise missing_guard()
+    return load_guard(
+        options.guard,
+        device=options.guard_device,
+        dtype=options.guard_dtype,
+        batch_tokens=options.score_batch_tokens,
+        engine=options.engine,
+        engine_options=options.engine_options,
+    )

@@ -21,27 +21,23 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from star_dss_plugin.data.columns import SCORES_COLUMN, with_attention_mask
+from star_dss_plugin.data.fingerprints import sample_of, words_of
 from star_dss_plugin.data.parquet_shards import (
     DATA,
-    merged,
     shard_name,
     shard_note,
     write_card,
     write_shard,
 )
-from star_dss_plugin.data.reading import (
-    load_tokenizer,
-    read_dataset,
-    sample_of,
-    words_of,
-    write_text,
-)
+from star_dss_plugin.data.reading import read_dataset
+from star_dss_plugin.data.writing import write_text
 from star_dss_plugin.errors import ConfigError, DataError, StarDSSError
-from star_dss_plugin.guards import guard_of
 from star_dss_plugin.guards.base import Guard
+from star_dss_plugin.models import load_tokenizer
 from star_dss_plugin.options import StarDSSOptions
 from star_dss_plugin.scoring.cached_guard import none_scored
-from star_dss_plugin.scoring.scorer import score_dataset, versions
+from star_dss_plugin.scoring.notes import merged
+from star_dss_plugin.scoring.scorer import guard_of, score_dataset, versions
 from star_dss_plugin.validation import at_least
 
 __all__ = ["Job", "ShardScorer", "bar", "begin", "finish", "score_shards"]

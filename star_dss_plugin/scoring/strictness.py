@@ -22,16 +22,9 @@ from star_dss_plugin.errors import DataError
 from star_dss_plugin.options import StarDSSOptions
 from star_dss_plugin.plugins import load_plugins
 
-__all__ = ["kl_coef_at", "stricter_dataset", "stricter_scores"]
+__all__ = ["stricter_dataset", "stricter_scores"]
 
 _NOTE = "stricter"
-
-
-def kl_coef_at(step: int, options: StarDSSOptions) -> float:
-    """λ at an optimizer step (0 for the first): linear from λ / n at step 0 to λ at step n − 1."""
-    if not options.kl_warmup_steps:
-        return options.kl_coef
-    return options.kl_coef * min(1.0, (step + 1) / options.kl_warmup_steps)
 
 
 def stricter_scores(

@@ -14,17 +14,19 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer
 from star_dss_plugin.data.cache import default_cache_dir
 from star_dss_plugin.data.columns import REF_COLUMN
 from star_dss_plugin.errors import ConfigError
-from star_dss_plugin.loss import resolve_weight_map
+from star_dss_plugin.models import model_fingerprint
 from star_dss_plugin.options import StarDSSOptions
+from star_dss_plugin.plugins import resolve_weight_map
 from star_dss_plugin.scoring.ranks import share_of
 from star_dss_plugin.training.callback import StarDSSCallback
 from star_dss_plugin.training.collation import TokenColumnsCollator
 from star_dss_plugin.training.head import can_project
 from star_dss_plugin.training.host_checks import check_trainer, expose_logits
-from star_dss_plugin.training.mixin import StarDSSMixin, StarDSSState
+from star_dss_plugin.training.mixin import StarDSSMixin
 from star_dss_plugin.training.prepare import DatasetSummary, prepare_dataset
-from star_dss_plugin.training.reference import Reference, choose_reference, model_fingerprint
+from star_dss_plugin.training.reference import Reference, choose_reference
 from star_dss_plugin.training.reference_column import add_reference_logps, has_reference_logps
+from star_dss_plugin.training.state import StarDSSState
 from star_dss_plugin.weights import WeightMap, needs_reference
 
 __all__ = ["attach", "set_up"]

@@ -10,8 +10,6 @@ Longer than other modules because `compute_loss` and its parts are read together
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +21,8 @@ from transformers import Trainer
 from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN, TOKEN_COLUMNS
 from star_dss_plugin.errors import ConfigError, StarDSSError
 from star_dss_plugin.logprobs import IGNORE_INDEX, full_kl, kl_estimate, kl_slope, token_logprobs
-from star_dss_plugin.loss import TokenWeights, shaped_loss
+from star_dss_plugin.loss import TokenWeights, kl_coef_at, shaped_loss
 from star_dss_plugin.options import StarDSSOptions
-from star_dss_plugin.scoring.strictness import kl_coef_at
 from star_dss_plugin.training.checkpoints import check_checkpoint
 from star_dss_plugin.training.head import (
     Projection,
@@ -35,50 +32,15 @@ from star_dss_plugin.training.head import (
     hidden_states,
     without_logits,
 )
-from star_dss_plugin.training.metrics import TokenMetrics
-from star_dss_plugin.training.model_card import add_section
-from star_dss_plugin.training.prepare import DatasetSummary
-from star_dss_plugin.training.reference import Reference
-from star_dss_plugin.weights import WeightMap
+from star_dss_plugin.training.run_record import add_section
+from star_dss_plugin.training.state import StarDSSState
 
 if TYPE_CHECKING:
     _Base = Trainer
 else:
     _Base = object
 
-__all__ = ["StarDSSMixin", "StarDSSState"]
-
-
-@dataclass
-class StarDSSState:
-    """What a trainer with an active STAR-DSS loss carries.
-
-    Attributes:
-        options: The run's options.
-        weight_map: Scores to weights.
-        reference: π_ref.
-        prepare: Scores a data set, given its name.
-        summaries: What was scored, by data set ("train", "eval", …).
-        metrics: Running sums for the log.
-        extra_metrics: By full name: what callbacks add to the next training log line.
-        shaped: How many training losses were shaped so far.
-        projects: Whether the policy's logits can be made a few positions at a time.
-    """
-
-    options: StarDSSOptions
-    weight_map: WeightMap
-    reference: Reference
-    prepare: Callable[[Any, str], Any]
-    summaries: dict[str, DatasetSummary] = field(default_factory=dict)
-    metrics: TokenMetrics = field(default_factory=TokenMetrics)
-    extra_metrics: dict[str, float] = field(default_factory=dict)
-    shaped: int = 0
-    projects: bool = False
-
-    @property
-    def needs_distributions(self) -> bool:
-        """Whether the KL term is computed over the whole vocabulary."""
-        return self.options.kl_estimator == "full" and self.reference.kind != "none"
+__all__ = ["StarDSSMixin"]
 
 
 class StarDSSMixin(_Base):
@@ -317,7 +279,7 @@ class StarDSSMixin(_Base):
         """λ now; evaluations have it whole, so that they can be compared."""
         if self._mode() == "eval":
             return options.kl_coef
-        return kl_coef_at(self.state.global_step, options)
+        return kl_coef_at(self.state.global_step, options.kl_coef, options.kl_warmup_steps)
 
     def _host_wants_loss_alone(self) -> bool:
         """Whether nothing below this class reads the model's logits."""

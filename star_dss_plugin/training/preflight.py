@@ -6,29 +6,24 @@ that it cannot import), so what a run cannot find out by itself is found here.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
-import yaml
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from star_dss_plugin.data.columns import SCORES_COLUMN
 from star_dss_plugin.data.responses import find_responses
 from star_dss_plugin.data.rows import in_row, known_rows
-from star_dss_plugin.errors import ConfigError, PluginError, StarDSSError
-from star_dss_plugin.guards import guard_of
+from star_dss_plugin.errors import StarDSSError
 from star_dss_plugin.guards.base import announced
 from star_dss_plugin.guards.presets import PRESETS, STREAM
-from star_dss_plugin.loss import resolve_weight_map
 from star_dss_plugin.options import StarDSSOptions
-from star_dss_plugin.plugins import load_plugins
+from star_dss_plugin.plugins import load_plugins, resolve_weight_map
+from star_dss_plugin.scoring.scorer import guard_of
 from star_dss_plugin.weights import needs_scores
 
-__all__ = ["Findings", "check_config", "check_options", "estimate", "lacks_guard"]
+__all__ = ["Findings", "check_options", "estimate", "lacks_guard"]
 
 
 @dataclass
@@ -42,37 +37,6 @@ class Findings:
 
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-
-
-def check_config(path: Path, *, data: bool) -> Findings:
-    """Checks a YAML for Axolotl (it names a `base_model`) or for TRL.
-
-    Args:
-        path: The file.
-        data: Whether to load and tokenize the data, to say what scoring it would ask of the guard.
-
-    Raises:
-        StarDSSError: The file cannot be read, or its host framework is not installed.
-    """
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    # Bytes that are no UTF-8 and dates that are no dates are ValueErrors; brackets can be too deep.
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}. Give a YAML file.") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} holds a {type(raw).__name__}. Give a YAML file with options.")
-    if strange := [key for key in raw if not isinstance(key, str)]:
-        raise ConfigError(f"{path} has the key {strange[0]!r}; keys are the names of options.")
-    host = "axolotl" if {"base_model", "plugins", "star_dss"} & set(raw) else "trl"
-    try:
-        integration: Any = importlib.import_module(f"star_dss_{host}.check")
-    except (ImportError, RuntimeError) as error:
-        raise PluginError(
-            f"{path} is a configuration for {host}, which cannot be imported here ({error}). "
-            f"Install it with: pip install 'star-dss-plugin[{host}]'"
-        ) from error
-    found: Findings = integration.check(path, raw, data=data)
-    return found
 
 
 def check_options(options: StarDSSOptions) -> Findings:

@@ -14,9 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from star_dss_plugin.data.columns import SCORES_COLUMN, with_column
 from star_dss_plugin.data.provenance import provenances_of
-from star_dss_plugin.data.readable import plain_rows
 from star_dss_plugin.data.responses import runs
-from star_dss_plugin.data.rows import only_responses
+from star_dss_plugin.data.rows import only_responses, plain_rows
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.guards.base import announced
 from star_dss_plugin.logprobs import IGNORE_INDEX

@@ -8,8 +8,6 @@ whole distribution at every step: a LoRA run switches its adapter off, others ke
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,18 +18,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from star_dss_plugin.errors import ConfigError, StarDSSError
-from star_dss_plugin.models import UNLOADABLE, read_model, settings_of
+from star_dss_plugin.models import UNLOADABLE, is_peft, model_fingerprint, read_model
 from star_dss_plugin.options import REFERENCES
 from star_dss_plugin.training.head import States, can_project, states_of
 
-__all__ = ["Reference", "choose_reference", "is_peft", "model_fingerprint"]
+__all__ = ["Reference", "choose_reference"]
 
 logger = logging.getLogger(__name__)
-
-
-def is_peft(model: nn.Module) -> bool:
-    """Whether a model is wrapped by PEFT (without importing PEFT)."""
-    return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
 
 
 @dataclass
@@ -256,29 +249,3 @@ def _load_named(name: str, policy: nn.Module, tokenizer: PreTrainedTokenizerBase
         )
     frozen: nn.Module = model.requires_grad_(False)
     return frozen.to(parameter.device)
-
-
-def model_fingerprint(model: nn.Module) -> str:
-    """What identifies a model's weights, without moving all of them off the device.
-
-    The configuration, the active adapters and their scaling; name, shape, dtype, sum and 64 evenly
-    spaced values of every parameter and buffer.
-    """
-    digest = hashlib.sha256()
-    settings = settings_of(getattr(model, "config", None))
-    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    if is_peft(model):
-        digest.update(repr(model.active_adapters).encode())
-        for name, module in model.named_modules():
-            if hasattr(module, "scaling"):
-                digest.update(f"{name}:{module.scaling}".encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}:".encode())
-        flat = tensor.detach().reshape(-1)
-        if not flat.is_floating_point():
-            flat = flat.to(torch.float64)
-        step = max(1, flat.numel() // 64)
-        sampled = flat[::step].double().cpu().numpy()
-        digest.update(sampled.tobytes())
-        digest.update(flat.double().sum().cpu().numpy().tobytes())
-    return digest.hexdigest()

@@ -18,11 +18,12 @@ from datasets import Dataset, List, Value
 from torch import nn
 from tqdm.auto import tqdm
 
-from star_dss_plugin.data.cache import ScoreCache, content_key
+from star_dss_plugin.data.cache import ScoreCache
 from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN, with_column
+from star_dss_plugin.data.fingerprints import content_key
 from star_dss_plugin.data.provenance import read_note, write_note
+from star_dss_plugin.data.requests import Trajectory
 from star_dss_plugin.errors import CacheError
-from star_dss_plugin.guards.base import Trajectory
 from star_dss_plugin.logprobs import IGNORE_INDEX, token_logprobs
 from star_dss_plugin.loss import TokenWeights
 from star_dss_plugin.scoring.ranks import ALONE, Share

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from star_dss_plugin._version import __version__
+from star_dss_plugin.visible import visible
+from star_dss_plugin.weights import needs_scores
+
+if TYPE_CHECKING:
+    from star_dss_plugin.training.state import StarDSSState
+
+from collections.abc import Mapping
 
 from rich.table import Table
 from rich.text import Text
 
 from star_dss_plugin.training.prepare import DatasetSummary
-from star_dss_plugin.visible import visible
 
-__all__ = ["summary_table"]
+__all__ = ["add_section", "run_record", "startup_line", "summary_table"]
 
 _PREFIX = "star_dss/"
 
@@ -53,3 +66,89 @@ def summary_table(
         values = (line.get(name) for line in (first, last))
         table.add_row(name, *("-" if v is None else f"{v:.4g}" for v in values))
     return table
+
+
+_PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "trl", "axolotl")
+
+
+def startup_line(active: StarDSSState) -> str:
+    """The one line that every run with an active loss prints."""
+    options, train = active.options, active.summaries["train"]
+    share = train.below_threshold / train.trained_tokens
+    reads = needs_scores(active.weight_map, kl_coef=options.kl_coef, threshold=options.threshold)
+    # Right if the data is that safe; also what a broken guard or a made-up column looks like.
+    plain = (
+        " Every score is 1, so this is plain finetuning: check the guard, or where the star_scores "
+        "column comes from."
+    )
+    return (
+        f"STAR-DSS is active: loss_type={options.loss_type} (kl_coef={options.kl_coef}, "
+        f"kl_estimator={options.kl_estimator}), guard={visible(train.guard)}, "
+        f"reference={active.reference.description}; {train.responses} responses scored, "
+        f"{train.below_threshold} of {train.trained_tokens} trained tokens ({share:.1%}) below "
+        f"{options.threshold}, mean score {train.mean_score:.3f}."
+        + (plain if reads and train.mean_score == 1 else "")
+    )
+
+
+def run_record(active: StarDSSState) -> dict[str, Any]:
+    """What is needed to make the run again: `star_dss.json`."""
+    return {
+        "options": active.options.star_dss_dict(),
+        "reference": active.reference.description,
+        "data": {name: asdict(summary) for name, summary in active.summaries.items()},
+        "versions": {"star-dss-plugin": __version__, **dict(_installed(_PACKAGES))},
+    }
+
+
+def _installed(names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    for name in names:
+        with contextlib.suppress(PackageNotFoundError):
+            yield name, version(name)
+
+
+def add_section(output_dir: Path) -> None:
+    """Appends the section to README.md in the output folder, if there is one without it."""
+    card, record = output_dir / "README.md", output_dir / "star_dss.json"
+    if not card.is_file() or not record.is_file():
+        return
+    text = card.read_text(encoding="utf-8")
+    if _HEADING not in text:
+        section = _section(json.loads(record.read_text(encoding="utf-8")))
+        card.write_text(f"{text.rstrip()}\n\n{section}", encoding="utf-8")
+
+
+_HEADING = "## STAR-DSS"
+
+
+_SHAPED = {
+    "star_dss": "the safer a token, the more it was learned, and the less it was held to a frozen "
+    "reference",
+    "static": "the safer a response was as a whole, the more it was learned, and the less it was "
+    "held to a frozen reference",
+    "hard": "tokens with a score of τ or more were learned, the others held to a frozen reference",
+    "rejection": "responses whose last score is below τ were not learned; nothing was held to a "
+    "reference",
+    "kl_only": "nothing was learned, and every token held to a frozen reference",
+    "sft": "every token was learned, whatever its score",
+}
+
+
+def _section(run: dict[str, Any]) -> str:
+    options, train = run["options"], run["data"]["train"]
+    shaped = _SHAPED.get(options["loss_type"], "a plugin decides what a score does to the loss")
+    share = train["below_threshold"] / train["trained_tokens"]
+    return f"""{_HEADING}
+
+Finetuned with star-dss-plugin ([STAR-DSS](https://arxiv.org/abs/2505.17196)), for which a guard
+model scores every prefix of every response. With `{options["loss_type"]}`, {shaped}.
+
+| | |
+|---|---|
+| loss | `{options["loss_type"]}`, λ = {options["kl_coef"]}, estimator `{options["kl_estimator"]}` |
+| guard | `{train["guard"]}`, one score per {options["chunk_size"]} {options["segmenter"]} |
+| reference | {run["reference"]} |
+| data | {train["responses"]} responses, {train["trained_tokens"]} trained tokens |
+| below τ = {options["threshold"]} | {share:.1%} of the trained tokens (mean score \
+{train["mean_score"]:.3f}) |
+"""

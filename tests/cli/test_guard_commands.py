@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from star_dss_plugin import ConfigError, DataError, GuardError
 from star_dss_plugin.cli import app as cli
-from star_dss_plugin.guards import load_guard
 from star_dss_plugin.guards.combined import calibrate
+from star_dss_plugin.guards.loading import load_guard
 from star_dss_plugin.guards.presets import PRESETS
 from star_dss_plugin.guards.self_check import SAFE_PROBE, UNSAFE_PROBE, prove
 from star_dss_plugin.scoring.calibration import fit, fit_guard, labelled_rows, quality

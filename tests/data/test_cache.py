@@ -19,9 +19,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from star_dss_plugin.data import cache as cache_module
-from star_dss_plugin.data.cache import ScoreCache, content_key, default_cache_dir
+from star_dss_plugin.data.cache import ScoreCache, default_cache_dir
+from star_dss_plugin.data.fingerprints import content_key
+from star_dss_plugin.data.requests import Trajectory
 from star_dss_plugin.errors import CacheError, StarDSSError
-from star_dss_plugin.guards.base import Trajectory
 
 NAMESPACE = {"guard": "g", "template": {"hash": "abc", "version": 1}}
 SPAWN = multiprocessing.get_context("spawn")

@@ -17,7 +17,7 @@ from importlib.resources import files
 import pytest
 
 from star_dss_plugin import GuardError, load_guard
-from star_dss_plugin.guards.base import PrefixRequest
+from star_dss_plugin.data.requests import PrefixRequest
 from star_dss_plugin.guards.demo.smollm2 import load_smollm2
 
 pytest.importorskip("vllm", reason="needs vLLM (make test-vllm)")

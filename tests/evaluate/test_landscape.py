@@ -26,8 +26,9 @@ from star_dss_plugin.evaluate.landscape import (
 )
 from star_dss_plugin.evaluate.landscape_figure import write_landscape
 from star_dss_plugin.evaluate.landscape_points import PointsFile, put_together
-from star_dss_plugin.evaluate.models import load_whole_model, weights_digest
+from star_dss_plugin.evaluate.models import load_whole_model
 from star_dss_plugin.evaluate.moved_weights import MovedWeights, direction
+from star_dss_plugin.models import weights_digest
 
 PROMPTS = [[{"role": "user", "content": text}] for text in ("is this bad?", "hello world")]
 OUT = (("random 1", 0.25),)

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from star_dss_plugin import score_dataset
 from star_dss_plugin.data.provenance import provenance_of
+from star_dss_plugin.data.requests import PrefixRequest, Trajectory
 from star_dss_plugin.errors import ConfigError, GuardError
 from star_dss_plugin.guards.adaptive import STRIDE, AdaptiveGuard, adaptive
-from star_dss_plugin.guards.base import Guard, PrefixRequest, StreamingGuard, Trajectory
+from star_dss_plugin.guards.base import Guard, StreamingGuard
 
 
 class Recorded(Guard):

@@ -15,9 +15,9 @@ from jinja2 import Environment, TemplateError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from star_dss_plugin import GuardError, load_guard, provenance_of, score_dataset
+from star_dss_plugin.data.requests import PrefixRequest
 from star_dss_plugin.guards.attempts import Markers, attempts, scaffold_lines
-from star_dss_plugin.guards.base import PrefixRequest
-from star_dss_plugin.guards.prompting.fitting import fitting_context
+from star_dss_plugin.guards.prompting.prompts import fitting_context
 
 PRESETS = ["qwen3guard-gen-0.6b", "granite-guardian-4.1-8b", "llama-guard-3-8b"]
 UNCHECKED = {"self_check": False, "min_label_mass": 0.0, "device": "cpu"}

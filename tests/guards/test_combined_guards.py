@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from star_dss_plugin import ConfigError, GuardError, load_guard, provenance_of, score_dataset
+from star_dss_plugin.data.requests import PrefixRequest, Trajectory
 from star_dss_plugin.guards.adaptive import AdaptiveGuard
-from star_dss_plugin.guards.base import Guard, PrefixRequest, Trajectory
+from star_dss_plugin.guards.base import Guard
 from star_dss_plugin.guards.combined import (
     CalibratedGuard,
     EnsembleGuard,

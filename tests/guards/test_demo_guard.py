@@ -9,8 +9,8 @@ import pytest
 import torch
 from paths import SHARED
 
+from star_dss_plugin.data.requests import PrefixRequest
 from star_dss_plugin.errors import ConfigError, DataError, GuardError
-from star_dss_plugin.guards.base import PrefixRequest
 from star_dss_plugin.guards.demo import guard as demo
 from star_dss_plugin.guards.demo import smollm2
 from star_dss_plugin.guards.demo import states as demo_states

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from star_dss_plugin import ConfigError, GuardError, load_guard
-from star_dss_plugin.guards.base import PrefixRequest
+from star_dss_plugin.data.requests import PrefixRequest
 from star_dss_plugin.guards.presets import CLASSIFIER, PRESETS, STREAM, VERDICT
 
 CONTEXT = ({"role": "user", "content": "how are you?"},)

@@ -10,7 +10,8 @@ from standin_guards import IM, TINY, byte_level
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 from star_dss_plugin import ConfigError, GuardError, load_guard, provenance_of, score_dataset
-from star_dss_plugin.guards.base import PrefixRequest, StreamingGuard
+from star_dss_plugin.data.requests import PrefixRequest
+from star_dss_plugin.guards.base import StreamingGuard
 from star_dss_plugin.guards.qwen3_stream import Qwen3GuardStreamModel
 
 # As Qwen3's: the last answer opens with an empty think block and loses its leading line feeds.

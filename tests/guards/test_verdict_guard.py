@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from star_dss_plugin import ConfigError, DataError, GuardError, load_guard, score_dataset
+from star_dss_plugin.data.requests import PrefixRequest
 from star_dss_plugin.guards import self_check as proof
 from star_dss_plugin.guards import verdict
-from star_dss_plugin.guards.base import PrefixRequest
 from star_dss_plugin.guards.prompting.template import GuardTemplate
 from star_dss_plugin.guards.verdict import VerdictGuard
 

@@ -49,16 +49,6 @@ def test_modules_take_public_names_of_each_other():
                 assert name in public or f"{home}.{name}" in MODULES, f"{path}: {home}.{name}"
 
 
-def test_what_scores_and_trains_imports_nothing_of_what_shows_and_compares():
-    top = {"report", "evaluate"}
-    for path in sorted(PACKAGE.rglob("*.py")):
-        if {*top, "cli"} & set(path.relative_to(PACKAGE).parts):
-            continue
-        for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.ImportFrom):
-                assert not top & set(str(node.module).split(".")), path
-
-
 def test_nothing_heavy_is_imported_before_it_is_used():
     code = (
         "import sys, star_dss_plugin, star_dss_plugin.cli.app, star_dss_plugin.plugins as p;"

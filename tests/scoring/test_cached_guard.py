@@ -2,8 +2,9 @@
 
 import threading
 
+from star_dss_plugin.data.requests import PrefixRequest, Trajectory
 from star_dss_plugin.errors import GuardError
-from star_dss_plugin.guards.base import Guard, PrefixRequest, Trajectory
+from star_dss_plugin.guards.base import Guard
 from star_dss_plugin.scoring.cached_guard import Asking
 from star_dss_plugin.scoring.ranks import Share
 

@@ -27,8 +27,9 @@ from star_dss_plugin import (
 )
 from star_dss_plugin.data import cache
 from star_dss_plugin.data.cache import ScoreCache
+from star_dss_plugin.data.requests import Trajectory
 from star_dss_plugin.data.responses import runs
-from star_dss_plugin.guards.base import Guard, StreamingGuard, Trajectory
+from star_dss_plugin.guards.base import Guard, StreamingGuard
 from star_dss_plugin.guards.verdict import VerdictGuard
 
 PROCESSES = multiprocessing.get_context("forkserver")

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from star_dss_plugin import ConfigError, DataError
+from star_dss_plugin.loss import kl_coef_at
 from star_dss_plugin.options import StarDSSOptions
-from star_dss_plugin.scoring.strictness import kl_coef_at, stricter_scores
+from star_dss_plugin.scoring.strictness import stricter_scores
 
 UNIT = st.floats(0, 1, width=32)
 RULES = st.fixed_dictionaries(
@@ -47,8 +48,7 @@ def test_the_rules_by_example():
 
 @given(step=st.integers(0, 50), steps=st.integers(0, 20), kl_coef=st.floats(0, 10))
 def test_the_warm_up_rises_to_kl_coef(step, steps, kl_coef):
-    options = StarDSSOptions(kl_coef=kl_coef, kl_warmup_steps=steps)
-    now, later = kl_coef_at(step, options), kl_coef_at(step + 1, options)
+    now, later = (kl_coef_at(s, kl_coef, steps) for s in (step, step + 1))
     assert 0 <= now <= later <= kl_coef
     if step + 1 >= steps:
         assert now == kl_coef

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from star_dss_plugin.logprobs import kl_estimate, kl_slope
-from star_dss_plugin.loss import TokenWeights, resolve_weight_map, shaped_loss
+from star_dss_plugin.loss import TokenWeights, shaped_loss
+from star_dss_plugin.plugins import resolve_weight_map
 from star_dss_plugin.training.metrics import TokenMetrics
 
 ONE = SimpleNamespace(num_processes=1)

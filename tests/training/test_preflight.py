@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 
 from star_dss_plugin import ConfigError, PluginError
 from star_dss_plugin.cli.app import app
+from star_dss_plugin.cli.check import check_config
 from star_dss_plugin.options import StarDSSOptions
-from star_dss_plugin.training.preflight import check_config, estimate
+from star_dss_plugin.training.preflight import estimate
 
 runner = CliRunner()
 

@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from star_dss_plugin import CacheError
 from star_dss_plugin.data import cache
-from star_dss_plugin.loss import resolve_weight_map
+from star_dss_plugin.plugins import resolve_weight_map
 from star_dss_plugin.training import reference_column as precompute
 from star_dss_plugin.training.reference import Reference
 

@@ -22,9 +22,10 @@ import torch
 from safetensors.torch import load as read_safetensors
 from torch import Tensor
 
+from star_dss_plugin.data.requests import Message, PrefixRequest
 from star_dss_plugin.errors import GuardError
 from star_dss_plugin.guards.attempts import Markers
-from star_dss_plugin.guards.base import Message, PrefixRequest, StreamingGuard, batches, not_numbers
+from star_dss_plugin.guards.base import StreamingGuard, batches, not_numbers
 from star_dss_plugin.guards.demo.smollm2 import gguf_fingerprint
 from star_dss_plugin.guards.demo.states import (
     LAYERS,

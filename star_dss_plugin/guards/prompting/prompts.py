@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+from star_dss_plugin.data.requests import Message, PrefixRequest
 from star_dss_plugin.errors import ConfigError, GuardError
-from star_dss_plugin.guards.base import Message, PrefixRequest
-from star_dss_plugin.guards.prompting.fitting import fitting_context
 from star_dss_plugin.guards.prompting.template import GuardTemplate
 
-__all__ = ["Prompts", "policies"]
+__all__ = ["Prompts", "fitting_context", "policies"]
 
 # A response's other prefixes may have a few tokens more than all of it: half a word is often two.
 _SPARE_TOKENS = 16
@@ -136,3 +135,40 @@ def policies(
             f"template_kwargs is {kwargs!r}; give a mapping, or a list of them to ask with each."
         )
     return list(kwargs)
+
+
+def fitting_context(
+    context: Sequence[Message], room: int, length: Callable[[Sequence[Message]], int]
+) -> list[Message] | None:
+    """As much of a conversation as fits: its oldest turns go first, then the last question's start.
+
+    Args:
+        context: Turns before the response, the last one a question.
+        room: The most tokens that a prompt may have.
+        length: Tokens of the prompt for a context, the guard's own words and the response included.
+
+    Returns:
+        The end of the conversation; None if the response does not fit even alone.
+    """
+    if length(context) <= room:
+        return list(context)
+    questions = [i for i, turn in enumerate(context) if turn["role"] == "user"]
+    for first in questions[1:]:
+        if length(context[first:]) <= room:
+            return list(context[first:])
+    question = context[questions[-1]]
+    text = str(question["content"])
+
+    def cut(start: int) -> list[Message]:
+        return [{**question, "content": text[start:]}]
+
+    if length(cut(len(text))) > room:
+        return None
+    low, high = 0, len(text)  # the shortest start that has to go
+    while low < high:
+        middle = (low + high) // 2
+        if length(cut(middle)) <= room:
+            high = middle
+        else:
+            low = middle + 1
+    return cut(low)

@@ -17,8 +17,8 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from star_dss_plugin.data.requests import Message
 from star_dss_plugin.errors import ConfigError, GuardError
-from star_dss_plugin.guards.base import Message
 from star_dss_plugin.guards.prompting.content import ContentTokenizer, without_surrogates
 
 __all__ = ["PINNED_DATE", "GuardTemplate"]

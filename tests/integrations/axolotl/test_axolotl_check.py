@@ -11,7 +11,7 @@ from axolotl_runs import PLUGIN, _light, chat, configuration, write_config  # no
 from typer.testing import CliRunner
 
 from star_dss_plugin.cli.app import app
-from star_dss_plugin.training.preflight import check_config
+from star_dss_plugin.cli.check import check_config
 
 runner = CliRunner()
 

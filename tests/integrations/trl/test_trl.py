@@ -36,7 +36,7 @@ from star_dss_plugin.data.cache import ScoreCache
 from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN
 from star_dss_plugin.data.provenance import provenance_of, provenances_of
 from star_dss_plugin.plugins import Origin, load_plugins
-from star_dss_plugin.training.callback import startup_line
+from star_dss_plugin.training.run_record import startup_line
 
 
 def test_it_trains_scores_and_logs(tmp_path, tokenizer, capsys):
@@ -577,7 +577,7 @@ def test_reference_log_probabilities_of_other_tokens_or_modes_are_replaced(tmp_p
 def test_another_adapter_is_another_reference(tmp_path, tokenizer):
     from peft import get_peft_model
 
-    from star_dss_plugin.training.reference import model_fingerprint
+    from star_dss_plugin.models import model_fingerprint
 
     model = get_peft_model(tiny_llama(len(tokenizer)), lora_config())
     model.add_adapter("other", lora_config())

@@ -1,0 +1,47 @@
+"""Carry what a trainer with an active STAR-DSS loss needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from star_dss_plugin.options import StarDSSOptions
+from star_dss_plugin.training.metrics import TokenMetrics
+from star_dss_plugin.training.prepare import DatasetSummary
+from star_dss_plugin.training.reference import Reference
+from star_dss_plugin.weights import WeightMap
+
+__all__ = ["StarDSSState"]
+
+
+@dataclass
+class StarDSSState:
+    """What a trainer with an active STAR-DSS loss carries.
+
+    Attributes:
+        options: The run's options.
+        weight_map: Scores to weights.
+        reference: π_ref.
+        prepare: Scores a data set, given its name.
+        summaries: What was scored, by data set ("train", "eval", …).
+        metrics: Running sums for the log.
+        extra_metrics: By full name: what callbacks add to the next training log line.
+        shaped: How many training losses were shaped so far.
+        projects: Whether the policy's logits can be made a few positions at a time.
+    """
+
+    options: StarDSSOptions
+    weight_map: WeightMap
+    reference: Reference
+    prepare: Callable[[Any, str], Any]
+    summaries: dict[str, DatasetSummary] = field(default_factory=dict)
+    metrics: TokenMetrics = field(default_factory=TokenMetrics)
+    extra_metrics: dict[str, float] = field(default_factory=dict)
+    shaped: int = 0
+    projects: bool = False
+
+    @property
+    def needs_distributions(self) -> bool:
+        """Whether the KL term is computed over the whole vocabulary."""
+        return self.options.kl_estimator == "full" and self.reference.kind != "none"
