@@ -8,7 +8,8 @@ its neighbours' steps larger.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -21,11 +22,102 @@ from star_dss_plugin.logprobs import (
     kl_estimate,
     token_logprobs,
 )
-from star_dss_plugin.plugins import resolve_weight_map
+from star_dss_plugin.plugins import load_plugins
 from star_dss_plugin.validation import unknown_name
 from star_dss_plugin.weights import WeightMap, last_scores
 
-__all__ = ["ShapedLoss", "TokenWeights", "kl_coef_at", "shaped_loss", "star_dss_loss"]
+__all__ = ["ShapedLoss", "Shaping", "TokenWeights", "shaped_loss", "star_dss_loss"]
+
+
+@dataclass(frozen=True)
+class Shaping:
+    """How scores become the two weights of Eq. (3).
+
+    Attributes:
+        weight_map: Scores to weights.
+        kl_coef: λ >= 0.
+        threshold: τ in [0, 1].
+    """
+
+    weight_map: WeightMap
+    kl_coef: float
+    threshold: float
+
+    @classmethod
+    def named(cls, loss_type: str, *, kl_coef: float, threshold: float) -> Shaping:
+        """Look up the weight map of a `loss_type`; "nll" is TRL's name of "sft".
+
+        Raises:
+            ConfigError: No weight map has this name.
+        """
+        name = "sft" if loss_type == "nll" else loss_type
+        return cls(load_plugins().weight_map(name), kl_coef, threshold)
+
+    def __call__(self, scores: Tensor, last_scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the CE and the KL weights of scores, of any shape."""
+        return self.weight_map(scores, last_scores, kl_coef=self.kl_coef, threshold=self.threshold)
+
+    @cached_property
+    def needs_scores(self) -> bool:
+        """Whether the weights depend on the scores at all, so that a guard is needed."""
+        ce, kl = self._on_grid()
+        return bool((ce != ce[0, 0]).any() or (kl != kl[0, 0]).any())
+
+    @cached_property
+    def needs_last_scores(self) -> bool:
+        """Whether the score of a response's end is read, so that responses must be whole."""
+        return any(bool((table != table[:, :1]).any()) for table in self._on_grid())
+
+    @cached_property
+    def needs_reference(self) -> bool:
+        """Whether any score leads to a KL weight other than 0, so that π_ref is needed."""
+        _, kl = self._on_grid()
+        return bool((kl != 0).any())
+
+    def _on_grid(self) -> tuple[Tensor, Tensor]:
+        """Return both weights on a grid (score, last score) that holds the threshold's vicinity."""
+        tau = self.threshold
+        near = torch.tensor([tau - 1e-6, tau, tau + 1e-6], dtype=torch.float64)
+        points = torch.cat([torch.linspace(0, 1, 65, dtype=torch.float64), near.clamp(0, 1)])
+        scores, last = torch.meshgrid(points, points, indexing="ij")
+        ce, kl = self(scores.reshape(1, -1), last.reshape(1, -1))
+        return ce.reshape(scores.shape), kl.reshape(scores.shape)
+
+    def at_step(self, step: int, warmup_steps: int) -> Shaping:
+        """Return the shaping of an optimizer step: λ grows from λ / n at step 0 to λ at n − 1.
+
+        Args:
+            step: Optimizer steps done so far.
+            warmup_steps: n >= 0; 0: λ is whole from the first step.
+        """
+        if not warmup_steps:
+            return self
+        return replace(self, kl_coef=self.kl_coef * min(1.0, (step + 1) / warmup_steps))
+
+    def weights(self, star_scores: Tensor, labels: Tensor) -> TokenWeights:
+        """Return the weights of a batch.
+
+        Args:
+            star_scores: (batch, seq), float32 or float64 in [0, 1], unshifted.
+            labels: (batch, seq), int64, unshifted, -100 where not trained.
+
+        Raises:
+            DataError: The two differ in shape.
+        """
+        if star_scores.shape != labels.shape:
+            raise DataError(
+                f"star_scores has shape {tuple(star_scores.shape)} and labels has "
+                f"{tuple(labels.shape)}. They must have one score per token: score the data again "
+                "after every step that changes its tokens (truncation, packing, padding)."
+            )
+        trained = labels != IGNORE_INDEX
+        scores = torch.where(trained, star_scores, torch.ones_like(star_scores))
+        ce, kl = self(scores, last_scores(scores, trained))
+        shifted = trained[:, 1:]
+        zero = torch.zeros((), dtype=scores.dtype, device=scores.device)
+        return TokenWeights(
+            torch.where(shifted, ce[:, 1:], zero), torch.where(shifted, kl[:, 1:], zero), shifted
+        )
 
 
 @dataclass(frozen=True)
@@ -41,45 +133,6 @@ class TokenWeights:
     ce: Tensor
     kl: Tensor
     trained: Tensor
-
-    @classmethod
-    def of(
-        cls,
-        star_scores: Tensor,
-        labels: Tensor,
-        weight_map: WeightMap,
-        *,
-        kl_coef: float,
-        threshold: float,
-    ) -> TokenWeights:
-        """The weights that a map makes of a batch.
-
-        Args:
-            star_scores: (batch, seq), float32 or float64 in [0, 1], unshifted.
-            labels: (batch, seq), int64, unshifted, -100 where not trained.
-            weight_map: Scores to weights.
-            kl_coef: λ >= 0.
-            threshold: τ in [0, 1].
-
-        Raises:
-            DataError: The two differ in shape.
-        """
-        if star_scores.shape != labels.shape:
-            raise DataError(
-                f"star_scores has shape {tuple(star_scores.shape)} and labels has "
-                f"{tuple(labels.shape)}. They must have one score per token: score the data again "
-                "after every step that changes its tokens (truncation, packing, padding)."
-            )
-        trained = labels != IGNORE_INDEX
-        scores = torch.where(trained, star_scores, torch.ones_like(star_scores))
-        ce, kl = weight_map(
-            scores, last_scores(scores, trained), kl_coef=kl_coef, threshold=threshold
-        )
-        shifted = trained[:, 1:]
-        zero = torch.zeros((), dtype=scores.dtype, device=scores.device)
-        return cls(
-            torch.where(shifted, ce[:, 1:], zero), torch.where(shifted, kl[:, 1:], zero), shifted
-        )
 
 
 @dataclass(frozen=True)
@@ -168,9 +221,7 @@ def star_dss_loss(
     if kl_estimator not in KL_ESTIMATORS:
         raise unknown_name("kl_estimator", kl_estimator, KL_ESTIMATORS)
     scores = star_scores.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
-    weights = TokenWeights.of(
-        scores, labels, resolve_weight_map(loss_type), kl_coef=kl_coef, threshold=threshold
-    )
+    weights = Shaping.named(loss_type, kl_coef=kl_coef, threshold=threshold).weights(scores, labels)
     logps = token_logprobs(logits, labels)
     kl_terms = None
     if bool((weights.kl != 0).any()):
@@ -194,16 +245,3 @@ def _missing_reference(loss_type: str, what: str) -> ConfigError:
         f"loss_type {loss_type!r} gives some tokens of this batch a KL weight, but {what} was not "
         "given. Pass the frozen reference's outputs on the same tokens, or set kl_coef=0."
     )
-
-
-def kl_coef_at(step: int, kl_coef: float, warmup_steps: int) -> float:
-    """Return λ at an optimizer step (0 for the first): linear from λ / n at step 0 to λ at n − 1.
-
-    Args:
-        step: Optimizer steps done so far.
-        kl_coef: λ >= 0.
-        warmup_steps: n >= 0; 0: λ is whole from the first step.
-    """
-    if not warmup_steps:
-        return kl_coef
-    return kl_coef * min(1.0, (step + 1) / warmup_steps)

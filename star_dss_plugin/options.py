@@ -8,10 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.validation import at_least, probability, unknown_name
+
+if TYPE_CHECKING:
+    from star_dss_plugin.loss import Shaping
 
 __all__ = ["REFERENCES", "StarDSSOptions"]
 
@@ -125,12 +128,12 @@ class StarDSSOptions:
         from star_dss_plugin.engines.selection import choose_engine
         from star_dss_plugin.guards.spec import parse_guard
         from star_dss_plugin.logprobs import KL_ESTIMATORS
-        from star_dss_plugin.plugins import load_plugins, resolve_weight_map
+        from star_dss_plugin.plugins import load_plugins
 
         # Not `fields`: transformers' argument parser replaces their types by what they evaluate to.
         for name, kind in StarDSSOptions.__annotations__.items():
             _check_kind(name, getattr(self, name), kind)
-        resolve_weight_map(self.loss_type)
+        self.shaping()
         load_plugins().segmenter(self.segmenter)
         if self.guard is not None:
             parse_guard(self.guard)
@@ -152,6 +155,16 @@ class StarDSSOptions:
             raise unknown_name("on_guard_error", self.on_guard_error, _GUARD_ERRORS)
         if self.reference not in REFERENCES and not _looks_like_a_model(self.reference):
             raise unknown_name("reference", self.reference, [*REFERENCES, "<a model id or folder>"])
+
+    def shaping(self) -> Shaping:
+        """Return how scores become weights: the weight map of `loss_type`, with λ and τ.
+
+        Raises:
+            ConfigError: No weight map is called `loss_type`.
+        """
+        from star_dss_plugin.loss import Shaping
+
+        return Shaping.named(self.loss_type, kl_coef=self.kl_coef, threshold=self.threshold)
 
     def star_dss_dict(self) -> dict[str, Any]:
         """The options of this class alone, also when called on a subclass."""

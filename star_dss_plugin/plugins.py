@@ -30,7 +30,6 @@ from star_dss_plugin._version import __version__
 from star_dss_plugin.errors import PluginError
 from star_dss_plugin.hookspecs import ENTRY_POINT_GROUP, Register, RegisterIntegration
 from star_dss_plugin.validation import unknown_name
-from star_dss_plugin.weights import WeightMap
 
 if TYPE_CHECKING:
     from star_dss_plugin.guards.base import Guard
@@ -48,7 +47,6 @@ __all__ = [
     "PluginInfo",
     "Plugins",
     "load_plugins",
-    "resolve_weight_map",
 ]
 
 BUILTINS = ("star_dss_plugin.builtins",)
@@ -309,12 +307,3 @@ def _describe(error: Exception) -> str:
     if isinstance(error, ImportError) and error.name:
         text += f" Is the package that provides {error.name!r} installed?"
     return text
-
-
-def resolve_weight_map(loss_type: str) -> WeightMap:
-    """The weight map of a `loss_type`, built in or a plugin's; "nll" is TRL's name of "sft".
-
-    Raises:
-        ConfigError: No such name.
-    """
-    return load_plugins().weight_map("sft" if loss_type == "nll" else loss_type)

@@ -7,7 +7,6 @@ the weight of cross-entropy on the target and the weight of the KL term to the r
 
 from __future__ import annotations
 
-import math
 from typing import Protocol
 
 import torch
@@ -18,9 +17,6 @@ __all__ = [
     "hard",
     "kl_only",
     "last_scores",
-    "needs_last_scores",
-    "needs_reference",
-    "needs_scores",
     "rejection",
     "sft",
     "star_dss",
@@ -109,34 +105,3 @@ def last_scores(scores: Tensor, trained: Tensor) -> Tensor:
     next_end = torch.where(ends, positions, length).flip(-1).cummin(-1).values.flip(-1)
     at_end = scores.gather(-1, next_end.clamp(max=length - 1))
     return torch.where(trained, at_end, scores)
-
-
-def _on_grid(weight_map: WeightMap, *, kl_coef: float, threshold: float) -> tuple[Tensor, Tensor]:
-    """Both weights for a grid of (score, last score) pairs, the threshold's neighbourhood in it."""
-    near = torch.tensor([threshold - 1e-6, threshold, threshold + 1e-6], dtype=torch.float64)
-    points = torch.cat([torch.linspace(0, 1, 65, dtype=torch.float64), near.clamp(0, 1)])
-    scores, last = torch.meshgrid(points, points, indexing="ij")
-    ce, kl = weight_map(
-        scores.reshape(1, -1), last.reshape(1, -1), kl_coef=kl_coef, threshold=threshold
-    )
-    return ce, kl
-
-
-def needs_reference(weight_map: WeightMap, *, kl_coef: float, threshold: float) -> bool:
-    """Whether any score gives this map a KL weight other than 0, so that π_ref is needed."""
-    _, kl = _on_grid(weight_map, kl_coef=kl_coef, threshold=threshold)
-    return bool((kl != 0).any())
-
-
-def needs_scores(weight_map: WeightMap, *, kl_coef: float, threshold: float) -> bool:
-    """Whether this map's weights depend on the scores at all, so that a guard is needed."""
-    ce, kl = _on_grid(weight_map, kl_coef=kl_coef, threshold=threshold)
-    return bool((ce != ce.reshape(-1)[0]).any() or (kl != kl.reshape(-1)[0]).any())
-
-
-def needs_last_scores(weight_map: WeightMap, *, kl_coef: float, threshold: float) -> bool:
-    """Whether this map reads the score of a response's end, so that responses must be whole."""
-    weights = _on_grid(weight_map, kl_coef=kl_coef, threshold=threshold)
-    side = math.isqrt(weights[0].numel())
-    tables = [w.reshape(side, side) for w in weights]
-    return any(bool((table != table[:, :1]).any()) for table in tables)

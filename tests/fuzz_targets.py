@@ -62,7 +62,7 @@ from star_dss_plugin.errors import DataError, StarDSSError
 from star_dss_plugin.evaluate.prompts import read_prompts
 from star_dss_plugin.guards.loading import load_guard
 from star_dss_plugin.options import StarDSSOptions
-from star_dss_plugin.plugins import Origin, load_plugins, resolve_weight_map
+from star_dss_plugin.plugins import Origin, load_plugins
 from star_dss_plugin.report.inspection import Inspection
 from star_dss_plugin.report.page import render_page
 from star_dss_plugin.report.reading import ScoredData, read_scored
@@ -255,7 +255,6 @@ def check_score_column(rows: list[dict]) -> None:
             dataset,
             tokenizer(),
             StarDSSOptions(),
-            resolve_weight_map("star_dss"),
             name="train",
             chat_template=None,
             truncation=(None, None),

@@ -11,8 +11,8 @@ from paths import TESTS
 
 from star_dss_plugin import ConfigError, DataError, star_dss_loss
 from star_dss_plugin.logprobs import full_kl, token_logprobs
-from star_dss_plugin.plugins import resolve_weight_map
-from star_dss_plugin.weights import last_scores, needs_reference, needs_scores
+from star_dss_plugin.loss import Shaping
+from star_dss_plugin.weights import last_scores
 
 CASES = json.loads((TESTS / "golden" / "shaped_loss.json").read_text())["cases"]
 MODES = ["star_dss", "hard", "static", "rejection", "kl_only", "sft"]
@@ -228,10 +228,10 @@ def test_last_score_is_that_of_the_end_of_the_run(trained, random):
     ],
 )
 def test_what_a_mode_needs_is_found_from_its_weights(mode, guard, reference):
-    weight_map = resolve_weight_map(mode)
-    assert needs_scores(weight_map, kl_coef=0.5, threshold=0.5) is guard
-    assert needs_reference(weight_map, kl_coef=0.5, threshold=0.5) is reference
-    assert not needs_reference(weight_map, kl_coef=0.0, threshold=0.5)
+    shaping = Shaping.named(mode, kl_coef=0.5, threshold=0.5)
+    assert shaping.needs_scores is guard
+    assert shaping.needs_reference is reference
+    assert not Shaping.named(mode, kl_coef=0.0, threshold=0.5).needs_reference
 
 
 def test_errors_say_what_to_change():

@@ -15,7 +15,6 @@ from star_dss_plugin.data.provenance import provenance_of
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.logprobs import IGNORE_INDEX
 from star_dss_plugin.options import StarDSSOptions
-from star_dss_plugin.plugins import resolve_weight_map
 from star_dss_plugin.scoring.scorer import options_for_scoring, score_dataset
 from star_dss_plugin.training.prepare import asks_guard
 
@@ -40,7 +39,7 @@ def score(
     Raises:
         StarDSSError: The data cannot be scored.
     """
-    if dataset is None or not asks_guard(options, resolve_weight_map(options.loss_type), name):
+    if dataset is None or not asks_guard(options, name):
         return dataset
     if not isinstance(dataset, Dataset):
         raise DataError(

@@ -10,11 +10,9 @@ from trl import SFTTrainer, pack_dataset
 
 from star_dss_plugin.data.columns import SCORES_COLUMN
 from star_dss_plugin.errors import ConfigError
-from star_dss_plugin.plugins import resolve_weight_map
 from star_dss_plugin.training.attach import set_up
 from star_dss_plugin.training.host_checks import check_arguments
 from star_dss_plugin.training.mixin import StarDSSMixin
-from star_dss_plugin.weights import needs_last_scores
 from star_dss_trl.config import HOST_LOSS_TYPES, StarDSSConfig
 
 __all__ = ["StarDSSTrainer", "refuse_early"]
@@ -103,11 +101,9 @@ def refuse_early(args: StarDSSConfig) -> None:
             f"packing is on and truncation_mode is {args.truncation_mode!r}, which TRL ignores "
             "when it packs. Set truncation_mode='keep_start', or packing=False."
         )
-    if args.packing and args.packing_strategy != "bfd":
-        weight_map = resolve_weight_map(args.loss_type)
-        if needs_last_scores(weight_map, kl_coef=args.kl_coef, threshold=args.threshold):
-            raise ConfigError(
-                f"loss_type {args.loss_type!r} reads the score at the end of each response, which "
-                f"packing_strategy={args.packing_strategy!r} may cut off. Set "
-                "packing_strategy='bfd', or loss_type='star_dss'."
-            )
+    if args.packing and args.packing_strategy != "bfd" and args.shaping().needs_last_scores:
+        raise ConfigError(
+            f"loss_type {args.loss_type!r} reads the score at the end of each response, which "
+            f"packing_strategy={args.packing_strategy!r} may cut off. Set "
+            "packing_strategy='bfd', or loss_type='star_dss'."
+        )

@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer
 from star_dss_plugin.data.cache import default_cache_dir
 from star_dss_plugin.data.columns import REF_COLUMN
 from star_dss_plugin.errors import ConfigError
+from star_dss_plugin.loss import Shaping
 from star_dss_plugin.models import model_fingerprint
 from star_dss_plugin.options import StarDSSOptions
-from star_dss_plugin.plugins import resolve_weight_map
 from star_dss_plugin.scoring.ranks import share_of
 from star_dss_plugin.training.callback import StarDSSCallback
 from star_dss_plugin.training.collation import TokenColumnsCollator
@@ -27,7 +27,6 @@ from star_dss_plugin.training.prepare import DatasetSummary, prepare_dataset
 from star_dss_plugin.training.reference import Reference, choose_reference
 from star_dss_plugin.training.reference_column import add_reference_logps, has_reference_logps
 from star_dss_plugin.training.state import StarDSSState
-from star_dss_plugin.weights import WeightMap, needs_reference
 
 __all__ = ["attach", "set_up"]
 
@@ -86,8 +85,7 @@ def set_up(trainer: StarDSSMixin, options: StarDSSOptions) -> None:
         )
     tokenizer = _tokenizer(trainer)
     check_trainer(trainer)
-    weight_map = resolve_weight_map(options.loss_type)
-    needed = needs_reference(weight_map, kl_coef=options.kl_coef, threshold=options.threshold)
+    shaping = options.shaping()
     expose_logits(trainer)
     model = trainer.model
     assert model is not None  # a Trainer makes it, or does not begin
@@ -106,7 +104,7 @@ def set_up(trainer: StarDSSMixin, options: StarDSSOptions) -> None:
         model,
         tokenizer,
         estimator=options.kl_estimator,
-        needed=needed,
+        needed=shaping.needs_reference,
         projects=projects,
     )
     summaries: dict[str, DatasetSummary] = {}
@@ -115,7 +113,7 @@ def set_up(trainer: StarDSSMixin, options: StarDSSOptions) -> None:
         if dataset is None:
             return None
         dataset, summaries[name] = _prepare(
-            trainer, options, tokenizer, weight_map, reference, dataset, name
+            trainer, options, tokenizer, shaping, reference, dataset, name
         )
         return dataset
 
@@ -137,7 +135,7 @@ def set_up(trainer: StarDSSMixin, options: StarDSSOptions) -> None:
     trainer.loss_is_scaled_for_ga = True
     trainer._signature_columns = None
     trainer.star_dss_state = StarDSSState(
-        options, weight_map, reference, prepare, summaries, projects=projects
+        options, shaping, reference, prepare, summaries, projects=projects
     )
     trainer.add_callback(StarDSSCallback(trainer))
 
@@ -158,7 +156,7 @@ def _prepare(
     trainer: StarDSSMixin,
     options: StarDSSOptions,
     tokenizer: PreTrainedTokenizerBase,
-    weight_map: WeightMap,
+    shaping: Shaping,
     reference: Reference,
     dataset: Any,
     name: str,
@@ -174,7 +172,6 @@ def _prepare(
         dataset,
         tokenizer,
         options,
-        weight_map,
         name=name,
         # TRL keeps the template that made the tokens, which need not be the tokenizer's own.
         chat_template=getattr(trainer, "chat_template", None),
@@ -185,13 +182,7 @@ def _prepare(
     # What is packed is scored: by then nobody can tell where a document's messages were.
     with args.main_process_first(desc=f"STAR-DSS packing of {name}"):
         dataset = trainer.pack(dataset, evaluation=name != "train")
-    if reference.kind == "precomputed" and not has_reference_logps(
-        dataset,
-        reference,
-        weight_map,
-        kl_coef=options.kl_coef,
-        threshold=options.threshold,
-    ):
+    if reference.kind == "precomputed" and not has_reference_logps(dataset, reference, shaping):
         if reference.model is None and model_fingerprint(policy) != reference.fingerprint:
             raise ConfigError(
                 f"The {name} data set came after training had started, when the reference "
@@ -202,9 +193,7 @@ def _prepare(
             dataset,
             reference,
             policy,
-            weight_map,
-            kl_coef=options.kl_coef,
-            threshold=options.threshold,
+            shaping,
             pad_token_id=int(tokenizer.pad_token_id or 0),
             cache_dir=Path(options.score_cache_dir or default_cache_dir()),
             autocast=trainer.accelerator.autocast,

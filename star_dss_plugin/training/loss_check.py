@@ -12,7 +12,7 @@ from torch import Tensor
 from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN
 from star_dss_plugin.errors import StarDSSError
 from star_dss_plugin.logprobs import IGNORE_INDEX, token_logprobs
-from star_dss_plugin.loss import TokenWeights, star_dss_loss
+from star_dss_plugin.loss import star_dss_loss
 from star_dss_plugin.training.head import forward_inputs
 
 if TYPE_CHECKING:
@@ -127,14 +127,8 @@ def _check_start(
     trainer: Any, active: StarDSSState, batch: Mapping[str, Any], logits: Tensor
 ) -> None:
     """That the model is still the one whose log-probabilities are the reference."""
-    labels, options = batch["labels"], active.options
-    weights = TokenWeights.of(
-        batch[SCORES_COLUMN].float(),
-        labels,
-        active.weight_map,
-        kl_coef=options.kl_coef,
-        threshold=options.threshold,
-    )
+    labels = batch["labels"]
+    weights = active.shaping.weights(batch[SCORES_COLUMN].float(), labels)
     held = weights.kl != 0
     apart = (token_logprobs(logits, labels) - batch[REF_COLUMN][:, 1:])[held].abs().sum()
     mean = float(apart) / max(1, int(held.sum()))

@@ -21,8 +21,7 @@ from transformers import Trainer
 from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN, TOKEN_COLUMNS
 from star_dss_plugin.errors import ConfigError, StarDSSError
 from star_dss_plugin.logprobs import IGNORE_INDEX, full_kl, kl_estimate, kl_slope, token_logprobs
-from star_dss_plugin.loss import TokenWeights, kl_coef_at, shaped_loss
-from star_dss_plugin.options import StarDSSOptions
+from star_dss_plugin.loss import Shaping, TokenWeights, shaped_loss
 from star_dss_plugin.training.checkpoints import check_checkpoint
 from star_dss_plugin.training.head import (
     Projection,
@@ -146,13 +145,7 @@ class StarDSSMixin(_Base):
                 "give them to the trainer's constructor."
             )
         options = state.options
-        weights = TokenWeights.of(
-            scores.float(),
-            labels,
-            state.weight_map,
-            kl_coef=self._kl_coef(options),
-            threshold=options.threshold,
-        )
+        weights = self._shaping(state).weights(scores.float(), labels)
         if state.reference.kind != "precomputed":
             ref_logps = None  # a column from an earlier run
         ref = self._reference_states(state, model, inputs, ref_logps, weights)
@@ -275,11 +268,11 @@ class StarDSSMixin(_Base):
         slopes = kl_slope(logps.detach(), ref_logps, estimator)
         return kl_estimate(logps, ref_logps, estimator), slopes
 
-    def _kl_coef(self, options: StarDSSOptions) -> float:
-        """λ now; evaluations have it whole, so that they can be compared."""
+    def _shaping(self, state: StarDSSState) -> Shaping:
+        """Return the shaping of this step; evaluations have λ whole, so that they compare."""
         if self._mode() == "eval":
-            return options.kl_coef
-        return kl_coef_at(self.state.global_step, options.kl_coef, options.kl_warmup_steps)
+            return state.shaping
+        return state.shaping.at_step(self.state.global_step, state.options.kl_warmup_steps)
 
     def _host_wants_loss_alone(self) -> bool:
         """Whether nothing below this class reads the model's logits."""

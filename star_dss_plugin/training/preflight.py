@@ -19,9 +19,8 @@ from star_dss_plugin.errors import StarDSSError
 from star_dss_plugin.guards.base import announced
 from star_dss_plugin.guards.presets import PRESETS, STREAM
 from star_dss_plugin.options import StarDSSOptions
-from star_dss_plugin.plugins import load_plugins, resolve_weight_map
+from star_dss_plugin.plugins import load_plugins
 from star_dss_plugin.scoring.scorer import guard_of
-from star_dss_plugin.weights import needs_scores
 
 __all__ = ["Findings", "check_options", "estimate", "lacks_guard"]
 
@@ -60,8 +59,7 @@ def check_options(options: StarDSSOptions) -> Findings:
 
 def lacks_guard(dataset: Dataset, options: StarDSSOptions) -> bool:
     """Whether a data set would have to be scored and no guard is named."""
-    weight_map = resolve_weight_map(options.loss_type)
-    reads = needs_scores(weight_map, kl_coef=options.kl_coef, threshold=options.threshold)
+    reads = options.shaping().needs_scores
     return reads and options.guard is None and SCORES_COLUMN not in dataset.column_names
 
 

@@ -23,7 +23,6 @@ from star_dss_plugin.options import StarDSSOptions
 from star_dss_plugin.scoring.ranks import ALONE, Share
 from star_dss_plugin.scoring.scorer import options_for_scoring, score_dataset
 from star_dss_plugin.scoring.strictness import stricter_dataset
-from star_dss_plugin.weights import WeightMap, needs_scores
 
 __all__ = ["DatasetSummary", "asks_guard", "check_scores", "prepare_dataset"]
 
@@ -57,7 +56,6 @@ def prepare_dataset(
     dataset: Any,
     tokenizer: PreTrainedTokenizerBase,
     options: StarDSSOptions,
-    weight_map: WeightMap,
     *,
     name: str,
     chat_template: str | None,
@@ -71,7 +69,6 @@ def prepare_dataset(
         dataset: With `input_ids` and `labels`.
         tokenizer: The one that made the tokens.
         options: The run's options.
-        weight_map: If it ignores scores, no guard is asked.
         name: "train", "eval", …: for messages.
         chat_template: The template that made the tokens; None: the tokenizer's own.
         truncation: (max_length, truncation_mode) that the trainer applied to `input_ids` and
@@ -112,7 +109,7 @@ def prepare_dataset(
         # Whoever scored it trained responses only; labels made since then may train all tokens.
         dataset = only_responses(dataset, tokenizer, chat_template)
         dataset = _fit_scores(dataset, name, *truncation)
-    elif not asks_guard(options, weight_map, name):
+    elif not asks_guard(options, name):
         # The same tokens are trained as in the modes that read scores.
         dataset = only_responses(dataset, tokenizer, chat_template)
         plain = dataset.with_format(None)
@@ -145,11 +142,11 @@ def _scored_as_told(dataset: Dataset, options: StarDSSOptions) -> bool:
     )
 
 
-def asks_guard(options: StarDSSOptions, weight_map: WeightMap, name: str) -> bool:
+def asks_guard(options: StarDSSOptions, name: str) -> bool:
     """Whether a data set ("train", "eval", …) without scores gets some."""
     if name != "train" and not options.score_eval:
         return False
-    return needs_scores(weight_map, kl_coef=options.kl_coef, threshold=options.threshold)
+    return options.shaping().needs_scores
 
 
 def _fit_scores(dataset: Dataset, name: str, max_length: int | None, mode: str | None) -> Dataset:

@@ -25,12 +25,11 @@ from star_dss_plugin.data.provenance import read_note, write_note
 from star_dss_plugin.data.requests import Trajectory
 from star_dss_plugin.errors import CacheError
 from star_dss_plugin.logprobs import IGNORE_INDEX, token_logprobs
-from star_dss_plugin.loss import TokenWeights
+from star_dss_plugin.loss import Shaping
 from star_dss_plugin.scoring.ranks import ALONE, Share
 from star_dss_plugin.training.collation import document_starts
 from star_dss_plugin.training.head import states_of
 from star_dss_plugin.training.reference import Reference
-from star_dss_plugin.weights import WeightMap
 
 __all__ = ["add_reference_logps", "has_reference_logps"]
 
@@ -43,10 +42,7 @@ _ROUNDING = 1e-3
 def has_reference_logps(
     dataset: Dataset,
     reference: Reference,
-    weight_map: WeightMap,
-    *,
-    kl_coef: float,
-    threshold: float,
+    shaping: Shaping,
 ) -> bool:
     """Whether a data set has the column, from this very reference and for these very tokens.
 
@@ -54,16 +50,16 @@ def has_reference_logps(
     """
     if REF_COLUMN not in dataset.column_names or (known := read_note(dataset, "reference")) is None:
         return False
-    content = _content(dataset, weight_map, kl_coef, threshold)
+    content = _content(dataset, shaping)
     return bool(known == {"model": reference.fingerprint, "content": content})
 
 
-def _content(dataset: Dataset, weight_map: WeightMap, kl_coef: float, threshold: float) -> str:
+def _content(dataset: Dataset, shaping: Shaping) -> str:
     """What the column depends on beside the reference: the tokens, and which rows need it."""
     digest = hashlib.sha256()
     for row in _plain(dataset):
         for document in _documents(row):
-            needed = _needs_reference(document, weight_map, kl_coef, threshold)
+            needed = _needs_reference(document, shaping)
             key = content_key(document["input_ids"], document["labels"], needed)
             digest.update(key.encode())
     return digest.hexdigest()
@@ -89,10 +85,8 @@ def add_reference_logps(
     dataset: Dataset,
     reference: Reference,
     policy: nn.Module,
-    weight_map: WeightMap,
+    shaping: Shaping,
     *,
-    kl_coef: float,
-    threshold: float,
     pad_token_id: int,
     cache_dir: Path,
     autocast: Callable[[], contextlib.AbstractContextManager[None]],
@@ -106,9 +100,7 @@ def add_reference_logps(
         dataset: With `input_ids`, `labels` and `star_scores`; packed rows with `seq_lengths`.
         reference: Of kind "precomputed".
         policy: The model as it starts, which is the reference unless that has one of its own.
-        weight_map: Which tokens need it.
-        kl_coef: λ.
-        threshold: τ.
+        shaping: Which tokens need it.
         pad_token_id: For the batches.
         cache_dir: Root of the cache.
         autocast: Makes the trainer's precision context.
@@ -130,7 +122,7 @@ def add_reference_logps(
         for j, document in enumerate(_documents(row)):
             key = content_key(document["input_ids"], document["labels"])
             keys[-1].append((key, len(document["input_ids"])))
-            if _needs_reference(document, weight_map, kl_coef, threshold):
+            if _needs_reference(document, shaping):
                 wanted.setdefault(key, (i, j))
 
     lengths = {key: length for row in keys for key, length in row}
@@ -186,21 +178,15 @@ def add_reference_logps(
         np.concatenate([np.zeros(0), *(values(*document) for document in row)]) for row in keys
     ]
     dataset = with_column(dataset, REF_COLUMN, column, List(Value("float32")))
-    content = _content(dataset, weight_map, kl_coef, threshold)
+    content = _content(dataset, shaping)
     write_note(dataset, "reference", {"model": reference.fingerprint, "content": content})
     return dataset
 
 
-def _needs_reference(
-    row: Mapping[str, Any], weight_map: WeightMap, kl_coef: float, threshold: float
-) -> bool:
-    weights = TokenWeights.of(
-        torch.tensor([row[SCORES_COLUMN]], dtype=torch.float32),
-        torch.tensor([row["labels"]]),
-        weight_map,
-        kl_coef=kl_coef,
-        threshold=threshold,
-    )
+def _needs_reference(row: Mapping[str, Any], shaping: Shaping) -> bool:
+    """Return whether a token of a document has a KL weight."""
+    scores = torch.tensor([row[SCORES_COLUMN]], dtype=torch.float32)
+    weights = shaping.weights(scores, torch.tensor([row["labels"]]))
     return bool((weights.kl != 0).any())
 
 

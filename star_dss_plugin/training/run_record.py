@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from star_dss_plugin._version import __version__
 from star_dss_plugin.visible import visible
-from star_dss_plugin.weights import needs_scores
 
 if TYPE_CHECKING:
     from star_dss_plugin.training.state import StarDSSState
@@ -75,7 +74,6 @@ def startup_line(active: StarDSSState) -> str:
     """The one line that every run with an active loss prints."""
     options, train = active.options, active.summaries["train"]
     share = train.below_threshold / train.trained_tokens
-    reads = needs_scores(active.weight_map, kl_coef=options.kl_coef, threshold=options.threshold)
     # Right if the data is that safe; also what a broken guard or a made-up column looks like.
     plain = (
         " Every score is 1, so this is plain finetuning: check the guard, or where the star_scores "
@@ -87,7 +85,7 @@ def startup_line(active: StarDSSState) -> str:
         f"reference={active.reference.description}; {train.responses} responses scored, "
         f"{train.below_threshold} of {train.trained_tokens} trained tokens ({share:.1%}) below "
         f"{options.threshold}, mean score {train.mean_score:.3f}."
-        + (plain if reads and train.mean_score == 1 else "")
+        + (plain if active.shaping.needs_scores and train.mean_score == 1 else "")
     )
 
 

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from star_dss_plugin.loss import Shaping
 from star_dss_plugin.options import StarDSSOptions
 from star_dss_plugin.training.metrics import TokenMetrics
 from star_dss_plugin.training.prepare import DatasetSummary
 from star_dss_plugin.training.reference import Reference
-from star_dss_plugin.weights import WeightMap
 
 __all__ = ["StarDSSState"]
 
@@ -21,7 +21,7 @@ class StarDSSState:
 
     Attributes:
         options: The run's options.
-        weight_map: Scores to weights.
+        shaping: Scores to weights.
         reference: π_ref.
         prepare: Scores a data set, given its name.
         summaries: What was scored, by data set ("train", "eval", …).
@@ -32,7 +32,7 @@ class StarDSSState:
     """
 
     options: StarDSSOptions
-    weight_map: WeightMap
+    shaping: Shaping
     reference: Reference
     prepare: Callable[[Any, str], Any]
     summaries: dict[str, DatasetSummary] = field(default_factory=dict)

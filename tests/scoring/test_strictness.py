@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from star_dss_plugin import ConfigError, DataError
-from star_dss_plugin.loss import kl_coef_at
+from star_dss_plugin.loss import Shaping
 from star_dss_plugin.options import StarDSSOptions
 from star_dss_plugin.scoring.strictness import stricter_scores
 
@@ -48,7 +48,8 @@ def test_the_rules_by_example():
 
 @given(step=st.integers(0, 50), steps=st.integers(0, 20), kl_coef=st.floats(0, 10))
 def test_the_warm_up_rises_to_kl_coef(step, steps, kl_coef):
-    now, later = (kl_coef_at(s, kl_coef, steps) for s in (step, step + 1))
+    shaping = Shaping.named("star_dss", kl_coef=kl_coef, threshold=0.5)
+    now, later = (shaping.at_step(s, steps).kl_coef for s in (step, step + 1))
     assert 0 <= now <= later <= kl_coef
     if step + 1 >= steps:
         assert now == kl_coef

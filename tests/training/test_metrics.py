@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from star_dss_plugin.logprobs import kl_estimate, kl_slope
-from star_dss_plugin.loss import TokenWeights, shaped_loss
-from star_dss_plugin.plugins import resolve_weight_map
+from star_dss_plugin.loss import Shaping, shaped_loss
 from star_dss_plugin.training.metrics import TokenMetrics
 
 ONE = SimpleNamespace(num_processes=1)
@@ -23,9 +22,7 @@ def batch(seed, mode="star_dss", threshold=0.5):
     labels[torch.rand(3, 9, generator=generator) < 0.4] = -100
     logps = -3 * torch.rand(3, 8, generator=generator, dtype=torch.float64)
     ref = -3 * torch.rand(3, 8, generator=generator, dtype=torch.float64)
-    weights = TokenWeights.of(
-        scores, labels, resolve_weight_map(mode), kl_coef=0.5, threshold=threshold
-    )
+    weights = Shaping.named(mode, kl_coef=0.5, threshold=threshold).weights(scores, labels)
     return scores[:, 1:], logps, ref, weights
 
 

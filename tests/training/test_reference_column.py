@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from star_dss_plugin import CacheError
 from star_dss_plugin.data import cache
-from star_dss_plugin.plugins import resolve_weight_map
+from star_dss_plugin.loss import Shaping
 from star_dss_plugin.training import reference_column as precompute
 from star_dss_plugin.training.reference import Reference
 
@@ -34,9 +34,7 @@ def with_column(tokenizer, monkeypatch):
                 rows,
                 Reference("precomputed", "", fingerprint="f"),
                 tiny_llama(len(tokenizer)),
-                resolve_weight_map("star_dss"),
-                kl_coef=0.5,
-                threshold=0.5,
+                Shaping.named("star_dss", kl_coef=0.5, threshold=0.5),
                 pad_token_id=0,
                 cache_dir=folder,
                 autocast=contextlib.nullcontext,
