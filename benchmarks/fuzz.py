@@ -6,10 +6,11 @@
     python benchmarks/fuzz.py all --minutes 2      # one after the other, each in its own process
     python benchmarks/fuzz.py sizes                # 10 MB, and 2,000 turns: many minutes
 
-The targets and their properties are those of tests/project/test_fuzz.py (tests/fuzz_targets.py);
-atheris (`pip install atheris`) changes the inputs: the bytes themselves where a target reads a
-file, else the choices from which hypothesis builds one. Input that breaks a property ends the run
-with a traceback, and is kept in --corpus; give that file as --again to try it alone.
+The targets and their properties are those of tests/project/test_fuzz.py, from
+tests/support/fuzz_targets.py; atheris (`pip install atheris`) changes the inputs: the bytes
+themselves where a target reads a file, else the choices from which hypothesis builds one. Input
+that breaks a property ends the run with a traceback, and is kept in --corpus; give that file as
+--again to try it alone.
 """
 
 from __future__ import annotations
@@ -57,7 +58,13 @@ def main() -> None:
     with atheris.instrument_imports(
         include=["star_dss_plugin", "star_dss_axolotl", "star_dss_trl"]
     ):
-        from fuzz_targets import AXOLOTL_TARGETS, TARGETS, check_sizes, quiet, register_guard
+        from support.fuzz_targets import (
+            AXOLOTL_TARGETS,
+            TARGETS,
+            check_sizes,
+            quiet,
+            register_guard,
+        )
     if given.target == "sizes":
         check_sizes(10, 2000)
         return
@@ -114,7 +121,7 @@ def main() -> None:
 
 def _all() -> int:
     """Every target with the same arguments; the number of those that failed."""
-    from fuzz_targets import TARGETS
+    from support.fuzz_targets import TARGETS
 
     arguments = sys.argv[1:]
     arguments.remove("all")

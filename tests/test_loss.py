@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paths import TESTS
+from support.paths import TESTS
 
 from star_dss_plugin import ConfigError, DataError, star_dss_loss
 from star_dss_plugin.logprobs import full_kl, token_logprobs

@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from conftest import run_command as run
 from datasets import load_from_disk
+from support.commands import run_command as run
 
 from star_dss_plugin import __version__
 from star_dss_plugin.data.reading import read_dataset

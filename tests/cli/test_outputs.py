@@ -7,9 +7,9 @@ import resource
 
 import datasets
 import pytest
-from conftest import WordGuard
-from conftest import run_command as run
 from datasets import Dataset
+from support.commands import run_command as run
+from support.guards import WordGuard
 
 from star_dss_plugin import DataError, OutputError
 from star_dss_plugin.cli import app as cli

@@ -5,10 +5,10 @@ import importlib
 from contextlib import contextmanager
 
 import pytest
-from conftest import tiny_llama
 from datasets import Dataset
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support.models import tiny_llama
 from tokenizers import processors
 from transformers import AutoTokenizer
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import real_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.models import real_model
 from torch import nn
 from torch.profiler import profile
 from transformers import (

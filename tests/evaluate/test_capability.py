@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import tiny_llama
+from support.models import tiny_llama
 
 pytest.importorskip("lm_eval", reason="needs the extra evaluate (lm-eval)")
 

@@ -10,11 +10,12 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import WordGuard, tiny_llama
-from conftest import run_command as run
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.commands import run_command as run
+from support.guards import WordGuard
+from support.models import tiny_llama
 
 from star_dss_plugin import ConfigError, DataError
 from star_dss_plugin.evaluate import comparison

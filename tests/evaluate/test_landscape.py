@@ -5,10 +5,12 @@ import math
 
 import pytest
 import torch
-from conftest import WordGuard, run_command, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paths import ROOT
+from support.commands import run_command
+from support.guards import WordGuard
+from support.models import tiny_llama
+from support.paths import ROOT
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from typer.main import get_command

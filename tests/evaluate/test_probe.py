@@ -9,9 +9,10 @@ import torch
 
 pytest.importorskip("trl")
 
-from conftest import WordGuard, tiny_llama
+from support.guards import WordGuard
+from support.models import tiny_llama
+from support.trl_runs import Stop, history, lora_config, make
 from transformers import TrainerCallback
-from trl_runs import Stop, history, lora_config, make
 
 from star_dss_plugin import ConfigError, SafetyProbe, StarDSSError
 from star_dss_plugin.evaluate.refusal import is_refusal

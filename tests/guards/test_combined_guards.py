@@ -5,10 +5,10 @@ import math
 
 import numpy as np
 import pytest
-from conftest import WordGuard
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.guards import WordGuard
 
 from star_dss_plugin import ConfigError, GuardError, load_guard, provenance_of, score_dataset
 from star_dss_plugin.data.requests import PrefixRequest, Trajectory

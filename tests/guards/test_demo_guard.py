@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from paths import SHARED
+from support.paths import SHARED
 
 from star_dss_plugin.data.requests import PrefixRequest
 from star_dss_plugin.errors import ConfigError, DataError, GuardError

@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 import torch
-from standin_guards import CORPUS, GRANITE_4, layout
+from support.standin_guards import CORPUS, GRANITE_4, layout
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,

@@ -5,10 +5,10 @@ import random
 from functools import cache
 
 import pytest
-from conftest import real_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paths import SHARED
+from support.models import real_model
+from support.paths import SHARED
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from star_dss_plugin.guards.prompting.prefixes import PrefixTokenizer

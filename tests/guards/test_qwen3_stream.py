@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from standin_guards import IM, TINY, byte_level
+from support.standin_guards import IM, TINY, byte_level
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 from star_dss_plugin import ConfigError, GuardError, load_guard, provenance_of, score_dataset

@@ -10,11 +10,11 @@ import weakref
 
 import pytest
 import torch
-from conftest import tiny_llama
 from datasets import Dataset
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from support.models import tiny_llama
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from star_dss_plugin import ConfigError, DataError, GuardError, load_guard, score_dataset

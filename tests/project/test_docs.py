@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from paths import ROOT
+from support.paths import ROOT
 from typer.main import get_command
 
 from star_dss_plugin import StarDSSOptions, errors, hookspecs, provenance_of, score_dataset

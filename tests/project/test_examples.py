@@ -5,7 +5,7 @@ import runpy
 import sys
 
 import pytest
-from paths import ROOT
+from support.paths import ROOT
 
 pytest.importorskip("trl")
 

@@ -1,10 +1,10 @@
-"""Hostile input, some of each kind: it works, or is refused in words (fuzz_targets.py)."""
+"""Hostile input, some of each kind: it works, or is refused in words (support/fuzz_targets.py)."""
 
 import pytest
 
 pytest.importorskip("hypothesis")
 
-from fuzz_targets import TARGETS, check_sizes, holds
+from support.fuzz_targets import TARGETS, check_sizes, holds
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -10,7 +10,7 @@ import zipfile
 
 import pytest
 from packaging.requirements import Requirement
-from paths import ROOT
+from support.paths import ROOT
 
 from star_dss_plugin import __version__
 

@@ -10,7 +10,7 @@ import typing
 from pathlib import Path
 
 import pytest
-from paths import ROOT, TESTS
+from support.paths import ROOT, TESTS
 
 from star_dss_plugin import hookspecs
 from star_dss_plugin import plugins as plugins_module

@@ -120,7 +120,7 @@ def test_remote_code_is_never_the_default():
 
 def test_a_pickled_reference_is_refused(tokenizer, tmp_path):
     """A model whose weights are in a .bin file is not read, whatever is in it."""
-    from conftest import tiny_llama
+    from support.models import tiny_llama
 
     from star_dss_plugin import ConfigError
     from star_dss_plugin.training.reference import _load_named
@@ -135,8 +135,8 @@ def test_a_pickled_reference_is_refused(tokenizer, tmp_path):
 
 def test_a_reference_that_is_not_whole_is_refused(tokenizer, tmp_path):
     """transformers fills missing weights with random numbers: that would be no reference at all."""
-    from conftest import tiny_llama
     from safetensors.torch import load_file, save_file
+    from support.models import tiny_llama
 
     from star_dss_plugin import ConfigError
     from star_dss_plugin.training.reference import _load_named
@@ -157,8 +157,8 @@ def test_a_reference_that_is_not_whole_is_refused(tokenizer, tmp_path):
 def test_an_adapter_of_a_base_that_is_not_whole_is_no_reference(tokenizer, tmp_path):
     """transformers says what the adapter lacks, and not what its base does."""
     peft = pytest.importorskip("peft")
-    from conftest import tiny_llama
     from safetensors.torch import load_file, save_file
+    from support.models import tiny_llama
 
     from star_dss_plugin import ConfigError
     from star_dss_plugin.training.reference import _load_named

@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import tiny_llama
 from datasets import Dataset
-from paths import ROOT
+from support.models import tiny_llama
+from support.paths import ROOT
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 from typer.main import get_command
 

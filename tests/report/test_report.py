@@ -9,13 +9,13 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import WordGuard
-from conftest import run_command as run
 from datasets import Dataset, load_from_disk
 from hypothesis import given
 from hypothesis import strategies as st
-from report_data import PROVENANCE, data, response
 from rich.console import Console
+from support.commands import run_command as run
+from support.guards import WordGuard
+from support.report_data import PROVENANCE, data, response
 
 from star_dss_plugin import ConfigError, DataError, provenance_of
 from star_dss_plugin.data.provenance import write_note

@@ -7,7 +7,7 @@ import re
 import shutil
 
 import pytest
-from report_data import data, response
+from support.report_data import data, response
 
 from star_dss_plugin.report.page import render_page
 from star_dss_plugin.visible import visible

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CHATML, WordGuard
 from datasets import Dataset, List, Value, load_from_disk
+from support.guards import WordGuard
+from support.models import CHATML
 
 from star_dss_plugin import (
     CacheError,

@@ -14,11 +14,11 @@ from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
-import ray_words
 import torch
 from datasets import load_dataset
-from paths import ROOT
-from ray_words import LettersGuard
+from support import ray_words
+from support.paths import ROOT
+from support.ray_words import LettersGuard
 
 from star_dss_plugin import (
     ConfigError,

@@ -114,7 +114,7 @@ def scores_by_chunk(trainer):
 
 def test_a_trainers_data_follows_them(tmp_path, tokenizer):
     pytest.importorskip("trl")
-    from trl_runs import make
+    from support.trl_runs import make
 
     plain = make(tmp_path, tokenizer)
     strict = make(tmp_path, tokenizer, unsafe_lookahead=1, monotone=True)
@@ -128,7 +128,7 @@ def test_a_trainers_data_follows_them(tmp_path, tokenizer):
 
 def test_the_warm_up_is_what_the_loss_takes(tmp_path, tokenizer):
     pytest.importorskip("trl")
-    from trl_runs import make
+    from support.trl_runs import make
 
     odds = []
     for steps in (0, 3):
@@ -144,7 +144,7 @@ def test_the_warm_up_is_what_the_loss_takes(tmp_path, tokenizer):
 
 def test_prepared_data_is_not_lowered_twice(tmp_path, tokenizer):
     pytest.importorskip("trl")
-    from trl_runs import make
+    from support.trl_runs import make
 
     first = make(tmp_path, tokenizer, unsafe_lookahead=1)
     again = make(tmp_path, tokenizer, first.train_dataset, unsafe_lookahead=1)
@@ -157,7 +157,7 @@ def test_prepared_data_is_not_lowered_twice(tmp_path, tokenizer):
 
 def test_a_column_of_unknown_chunks_cannot_be_lowered(tmp_path, tokenizer):
     pytest.importorskip("trl")
-    from trl_runs import make
+    from support.trl_runs import make
 
     scored = make(tmp_path, tokenizer).train_dataset
     scored.info.description = ""
@@ -167,7 +167,7 @@ def test_a_column_of_unknown_chunks_cannot_be_lowered(tmp_path, tokenizer):
 
 def test_other_chunks_than_those_that_were_scored_are_refused(tmp_path, tokenizer):
     pytest.importorskip("trl")
-    from trl_runs import make
+    from support.trl_runs import make
 
     scored = make(tmp_path, tokenizer).train_dataset
     later = scored.map(lambda row: {"labels": _one_less(row["labels"])})
@@ -186,7 +186,7 @@ def _one_less(labels):
 
 def test_evaluations_have_the_whole_kl_coef(tmp_path, tokenizer):
     pytest.importorskip("trl")
-    from trl_runs import make, prompt_completion
+    from support.trl_runs import make, prompt_completion
 
     found = []
     for steps in (0, 9):

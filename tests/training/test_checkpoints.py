@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_llama
 from datasets import Dataset
+from support.models import tiny_llama
 from transformers import Trainer, TrainingArguments
 
 from star_dss_plugin import CheckpointError, attach

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import tiny_llama
 from datasets import Dataset
+from support.models import tiny_llama
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,

@@ -93,8 +93,8 @@ def test_what_is_not_known_is_not_logged():
 def test_tensorboard_files_hold_every_metric(tmp_path, tokenizer, capsys, monkeypatch):
     pytest.importorskip("trl")
     pytest.importorskip("tensorboard")
+    from support.trl_runs import make
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from trl_runs import make
 
     folder = tmp_path / "events"
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(folder))  # transformers >= 5

@@ -9,10 +9,10 @@ from datasets import Dataset
 
 pytest.importorskip("trl")
 
-from conftest import tiny_llama
+from support.models import tiny_llama
+from support.trl_runs import arguments, history, lora_config, make, prompt_completion
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, Trainer
 from trl import SFTTrainer
-from trl_runs import arguments, history, lora_config, make, prompt_completion
 
 from star_dss_plugin import ConfigError, DataError, attach
 from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN

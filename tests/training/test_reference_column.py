@@ -3,8 +3,8 @@
 import contextlib
 
 import pytest
-from conftest import tiny_llama
 from datasets import Dataset
+from support.models import tiny_llama
 
 from star_dss_plugin import CacheError
 from star_dss_plugin.data import cache

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from axolotl_runs import LORA, chat, configuration, multi_turn, write_config
-from paths import TESTS
+from support.paths import TESTS
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +16,7 @@ def site(tmp_path_factory):
     """A folder for PYTHONPATH with the tests' guard as an installed plugin."""
     folder = tmp_path_factory.mktemp("site")
     (folder / "words_plugin.py").write_text(
-        "from conftest import WordsPlugin\nwords = WordsPlugin()\n"
+        "from support.guards import WordsPlugin\nwords = WordsPlugin()\n"
     )
     info = folder / "words_plugin-1.0.dist-info"
     info.mkdir()

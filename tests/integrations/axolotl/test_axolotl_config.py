@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import get_type_hints
 
 import pytest
-from paths import ROOT
+from support.paths import ROOT
 
 pytest.importorskip("axolotl", reason="needs Axolotl: make test-axolotl")
 

@@ -14,7 +14,7 @@ from axolotl_runs import (
     trained,
     write_rows,
 )
-from conftest import WordGuard
+from support.guards import WordGuard
 
 from star_dss_plugin.data.columns import SCORES_COLUMN
 from star_dss_plugin.data.provenance import provenance_of

@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("axolotl")
 
-from fuzz_targets import AXOLOTL_TARGETS, holds
+from support.fuzz_targets import AXOLOTL_TARGETS, holds
 
 
 @pytest.mark.parametrize("name", AXOLOTL_TARGETS)

@@ -15,10 +15,11 @@ from axolotl_runs import (
     trainer_of,
     write_rows,
 )
-from conftest import WordGuard, tiny_llama
 from datasets import Dataset
 from star_dss_axolotl.trainer import StarDSSAxolotlTrainer
 from star_dss_trl import StarDSSConfig, StarDSSTrainer
+from support.guards import WordGuard
+from support.models import tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from star_dss_plugin import CheckpointError, DataError, load_scored, star_dss_loss

@@ -15,12 +15,11 @@ from datasets import Dataset, concatenate_datasets, load_from_disk
 
 pytest.importorskip("trl")
 
-from conftest import WordGuard, WordsPlugin, tiny_llama
 from peft import LoraConfig
 from star_dss_trl import StarDSSTrainer
-from transformers import AutoTokenizer
-from trl import SFTConfig, SFTTrainer
-from trl_runs import (
+from support.guards import WordGuard, WordsPlugin
+from support.models import tiny_llama
+from support.trl_runs import (
     Stop,
     arguments,
     conversations,
@@ -29,6 +28,8 @@ from trl_runs import (
     make,
     prompt_completion,
 )
+from transformers import AutoTokenizer
+from trl import SFTConfig, SFTTrainer
 
 from star_dss_plugin import CheckpointError, ConfigError, DataError, StarDSSError, attach
 from star_dss_plugin.cli import app as cli

@@ -10,11 +10,10 @@ from datasets import Dataset
 pytest.importorskip("trl")
 
 from accelerate.state import AcceleratorState
-from conftest import tiny_llama
 from peft import get_peft_model
 from star_dss_trl import StarDSSTrainer
-from trl import SFTConfig, SFTTrainer
-from trl_runs import (
+from support.models import tiny_llama
+from support.trl_runs import (
     ANSWERS,
     PROMPTS,
     arguments,
@@ -24,6 +23,7 @@ from trl_runs import (
     make,
     prompt_completion,
 )
+from trl import SFTConfig, SFTTrainer
 
 from star_dss_plugin import ConfigError, StarDSSError, attach
 from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN

@@ -7,15 +7,15 @@ import sys
 
 import pytest
 import torch
-from paths import ROOT, TESTS
+from support.paths import ROOT, TESTS
 
 pytest.importorskip("trl")
 
 from peft import AdaLoraConfig, PromptTuningConfig
 from star_dss_trl import StarDSSConfig, StarDSSTrainer
+from support.trl_runs import arguments, history, lora_config, make, prompt_completion
 from transformers import MixtralConfig, MixtralForCausalLM
 from trl import SFTTrainer
-from trl_runs import arguments, history, lora_config, make, prompt_completion
 
 from star_dss_plugin import ConfigError, DataError
 from star_dss_plugin.data.columns import SCORES_COLUMN
@@ -105,9 +105,9 @@ SEARCHED = [str(TESTS)]
 RANKS = """
 import json, os, sys
 sys.path[:0] = {path!r}
-import conftest, trl_runs
+from support import guards, trl_runs
 from star_dss_plugin.plugins import Origin, load_plugins
-load_plugins().register(conftest.WordsPlugin(), Origin("tests", "star-dss-tests", "0"))
+load_plugins().register(guards.WordsPlugin(), Origin("tests", "star-dss-tests", "0"))
 from pathlib import Path
 from transformers import AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained({model!r})
@@ -168,7 +168,7 @@ def test_one_rank_that_fails_stops_all(tmp_path, model_dir):
     """Before they meet."""
     root = ROOT
     script = tmp_path / "run.py"
-    fault = "if os.environ['RANK'] == '1': conftest.WordGuard.token_scores = None"
+    fault = "if os.environ['RANK'] == '1': guards.WordGuard.token_scores = None"
     broken = RANKS.replace("trainer = ", f"{fault}\ntrainer = ")
     script.write_text(
         broken.format(

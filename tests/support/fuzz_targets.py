@@ -21,31 +21,7 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
-from conftest import WordGuard, WordsPlugin
 from datasets import Dataset
-from fuzz_inputs import (
-    CACHE_SEEDS,
-    GOOD_NOTE,
-    JSON_SEEDS,
-    PARQUET_SEEDS,
-    ROLES,
-    YAML_SEEDS,
-    cache_files,
-    descriptions,
-    guard_mappings,
-    json_files,
-    json_values,
-    option_values,
-    options,
-    parquet_files,
-    raw_rows,
-    score_columns,
-    scored_rows,
-    tokenized_rows,
-    tokenizer,
-    turns,
-    yaml_files,
-)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
@@ -70,6 +46,30 @@ from star_dss_plugin.scoring.scorer import score_dataset
 from star_dss_plugin.scoring.strictness import stricter_dataset, stricter_scores
 from star_dss_plugin.segmenters import sentences, tokens, whole, words
 from star_dss_plugin.training.prepare import prepare_dataset
+from support.fuzz_inputs import (
+    CACHE_SEEDS,
+    GOOD_NOTE,
+    JSON_SEEDS,
+    PARQUET_SEEDS,
+    ROLES,
+    YAML_SEEDS,
+    cache_files,
+    descriptions,
+    guard_mappings,
+    json_files,
+    json_values,
+    option_values,
+    options,
+    parquet_files,
+    raw_rows,
+    score_columns,
+    scored_rows,
+    tokenized_rows,
+    tokenizer,
+    turns,
+    yaml_files,
+)
+from support.guards import WordGuard, WordsPlugin
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """Small TRL runs that several test modules share."""
 
-from conftest import tiny_llama
 from datasets import Dataset
 from peft import LoraConfig
 from star_dss_trl import StarDSSConfig, StarDSSTrainer
 from transformers import TrainerCallback
 from trl import SFTConfig
+
+from support.models import tiny_llama
 
 PROMPTS = ["how are you?", "is this bad?", "1 + 1 =", "hello world. who is lazy?"] * 2
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from conftest import make_tokenizer
 from hypothesis import strategies as st
 
 from star_dss_plugin.options import StarDSSOptions
+from support.models import make_tokenizer
 
 
 @functools.cache

@@ -1,0 +1,54 @@
+"""A guard that reads words, and the plugin that registers it."""
+
+from collections.abc import Sequence
+
+from star_dss_plugin import hookimpl
+from star_dss_plugin.data.requests import Message
+from star_dss_plugin.guards.base import StreamingGuard
+
+
+class WordGuard(StreamingGuard):
+    """Safe until the word "bad" is complete, unsafe from there on."""
+
+    name = "test-words"
+    loads = 0
+
+    def __init__(
+        self,
+        *,
+        word: str = "bad",
+        safe: float = 0.9,
+        unsafe: float = 0.1,
+        device: str | None = None,
+        dtype: str | None = None,
+        batch_tokens: int = 0,
+    ) -> None:
+        self.word, self.safe, self.unsafe = word, safe, unsafe
+        self.asked: list[str] = []
+        self.closed = 0
+
+    @property
+    def identity(self) -> dict[str, object]:
+        return {"kind": "words", "word": self.word, "scores": [self.safe, self.unsafe]}
+
+    def token_scores(
+        self, responses: Sequence[tuple[Sequence[Message], str]]
+    ) -> list[list[tuple[int, float]]]:
+        type(self).loads += 1
+        self.asked += [text for _, text in responses]
+        return [
+            [
+                (end, self.unsafe if self.word in text[:end] else self.safe)
+                for end in range(len(text) + 1)
+            ]
+            for _, text in responses
+        ]
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+class WordsPlugin:
+    @hookimpl
+    def star_dss_register_guards(self, register):
+        register("test-words", WordGuard, summary="a word list")
