@@ -1,6 +1,7 @@
-"""The options: one dataclass, the same names in Python, in YAML and on the command line.
+"""The options: the same names in Python, in YAML and on the command line.
 
-Integrations extend `StarDSSOptions`; they add nothing to it and check nothing twice.
+`StarDSSOptions` joins how data is scored and how scores shape the loss. Integrations extend it;
+they add nothing to it and check nothing twice.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from star_dss_plugin.validation import at_least, probability, unknown_name
 if TYPE_CHECKING:
     from star_dss_plugin.loss import Shaping
 
-__all__ = ["REFERENCES", "StarDSSOptions"]
+__all__ = ["REFERENCES", "LossOptions", "ScoringOptions", "StarDSSOptions"]
 
 _GUARD_ERRORS = ("raise", "unsafe")
 _TRAJECTORIES = ("exact", "adaptive")
@@ -28,19 +29,16 @@ def _option(default: Any, help_text: str) -> Any:
 
 
 @dataclass
-class StarDSSOptions:
-    """What a STAR-DSS run can be told; docs/method.md has the symbols (paper, Eq. 3).
+class ScoringOptions:
+    """Say how responses are scored: which guard, computed by what, asked how often.
+
+    `score_dataset`, `star-dss score`, shards and both hosts take it whole; the command line's
+    flags are made from it.
 
     Raises:
         ConfigError: From `validate`, for values that cannot work.
     """
 
-    loss_type: str = _option(
-        "star_dss",
-        "How scores shape the loss: 'star_dss' (the paper's method), 'hard', 'static', "
-        "'rejection', 'kl_only', 'sft', or a weight map of a plugin. A trainer's own loss types "
-        "keep their meaning and switch STAR-DSS off.",
-    )
     # `str` last before None: HfArgumentParser then reads the command line's value as a string.
     guard: dict[str, Any] | str | None = _option(
         None,
@@ -62,6 +60,88 @@ class StarDSSOptions:
         "tokens", "What a chunk is made of: 'tokens', 'words', 'sentences' or 'whole'."
     )
     chunk_size: int = _option(5, "M: how many units make a chunk; one score per chunk.")
+    trajectory: str = _option(
+        "exact",
+        "'exact' scores every prefix; 'adaptive' only where the score moves or is not safe, and "
+        "interpolates the others.",
+    )
+    trajectory_epsilon: float = _option(
+        0.02, "ε in [0, 1] of trajectory='adaptive': what counts as moving, and as not safe."
+    )
+    guard_device: str | None = _option(
+        None, "Where the guard runs ('cuda', 'cpu'); by default the GPU if there is one."
+    )
+    guard_dtype: str = _option(
+        "auto", "The guard's dtype: 'auto' (bfloat16 on a GPU, float32 on a CPU) or a torch name."
+    )
+    score_batch_tokens: int = _option(
+        16384, "Token budget of one guard batch: bounds memory, does not change scores."
+    )
+    score_cache_dir: str | None = _option(
+        None, "Folder of the score cache; default $STAR_DSS_CACHE or ~/.cache/star_dss."
+    )
+    on_guard_error: str = _option(
+        "raise",
+        "What becomes of a response that the guard cannot score: 'raise' stops, 'unsafe' gives it "
+        "the score 0. Never safe.",
+    )
+
+    def validate(self) -> None:
+        """Check every option against the registered names and its range.
+
+        Raises:
+            ConfigError: What was given, why it cannot work and what to change.
+        """
+        # Not at the top: they bring torch, and `--help` must answer at once.
+        from star_dss_plugin.engines.selection import choose_engine
+        from star_dss_plugin.guards.spec import parse_guard
+        from star_dss_plugin.plugins import load_plugins
+
+        _check_kinds(self, ScoringOptions)
+        load_plugins().segmenter(self.segmenter)
+        if self.guard is not None:
+            parse_guard(self.guard)
+        choose_engine(
+            self.engine, self.engine_options, device=self.guard_device, dtype=self.guard_dtype
+        )
+        at_least("chunk_size", self.chunk_size, 1, integer=True)
+        at_least("score_batch_tokens", self.score_batch_tokens, 1, integer=True)
+        probability("trajectory_epsilon", self.trajectory_epsilon)
+        if self.trajectory not in _TRAJECTORIES:
+            raise unknown_name("trajectory", self.trajectory, _TRAJECTORIES)
+        if self.on_guard_error not in _GUARD_ERRORS:
+            raise unknown_name("on_guard_error", self.on_guard_error, _GUARD_ERRORS)
+
+    def scoring(self, **changes: Any) -> ScoringOptions:
+        """Return the options of this class alone, also of a subclass, with some changed.
+
+        Args:
+            **changes: Options by name.
+
+        Raises:
+            ConfigError: There is no option of that name.
+        """
+        known = {f.name: getattr(self, f.name) for f in fields(ScoringOptions)}
+        for name in changes:
+            if name not in known:
+                raise unknown_name("scoring option", name, known)
+        return ScoringOptions(**{**known, **changes})
+
+
+@dataclass
+class LossOptions:
+    """Say how scores shape the loss; docs/method.md has the symbols (paper, Eq. 3).
+
+    Raises:
+        ConfigError: From `validate`, for values that cannot work.
+    """
+
+    loss_type: str = _option(
+        "star_dss",
+        "How scores shape the loss: 'star_dss' (the paper's method), 'hard', 'static', "
+        "'rejection', 'kl_only', 'sft', or a weight map of a plugin. A trainer's own loss types "
+        "keep their meaning and switch STAR-DSS off.",
+    )
     kl_coef: float = _option(0.5, "λ >= 0: weight of the KL term to the reference.")
     kl_estimator: str = _option(
         "k2", "Estimator of the KL term: 'k1', 'k2', 'k3' (one number per token) or 'full'."
@@ -92,67 +172,23 @@ class StarDSSOptions:
         "computed once), 'adapter' (the base model, by switching the adapter off), 'copy' (a "
         "frozen copy), 'none', or the id or folder of a model with the same tokenizer.",
     )
-    trajectory: str = _option(
-        "exact",
-        "'exact' scores every prefix; 'adaptive' only where the score moves or is not safe, and "
-        "interpolates the others.",
-    )
-    trajectory_epsilon: float = _option(
-        0.02, "ε in [0, 1] of trajectory='adaptive': what counts as moving, and as not safe."
-    )
-    guard_device: str | None = _option(
-        None, "Where the guard runs ('cuda', 'cpu'); by default the GPU if there is one."
-    )
-    guard_dtype: str = _option(
-        "auto", "The guard's dtype: 'auto' (bfloat16 on a GPU, float32 on a CPU) or a torch name."
-    )
-    score_batch_tokens: int = _option(
-        16384, "Token budget of one guard batch: bounds memory, does not change scores."
-    )
-    score_cache_dir: str | None = _option(
-        None, "Folder of the score cache; default $STAR_DSS_CACHE or ~/.cache/star_dss."
-    )
-    on_guard_error: str = _option(
-        "raise",
-        "What becomes of a response that the guard cannot score: 'raise' stops, 'unsafe' gives it "
-        "the score 0. Never safe.",
-    )
 
     def validate(self) -> None:
-        """Checks every option against the registered names and its range.
+        """Check every option against the registered names and its range.
 
         Raises:
             ConfigError: What was given, why it cannot work and what to change.
         """
-        # Not at the top: they bring torch, and `--help` must answer at once.
-        from star_dss_plugin.engines.selection import choose_engine
-        from star_dss_plugin.guards.spec import parse_guard
         from star_dss_plugin.logprobs import KL_ESTIMATORS
-        from star_dss_plugin.plugins import load_plugins
 
-        # Not `fields`: transformers' argument parser replaces their types by what they evaluate to.
-        for name, kind in StarDSSOptions.__annotations__.items():
-            _check_kind(name, getattr(self, name), kind)
+        _check_kinds(self, LossOptions)
         self.shaping()
-        load_plugins().segmenter(self.segmenter)
-        if self.guard is not None:
-            parse_guard(self.guard)
-        choose_engine(
-            self.engine, self.engine_options, device=self.guard_device, dtype=self.guard_dtype
-        )
         if self.kl_estimator not in KL_ESTIMATORS:
             raise unknown_name("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
-        at_least("chunk_size", self.chunk_size, 1, integer=True)
-        at_least("score_batch_tokens", self.score_batch_tokens, 1, integer=True)
         at_least("kl_coef", self.kl_coef, 0)
         at_least("kl_warmup_steps", self.kl_warmup_steps, 0, integer=True)
         at_least("unsafe_lookahead", self.unsafe_lookahead, 0, integer=True)
         probability("threshold", self.threshold)
-        probability("trajectory_epsilon", self.trajectory_epsilon)
-        if self.trajectory not in _TRAJECTORIES:
-            raise unknown_name("trajectory", self.trajectory, _TRAJECTORIES)
-        if self.on_guard_error not in _GUARD_ERRORS:
-            raise unknown_name("on_guard_error", self.on_guard_error, _GUARD_ERRORS)
         if self.reference not in REFERENCES and not _looks_like_a_model(self.reference):
             raise unknown_name("reference", self.reference, [*REFERENCES, "<a model id or folder>"])
 
@@ -166,9 +202,34 @@ class StarDSSOptions:
 
         return Shaping.named(self.loss_type, kl_coef=self.kl_coef, threshold=self.threshold)
 
+
+@dataclass
+class StarDSSOptions(ScoringOptions, LossOptions):
+    """Say what a STAR-DSS run does: how its data is scored, and how scores shape the loss.
+
+    Raises:
+        ConfigError: From `validate`, for values that cannot work.
+    """
+
+    def validate(self) -> None:
+        """Check every option against the registered names and its range.
+
+        Raises:
+            ConfigError: What was given, why it cannot work and what to change.
+        """
+        ScoringOptions.validate(self)
+        LossOptions.validate(self)
+
     def star_dss_dict(self) -> dict[str, Any]:
-        """The options of this class alone, also when called on a subclass."""
+        """Return the options of this class alone, also when called on a subclass."""
         return {f.name: getattr(self, f.name) for f in fields(StarDSSOptions)}
+
+
+def _check_kinds(options: Any, cls: type) -> None:
+    """Check texts and switches of the options that one class declares."""
+    # Not `fields`: transformers' argument parser replaces their types by what they evaluate to.
+    for name, kind in cls.__annotations__.items():
+        _check_kind(name, getattr(options, name), kind)
 
 
 def _check_kind(name: str, value: Any, annotation: str) -> None:

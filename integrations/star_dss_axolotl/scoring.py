@@ -15,7 +15,7 @@ from star_dss_plugin.data.provenance import provenance_of
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.logprobs import IGNORE_INDEX
 from star_dss_plugin.options import StarDSSOptions
-from star_dss_plugin.scoring.scorer import options_for_scoring, score_dataset
+from star_dss_plugin.scoring.scorer import score_dataset
 from star_dss_plugin.training.prepare import asks_guard
 
 __all__ = ["chat_templates", "score", "with_messages"]
@@ -52,8 +52,8 @@ def score(
     scored = score_dataset(
         with_messages(dataset, tokenizer, templates),
         tokenizer,
+        options,
         chat_template=templates[0][0] if len(templates) == 1 else None,
-        **options_for_scoring(options),
     )
     _announce(scored, name)
     # Axolotl's collators make tensors of every column.

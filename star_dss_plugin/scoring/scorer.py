@@ -13,7 +13,7 @@ from star_dss_plugin.guards.loading import load_guard
 from star_dss_plugin.guards.spec import missing_guard
 
 if TYPE_CHECKING:
-    from star_dss_plugin.options import StarDSSOptions
+    from star_dss_plugin.options import ScoringOptions
 
 import logging
 from collections.abc import Iterable, Mapping
@@ -37,13 +37,13 @@ from star_dss_plugin.data.responses import Response, find_responses
 from star_dss_plugin.data.rows import in_row, known_rows, only_responses, tokenized
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.guards.adaptive import adaptive
-from star_dss_plugin.options import StarDSSOptions
+from star_dss_plugin.options import ScoringOptions
 from star_dss_plugin.plugins import load_plugins
 from star_dss_plugin.scoring.cached_guard import Asking
 from star_dss_plugin.scoring.notes import attempt_notes, label_mass, member_notes
 from star_dss_plugin.scoring.ranks import ALONE, Share
 
-__all__ = ["guard_of", "options_for_scoring", "score_dataset", "versions"]
+__all__ = ["guard_of", "score_dataset", "versions"]
 
 logger = logging.getLogger(__name__)
 
@@ -60,46 +60,24 @@ class _Row:
 def score_dataset(
     dataset: Dataset,
     tokenizer: PreTrainedTokenizerBase,
+    options: ScoringOptions | None = None,
     *,
-    guard: str | Mapping[str, Any] | Guard | None,
-    segmenter: str = "tokens",
-    chunk_size: int = 5,
-    trajectory: str = "exact",
-    trajectory_epsilon: float = 0.02,
-    guard_device: str | None = None,
-    guard_dtype: str = "auto",
-    score_batch_tokens: int = 16384,
-    engine: str = "local",
-    engine_options: Mapping[str, Any] | str | None = None,
-    score_cache_dir: str | Path | None = None,
-    on_guard_error: str = "raise",
     per_guard: bool = False,
     max_length: int | None = None,
     chat_template: str | None = None,
     share: Share = ALONE,
     part: bool = False,
     progress: bool = True,
+    **changes: Any,
 ) -> Dataset:
-    """A data set with the column `star_scores`: the STAR score of every token.
+    """Return a data set with the column `star_scores`: the STAR score of every token.
 
     Args:
         dataset: Tokenized rows (`input_ids`, `labels`, and if possible the messages they came
             from), or raw ones (`messages`, `prompt` and `completion`, or `text`), which are
             tokenized here.
         tokenizer: The trained model's.
-        guard: A name, a mapping, or a loaded guard.
-        segmenter: What a chunk is made of.
-        chunk_size: M >= 1.
-        trajectory: "exact", or "adaptive": fewer prefixes are scored (`AdaptiveGuard`).
-        trajectory_epsilon: ε in [0, 1] of "adaptive".
-        guard_device: Where the guard runs.
-        guard_dtype: The guard's dtype.
-        score_batch_tokens: Token budget of one guard batch.
-        engine: What computes a verdict guard: "local", "vllm" or a server's address.
-        engine_options: Of that engine (docs/scale.md).
-        score_cache_dir: Folder of the cache; default $STAR_DSS_CACHE or ~/.cache/star_dss.
-        on_guard_error: "raise", or "unsafe": a response that the guard cannot score, because it
-            does not fit or its score is no number, gets the score 0 everywhere.
+        options: How responses are scored, or None to give the options by name.
         per_guard: Whether to add a column `star_scores_NAME` for each guard of several.
         max_length: Raw rows are cut to this many tokens before they are scored.
         chat_template: The template that made the tokens, or makes those of raw rows; None: the
@@ -107,8 +85,10 @@ def score_dataset(
         share: This process's part of the work, if several processes score the same data set; each
             of them gets all of it back.
         part: Whether these rows are a part of the data. Then it is no error if they hold no
-            response, or a few of which none can be scored; who joins the parts looks at all.
+            response, or a few of which none can be scored; whatever joins the parts checks all.
         progress: Whether to show a progress bar.
+        **changes: Options of `ScoringOptions` by name: `score_dataset(rows, tokenizer,
+            guard="qwen3guard-gen-0.6b", chunk_size=5)`. `guard` may also be a loaded guard.
 
     Returns:
         The same rows with `input_ids`, `labels` and `star_scores` (float32, one per token of
@@ -118,22 +98,14 @@ def score_dataset(
     Raises:
         StarDSSError: What cannot be scored, with the row's number.
     """
-    loaded = guard if isinstance(guard, Guard) else None
-    options = StarDSSOptions(
-        guard=None if loaded else guard,  # type: ignore[arg-type]
-        engine=engine,
-        engine_options=engine_options,  # type: ignore[arg-type]
-        segmenter=segmenter,
-        chunk_size=chunk_size,
-        trajectory=trajectory,
-        trajectory_epsilon=trajectory_epsilon,
-        guard_device=guard_device,
-        guard_dtype=guard_dtype,
-        score_batch_tokens=score_batch_tokens,
-        on_guard_error=on_guard_error,
-    )
+    loaded = changes.get("guard")
+    if isinstance(loaded, Guard):
+        changes = {**changes, "guard": None}
+    else:
+        loaded = None
+    options = (options or ScoringOptions()).scoring(**changes)
     options.validate()
-    if guard is None:
+    if loaded is None and options.guard is None:
         raise missing_guard()
     if SCORES_COLUMN in dataset.column_names:
         raise DataError(
@@ -149,18 +121,18 @@ def score_dataset(
         )
     dataset = only_responses(dataset, tokenizer, chat_template, needed=not part)
     asked = loaded or guard_of(options)
-    if trajectory == "adaptive":
-        asked = adaptive(asked, trajectory_epsilon)
+    if options.trajectory == "adaptive":
+        asked = adaptive(asked, options.trajectory_epsilon)
     try:
-        rows = _find_all(dataset, tokenizer, segmenter, chunk_size, chat_template)
+        rows = _find_all(dataset, tokenizer, options, chat_template)
         requests = _unique_requests(rows)
         asking = Asking(
             requests,
             {key: i for i, row in reversed(list(enumerate(rows))) for key in row.keys},
-            Path(score_cache_dir) if score_cache_dir else default_cache_dir(),
+            Path(options.score_cache_dir) if options.score_cache_dir else default_cache_dir(),
             share=share,
             progress=progress,
-            strict=on_guard_error == "raise",
+            strict=options.on_guard_error == "raise",
             part=part,
         )
         trajectories = asking.trajectories(asked)
@@ -171,7 +143,7 @@ def score_dataset(
     finally:
         if loaded is None:
             asked.close()
-    provenance = _provenance(asked, segmenter, chunk_size, rows, trajectories)
+    provenance = _provenance(asked, options, rows, trajectories)
     keys = [key for row in rows for key in row.keys]
     provenance |= notes | member_notes(asking.members, keys)
     provenance["guard_errors"] = sum(key in asking.failed for key in keys)
@@ -186,16 +158,15 @@ def score_dataset(
 def _find_all(
     dataset: Dataset,
     tokenizer: PreTrainedTokenizerBase,
-    segmenter: str,
-    chunk_size: int,
+    options: ScoringOptions,
     chat_template: str | None,
 ) -> list[_Row]:
-    """The responses of all rows."""
-    cut = load_plugins().segmenter(segmenter)
+    """Return the responses of all rows."""
+    cut = load_plugins().segmenter(options.segmenter)
     found, raw = [], 0
     for i, row in enumerate(known_rows(dataset)):
         responses = in_row(
-            i, find_responses, row, tokenizer, cut, chunk_size, chat_template=chat_template
+            i, find_responses, row, tokenizer, cut, options.chunk_size, chat_template=chat_template
         )
         raw += sum(r.raw_context for r in responses)
         found.append(_Row(len(row["labels"]), responses, [_key(r.request) for r in responses]))
@@ -224,8 +195,7 @@ def _unique_requests(rows: Iterable[_Row]) -> dict[str, PrefixRequest]:
 
 def _provenance(
     guard: Guard,
-    segmenter: str,
-    chunk_size: int,
+    options: ScoringOptions,
     rows: list[_Row],
     trajectories: Mapping[str, Trajectory],
 ) -> dict[str, Any]:
@@ -236,8 +206,8 @@ def _provenance(
         "guard": guard.name,
         "demonstration_guard": guard.demonstration,
         "guard_identity": guard.identity,
-        "segmenter": segmenter,
-        "chunk_size": chunk_size,
+        "segmenter": options.segmenter,
+        "chunk_size": options.chunk_size,
         "rows": len(rows),
         "responses": len(responses),
         "prefixes": len(scores),
@@ -284,27 +254,8 @@ def _columns(rows: list[_Row], trajectories: Mapping[str, Trajectory]) -> list[A
     return scores
 
 
-def options_for_scoring(options: StarDSSOptions) -> dict[str, Any]:
-    """The options that `score_dataset` takes, by name."""
-    names = (
-        "guard",
-        "segmenter",
-        "chunk_size",
-        "trajectory",
-        "trajectory_epsilon",
-        "guard_device",
-        "guard_dtype",
-        "score_batch_tokens",
-        "engine",
-        "engine_options",
-        "score_cache_dir",
-        "on_guard_error",
-    )
-    return {name: getattr(options, name) for name in names}
-
-
-def guard_of(options: StarDSSOptions) -> Guard:
-    """The guard that a run's options name, computed as they say; raises what `load_guard` does."""
+def guard_of(options: ScoringOptions) -> Guard:
+    """Load the guard that options name, computed as they say; raise what `load_guard` raises."""
     if options.guard is None:
         raise missing_guard()
     return load_guard(

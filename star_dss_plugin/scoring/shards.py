@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from star_dss_plugin.data.writing import write_text
 from star_dss_plugin.errors import ConfigError, DataError, StarDSSError
 from star_dss_plugin.guards.base import Guard
 from star_dss_plugin.models import load_tokenizer
-from star_dss_plugin.options import StarDSSOptions
+from star_dss_plugin.options import ScoringOptions
 from star_dss_plugin.scoring.cached_guard import none_scored
 from star_dss_plugin.scoring.notes import merged
 from star_dss_plugin.scoring.scorer import guard_of, score_dataset, versions
@@ -59,7 +59,9 @@ class Job:
         sample: A hash over some rows: whoever reads other data finds out.
         tokens: A hash of the tokenizer and its template: likewise.
         guard: The guard's identity.
-        options: Of `score_dataset`.
+        options: The fields of `ScoringOptions`; begun shards have caches of their own.
+        per_guard: Whether each guard of several gets a column.
+        max_length: Rows are cut to this many tokens; None: they are not.
         versions: Of the packages that scores depend on.
     """
 
@@ -73,6 +75,8 @@ class Job:
     tokens: str
     guard: Mapping[str, Any]
     options: Mapping[str, Any]
+    per_guard: bool
+    max_length: int | None
     versions: Mapping[str, str]
 
     @property
@@ -103,10 +107,13 @@ def begin(
     data: str,
     tokenizer: str,
     output: Path,
+    options: ScoringOptions | None = None,
     *,
     split: str = "train",
     shard_rows: int = 1000,
-    **options: Any,
+    per_guard: bool = False,
+    max_length: int | None = None,
+    **changes: Any,
 ) -> Job:
     """Plans a run, or finds the one that was begun in the same place.
 
@@ -114,15 +121,25 @@ def begin(
         data: What `read_dataset` reads; every worker reads it for itself.
         tokenizer: Id or folder of the model to be trained.
         output: The folder to make; until it is complete it is called `<output>.incomplete`.
+        options: How responses are scored, or None to give the options by name; no
+            `score_cache_dir`: begun shards have caches of their own.
         split: Of a data set that has splits.
         shard_rows: Rows of a shard, at least 1.
-        options: Of `score_dataset`, as JSON values; no cache: begun shards have their own.
+        per_guard: Whether to add a column for each guard of several.
+        max_length: Rows are cut to this many tokens before they are scored.
+        **changes: Options of `ScoringOptions` by name.
 
     Raises:
         StarDSSError: The run cannot be done, or another one was begun there. Nothing was scored.
     """
     if output.exists():
         raise ConfigError(f"{output} exists. Name a new folder, or remove it first.")
+    options = (options or ScoringOptions()).scoring(**changes)
+    if options.score_cache_dir is not None:
+        raise ConfigError(
+            f"score_cache_dir is {options.score_cache_dir!r}, but shards keep what they have begun "
+            "beside the output, and share no cache. Leave it out."
+        )
     at_least("shard_rows", shard_rows, 1, integer=True)
     dataset = read_dataset(data, split)
     if len(dataset) == 0:
@@ -130,8 +147,7 @@ def begin(
     if SCORES_COLUMN in dataset.column_names:
         raise DataError(f"{data} already has a {SCORES_COLUMN!r} column. Remove it to score again.")
     tokens = words_of(load_tokenizer(tokenizer))
-    chosen = _options(options)
-    chosen.validate()
+    options.validate()
     # Workers may run in other folders.
     data = str(Path(data).absolute()) if Path(data).exists() else data
     job = Job(
@@ -143,8 +159,10 @@ def begin(
         shard_rows,
         sample_of(dataset),
         tokens,
-        guard_of(chosen).identity,
-        options,
+        guard_of(options).identity,
+        asdict(options),
+        per_guard,
+        max_length,
         versions(),
     )
     known = job.folder / _JOB_FILE
@@ -194,8 +212,11 @@ class ShardScorer:
             scored = score_dataset(
                 self._dataset.select(range(start, stop)),
                 self._tokenizer,
-                **{**job.options, "guard": self._loaded_guard},
-                score_cache_dir=begun,
+                ScoringOptions(**job.options),
+                guard=self._loaded_guard,
+                score_cache_dir=str(begun),
+                per_guard=job.per_guard,
+                max_length=job.max_length,
                 part=True,
                 progress=False,
             )
@@ -239,7 +260,7 @@ class ShardScorer:
 
     @cached_property
     def _loaded_guard(self) -> Guard:
-        guard = guard_of(_options(self.job.options))
+        guard = guard_of(ScoringOptions(**self.job.options))
         # Through JSON, as the job went: a tuple comes back as a list.
         if json.loads(json.dumps(guard.identity)) != json.loads(json.dumps(self.job.guard)):
             raise ConfigError(
@@ -306,9 +327,3 @@ def _notes(job: Job) -> Iterator[dict[str, Any]]:
                 "start the same run again."
             )
         yield note
-
-
-def _options(given: Mapping[str, Any]) -> StarDSSOptions:
-    """Those of `score_dataset` that a trainer has too."""
-    names = {f.name for f in fields(StarDSSOptions)} & given.keys()
-    return StarDSSOptions(**{name: given[name] for name in names})

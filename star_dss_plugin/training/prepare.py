@@ -21,7 +21,7 @@ from star_dss_plugin.guards.base import announced
 from star_dss_plugin.logprobs import IGNORE_INDEX
 from star_dss_plugin.options import StarDSSOptions
 from star_dss_plugin.scoring.ranks import ALONE, Share
-from star_dss_plugin.scoring.scorer import options_for_scoring, score_dataset
+from star_dss_plugin.scoring.scorer import score_dataset
 from star_dss_plugin.scoring.strictness import stricter_dataset
 
 __all__ = ["DatasetSummary", "asks_guard", "check_scores", "prepare_dataset"]
@@ -122,10 +122,10 @@ def prepare_dataset(
         dataset = score_dataset(
             dataset,
             tokenizer,
+            options,
             chat_template=chat_template,
             share=share,
             progress=progress,
-            **options_for_scoring(options),
         )
     dataset = stricter_dataset(dataset, tokenizer, options, chat_template=chat_template)
     return dataset, _summary(dataset, options, None)

@@ -1,0 +1,105 @@
+"""`star-dss score`: score every prefix of every response, in this process, in shards or on Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from star_dss_plugin.cli import options as option
+from star_dss_plugin.errors import ConfigError
+from star_dss_plugin.options import ScoringOptions
+
+__all__ = ["score"]
+
+
+@option.flags_of(ScoringOptions)
+def score(
+    data: Annotated[str, typer.Argument(help="A .jsonl or .parquet file, or a data set folder.")],
+    tokenizer: Annotated[str, typer.Option(help="Id or folder of the model to be trained.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must be new.")],
+    options: ScoringOptions,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Cut rows to this many tokens (as in training).")
+    ] = None,
+    split: option.Split = "train",
+    shard_rows: Annotated[
+        int | None, typer.Option(min=1, help="Write parquet shards of so many rows (resumable).")
+    ] = None,
+    ray: Annotated[bool, typer.Option("--ray", help="Make the shards on a Ray cluster.")] = False,
+    address: Annotated[
+        str | None, typer.Option(help="The cluster's address; none starts one here.")
+    ] = None,
+    num_workers: Annotated[int, typer.Option(min=1, help="Workers on the cluster.")] = 1,
+    gpus_per_worker: Annotated[
+        float | None, typer.Option(min=0, help="Default: 1 where the cluster has GPUs.")
+    ] = None,
+    per_guard: Annotated[
+        bool, typer.Option("--per-guard", help="A column for each guard of several, too.")
+    ] = False,
+    quiet: option.Quiet = False,
+) -> None:
+    """Score every prefix of every response and write a data set with `star_scores`."""
+    from star_dss_plugin.guards.base import announced
+    from star_dss_plugin.scoring.notes import remarks
+
+    on_cluster = {
+        "--address": address,
+        "--gpus-per-worker": gpus_per_worker,
+        "--num-workers": None if num_workers == 1 else num_workers,
+    }
+    if not ray and (unused := [name for name, value in on_cluster.items() if value is not None]):
+        raise ConfigError(f"{', '.join(unused)} is for a Ray cluster. Add --ray, or leave it out.")
+    how: dict[str, Any] = {"max_length": max_length, "per_guard": per_guard}
+    if ray or shard_rows is not None:
+        from star_dss_plugin.data.reading import in_file
+        from star_dss_plugin.scoring import on_ray, shards
+
+        job = shards.begin(
+            data, tokenizer, output, options, split=split, shard_rows=shard_rows or 1000, **how
+        )
+        with in_file(data):
+            if ray:
+                on_ray.score_on_ray(
+                    job,
+                    num_workers=num_workers,
+                    address=address,
+                    gpus_per_worker=gpus_per_worker,
+                    progress=not quiet,
+                )
+            else:
+                shards.score_shards(job, progress=not quiet)
+        found = shards.finish(job)
+    else:
+        found = _score_at_once(data, split, tokenizer, output, options, progress=not quiet, **how)
+    typer.echo(
+        f"{output}: {found['responses']} responses, {found['prefixes']} prefixes, "
+        f"{found['trained_tokens']} trained tokens, mean prefix score "
+        f"{found['mean_prefix_score']:.3f}, guard "
+        + announced(found["guard"], found["demonstration_guard"])
+    )
+    for line in remarks(found):
+        typer.echo(line)
+
+
+def _score_at_once(
+    data: str, split: str, tokenizer: str, output: Path, options: ScoringOptions, **how: Any
+) -> dict[str, Any]:
+    """Score and write a data set in this process; return its provenance."""
+    from star_dss_plugin.data.provenance import provenance_of
+    from star_dss_plugin.data.reading import in_file, read_dataset
+    from star_dss_plugin.data.writing import check_writable, write_dataset
+    from star_dss_plugin.models import load_tokenizer
+    from star_dss_plugin.scoring.scorer import score_dataset
+
+    if output.exists():
+        raise ConfigError(f"{output} exists. Name a new folder, or remove it first.")
+    check_writable(output)
+    rows, trained = read_dataset(data, split), load_tokenizer(tokenizer)
+    with in_file(data):
+        scored = score_dataset(rows, trained, options, **how)
+    write_dataset(scored, output)
+    found = provenance_of(scored)
+    assert found is not None
+    return found
