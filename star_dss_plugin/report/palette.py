@@ -1,7 +1,8 @@
 """Define one colour scale for page, terminal, notebook and figures.
 
-It runs from plain (safe) to orange (unsafe). A single hue with steadily falling lightness can be read with every kind of colour vision. Scores
-below the threshold are underlined as well, so colour alone carries no information.
+It runs from plain (safe) to orange (unsafe). A single hue with steadily falling lightness can be
+read with every kind of colour vision. Scores below the threshold are underlined as well, so colour
+alone carries no information.
 """
 
 from __future__ import annotations
