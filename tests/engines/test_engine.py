@@ -724,7 +724,7 @@ def test_a_last_layer_that_must_be_whole_is_not_blamed_on_the_kernel(
     mlp.forward = lambda x: forward(x) + x.mean(1, keepdim=True).cumsum(1) * (x.shape[1] > 1)
     engine = LocalEngine(model)
     engine._block_sparse = True
-    assert engine._plain_path_reason is not None  # what looks at other columns cannot be served at all
+    assert engine._plain_path_reason is not None  # it reads other columns
     mlp.forward = lambda x: forward(x) + 0 * x[:, -2:-1] if x.shape[1] == 1 else forward(x)
     engine = LocalEngine(model)
     engine._block_sparse = True
