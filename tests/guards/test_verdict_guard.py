@@ -19,8 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from star_dss_plugin import ConfigError, DataError, GuardError, load_guard, score_dataset
 from star_dss_plugin.data.requests import PrefixRequest
-from star_dss_plugin.guards import self_check
-from star_dss_plugin.guards import verdict
+from star_dss_plugin.guards import self_check, verdict
 from star_dss_plugin.guards.prompting.template import GuardTemplate
 from star_dss_plugin.guards.verdict import VerdictGuard
 
