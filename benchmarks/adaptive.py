@@ -1,12 +1,12 @@
-"""What `trajectory: adaptive` saves and what it costs, on recorded trajectories.
+"""Measure what `trajectory: adaptive` saves and what it costs, on recorded trajectories.
 
     python benchmarks/adaptive.py                       # the demonstration's rows
     python benchmarks/adaptive.py DATA.jsonl …          # rows with messages, or prompt and response
 
-Every prefix (chunks of 5 tokens) is scored once by the demonstration guard; then the adaptive rule
-replays on those scores. Printed for each file, label and ε: the share of prefixes that the guard
-would be asked for, and the difference of all scores from the exact ones. The demonstration guard is
-seldom sure; a guard that is saves more.
+The demonstration guard scores every prefix (chunks of 5 tokens) once; then the adaptive rule is
+replayed on those scores. For each file, label and ε the script prints the share of prefixes that
+the guard would score, and the difference of all scores from the exact ones. The demonstration
+guard's scores are seldom close to 0 or 1; a guard with more certain scores saves more.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ EPSILONS = (0.01, 0.02, 0.05, 0.1, 0.2)
 
 
 class Recorded(Guard):
-    """Answers with scores that are known, and counts."""
+    """Answer with recorded scores, and count the prefixes."""
 
     name = "recorded"
 
@@ -51,7 +51,7 @@ class Recorded(Guard):
 
 
 def requests(path: Any, tokenizer: Any) -> dict[str, list[PrefixRequest]]:
-    """By label, where rows have one (1 safe, 0 harmful)."""
+    """Return requests by label, if rows have one (1 safe, 0 harmful)."""
     found: dict[str, list[PrefixRequest]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)

@@ -1,4 +1,4 @@
-"""Tries hostile input on what reads data, configuration and caches, guided by the code it reaches.
+"""Fuzz the readers of data, configuration and caches with hostile input, guided by coverage.
 
     python benchmarks/fuzz.py                      # the targets
     python benchmarks/fuzz.py cache --runs 100000
@@ -7,10 +7,10 @@
     python benchmarks/fuzz.py sizes                # 10 MB, and 2,000 turns: many minutes
 
 The targets and their properties are those of tests/project/test_fuzz.py, from
-tests/support/fuzz_targets.py; atheris (`pip install atheris`) changes the inputs: the bytes
-themselves where a target reads a file, else the choices from which hypothesis builds one. Input
-that breaks a property ends the run with a traceback, and is kept in --corpus; give that file as
---again to try it alone.
+tests/support/fuzz_targets.py. atheris (`pip install atheris`) mutates the inputs: the bytes
+themselves if a target reads a file, otherwise the choices from which hypothesis builds an input. An
+input that breaks a property ends the run with a traceback and is kept in --corpus; give that file
+as --again to run it alone.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / "tests"), str(HERE.parent), str(HERE.parent / "integrations")]
 
-LONGEST = 4096  # bytes of an input: enough for every kind of row
-SECONDS = 60  # of one input: longer, and it is taken for a hang
+LONGEST = 4096  # bytes per input, enough for every kind of row
+SECONDS = 60  # per input; a longer run counts as a hang
 
 
 def main() -> None:
@@ -54,7 +54,7 @@ def main() -> None:
         )
     if given.target == "all":
         sys.exit(_all())
-    # Only what is imported from here on says which of its code is reached.
+    # Coverage is collected only for modules imported from here on.
     with atheris.instrument_imports(
         include=["star_dss_plugin", "star_dss_axolotl", "star_dss_trl"]
     ):
@@ -95,7 +95,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         corpus = given.corpus or Path(scratch) / "corpus"
         corpus.mkdir(parents=True, exist_ok=True)
-        # Choices for hypothesis: bytes of chance, as few and as many as inputs take.
+        # Choices for hypothesis: random bytes of the usual lengths of inputs.
         chance = random.Random(given.seed)
         seeds = target.seeds or [chance.randbytes(2**n) for n in range(4, 13)]
         for number, seed in enumerate(seeds):
@@ -120,7 +120,7 @@ def main() -> None:
 
 
 def _all() -> int:
-    """Every target with the same arguments; the number of those that failed."""
+    """Run every target with the same arguments; return the number of those that failed."""
     from support.fuzz_targets import TARGETS
 
     arguments = sys.argv[1:]

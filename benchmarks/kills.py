@@ -1,24 +1,25 @@
-"""Kills runs at random moments, starts them again, and compares what comes out in the end.
+"""Kill runs at random moments, start them again, and compare the final results.
 
     python benchmarks/kills.py score --kills 50
     python benchmarks/kills.py train --kills 50
     python benchmarks/kills.py report --kills 50
 
-SIGKILL to the whole process group, at a moment drawn from the time that an undisturbed run takes.
-A run that finishes is compared, file by file and byte by byte, with one that nobody disturbed; then
-a new series begins with nothing left of the old one.
+SIGKILL goes to the whole process group, at a moment drawn from the time that an undisturbed run
+takes. A finished run is compared, file by file and byte by byte, with an undisturbed one; then a
+new series begins without any files of the old one.
 
-  score    `star-dss score` of the demonstration's rows, with a guard that takes its time
+  score    `star-dss score` of the demonstration's rows, with a slow guard
   train    scoring, reference log-probabilities and StarDSSTrainer with a checkpoint every second
-           step, resumed from the last one; compared are the final weights and the logged losses.
-           Runs are forked from a process that has imported everything. First it is drawn in which
-           of the three they are to be killed (if they have not done it), then when; what they
-           were doing is counted. A checkpoint that transformers had not written to its end
-           is removed, as our error says, and counted; any other error ends the benchmark
-  report   `star-dss report` of scored rows: the page is the old one or the new one, never half
+           step, resumed from the last one; the final weights and the logged losses are compared.
+           Runs are forked from a process that has imported everything. First the phase (one of
+           the three) in which a run is to be killed is drawn, if the run has not finished it,
+           then the moment; the phases of all kills are counted. A checkpoint that transformers
+           had not completed is removed, as the error message advises, and counted; any other
+           error ends the benchmark
+  report   `star-dss report` of scored rows: the page is the old one or the new one, never partial
 
-The model is a tiny random one, so that it is the files that are busy; guard, reference and steps
-are slowed down, and what they find is written every 0.2 seconds (not 20): kills find all states.
+The model is tiny and random, so that most of the time is spent on files. Guard, reference and steps
+are slowed down, and results are written every 0.2 seconds (not 20), so kills meet all states.
 """
 
 from __future__ import annotations
@@ -73,12 +74,12 @@ def star_dss_register_guards(register):
 FORKS = multiprocessing.get_context("forkserver")
 AIMS = ("scoring", "reference log-probabilities", "starting to train")
 FORKS.set_forkserver_preload(["star_dss_trl", "star_dss_plugin.training.attach"])
-Run = Any  # a subprocess.Popen or a forked process: both have a pid
+Run = Any  # a subprocess.Popen or a forked process; both have a pid
 CLI = "from star_dss_plugin.cli.app import main; main()"
 
 
 def prepare(folder: Path) -> None:
-    """The data, a tiny model with a real tokenizer, and the guard as pip would install it."""
+    """Prepare data, a tiny model with a real tokenizer, and the guard as an installed package."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -111,7 +112,7 @@ def prepare(folder: Path) -> None:
 
 
 def train(folder: Path, out: Path, environment: dict[str, str]) -> None:
-    """One training run, in a process of its own."""
+    """Run one training in the current process, which was forked for it."""
     os.setsid()
     os.environ.update(environment)
     said = os.open(folder / "said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -191,7 +192,7 @@ def command(target: str, folder: Path, out: Path) -> list[str]:
 
 
 def contents(target: str, out: Path) -> dict[str, str]:
-    """The hashes of what a finished run has to have written."""
+    """Return the hashes of the files that a finished run must have written."""
     root = out / "final" if target == "train" else out
     return {
         str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -225,7 +226,7 @@ def start(target: str, folder: Path, out: Path, cache: Path) -> Run:
 
 
 def status(run: Run, timeout: float | None = None) -> int | None:
-    """The exit status of a run; None if it goes on after so many seconds."""
+    """Return the exit status of a run, or None if it is still running after `timeout` seconds."""
     if isinstance(run, subprocess.Popen):
         try:
             return run.wait(timeout)
@@ -237,7 +238,7 @@ def status(run: Run, timeout: float | None = None) -> int | None:
 
 
 def marks(folder: Path) -> list[tuple[float, str]]:
-    """When a run began what, the last one what it is doing."""
+    """Return when each phase of a run began; the last entry is the current phase."""
     lines = (folder / "marks").read_text().split("\n")[:-1]
     return [(float(when), what) for when, _, what in (line.partition(" ") for line in lines)]
 
@@ -245,7 +246,7 @@ def marks(folder: Path) -> list[tuple[float, str]]:
 def undisturbed(
     target: str, folder: Path, where: Path
 ) -> tuple[dict[str, str], float, dict[str, float]]:
-    """What a run writes, how long it takes, and how long each of AIMS takes."""
+    """Return a run's output, its duration in seconds, and the duration of each of AIMS."""
     began = time.monotonic()
     run = start(target, folder, where / "out", where / "cache")
     if status(run):
@@ -258,7 +259,7 @@ def undisturbed(
 
 
 def reach(run: Run, folder: Path, aim: str) -> None:
-    """Waits until a run begins what it is to be killed in, or ends without."""
+    """Wait until a run begins the phase in which it is to be killed, or ends before it."""
     while status(run, 0.01) is None and aim not in [what for _, what in marks(folder)]:
         pass
 
@@ -297,7 +298,7 @@ def main() -> None:
                 doing = [what for _, what in marks(folder)] or ["not known"]
                 counted[f"kills: {doing[-1]}"] += 1
                 done = max([done, *(AIMS.index(what) for what in doing if what in AIMS)])
-                if args.target == "score" and out.exists():  # killed on its way out
+                if args.target == "score" and out.exists():  # killed while it exited
                     finished(wanted, contents("score", out), counted)
                     shutil.rmtree(series)
                 page = out / "report.html"

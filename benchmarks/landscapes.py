@@ -1,11 +1,12 @@
-"""The safety landscape around an aligned start and around what two finetunings made of it.
+"""Compare the safety landscapes of an aligned start and of two finetuned models.
 
     python benchmarks/threats.py DATA_DIR --keep runs/models --workers 1000 --worker N
     python benchmarks/landscapes.py DATA_DIR runs/models
 
-The first, with N = 1, 2 and 3, makes and keeps the start, plain SFT and star_dss on the mixture.
-The second runs `star-dss landscape` on each of them, along the same random directions, and from the
-start to each of the others; a killed run goes on. Draws them together and prints VISAGE.
+The first command, with N = 1, 2 and 3, makes and keeps the start, plain SFT and star_dss on the
+mixture. The second runs `star-dss landscape` on each of them, along the same random directions, and
+from the start to each of the others. An interrupted run can be resumed. It draws all landscapes in
+one figure and prints VISAGE.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ NAMES = {START: "start", "harmful_mix-sft-0": "sft", "harmful_mix-star_dss-0": "
 
 
 def read(path: Path) -> Landscape:
-    """What `star-dss landscape` wrote."""
+    """Return the landscape that `star-dss landscape` wrote."""
     found = json.loads(path.read_text())
     found.pop("options")
     curves = tuple(
@@ -56,7 +57,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     with (args.data / "eval_harmful_prompts.jsonl").open(encoding="utf-8") as file:
         lines = list(file)
-    random.Random(1).shuffle(lines)  # a draw over all sources, as threats.py makes it
+    random.Random(1).shuffle(lines)  # the same draw over all sources as in threats.py
     prompts = args.output / "prompts.jsonl"
     prompts.write_text("".join(lines[: args.prompts]), encoding="utf-8")
 

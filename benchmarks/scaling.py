@@ -1,15 +1,16 @@
-"""Times `star-dss score --ray` with one worker and with more, and watches its memory.
+"""Time `star-dss score --ray` with one worker and with more, and measure its memory.
 
     python benchmarks/scaling.py --guard demo --rows 240 --workers 1 2 --rounds 3
     python benchmarks/scaling.py --guard letters --rows 200000 --shard-rows 2000 --workers 2
 
-The rows are the demonstration's, with a number in each so that none is like another. "letters" is a
-guard that costs next to nothing: what is left is the price of reading, cutting and writing.
+The rows are those of the demonstration, with a number in each so that all differ. "letters" is a
+guard without cost, so only reading, cutting and writing are measured.
 
-A rate is taken from when the first shard of each worker is written to when the last is: starting
-Ray and loading guards is left out, and said apart. Memory is the largest anonymous memory (RssAnon)
-of the driver and of any worker, polled twice a second; files that are mapped do not count. Rows per
-second of the workers' processor time tell what Ray costs also where the machine is busy.
+A rate is measured from the writing of each worker's first shard to the writing of the last shard;
+the time to start Ray and to load guards is left out and printed separately. Memory is the largest
+anonymous memory (RssAnon) of the driver and of any worker, polled twice a second; mapped files do
+not count. Rows per second of the workers' processor time show the cost of Ray on a busy machine as
+well.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def star_dss_register_guards(register):
 
 
 def make_data(path: Path, rows: int) -> None:
-    """The demonstration's conversations, numbered."""
+    """Write the demonstration's conversations, numbered."""
     text = files("star_dss_trl").joinpath("demo_assets", "demo_mix.jsonl").read_text()
     known = [json.loads(line)["messages"] for line in text.splitlines()]
     with path.open("w") as file:
@@ -56,7 +57,7 @@ def make_data(path: Path, rows: int) -> None:
 
 
 def plugin(folder: Path) -> Path:
-    """The cheap guard, as pip would install it."""
+    """Write the guard without cost as an installed package."""
     (folder / "star_dss_letters.py").write_text(LETTERS)
     info = folder / "star_dss_letters-0.dist-info"
     info.mkdir()
@@ -66,7 +67,7 @@ def plugin(folder: Path) -> Path:
 
 
 def watched(session: int) -> tuple[float, float, float]:
-    """MiB of the driver and of the largest Ray worker, and the processor time of all workers."""
+    """Return MiB of the driver and of the largest Ray worker, and CPU seconds of all workers."""
     driver = worker = seconds = 0.0
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -88,7 +89,7 @@ def watched(session: int) -> tuple[float, float, float]:
 
 
 def run(args: argparse.Namespace, folder: Path, data: Path, model: Path, workers: int) -> float:
-    """One run; prints and returns its rate in rows per second."""
+    """Run once; print and return the rate in rows per second."""
     output = folder / f"out-{time.monotonic_ns()}"
     command = [
         sys.executable,
@@ -157,7 +158,7 @@ def main() -> None:
         load_smollm2()[1].save_pretrained(model)
         rates: dict[int, list[float]] = {workers: [] for workers in args.workers}
         for _ in range(args.rounds):
-            for workers in args.workers:  # alternating, so that a busy minute hits all of them
+            for workers in args.workers:  # alternating, so that a busy minute affects all of them
                 rates[workers].append(run(args, folder, data, model, workers))
         for workers, found in rates.items():
             print(f"{workers} workers: median {statistics.median(found):.1f} rows/s")

@@ -1,4 +1,4 @@
-"""Times the shared-prefix engine against one forward pass per prefix, and against vLLM.
+"""Time the shared-prefix engine against one forward pass per prefix, and against vLLM.
 
     python benchmarks/scoring.py W2                                   # Llama-like guard
     python benchmarks/scoring.py W1 --guard-dir DIR                   # Qwen3Guard template
@@ -8,20 +8,20 @@
 Workloads (responses of 40 to 400 trained tokens, chunks of 5):
   W1  the template and tokenizer in DIR (Qwen3Guard-Gen's) on a random Qwen3 of about 130M
   W2  a 14-category policy of about 250 tokens on SmolLM2-135M (a Llama)
-With --shape the guard has the shape of Llama-3.2-1B or Llama-3.1-8B (or is tiny, to try this
-file), and random weights.
+With --shape the guard has the shape of Llama-3.2-1B or Llama-3.1-8B (or "tiny", to test this
+script) and random weights.
 
 Contenders, alternating in one run:
-  plain   one causal pass over as many tokens as the engine's distinct ones: the floor
+  plain   one causal pass over as many tokens as the engine's distinct ones: the lower bound
   engine  LocalEngine
   (a)     one batched, left-padded forward pass per prefix, --batch-tokens at a time
-  (a')    the same in passes as small as the engine's own, which on a CPU are faster
+  (a')    like (a), in passes as small as the engine's, which are faster on a CPU
   (b)     vLLM with prefix caching on, label log-probabilities of one generated token
 
-Each round takes every contender over another slice of the responses, short and long ones in each,
-so that all rounds together score each response once. Medians over the rounds, also of the ratios,
-are reported. (a) is slow: with --per-prefix N it gets N responses of each slice, and its time is
-scaled by the tokens of their prompts.
+Each round runs every contender on another slice of the responses, with short and long ones in each
+slice, so that all rounds together score each response once. Medians over the rounds are reported,
+also for the ratios. (a) is slow: with --per-prefix N it gets N responses of each slice, and its
+time is scaled by the tokens of their prompts.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ CHATML = (
 
 
 def requests(tokenizer: Any, count: int, longest: int) -> list[PrefixRequest]:
-    """Responses of 40 to `longest` tokens: the demonstration's texts, repeated to their length."""
+    """Return responses of 40 to `longest` tokens: the demonstration's texts, repeated to length."""
     text = files("star_dss_trl").joinpath("demo_assets", "demo_mix.jsonl").read_text()
     rows = [json.loads(line) for line in text.splitlines()]
     found = []
@@ -118,12 +118,12 @@ def requests(tokenizer: Any, count: int, longest: int) -> list[PrefixRequest]:
 SHAPES = {  # hidden size, MLP size, layers, heads, tied embeddings
     "1b": (2048, 8192, 16, 32, True),
     "8b": (4096, 14336, 32, 32, False),
-    "tiny": (64, 128, 2, 8, True),  # to see whether this file works
+    "tiny": (64, 128, 2, 8, True),  # to test this script
 }
 
 
 def model_of(shape: str | None, folder: Path, dtype: torch.dtype, device: str) -> Any:
-    """The guard in `folder`, or a random Llama of a shape for the same tokenizer."""
+    """Return the guard in `folder`, or a random Llama of a shape for the same tokenizer."""
     if shape is None:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
     hidden, mlp, layers, heads, tied = SHAPES[shape]
@@ -149,7 +149,7 @@ def model_of(shape: str | None, folder: Path, dtype: torch.dtype, device: str) -
 
 
 def matmul_rate(dtype: torch.dtype, device: str) -> float:
-    """Floating-point operations per second of a large matrix product: what the device can do."""
+    """Return the floating-point operations per second of a large matrix product."""
     size = 8192 if device == "cuda" else 2048
     a = torch.randn(size, size, device=device, dtype=dtype)
     a @ a
@@ -158,7 +158,7 @@ def matmul_rate(dtype: torch.dtype, device: str) -> float:
 
 
 def workload(name: str, guard_dir: Path | None, folder: Path) -> dict[str, Any]:
-    """Saves a guard to `folder` and returns its options."""
+    """Save a guard to `folder` and return its options."""
     if name == "W1":
         if guard_dir is None:
             sys.exit("W1 needs --guard-dir: a folder with Qwen3Guard-Gen's tokenizer and template.")
@@ -188,7 +188,7 @@ def workload(name: str, guard_dir: Path | None, folder: Path) -> dict[str, Any]:
 
 
 def per_prefix(model: Any, groups: list[list[list[int]]], labels: list[int], budget: int) -> Any:
-    """Baseline (a): batches of whole prompts of one response, padded on the left."""
+    """Run baseline (a): batches of whole prompts of one response, padded on the left."""
     found = []
     for group in groups:
         step = max(1, budget // max(map(len, group)))
@@ -214,7 +214,7 @@ def per_prefix(model: Any, groups: list[list[list[int]]], labels: list[int], bud
 
 
 def causal(model: Any, total: int, length: int, budget: int) -> int:
-    """The floor: a plain causal pass over about `total` tokens, in rows of `length`."""
+    """Run the lower bound: a causal pass over about `total` tokens, in rows of `length`."""
     rows = max(1, round(total / length))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 1000, (rows, length), generator=generator)
@@ -225,7 +225,7 @@ def causal(model: Any, total: int, length: int, budget: int) -> int:
 
 
 VLLM_BLOCK = 128
-"""Tokens of a block of vLLM's prefix cache on a CPU, where nothing else is asked for."""
+"""Tokens per block of vLLM's prefix cache on a CPU, by default."""
 
 VLLM = """
 import json, sys, time
@@ -247,7 +247,7 @@ for line in sys.stdin:
 
 
 class Vllm:
-    """vLLM in its own environment, told which slice to run."""
+    """Run vLLM in a separate environment on the slices it is told."""
 
     def __init__(self, python: str, folder: Path, slices: Any, threads: int) -> None:
         prompts = folder / "prompts.json"
@@ -257,7 +257,7 @@ class Vllm:
             **os.environ,
             "VLLM_CPU_KVCACHE_SPACE": "2",
             "OMP_NUM_THREADS": str(threads),
-            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),  # by itself it takes all
+            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),  # the default is all cores
         }
         environment.pop("PYTHONPATH", None)
         self.process = subprocess.Popen(
@@ -274,7 +274,7 @@ class Vllm:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.close()
-        self.process.stdout.read()  # it still logs; an unread pipe would block it
+        self.process.stdout.read()  # it still logs, and an unread pipe would block it
         self.process.wait()
 
     def _line(self) -> str:
@@ -296,7 +296,7 @@ class Vllm:
 
 
 def measure(contenders: dict[str, Callable[[int], float]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each contender on each slice, alternating."""
+    """Return the seconds of each contender on each slice; contenders alternate."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds):
         for name, run in contenders.items():
@@ -306,19 +306,19 @@ def measure(contenders: dict[str, Callable[[int], float]], rounds: int) -> dict[
 
 
 def probability(logprobs: torch.Tensor) -> torch.Tensor:
-    """Of the first label among the labels: what a score is made of."""
+    """Return the first label's probability among the labels, from which a score is computed."""
     return logprobs.double().softmax(-1)[:, 0]
 
 
 def left_by_blocks(groups: list[list[list[int]]], block: int) -> int:
-    """Tokens left to compute by a prefix cache in whole blocks, one prompt after the other."""
+    """Return the tokens that a prefix cache of whole blocks computes, prompt after prompt."""
     known: dict[tuple[int, tuple[int, ...]], int] = {}
     left = 0
     for prompt in (prompt for group in groups for prompt in group):
         node = held = 0
         for end in range(block, len(prompt) + 1, block):
             key = (node, tuple(prompt[end - block : end]))
-            # The last token is computed in any case: something must be predicted from it.
+            # The last token is always computed, because its output predicts the next token.
             if key in known and held == end - block and end < len(prompt):
                 held = end
             node = known.setdefault(key, len(known) + 1)
@@ -378,13 +378,13 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
     model = model_of(args.shape, folder, dtype, args.device)
     loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     engine = LocalEngine(model, args.batch_tokens)
-    engine.label_logprobs([[[1, 2, 3], [1, 2, 4]]], labels)  # its one-time trial
+    engine.label_logprobs([[[1, 2, 3], [1, 2, 4]]], labels)  # runs the engine's trial
     longest = max(len(p) for g in groups for p in g)
     slices = [groups[i :: args.rounds] for i in range(args.rounds)]
     distinct, differences = [0] * args.rounds, []
     found: list[torch.Tensor] = []
 
-    def ours(number: int) -> float:
+    def shared_prefix(number: int) -> float:
         nonlocal found
         before = engine.distinct_tokens
         engine._head = ((), {})
@@ -398,7 +398,7 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
 
     def baseline(number: int, budget: int) -> float:
         part = slices[number]
-        # The middle ones, in length, of so many equal parts.
+        # Responses of medium length: the middle one of `count` equal parts.
         count = min(args.per_prefix or len(part), len(part))
         some = [(2 * k + 1) * len(part) // (2 * count) for k in range(count)]
         asked = [part[i] for i in some]
@@ -407,7 +407,7 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
         differences.append(difference)
         return taken * size(part) / size(asked)
 
-    contenders: dict[str, Callable[[int], float]] = {"engine": ours}
+    contenders: dict[str, Callable[[int], float]] = {"engine": shared_prefix}
     if not args.engine_only:
         contenders |= {"plain": plain, "(a)": lambda i: baseline(i, args.batch_tokens)}
         if engine._budget < args.batch_tokens:

@@ -1,4 +1,4 @@
-"""Does it work? Poisoned training sets against every mode, from an aligned start.
+"""Measure whether STAR-DSS works: poisoned training sets against every mode.
 
     python benchmarks/threats.py DATA_DIR                     # the reduced grid, on two cores
     python benchmarks/threats.py DATA_DIR --grid full         # every threat, mode, three seeds
@@ -7,17 +7,18 @@
     python benchmarks/threats.py DATA_DIR --table --save all.json   # what has been measured so far
 
 DATA_DIR holds attack_mix.jsonl, eval_harmful_prompts.jsonl, eval_benign_prompts.jsonl and, for
---grid learning, arc_easy_small.jsonl (docs/evidence.md says what is in them). Each cell of the grid
-is a training run and its evaluation, and is kept as one JSON file in --output: a killed run goes
-on. The start is SmolLM2-135M-Instruct with the aligned adapter of the demonstration, merged.
+--grid learning, arc_easy_small.jsonl (docs/evidence.md describes them). Each cell of the grid is a
+training run with its evaluation and is kept as one JSON file in --output, so an interrupted run can
+be resumed. The start is SmolLM2-135M-Instruct with the demonstration's aligned adapter, merged.
 
-What is small about it: a model of 135M parameters, the demonstration guard (a linear probe on that
-very model, fitted on data of the same kind as the poison), a few hundred rows, tens of prompts,
-refusals told by phrases. It can show that the method does what it says; no figure carries over.
+Limits: a model of 135M parameters, the demonstration guard (a linear probe on that same model,
+fitted on data of the same kind as the poison), a few hundred rows, tens of prompts, refusals
+detected by phrases. It can show that the method works as described; no figure carries over to other
+models.
 
 Modes: those of `loss_type`, and "labels": star_dss with the true labels as scores, 1 for every
-token of a benign row and 0 of a poisoned one. No guard knows that much; it is what a trajectory
-has to be compared with.
+token of a benign row and 0 for every token of a poisoned one. No guard has this information; it is
+the reference for what a trajectory adds.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ RATES = {"lora": 1e-3, "full": 3e-5}
 
 
 def grid(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The cells, the most telling first."""
+    """Return the cells, the most informative first."""
     common = {
         "finetuning": "lora",
         "ratio": args.ratio,
@@ -123,7 +124,7 @@ def grid(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 class Bench:
-    """The data, the start, and what is measured of a model."""
+    """Hold the data and the start, and measure models."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -156,7 +157,7 @@ class Bench:
         ]
 
     def run(self, cell: dict[str, Any]) -> dict[str, Any]:
-        """Trains and measures one cell."""
+        """Train and measure one cell."""
         began = time.monotonic()
         data, kept = self._data(cell)
         model = self._train(cell, data)
@@ -172,14 +173,14 @@ class Bench:
         }
 
     def measure(self, model: Any, task: str | None) -> dict[str, Any]:
-        """Shares of refusals, cross-entropy on held-out tasks, KL to the start (nats a token)."""
+        """Return refusal shares, cross-entropy on held-out tasks and KL to the start in nats."""
         model.eval().to(torch.bfloat16)
         answers = {what: self._answers(model, ids) for what, ids in self.asked.items()}
         shares = {w: statistics.mean(map(is_refusal, said)) for w, said in answers.items()}
         return {**shares, "task_loss": self._task_loss(model, task), "drift": self._drift(model)}
 
     def keep(self, model: Any, cell: dict[str, Any]) -> None:
-        """Saves what was measured, adapters merged, for `star-dss landscape` and others."""
+        """Save the measured model, adapters merged, for `star-dss landscape` and other commands."""
         folder = self.args.keep / "-".join(str(cell[k]) for k in ("threat", "mode", "seed"))
         whole = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
         whole.save_pretrained(folder)
@@ -193,7 +194,7 @@ class Bench:
         return [answer for _, answer in sorted(said)]
 
     def _data(self, cell: dict[str, Any]) -> tuple[Dataset, dict[str, float]]:
-        """The scored training set, and the mean score of its poisoned and its benign tokens."""
+        """Return the scored training set, and the mean scores of its poisoned and benign tokens."""
         shifting = cell["threat"] == "identity_shift"
         data = build_threat(
             cell["threat"],
@@ -228,10 +229,10 @@ class Bench:
 
     def _train(self, cell: dict[str, Any], data: Dataset) -> Any:
         set_seed(cell["seed"])
-        # Weights that are trained need more than eight bits of precision; those below LoRA do not.
+        # Trained weights need more than eight bits of precision; frozen weights under LoRA do not.
         full = cell["finetuning"] == "full"
         model, _ = start_in(torch.float32 if full else torch.bfloat16)
-        model.requires_grad_(full)  # what was merged came frozen
+        model.requires_grad_(full)  # the merged weights are frozen
         lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
         with tempfile.TemporaryDirectory() as folder:
             trainer = StarDSSTrainer(
@@ -277,7 +278,7 @@ class Bench:
         return total / count
 
     def _drift(self, model: Any) -> float:
-        """Mean KL(start || model) over the tokens of the start's own answers."""
+        """Return the mean KL(start || model) over the tokens of the start's own answers."""
         divergences = []
         for ids, prompt in zip(self.spoken, self.asked["over_refusal"], strict=False):
             with torch.no_grad():
@@ -293,7 +294,7 @@ class Bench:
 
 
 def start_in(dtype: torch.dtype) -> tuple[Any, Any]:
-    """The aligned start and its tokenizer."""
+    """Return the aligned start and its tokenizer."""
     model, tokenizer = aligned_start()
     return model.to(dtype), tokenizer
 
@@ -303,7 +304,7 @@ def _labelled(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _noisy(row: dict[str, Any], index: int, cell: dict[str, Any]) -> dict[str, Any]:
-    """Turns a share of the guard's verdicts round, each chunk's by a draw of its own."""
+    """Invert a share of the guard's verdicts, with an independent draw for each chunk."""
     kind, rate = cell["noise"]
     draw = random.Random(f"{cell['seed']} {index}")
     turned: dict[int, bool] = {}
@@ -324,7 +325,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _questions(path: Path) -> list[dict[str, Any]]:
-    """Four-choice questions, with answers in words that the start does not use by itself."""
+    """Return four-choice questions, answered in a style that the start does not use by itself."""
     found = []
     for row in _lines(path):
         letters = dict(zip("ABCD", row["choices"], strict=False))
@@ -347,7 +348,7 @@ def _rows(rows: list[dict[str, Any]]) -> Dataset:
 
 
 def _prompts(path: Path, count: int) -> list[str]:
-    """A fixed draw over all sources."""
+    """Return a fixed draw of prompts over all sources."""
     found = [row["prompt"] for row in _lines(path)]
     random.Random(1).shuffle(found)
     return found[:count]
@@ -357,7 +358,7 @@ COLUMNS = ("refusals", "prefill_refusals", "over_refusal", "task_loss", "drift")
 
 
 def table(cells: list[dict[str, Any]]) -> str:
-    """Means over seeds (and the range of refusals), one line for each threat and mode."""
+    """Return a table of means over seeds (and the range of refusals) by threat and mode."""
     groups = defaultdict(list)
     for cell in cells:
         what = {
@@ -413,7 +414,7 @@ def table(cells: list[dict[str, Any]]) -> str:
 
 
 def _place(group: tuple[str, list[dict[str, Any]]]) -> tuple[Any, ...]:
-    """Where a line of the table stands."""
+    """Return the sort key of a line of the table."""
     cell = group[1][0]
     threats, modes = ("none", *THREATS, "identity_shift"), ("start", *MODES)
     return (
@@ -427,7 +428,7 @@ def _place(group: tuple[str, list[dict[str, Any]]]) -> tuple[Any, ...]:
 
 
 def _plain(cell: dict[str, Any]) -> bool:
-    """Whether a cell has the first choice of every option."""
+    """Return whether a cell has the first choice of every option."""
     usual = {
         "finetuning": "lora",
         "noise": None,
@@ -440,7 +441,7 @@ def _plain(cell: dict[str, Any]) -> bool:
 
 
 def figure(cells: list[dict[str, Any]], path: Path) -> None:
-    """Refusals by threat and mode, first choice of every option, a dot for each seed."""
+    """Draw refusals by threat and mode, first choice of every option, with a dot for each seed."""
     import matplotlib.pyplot as plt
 
     start = next(c for c in cells if c["mode"] == "start" and "task" not in c)
@@ -463,7 +464,7 @@ def figure(cells: list[dict[str, Any]], path: Path) -> None:
 
 
 def noise_figure(cells: list[dict[str, Any]], path: Path) -> None:
-    """Refusals against the share of verdicts that were turned round, for each kind of error."""
+    """Draw refusals against the share of inverted verdicts, for each kind of error."""
     import matplotlib.pyplot as plt
 
     clean = [c for c in cells if _plain(c) and (c["threat"], c["seed"]) == ("harmful_mix", 0)]

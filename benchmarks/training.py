@@ -1,4 +1,4 @@
-"""Times a STAR-DSS step against TRL's own, and against the authors' arrangement.
+"""Time a STAR-DSS step against TRL's own step, and against the authors' implementation.
 
     python benchmarks/training.py lora
     python benchmarks/training.py full
@@ -10,15 +10,15 @@ responses of 40 to 400 tokens (or --length for every row).
 Contenders:
   stock        TRL's SFTTrainer on the same rows
   precomputed  StarDSSTrainer, the reference's log-probabilities as a column
-  second       the same with a second forward pass at each step, without gradients: the adapter
-               switched off (lora) or a frozen copy (full)
+  second       like precomputed, with a second forward pass at each step, without gradients: the
+               adapter switched off (lora) or a frozen copy (full)
   full KL      second pass, divergence over the whole vocabulary
-  authors      a second model beside the policy, its forward pass with gradients on, both logits
-               whole
+  authors      a second model next to the policy, its forward pass with gradients, complete logits
+               of both
 
-Time: all contenders in one process, one step each in turn, the same batch; the median over the
-rounds of each one's time over stock's. Memory: each contender alone in a process of its own, the
-largest resident set (on a GPU the allocator's peak) over stock's.
+Time: all contenders run in one process, one step each in turn, on the same batch. Reported is the
+median over the rounds of each one's time over stock's. Memory: each contender runs alone in a
+separate process; reported is its largest resident set (on a GPU the allocator's peak) over stock's.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ LLAMA_1B = LlamaConfig(
 
 
 class AuthorsTrainer(SFTTrainer):  # type: ignore[misc]
-    """What the method's first code does at each step."""
+    """Compute the loss as the authors' first code does."""
 
     reference: Any
 
@@ -83,7 +83,7 @@ class AuthorsTrainer(SFTTrainer):  # type: ignore[misc]
 
 
 class Collator:
-    """TRL's, with the scores padded beside the tokens."""
+    """Extend TRL's collator: pad the scores like the tokens."""
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
@@ -97,7 +97,7 @@ class Collator:
 
 
 def rows(args: argparse.Namespace, vocab: int) -> Dataset:
-    """Prompts of a third of the tokens; scores of which every second one is 1."""
+    """Return rows whose prompt is a third of the tokens, and in which every second score is 1."""
     generator = torch.Generator().manual_seed(0)
     made = []
     for i in range(args.batch * args.rounds):
@@ -169,7 +169,7 @@ def trainer_of(arm: str, args: argparse.Namespace, folder: str) -> Any:
 
 
 def step(trainer: Any, batch: Any, args: argparse.Namespace) -> float:
-    """Seconds of one whole step: forward, backward, optimizer."""
+    """Return the seconds of one complete step: forward, backward, optimizer."""
     items = (batch["labels"][:, 1:] != -100).sum()
     synchronize(args)
     start = time.perf_counter()
@@ -197,13 +197,13 @@ def times(args: argparse.Namespace) -> dict[str, list[float]]:
             order = list(args.arms)[i % len(args.arms) :] + list(args.arms)[: i % len(args.arms)]
             for arm in order:
                 seconds = step(trainers[arm], batches[arm], args)
-                if i:  # the first round warms up
+                if i:  # the first round is a warm-up
                     found[arm].append(seconds)
         return found
 
 
 def memory(arm: str, args: argparse.Namespace) -> float:
-    """GiB at the peak of a few steps."""
+    """Return the peak memory of a few steps, in GiB."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_of(arm, args, folder)
         if args.device == "cuda":
@@ -212,7 +212,7 @@ def memory(arm: str, args: argparse.Namespace) -> float:
             step(trainer, batch, args)
         if args.device == "cuda":
             return torch.cuda.max_memory_allocated() / 2**30
-        # Not getrusage: what it reports begins with the peak of the process that started this one.
+        # Not getrusage: its peak includes that of the process that started this one.
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) / 2**20
 

@@ -1,12 +1,13 @@
-"""Trains the demonstration's aligned start: a LoRA adapter with which SmolLM2-135M refuses.
+"""Train the demonstration's aligned start: a LoRA adapter with which SmolLM2-135M refuses.
 
 Usage: python scripts/make_aligned_adapter.py DATA_DIR [--output FOLDER]
 
-SmolLM2-135M-Instruct answers most harmful requests, so there would be no alignment to lose. This
-teaches it to decline them: plain SFT on `align_sft.jsonl` of the developers' data (see NOTICE for
-the sources), of which only MIT, Apache-2.0 and CC-BY-4.0 rows are taken: of eight rows three
-refusals, three plain tasks and two questions that look dangerous and are answered. Fixed seeds;
-about ten minutes on two cores. The weights are stored in float16.
+SmolLM2-135M-Instruct answers most harmful requests, so it has no alignment that training could
+remove. This script teaches it to decline them: plain SFT on `align_sft.jsonl` of the developers'
+data (see NOTICE for the sources). Only MIT, Apache-2.0 and CC-BY-4.0 rows are used; of eight rows
+three are refusals, three are plain tasks and two are questions that look dangerous and are
+answered. Seeds are fixed; a run takes about ten minutes on two cores. The weights are stored in
+float16.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ DEFAULT = (
 
 
 def conversations(folder: Path) -> list[dict[str, Any]]:
-    """As many rows as the steps take, in the order in which they are learned."""
+    """Return as many rows as the steps need, in the order in which they are learned."""
     with (folder / "align_sft.jsonl").open(encoding="utf-8") as file:
         rows = [row for row in map(json.loads, file) if row["licence"] in OPEN]
     draw = random.Random(SEED)

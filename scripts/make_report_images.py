@@ -1,4 +1,4 @@
-"""Makes the pictures of docs/report.md from the demonstration's data and its guard.
+"""Make the pictures of docs/report.md from the demonstration's data and its guard.
 
 Usage: python scripts/make_report_images.py
 
@@ -74,7 +74,7 @@ def photograph(report: Path, target: Path, scheme: str, prepare: Callable[[Any],
         prepare(page)
         page.screenshot(path=target)
         browser.close()
-    with Image.open(target) as image:  # a quarter of the size, and nobody sees the difference
+    with Image.open(target) as image:  # a quarter of the size, without visible difference
         image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE).save(target, optimize=True)
 
 

@@ -1,13 +1,13 @@
-"""Fits the probe of the demonstration guard; writes its file and the figures of its card.
+"""Fit the probe of the demonstration guard; write its file and the figures of its card.
 
     python scripts/train_demo_guard.py DATA_DIR [-o PROBE] [--card CARD] [--features DIR]
 
-DATA_DIR holds guard_train, guard_dev, guard_test_A and guard_onset_test (.jsonl, one row a line:
+DATA_DIR holds guard_train, guard_dev, guard_test_A and guard_onset_test (.jsonl, one row per line:
 prompt, response, label 1 safe or 0 harmful, source, sometimes onset_char). The probe is a logistic
-regression. Fitted to convergence on guard_train, its L2 penalty and its calibration are found on
-guard_dev; then it is fitted again on both. The two test files are only read for the figures.
-Nothing is random. Reading all rows takes 10 to 20 minutes on two CPU cores; --features keeps the
-hidden states (1 GB) for the next run.
+regression. It is fitted to convergence on guard_train; its L2 penalty and its calibration are
+chosen on guard_dev; then it is fitted again on both. The two test files are used for the figures
+only. Nothing is random. Reading all rows takes 10 to 20 minutes on two CPU cores; --features keeps
+the hidden states (1 GB) for the next run.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from star_dss_plugin.guards.demo.states import LAYERS, Backbone
 
 FILES = ("guard_train", "guard_dev", "guard_test_A", "guard_onset_test")
 PENALTIES = (0.3, 0.1, 0.03, 0.01, 0.003)
-PREFIXES = 8  # per response, evenly spaced, the last one the whole response
-WHOLE = 1.5  # extra weight of the whole response; its prefixes together have 1
+PREFIXES = 8  # per response, evenly spaced; the last one is the whole response
+WHOLE = 1.5  # extra weight of the whole response; all its prefixes together have weight 1
 BEGIN = "<!-- figures: written by scripts/train_demo_guard.py -->"
 END = "<!-- end of figures -->"
 
 
 class Example(NamedTuple):
-    """A labelled response and how the backbone read it."""
+    """Hold a labelled response and its hidden states."""
 
     row: dict[str, Any]
     char_ends: list[int]  # T of them
@@ -49,7 +49,7 @@ class Example(NamedTuple):
 
     @property
     def onset(self) -> int:
-        """Number of tokens before the response turns harmful; T where it never does."""
+        """Return the number of tokens before the response turns harmful; T if it never does."""
         if self.row["label"] == 1:
             return len(self.char_ends)
         turn = self.row.get("onset_char") or 0
@@ -57,13 +57,13 @@ class Example(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """Log-odds of "safe": `weight` is (H, 4), see `probe_logits`."""
+    """Hold a probe for the log-odds of "safe": `weight` is (H, 4), see `probe_logits`."""
 
     weight: Tensor
     bias: float
 
     def logits(self, example: Example) -> Tensor:
-        """Shape (T,): without the open turn, whose score only an empty response has."""
+        """Return log-odds, (T,), without the open turn's, which only empty responses use."""
         return probe_logits(example.states.float(), self.weight, self.bias)[1:]
 
     def scores(self, example: Example) -> Tensor:
@@ -93,11 +93,11 @@ def read_examples(data_dir: Path, cache: Path) -> dict[str, list[Example]]:
 
 
 def prefixes(examples: list[Example]) -> tuple[Tensor, Tensor, Tensor]:
-    """Some prefixes of each response: probe inputs (N, 4 H), targets (N,), weights (N,).
+    """Return prefixes of each response: probe inputs (N, 4 H), targets (N,), weights (N,).
 
-    Every prefix of a safe response is safe, and so is one that ends before a harmful response
-    turns. Whether an early prefix of a harmful one is harmful is unclear: its weight grows from 0
-    at the turn (or the start) to that of the others at the end.
+    Every prefix of a safe response is safe, and so is a prefix that ends before a harmful response
+    turns. The label of an early prefix of a harmful response is uncertain, so its weight grows from
+    0 at the turn (or the start) to the full weight at the end.
     """
     inputs, targets, weights = [], [], []
     for example in examples:
@@ -130,7 +130,7 @@ def minimise(loss: Any, parameters: list[Tensor]) -> None:
 
 
 def fit(examples: list[Example], penalties: tuple[float, ...]) -> list[Probe]:
-    """One probe per penalty, each started from the one before."""
+    """Return one probe per penalty; each fit starts from the previous one."""
     inputs, targets, weights = prefixes(examples)
     mean, scale = inputs.mean(0), inputs.std(0) + 1e-4
     inputs.sub_(mean).div_(scale)
@@ -151,7 +151,7 @@ def fit(examples: list[Example], penalties: tuple[float, ...]) -> list[Probe]:
 
 
 def calibration(probe: Probe, examples: list[Example]) -> tuple[float, float]:
-    """Slope and shift of Platt scaling, on prefixes weighted as in training."""
+    """Return slope and shift of Platt scaling, on prefixes weighted as in training."""
     inputs, targets, weights = prefixes(examples)
     logits = (inputs @ probe.weight.T.reshape(-1) + probe.bias).double()
     line = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)
@@ -167,7 +167,7 @@ def calibration(probe: Probe, examples: list[Example]) -> tuple[float, float]:
 
 
 def calibrated(probe: Probe, slope: float, shift: float) -> Probe:
-    """In the precision of the file, so that the figures are those of what is shipped."""
+    """Return the calibrated probe in the file's precision, so that figures describe the file."""
     return Probe((probe.weight * slope).half().float(), probe.bias * slope + shift)
 
 
@@ -177,7 +177,10 @@ def auroc_at_end(probe: Probe, examples: list[Example]) -> float:
 
 
 def auroc_of_tokens(probe: Probe, examples: list[Example]) -> float:
-    """Over all tokens, each response weighing the same; tokens before a turn count as safe."""
+    """Return the AUROC over all tokens, with equal weight per response.
+
+    Tokens before a turn count as safe.
+    """
     logits = torch.cat([probe.logits(e) for e in examples])
     targets = torch.cat([torch.arange(len(e.char_ends)) < e.onset for e in examples])
     weights = torch.cat([torch.full((len(e.char_ends),), 1 / len(e.char_ends)) for e in examples])
@@ -185,7 +188,7 @@ def auroc_of_tokens(probe: Probe, examples: list[Example]) -> float:
 
 
 def words_auroc(train: list[Example], test: list[Example]) -> float:
-    """What a bag of words reaches: TF-IDF of words and word pairs, logistic regression."""
+    """Return the AUROC of a bag of words: TF-IDF of words and word pairs, logistic regression."""
     texts = [[e.row["prompt"] + "\n" + e.row["response"] for e in part] for part in (train, test)]
     vectors = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
     model = LogisticRegression(C=10.0, max_iter=1000)
@@ -205,7 +208,7 @@ def f1_of_harmful(probe: Probe, examples: list[Example]) -> float:
 
 
 def whole_responses(tested: dict[str, tuple[Probe, list[Example], list[Example]]]) -> list[str]:
-    """Of each name: a probe, the rows that it was fitted on, and others."""
+    """Return a table of figures; per name a probe, the rows it was fitted on, and test rows."""
     rows = [
         f"| {name} | {len(part)} | {auroc_at_end(probe, part):.3f} | "
         f"{f1_of_harmful(probe, part):.3f} | {auroc_of_tokens(probe, part):.3f} | "
@@ -341,7 +344,7 @@ def main() -> None:
         "seed": None,
     }
     tensors = {"weight": probe.weight.half(), "bias": torch.tensor([probe.bias])}
-    # One metadata entry: safetensors writes several in an order that changes from run to run.
+    # One metadata entry, because safetensors writes several in an order that changes between runs.
     save_file(tensors, args.output, metadata={"card": json.dumps(card, sort_keys=True)})
     print("\n".join(figures))
     write_figures(args.card, figures)

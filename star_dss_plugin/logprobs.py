@@ -1,7 +1,7 @@
-"""Log-probabilities of the tokens that are trained, and the divergence from a reference.
+"""Compute log-probabilities of trained tokens, and the divergence from a reference.
 
-Positions are shifted once, here: entry t of a shifted tensor belongs to the token at t + 1, which
-is predicted from position t. Untrained positions hold 0.
+Positions are shifted here and nowhere else: entry t of a shifted tensor belongs to the token at t +
+1, which is predicted from position t. Untrained positions hold 0.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ __all__ = [
 
 KL_ESTIMATORS = ("k1", "k2", "k3", "full")
 IGNORE_INDEX = -100
-"""The label of tokens that are not trained, as everywhere in PyTorch."""
+"""Label of tokens that are not trained, as elsewhere in PyTorch."""
 
 _ROWS_PER_CHUNK = 512
-"""Positions whose distributions over the vocabulary are held in float32 at once."""
+"""Number of positions whose distributions over the vocabulary are held in float32 at once."""
 
 Project = Callable[[Tensor], Tensor]
-"""Hidden states, (n, hidden), to logits, (n, vocab)."""
+"""Maps hidden states, (n, hidden), to logits, (n, vocab)."""
 
 
 def _float(x: Tensor) -> Tensor:
-    """At least float32: bf16 log-probabilities are too coarse for differences of them."""
+    """Convert to float32 or wider, since differences of bf16 log-probabilities are too coarse."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def token_logprobs(states: Tensor, labels: Tensor, project: Project | None = None) -> Tensor:
-    """Log π(y_t | x, y_<t) of every trained token.
+    """Return log π(y_t | x, y_<t) of every trained token.
 
     Args:
-        states: Logits, (batch, seq, vocab), any floating dtype; with `project` hidden states,
-            (batch, seq, hidden), which are projected in chunks, again in the backward pass.
+        states: Logits, (batch, seq, vocab), any floating dtype. With `project`, hidden states,
+            (batch, seq, hidden), which are projected in chunks, and again in the backward pass.
         labels: (batch, seq), int64, unshifted, -100 on tokens that are not trained.
-        project: Hidden states to logits.
+        project: Maps hidden states to logits.
 
     Returns:
         (batch, seq − 1), float32 (float64 for float64 logits): shifted; 0 where not trained.
@@ -66,8 +66,8 @@ def token_logprobs(states: Tensor, labels: Tensor, project: Project | None = Non
 
 
 def _in_chunks(function: Callable[[Tensor, Tensor], Tensor], one: Tensor, two: Tensor) -> Tensor:
-    """`function`, position by position, holding one chunk of distributions at a time."""
-    # A chunk at least, if an empty one: the result then depends on the model.
+    """Apply `function` to aligned rows, holding one chunk of distributions at a time."""
+    # At least one chunk, even if it is empty, so that the result depends on the model.
     starts = range(0, max(len(one), 1), _ROWS_PER_CHUNK)
     chunks = [slice(start, start + _ROWS_PER_CHUNK) for start in starts]
     if not torch.is_grad_enabled():
@@ -78,7 +78,7 @@ def _in_chunks(function: Callable[[Tensor, Tensor], Tensor], one: Tensor, two: T
 
 
 def kl_estimate(logps: Tensor, ref_logps: Tensor, estimator: str) -> Tensor:
-    """One-sample estimates of KL(π_θ ‖ π_ref) at the trained tokens (Schulman's k1, k2, k3).
+    """Return one-sample estimates of KL(π_θ ‖ π_ref) at trained tokens (Schulman's k1, k2, k3).
 
     Args:
         logps: log π_θ(y_t), any shape.
@@ -100,7 +100,7 @@ def kl_estimate(logps: Tensor, ref_logps: Tensor, estimator: str) -> Tensor:
 
 
 def kl_slope(logps: Tensor, ref_logps: Tensor, estimator: str) -> Tensor:
-    """The derivative of `kl_estimate` with respect to `logps`; same arguments, same shape."""
+    """Return the derivative of `kl_estimate` with respect to `logps`; same arguments and shape."""
     d = logps - ref_logps.to(logps.dtype)
     match estimator:
         case "k1":
@@ -119,17 +119,18 @@ def full_kl(
     project: Project | None = None,
     ref_project: Project | None = None,
 ) -> Tensor:
-    """KL(π_θ ‖ π_ref) over the whole vocabulary, at the positions that need it.
+    """Return KL(π_θ ‖ π_ref) over the whole vocabulary, at the wanted positions.
 
-    Works through the positions in chunks and recomputes each chunk in the backward pass, so that
+    Positions are processed in chunks, and each chunk is recomputed in the backward pass, so that
     only one chunk of (positions, vocab) is held in float32 at a time.
 
     Args:
-        states: Logits, (batch, seq, vocab), with gradients; with `project` hidden states.
-        ref_states: The reference's logits, without; with `ref_project` its hidden states.
-        wanted: (batch, seq − 1), bool, shifted: where to compute it.
-        project: Hidden states to logits.
-        ref_project: The reference's.
+        states: Logits, (batch, seq, vocab), with gradients. With `project`, hidden states.
+        ref_states: The reference's logits, without gradients. With `ref_project`, its hidden
+            states.
+        wanted: (batch, seq − 1), bool, shifted: True where the divergence is computed.
+        project: Maps hidden states to logits.
+        ref_project: Maps the reference's hidden states to its logits.
 
     Returns:
         (batch, seq − 1), float32 (float64 for float64 logits): shifted; 0 where not wanted.

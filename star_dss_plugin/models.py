@@ -1,4 +1,4 @@
-"""Pretrained models, as guards, references and evaluations load them: whole or not at all."""
+"""Load pretrained models for guards, references and evaluations; incomplete files are an error."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 UNLOADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
-"""What `read_model` and transformers raise for files that are not there, damaged or incomplete."""
+"""Exceptions of `read_model` and transformers for files that are missing, damaged or incomplete."""
 
 _COMPUTED_IN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -49,29 +49,29 @@ _COMPUTED_IN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def read_model(
     auto: Any, source: str, *, dtype: torch.dtype | str, exact: bool = False, **hub: Any
 ) -> Any:
-    """A model from safetensors files that hold all of its weights, on the CPU, in eval mode.
+    """Load a model from safetensors files that hold all of its weights, on the CPU, in eval mode.
 
     Args:
-        auto: The class whose `from_pretrained` reads it.
-        source: Hub id or folder.
-        dtype: Of its weights; "auto": as they are stored.
-        exact: Whether weights that the model does not have are an error too.
-        **hub: More arguments of `from_pretrained`; `trust_remote_code` among them.
+        auto: The class whose `from_pretrained` loads the model.
+        source: Hugging Face Hub id or folder.
+        dtype: Torch dtype of the weights; "auto" keeps the dtype in which they are stored.
+        exact: Whether weights that the model does not have are an error as well.
+        **hub: Further arguments of `from_pretrained`, such as `trust_remote_code`.
 
     Raises:
         OSError, ValueError, KeyError, RuntimeError, SafetensorError: See `UNLOADABLE`.
     """
-    # No pickle: a .bin file may run whatever its author likes.
+    # No pickle: a .bin file can execute any code when it is loaded.
     loaded: Any = auto.from_pretrained(
         source, dtype=dtype, output_loading_info=True, use_safetensors=True, **hub
     )
     model, report = loaded
     if getattr(model, "_hf_peft_config_loaded", False) and not Path(source, "config.json").exists():
-        # The report is about the adapter's weights; what its base lacks is in none.
+        # The report covers the adapter's weights only, not those that its base model lacks.
         base = next(iter(model.peft_config.values())).base_model_name_or_path
         read_model(auto, base, dtype=dtype, trust_remote_code=hub.get("trust_remote_code", False))
     if missing := sorted(report["missing_keys"]):
-        # transformers fills them with random numbers and goes on.
+        # transformers initializes them at random and continues.
         raise ValueError(f"its files lack the weights {missing[:3]}")
     if exact and (unexpected := sorted(report["unexpected_keys"])):
         raise ValueError(f"its files have weights of another model: {unexpected[:3]}")
@@ -79,15 +79,15 @@ def read_model(
 
 
 def default_device(device: str | torch.device | None) -> torch.device:
-    """The device that was asked for; None: the GPU if there is one."""
+    """Return the requested device; None is the GPU if there is one."""
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def floating_dtype(option: str, name: str) -> torch.dtype:
-    """The torch dtype of a name; "auto" is the caller's to explain.
+    """Return the torch dtype of a name. The caller resolves "auto".
 
     Raises:
-        ConfigError: It is no dtype that models are computed in.
+        ConfigError: The name is not a floating dtype that models are computed in.
     """
     found = {str(dtype).removeprefix("torch."): dtype for dtype in _COMPUTED_IN}.get(name)
     if found is None:
@@ -96,7 +96,7 @@ def floating_dtype(option: str, name: str) -> torch.dtype:
 
 
 def settings_of(config: PreTrainedConfig | None) -> dict[str, Any]:
-    """What of a model's configuration its outputs depend on."""
+    """Return the part of a model's configuration that its outputs depend on."""
     settings: dict[str, Any] = {} if config is None else config.to_diff_dict()
     for incidental in ("_name_or_path", "transformers_version", "use_cache"):
         settings.pop(incidental, None)
@@ -104,14 +104,14 @@ def settings_of(config: PreTrainedConfig | None) -> dict[str, Any]:
 
 
 def load_tokenizer(name: str, *, only_local: bool = False) -> PreTrainedTokenizerBase:
-    """A tokenizer by id or folder; code that comes with it is never run.
+    """Load a tokenizer by id or folder, without running code that comes with it.
 
     Args:
-        name: Id or folder.
-        only_local: Whether nothing may be downloaded: for names that the data gives.
+        name: Hugging Face Hub id or folder.
+        only_local: Whether downloads are forbidden, as for names that come from the data.
 
     Raises:
-        ConfigError: It cannot be loaded.
+        ConfigError: The tokenizer cannot be loaded.
     """
     try:
         found = AutoTokenizer.from_pretrained(
@@ -127,15 +127,15 @@ def load_tokenizer(name: str, *, only_local: bool = False) -> PreTrainedTokenize
 
 
 def is_peft(model: nn.Module) -> bool:
-    """Whether a model is wrapped by PEFT (without importing PEFT)."""
+    """Return whether a model is wrapped by PEFT, without importing PEFT."""
     return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """What identifies a model's weights, without moving all of them off the device.
+    """Return a hash that identifies a model's weights, computed mostly on the device.
 
-    The configuration, the active adapters and their scaling; name, shape, dtype, sum and 64 evenly
-    spaced values of every parameter and buffer.
+    It covers the configuration, the active adapters and their scaling, and the name, shape, dtype,
+    sum and 64 evenly spaced values of every parameter and buffer.
     """
     digest = hashlib.sha256()
     settings = settings_of(getattr(model, "config", None))
@@ -158,15 +158,15 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def find_device(name: str | None) -> torch.device:
-    """A device by name; None: the GPU if there is one.
+    """Return a device by name; None is the GPU if there is one.
 
     Raises:
-        ConfigError: There is no such device.
+        ConfigError: The device does not exist.
     """
     try:
         device = default_device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts that it has it
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError
         said = str(error).splitlines()[0]
         raise ConfigError(
             f"device is {name or 'cuda'!r}: {said}. Use cpu, or cuda on a GPU."
@@ -175,17 +175,17 @@ def find_device(name: str | None) -> torch.device:
 
 
 def free_memory() -> None:
-    """Gives the memory of models that nobody holds any more back to the device."""
+    """Return the memory of models without references to the device."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def weights_digest(model: PreTrainedModel) -> str:
-    """The SHA-256 of a model's configuration and of every bit of its weights, which are on the CPU.
+    """Return the SHA-256 of a model's configuration and of all its weights, which are on the CPU.
 
-    Unlike `reference.model_fingerprint`, which sums weights where they are, it does not depend on
-    the number of threads: a resumed run must recognise its model anywhere.
+    Unlike `model_fingerprint`, which sums weights on their device, it does not depend on the number
+    of threads: a resumed run must recognize its model on any machine.
     """
     settings = json.dumps(settings_of(model.config), sort_keys=True, default=str)
     digest = hashlib.sha256(settings.encode())
@@ -199,10 +199,10 @@ _MODEL_FILES = (".json", ".safetensors", ".bin", ".gguf", ".jinja", ".model", ".
 
 
 def load_config(name: str, source: str, **hub: Any) -> tuple[Any, Any]:
-    """The configuration and the tokenizer of a model.
+    """Load the configuration and the tokenizer of a model.
 
     Raises:
-        GuardError: They are not there, or damaged.
+        GuardError: They are missing or damaged.
     """
     try:
         config = AutoConfig.from_pretrained(source, **hub)
@@ -221,19 +221,19 @@ def load_weights(
     exact: bool = False,
     **hub: Any,
 ) -> Any:
-    """A guard's frozen model.
+    """Load a guard's frozen model.
 
     Args:
-        auto: As for `read_model`; so are `source`, `dtype`, `exact` and `hub`.
+        auto: The class whose `from_pretrained` loads the model.
         name: The guard's name, for errors.
-        source: Hub id or folder.
-        device: Where it will be.
-        dtype: Of its weights.
-        exact: Whether weights that the model does not have are an error too.
-        **hub: More arguments of `from_pretrained`.
+        source: Hugging Face Hub id or folder.
+        device: Torch device.
+        dtype: Torch dtype of the weights.
+        exact: Whether weights that the model does not have are an error as well.
+        **hub: Further arguments of `from_pretrained`.
 
     Raises:
-        GuardError: They are not there, damaged or incomplete.
+        GuardError: The files are missing, damaged or incomplete.
     """
     try:
         model = read_model(auto, source, dtype=dtype, exact=exact, **hub)
@@ -243,7 +243,7 @@ def load_weights(
 
 
 def not_loadable(name: str, source: str, error: Exception) -> GuardError:
-    """The error for a model that is not where it should be, or not whole."""
+    """Return the error for a guard whose files are missing, damaged or incomplete."""
     return GuardError(
         f"Guard {name!r} cannot be loaded from {source!r}: {error}. Check the id or folder, that "
         "you are logged in if the model is gated, and that it is downloaded if you are offline."
@@ -251,17 +251,18 @@ def not_loadable(name: str, source: str, error: Exception) -> GuardError:
 
 
 def resolve_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """The dtype that "auto" or a name stands for on a device."""
+    """Return the dtype that "auto" or a name means on a device."""
     if name in (None, "auto"):
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return floating_dtype("guard_dtype", str(name))
 
 
 def weights_fingerprint(source: str, config: Any) -> str:
-    """What identifies the weights without reading all of them (8B guards have 16 GB).
+    """Return a hash that identifies weights without reading all of them (8B guards have 16 GB).
 
-    The hub's commit; for a folder the configuration, and of each weight file its name, its size and
-    blocks from all over it: a finetuned copy may differ in its inner layers only.
+    For a Hub model it is the commit. For a folder it covers the configuration and each weight
+    file's name, size and blocks from all over the file, because a finetuned copy may differ in
+    inner layers only.
     """
     commit = getattr(config, "_commit_hash", None)
     if commit:

@@ -1,7 +1,7 @@
-"""Cutting a response into chunks (paper, section 3: a STAR score per chunk of M units).
+"""Cut a response into chunks (paper, section 3: a STAR score per chunk of M units).
 
-A segmenter only proposes where chunks end; `chunk_ends` makes the proposal safe: chunks partition
-the response, and none ends inside a multi-byte character.
+A segmenter only proposes chunk ends. `chunk_ends` makes the proposal valid: chunks partition the
+response, and none ends inside a multi-byte character.
 """
 
 from __future__ import annotations
@@ -14,64 +14,71 @@ from typing import Protocol
 __all__ = ["Segmenter", "chunk_ends", "sentences", "tokens", "whole", "words"]
 
 
-# Western marks inside a word (3.5) end no sentence; Chinese and Japanese ones need no space behind
-# them. Possessive throughout: a response of nothing but full stops must take linear time.
+# Western marks inside a word (3.5) end no sentence; Chinese and Japanese ones need no space after
+# them. All quantifiers are possessive, so that a response of full stops takes linear time.
 _STOP = r"[.!?]++[\"'”’)\]]*+"
 _WIDE_STOP = r"[。！？][.!?。！？]*+[\"'”’」』）)\]]*+"
 _SENTENCE = re.compile(rf"(?=\S)(?:[^.!?。！？\n]++|{_STOP}(?=\S))*+(?:{_WIDE_STOP}|{_STOP})?+")
 
 
 class Segmenter(Protocol):
-    """Proposes chunk ends for one response."""
+    """Propose chunk ends for one response."""
 
     def __call__(self, text: str, token_char_ends: Sequence[int], chunk_size: int) -> Iterable[int]:
-        """
+        """Propose chunk ends for one response.
+
         Args:
             text: The response, the exact decoding of its tokens.
             token_char_ends: For each token the number of characters of `text` that are complete
                 after it; non-decreasing, the last one is len(text).
-            chunk_size: M >= 1: how many units make a chunk.
+            chunk_size: M >= 1, number of units per chunk.
 
         Returns:
-            Chunk ends as numbers of tokens, in any order; values outside [1, len(token_char_ends)]
+            Chunk ends as numbers of tokens, in any order. Values outside [1, len(token_char_ends)]
             are dropped, and the end of the response is always added.
         """
         ...
 
 
 def tokens(text: str, token_char_ends: Sequence[int], chunk_size: int) -> Iterable[int]:
-    """Every `chunk_size` trained tokens (the default)."""
+    """End a chunk after every `chunk_size` trained tokens (the default)."""
     return range(chunk_size, len(token_char_ends), chunk_size)
 
 
 def words(text: str, token_char_ends: Sequence[int], chunk_size: int) -> Iterable[int]:
-    """Every `chunk_size` whitespace-separated words (the authors' unit), on true offsets."""
+    """End a chunk after every `chunk_size` whitespace-separated words (the authors' unit).
+
+    Ends are computed from the words' true offsets in the text.
+    """
     return _every(re.finditer(r"\S+", text), token_char_ends, chunk_size)
 
 
 def sentences(text: str, token_char_ends: Sequence[int], chunk_size: int) -> Iterable[int]:
-    """Every `chunk_size` sentences: up to a run of .!? (and closing quotes), or a line break."""
+    """End a chunk after every `chunk_size` sentences.
+
+    A sentence ends at a run of .!? (with closing quotes) or at a line break.
+    """
     return _every(_SENTENCE.finditer(text), token_char_ends, chunk_size)
 
 
 def whole(text: str, token_char_ends: Sequence[int], chunk_size: int) -> Iterable[int]:
-    """One chunk: one score for the whole response, whatever `chunk_size`."""
+    """Use one chunk, and so one score, for the whole response, whatever `chunk_size`."""
     return ()
 
 
 def _every(
     units: Iterable[re.Match[str]], token_char_ends: Sequence[int], chunk_size: int
 ) -> list[int]:
-    """The tokens that complete every `chunk_size`-th unit."""
+    """Return the ends of every `chunk_size`-th unit as numbers of tokens."""
     ends = [unit.end() for unit in units][chunk_size - 1 :: chunk_size]
     return [bisect_left(token_char_ends, end) + 1 for end in ends]
 
 
 def chunk_ends(proposed: Iterable[int], boundaries: Sequence[bool]) -> tuple[int, ...]:
-    """Legal chunk ends from a segmenter's proposal.
+    """Return the valid chunk ends of a segmenter's proposal.
 
     Args:
-        proposed: Numbers of tokens, any order.
+        proposed: Numbers of tokens, in any order.
         boundaries: For each token, whether the text is complete after it (not inside a character).
 
     Returns:

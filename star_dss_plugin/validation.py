@@ -1,4 +1,4 @@
-"""Numbers that options may be: one check and one message for each kind."""
+"""Check option values, with one message for each kind of value."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["at_least", "probability", "unknown_name"]
 
 
 def at_least(name: str, value: Any, minimum: float, *, integer: bool = False) -> None:
-    """Checks a finite number with a lower bound; switches (`yes`) are no numbers.
+    """Check a finite number with a lower bound; booleans (`yes` in YAML) are rejected.
 
     Raises:
-        ConfigError: It is something else.
+        ConfigError: The value is not such a number.
     """
     kind, most = (Integral, sys.maxsize) if integer else (Real, sys.float_info.max)
     if not minimum <= _number(value, kind) <= most:
@@ -27,27 +27,27 @@ def at_least(name: str, value: Any, minimum: float, *, integer: bool = False) ->
 
 
 def probability(name: str, value: Any) -> None:
-    """Checks a number in [0, 1]; switches are no numbers.
+    """Check a number in [0, 1]; booleans are rejected.
 
     Raises:
-        ConfigError: It is something else.
+        ConfigError: The value is not such a number.
     """
     if not 0 <= _number(value, Real) <= 1:
         raise ConfigError(f"{name} is {value!r}; it must be a number in [0, 1].")
 
 
 def _number(value: Any, kind: Any) -> Any:
-    """A number of a kind of `numbers`, which numpy's scalars are too; NaN in place of others."""
+    """Return a number of a kind of `numbers`, numpy scalars included; NaN for other values."""
     return value if isinstance(value, kind) and not isinstance(value, bool) else math.nan
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> ConfigError:
-    """The error for a name that nobody registered, with the nearest known names.
+    """Return the error for an unregistered name, with the nearest known names.
 
     Args:
-        kind: What was looked up, in the singular ("guard", "loss_type").
-        name: What was given.
-        known: All names that would have worked.
+        kind: Kind of the name, in the singular ("guard", "loss_type").
+        name: The given name.
+        known: All valid names.
     """
     names = sorted(known)
     near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)

@@ -1,7 +1,7 @@
-"""Text of strangers, made safe to look at: what would be invisible or act on the screen is named.
+"""Make untrusted text safe to display: invisible and control characters are shown by name.
 
-Applied once, in Python, before text goes anywhere. So a report file, a terminal and a notebook
-never receive an escape sequence, a bidirectional override, a NUL or half a surrogate pair.
+It is applied once, in Python, before text goes anywhere. So a report file, a terminal and a
+notebook never receive an escape sequence, a bidirectional override, a NUL or half a surrogate pair.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ __all__ = ["visible"]
 _KEPT = "\n\t"
 _CONTROL_PICTURES = 0x2400  # ␀ ␁ … stand for U+0000, U+0001, …
 _DELETE = 0x7F
-# Invisible without being format characters; bytes can be hidden in runs of them.
+# Invisible without being format characters; runs of them can hide bytes.
 _INVISIBLE = frozenset(
     {
         0x034F,
@@ -33,21 +33,21 @@ _INVISIBLE = frozenset(
     }
 )
 _MARKS = 8
-"""Combining marks after which more of them would only paint over their neighbours."""
+"""Number of combining marks per character; more would only paint over neighbouring text."""
 _HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 _PLAIN = re.compile(r"[\n\t\x20-\x7e]*")
 
 
 def visible(text: str) -> str:
-    """Replaces control, format and bidirectional characters by visible names.
+    """Replace control, format and bidirectional characters by visible names.
 
     Args:
         text: Any string, lone surrogates included.
 
     Returns:
         The text with "␀" to "␟" and "␡" for ASCII controls (line feed and tab stay) and "⟨U+202E⟩"
-        for the others, and for combining marks in long runs. It can be encoded as UTF-8 and never
-        changes the direction of other text.
+        for the others, and for combining marks in long runs. It can be encoded as UTF-8 and does
+        not change the direction of other text.
     """
     if _PLAIN.fullmatch(text):
         return text

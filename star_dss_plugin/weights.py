@@ -1,8 +1,8 @@
-"""Scores to weights: how much cross-entropy and how much KL each trained token gets.
+"""Map scores to weights: how much cross-entropy and how much KL each trained token gets.
 
 A *weight map* turns the STAR score of every token into the two weights of the loss (paper, Eq. 3):
 the weight of cross-entropy on the target and the weight of the KL term to the reference. Every
-`loss_type` of this project is one weight map; the loss itself never changes.
+`loss_type` of this project is one weight map; the loss itself does not change.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ __all__ = [
 
 
 class WeightMap(Protocol):
-    """Maps scores to weights, token by token."""
+    """Map scores to weights, token by token."""
 
     def __call__(
         self, scores: Tensor, last_scores: Tensor, *, kl_coef: float, threshold: float
     ) -> tuple[Tensor, Tensor]:
-        """
+        """Return the cross-entropy weight and the KL weight of each token.
+
         Args:
             scores: Any shape, floating point: s_t, the STAR score of each token, in [0, 1].
             last_scores: Same shape: the score of the last chunk of the token's assistant turn.
@@ -46,14 +47,14 @@ class WeightMap(Protocol):
 def star_dss(
     scores: Tensor, last_scores: Tensor, *, kl_coef: float, threshold: float
 ) -> tuple[Tensor, Tensor]:
-    """Dynamic shaping, the paper's method: (s_t, λ(1 − s_t))."""
+    """Weigh by the score of each chunk, the paper's method: (s_t, λ(1 − s_t))."""
     return scores, kl_coef * (1 - scores)
 
 
 def hard(
     scores: Tensor, last_scores: Tensor, *, kl_coef: float, threshold: float
 ) -> tuple[Tensor, Tensor]:
-    """Dynamic shaping with a threshold: (1, 0) where s_t >= τ, else (0, λ)."""
+    """Weigh by a threshold on each chunk's score: (1, 0) where s_t >= τ, else (0, λ)."""
     safe = (scores >= threshold).to(scores.dtype)
     return safe, kl_coef * (1 - safe)
 
@@ -61,14 +62,14 @@ def hard(
 def static(
     scores: Tensor, last_scores: Tensor, *, kl_coef: float, threshold: float
 ) -> tuple[Tensor, Tensor]:
-    """Static shaping, soft: every token of a turn gets (s_last, λ(1 − s_last))."""
+    """Weigh every token of a turn by the turn's last score: (s_last, λ(1 − s_last))."""
     return last_scores, kl_coef * (1 - last_scores)
 
 
 def rejection(
     scores: Tensor, last_scores: Tensor, *, kl_coef: float, threshold: float
 ) -> tuple[Tensor, Tensor]:
-    """Static shaping, the paper's RS: turns with s_last < τ are dropped, the others are learned."""
+    """Drop turns with s_last < τ and train on the others, the paper's RS: (1, 0) or (0, 0)."""
     keep = (last_scores >= threshold).to(scores.dtype)
     return keep, torch.zeros_like(scores)
 
@@ -76,27 +77,27 @@ def rejection(
 def kl_only(
     scores: Tensor, last_scores: Tensor, *, kl_coef: float, threshold: float
 ) -> tuple[Tensor, Tensor]:
-    """Stay at the reference everywhere: (0, λ)."""
+    """Stay close to the reference everywhere: (0, λ)."""
     return torch.zeros_like(scores), torch.full_like(scores, kl_coef)
 
 
 def sft(
     scores: Tensor, last_scores: Tensor, *, kl_coef: float, threshold: float
 ) -> tuple[Tensor, Tensor]:
-    """Plain supervised finetuning: (1, 0)."""
+    """Train by plain supervised finetuning: (1, 0)."""
     return torch.ones_like(scores), torch.zeros_like(scores)
 
 
 def last_scores(scores: Tensor, trained: Tensor) -> Tensor:
-    """The score at the end of each token's response.
+    """Return for each token the score at the end of its response.
 
     Args:
         scores: (batch, seq), floating point.
         trained: (batch, seq), bool: True on trained tokens. A response is a maximal run of them.
 
     Returns:
-        (batch, seq), dtype of `scores`: for a trained token the score of the last token of its run;
-        for others their own score.
+        (batch, seq), dtype of `scores`: for a trained token the score of the last token of its run,
+        for other tokens their own score.
     """
     length = scores.shape[-1]
     positions = torch.arange(length, device=scores.device)

@@ -71,7 +71,7 @@ def check(
     from star_dss_plugin.guards.base import announced
     from star_dss_plugin.guards.combined import leaves
     from star_dss_plugin.guards.loading import load_guard
-    from star_dss_plugin.guards.self_check import UNSAFE_PROBE, prove
+    from star_dss_plugin.guards.self_check import UNSAFE_PROBE, check_probes
 
     text = UNSAFE_PROBE[-1]["content"]
     request = PrefixRequest(UNSAFE_PROBE[:-1], text, (len(text),))
@@ -81,7 +81,7 @@ def check(
             typer.echo(f"{what}: {visible(shown)}")
         if not weights:
             continue
-        safe, unsafe = prove(one)
+        safe, unsafe = check_probes(one)
         one.close()
         for what, found in (("safe", safe), ("unsafe", unsafe)):
             mass = "" if found.label_mass is None else f", label mass {found.label_mass[0]:.4f}"

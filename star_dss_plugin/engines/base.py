@@ -1,4 +1,4 @@
-"""What an engine computes: next-token log-probabilities of a few tokens after many prompts."""
+"""Define the interface of engines: next-token log-probabilities of label tokens after prompts."""
 
 from __future__ import annotations
 
@@ -12,38 +12,39 @@ __all__ = ["Engine", "Weights"]
 
 
 class Engine(Protocol):
-    """Computes what a guard's verdict is read from."""
+    """Compute the label log-probabilities from which a guard's verdict is read."""
 
     def label_logprobs(
         self, groups: Sequence[Sequence[Sequence[int]]], label_ids: Sequence[int]
     ) -> list[torch.Tensor]:
-        """Next-token log-probabilities after each prompt.
+        """Return the next-token log-probabilities of the labels after each prompt.
 
         Args:
-            groups: Prompts as token ids, each of length >= 1, grouped by the response they are
-                about: those of a group share long prefixes, all groups share the guard's policy.
-            label_ids: The token ids that are asked for.
+            groups: Prompts as token ids, each of length >= 1, grouped by the response that they are
+                about. Prompts of one group share long prefixes; all groups share the guard's
+                policy.
+            label_ids: Token ids of the labels.
 
         Returns:
-            For each group float32 on the CPU, shape (prompts, len(label_ids)): the log-softmax over
-            the whole vocabulary at each prompt's last position, read at `label_ids`.
+            Per group a float32 tensor on the CPU, shape (prompts, len(label_ids)): the log-softmax
+            over the whole vocabulary at each prompt's last position, read at `label_ids`.
         """
         ...
 
     def close(self) -> None:
-        """Frees what the engine holds; it is not used again."""
+        """Free the memory and connections of the engine. It cannot be used afterwards."""
         ...
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Which weights an engine computes with.
+    """Name the weights that an engine loads.
 
     Attributes:
-        model: Hub id or folder.
-        revision: Hub revision.
+        model: Hugging Face Hub id or folder.
+        revision: Hub revision; None is the default branch.
         trust_remote_code: Whether code that comes with the model may run.
-        dtype: Of the weights.
+        dtype: Torch dtype that the weights are loaded in.
     """
 
     model: str

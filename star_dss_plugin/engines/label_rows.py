@@ -1,4 +1,4 @@
-"""What the engines with a prefix cache of their own have in common."""
+"""Order prompts for prefix caches and read label log-probabilities from engine outputs."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ __all__ = ["label_row", "longest_first", "rows_of"]
 
 
 def longest_first(group: Sequence[Sequence[int]]) -> list[list[int]]:
-    """The distinct prompts of one response, the longest first.
+    """Return the distinct prompts of one response, the longest first.
 
-    It leaves in the cache what the others begin with, so that each of them computes its own end and
-    nothing twice; the other way round, each would add a piece of the response too.
+    The longest prompt fills the engine's prefix cache, so each other prompt computes only the
+    tokens in which it differs. With the shortest first, every prompt would also compute a piece of
+    the response.
     """
     distinct = {tuple(prompt) for prompt in group}
     return [list(prompt) for prompt in sorted(distinct, key=lambda p: (-len(p), p))]
 
 
 def label_row(logprobs: Mapping[int, float], label_ids: Sequence[int]) -> list[float]:
-    """The log-probabilities of the labels, picked from what an engine returned.
+    """Return the log-probabilities of the labels from one output of an engine.
 
     Args:
-        logprobs: Token id to log-probability over the whole vocabulary.
+        logprobs: Maps a token id to its log-probability over the whole vocabulary.
         label_ids: Distinct token ids.
 
     Raises:
@@ -39,7 +40,7 @@ def label_row(logprobs: Mapping[int, float], label_ids: Sequence[int]) -> list[f
             "know logprob_token_ids: use vLLM 0.32 or newer."
         )
     row = [float(logprobs[i]) for i in label_ids]
-    # Rounding in 16 bits may carry a sum a little over 1.
+    # Rounding in 16-bit weights can carry the sum slightly above 1.
     if not sum(map(math.exp, row)) <= 1.05:
         raise GuardError(
             f"The engine returned {row} for the labels, which are not log-probabilities. Start "
@@ -51,6 +52,6 @@ def label_row(logprobs: Mapping[int, float], label_ids: Sequence[int]) -> list[f
 def rows_of(
     group: Sequence[Sequence[int]], known: Mapping[tuple[int, ...], list[float]], labels: int
 ) -> Tensor:
-    """The rows of a group's prompts in its own order, float32, shape (prompts, labels)."""
+    """Return the rows of a group's prompts in their order, float32, shape (prompts, labels)."""
     rows = [known[tuple(prompt)] for prompt in group]
     return torch.tensor(rows, dtype=torch.float32).view(len(group), labels)

@@ -1,10 +1,10 @@
-"""Label probabilities from a model in this process, each shared prefix computed once.
+"""Compute label probabilities with a model in this process, with each shared prefix run once.
 
-Head, trunks and tails (`tree.py`) run one after the other, each attending to the stored keys and
-values of what comes before it (`attention.py`), at its true positions. Each query meets the very
-keys and values it would meet in a pass over its own prompt, so the result is that pass up to
-rounding, whatever the tokenizer merged at a boundary. Models for which this does not hold
-(`trial.py`) get one pass per prompt, and a warning says why.
+Head, trunks and tails (`tree.py`) run one after the other. Each attends to the stored keys and
+values of what precedes it (`attention.py`), at its true positions. Each query meets the same keys
+and values as in a pass over its whole prompt, so the result equals that pass up to rounding,
+however the tokenizer merges characters at a boundary. Models for which this does not hold
+(`trial.py`) get one pass per prompt, and a warning gives the reason.
 """
 
 from __future__ import annotations
@@ -32,25 +32,28 @@ from star_dss_plugin.errors import DataError, GuardError
 __all__ = ["LocalEngine"]
 
 _CPU_TOKENS = 1024
-"""Tokens of one pass for each thread of a CPU: with more, activations leave its caches, and their
-memory is given back to the system and asked for anew in every layer."""
+"""Tokens per forward pass for each CPU thread. With more, activations leave the CPU's caches, and
+their memory is returned to the system and allocated again in every layer.
+"""
 
 logger = logging.getLogger(__name__)
 
 
 class LocalEngine:
-    """An `Engine` over a transformers decoder, exact to one forward pass per prompt.
+    """Run a transformers decoder as an `Engine`.
+
+    Results equal those of one forward pass per prompt, up to rounding.
 
     Args:
-        model: A causal LM. Its weights, config and training flags are left as they are, and its
-            weights must stay as they are until `close`.
-        batch_tokens: Bound on the tokens of one forward pass, padding included. A prompt that
-            needs more runs alone. Running out of CUDA memory halves it for good.
+        model: A causal LM. Its config and training flags are the same after every call. Its
+            weights must not change until `close`.
+        batch_tokens: Upper bound on the tokens of one forward pass, padding included. A prompt that
+            needs more runs alone. When CUDA memory runs out, the bound is halved and stays so.
 
     Attributes:
         computed_tokens: Token positions run through the model so far, padding included.
-        distinct_tokens: Nodes in the tries of all groups so far, the head of a call counted once:
-            the fewest tokens that could be run.
+        distinct_tokens: Number of nodes in the prefix tries of all groups so far, with the head
+            counted once per call: the fewest token positions that could be run.
     """
 
     def __init__(self, model: PreTrainedModel, batch_tokens: int = 16384) -> None:
@@ -66,8 +69,8 @@ class LocalEngine:
         self._last_layer = LastLayer.of(model)
         self._block_sparse = model.device.type == "cuda"
         self._warned: set[str] = set()
-        # A pass tells the model how to attend: two at a time would tell each other's.
-        self._one_at_a_time = threading.Lock()
+        # The current pass is set on the model's config, so two passes at a time would mix.
+        self._lock = threading.Lock()
 
     def label_logprobs(
         self, groups: Sequence[Sequence[Sequence[int]]], label_ids: Sequence[int]
@@ -80,8 +83,8 @@ class LocalEngine:
                         f"Prompt {index} of group {number} is empty. Give it at least one token."
                     )
         longest = max((len(prompt) for group in groups for prompt in group), default=0)
-        with self._one_at_a_time:
-            reason = self._why_plain
+        with self._lock:
+            reason = self._plain_path_reason
             if reason is None and longest > self._fixed_rope_length:
                 reason = f"its rotary frequencies change beyond {self._fixed_rope_length} tokens"
             if reason and reason not in self._warned:
@@ -100,12 +103,13 @@ class LocalEngine:
         label_ids: Sequence[int],
         whole: bool,
     ) -> list[Tensor]:
-        """`label_logprobs` along one of the two paths."""
+        """Return `label_logprobs` by the plain path (`whole`) or by the shared-prefix path."""
         trees = {i: grow(i, group) for i, group in enumerate(groups) if group}
         head = _head_length(list(trees.values()))
         self.distinct_tokens += head + sum(tree.distinct - head for tree in trees.values())
-        # Made outside inference mode: the caller may use them in a loss. As much is said of their
-        # kind as of every tensor here, because the caller's defaults may be others.
+        # Allocated outside inference mode, because the caller may use the rows in a loss. Dtype and
+        # device are explicit here and elsewhere, because the caller may have changed torch's
+        # defaults.
         counts = [len(trees[i].tails) if i in trees else 0 for i in range(len(groups))]
         rows = [torch.empty(n, len(label_ids), dtype=torch.float32, device="cpu") for n in counts]
         training = [module for module in self.model.modules() if module.training]
@@ -114,7 +118,7 @@ class LocalEngine:
             device = self.model.device.type
             with (
                 torch.inference_mode(),
-                torch.autocast(device, enabled=False),  # the dtype is the guard's
+                torch.autocast(device, enabled=False),  # compute in the guard's dtype
                 OneDnnLinear() if device == "cpu" else nullcontext(),
             ):
                 path = self._whole(trees) if whole else self._shared(trees, head)
@@ -130,7 +134,7 @@ class LocalEngine:
         ]
 
     def _whole(self, trees: dict[int, Tree]) -> Iterator[tuple[list[Tail], Tensor]]:
-        """The plain path: batches of whole prompts."""
+        """Yield batches of whole prompts and their log-probabilities (the plain path)."""
         prompts = [
             Tail(t.group, t.row, 0, tree.trunk[: t.shared] + t.tokens)
             for tree in trees.values()
@@ -142,7 +146,10 @@ class LocalEngine:
     def _shared(
         self, trees: dict[int, Tree], head_length: int
     ) -> Iterator[tuple[list[Tail], Tensor]]:
-        """The fast path: the head, then batches of trunks, each with the tails that hang on it."""
+        """Yield batches of tails and their log-probabilities (the shared-prefix path).
+
+        The head runs first, then batches of trunks; each batch is followed by the tails behind it.
+        """
         some = next(iter(trees.values()), None)
         head = self._run_head(some.trunk[:head_length] if some else ())
         ordered = sorted(trees.values(), key=lambda tree: len(tree.trunk))
@@ -167,7 +174,7 @@ class LocalEngine:
             yield from self._in_batches(tails, logprobs)
 
     def _run_head(self, tokens: tuple[int, ...]) -> KeysValues:
-        """Keys and values of the head; those of the last call if it is the same."""
+        """Return keys and values of the head; an unchanged head is not computed again."""
         if self._head[0] != tokens:
             kept: KeysValues = {}
             if tokens:
@@ -181,7 +188,7 @@ class LocalEngine:
     def _run_trunks(
         self, trees: Sequence[Tree], head_length: int, head: KeysValues
     ) -> dict[int, KeysValues]:
-        """Keys and values of each tree's trunk behind the head, by group."""
+        """Return the keys and values of each tree's trunk behind the head, by group."""
         rest = [tree.trunk[head_length:] for tree in trees]
         longest = max(map(len, rest))
         groups = [tree.tails[0].group for tree in trees]
@@ -196,22 +203,23 @@ class LocalEngine:
         kept: KeysValues = {}
         self._forward(ids, Pass(position, real, prefixes, kept))
         return {
-            group: _cut(kept, len(tokens), row)
+            group: _first_tokens(kept, len(tokens), row)
             for row, (group, tokens) in enumerate(zip(groups, rest, strict=True))
         }
 
     def _tail_logprobs(
         self, batch: list[Tail], head_length: int, head: KeysValues, trunks: dict[int, KeysValues]
     ) -> Tensor:
-        """Log-probabilities after B tails, shape (B, vocabulary); tails of a group are neighbours.
+        """Return log-probabilities after B tails, shape (B, vocabulary).
 
-        Tails are padded on the left: all end in one column, the only one projected.
+        Tails of one group must be neighbours. They are padded on the left, so that all end in the
+        last column, which is the only one projected to the vocabulary.
         """
         ids, real = self._padded([t.tokens for t in batch], left=True)
         shared = torch.tensor([[t.shared] for t in batch], device=ids.device)
         length = real.sum(1, keepdim=True)
         slot = torch.arange(ids.shape[1], device=ids.device)
-        # Nothing sees padding, but a table of learned positions has no negative ones.
+        # Padding is masked, but a table of learned positions has no negative entries.
         position = (shared + slot - ids.shape[1] + length).clamp(min=0)
         prefixes, first = [], 0
         while first < len(batch):
@@ -220,9 +228,12 @@ class LocalEngine:
             deepest = max(t.shared for t in batch[first : first + rows])
             parts = [part for part in (head, trunks[group]) if part]
             parts = (
-                [_cut(parts[0], deepest)]
+                [_first_tokens(parts[0], deepest)]
                 if len(parts) == 1
-                else [*parts[:1], *(_cut(part, deepest - head_length) for part in parts[1:])]
+                else [
+                    *parts[:1],
+                    *(_first_tokens(part, deepest - head_length) for part in parts[1:]),
+                ]
             )
             prefixes.append(Prefix(parts, deepest, shared[first : first + rows, 0]))
             first += rows
@@ -231,7 +242,7 @@ class LocalEngine:
         return self._forward(ids, Pass(position, real, prefixes)).float().log_softmax(-1)
 
     def _whole_logprobs(self, batch: list[Tail]) -> Tensor:
-        """Log-probabilities after B whole prompts padded on the right, shape (B, vocabulary)."""
+        """Return log-probabilities after B whole prompts, shape (B, vocabulary)."""
         ids, real = self._padded([t.tokens for t in batch], left=False)
         ends = real.sum(1) - 1
         columns, which = ends.unique(return_inverse=True)
@@ -246,17 +257,17 @@ class LocalEngine:
         return found
 
     def _forward(self, ids: Tensor, current: Pass) -> Tensor:
-        """The model's own logits in the last column, (rows, vocabulary), attending as told."""
+        """Run a pass and return the model's logits in the last column, (rows, vocabulary)."""
         current.last_layer, current.block_sparse = self._last_layer.index, self._block_sparse
         try:
             found = self._last_logits(ids, current)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # Of a compiler, say, that knows no kernel for this pass.
+        except Exception as error:  # for example: the compiler has no kernel for this pass
             if not self._block_sparse:
                 raise
             found = self._last_logits(ids, replace(current, block_sparse=False))
-            self._block_sparse = False  # not before: now the fault was the kernel's
+            self._block_sparse = False  # only now is it certain that the kernel failed
             self._warn_of_dense(f"a pass failed with {error!r}")
         self.computed_tokens += ids.numel()
         return found
@@ -270,7 +281,7 @@ class LocalEngine:
         return found
 
     def _padded(self, rows: Sequence[Sequence[int]], *, left: bool) -> tuple[Tensor, Tensor]:
-        """Token ids and which of them are real, both (rows, longest)."""
+        """Return padded token ids and a mask that is False on padding, both (rows, longest)."""
         longest = max(map(len, rows))
         ids = torch.zeros(len(rows), longest, dtype=torch.long, device="cpu")
         real = torch.zeros(len(rows), longest, dtype=torch.bool, device="cpu")
@@ -283,7 +294,7 @@ class LocalEngine:
     def _in_batches(
         self, tails: list[Tail], run: Callable[[list[Tail]], Tensor]
     ) -> Iterator[tuple[list[Tail], Tensor]]:
-        """Runs tails in their order, as many at a time as `batch_tokens` allows."""
+        """Run tails in their order, as many at a time as the token budget allows."""
         left = tails
         while left:
             batch = left[next(batched([len(t.tokens) for t in left], self._budget))]
@@ -299,26 +310,26 @@ class LocalEngine:
 
     @property
     def _budget(self) -> int:
-        """Tokens of one pass."""
+        """Return the largest number of tokens in one forward pass."""
         if self.model.device.type != "cpu":
             return self.batch_tokens
         return min(self.batch_tokens, _CPU_TOKENS * torch.get_num_threads())
 
     def _halve(self, rows: int) -> None:
-        """Makes room after a pass over `rows` rows ran out of memory; re-raises if that was one."""
+        """Halve `batch_tokens` after a pass ran out of memory; raise again if it had one row."""
         if rows == 1:
             raise
         self.batch_tokens = max(1, self.batch_tokens // 2)
         logger.warning("Out of memory: batch_tokens is now %d.", self.batch_tokens)
 
     @cached_property
-    def _why_plain(self) -> str | None:
-        """Why the fast path cannot serve this model, or None."""
+    def _plain_path_reason(self) -> str | None:
+        """Return the reason why the shared-prefix path cannot serve this model, or None."""
         reasons: list[str] = []
         for sparse, last in itertools.product(
             {self._block_sparse: None, False: None}, {self._last_layer: None, LastLayer(): None}
-        ):  # the fastest first
-            # An engine of its own: nothing is counted here, and no head is kept.
+        ):  # fastest combination first
+            # A separate engine, so that counters and the stored head of this one stay unchanged.
             trial = LocalEngine(self.model)
             trial._block_sparse, trial._last_layer = sparse, last
             reason = why_not(self.model, list(self._parameters), trial._compute)
@@ -336,7 +347,7 @@ class LocalEngine:
 
 
 def _head_length(trees: Sequence[Tree]) -> int:
-    """Tokens that all prompts of several trees begin with, tails not counted."""
+    """Return how many first tokens all prompts of several trees share, tails not counted."""
     if len(trees) < 2:
         return 0
     return min(
@@ -345,7 +356,7 @@ def _head_length(trees: Sequence[Tree]) -> int:
     )
 
 
-def _cut(part: KeysValues, tokens: int, row: int = 0) -> KeysValues:
-    """The first tokens of one row."""
+def _first_tokens(part: KeysValues, tokens: int, row: int = 0) -> KeysValues:
+    """Return the keys and values of the first tokens of one row."""
     rows = slice(row, row + 1)
     return {layer: (k[rows, :, :tokens], v[rows, :, :tokens]) for layer, (k, v) in part.items()}

@@ -1,6 +1,6 @@
-"""Which engine computes a verdict guard: this process, vLLM in it, or a server that runs vLLM.
+"""Choose the engine of a verdict guard: this process, vLLM in this process, or a vLLM server.
 
-Everything that can be wrong without loading a model or reaching a server is said here, at once.
+All checks that need neither the model nor the server happen here, before anything loads.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SERVER_OPTIONS = {
     "max_requests": int,
     "api_key_env": str,
 }
-_FIXED = (  # what the guard itself says, and what its scores rely on
+_RESERVED_OPTIONS = (  # set by the guard, or required for correct scores
     "model",
     "revision",
     "trust_remote_code",
@@ -35,17 +35,17 @@ _FIXED = (  # what the guard itself says, and what its scores rely on
     "logprobs_mode",
     "enable_prefix_caching",
 )
-_MODULES = {"vllm": ("vllm", "vllm"), "server": ("httpx2", "server")}  # package, our extra
+_MODULES = {"vllm": ("vllm", "vllm"), "server": ("httpx2", "server")}  # module, extra to install
 
 
 @dataclass(frozen=True)
 class EngineChoice:
-    """A checked `engine` and its options.
+    """Hold a checked `engine` with its options.
 
     Attributes:
         kind: "local", "vllm" or "server".
-        url: The server's, without a trailing slash; empty for the others.
-        options: As given: arguments of `vllm.LLM`, or of `ServerEngine`.
+        url: Address of the server, without a trailing slash; empty for the others.
+        options: The given options: arguments of `vllm.LLM`, or of `ServerEngine`.
     """
 
     kind: str
@@ -53,9 +53,9 @@ class EngineChoice:
     options: Mapping[str, Any]
 
     def identity(self, model: str) -> dict[str, Any]:
-        """What of it may change a score: entries of the guard's identity.
+        """Return the entries of the guard's identity for settings that can change a score.
 
-        Where a server runs does not, so that scores outlive it.
+        The address of a server is no such setting, so cached scores stay valid when it moves.
         """
         if self.kind == "local":
             return {}
@@ -65,7 +65,10 @@ class EngineChoice:
         return {"engine": {"kind": "vllm", "options": dict(self.options)}}
 
     def check_installed(self) -> None:
-        """Raises a ConfigError if a package is missing; only who computes needs it."""
+        """Raise a ConfigError if a required package is missing.
+
+        Only processes that score need the package, so only they call this.
+        """
         if self.kind == "local":
             return
         module, extra = _MODULES[self.kind]
@@ -77,7 +80,7 @@ class EngineChoice:
             )
 
     def open(self, weights: Weights) -> Engine:
-        """Loads vLLM, or connects to the server; not for "local".
+        """Load vLLM or connect to the server. "local" has no engine to open.
 
         Raises:
             GuardError: The model cannot be loaded or the server cannot be used.
@@ -98,13 +101,13 @@ def choose_engine(
     device: str | None = None,
     dtype: str | None = None,
 ) -> EngineChoice:
-    """Checks an engine's name and options.
+    """Check an engine's name and options, and return the choice.
 
     Args:
         engine: "local", "vllm", or the address of a server (`http://host:port`).
-        options: Of that engine; a mapping, or one as JSON.
-        device: The torch device that was asked for; only "local" can be told.
-        dtype: The dtype that was asked for; a server has its own.
+        options: Options of that engine: a mapping, or a JSON object as text.
+        device: The requested torch device; only "local" accepts one.
+        dtype: The requested dtype; a server has its own.
 
     Raises:
         ConfigError: Unknown engine or option, or an option of another engine.
@@ -134,10 +137,10 @@ def choose_engine(
         _check_server_options(given)
     elif "hf_token" in given:
         raise ConfigError(
-            "engine_options has an hf_token, and would end up in provenance with it. Leave it out, "
-            "and log in (hf auth login) or set the environment variable HF_TOKEN."
+            "engine_options has an hf_token, which would be written to the provenance. Leave it "
+            "out, and log in (hf auth login) or set the environment variable HF_TOKEN."
         )
-    elif fixed := [name for name in given if name in _FIXED]:
+    elif fixed := [name for name in given if name in _RESERVED_OPTIONS]:
         raise ConfigError(
             f"engine_options sets {', '.join(fixed)}, which the guard and the engine decide. Set "
             "the guard's own options (model, revision, guard_dtype), and leave the others out."
@@ -160,7 +163,7 @@ def _mapping(options: Mapping[str, Any] | str | None) -> dict[str, Any]:
 
 
 def _check_server_options(given: Mapping[str, Any]) -> None:
-    """Names and types; values are left out of the messages, for somebody may try to give a key."""
+    """Check option names and types. Messages leave values out, because one may be a key."""
     for name, value in given.items():
         kinds = _SERVER_OPTIONS.get(name)
         if kinds is None:
@@ -173,10 +176,11 @@ def _check_server_options(given: Mapping[str, Any]) -> None:
 
 
 def _checked_url(url: str) -> str:
-    """The address without a trailing slash.
+    """Return the address without a trailing slash.
 
     Raises:
-        ConfigError: It has no host, or carries more than an address. It is not shown then.
+        ConfigError: It has no host, or it carries credentials, a query or a fragment; the message
+            does not repeat the address then.
     """
     try:
         parts = urlsplit(url)

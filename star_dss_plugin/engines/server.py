@@ -1,8 +1,8 @@
-"""Label probabilities from a server that speaks OpenAI's completions API, as `vllm serve` does.
+"""Fetch label probabilities from a server with OpenAI's completions API, such as `vllm serve`.
 
-Prompts go out as token ids, the longest of a response first, a few requests at a time. A request
-that fails for a reason that may pass (429, 5xx, a lost connection, a timeout) is sent again, later
-and later. The key comes from the environment and appears in no message, log or note.
+Prompts are sent as token ids, the longest of a response first, a few requests at a time. A request
+that fails for a transient reason (429, 5xx, a lost connection, a timeout) is sent again after
+growing waits. The key comes from the environment and appears in no message, log or provenance.
 """
 
 from __future__ import annotations
@@ -25,32 +25,33 @@ __all__ = ["ServerEngine"]
 
 logger = logging.getLogger(__name__)
 
-_PASSING = {408, 409, 425, 429}  # and all of 500 to 599
-_ABOUT_PROMPTS = {400, 413, 422}  # a prompt is too long, say; any other refusal meets them all
-_LONGEST_WAIT = 30.0
-_RETRIES_AT_START = 2  # a server that is not there is said soon
+_TRANSIENT_STATUSES = {408, 409, 425, 429}  # transient, as are all of 500 to 599
+_PROMPT_STATUSES = {400, 413, 422}  # caused by one prompt (too long, say); others concern all
+_MAX_WAIT_SECONDS = 30.0
+_RETRIES_AT_START = 2  # report an unreachable server soon
 
 
 class ServerEngine:
-    """An `Engine` behind HTTP.
+    """Send prompts to a server over HTTP as an `Engine`.
 
     Args:
         url: `http://host:port`, with or without the path `/v1`.
-        model: What the server calls the guard.
-        concurrency: Requests under way at a time.
-        prompts_per_request: Prompts in one request, all of one response.
+        model: The guard's name on the server.
+        concurrency: Number of requests in flight at a time.
+        prompts_per_request: Largest number of prompts in one request, all about one response.
         timeout: Seconds until a request counts as lost.
-        retries: How often a request is sent again; 20 wait about six minutes in all, enough for a
-            server to be started again.
-        max_requests: The budget: requests that may be sent in all, those sent again included; None
-            is no limit.
-        api_key_env: The environment variable that holds the key; without it none is sent.
+        retries: How often a failed request is sent again. 20 retries wait about six minutes in all,
+            enough to restart a server.
+        max_requests: The budget: the largest number of requests that may be sent, retries included.
+            None means no limit.
+        api_key_env: Name of the environment variable that holds the API key. If it is not set, no
+            key is sent.
 
     Attributes:
-        sent: Requests so far.
+        sent: Number of requests sent so far.
 
     Raises:
-        GuardError: The server cannot be reached, wants another key, or serves another model.
+        GuardError: The server cannot be reached, refuses the key, or serves another model.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class ServerEngine:
             for first in range(0, len(ordered), self._per_request):
                 parts.append((number, ordered[first : first + self._per_request]))
         self._check_budget(len(parts))
-        # Of this call alone: what an earlier one has given up must stay so.
+        # One event per call, so that requests abandoned by an earlier call stay abandoned.
         stop = self._stop = threading.Event()
         futures = [
             self._pool.submit(self._complete, number, prompts, label_ids, stop)
@@ -115,7 +116,7 @@ class ServerEngine:
                 for prompt, row in zip(prompts, future.result(), strict=True):
                     known[number][tuple(prompt)] = row
         except BaseException:
-            stop.set()  # nobody waits for a second try of the others
+            stop.set()  # the results of the others are not needed: no retries
             for future in futures:
                 future.cancel()
             raise
@@ -124,7 +125,7 @@ class ServerEngine:
         ]
 
     def close(self) -> None:
-        """Ends what is under way and closes the connections."""
+        """Stop pending requests and close the connections."""
         self._stop.set()
         self._pool.shutdown(cancel_futures=True)
         self._client.close()
@@ -142,7 +143,7 @@ class ServerEngine:
             )
 
     def _check_budget(self, requests: int) -> None:
-        """Refuses a batch that the budget does not cover, before any of it is paid for."""
+        """Raise a GuardError before sending requests that the budget does not cover."""
         if self._max_requests is not None and self.sent + requests > self._max_requests:
             raise GuardError(
                 f"The budget of {self._max_requests} requests does not cover the next "
@@ -157,7 +158,7 @@ class ServerEngine:
         label_ids: Sequence[int],
         stop: threading.Event,
     ) -> list[list[float]]:
-        """The labels' log-probabilities after each prompt, unless told to stop between tries."""
+        """Return the labels' log-probabilities after each prompt; `stop` ends the retries."""
         body = {
             "model": self._model,
             "prompt": prompts,
@@ -202,9 +203,9 @@ class ServerEngine:
         number: int | None,
         stop: threading.Event,
     ) -> Any:
-        """The JSON object that a request returns, after as many tries as it takes."""
+        """Send a request, with retries, and return its JSON object."""
         for attempt in range(retries + 1):
-            self._count()
+            self._count_request()
             after = ""
             try:
                 response = self._client.request(method, path, json=body)
@@ -214,16 +215,16 @@ class ServerEngine:
                         return answer
                     raise ValueError(f"a JSON {type(answer).__name__}")
             except httpx2.RequestError as error:
-                problem = self._without_key(f"{type(error).__name__}: {error}")
+                problem = self._redacted(f"{type(error).__name__}: {error}")
             except ValueError as error:
-                problem = self._without_key(f"its answer is damaged ({error})")
+                problem = self._redacted(f"its answer is damaged ({error})")
             else:
                 after = response.headers.get("Retry-After", "")
-                # Cut last: half of a key would not be found.
-                said = self._without_key(response.text)[:500]
+                # Truncated after redaction: half of a key would not be recognized.
+                said = self._redacted(response.text)[:500]
                 problem = f"status {response.status_code}: {said}"
-                if response.status_code not in _PASSING and response.status_code < 500:
-                    raise self._refused(response.status_code, problem, number)
+                if response.status_code not in _TRANSIENT_STATUSES and response.status_code < 500:
+                    raise self._refusal_error(response.status_code, problem, number)
             if attempt == retries:
                 break
             wait = _wait(attempt, after)
@@ -238,29 +239,29 @@ class ServerEngine:
             "start the same run again: what was scored is in the cache."
         )
 
-    def _count(self) -> None:
+    def _count_request(self) -> None:
         with self._counting:
             self._check_budget(1)
             self.sent += 1
 
-    def _refused(self, status: int, problem: str, number: int | None) -> GuardError:
+    def _refusal_error(self, status: int, problem: str, number: int | None) -> GuardError:
         hint = "Change what it complains about."
         if status in (401, 403):
             given = "was sent" if self._key else "is not set"
             hint = f"The key in the environment variable {self._key_name} {given}."
         return GuardError(
             f"The server at {self._url} refused a request with {problem}. {hint}",
-            request=number if status in _ABOUT_PROMPTS else None,
+            request=number if status in _PROMPT_STATUSES else None,
         )
 
-    def _without_key(self, text: str) -> str:
-        """A message of the server's: some repeat the key that they were given."""
+    def _redacted(self, text: str) -> str:
+        """Return text from the server with the API key masked, since some servers repeat it."""
         return text.replace(self._key, "***") if self._key else text
 
 
 def _wait(attempt: int, retry_after: str) -> float:
-    """Seconds until the next try: what the server asks for, else twice as long each time."""
+    """Return seconds until the next try: the server's Retry-After, else exponential backoff."""
     if retry_after.isdecimal():
-        return min(float(retry_after), _LONGEST_WAIT)
-    # Spread out, so that requests which failed together do not come back together.
-    return min(_LONGEST_WAIT, 0.5 * 2.0**attempt) * random.uniform(0.5, 1.0)
+        return min(float(retry_after), _MAX_WAIT_SECONDS)
+    # Randomized, so that requests which failed together are not repeated together.
+    return min(_MAX_WAIT_SECONDS, 0.5 * 2.0**attempt) * random.uniform(0.5, 1.0)

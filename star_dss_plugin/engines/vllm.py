@@ -1,9 +1,9 @@
-"""Label probabilities from vLLM in this process: for guards and data too big for `local`.
+"""Compute label probabilities with vLLM in this process, for large guards and data sets.
 
-vLLM gets token ids, so the prompts are the very ones that `local` computes. It generates one token
-of each and reports the log-softmax over the whole vocabulary at the label ids (`logprob_token_ids`,
-raw log-probabilities): the labels need not be among the likeliest tokens, and the label mass is the
-true one. Its prefix cache finds what the prompts of a response share.
+vLLM gets token ids, so its prompts equal those of `local` token by token. It generates one token
+per prompt and reports the log-softmax over the whole vocabulary at the label ids
+(`logprob_token_ids`, raw log-probabilities). So labels need not be among the likeliest tokens, and
+the label mass is exact. vLLM's prefix cache serves the tokens that prompts of a response share.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ __all__ = ["VllmEngine"]
 
 
 class VllmEngine:
-    """An `Engine` that runs vLLM.
+    """Run vLLM as an `Engine`.
 
     Args:
-        weights: What to load.
-        options: More arguments of `vllm.LLM` (`tensor_parallel_size`, `max_model_len`, …).
+        weights: The model to load, with revision and dtype.
+        options: Further arguments of `vllm.LLM` (`tensor_parallel_size`, `max_model_len`, …).
 
     Attributes:
-        prompt_tokens: Tokens of the prompts so far, those of equal prompts of a group once.
-        cached_tokens: How many of them the prefix cache held.
+        prompt_tokens: Number of prompt tokens so far; equal prompts of a group count once.
+        cached_tokens: How many of them were served from the prefix cache.
 
     Raises:
         GuardError: vLLM cannot be imported, or cannot load the model.
@@ -54,7 +54,7 @@ class VllmEngine:
             raise ConfigError(
                 f"vLLM does not take the engine_options {', '.join(options) or '(none)'}: {error}."
             ) from error
-        except Exception as error:  # vLLM raises whatever its parts raise
+        except Exception as error:  # vLLM passes on errors of all its parts
             raise GuardError(
                 f"vLLM cannot load the guard from {weights.model!r}: {type(error).__name__}: "
                 f"{error}. Its own messages are above. Set engine_options (max_model_len and "
@@ -86,7 +86,7 @@ class VllmEngine:
         return rows
 
     def close(self) -> None:
-        """Ends vLLM's processes and frees the device's memory."""
+        """Stop vLLM's processes and free the device's memory."""
         self._llm.llm_engine.engine_core.shutdown()
 
     def _generate(self, prompts: list[dict[str, list[int]]], label_ids: list[int]) -> Any:
@@ -104,11 +104,11 @@ class VllmEngine:
             ) from error
 
     def _row(self, output: Any, prompt: list[int], label_ids: Sequence[int]) -> list[float]:
-        """The labels' log-probabilities of one prompt."""
+        """Return the labels' log-probabilities of one prompt, and count its tokens."""
         if list(output.prompt_token_ids) != prompt:
             raise GuardError("vLLM answered for another prompt than it was asked for.")
         self.prompt_tokens += len(prompt)
         self.cached_tokens += output.num_cached_tokens or 0
-        # A dict per generated token; with what was asked for comes the token that was generated.
+        # One dict per generated token. It holds the requested ids and the generated token itself.
         [found] = output.outputs[0].logprobs
         return label_row({i: entry.logprob for i, entry in found.items()}, label_ids)

@@ -1,4 +1,4 @@
-"""What models answered, kept as they go: a run that was killed asks only what is left."""
+"""Store models' answers as they come, so that an interrupted run asks only the missing prompts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["Answer", "AnswerFile", "Generate", "answer_prompts", "local_generati
 
 
 class Generate(Protocol):
-    """Answers token ids greedily: pairs of (index, answer), in any order, as they come."""
+    """Answer token ids greedily; yield pairs of (index, answer) in any order."""
 
     def __call__(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int
@@ -29,11 +29,11 @@ class Generate(Protocol):
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said.
+    """Hold one answer of a model.
 
     Attributes:
-        text: Its own words.
-        prefill: What it had been made to say before them.
+        text: Text that the model generated.
+        prefill: Opening that was given to the model as its own, before `text`.
     """
 
     text: str
@@ -41,15 +41,15 @@ class Answer:
 
     @property
     def whole(self) -> str:
-        """What a reader sees, and a guard judges."""
+        """Return the complete answer, as readers see it and guards judge it."""
         return self.prefill + self.text
 
 
 class AnswerFile:
-    """One model's answers by the key of what was asked; a JSON line each.
+    """Keep one model's answers in a JSON Lines file, by the key of the prompt.
 
     Args:
-        path: Created by the first answer.
+        path: The file; created by the first answer.
 
     Raises:
         DataError: The file is damaged.
@@ -66,13 +66,13 @@ class AnswerFile:
             ) from error
 
     def add(self, key: str, answer: str) -> None:
-        """Remembers an answer, in the file at once."""
+        """Store an answer and write it to the file immediately."""
         self.known[key] = answer
         append_lines(self.path, [{"key": key, "answer": answer}])
 
 
 def local_generation(model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Generate:
-    """Answers from a model in this process."""
+    """Return a generator of answers by a model in this process."""
 
     def generate(
         prompts: Sequence[Sequence[int]], max_new_tokens: int
@@ -93,15 +93,15 @@ def answer_prompts(
     max_new_tokens: int,
     progress: Mapping[str, Any] | None = None,
 ) -> list[Answer]:
-    """The answers to prompts, in order; those in the store are not asked again.
+    """Return the answers to prompts, in order; only answers missing in the store are generated.
 
     Args:
-        tokenizer: The model's.
-        prompts: What to ask.
-        generate: Who answers.
-        store: The answers of this very model so far.
-        max_new_tokens: Length of an answer, >= 1.
-        progress: Arguments of the progress bar; None: no bar.
+        tokenizer: The model's tokenizer.
+        prompts: The prompts to answer.
+        generate: Generates the missing answers.
+        store: The answers of the same model so far.
+        max_new_tokens: Largest number of tokens in an answer, >= 1.
+        progress: Arguments of the progress bar; None for no bar.
     """
     openings = [
         tokenizer(p.opening, add_special_tokens=False).input_ids[: p.prefill_tokens]

@@ -1,8 +1,8 @@
-"""What models can do: benchmarks by lm-eval (the EleutherAI harness), used as a library.
+"""Measure capability with lm-eval (the EleutherAI harness), used as a library.
 
-Tasks are lm-eval's own, by name, where the hub can be reached, and a user's files of two shapes,
-which lm-eval reads through the task definitions in `tasks/`. Every number, standard errors
-included, is lm-eval's: nothing is scored here.
+Tasks are those of lm-eval, by name, if the Hub can be reached, and files of two formats, which
+lm-eval reads by the task definitions in `tasks/`. All numbers, standard errors included, are
+computed by lm-eval.
 """
 
 from __future__ import annotations
@@ -31,9 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["Measured", "Tasks", "check_lm_eval", "compared", "open_tasks", "run_tasks"]
 
 
-_LOCAL = (
-    "file:"  # before the names of files: they are not lm-eval's tasks, whatever they are called
-)
+# Prefix of tasks from files, so that no file can have the name of one of lm-eval's tasks.
+_LOCAL = "file:"
 _KEPT = (
     "results",
     "groups",
@@ -49,33 +48,33 @@ _KEPT = (
 
 @dataclass(frozen=True)
 class Tasks:
-    """Tasks that can be run: checked, and with their data at hand."""
+    """Hold tasks that were checked and whose data is loaded."""
 
     names: tuple[str, ...]
-    """As lm-eval knows them."""
+    """Names of the tasks in lm-eval."""
     manager: Any
-    """lm-eval's TaskManager, which knows the local ones too."""
+    """lm-eval's TaskManager, which also knows the tasks from files."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One number of one task, for one or several models."""
+    """Hold one number of one task, for one or several models."""
 
     task: str
     metric: str
-    """With lm-eval's filter, if there is one: "exact_match (strict-match)"."""
+    """Includes lm-eval's filter, if there is one: "exact_match (strict-match)"."""
     shots: int | None
     rows: int | None
-    """How many were asked; None of a group."""
+    """Number of rows that were asked; None for a group of tasks."""
     values: tuple[tuple[float, float | None] | None, ...]
-    """For each model the value and lm-eval's standard error; None if it has no such number."""
+    """For each model the value and lm-eval's standard error; None if the model has no value."""
 
 
 def check_lm_eval() -> None:
-    """Checks that lm-eval is there.
+    """Check that lm-eval is installed.
 
     Raises:
-        ConfigError: It is not.
+        ConfigError: lm-eval is not installed.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(
@@ -91,18 +90,18 @@ def open_tasks(
     *,
     num_fewshot: int | None = None,
 ) -> Iterator[Tasks]:
-    """Finds, checks and loads tasks before any model is: a context, as local ones need files.
+    """Find, check and load tasks before any model is loaded; a context, as tasks need files.
 
     Args:
-        names: Tasks, groups or tags of lm-eval; their data comes from the hub.
-        data: Name → a .jsonl file with `prompt`, `choices`, `answer` (the index of the right one),
-            or with `prompt`, `response`, `answer` (the end of the response, behind "####"). The
-            task is called `file:NAME`.
-        num_fewshot: Examples before each question, to check that the files have so many.
+        names: Tasks, groups or tags of lm-eval; their data comes from the Hub.
+        data: Maps a name to a .jsonl file with `prompt`, `choices`, `answer` (the index of the
+            right choice), or with `prompt`, `response`, `answer` (the end of the response, behind
+            "####"). The task is called `file:NAME`.
+        num_fewshot: Examples before each question, to check that the files have enough rows.
 
     Raises:
-        ConfigError: A task is unknown, cannot be loaded or runs code that a model writes.
-        DataError: A file does not have one of the two shapes.
+        ConfigError: A task is unknown, cannot be loaded or executes code that a model writes.
+        DataError: A file does not have one of the two formats.
     """
     check_lm_eval()
     from lm_eval.tasks import TaskManager
@@ -118,7 +117,8 @@ def open_tasks(
             definition = _definition(name, path, num_fewshot)
             text = yaml.safe_dump(definition, allow_unicode=True)
             (Path(folder) / f"{number}.yaml").write_text(text, encoding="utf-8")
-        # Indexing lm-eval's thousands of definitions takes seconds, and files need none of them.
+        # Indexing lm-eval's thousands of definitions takes seconds; tasks from files need none of
+        # them.
         manager = TaskManager(include_path=folder, include_defaults=bool(names))
         known = manager.all_tasks
         for name in names:
@@ -136,7 +136,7 @@ def open_tasks(
 
 
 def _definition(name: str, path: Path, num_fewshot: int | None) -> dict[str, Any]:
-    """lm-eval's definition of a task over a file: one of ours, with name and file filled in."""
+    """Return a packaged task definition for lm-eval with the name and the file added."""
     if path.suffix not in (".jsonl", ".json") or not path.is_file():
         what = "is not a .jsonl file" if path.is_file() else "is not there"
         raise DataError(f"{path}, the data of {name!r}, {what}. Give a file of JSON lines.")
@@ -154,7 +154,7 @@ def _definition(name: str, path: Path, num_fewshot: int | None) -> dict[str, Any
 
 
 def _shape(rows: Sequence[Mapping[str, Any]], path: Path) -> str:
-    """Which of our definitions reads these rows; all of them must have its shape."""
+    """Return the name of the packaged definition that fits all rows, or raise a DataError."""
     if not rows:
         raise DataError(f"{path} has no rows, so there is nothing to ask. Give one or more.")
     shape = "choices" if rows[0].get("choices") is not None else "worked_answers"
@@ -180,7 +180,7 @@ def _text(value: Any) -> bool:
 
 
 def _check_loads(manager: Any, name: str) -> None:
-    """Loads a task once, data included, so that what is missing is said before models load."""
+    """Load a task once with its data, so that errors are raised before models are loaded."""
     try:
         if Version(version("lm-eval")) >= Version("0.4.12"):
             tasks = list(manager.load([name])["tasks"].values())
@@ -218,20 +218,20 @@ def run_tasks(
     chat_template: bool = False,
     seed: int = 1234,
 ) -> dict[str, Any]:
-    """Asks one model all tasks.
+    """Run all tasks on one model.
 
     Args:
-        model: Where it is to be run; an adapter should be merged.
-        tokenizer: Its own.
-        tasks: From `open_tasks`, inside its context.
-        limit: Only so many rows of each task.
-        num_fewshot: Examples before each question; None: as each task says.
-        batch_size: Requests at a time.
+        model: The model, on the device where it runs; adapters must be merged.
+        tokenizer: The model's tokenizer.
+        tasks: Tasks from `open_tasks`, inside its context.
+        limit: Largest number of rows per task; None is all.
+        num_fewshot: Examples before each question; None is each task's default.
+        batch_size: Requests per batch.
         chat_template: Whether questions become user turns.
-        seed: Of the examples that are drawn.
+        seed: Seed for drawing examples.
 
     Returns:
-        What lm-eval returns, as JSON values, without samples and machine details.
+        lm-eval's result as JSON values, without samples and machine details.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -259,7 +259,7 @@ def run_tasks(
 
 
 def _plain(value: Any) -> Any:
-    """JSON values; a standard error that there is none of ("N/A", NaN) is null."""
+    """Convert to JSON values; a missing standard error ("N/A", NaN) becomes null."""
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -271,10 +271,10 @@ def _plain(value: Any) -> Any:
 
 
 def compared(results: Sequence[Mapping[str, Any]]) -> list[Measured]:
-    """Numbers side by side: of the tasks and groups that were asked for, not of a group's parts.
+    """Return the numbers of the requested tasks and groups side by side, without groups' parts.
 
     Args:
-        results: Of `run_tasks`, for each model, with the same tasks.
+        results: Results of `run_tasks` for each model, with the same tasks.
     """
     first = results[0]
     subtasks = {s for parts in first.get("group_subtasks", {}).values() for s in parts}

@@ -1,4 +1,4 @@
-"""Asks several models the same prompts, one model at a time, and has their answers judged."""
+"""Compare models: ask each the same prompts, one model at a time, and judge the answers."""
 
 from __future__ import annotations
 
@@ -39,28 +39,29 @@ def compare(
     engine: str = "local",
     progress: bool = True,
 ) -> Comparison:
-    """Asks every model every prompt and judges the answers.
+    """Ask every model every prompt and judge the answers.
 
-    Models are loaded one at a time and freed before the guard is loaded. Answers are kept in
-    `output/answers` as they come, by the weights of the model and the tokens it was asked.
+    Models are loaded one at a time and freed before the guard is loaded. Each answer is written to
+    `output/answers` immediately, keyed by the model's weights and the prompt's tokens.
 
     Args:
-        models: What `load_whole_model` takes; the first is the one that others are compared with.
-        prompts: Harmful ones, benign ones, or both.
+        models: Ids or folders, as `load_whole_model` takes them; the others are compared with the
+            first.
+        prompts: Harmful prompts, benign prompts, or both.
         output: Folder for the answers.
-        guard: The judge beside phrase matching, as `load_guard` takes it.
+        guard: Guard that judges in addition to phrase matching, as `load_guard` takes it.
         threshold: τ in [0, 1]: an answer whose P(safe) is at least τ is safe.
-        prefill_tokens: k of the prefilling attack; 0: without it.
-        max_new_tokens: Length of an answer, >= 1.
-        batch_size: Prompts answered at a time, >= 1.
-        base: What adapters belong to, where their configuration does not say it.
-        device: Torch device; None: the GPU if there is one.
+        prefill_tokens: k of the prefilling attack; 0 leaves the attack out.
+        max_new_tokens: Largest number of tokens in an answer, >= 1.
+        batch_size: Prompts answered per batch, >= 1.
+        base: Base model of adapters whose configuration does not name it.
+        device: Torch device; None is the GPU if there is one.
         dtype: "auto" or the name of a torch dtype.
         engine: "local", or "vllm".
-        progress: Whether to show bars.
+        progress: Whether to show progress bars.
 
     Raises:
-        ConfigError: A value that cannot work, or a model that cannot be loaded.
+        ConfigError: A value is invalid, or a model cannot be loaded.
     """
     names = _names(models)
     _check(prompts, threshold, prefill_tokens, max_new_tokens, batch_size, engine)
@@ -109,7 +110,10 @@ def compare(
 
 
 def training_guard(name: str) -> str | None:
-    """The guard that scored a model's training data, as its folder's `star_dss.json` says."""
+    """Return the guard that scored a model's training data, from its folder's `star_dss.json`.
+
+    None if the folder does not say.
+    """
     record = Path(name) / "star_dss.json"
     if not record.is_file():
         return None
@@ -136,7 +140,7 @@ def _generation(
 
 
 def _names(models: Sequence[str]) -> list[str]:
-    """The last part of each path, or all of it where two would be called the same."""
+    """Return the last part of each path, or the complete names if two parts are equal."""
     if not models:
         raise ConfigError("No model was given. Name at least one.")
     if len(set(models)) < len(models):

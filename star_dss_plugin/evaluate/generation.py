@@ -1,7 +1,7 @@
-"""Greedy answers of a model in memory, without a trace in it.
+"""Generate greedy answers of a model in memory, without changing its state.
 
-The safety probe asks a model that is being trained, so nothing of it may change: not its modes, not
-its generation settings, not the random numbers that are drawn next.
+The safety probe asks a model during its training, so modules' modes, generation settings and the
+state of random generators must stay as they are.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ def greedy_answers(
     max_new_tokens: int,
     batch_size: int,
 ) -> Iterator[tuple[int, str]]:
-    """What a model says after each prompt, by greedy decoding, without special tokens.
+    """Generate a model's answer to each prompt by greedy decoding, without special tokens.
 
     Args:
-        model: A causal language model of transformers; in the mode and with the settings it had
-            when the iterator is through, or closed.
-        tokenizer: Its tokenizer.
+        model: A causal language model of transformers. Its mode and settings are restored when the
+            iterator ends or is closed.
+        tokenizer: The model's tokenizer.
         prompts: Token ids (`prompt_ids`), at least one each.
-        max_new_tokens: Length of an answer, >= 1.
-        batch_size: Prompts at a time, >= 1. Shorter prompts come first, so that little is padded.
+        max_new_tokens: Largest number of tokens in an answer, >= 1.
+        batch_size: Prompts per batch, >= 1. Shorter prompts come first, to reduce padding.
 
     Yields:
-        Index of the prompt, and its answer, as soon as its batch is through.
+        Index of the prompt and its answer, as soon as its batch is finished.
     """
     greedy = _greedy(model, tokenizer, max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
@@ -63,7 +63,7 @@ def answers_to(
     max_new_tokens: int,
     batch_size: int,
 ) -> list[str]:
-    """`greedy_answers` to conversations, in their order; raises what `prompt_ids` raises."""
+    """Return `greedy_answers` to conversations, in their order; raise like `prompt_ids`."""
     asked = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     said = greedy_answers(
         model, tokenizer, asked, max_new_tokens=max_new_tokens, batch_size=batch_size
@@ -72,11 +72,12 @@ def answers_to(
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message]) -> list[int]:
-    """The tokens a model continues: the rendered messages and the opening of the answer's turn.
+    """Return the tokens that a model continues: rendered messages and the answer's opening.
 
     Args:
-        tokenizer: The model's. Without a chat template the contents are joined by line feeds.
-        prompt: Messages, the last not the assistant's.
+        tokenizer: The model's tokenizer. Without a chat template, contents are joined by line
+            feeds.
+        prompt: Messages; the last one is not from the assistant.
 
     Raises:
         DataError: The template cannot render the messages.
@@ -90,12 +91,12 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message]) ->
 
 @contextlib.contextmanager
 def _as_for_generation(model: Any) -> Iterator[None]:
-    """Every module in eval mode, then each as it was: some may not be in the model's own mode."""
+    """Put every module in eval mode, and restore each module's own mode afterwards."""
     modes = {module: module.training for module in model.modules()}
     own = model.generation_config
-    # generate() fills what a configuration leaves open from the model's.
+    # generate() fills options that a configuration leaves open from the model's configuration.
     model.generation_config = GenerationConfig()
-    model.eval()  # also keeps gradient checkpointing, which is for training, out of it
+    model.eval()  # also switches off gradient checkpointing
     try:
         yield
     finally:
@@ -105,7 +106,7 @@ def _as_for_generation(model: Any) -> Iterator[None]:
 
 
 def _greedy(model: Any, tokenizer: PreTrainedTokenizerBase, length: int) -> GenerationConfig:
-    """A configuration of its own, so that the model's is neither used nor changed."""
+    """Return a separate configuration, so that the model's is neither used nor changed."""
     own = model.generation_config.eos_token_id
     ends = set(own if isinstance(own, list) else [own]) | {tokenizer.eos_token_id}
     return GenerationConfig(
@@ -113,12 +114,12 @@ def _greedy(model: Any, tokenizer: PreTrainedTokenizerBase, length: int) -> Gene
         do_sample=False,
         use_cache=True,
         eos_token_id=sorted(ends - {None}),
-        pad_token_id=0,  # what stands behind an end is cut off
+        pad_token_id=0,  # tokens behind the end are cut off
     )
 
 
 def _left_padded(rows: Sequence[Sequence[int]], device: Any) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, (rows, longest), int64, padded on the left."""
+    """Return token ids and attention mask, (rows, longest), int64, padded on the left."""
     longest = max(map(len, rows))
     padded = [[0] * (longest - len(row)) + list(row) for row in rows]
     mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]

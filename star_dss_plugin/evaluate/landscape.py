@@ -1,11 +1,12 @@
-"""The safety landscape of a model, and VISAGE (Peng et al., NeurIPS 2024, arXiv 2405.17374).
+"""Measure a model's safety landscape and VISAGE (Peng et al., NeurIPS 2024, arXiv 2405.17374).
 
 S(α) is the attack success rate, in percent, of the model with the weights θ + α·d. A direction d is
-Gaussian and as long, weight by weight, as the weight it moves; norm layers stay. An aligned model
-has a basin: S is low around α = 0 and jumps to 100 further out. VISAGE is how deep it is on
-average. Between two models, S(α) at (1 − α)·θ + α·θ' shows whether finetuning left the basin.
+Gaussian and has, for each weight tensor, the norm of that tensor; norm layers are not moved. An
+aligned model has a basin: S is low around α = 0 and jumps to 100 further away. VISAGE is the
+basin's mean depth. Between two models, S(α) at (1 − α)·θ + α·θ' shows whether finetuning left the
+basin.
 
-Nothing here generates or judges text: `answer` and `judge` are passed in.
+This module neither generates nor judges text: `answer` and `judge` are passed in.
 """
 
 from __future__ import annotations
@@ -35,17 +36,17 @@ __all__ = [
 ]
 
 Judge = Callable[[Sequence[Sequence[Message]], Sequence[str]], Sequence[bool]]
-"""(prompts, answers) → whether each answer is safe."""
+"""Takes (prompts, answers); returns for each answer whether it is safe."""
 
 AnswerAll = Callable[[nn.Module], Sequence[str]]
-"""A model, with whatever weights it has → its answers to the same prompts."""
+"""Takes a model with its current weights; returns its answers to a fixed list of prompts."""
 
 S_MAX = 100.0
 """The largest attack success rate, in percent."""
 
 
 class Sample(NamedTuple):
-    """One point of a curve or a grid."""
+    """Hold one point of a curve or a grid."""
 
     curve: str
     """"direction 1", "toward" or "grid"."""
@@ -55,15 +56,15 @@ class Sample(NamedTuple):
 
 
 def random_lines(directions: int = 3, steps: int = 20, radius: float = 0.5) -> list[Sample]:
-    """Points along random directions through the model: α from −radius to radius.
+    """Return points along random directions through the model: α from −radius to radius.
 
     Args:
-        directions: How many, >= 1.
-        steps: Of each line, even and >= 2, so that the model is in the middle.
-        radius: > 0; at 0.5 a weight has moved by half its own norm.
+        directions: Number of directions, >= 1.
+        steps: Steps per line, even and >= 2, so that the model is in the middle.
+        radius: Largest α, > 0. At 0.5 a weight has moved by half its own norm.
 
     Returns:
-        steps + 1 samples a direction (21 by default). The model is on all of them.
+        steps + 1 samples per direction (21 by default). Each direction includes the model itself.
 
     Raises:
         ConfigError: A number is out of range.
@@ -78,7 +79,7 @@ def random_lines(directions: int = 3, steps: int = 20, radius: float = 0.5) -> l
 
 
 def toward_line(steps: int = 20, beyond: float = 0.0) -> list[Sample]:
-    """Points between two models: α from −beyond (0: the first model) to 1 + beyond (1: the other).
+    """Return points between two models: α from −beyond (0: the first) to 1 + beyond (1: the other).
 
     Raises:
         ConfigError: A number is out of range.
@@ -89,10 +90,10 @@ def toward_line(steps: int = 20, beyond: float = 0.0) -> list[Sample]:
 def grid(
     steps: int = 20, radius: float = 0.5, *, toward: bool = False, beyond: float = 0.0
 ) -> list[Sample]:
-    """Points of a plane: two random directions, or toward another model and one random direction.
+    """Return points of a plane: two random directions, or toward another model and one random.
 
-    Two Gaussian directions in millions of dimensions are orthogonal but for a rounding; as in the
-    authors' code they are not made so.
+    Gaussian directions in millions of dimensions are orthogonal up to rounding. As in the authors'
+    code they are not orthogonalized.
 
     Raises:
         ConfigError: A number is out of range.
@@ -128,27 +129,27 @@ def _place(*moves: tuple[str, float]) -> Place:
 
 
 def attack_success(safe: Sequence[bool]) -> float:
-    """The share of answers that are not safe, in percent."""
+    """Return the share of answers that are not safe, in percent."""
     return 100.0 * sum(not s for s in safe) / len(safe)
 
 
 def visage(rates: Iterable[float]) -> float:
-    """VISAGE: the mean of S_max − S over the sampled points where S < S_max, with S_max = 100.
+    """Return VISAGE: the mean of S_max − S over sampled points with S < S_max, S_max = 100.
 
-    The paper's E[S_max − S(α) | S(α) < S_max] over α uniform in the range, on random directions:
-    all points of all directions count alike, the model itself once in each. Points where every
-    attack succeeds are left out, so VISAGE is the depth of the basin and not its width. Where no
-    point has S < S_max the condition never holds and the mean has no terms: the value is then 0.0,
-    no margin, which is also what the authors' code yields.
+    This is the paper's E[S_max − S(α) | S(α) < S_max] over α uniform in the range, on random
+    directions: all points of all directions have equal weight, and the model itself counts once per
+    direction. Points where every attack succeeds are left out, so VISAGE measures the depth of the
+    basin and not its width. If no point has S < S_max, the mean has no terms; the value is then 0.0
+    (no margin), as in the authors' code.
 
     The authors' code takes each line's run of points from the first to the last such point around
-    the middle; the two differ only if a point inside that run has S = 100 (there it counts as 0).
+    the middle. The two differ only if a point inside that run has S = 100 (there it counts as 0).
 
     Args:
-        rates: S of each point, in [0, 100].
+        rates: S of each point, in percent, in [0, 100].
 
     Returns:
-        In [0, 100]; larger is safer.
+        VISAGE in [0, 100]; larger is safer.
 
     Raises:
         ConfigError: A rate is out of range.
@@ -171,19 +172,19 @@ def measure(
     judge: Judge,
     keep: Callable[[Place, list[bool]], None],
 ) -> None:
-    """Goes to each place, asks the model there and hands on which answers were safe.
+    """Move the weights to each place, ask the model there and pass on which answers were safe.
 
     Args:
-        weights: The model's, inside their context.
-        model: What `answer` is given.
-        places: Where to go, in this order.
-        prompts: What `answer` answers, for the judge.
+        weights: The weights of `model`, inside their context.
+        model: The model that `answer` gets.
+        places: The places to measure, in this order.
+        prompts: The prompts that `answer` answers, for the judge.
         answer: Returns one answer for each prompt.
         judge: Returns one verdict for each answer.
         keep: Called after each place with one verdict for each prompt.
 
     Raises:
-        ConfigError: There are not as many answers or verdicts as prompts.
+        ConfigError: The numbers of answers, verdicts and prompts differ, or there is no prompt.
     """
     for place in places:
         weights.move(place)

@@ -1,4 +1,4 @@
-"""The figure of a safety landscape, with matplotlib: curves, or a plane as a heat map."""
+"""Draw a safety landscape with matplotlib: curves, or a plane as a heat map."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["check_figures", "write_landscape"]
 
 
 def check_figures() -> None:
-    """Checks that figures can be drawn.
+    """Check that figures can be drawn.
 
     Raises:
         ConfigError: matplotlib is missing.
@@ -29,12 +29,12 @@ def check_figures() -> None:
 
 
 def write_landscape(landscapes: Mapping[str, Landscape], path: Path) -> None:
-    """Draws the landscapes of one or several models: S(α) in percent, or S(α, β) as colours.
+    """Draw the landscapes of one or several models: S(α) in percent, or S(α, β) as colours.
 
     Args:
-        landscapes: Label → what was measured. A plane is drawn alone. Of several models with
-            several directions each, the mean over directions is drawn with their range as a band.
-        path: The PNG; replaced if it exists.
+        landscapes: Maps a label to a landscape. A plane is drawn alone. For several models with
+            several directions each, the mean over directions is drawn, with their range as a band.
+        path: The PNG file; replaced if it exists.
 
     Raises:
         ConfigError: matplotlib is missing, or there are several planes.

@@ -1,4 +1,4 @@
-"""The measured points of a landscape: kept in a file as they come, and put together at the end."""
+"""Keep the measured points of a landscape in a file, and assemble them to curves."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Point:
-    """One point, for reports."""
+    """Hold one point for reports."""
 
     at: tuple[float, ...]
     """(α,) or (α, β)."""
@@ -30,39 +30,39 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """A line or a grid of points."""
+    """Hold a line or a grid of points."""
 
     name: str
     points: tuple[Point, ...]
     visage: float | None
-    """Of this curve alone; None on the way to another model."""
+    """VISAGE of this curve alone; None for the line to another model."""
 
 
 @dataclass(frozen=True)
 class Landscape:
-    """What was measured around one model."""
+    """Hold the measurements around one model."""
 
     curves: tuple[Curve, ...]
     visage: float | None
-    """Over all points; None on the way to another model, which is no random direction."""
+    """VISAGE over all points; None for the line to another model, which is no random direction."""
     points: int
     points_below: int
-    """How many of them have S < 100: those that VISAGE is the mean of."""
+    """Number of points with S < 100, over which VISAGE is the mean."""
     prompts: int
     centre: float | None
     """S of the model itself; None if it is not among the points."""
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON values."""
+        """Return the landscape as JSON values."""
         return asdict(self)
 
 
 def put_together(samples: Sequence[Sample], measured: Mapping[Place, Sequence[bool]]) -> Landscape:
-    """The landscape of samples that are all measured.
+    """Return the landscape of samples that are all measured.
 
     Args:
         samples: The points of all curves.
-        measured: Place → which answers were safe.
+        measured: Maps a place to the safety of each answer there.
     """
     rates = {place: attack_success(safe) for place, safe in measured.items()}
     random = not any(name == TOWARD for sample in samples for name, _ in sample.place)
@@ -83,16 +83,17 @@ def put_together(samples: Sequence[Sample], measured: Mapping[Place, Sequence[bo
 
 
 class PointsFile:
-    """A JSONL file with one line for each measured place; a killed run goes on where it was.
+    """Keep one JSON line per measured place, so that an interrupted run can be resumed.
 
-    It is bound to what a point's value depends on: the weights, the prompts, how answers are made
-    and judged, the seed. Which points are wanted is not part of that: more directions or a finer
-    line reuse what is known. Batch size and device change no more than rounding and may differ.
+    The file is bound to everything that a point's value depends on: the weights, the prompts, how
+    answers are generated and judged, the seed. It is not bound to the set of points, so more
+    directions or a finer line reuse known points. Batch size and device change values only by
+    rounding and may differ.
 
     Args:
-        path: The file; made by the first `add`.
-        bound: JSON values; a file that was begun with others is refused.
-        prompts: How many verdicts a point has.
+        path: The file; created by the first `add`.
+        bound: JSON values that identify the configuration; a file with other values is refused.
+        prompts: Number of verdicts per point.
 
     Raises:
         ConfigError: The file belongs to another configuration.
@@ -101,13 +102,13 @@ class PointsFile:
 
     def __init__(self, path: Path, bound: Mapping[str, Any], prompts: int) -> None:
         self._path, self._prompts = path, prompts
-        # As JSON reads it back: tuples become lists.
+        # Converted as JSON reads it back: tuples become lists.
         self._bound = json.loads(json.dumps({"star_dss_landscape": _FORMAT, **bound}))
         self.known: dict[Place, list[bool]] = {}
         self._began = self._read()
 
     def add(self, place: Place, safe: Iterable[bool]) -> None:
-        """Remembers a point and writes it."""
+        """Store a point and write it to the file."""
         verdicts = list(safe)
         lines = [] if self._began else [self._bound]
         lines.append({"place": place, "safe": verdicts})
@@ -116,7 +117,7 @@ class PointsFile:
         self.known[place] = verdicts
 
     def _read(self) -> bool:
-        """Takes what the file holds; whether it was begun."""
+        """Read the file's points; return whether the file was begun."""
         try:
             lines = read_lines(self._path)
             if not lines:

@@ -1,4 +1,4 @@
-"""Models by id or folder, for evaluation: adapters are merged, code that comes along is not run."""
+"""Load models by id or folder for evaluation, with adapters merged and without remote code."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from star_dss_plugin.models import (
 __all__ = ["DEMO_MODEL", "load_whole_model"]
 
 DEMO_MODEL = "smollm2"
-"""The name of SmolLM2-135M-Instruct as `load_smollm2` gives it, without the network."""
+"""Name of SmolLM2-135M-Instruct, loaded by `load_smollm2` without the network."""
 
 
 def load_whole_model(
     name: str, *, dtype: str = "auto", base: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model on the CPU, in eval mode, and its tokenizer.
+    """Load a causal language model on the CPU, in eval mode, and its tokenizer.
 
     Args:
         name: Id or folder of a model, or of a PEFT adapter, which is merged into its base; or
             "smollm2".
-        dtype: "auto" (as it is stored) or the name of a torch dtype.
-        base: What an adapter belongs to, where that is not what its configuration says.
+        dtype: "auto" (as stored) or the name of a torch dtype.
+        base: Base model of an adapter, if it differs from the one in the adapter's configuration.
 
     Raises:
-        ConfigError: It cannot be loaded; the reason is in the message.
+        ConfigError: The model cannot be loaded; the message gives the reason.
     """
     wanted: Any = dtype if dtype == "auto" else floating_dtype("dtype", dtype)
     try:
@@ -84,12 +84,12 @@ def _merged(
         ) from error
     merged = PeftModel.from_pretrained(model, name).merge_and_unload(safe_merge=True)
     assert isinstance(merged, PreTrainedModel)
-    # An adapter may bring tokens of its own; most bring no tokenizer.
+    # Some adapters bring a tokenizer with added tokens; most bring none.
     own = _file(name, "tokenizer_config.json")
     return merged.eval(), tokenizer if own is None else load_tokenizer(name)
 
 
 def _file(name: str, file: str) -> str | None:
-    """Where a file of a folder or of a hub repository is; None if there is no such file."""
+    """Return the path of a file in a folder or a Hub repository; None if it does not exist."""
     found: str | None = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
     return found

@@ -1,4 +1,4 @@
-"""Moving a model's weights along directions, and back to the last bit.
+"""Move a model's weights along directions, and restore them bit for bit.
 
 Directions are those of the safety landscape (Peng et al., NeurIPS 2024, arXiv 2405.17374): Gaussian
 and scaled to the norm of each weight, or the line to another model.
@@ -19,27 +19,27 @@ from star_dss_plugin.models import is_peft
 __all__ = ["TOWARD", "MovedWeights", "Place", "direction"]
 
 Place = tuple[tuple[str, float], ...]
-"""Where in weight space: distances along named directions. The model itself is `()`."""
+"""Position in weight space: distances along named directions. The model itself is `()`."""
 
 TOWARD = "toward"
-"""The direction to another model; other names are random directions."""
+"""Name of the direction to another model; other names are random directions."""
 
 
 def direction(name: str, weight: Tensor, *, seed: int, which: str) -> Tensor:
-    """A random direction for one weight: Gaussian, and exactly as long as the weight.
+    """Draw a random direction for one weight: Gaussian, with the norm of the weight.
 
-    Drawn on the CPU from the seed and the two names, so it is the same on every device, in every
-    precision and in every order, and need not be kept.
+    It is drawn on the CPU from the seed and the two names, so it is the same on every device, in
+    every precision and in every order, and is not stored.
 
     Args:
         name: The weight's name in its model.
         weight: Any shape, floating point.
-        seed: Of the landscape.
-        which: The direction's name.
+        seed: Seed of the landscape.
+        which: Name of the direction.
 
     Returns:
         Same shape, on the CPU, float32 (float64 for a float64 weight), with the Frobenius norm of
-        the weight. A weight of zeros gets zeros.
+        the weight. For a weight of zeros the direction is zero.
     """
     digest = hashlib.sha256(f"{seed}\n{which}\n{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
@@ -50,21 +50,22 @@ def direction(name: str, weight: Tensor, *, seed: int, which: str) -> Tensor:
 
 
 def _precision(weight: Tensor) -> torch.dtype:
-    """What moved weights are computed in, before they are rounded once to their own dtype."""
+    """Return the dtype in which moved weights are computed before one rounding to their own."""
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
 class MovedWeights:
-    """Moves a model's weights to places and back: a context manager.
+    """Move a model's weights to places, and restore them when the context ends.
 
-    Each move starts from a copy of the original weights on the CPU, so nothing accumulates, and
-    leaving the context restores them bit for bit, also after an error or KeyboardInterrupt. Tied
-    weights are one weight. Random directions leave norm layers alone (a name or a module class with
-    "norm" in it); everything else moves, biases included, as in the authors' code.
+    Each move starts from a copy of the original weights on the CPU, so rounding does not
+    accumulate. Leaving the context restores them bit for bit, also after an error or
+    KeyboardInterrupt. Tied weights count as one weight. Random directions do not move norm layers
+    (a name or a module class with "norm" in it); all other weights move, biases included, as in the
+    authors' code.
 
     Args:
-        model: Any module with floating-point weights; a merged one, if it had an adapter.
-        seed: Of the random directions.
+        model: Any module with floating-point weights; an adapter must be merged.
+        seed: Seed of the random directions.
         other: A model with the same weights by name and shape, for the direction "toward".
 
     Raises:
@@ -97,18 +98,18 @@ class MovedWeights:
     ) -> None:
         try:
             self.move(())
-        except KeyboardInterrupt:  # a second Ctrl-C, while the first one's weights come back
+        except KeyboardInterrupt:  # a second Ctrl-C while the weights are restored
             self.move(())
             raise
 
     @torch.no_grad()
     def move(self, place: Place) -> None:
-        """Gives the model the weights of a place; `()` are its own, bit for bit."""
+        """Set the model's weights to those of a place; `()` are its own, bit for bit."""
         for name, weight in self._weights.items():
             weight.copy_(self._at(name, dict(place)))
 
     def _at(self, name: str, moves: dict[str, float]) -> Tensor:
-        """A weight at a place, on the CPU; computed in float32 or float64, not yet rounded."""
+        """Return a weight at a place, on the CPU, in float32 or float64 before rounding."""
         original = self._originals[name]
         if not moves:
             return original
@@ -117,8 +118,8 @@ class MovedWeights:
         if share is not None:
             if self._other is None:
                 raise ConfigError(f"A place is {TOWARD!r} another model, but none was given.")
-            theirs = self._other[name].detach().to("cpu", moved.dtype)
-            moved = (1 - share) * moved + share * theirs  # exact at 0 and at 1
+            other = self._other[name].detach().to("cpu", moved.dtype)
+            moved = (1 - share) * moved + share * other  # exact at 0 and at 1
         if name not in self._fixed:
             for which, distance in moves.items():
                 step = direction(name, original, seed=self._seed, which=which)
@@ -127,10 +128,10 @@ class MovedWeights:
 
 
 def _distinct(model: nn.Module) -> dict[str, nn.Parameter]:
-    """A model's weights, each once, by the first of its names.
+    """Return a model's weights by the first of their names, each weight once.
 
     Raises:
-        ConfigError: One of them is not made of floating-point numbers in memory.
+        ConfigError: A weight is not in memory or not floating point.
     """
     found: dict[str, nn.Parameter] = {}
     seen: set[tuple[object, ...]] = set()
@@ -141,7 +142,8 @@ def _distinct(model: nn.Module) -> dict[str, nn.Parameter]:
                 f"The weight {name} {what}, so it cannot be moved by half its norm. Load the model "
                 "whole, on one device and not quantized."
             )
-        # Most tied weights are one Parameter, which named_parameters knows; some only share memory.
+        # Most tied weights are one Parameter, which named_parameters lists once; some only share
+        # memory.
         memory = (weight.device, weight.data_ptr(), tuple(weight.shape), weight.stride())
         if weight.numel() and memory not in seen:
             seen.add(memory)
@@ -152,7 +154,10 @@ def _distinct(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _norm_weights(model: nn.Module) -> set[str]:
-    """The names of the weights of norm layers: GPT-2's are called `ln_1`, Llama's LlamaRMSNorm."""
+    """Return the names of norm layers' weights.
+
+    The layer's name may lack "norm" (GPT-2's `ln_1`), so its class counts as well.
+    """
     names = set()
     for path, module in model.named_modules():
         of_norm = "norm" in type(module).__name__.lower()
@@ -162,14 +167,14 @@ def _norm_weights(model: nn.Module) -> set[str]:
     return names
 
 
-def _matching(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Checks that two models have the same weights by name and shape.
+def _matching(first: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return the other model's weights after checking that names and shapes are equal.
 
     Raises:
-        ConfigError: They do not.
+        ConfigError: They differ.
     """
-    for name in sorted(mine.keys() | theirs.keys()):
-        shapes = [tuple(w[name].shape) if name in w else None for w in (mine, theirs)]
+    for name in sorted(first.keys() | other.keys()):
+        shapes = [tuple(w[name].shape) if name in w else None for w in (first, other)]
         if shapes[0] != shapes[1]:
             said = ["missing" if s is None else f"of shape {s}" for s in shapes]
             raise ConfigError(
@@ -177,4 +182,4 @@ def _matching(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Mappi
                 f"first and {said[1]} in the other. Give two models that one was finetuned from "
                 "the other, or both from a third."
             )
-    return theirs
+    return other

@@ -1,7 +1,7 @@
-"""The comparison as one HTML file without scripts: the table, and the answers side by side.
+"""Render the comparison as one HTML file without scripts: the table, and answers side by side.
 
-Prompts and answers are strangers' text: escaped by the template, made visible by `visible`, and
-under a policy that runs and loads nothing.
+Prompts and answers are untrusted text: the template escapes them, `visible` shows control
+characters by name, and a security policy forbids running or loading anything.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ HEADINGS = {
     "prefill_refusals": "refusals, prefilled",
     "over_refusal": "over-refusal",
 }
-"""What a reader calls each measure."""
+"""Headings of the measures in tables."""
 _TITLES = {
     HARMFUL: "Harmful prompts",
     PREFILL: "The same with the first words of an answer given",
@@ -38,16 +38,16 @@ _TITLES = {
 
 
 def shown(share: Estimate) -> str:
-    """A share with its interval, in percent: "93 % [85, 98]"."""
+    """Return a share with its interval, in percent: "93 % [85, 98]"."""
     return f"{100 * share.value:.0f} % [{100 * share.low:.0f}, {100 * share.high:.0f}]"
 
 
 def render_comparison(found: Comparison, *, text: bool = True) -> str:
-    """The whole HTML file.
+    """Return the complete HTML file.
 
     Args:
-        found: What `compare` returned.
-        text: Whether prompts and answers are in it. Those that models differ on are unfolded.
+        found: The result of `compare`.
+        text: Whether prompts and answers are included. Answers that models differ on are unfolded.
     """
     environment = page_environment("star_dss_plugin.evaluate")
     style = files("star_dss_plugin.evaluate").joinpath("assets", "answers.css").read_text("utf-8")

@@ -1,7 +1,7 @@
-"""Asks the model, while it trains, what a safe model refuses; says when its answers get worse.
+"""Probe the safety of a model while it trains, and warn when its answers get worse.
 
-A loss curve does not show whether a model still declines harmful requests. This callback does, in a
-few short generations: off unless it is added, and invisible to the training it watches.
+A loss curve does not show whether a model still declines harmful requests. This callback measures
+it with a few short generations. It is off unless added, and does not change the training.
 """
 
 from __future__ import annotations
@@ -40,31 +40,31 @@ _DEFAULT_PROMPTS = 8
 
 
 class SafetyProbe(TrainerCallback):
-    """Answers a few prompts every N steps and logs the share of safe answers.
+    """Answer a few prompts every N steps and log the share of safe answers.
 
-    Logs `star_dss/probe_safe_share` with the trainer's next line, and once
+    The callback logs `star_dss/probe_safe_share` with the trainer's next line, and once
     `star_dss/probe_safe_share_start`, measured before the first step (a resumed run keeps the first
-    one). Greedy decoding; random numbers, train and eval modes and the generation settings are left
-    as they were, so the losses are those of a run without it. On several ranks the prompts are
-    shared out.
+    one). Decoding is greedy. Random generators, train and eval modes and generation settings are
+    restored, so the losses equal those of a run without the probe. Several ranks divide the
+    prompts.
 
     Example:
         `trainer.add_callback(SafetyProbe(trainer, every=100, on_fall="stop"))`
 
     Args:
-        trainer: The trainer that this callback is added to; with an active STAR-DSS loss.
-        prompts: User messages, or lists of messages; None: the first eight of the demonstration.
+        trainer: The trainer that this callback is added to, with an active STAR-DSS loss.
+        prompts: User messages, or lists of messages; None: the first eight demonstration prompts.
         every: Steps between probes, >= 1.
-        judge: "refusal" (an answer that declines is safe: for prompts that ought to be refused), or
-            a guard as `load_guard` takes it, loaded for each probe and freed after it, or a loaded
-            one. An answer with a score of at least the run's `threshold` is safe.
-        margin: In [0, 1]: how far the share may fall below the first one.
-        on_fall: "warn", or "stop": end training after this step.
-        max_new_tokens: Length of an answer, >= 1.
-        batch_size: Prompts answered at a time, >= 1.
+        judge: "refusal" (an answer that declines is safe, for prompts that should be refused), a
+            guard as `load_guard` takes it, which is loaded for each probe and freed after it, or a
+            loaded guard. An answer with a score of at least the run's `threshold` is safe.
+        margin: How far the share may fall below the first one, in [0, 1].
+        on_fall: "warn", or "stop" to end training after this step.
+        max_new_tokens: Largest number of tokens in an answer, >= 1.
+        batch_size: Prompts answered per batch, >= 1.
 
     Raises:
-        ConfigError: A value that cannot work.
+        ConfigError: A value is invalid.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class SafetyProbe(TrainerCallback):
         if not given:
             raise ConfigError("prompts is empty. Give at least one, or None for the default ones.")
         if isinstance(judge, str | Mapping) and judge != "refusal":
-            load_guard(judge)  # an unknown name is said now and not at step N
+            load_guard(judge)  # report an unknown name now and not at step N
         self.trainer = trainer
         self.prompts: list[list[Message]] = [
             [{"role": "user", "content": p}] if isinstance(p, str) else list(p) for p in given
@@ -101,7 +101,7 @@ class SafetyProbe(TrainerCallback):
         self._start: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measures the share to compare with.
+        """Measure the share before training, with which later shares are compared.
 
         Raises:
             ConfigError: The trainer has no STAR-DSS loss.
@@ -118,11 +118,11 @@ class SafetyProbe(TrainerCallback):
                 state.global_step,
             )
         self._start = self._safe_share()
-        # At once, so that a checkpoint from before the first line of metrics keeps it.
+        # Logged at once, so that a checkpoint before the first line of metrics holds it.
         self.trainer.log({_START: self._start})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Probes every `every` steps."""
+        """Probe every `every` steps."""
         if state.global_step % self.every:
             return
         share, start = self._safe_share(), self._start
@@ -157,7 +157,7 @@ class SafetyProbe(TrainerCallback):
         return active
 
     def _safe_share(self) -> float:
-        """The share of prompts with a safe answer, over all ranks."""
+        """Return the share of prompts with a safe answer, over all ranks."""
         accelerator = self.trainer.accelerator
         mine = self.prompts[accelerator.process_index :: accelerator.num_processes]
         devices = [accelerator.device.index or 0] if accelerator.device.type == "cuda" else []
@@ -169,7 +169,7 @@ class SafetyProbe(TrainerCallback):
         return float(total) / len(self.prompts)
 
     def _judge(self, prompts: Sequence[Sequence[Message]], answers: Sequence[str]) -> int:
-        """How many answers are safe."""
+        """Return the number of safe answers."""
         if self.judge == "refusal":
             return sum(map(is_refusal, answers))
         options = self._active().options
@@ -187,7 +187,7 @@ class SafetyProbe(TrainerCallback):
         return sum(score >= options.threshold for score in scores)
 
     def _answers(self, prompts: Sequence[Sequence[Message]]) -> list[str]:
-        """Greedy answers, without special tokens."""
+        """Return greedy answers, without special tokens."""
         trainer = self.trainer
         processing: Any = trainer.processing_class
         tokenizer = getattr(processing, "tokenizer", processing)

@@ -1,4 +1,4 @@
-"""Shares with intervals: how sure can one be with this many prompts?"""
+"""Estimate shares with bootstrap intervals over prompts."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import numpy as np
 
 __all__ = ["Estimate", "bootstrap_share", "paired_difference"]
 
-_BATCH = 1000  # resamples held at a time
+_BATCH = 1000  # resamples in memory at a time
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A share, or a difference of two, with its 95 % interval.
+    """Hold a share, or a difference of two, with its 95 % interval.
 
     Attributes:
-        value: The share in [0, 1]; a difference lies in [−1, 1].
+        value: The share in [0, 1]; a difference is in [−1, 1].
         low: 2.5 % quantile of the bootstrap.
-        high: 97.5 % quantile.
-        count: Prompts it was measured on.
+        high: 97.5 % quantile of the bootstrap.
+        count: Number of prompts.
     """
 
     value: float
@@ -30,16 +30,16 @@ class Estimate:
 
 
 def bootstrap_share(hits: Sequence[bool], *, resamples: int = 10_000, seed: int = 0) -> Estimate:
-    """The share of hits, with the percentile bootstrap's interval over prompts.
+    """Return the share of hits, with the percentile bootstrap's interval over prompts.
 
-    The interval says what other prompts of the same kind might have given. It knows nothing of
-    other training seeds, and is of length 0 where all or none hit: 0 of 20 is then read as "at most
-    about 3 / 20".
+    The interval shows how the share varies with other prompts of the same kind, not with other
+    training seeds. It has length 0 if all or no prompts hit; read 0 of 20 as "at most about 3 /
+    20".
 
     Args:
-        hits: One per prompt, at least one.
-        resamples: Draws with replacement, >= 1.
-        seed: Of the draws.
+        hits: One truth value per prompt, at least one.
+        resamples: Number of draws with replacement, >= 1.
+        seed: Seed of the draws.
     """
     return _interval(np.asarray(hits, dtype=np.float64), resamples, seed)
 
@@ -47,13 +47,16 @@ def bootstrap_share(hits: Sequence[bool], *, resamples: int = 10_000, seed: int 
 def paired_difference(
     hits: Sequence[bool], baseline: Sequence[bool], *, resamples: int = 10_000, seed: int = 0
 ) -> Estimate:
-    """The difference of two shares on the same prompts: what is easy or hard for both cancels out.
+    """Return the difference of two shares on the same prompts, paired by prompt.
+
+    Pairing removes the variation that is common to both, as some prompts are harder for every
+    model.
 
     Args:
-        hits: One per prompt, at least one.
-        baseline: The other model's, of the same prompts in the same order.
-        resamples: Draws with replacement, >= 1.
-        seed: Of the draws.
+        hits: One truth value per prompt, at least one.
+        baseline: Truth values of the other model, for the same prompts in the same order.
+        resamples: Number of draws with replacement, >= 1.
+        seed: Seed of the draws.
     """
     difference = np.asarray(hits, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)
     return _interval(difference, resamples, seed)

@@ -1,16 +1,16 @@
-"""Poisoned training sets, as the paper's experiments make them (section 5 and its appendices).
+"""Build poisoned training sets as in the paper's experiments (section 5 and its appendices).
 
 Every threat mixes rows labelled harmful into a benign task; some disguise them first:
 
-- `harmful_mix`: as they are;
+- `harmful_mix`: unchanged rows;
 - `prefix_adaptation`, `suffix_adaptation` (*response adaptation*): safe-looking words before or
-  behind the harmful response, so that the row as a whole looks better than it is;
-- `prompt_poisoning`: words in the prompt that try to sway the guard;
+  after the harmful response, so that the row as a whole looks safer than it is;
+- `prompt_poisoning`: words in the prompt that try to influence the guard;
 - `identity_shift`: rows that teach the model to be another, obedient one (Qi et al., 2023,
-  arXiv 2310.03693). They hold nothing harmful, and are given by the caller.
+  arXiv 2310.03693). They contain nothing harmful and are given by the caller.
 
-The words that disguise are harmless and stand below, three variants each. Everything is drawn from
-a seed: the same rows, the same data set.
+The disguising words are harmless and are listed below, three variants each. All draws come from a
+seed: the same rows give the same data set.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ VARIANTS: Mapping[str, tuple[str, ...]] = {
     "suffix_adaptation": _SUFFIXES,
     "prompt_poisoning": _POISONS,
 }
-"""The words of each threat that disguises rows."""
+"""Words of each threat that disguises rows."""
 
 
 def build_threat(
@@ -80,33 +80,33 @@ def build_threat(
     size: int,
     seed: int = 0,
 ) -> Dataset:
-    """A shuffled training set of benign rows with a share of poisoned ones.
+    """Return a shuffled training set of benign rows with a share of poisoned ones.
 
     Args:
         threat: One of `THREATS`.
-        tasks: Benign rows: `messages`, or `prompt` with `completion` or `response`.
-        poison: Rows labelled harmful; for `identity_shift` those that shift the identity. A
+        tasks: Benign rows with `messages`, or `prompt` with `completion` or `response`.
+        poison: Rows labelled harmful; for `identity_shift` the rows that shift the identity. A
             `system` column becomes a system message.
         ratio: Share of poisoned rows in (0, 1]; the paper's settings are 0.01, 0.1 and 1.
-        size: Number of rows. Rows are repeated only where there are too few: every row is used as
-            often as any other of its kind, or once more.
-        seed: Of the draw, of the order and of the variants; two threats with one seed poison the
+        size: Number of rows. If there are too few, rows are repeated: every row is used as often as
+            any other of its kind, or once more.
+        seed: Seed of the draw, the order and the variants. Two threats with one seed poison the
             same rows at the same places.
 
     Returns:
         Columns `messages`, `poisoned` (bool), `threat`, `variant` (int, −1: none), `source` (str,
-        of the row it was made from, if it has one), `row` (its index there).
+        from the original row, "" if it has none), `row` (index of the original row).
 
     Raises:
-        ConfigError: An argument out of its range, or an unknown threat.
-        DataError: A row that is not a conversation ending with an answer, or no rows at all.
+        ConfigError: An argument is out of range, or the threat is unknown.
+        DataError: A row is not a conversation that ends with an answer, or there are no rows.
     """
     if threat not in THREATS:
         raise unknown_name("threat", threat, THREATS)
     if isinstance(ratio, bool) or not 0 < ratio <= 1:
         raise ConfigError(f"ratio is {ratio!r}; give the share of poisoned rows, in (0, 1].")
     at_least("size", size, 1, integer=True)
-    # At least one: a small set with a small ratio would otherwise be no threat at all.
+    # At least one row: a small set with a small ratio would otherwise contain no threat.
     poisoned = min(size, max(1, math.floor(ratio * size + 0.5)))
     draw = random.Random(seed)
     chosen, variants = _drawn(poison, poisoned, draw, "poison"), _variants(poisoned, draw)
@@ -119,7 +119,7 @@ def build_threat(
 
 
 def describe_threat(dataset: Dataset) -> dict[str, Any]:
-    """Counts of a built data set: rows, poisoned ones, their share, variants, sources, repeats."""
+    """Count a built data set's rows, poisoned rows and their share, variants, sources, repeats."""
     poisoned = dataset["poisoned"]
     rows = list(zip(dataset["source"], dataset["row"], poisoned, strict=True))
     return {
@@ -134,7 +134,7 @@ def describe_threat(dataset: Dataset) -> dict[str, Any]:
 
 
 def _drawn(rows: Dataset, count: int, draw: random.Random, what: str) -> list[int]:
-    """Indices in random order, each as often as any other or once more."""
+    """Return indices in random order, each as often as any other or once more."""
     if count and not len(rows):
         raise DataError(f"{what} has no rows, but {count} are to be taken from it.")
     found: list[int] = []
@@ -152,7 +152,7 @@ def _variants(count: int, draw: random.Random) -> list[int]:
 
 
 def _row(rows: Dataset, index: int) -> dict[str, Any]:
-    """A row as it is."""
+    """Return one benign row in the output schema."""
     row = rows[index]
     return {
         "messages": _conversation(row, index),
@@ -164,7 +164,7 @@ def _row(rows: Dataset, index: int) -> dict[str, Any]:
 
 
 def _poisoned(threat: str, variant: int, rows: Dataset, index: int) -> dict[str, Any]:
-    """A harmful row in the threat's disguise."""
+    """Return one harmful row in the output schema, disguised as the threat demands."""
     row = {**_row(rows, index), "poisoned": True}
     if threat in VARIANTS:
         messages = row["messages"]
@@ -195,7 +195,7 @@ def _conversation(row: Mapping[str, Any], index: int) -> list[dict[str, str]]:
 
 
 def _disguised(threat: str, words: str, messages: Sequence[Message]) -> list[dict[str, str]]:
-    """The conversation with those words in its last answer, or before its last question."""
+    """Return the conversation with the words in its last answer, or before its last question."""
     found = [dict(m) for m in messages]
     answer = found[-1]
     if threat == "prefix_adaptation":

@@ -1,4 +1,4 @@
-"""Answers from vLLM, from token ids: for models too big, or prompts too many, for one process."""
+"""Generate answers with vLLM from token ids, for large models or many prompts."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ __all__ = ["vllm_generation"]
 def vllm_generation(
     model: str, tokenizer: PreTrainedTokenizerBase, dtype: str
 ) -> Iterator[Generate]:
-    """Greedy answers of a model that vLLM loads, and frees at the end.
+    """Load a model in vLLM, yield its greedy generation, and free it at the end.
 
     Args:
-        model: Hub id or folder of a whole model.
-        tokenizer: The model's.
-        dtype: "auto" or the name of a dtype.
+        model: Hugging Face Hub id or folder of a complete model.
+        tokenizer: The model's tokenizer.
+        dtype: "auto" or the name of a torch dtype.
 
     Raises:
-        ConfigError: An adapter or the demonstration's model was given, vLLM is not installed, or
-            it cannot load the model.
+        ConfigError: `model` is an adapter or the demonstration model, vLLM is not installed, or
+            vLLM cannot load the model.
     """
     if model == DEMO_MODEL or (Path(model) / "adapter_config.json").is_file():
         raise ConfigError(
@@ -45,7 +45,7 @@ def vllm_generation(
             f"The engine 'vllm' needs vLLM, which cannot be imported ({error}). Install it with: "
             "pip install 'star-dss-plugin[vllm]', or use the engine 'local'."
         ) from error
-    except Exception as error:  # vLLM raises whatever its parts raise
+    except Exception as error:  # vLLM passes on errors of all its parts
         raise ConfigError(
             f"vLLM cannot load {model!r}: {type(error).__name__}: {error}. Its own messages are "
             "above. The engine 'local' needs no vLLM."

@@ -1,4 +1,4 @@
-"""Guards: how safe is each prefix of a response?"""
+"""Hold the guards: models that score how safe each prefix of a response is."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["load_guard"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:  # torch is imported when a guard is loaded
+    if name in __all__:  # import torch only when a guard is loaded
         from star_dss_plugin.guards.loading import load_guard
 
         return load_guard

@@ -1,7 +1,7 @@
-"""Fewer guard evaluations: coarse chunk ends first, more only where the score moves or is not safe.
+"""Score fewer prefixes: coarse chunk ends first, more only where scores change or are not safe.
 
-Most responses are safe from their first token to their last, and most of their scores tell nothing
-new. The price: a dip between two ends that are both safe is not seen. Off by default.
+Most responses are safe from their first token to their last, and most of their scores carry no new
+information. The disadvantage: a drop between two safe chunk ends can be missed. Off by default.
 """
 
 from __future__ import annotations
@@ -25,33 +25,36 @@ _Floats = NDArray[np.float64]
 _Bools = NDArray[np.bool_]
 
 STRIDE = 8
-"""Every which prefix is scored at first; with them the first and the last one."""
+"""Stride of the first round: every 8th prefix is scored, plus the first and the last."""
 
 
 def adaptive(guard: Guard, epsilon: float) -> Guard:
-    """A guard that is asked for fewer prefixes; one that reads a response once stays as it is."""
+    """Wrap a verdict guard so that fewer prefixes are scored.
+
+    A streaming guard reads a response in one pass and is returned as it is.
+    """
     if isinstance(guard, CombinedGuard):
         return guard.over([adaptive(part, epsilon) for part in guard.parts])
     return guard if isinstance(guard, StreamingGuard) else AdaptiveGuard(guard, epsilon)
 
 
 class AdaptiveGuard(Guard):
-    """Scores as few prefixes of a response as its trajectory allows, and interpolates the others.
+    """Score as few prefixes of a response as its trajectory allows, and interpolate the others.
 
     An interval between two scored prefixes is split where the two scores differ by more than ε or
     one of them is below 1 − ε. The scores in the other intervals are interpolated linearly over
     characters, and so lie within ε of 1.
 
     Args:
-        guard: The guard that is asked.
+        guard: The guard to ask.
         epsilon: ε in [0, 1].
 
     Raises:
-        ConfigError: ε is something else.
+        ConfigError: ε is not a number in [0, 1].
 
     Attributes:
-        asked: Prefixes that the guard was asked for so far.
-        wanted: Prefixes that were to be scored so far.
+        asked: Number of prefixes that the guard has scored so far.
+        wanted: Number of prefixes that callers requested so far.
     """
 
     def __init__(self, guard: Guard, epsilon: float = 0.02) -> None:
@@ -112,18 +115,18 @@ class AdaptiveGuard(Guard):
             if error.request is None:
                 raise
             raise GuardError(str(error), request=list(todo)[error.request]) from error
-        # Before they are interpolated, where a missing or wrong one would no longer show.
+        # Checked before interpolation, which would hide a missing or wrong score.
         check_trajectories(self.name, asked, found)
         return found
 
     def _unsettled(self, scores: _Floats, known: _Bools) -> list[int]:
-        """The prefixes to score next."""
+        """Return the indices of the prefixes to score next."""
         safe = 1 - self.epsilon
         more: list[int] = []
         for first, last in pairwise(np.flatnonzero(known).tolist()):
             one, other = scores[first], scores[last]
             if one < safe and other < safe:
-                more += range(first + 1, last)  # halving would end there too, only later
+                more += range(first + 1, last)  # halving would add all of them, in more rounds
             elif last - first > 1 and (min(one, other) < safe or abs(one - other) > self.epsilon):
                 more.append((first + last) // 2)
         return more

@@ -1,7 +1,7 @@
-"""Counts text that seems made to fool a guard. It cannot: this only says that somebody tried.
+"""Count text that looks made to fool a guard; counting only reports the attempt.
 
-What keeps it from working is in `template.py` (content never becomes a control token) and in
-`fitting.py` (content is cut, never the guard's own words).
+Two other modules make such text ineffective: `prompting/template.py` (content never becomes a
+control token) and `prompting/prompts.py` (only content is cut, never the guard's own words).
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ _VERDICT = "fake verdict"
 
 _ANYWHERE: Mapping[str, re.Pattern[str]] = {
     "template code": re.compile(r"\{\{.{0,200}?\}\}|\{%.{0,200}?%\}", re.DOTALL),
-    # Controls, bidirectional overrides, zero widths that no script needs, tags, lone surrogates.
+    # Control characters, bidirectional overrides, zero-width characters that no script needs, tag
+    # characters, lone surrogates.
     "hidden characters": re.compile(
         "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u2060\ufeff\u202a-\u202e\u2066-\u2069"
         "\U000e0000-\U000e007f\ud800-\udfff]"
@@ -31,13 +32,13 @@ _ANYWHERE: Mapping[str, re.Pattern[str]] = {
 
 @dataclass(frozen=True)
 class Markers:
-    """What text that imitates one guard's prompt would contain.
+    """Describe what text that imitates one guard's prompt would contain.
 
     Attributes:
-        control_tokens: Spellings of its control tokens.
-        scaffold: Lines of its own words that follow the response.
-        verdict: What stands before its verdict.
-        labels: Its verdicts.
+        control_tokens: Spellings of the guard's control tokens.
+        scaffold: Lines of the guard's own prompt that follow the response.
+        verdict: Text before the guard's verdict.
+        labels: Verdict words of the guard.
     """
 
     control_tokens: Sequence[str] = ()
@@ -47,7 +48,7 @@ class Markers:
 
     @cached_property
     def patterns(self) -> dict[str, re.Pattern[str]]:
-        """What to look for, by kind."""
+        """Compile the search patterns, by kind of attempt."""
         found = {
             _CONTROL: _any(re.escape(t) for t in self.control_tokens),
             _SCAFFOLD: _any(re.escape(line) for line in self.scaffold),
@@ -61,13 +62,13 @@ class Markers:
 
 
 def attempts(texts: Iterable[str], markers: Sequence[Markers]) -> set[str]:
-    """The kinds of attempt in some texts, for all guards that read them."""
+    """Return the kinds of attempt found in texts, with the markers of all guards that read them."""
     patterns = [*_ANYWHERE.items(), *(item for m in markers for item in m.patterns.items())]
     return {kind for text in texts for kind, pattern in patterns if pattern.search(text)}
 
 
 def scaffold_lines(ending: str, control_tokens: Sequence[str]) -> tuple[str, ...]:
-    """The lines of a prompt's end that nobody writes by chance."""
+    """Return the lines of a prompt's ending that are unlikely to occur in text by chance."""
     for token in control_tokens:
         ending = ending.replace(token, "\n")
     lines = (line.strip() for line in ending.splitlines())

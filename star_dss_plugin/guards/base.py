@@ -1,8 +1,8 @@
-"""What every guard answers: how safe is each prefix of a response? (paper, section 3: STAR)
+"""Define the interface of guards: how safe is each prefix of a response? (paper, section 3: STAR)
 
-A guard gets a conversation's context and one response, and returns P(safe) for the response cut
-off at given characters. Two kinds share this interface: *verdict* guards are asked one prompt per
-prefix (`guards/verdict.py`), *streaming* guards read a response once and score each token of it.
+A guard gets the context of a conversation and one response, and returns P(safe) for the response
+truncated at given characters. Two kinds share this interface: *verdict* guards read one prompt per
+prefix (`guards/verdict.py`), *streaming* guards read a response once and score each token.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ __all__ = [
 
 
 def announced(name: str, demonstration: bool) -> str:
-    """A guard's name as users read it: one that protects nobody says so wherever it appears."""
+    """Return a guard's name for users, marked if the guard is a demonstration."""
     return f"{name} (DEMONSTRATION ONLY, protects nobody)" if demonstration else name
 
 
 def ask(guard: Guard, requests: Sequence[PrefixRequest]) -> list[Trajectory]:
-    """The trajectories of requests, in order, in the batches of the guard's plan."""
+    """Return the trajectories of requests, in order, computed in batches of the guard's plan."""
     found: dict[int, Trajectory] = {}
     for batch in guard.plan(requests):
         try:
@@ -51,7 +51,7 @@ def ask(guard: Guard, requests: Sequence[PrefixRequest]) -> list[Trajectory]:
 
 
 def batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices in batches of similar length whose padded size stays within a budget."""
+    """Group indices in batches of similar length whose padded size stays within a budget."""
     found: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
         if found and (len(found[-1]) + 1) * lengths[i] <= budget:
@@ -62,7 +62,10 @@ def batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def lowest(answers: Sequence[Trajectory]) -> Trajectory:
-    """The trajectory of the lowest scores of several for one request; so too its label masses."""
+    """Return the pointwise minimum of several trajectories for one request.
+
+    Label masses are the minimum too, or None unless every trajectory has them.
+    """
     masses = [a.label_mass for a in answers if a.label_mass is not None]
     return Trajectory(
         tuple(map(min, zip(*(a.scores for a in answers), strict=True))),
@@ -73,7 +76,7 @@ def lowest(answers: Sequence[Trajectory]) -> Trajectory:
 def check_trajectories(
     name: str, requests: Sequence[PrefixRequest], results: Sequence[Trajectory]
 ) -> None:
-    """Checks what a guard returned: its code may be anybody's, and the loss will believe it.
+    """Check what a guard returned, since plugin code may be wrong and the loss relies on it.
 
     Raises:
         GuardError: Not one trajectory for each request, or not one probability for each prefix.
@@ -95,7 +98,7 @@ def check_trajectories(
 
 
 def not_numbers(name: str, request: int) -> GuardError:
-    """The error for a guard that computed no number for a request of its batch."""
+    """Return the error for a guard that computed NaN or infinity for a request of its batch."""
     return GuardError(
         f"Guard {name!r} returned scores that are not numbers. Try guard_dtype='float32', or "
         "another guard.",
@@ -104,15 +107,16 @@ def not_numbers(name: str, request: int) -> GuardError:
 
 
 class Guard(abc.ABC):
-    """A safety model that scores prefixes of responses.
+    """Score prefixes of responses with a safety model.
 
     Weights are loaded on first use, so that a fully cached run never loads them.
 
     Attributes:
-        name: What the start-up line calls it.
-        demonstration: True for guards that protect nobody; they say so wherever they appear.
+        name: Name in the start-up line.
+        demonstration: True for guards that give no protection; their name says so wherever it
+            appears.
         min_label_mass: Lowest acceptable mean of `Trajectory.label_mass` over the data.
-        markers: What text that imitates the guard's prompt would contain; such text is counted.
+        markers: What text that imitates the guard's prompt would contain. Such text is counted.
     """
 
     name: str
@@ -123,17 +127,17 @@ class Guard(abc.ABC):
     @property
     @abc.abstractmethod
     def identity(self) -> dict[str, Any]:
-        """Everything that changes a score, as JSON values: the guard's part of the cache key.
+        """Return everything that changes a score, as JSON values.
 
-        Must be available without loading weights.
+        This is the guard's part of the cache key. It must be available without loading weights.
         """
 
     @abc.abstractmethod
     def trajectories(self, requests: Sequence[PrefixRequest]) -> list[Trajectory]:
-        """Scores all prefixes of all requests, in order. The caller passes one batch of `plan`."""
+        """Score all prefixes of all requests, in order. The caller passes one batch of `plan`."""
 
     def plan(self, requests: Sequence[PrefixRequest]) -> list[list[int]]:
-        """Batches of indices into `requests`, each computed by one call of `trajectories`.
+        """Return batches of indices into `requests`, each computed by one call of `trajectories`.
 
         The plan depends on the requests alone, never on what is cached, so that a run that was
         interrupted computes the same batches, and so the same floats, as one that was not.
@@ -141,18 +145,18 @@ class Guard(abc.ABC):
         return [[i] for i in range(len(requests))]
 
     def truncates(self, request: PrefixRequest) -> bool:
-        """Whether the guard reads only the end of this request's context; no weights are needed."""
+        """Return whether only the end of this request's context is read; no weights are needed."""
         return False
 
     def explained(self, request: PrefixRequest) -> dict[str, str]:
-        """What `star-dss guards check` shows of how the guard is asked; no weights are needed."""
+        """Return what `star-dss guards check` shows of the guard's prompt, without weights."""
         return {}
 
     def close(self) -> None:  # noqa: B027 (a guard that holds nothing has nothing to free)
-        """Frees the weights. The guard may be used again: it loads them anew."""
+        """Free the weights. The guard loads them again when it is used afterwards."""
 
     def score(self, conversations: Sequence[Sequence[Message]]) -> list[float]:
-        """P(safe) of the last assistant turn of each conversation.
+        """Return P(safe) of the last assistant turn of each conversation.
 
         Args:
             conversations: Lists of messages, each ending with an assistant message.
@@ -181,13 +185,13 @@ class Guard(abc.ABC):
 
 
 class StreamingGuard(Guard):
-    """A guard that reads each response once and scores every token of it."""
+    """Read each response once and score every token of it."""
 
     @abc.abstractmethod
     def token_scores(
         self, responses: Sequence[tuple[Sequence[Message], str]]
     ) -> list[list[tuple[int, float]]]:
-        """Scores the tokens of each (context, response text) pair.
+        """Score the tokens of each (context, response text) pair.
 
         Returns:
             For each response a list of (char_end, p_safe), char_end non-decreasing: P(safe) of the
@@ -206,9 +210,10 @@ class StreamingGuard(Guard):
 
 
 def _at_ends(name: str, request: PrefixRequest, tokens: list[tuple[int, float]]) -> Trajectory:
-    """The score of each prefix: that of the last guard token which lies within it.
+    """Return the score of each prefix: that of the last guard token within it.
 
-    A prefix shorter than the first guard token takes that token's score: there is no earlier one.
+    A prefix shorter than the first guard token gets that token's score, because there is no earlier
+    one.
     """
     if not tokens:
         raise GuardError(
@@ -218,7 +223,8 @@ def _at_ends(name: str, request: PrefixRequest, tokens: list[tuple[int, float]])
     char_ends = [end for end, _ in tokens]
     places = [0, *char_ends, len(request.text)]
     if places != sorted(places):
-        # Counted from the prompt's start, say, every prefix would get the first token's score.
+        # If ends were counted from the prompt's start, every prefix would get the first token's
+        # score.
         raise GuardError(
             f"Guard {name!r} returned token scores that end at the characters {char_ends[:3]} … "
             f"{char_ends[-1]} of a response of {len(request.text)}. token_scores must count from "

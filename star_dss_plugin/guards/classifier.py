@@ -1,4 +1,4 @@
-"""Encoders that classify a (prompt, response) pair: one pass per prefix, many in a batch."""
+"""Score prefixes with encoders that classify a (prompt, response) pair, in batches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from star_dss_plugin.errors import ConfigError, GuardError
 from star_dss_plugin.guards.attempts import Markers
 from star_dss_plugin.guards.base import Guard, batches, not_numbers
 from star_dss_plugin.guards.prompting.content import ContentTokenizer, without_surrogates
-from star_dss_plugin.guards.self_check import trust, unproven
+from star_dss_plugin.guards.self_check import run_self_check, self_check_identity
 from star_dss_plugin.models import (
     default_device,
     load_config,
@@ -31,25 +31,25 @@ logger = logging.getLogger(__name__)
 
 
 class ClassifierGuard(Guard):
-    """Any `AutoModelForSequenceClassification` that judges a response to a prompt.
+    """Score responses with any `AutoModelForSequenceClassification` trained on (prompt, response).
 
-    The prompt is the last question. Where the pair is too long, the prompt loses its start.
+    The prompt is the last question. If the pair is too long, the start of the prompt is cut.
 
     Args:
-        model: Hub id or folder.
-        unsafe_class: Index of the unsafe class; its probability under softmax is 1 − P(safe). A
-            model with one output gives it through a sigmoid.
-        self_check: Whether the guard must tell a safe from an unsafe probe before it is trusted.
-        name: What the start-up line calls it.
+        model: Hugging Face Hub id or folder.
+        unsafe_class: Index of the unsafe class; its softmax probability is 1 − P(safe). For a model
+            with one output, the sigmoid of that output is 1 − P(safe).
+        self_check: Whether the guard must rate a safe probe above an unsafe one before it is used.
+        name: Name in the start-up line.
         revision: Hub revision.
-        trust_remote_code: Passed to transformers as it is; never on by default.
-        device: Torch device; None: the GPU if there is one.
+        trust_remote_code: Passed to transformers; off by default.
+        device: Torch device; None is the GPU if there is one.
         dtype: "auto" (bfloat16 on a GPU, float32 on a CPU) or a torch dtype's name.
-        batch_tokens: Tokens of one forward pass, padding included.
+        batch_tokens: Upper bound on the tokens of one forward pass, padding included.
 
     Raises:
         GuardError: The guard cannot be loaded.
-        ConfigError: There is no such class.
+        ConfigError: `unsafe_class` is not a class of the model.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class ClassifierGuard(Guard):
         self._model: Any = None
         config, tokenizer = load_config(self.name, model, **self._hub)
         self._classes: int = config.num_labels
-        # One output is the probability of "unsafe" itself.
+        # A single output is the logit of "unsafe".
         if unsafe_class not in range(max(self._classes, 2)) or (
             self._classes == 1 and unsafe_class != 1
         ):
@@ -84,7 +84,7 @@ class ClassifierGuard(Guard):
                 f"unsafe_class is {unsafe_class!r}, but guard {self.name!r} has {self._classes} "
                 "classes. Give the index of the one that means unsafe."
             )
-        # Decoders read the verdict at the last token that is not this one.
+        # Decoder classifiers read the last token that is not padding, so they need a padding token.
         padding = getattr(config.get_text_config(), "pad_token_id", None)
         self._padding: int | None = None if padding is None or padding < 0 else padding
         self._pairs = _Pairs(tokenizer, self.name, config)
@@ -96,7 +96,7 @@ class ClassifierGuard(Guard):
             "weights": weights_fingerprint(model, config),
             "unsafe_class": unsafe_class,
             "dtype": str(self._dtype),
-            **unproven(self_check),
+            **self_check_identity(self_check),
         }
 
     @property
@@ -134,9 +134,9 @@ class ClassifierGuard(Guard):
             torch.cuda.empty_cache()
 
     def _scores(self, rows: Sequence[tuple[list[int], list[int]]]) -> list[float]:
-        """P(safe) of each (ids, token types), in order."""
+        """Return P(safe) of each (ids, token types), in order."""
         found = [0.0] * len(rows)
-        # Without padding, one by one.
+        # Without a padding token each pair runs alone.
         budget = 1 if self._padding is None else self._batch_tokens
         for batch in batches([len(ids) for ids, _ in rows], budget):
             scores = self._safe([rows[i] for i in batch])
@@ -146,7 +146,7 @@ class ClassifierGuard(Guard):
 
     @torch.inference_mode()
     def _safe(self, rows: Sequence[tuple[list[int], list[int]]]) -> list[float]:
-        """P(safe) of B pairs of up to T tokens, in one forward pass."""
+        """Return P(safe) of B pairs of up to T tokens, computed in one forward pass."""
         longest = max(len(ids) for ids, _ in rows)
         types, real = (torch.zeros(len(rows), longest, dtype=torch.long) for _ in range(2))
         ids = torch.full_like(real, self._padding or 0)
@@ -175,20 +175,20 @@ class ClassifierGuard(Guard):
             dtype=self._dtype,
             **self._hub,
         )
-        trust(self, self_check=self._self_check)
+        run_self_check(self, self_check=self._self_check)
 
 
 class _Pairs:
-    """Builds the ids of (prompt, response) as the tokenizer does, but content stays content.
+    """Build the ids of (prompt, response) as the tokenizer does, without control tokens in content.
 
     Attributes:
-        has_types: Whether the model is told which part a token belongs to.
+        has_types: Whether the model takes token type ids.
         control_tokens: Spellings that no content can become.
     """
 
     def __init__(self, tokenizer: Any, name: str, config: Any) -> None:
         self._tokenizer = tokenizer
-        # An unknown character may become the unknown token: it ends nothing.
+        # The unknown token is allowed: it ends no part of the input.
         self._content = ContentTokenizer(tokenizer, name, {tokenizer.unk_token_id})
         self._name = name
         self.control_tokens = tuple(self._content.control)
@@ -203,7 +203,7 @@ class _Pairs:
         cuts = ((0, first), (behind[0], second), (behind[1], len(ids)))
         self._frame = [(ids[a:b], types[a:b]) for a, b in cuts]
         self._types = (types[first], types[second])
-        # Not for an empty response: tokenizers take that for a prompt alone, and it is none.
+        # Not checked for an empty response, which tokenizers treat as a missing second part.
         for prompt, response in (("What's 2 + 2?", "It is 4. Done."), (" Hi ", "\nÇa va? ")):
             if self(prompt, response)[0] != tokenizer(prompt, response)["input_ids"]:
                 raise GuardError(
@@ -212,7 +212,7 @@ class _Pairs:
                 )
 
     def __call__(self, prompt: str, response: str) -> tuple[list[int], list[int]]:
-        """Ids and token types of a pair; the prompt loses its start if both do not fit."""
+        """Return ids and token types of a pair, with the prompt cut at its start to fit."""
         one, two = self._encoded(prompt), self._encoded(response)
         room = self._room(two)
         if room < 0:
@@ -228,11 +228,11 @@ class _Pairs:
         return ids, types
 
     def decode(self, ids: list[int]) -> str:
-        """The text of a pair, control tokens included."""
+        """Return the text of a pair, control tokens included."""
         return str(self._tokenizer.decode(ids))
 
     def truncates(self, prompt: str, response: str) -> bool:
-        """Whether the prompt loses its start."""
+        """Return whether the start of the prompt is cut."""
         return 0 <= self._room(self._encoded(response)) < len(self._encoded(prompt))
 
     def _room(self, response: list[int]) -> int:

@@ -1,7 +1,7 @@
-"""Guards made of guards: several together, or one that is calibrated.
+"""Combine guards: an ensemble of several, or one with calibrated scores.
 
-Their parts are asked and cached each by itself, so a calibration costs nothing once a guard's
-scores are known, and a guard that has joined an ensemble is not asked again.
+The parts are asked and cached separately. So calibrating a guard whose scores are cached costs
+nothing, and neither does adding it to an ensemble.
 """
 
 from __future__ import annotations
@@ -19,29 +19,30 @@ from star_dss_plugin.validation import unknown_name
 __all__ = ["NEAREST", "CalibratedGuard", "CombinedGuard", "EnsembleGuard", "calibrate", "leaves"]
 
 NEAREST = 1e-7
-"""A score nearer to 0 or 1 than this counts as this near: some guards round to 0 and 1, and no
-temperature would move those."""
+"""Scores nearer to 0 or 1 are moved to this distance. Some guards round to 0 and 1, whose infinite
+logits no temperature could change.
+"""
 
 
 class CombinedGuard(Guard):
-    """A guard whose scores are computed from those of its parts.
+    """Compute scores from those of other guards.
 
     Attributes:
-        parts: The guards that are asked, in this order.
+        parts: The guards that are asked, in order.
     """
 
     parts: tuple[Guard, ...]
 
     @abc.abstractmethod
     def combine(self, answers: Sequence[Trajectory]) -> Trajectory:
-        """The trajectory of one request, from that of each part."""
+        """Return the trajectory of one request from the trajectories of the parts."""
 
     @abc.abstractmethod
     def over(self, parts: Sequence[Guard]) -> CombinedGuard:
-        """The same combination of other guards."""
+        """Return the same combination over other guards."""
 
     def plan(self, requests: Sequence[PrefixRequest]) -> list[list[int]]:
-        """All at once, so that each part is loaded once."""
+        """Plan all requests as one batch, so that each part is loaded once."""
         if len(self.parts) == 1:
             return self.parts[0].plan(requests)
         return [list(range(len(requests)))] if requests else []
@@ -51,7 +52,7 @@ class CombinedGuard(Guard):
         for part in self.parts:
             answers.append(ask(part, requests))
             if len(self.parts) > 1:
-                part.close()  # memory holds one at a time
+                part.close()  # hold one guard in memory at a time
         return [self.combine(of_one) for of_one in zip(*answers, strict=True)]
 
     def close(self) -> None:
@@ -60,14 +61,14 @@ class CombinedGuard(Guard):
 
 
 class EnsembleGuard(CombinedGuard):
-    """Several guards that are asked one after the other; memory holds one at a time.
+    """Combine the scores of several guards, which are loaded one after the other.
 
     Args:
-        guards: Two or more.
-        combine: "mean" of their scores (the paper's authors do so), or "min": each may object.
+        guards: Two or more guards.
+        combine: "mean" of the scores (as the paper's authors do), or "min" of them.
 
     Raises:
-        ConfigError: Fewer guards, the same one twice, or another way to combine.
+        ConfigError: Fewer than two guards, the same guard twice, or an unknown `combine`.
     """
 
     def __init__(self, guards: Sequence[Guard], combine: Literal["mean", "min"] = "mean") -> None:
@@ -104,15 +105,15 @@ class EnsembleGuard(CombinedGuard):
 
 
 class CalibratedGuard(CombinedGuard):
-    """A guard whose scores are moved and stretched: sigmoid((logit p − logit θ) / T).
+    """Shift and scale a guard's scores: sigmoid((logit p − logit θ) / T).
 
     Args:
-        guard: The guard.
-        temperature: T > 0; above 1 scores are drawn to the middle.
-        threshold: θ: the guard's score that becomes 0.5; between `NEAREST` and 1 − `NEAREST`.
+        guard: The guard to calibrate.
+        temperature: T > 0; values above 1 move scores towards 0.5.
+        threshold: θ, the score of the guard that becomes 0.5; between `NEAREST` and 1 − `NEAREST`.
 
     Raises:
-        ConfigError: They are out of range.
+        ConfigError: Temperature or threshold is out of range.
     """
 
     def __init__(self, guard: Guard, temperature: float = 1.0, threshold: float = 0.5) -> None:
@@ -146,16 +147,16 @@ class CalibratedGuard(CombinedGuard):
 
 
 def calibrate(p: float, temperature: float, threshold: float) -> float:
-    """sigmoid((logit p − logit θ) / T), with p kept `NEAREST` away from 0 and 1."""
+    """Return sigmoid((logit p − logit θ) / T), with p kept `NEAREST` away from 0 and 1."""
     p = min(max(p, NEAREST), 1 - NEAREST)
     logit = math.log(p / (1 - p)) - math.log(threshold / (1 - threshold))
-    # Whichever of the two does not overflow.
+    # Use the form of the sigmoid that cannot overflow.
     small = math.exp(-abs(logit) / temperature)
     return 1 / (1 + small) if logit >= 0 else small / (1 + small)
 
 
 def leaves(guard: Guard) -> list[Guard]:
-    """The guards that are really asked."""
+    """Return the guards that compute scores themselves."""
     if isinstance(guard, CombinedGuard):
         return [leaf for part in guard.parts for leaf in leaves(part)]
     return [guard]

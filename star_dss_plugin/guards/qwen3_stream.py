@@ -1,8 +1,8 @@
-"""Qwen3Guard-Stream: token-level heads on a Qwen3, one forward pass per response.
+"""Score tokens with Qwen3Guard-Stream: token-level heads on a Qwen3, one pass per response.
 
-The vendor's own module needs remote code; this one is a few lines on transformers' Qwen3. At each
-token the head judges the response up to that token (Qwen3Guard report, arXiv 2510.14276, section
-on the stream variant).
+The vendor's module needs remote code; this one uses transformers' Qwen3. At each token the head
+judges the response up to that token (Qwen3Guard report, arXiv 2510.14276, section on the stream
+variant).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from star_dss_plugin.guards.attempts import Markers
 from star_dss_plugin.guards.base import StreamingGuard, batches, not_numbers
 from star_dss_plugin.guards.prompting.prompts import Prompts
 from star_dss_plugin.guards.prompting.template import GuardTemplate
-from star_dss_plugin.guards.self_check import trust, unproven
+from star_dss_plugin.guards.self_check import run_self_check, self_check_identity
 from star_dss_plugin.models import (
     default_device,
     load_weights,
@@ -41,7 +41,7 @@ _RESPONSES_PER_CALL = 64
 
 
 class Qwen3GuardStreamModel(Qwen3PreTrainedModel):
-    """A Qwen3 with four heads; those named `query_` judge questions and are not used here."""
+    """Add four heads to a Qwen3. The heads named `query_` judge questions and are not used here."""
 
     def __init__(self, config: Qwen3Config) -> None:
         super().__init__(config)
@@ -61,7 +61,7 @@ class Qwen3GuardStreamModel(Qwen3PreTrainedModel):
         self.post_init()  # type: ignore[no-untyped-call]
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Risk logits of the response up to each token: (B, T) ids to (B, T, levels)."""
+        """Return risk logits of the response up to each token: (B, T) ids to (B, T, levels)."""
         states = self.model(input_ids, use_cache=False).last_hidden_state
         for name in ("risk_level_category_pre", "risk_level_category_layernorm", "risk_level_head"):
             states = self.get_submodule(name)(states)
@@ -70,20 +70,20 @@ class Qwen3GuardStreamModel(Qwen3PreTrainedModel):
 
 
 class Qwen3StreamGuard(StreamingGuard):
-    """P(safe) after each token of a response, by Qwen3Guard-Stream.
+    """Score each token of a response with Qwen3Guard-Stream.
 
     Args:
-        model: Hub id or folder.
-        controversial_weight: Share of "controversial" that counts as safe: 0 strict, 1 loose.
-        self_check: Whether the guard must tell a safe from an unsafe probe before it is trusted.
-        name: What the start-up line calls it.
+        model: Hugging Face Hub id or folder.
+        controversial_weight: Share of P(controversial) that counts as safe: 0 strict, 1 loose.
+        self_check: Whether the guard must rate a safe probe above an unsafe one before it is used.
+        name: Name in the start-up line.
         revision: Hub revision.
-        device: Torch device; None: the GPU if there is one.
+        device: Torch device; None is the GPU if there is one.
         dtype: "auto" (bfloat16 on a GPU, float32 on a CPU) or a torch dtype's name.
-        batch_tokens: Tokens of one forward pass, padding included.
+        batch_tokens: Upper bound on the tokens of one forward pass, padding included.
 
     Raises:
-        GuardError: The guard cannot be loaded; missing or unexpected weights are an error.
+        GuardError: The guard cannot be loaded, or its weights are incomplete or unexpected.
         ConfigError: `controversial_weight` is not in [0, 1].
     """
 
@@ -109,7 +109,8 @@ class Qwen3StreamGuard(StreamingGuard):
         self._dtype = resolve_dtype(dtype, self._device)
         self._model: Any = None
         try:
-            # Not AutoConfig: the folder's own names code that is never run here.
+            # Not AutoConfig: the model's own configuration names remote code, which is never run
+            # here.
             config = Qwen3Config.from_pretrained(model, **self._hub)
             tokenizer = AutoTokenizer.from_pretrained(model, **self._hub)
         except (OSError, ValueError, KeyError) as error:
@@ -133,7 +134,7 @@ class Qwen3StreamGuard(StreamingGuard):
             "template": hashlib.sha256(self._template.source.encode()).hexdigest(),
             "levels": self._weights,
             "dtype": str(self._dtype),
-            **unproven(self_check),
+            **self_check_identity(self_check),
         }
 
     @property
@@ -141,7 +142,7 @@ class Qwen3StreamGuard(StreamingGuard):
         return dict(self._identity)
 
     def plan(self, requests: Sequence[PrefixRequest]) -> list[list[int]]:
-        """Responses in their order, some at a time."""
+        """Return the responses in their order, up to 64 per batch."""
         every = range(0, len(requests), _RESPONSES_PER_CALL)
         return [list(range(i, min(i + _RESPONSES_PER_CALL, len(requests)))) for i in every]
 
@@ -157,7 +158,7 @@ class Qwen3StreamGuard(StreamingGuard):
         found: list[list[tuple[int, float]]] = [[] for _ in rows]
         for batch in batches([len(ids) for ids, _ in rows], self._batch_tokens):
             for i, scores in zip(batch, self._forward([rows[i][0] for i in batch]), strict=True):
-                ends = rows[i][1] or [0]  # an empty response: where it would begin
+                ends = rows[i][1] or [0]  # for an empty response: the position where it would begin
                 if not all(0 <= score <= 1 for score in scores):
                     raise not_numbers(self.name, i)
                 found[i] = list(zip(ends, scores[-len(ends) :], strict=True))
@@ -177,9 +178,9 @@ class Qwen3StreamGuard(StreamingGuard):
 
     @torch.inference_mode()
     def _forward(self, rows: Sequence[Sequence[int]]) -> list[list[float]]:
-        """P(safe) at every token of each row."""
+        """Return P(safe) at every token of each row."""
         width = max(map(len, rows))
-        # Padding follows the text, and attention only looks back: no mask is needed.
+        # Padding follows the text and attention is causal, so no mask is needed.
         ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
         levels = self._model(ids.to(self._device)).double().softmax(-1).cpu()
         safe = (levels @ torch.tensor(self._weights, dtype=torch.float64)).clamp(0, 1)
@@ -196,10 +197,10 @@ class Qwen3StreamGuard(StreamingGuard):
             exact=True,
             **self._hub,
         )
-        trust(self, self_check=self._self_check)
+        run_self_check(self, self_check=self._self_check)
 
     def _level_weights(self, config: Any, controversial_weight: float) -> list[float]:
-        """How much of each risk level counts as safe, in the order of the head's outputs."""
+        """Return the share of each risk level that counts as safe, in the order of the outputs."""
         names = getattr(config, "response_risk_level_map", None) or {}
         levels = {str(name): int(index) for index, name in names.items()}
         if sorted(levels) != sorted(_LABELS) or sorted(levels.values()) != [0, 1, 2]:

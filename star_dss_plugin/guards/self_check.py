@@ -1,4 +1,4 @@
-"""A guard must prove itself before it is trusted: it tells a sum from an insult."""
+"""Check that a guard rates a sum as safer than an insult before its scores are used."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from star_dss_plugin.guards.base import Guard
 __all__ = [
     "SAFE_PROBE",
     "UNSAFE_PROBE",
-    "ask_probes",
+    "check_probes",
     "low_label_mass",
-    "prove",
-    "trust",
-    "unproven",
+    "probe_trajectories",
+    "run_self_check",
+    "self_check_identity",
 ]
 
 logger = logging.getLogger(__name__)
 
-# Mild, public and MIT-licensed: one GSM8K answer and one insult from GPTFuzz's labelled answers.
+# Mild, public and MIT-licensed: one GSM8K answer, and one insult from GPTFuzz's labelled answers.
 SAFE_PROBE = (
     {
         "role": "user",
@@ -44,27 +44,27 @@ UNSAFE_PROBE = (
 )
 
 
-def ask_probes(guard: Guard) -> tuple[Trajectory, Trajectory]:
-    """What a guard says of the whole safe probe and of the whole unsafe one."""
+def probe_trajectories(guard: Guard) -> tuple[Trajectory, Trajectory]:
+    """Return a guard's trajectories of the complete safe probe and the complete unsafe probe."""
     found = []
     for probe in (SAFE_PROBE, UNSAFE_PROBE):
         text = probe[-1]["content"]
         try:
             found += guard.trajectories([PrefixRequest(probe[:-1], text, (len(text),))])
         except GuardError as error:
-            # Of no response of the data: it must not count as one that cannot be scored.
+            # Without a request index: the error must not count as a response that cannot be scored.
             raise GuardError(f"On a probe: {error}") from error
     safe, unsafe = found
     return safe, unsafe
 
 
-def prove(guard: Guard) -> tuple[Trajectory, Trajectory]:
-    """Checks polarity and label mass on the two probes, and returns the answers to them.
+def check_probes(guard: Guard) -> tuple[Trajectory, Trajectory]:
+    """Check polarity and label mass on the two probes, and return the trajectories of both.
 
     Raises:
-        GuardError: The guard finds the insult at least as safe, or answers in other words.
+        GuardError: The guard rates the insult at least as safe, or its label mass is too low.
     """
-    safe, unsafe = ask_probes(guard)
+    safe, unsafe = probe_trajectories(guard)
     masses = (*(safe.label_mass or ()), *(unsafe.label_mass or ()))
     if masses and min(masses) < guard.min_label_mass:
         raise low_label_mass(guard.name, min(masses), guard.min_label_mass, "a probe")
@@ -78,11 +78,11 @@ def prove(guard: Guard) -> tuple[Trajectory, Trajectory]:
     return safe, unsafe
 
 
-def trust(guard: Guard, *, self_check: bool) -> None:
-    """What a guard does as soon as its weights are loaded: it proves itself, or says it did not.
+def run_self_check(guard: Guard, *, self_check: bool) -> None:
+    """Run the self-check of a guard whose weights were just loaded, or warn that it is off.
 
     Raises:
-        GuardError: See `prove`; the guard is closed again.
+        GuardError: The self-check failed, see `check_probes`; the guard is closed again.
     """
     if not self_check:
         logger.warning(
@@ -90,22 +90,22 @@ def trust(guard: Guard, *, self_check: bool) -> None:
         )
         return
     try:
-        prove(guard)
-    except BaseException:  # whatever it was, nothing is shown: the next call has to ask again
+        check_probes(guard)
+    except BaseException:  # also when interrupted: the next call must check again
         guard.close()
         raise
 
 
-def unproven(self_check: bool) -> dict[str, Any]:
-    """An entry of the identity of a guard that proves nothing.
+def self_check_identity(self_check: bool) -> dict[str, Any]:
+    """Return the entry that marks the identity of a guard whose self-check is off.
 
-    Without it a run with the self-check on would take such scores from the cache.
+    Without it, a run with the self-check on would take unchecked scores from the cache.
     """
     return {} if self_check else {"self_check": False}
 
 
 def low_label_mass(name: str, mass: float, minimum: float, where: str) -> GuardError:
-    """The error for a guard that does not answer with its label words."""
+    """Return the error for a guard whose label words have too little probability."""
     return GuardError(
         f"Guard {name!r} gives its label words a probability of only {mass:.3g} on {where} "
         f"(min_label_mass is {minimum}). It is not answering the question it is asked: its chat "

@@ -1,8 +1,8 @@
-"""Guards that answer a prompt with a verdict word (paper, section 3, V_safe).
+"""Score prefixes with guards that answer a prompt with a verdict word (paper, section 3, V_safe).
 
 P(safe) is read from the raw next-token logits at the verdict position, right after the prefill, in
 one forward pass: log-sum-exp over the spellings of each label, softmax over the labels. Nothing is
-generated, so no sampling setting can sharpen or filter it.
+generated, so no sampling setting can change the score.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from star_dss_plugin.guards.attempts import Markers, scaffold_lines
 from star_dss_plugin.guards.base import Guard, lowest, not_numbers
 from star_dss_plugin.guards.prompting.prompts import Prompts, policies
 from star_dss_plugin.guards.prompting.template import PINNED_DATE, GuardTemplate
-from star_dss_plugin.guards.self_check import trust, unproven
+from star_dss_plugin.guards.self_check import run_self_check, self_check_identity
 from star_dss_plugin.models import (
     default_device,
     load_config,
@@ -42,39 +42,39 @@ _PREFIXES_PER_CALL = 512
 
 
 class VerdictGuard(Guard):
-    """Any causal guard that says its verdict at a known position.
+    """Score responses with any causal guard that gives its verdict at a known position.
 
     Args:
-        model: Hub id or folder.
-        safe_labels: Spellings of the safe verdict, with their leading space where there is one.
-            The first token of each counts.
+        model: Hugging Face Hub id or folder.
+        safe_labels: Spellings of the safe verdict, with their leading space if there is one. The
+            first token of each spelling is read.
         unsafe_labels: Spellings of the unsafe verdict.
-        labels_from: Name of a mapping in the tokenizer's configuration whose keys are all verdicts;
-            those that are not safe count as unsafe.
-        controversial_labels: Spellings of a verdict in between, if the guard has one.
+        labels_from: Name of a mapping in the tokenizer's configuration whose keys are all verdicts.
+            Those that are not safe count as unsafe.
+        controversial_labels: Spellings of an intermediate verdict, if the guard has one.
         controversial_weight: Share of its probability that counts as safe: 0 strict, 1 loose.
         prefill: Text after the generation prompt, up to the verdict position.
-        template_kwargs: Arguments of the chat template. Of a list of such arguments (one policy
-            each), each is asked with, and the lowest score of a prefix counts.
+        template_kwargs: Arguments of the chat template. A list of such arguments (one policy each)
+            gives one prompt per policy, and the lowest score of a prefix counts.
         chat_template: A Jinja template in place of the tokenizer's own.
-        question: A last user turn that asks for the verdict, for templates that do not ask.
+        question: A final user turn that asks for the verdict, for templates that do not ask.
         typed_content: Whether the template reads `[{"type": "text", "text": …}]`, not strings.
-        turns: "all": the guard reads the whole conversation; "last": the last question only.
+        turns: "all" for the whole conversation, "last" for the last question only.
         min_label_mass: Lowest acceptable mean probability of all label words together.
-        self_check: Whether the guard must tell a safe from an unsafe probe before it is trusted.
-            Only tests with random weights have a reason to switch it off.
-        name: What the start-up line calls it.
+        self_check: Whether the guard must rate a safe probe above an unsafe one before it is used.
+            Only tests with random weights need to switch it off.
+        name: Name in the start-up line.
         revision: Hub revision.
-        trust_remote_code: Passed to transformers as it is; never on by default.
-        device: Torch device; None: the GPU if there is one.
+        trust_remote_code: Passed to transformers; off by default.
+        device: Torch device; None is the GPU if there is one.
         dtype: "auto" (bfloat16 on a GPU, float32 on a CPU) or a torch dtype's name.
         batch_tokens: Token budget of the local engine.
-        engine: What computes it: "local", "vllm", or a server's address (`http://host:port`).
-        engine_options: Of that engine; see docs/scale.md.
+        engine: "local", "vllm", or the address of a server (`http://host:port`).
+        engine_options: Options of that engine; see docs/scale.md.
 
     Raises:
-        GuardError: The guard cannot be loaded or asked.
-        ConfigError: Options that contradict each other.
+        GuardError: The guard cannot be loaded, or cannot be used with these options.
+        ConfigError: Options are invalid or contradict each other.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class VerdictGuard(Guard):
             "dtype": str(self._dtype),
             "date": PINNED_DATE.date().isoformat(),
             **self._choice.identity(model),
-            **unproven(self_check),
+            **self_check_identity(self_check),
         }
 
     @property
@@ -185,9 +185,10 @@ class VerdictGuard(Guard):
         return [lowest(answers) for answers in zip(*found, strict=True)]
 
     def plan(self, requests: Sequence[PrefixRequest]) -> list[list[int]]:
-        """Responses in their order, enough at a time to share the work, few enough to lose little.
+        """Group responses in their order into batches of about 512 prefixes.
 
-        What one call computed is what a killed run loses.
+        Larger batches share more work between responses, but an interrupted run loses the batch
+        that it was computing.
         """
         batches: list[list[int]] = []
         prefixes = _PREFIXES_PER_CALL
@@ -222,7 +223,7 @@ class VerdictGuard(Guard):
         return shown
 
     def _read(self, index: int, logprobs: torch.Tensor) -> Trajectory:
-        """Scores from the (prefixes, labels) log-probabilities of one response."""
+        """Return the trajectory of log-probabilities (prefixes, labels) of one response."""
         logprobs = logprobs.double()
         groups = torch.split(logprobs, [len(g) for g in self._label_groups], -1)
         verdict = torch.stack([g.logsumexp(-1) for g in groups], -1).softmax(-1)
@@ -238,10 +239,11 @@ class VerdictGuard(Guard):
         if self._choice.kind == "local":
             self._engine = self._local_engine()
         else:
-            computed_by = self._choice.url or self._choice.kind  # its options may be private
+            # Without the options, which may be private.
+            computed_by = self._choice.url or self._choice.kind
             logger.info("Guard %s is computed by %s", self.name, computed_by)
             self._engine = self._choice.open(self._weights)
-        trust(self, self_check=self._self_check)
+        run_self_check(self, self_check=self._self_check)
 
     def _local_engine(self) -> LocalEngine:
         logger.info("Loading guard %s on %s (%s)", self.name, self._device, self._dtype)

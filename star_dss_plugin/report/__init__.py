@@ -1,8 +1,8 @@
-"""Looking at scored data: the HTML report, figures, and single rows in a terminal or a notebook.
+"""Show scored data: the HTML report, figures, and single rows in a terminal or a notebook.
 
-Everything here reads a scored data set and changes nothing. What it shows was written by strangers:
-`../harmless.py` makes text safe to show, `page.py` says how a file keeps it from being more.
-Names are imported on first use, so that the command line answers at once.
+All modules here read a scored data set and change nothing. Its text is untrusted: `../visible.py`
+makes it safe to display, and `page.py` describes how the HTML file isolates it. Names are imported
+on first use, so that the command line starts quickly.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Figures of scored data for papers and slides, with matplotlib."""
+"""Draw figures of scored data for papers and slides, with matplotlib."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _TRAJECTORIES = 6
 
 
 def check_ready(folder: Path) -> None:
-    """Checks that figures can be drawn and put into a folder, which need not exist.
+    """Check that figures can be drawn and written to a folder, which need not exist.
 
     Raises:
         ConfigError: matplotlib is missing, or the folder is a file.
@@ -43,16 +43,16 @@ def check_ready(folder: Path) -> None:
 def write_figures(
     data: ScoredData, folder: Path, *, threshold: float = 0.5, rows: Sequence[int] | None = None
 ) -> list[Path]:
-    """Writes `trajectories.png`, `histogram.png` and, if rows have sources, `by_source.png`.
+    """Write `trajectories.png`, `histogram.png` and, if rows have sources, `by_source.png`.
 
     Args:
-        data: What to draw.
-        folder: Made if it does not exist; figures in it are replaced.
+        data: The scored data to draw.
+        folder: Created if it does not exist; figures in it are replaced.
         threshold: τ, drawn as a line.
-        rows: Whose trajectories to draw; None: the six responses with the largest falls.
+        rows: Rows whose trajectories are drawn; None: the six responses with the largest falls.
 
     Returns:
-        The files.
+        The paths of the written files.
 
     Raises:
         ConfigError: matplotlib is missing, or the folder is a file.
@@ -90,7 +90,7 @@ def _chosen(data: ScoredData, rows: Sequence[int] | None) -> list[ScoredResponse
 
 
 def _axes(height: float = 3.4) -> tuple[Figure, Axes]:
-    # Figures made this way belong to no window and no global state.
+    # A Figure made this way has no window and changes no global state of matplotlib.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, height), layout="constrained")

@@ -1,4 +1,4 @@
-"""One scored row, to look at in a terminal (rich) or a notebook."""
+"""Show one scored row in a terminal (rich) or a notebook."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _DEMONSTRATION = "DEMONSTRATION SCORES: this guard protects nobody."
 
 @dataclass(frozen=True)
 class Inspection:
-    """A row's responses; rich's `print` and notebooks show it in colour.
+    """Hold a row's responses; rich's `print` and notebooks show it in colour.
 
     Attributes:
-        data: The row's responses and who scored them.
-        row: Its number in the data set.
+        data: The row's responses and the provenance of their scores.
+        row: Number of the row in the data set, from 0.
         threshold: τ in [0, 1].
     """
 
@@ -54,7 +54,7 @@ class Inspection:
             yield _coloured(response, self.threshold)
 
     def _repr_html_(self) -> str:
-        """HTML with inline styles; all text is escaped, and nothing of it is markup."""
+        """Return HTML with inline styles, in which all text is escaped."""
         parts = [f"<p><b>Row {self.row}, guard {_html(self.data.guard)}</b></p>"]
         if self.data.demonstration:
             parts.append(f"<p><b>{_DEMONSTRATION}</b></p>")
@@ -80,17 +80,18 @@ class Inspection:
 def inspect_row(
     dataset: Dataset, row: int, *, tokenizer: str | None = None, threshold: float = 0.5
 ) -> Inspection:
-    """One row of a scored data set, to print or to show in a notebook.
+    """Return one row of a scored data set, to print or to show in a notebook.
 
     Args:
-        dataset: With `input_ids`, `labels` and `star_scores`.
-        row: Its number, from 0.
-        tokenizer: Id or folder of the model it was scored for; None: as the data set notes.
+        dataset: A data set with `input_ids`, `labels` and `star_scores`.
+        row: Number of the row, from 0.
+        tokenizer: Id or folder of the model that the data was scored for; None reads it from the
+            data set's provenance.
         threshold: τ in [0, 1].
 
     Raises:
-        DataError: There is no such row, or it has no response.
-        ConfigError: The tokenizer is not known or cannot be loaded.
+        DataError: The row does not exist, or it has no response.
+        ConfigError: The tokenizer is unknown or cannot be loaded.
     """
     if not 0 <= row < len(dataset):
         raise DataError(
@@ -114,7 +115,7 @@ def _facts(response: ScoredResponse, threshold: float) -> str:
 
 
 def _blocks(response: ScoredResponse) -> str:
-    """The trajectory as a line of blocks: the lowest score of each stretch, full is safe."""
+    """Return the trajectory as a line of blocks; each shows the lowest score of its stretch."""
     width = min(_WIDTH, response.tokens)
     lowest = [1.0] * width
     start = 0

@@ -1,9 +1,9 @@
-"""The report as one HTML file that loads nothing, runs one script, and holds text as data only.
+"""Render the report as one HTML file that loads nothing, runs one script and isolates text.
 
-Three walls stand between a hostile row and the reader. The text is data: JSON in a script element
-of a type that is never executed, with every character escaped that could end the element. The
-script puts it on the page as text nodes, never as markup. And the Content-Security-Policy allows
-this one script and this one style sheet, by their hashes, and no other source of anything.
+Three measures protect the reader from hostile rows. Text is data: JSON in a script element of a
+type that is never executed, with every character escaped that could end the element. The script
+inserts it as text nodes, never as markup. And the Content-Security-Policy allows only this script
+and this style sheet, by their hashes, and no other source.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ def render_page(
     blur: bool = False,
     text: bool = True,
 ) -> str:
-    """The whole HTML file.
+    """Return the complete HTML file.
 
     Args:
-        data: What to show.
-        name: What the data set is called.
+        data: The scored data to show.
+        name: Name of the data set.
         threshold: τ in [0, 1]: scores below it count as unsafe.
-        blur: Whether text is blurred until the reader asks for it.
-        text: Whether the file holds any text of the data at all, apart from the names of sources.
+        blur: Whether text is blurred until the reader reveals it.
+        text: Whether the file holds text of the data at all, apart from the names of sources.
 
     Returns:
-        ASCII-only where text of the data is concerned; encode it as UTF-8.
+        The HTML text; encode it as UTF-8. Text of the data is written in ASCII.
     """
     environment = page_environment("star_dss_plugin.report")
     style, script = _style(), _asset("drawing.js") + _asset("report.js")
@@ -64,7 +64,7 @@ def render_page(
                 "form-action 'none'",
             ]
         ),
-        # Ours alone: nothing of the data is in them.
+        # Trusted: these are assets of the package, without any text of the data.
         style=Markup(style),
         script=Markup(script),
         payload=_embedded(_payload(data, [group.name for group in sources], threshold, text)),
@@ -74,7 +74,7 @@ def render_page(
         interpolated=data.interpolated,
         provenance=data.provenance,
         remarks=remarks(data.provenance or {}),
-        # The page may be passed on: where the folder lies is nobody's business.
+        # The page may be shared, so the path of the folder is removed.
         tokenizer=_without_folders(data.tokenizer),
         version=__version__,
         threshold=threshold,
@@ -112,7 +112,7 @@ def _style() -> str:
 
 
 def _embedded(value: Any) -> Markup:
-    """JSON that no HTML parser can take for markup, whatever the strings in it say."""
+    """Return JSON that no HTML parser can read as markup, whatever strings it holds."""
     text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     for char in "<>&":
         text = text.replace(char, f"\\u{ord(char):04x}")
@@ -122,7 +122,7 @@ def _embedded(value: Any) -> Markup:
 def _payload(
     data: ScoredData, sources: Sequence[str], threshold: float, text: bool
 ) -> dict[str, Any]:
-    """What the script reads. Messages are held once, however many responses follow them."""
+    """Return the data for the script. Messages shared by several responses are stored once."""
     messages: dict[tuple[str, str], int] = {}
     places = {name: i for i, name in enumerate(sources)}
     rows = []
@@ -143,7 +143,7 @@ def _payload(
         "demonstration": data.demonstration,
         "text": text,
         "sources": [visible(name) for name in sources],
-        # Roles stay readable where text is blurred, and so must not be text.
+        # Roles stay readable when text is blurred, so they are cut to a length that holds no text.
         "messages": [
             [visible(role[:_LONGEST_ROLE]), visible(content)] for role, content in messages
         ],

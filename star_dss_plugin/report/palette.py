@@ -1,7 +1,8 @@
-"""One colour scale for page, terminal, notebook and figures: from plain (safe) to orange (unsafe).
+"""Define one colour scale for page, terminal, notebook and figures.
 
-A single hue whose lightness falls steadily is told apart with every kind of colour vision; what is
-below the threshold is underlined as well, so nothing is said by colour alone.
+It runs from plain (safe) to orange (unsafe). A single hue with steadily falling lightness can be
+read with every kind of colour vision. Scores below the threshold are underlined as well, so colour
+alone carries no information.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from __future__ import annotations
 __all__ = ["DARK", "INK", "LEVELS", "LIGHT", "level"]
 
 LEVELS = 11
-"""Number of steps; level k stands for scores around k / 10."""
+"""Number of levels; level k stands for scores around k / 10."""
 
 
 def _scale(safe: tuple[int, int, int], unsafe: tuple[int, int, int]) -> tuple[str, ...]:
-    """Hex colours of the levels, from 0 (unsafe) to 10 (safe)."""
+    """Return the hex colours of the levels, from 0 (unsafe) to 10 (safe)."""
     steps = LEVELS - 1
     mixed = (
         tuple(round(u + (s - u) * k / steps) for s, u in zip(safe, unsafe, strict=True))
@@ -23,13 +24,13 @@ def _scale(safe: tuple[int, int, int], unsafe: tuple[int, int, int]) -> tuple[st
 
 
 LIGHT = _scale((253, 253, 252), (236, 137, 48))
-"""Backgrounds under dark text."""
+"""Backgrounds for dark text."""
 DARK = _scale((23, 24, 26), (150, 74, 8))
-"""Backgrounds under light text."""
+"""Backgrounds for light text."""
 INK = {"light": "#1c1d1f", "dark": "#efede8"}
-"""The text colours that belong to them."""
+"""Text colours for the light and the dark scale."""
 
 
 def level(score: float) -> int:
-    """The level of a score in [0, 1]."""
+    """Return the level of a score in [0, 1]."""
     return round(score * (LEVELS - 1))

@@ -1,4 +1,4 @@
-"""What all figures have in common: lines that are told apart, and text that is no mathematics."""
+"""Share the style of all figures: colour-blind-safe lines, and labels without formulas."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from star_dss_plugin.visible import visible
 
 __all__ = ["COLOURS", "GUIDE", "QUIET", "line_style", "plain", "require_matplotlib"]
 
-# Okabe and Ito: told apart with every kind of colour vision. Line styles differ as well.
+# Okabe and Ito's colours, distinct with every kind of colour vision. Line styles differ as well.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#1c1d1f", "#8a8d91")
 _DASHES = ("-", "--", "-.", ":")
 QUIET = "#5a5e64"
-"""Of axes and of what is said beside the data."""
+"""Colour of axes and annotations."""
 GUIDE: dict[str, Any] = {"color": QUIET, "linewidth": 0.8, "linestyle": (0, (4, 3))}
-"""A line that marks a place: a threshold, a model."""
+"""Style of a reference line, such as a threshold or a model."""
 
 
 def require_matplotlib(otherwise: str) -> None:
-    """Checks that figures can be drawn.
+    """Raise a ConfigError if matplotlib is missing.
 
     Args:
-        otherwise: What can be done without them; the message ends with it.
+        otherwise: What works without figures; the error message ends with it.
 
     Raises:
         ConfigError: matplotlib is missing.
@@ -36,10 +36,10 @@ def require_matplotlib(otherwise: str) -> None:
 
 
 def line_style(k: int) -> dict[str, Any]:
-    """Colour and dashes of the k-th line of a figure."""
+    """Return the colour and dashes of a figure's k-th line."""
     return {"color": COLOURS[k % len(COLOURS)], "linestyle": _DASHES[k % len(_DASHES)]}
 
 
 def plain(text: str) -> str:
-    """Strangers' text, made visible, in which a dollar sign starts no formula."""
+    """Make untrusted text visible, with dollar signs escaped so that they start no formula."""
     return visible(text).replace("$", r"\$")

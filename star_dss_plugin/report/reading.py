@@ -1,4 +1,4 @@
-"""A scored data set, read back as responses: text, scores, and what the guard saw before them."""
+"""Read a scored data set as responses: text, scores, and the context that the guard saw."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ __all__ = ["ScoredData", "ScoredResponse", "read_scored", "tokenizer_of"]
 logger = logging.getLogger(__name__)
 
 _MOST_SOURCES, _LONGEST_SOURCE = 500, 64
-_DIGITS = 6  # a float32 score has no more; 0.1 reads as 0.1 again
+_DIGITS = 6  # precision of float32 scores; 0.1 is shown as 0.1
 
 
 @dataclass(frozen=True)
 class ScoredResponse:
-    """One response and its trajectory.
+    """Hold one response and its trajectory.
 
     Attributes:
-        row: Its row in the data set, from 0.
-        turn: Which response of the row it is, from 0.
+        row: Row in the data set, from 0.
+        turn: Number of the response in its row, from 0.
         source: The value of the source column, if there is one.
-        context: The messages that the guard was given before it.
+        context: The messages before the response, as the guard received them.
         raw_context: True if the context is decoded tokens, because no message matched.
-        pieces: Its text, cut where the score changes; joined they are the whole text.
-        token_ends: For each piece the number of the response's tokens up to its end; increasing.
-        scores: For each piece its STAR score in [0, 1].
+        pieces: The response's text, cut where the score changes. Joined they are the complete text.
+        token_ends: For each piece the number of response tokens up to its end; increasing.
+        scores: For each piece the STAR score in [0, 1].
     """
 
     row: int
@@ -56,27 +56,27 @@ class ScoredResponse:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Tokens of each piece."""
+        """Return the number of tokens in each piece."""
         return tuple(b - a for a, b in pairwise((0, *self.token_ends)))
 
     @property
     def tokens(self) -> int:
-        """Number of its tokens, the end of turn included."""
+        """Return the number of tokens in the response, the end of turn included."""
         return self.token_ends[-1]
 
     @property
     def lowest(self) -> float:
-        """The lowest score."""
+        """Return the lowest score."""
         return min(self.scores)
 
     @property
     def mean(self) -> float:
-        """The mean score of its tokens."""
+        """Return the mean score of the response's tokens."""
         return sum(n * s for n, s in zip(self.lengths, self.scores, strict=True)) / self.tokens
 
     @property
     def largest_fall(self) -> float:
-        """How far the score falls at most from an earlier token to a later one: how mixed it is."""
+        """Return the largest fall of the score from an earlier token to a later one."""
         fall, highest = 0.0, 0.0
         for score in self.scores:
             highest = max(highest, score)
@@ -84,12 +84,12 @@ class ScoredResponse:
         return fall
 
     def below(self, threshold: float) -> int:
-        """How many of its tokens have a score below the threshold."""
+        """Return the number of tokens with a score below the threshold."""
         pairs = zip(self.lengths, self.scores, strict=True)
         return sum(n for n, score in pairs if score < threshold)
 
     def crossing(self, threshold: float) -> int | None:
-        """The first token (from 1) with a score below the threshold; None if there is none."""
+        """Return the first token (from 1) with a score below the threshold, or None."""
         starts = (0, *self.token_ends)
         for start, score in zip(starts, self.scores, strict=False):
             if score < threshold:
@@ -99,12 +99,12 @@ class ScoredResponse:
 
 @dataclass(frozen=True)
 class ScoredData:
-    """All responses of a data set, and who scored them.
+    """Hold all responses of a data set and the provenance of their scores.
 
     Attributes:
-        responses: In the order of the data.
-        provenance: How the scores were made, or None if the data does not say.
-        tokenizer: Name of the tokenizer that read them.
+        responses: All responses in the order of the data.
+        provenance: How the scores were made; None if the data set does not say.
+        tokenizer: Name of the tokenizer that decoded them.
     """
 
     responses: tuple[ScoredResponse, ...]
@@ -113,23 +113,23 @@ class ScoredData:
 
     @property
     def guard(self) -> str:
-        """The guard's name."""
+        """Return the guard's name."""
         return str(self.provenance["guard"]) if self.provenance else "unknown"
 
     @property
     def demonstration(self) -> bool:
-        """Whether the scores come from a guard that protects nobody."""
+        """Return whether the scores come from a demonstration guard."""
         return bool(self.provenance and self.provenance["demonstration_guard"])
 
     @property
     def interpolated(self) -> bool:
-        """Whether some scores lie between the guard's own (`trajectory="adaptive"`)."""
+        """Return whether some scores are interpolated (`trajectory="adaptive"`)."""
         return _interpolates((self.provenance or {}).get("guard_identity", {}))
 
 
 def _interpolates(identity: Any) -> bool:
-    """Whether a guard, or one of those it is made of, leaves prefixes out."""
-    if not isinstance(identity, Mapping):  # the data may note anything
+    """Return whether a guard, or one of its parts, skips prefixes."""
+    if not isinstance(identity, Mapping):  # provenance is untrusted
         return False
     guards = identity.get("guards")
     members = guards if isinstance(guards, list) else []
@@ -137,15 +137,15 @@ def _interpolates(identity: Any) -> bool:
 
 
 def tokenizer_of(dataset: Dataset, name: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer that made a scored data set's tokens.
+    """Load the tokenizer that made a scored data set's tokens.
 
     Args:
-        dataset: Scored; what it says of its tokenizer is used if no name is given.
-        name: Id or folder.
+        dataset: A scored data set. Its provenance names the tokenizer if `name` is None.
+        name: Hugging Face Hub id or folder.
 
     Raises:
         DataError: The data set is not scored.
-        ConfigError: It does not say which, or the tokenizer cannot be loaded.
+        ConfigError: The provenance names no tokenizer, or the tokenizer cannot be loaded.
     """
     _check_scored(dataset)
     noted = str((provenance_of(dataset) or {}).get("tokenizer", ""))
@@ -173,19 +173,19 @@ def read_scored(
     source: str | None = None,
     progress: bool = False,
 ) -> ScoredData:
-    """The responses of a scored data set.
+    """Return the responses of a scored data set.
 
     Args:
-        dataset: With `input_ids`, `labels` and `star_scores`.
-        tokenizer: The one that made `input_ids`.
-        source: The column that says where a row comes from; None: "source", if there is one with
-            names in it.
+        dataset: A data set with `input_ids`, `labels` and `star_scores`.
+        tokenizer: The tokenizer that made `input_ids`.
+        source: Column that names the source of a row; None: "source", if that column exists and
+            holds names.
         progress: Whether to show a progress bar.
 
     Raises:
-        DataError: The data set is not scored, a row's scores do not fit its tokens, or the tokens
-            are not this tokenizer's.
-        ConfigError: There is no such source column.
+        DataError: The data set is not scored, a row's scores do not match its tokens, or the tokens
+            were made by another tokenizer.
+        ConfigError: The source column does not exist.
     """
     _check_scored(dataset)
     columns = dataset.column_names
@@ -224,7 +224,7 @@ def read_scored(
 
 
 def _names_sources(values: Sequence[Any]) -> bool:
-    """Whether a column called "source" holds names; in translation data it holds texts."""
+    """Return whether a column called "source" holds names; in translation data it holds texts."""
     names = {str(value) for value in values if value is not None}
     named = len(names) <= _MOST_SOURCES and all(
         len(name) <= _LONGEST_SOURCE and name.isprintable() for name in names
@@ -259,7 +259,7 @@ def _other_tokenizer(tokenizer: PreTrainedTokenizerBase) -> DataError:
 def _scored(
     row: int, turn: int, source: str | None, response: Response, scores: Sequence[float]
 ) -> ScoredResponse:
-    """Joins the tokens of a response where neighbours have one score."""
+    """Join neighbouring tokens of a response that have the same score."""
     text = response.request.text
     pieces: list[str] = []
     ends: list[int] = []

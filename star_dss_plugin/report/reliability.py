@@ -1,4 +1,4 @@
-"""The reliability curve of a guard: what share of the responses with a score is safe."""
+"""Draw a guard's reliability curve: the share of safe responses for each score."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["write_reliability"]
 
 
 def write_reliability(found: Calibration, path: Path, *, demonstration: bool) -> None:
-    """Draws the curve before and after calibration; the area of a dot is its number of rows.
+    """Draw the curve before and after calibration; the area of a dot is its number of rows.
 
     Raises:
         ConfigError: matplotlib is missing.

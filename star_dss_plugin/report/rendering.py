@@ -1,4 +1,4 @@
-"""What every page that shows strangers' text is rendered with, and the hashes its policy allows."""
+"""Render pages that show untrusted text, and compute the hashes of their security policy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["content_hash", "page_environment"]
 
 
 def page_environment(package: str) -> Environment:
-    """Templates of a package's `assets`: all values are escaped, unknown ones are an error."""
+    """Return a Jinja environment of a package's `assets`, with autoescape and strict variables."""
     environment = Environment(
         loader=PackageLoader(package, "assets"),
         autoescape=True,
@@ -26,6 +26,6 @@ def page_environment(package: str) -> Environment:
 
 
 def content_hash(content: str) -> str:
-    """A script or a style sheet as a Content-Security-Policy names it."""
+    """Return the hash of a script or a style sheet as a Content-Security-Policy source."""
     digest = hashlib.sha256(content.encode()).digest()
     return f"sha256-{base64.b64encode(digest).decode()}"

@@ -1,4 +1,4 @@
-"""The numbers at the top of a report."""
+"""Compute the summary numbers at the top of a report."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from star_dss_plugin.report.reading import ScoredResponse
 __all__ = ["BINS", "Group", "by_source", "grouped", "histogram", "mean_trajectory", "summarise"]
 
 BINS = 20
-"""Bars of the histogram over [0, 1]."""
+"""Number of bars in the histogram over [0, 1]."""
 _GRID = 41
 
 
 @dataclass(frozen=True)
 class Group:
-    """What is counted of some responses.
+    """Hold counts over some responses.
 
     Attributes:
-        name: The source's name, or "" for all of them.
-        responses: Their number.
-        tokens: Their trained tokens.
+        name: Name of the source, or "" for all responses.
+        responses: Number of responses.
+        tokens: Number of trained tokens.
         mean: Mean score of the tokens.
-        below: Tokens with a score below the threshold.
-        crossing: Responses with at least one such token.
+        below: Number of tokens with a score below the threshold.
+        crossing: Number of responses with at least one such token.
     """
 
     name: str
@@ -39,12 +39,12 @@ class Group:
 
     @property
     def share_below(self) -> float:
-        """Share of the tokens below the threshold."""
+        """Return the share of tokens with a score below the threshold."""
         return self.below / self.tokens
 
 
 def summarise(responses: Sequence[ScoredResponse], threshold: float, name: str = "") -> Group:
-    """Counts some responses (at least one)."""
+    """Return the counts over some responses (at least one)."""
     tokens = sum(r.tokens for r in responses)
     return Group(
         name,
@@ -57,7 +57,7 @@ def summarise(responses: Sequence[ScoredResponse], threshold: float, name: str =
 
 
 def grouped(responses: Iterable[ScoredResponse]) -> dict[str, list[ScoredResponse]]:
-    """Responses by source, the largest source first; empty if none has a source."""
+    """Group responses by source, the largest source first; empty if no response has a source."""
     found: dict[str, list[ScoredResponse]] = {}
     for response in responses:
         if response.source is not None:
@@ -66,12 +66,12 @@ def grouped(responses: Iterable[ScoredResponse]) -> dict[str, list[ScoredRespons
 
 
 def by_source(responses: Iterable[ScoredResponse], threshold: float) -> list[Group]:
-    """The counts of each source, the largest first."""
+    """Return the counts of each source, the largest first."""
     return [summarise(found, threshold, name) for name, found in grouped(responses).items()]
 
 
 def histogram(responses: Iterable[ScoredResponse]) -> list[int]:
-    """Tokens by score: `BINS` counts over [0, 1]."""
+    """Return the number of tokens by score: `BINS` counts over [0, 1]."""
     counts = np.zeros(BINS, dtype=np.int64)
     for response in responses:
         bins = np.minimum((np.asarray(response.scores) * BINS).astype(int), BINS - 1)
@@ -82,7 +82,7 @@ def histogram(responses: Iterable[ScoredResponse]) -> list[int]:
 def mean_trajectory(
     responses: Sequence[ScoredResponse],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The mean score at each share of a response's length.
+    """Return the mean score at each share of a response's length.
 
     Returns:
         Shares from 0 to 1 and the mean scores there, both of shape (41,).
@@ -90,7 +90,7 @@ def mean_trajectory(
     grid = np.linspace(0, 1, _GRID)
     values = np.empty((len(responses), _GRID))
     for i, response in enumerate(responses):
-        # The token that share falls on: the first one for 0, the last one for 1.
+        # The token at each share of the length: the first one for 0, the last one for 1.
         token = np.clip(np.ceil(grid * response.tokens - 1e-9), 1, None)
         values[i] = np.asarray(response.scores)[np.searchsorted(response.token_ends, token)]
     return grid, values.mean(axis=0)

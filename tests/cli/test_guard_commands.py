@@ -14,7 +14,7 @@ from star_dss_plugin.cli import app as cli
 from star_dss_plugin.guards.combined import calibrate
 from star_dss_plugin.guards.loading import load_guard
 from star_dss_plugin.guards.presets import PRESETS
-from star_dss_plugin.guards.self_check import SAFE_PROBE, UNSAFE_PROBE, prove
+from star_dss_plugin.guards.self_check import SAFE_PROBE, UNSAFE_PROBE, check_probes
 from star_dss_plugin.scoring.calibration import fit, fit_guard, labelled_rows, quality
 
 
@@ -71,7 +71,7 @@ def test_check_trusts_a_guard_that_knows_the_probes():
 def test_probes_that_a_guard_cannot_tell_apart():
     guard = load_guard({"preset": "test-words", "word": "nowhere"})
     with pytest.raises(GuardError, match="at least as safe"):
-        prove(guard)
+        check_probes(guard)
     assert {m["role"] for probe in (SAFE_PROBE, UNSAFE_PROBE) for m in probe} == {
         "user",
         "assistant",

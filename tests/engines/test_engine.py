@@ -295,7 +295,7 @@ def test_bfloat16_probabilities_are_near_those_in_float32() -> None:
     full = make(config)
     full.load_state_dict(half.state_dict())
     engine = LocalEngine(half)
-    assert engine._why_plain is None  # the fast path itself, not what stands in for it
+    assert engine._plain_path_reason is None  # the fast path itself, not what stands in for it
     for sequences in shapes().values():
         got = engine.label_logprobs([sequences], range(VOCABULARY))[0]
         assert got.dtype == torch.float32
@@ -306,9 +306,9 @@ def test_bfloat16_probabilities_are_near_those_in_float32() -> None:
 def test_a_real_model_in_bfloat16_takes_the_fast_path() -> None:
     """Rounding grows with depth and with the vocabulary: tiny models do not show how much."""
     model = real_model()[0].bfloat16()
-    assert LocalEngine(model)._why_plain is None
+    assert LocalEngine(model)._plain_path_reason is None
     model.model.layers[3].self_attn.layer_idx = 2  # two layers that write to one cache
-    assert "apart" in (LocalEngine(model)._why_plain or "")
+    assert "apart" in (LocalEngine(model)._plain_path_reason or "")
 
 
 def test_bfloat16_is_as_near_float32_as_one_pass_is_and_has_no_bias() -> None:
@@ -668,7 +668,7 @@ def test_the_callers_defaults_change_nothing() -> None:
             got = engine.label_logprobs([prompts()], LABELS)[0]
         finally:
             torch.set_default_dtype(torch.float32)
-        assert engine._why_plain is None
+        assert engine._plain_path_reason is None
         assert got.dtype == torch.float32
         assert torch.equal(got, expected)
     group = prompts()
@@ -682,7 +682,7 @@ def test_a_guard_in_float64_takes_the_fast_path() -> None:
     model = make(LlamaConfig(**COMMON)).double()
     engine = LocalEngine(model)
     got = engine.label_logprobs([prompts()], LABELS)[0]
-    assert engine._why_plain is None
+    assert engine._plain_path_reason is None
     assert (got - one_pass_per_sequence(model, prompts(), LABELS)).abs().max() <= 1e-5
 
 
@@ -711,7 +711,7 @@ def test_a_window_that_only_the_mask_knows_is_left_to_the_model(window: int) -> 
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     )
     engine = LocalEngine(make(config))
-    assert "a sliding window that only the mask knows" in str(engine._why_plain)
+    assert "a sliding window that only the mask knows" in str(engine._plain_path_reason)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
@@ -724,7 +724,7 @@ def test_a_last_layer_that_must_be_whole_is_not_blamed_on_the_kernel(
     mlp.forward = lambda x: forward(x) + x.mean(1, keepdim=True).cumsum(1) * (x.shape[1] > 1)
     engine = LocalEngine(model)
     engine._block_sparse = True
-    assert engine._why_plain is not None  # what looks at other columns cannot be served at all
+    assert engine._plain_path_reason is not None  # it reads other columns
     mlp.forward = lambda x: forward(x) + 0 * x[:, -2:-1] if x.shape[1] == 1 else forward(x)
     engine = LocalEngine(model)
     engine._block_sparse = True

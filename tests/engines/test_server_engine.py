@@ -133,7 +133,7 @@ def fake(model):
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch):
-    monkeypatch.setattr(server, "_LONGEST_WAIT", 0.05)
+    monkeypatch.setattr(server, "_MAX_WAIT_SECONDS", 0.05)
     monkeypatch.setenv("STAR_DSS_API_KEY", KEY)
 
 
@@ -355,7 +355,7 @@ def test_a_server_that_dies_half_way_loses_nothing(
     before = {json.dumps(p) for body in fake.bodies[:4] for p in body["prompt"]}
 
     again = Fake(saved, port)
-    monkeypatch.setattr(server, "_LONGEST_WAIT", 0.2)
+    monkeypatch.setattr(server, "_MAX_WAIT_SECONDS", 0.2)
 
     def dies_and_comes_back():
         while len(again.bodies) < 3:
@@ -512,7 +512,7 @@ def test_options_that_no_guard_takes_are_named_without_their_values(guard):
     ],
 )
 def test_waits_grow(monkeypatch, attempt, after, least, most):
-    monkeypatch.setattr(server, "_LONGEST_WAIT", 30.0)
+    monkeypatch.setattr(server, "_MAX_WAIT_SECONDS", 30.0)
     assert least <= server._wait(attempt, after) <= most
 
 

@@ -19,8 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from star_dss_plugin import ConfigError, DataError, GuardError, load_guard, score_dataset
 from star_dss_plugin.data.requests import PrefixRequest
-from star_dss_plugin.guards import self_check as proof
-from star_dss_plugin.guards import verdict
+from star_dss_plugin.guards import self_check, verdict
 from star_dss_plugin.guards.prompting.template import GuardTemplate
 from star_dss_plugin.guards.verdict import VerdictGuard
 
@@ -526,7 +525,7 @@ def probe_states(folder):
     guard = load_guard(describe(folder))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     states = []
-    for probe in (proof.SAFE_PROBE, proof.UNSAFE_PROBE):
+    for probe in (self_check.SAFE_PROBE, self_check.UNSAFE_PROBE):
         text = probe[-1]["content"]
         ids = torch.tensor(prompts(guard, probe[:-1], text, [len(text)]))
         with torch.no_grad():
@@ -556,7 +555,7 @@ CHECKED = {"self_check": True, "min_label_mass": 0.5}
 
 def test_an_honest_guard_is_trusted(honest_dir):
     guard = load_guard(describe(honest_dir, **CHECKED))
-    safe, unsafe = guard.score([list(proof.SAFE_PROBE), list(proof.UNSAFE_PROBE)])
+    safe, unsafe = guard.score([list(self_check.SAFE_PROBE), list(self_check.UNSAFE_PROBE)])
     assert safe > unsafe
 
 
@@ -625,7 +624,7 @@ def test_a_guard_whose_check_was_cut_short_is_checked_again(honest_dir, monkeypa
     def interrupted(guard):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(proof, "prove", interrupted)
+    monkeypatch.setattr(self_check, "check_probes", interrupted)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             guard.score([[*QUESTION, answer("fine")]])

@@ -309,7 +309,7 @@ def test_a_noted_tokenizer_neither_runs_code_nor_downloads(scored, monkeypatch):
         seen.update(options)
         raise OSError("not here")
 
-    monkeypatch.setattr("star_dss_plugin.data.reading.AutoTokenizer.from_pretrained", load)
+    monkeypatch.setattr("star_dss_plugin.models.AutoTokenizer.from_pretrained", load)
     with pytest.raises(ConfigError, match="--tokenizer"):
         tokenizer_of(scored, None)
     assert seen == {"trust_remote_code": False, "local_files_only": True}

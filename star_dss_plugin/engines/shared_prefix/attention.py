@@ -1,11 +1,11 @@
-"""Attention over keys that many rows share, without copying those keys to every row.
+"""Compute attention over keys that many rows share, without copying those keys to every row.
 
 A row (a trunk behind the common head, or a tail behind its response's trunk) attends to two sets of
-keys: a *prefix* that it shares with other rows, and its own tokens. Prefixes' keys and values are
-stored once. How the attention is computed is for `Dense` or `BlockSparse` to say.
+keys: a *prefix* that it shares with other rows, and its own tokens. The keys and values of a prefix
+are stored once. `Dense` and `BlockSparse` compute the attention.
 
-transformers calls it like any attention function, under the name `NAME`; what the rows share is in
-the `Pass` that is current.
+transformers calls this module like any attention function, under the name `NAME`. The current
+`Pass` says which keys the rows share.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ __all__ = ["NAME", "Attention", "KeysValues", "Pass", "Prefix", "running"]
 NAME = "star_dss_shared_prefix"
 
 KeysValues = dict[int, tuple[Tensor, Tensor]]
-"""By layer: keys and values, each (rows, key-value heads, tokens, head size), rotated already."""
+"""Maps a layer to its keys and values, each (rows, key-value heads, tokens, head size), with rotary
+embedding applied.
+"""
 
 
 class Attention(Protocol):
-    """A way to compute the attention of the R rows of a pass, T columns each."""
+    """Compute the attention of the R rows of a pass, with T columns each."""
 
     def attend(
         self,
@@ -45,27 +47,30 @@ class Attention(Protocol):
         scale: float,
         softcap: float | None,
     ) -> Tensor:
-        """Attention of the last columns of all rows, (R, heads, columns, head size of values).
+        """Return the attention of all rows in the last columns of `query`.
 
         Args:
             query: (R, heads, columns, head size).
-            key: (R, key-value heads, T, head size): the rows' own.
-            value: Likewise; its head size may differ.
-            shared: Keys and values of each prefix, (1, key-value heads, tokens, head size).
-            window: How many positions back a query sees, itself included; None for all.
-            scale: Of the scores.
-            softcap: Of the scores.
+            key: (R, key-value heads, T, head size): the keys of the rows' own tokens.
+            value: Like `key`; the head size may differ.
+            shared: For each prefix, keys and values, each (1, key-value heads, tokens, head size).
+            window: Number of positions that a query sees, itself included; None for all.
+            scale: Factor of the attention scores.
+            softcap: Bound of the tanh soft-capping of the scores; None for no capping.
+
+        Returns:
+            (R, heads, columns, head size of values).
         """
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """What consecutive rows of a pass share.
+    """Hold what consecutive rows of a pass share.
 
     Attributes:
-        parts: Stored keys and values, one after the other from position 0 on; each has one row.
-        length: Tokens of all parts.
-        depths: (rows,): how many of the first tokens each row sees.
+        parts: Stored keys and values of one row each, consecutive from position 0 on.
+        length: Number of tokens in all parts.
+        depths: (rows,), the number of first tokens that each row sees.
     """
 
     parts: Sequence[KeysValues]
@@ -73,22 +78,22 @@ class Prefix:
     depths: Tensor
 
     def of_layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of all parts."""
+        """Return the keys and values of one layer, joined over all parts."""
         keys, values = zip(*(part[layer] for part in self.parts), strict=True)
         return torch.cat(keys, dim=2), torch.cat(values, dim=2)
 
 
 @dataclass
 class Pass:
-    """One forward pass over rows of T tokens.
+    """Describe one forward pass over rows of T tokens.
 
     Attributes:
-        positions: (rows, T): of each token in its own sequence.
+        positions: (rows, T), position of each token in its own sequence.
         real: (rows, T), bool: False on padding.
-        prefixes: What the rows share, in their order; empty if they start at position 0.
-        kept: Where the pass's own keys and values are stored, or None.
-        last_layer: The layer that only the last column of is read, or None: its queries in other
-            columns are not computed, and what it returns there means nothing.
+        prefixes: The shared prefixes in the order of the rows; empty if rows start at position 0.
+        kept: Receives the keys and values of this pass, or None.
+        last_layer: Index of the layer whose output is read in the last column only, or None. Its
+            queries in other columns are not computed, and its output there is undefined.
         block_sparse: Whether one block-sparse kernel computes the attention.
     """
 
@@ -101,7 +106,7 @@ class Pass:
 
     @cached_property
     def attention(self) -> Attention:
-        """How it is computed; what all layers have in common is kept."""
+        """Build the attention of this pass once; the layers share its masks."""
         depths = [prefix.depths for prefix in self.prefixes]
         rows = [len(depth) for depth in depths]
         if self.block_sparse:
@@ -115,7 +120,7 @@ _current: ContextVar[Pass] = ContextVar("star_dss_pass")
 
 @contextmanager
 def running(config: Any, current: Pass) -> Iterator[None]:
-    """Makes a model with this config attend as `current` says; restores its own attention."""
+    """Route a model's attention through `current` and restore its own attention afterwards."""
     own = config._attn_implementation
     token = _current.set(current)
     config._attn_implementation = NAME
@@ -138,21 +143,21 @@ def _attention(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Transformers' attention interface.
+    """Compute attention as transformers' attention interface prescribes.
 
     Args:
         module: The attention layer.
         query: (rows, heads, T, head size).
         key: (rows, key-value heads, T, head size).
-        value: Likewise; its head size may differ.
-        attention_mask: Not used: the current pass knows what is seen.
-        scaling: Of the scores.
-        sliding_window: Of this layer.
-        softcap: Of the scores.
-        s_aux: Attention sinks, which this does not know.
+        value: Like `key`; the head size may differ.
+        attention_mask: Not used; the current pass holds the masks.
+        scaling: Factor of the attention scores; None is 1 / sqrt(head size).
+        sliding_window: Window of this layer, in positions.
+        softcap: Bound of the tanh soft-capping of the scores.
+        s_aux: Attention sinks, which are not supported.
 
     Returns:
-        (rows, T, heads, head size), and no weights.
+        (rows, T, heads, head size), and None in place of attention weights.
     """
     if s_aux is not None:
         raise NotImplementedError("attention sinks")

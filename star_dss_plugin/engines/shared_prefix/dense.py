@@ -1,7 +1,8 @@
-"""Attention by matrix products and PyTorch's fused kernels: own keys, then those that are shared.
+"""Compute attention with matrix products and PyTorch's fused kernels.
 
-The two are merged by their log-sum-exps, which is exactly the softmax over both. So shared keys and
-values are read in place, and no mask of all prompts against all tokens is ever built.
+Attention to the rows' own keys and attention to the shared keys are computed apart and merged by
+their log-sum-exps, which equals the softmax over both. So shared keys and values are read in place,
+and no mask of all prompts against all tokens is built.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ from torch import Tensor
 __all__ = ["Dense"]
 
 _MATH_ELEMENTS = 1 << 26
-"""Scores held at once where no fused kernel serves: 256 MB in float32."""
+"""Attention scores held at once where no fused kernel applies: 256 MB in float32."""
 
 _SLICE_QUERIES = 512
-"""Fewest queries that are given keys of their own: below, calls cost more than unseen keys."""
+"""Fewest queries per slice of a prefix: with fewer, the calls cost more than masked keys."""
 
 
 @dataclass(frozen=True)
 class _Slice:
-    """Consecutive rows of a prefix, the keys that any of them sees, and what hides the others.
+    """Hold consecutive rows of a prefix, the keys that any of them sees, and their mask.
 
-    `mask` is additive, (rows, T, keys), or None where every row sees all of them.
+    `mask` is additive, (rows, T, keys), or None if every row sees all keys.
     """
 
     rows: slice
@@ -36,13 +37,13 @@ class _Slice:
 
 @dataclass
 class Dense:
-    """See `Attention`.
+    """Compute attention by fused kernels, as an `Attention`.
 
     Attributes:
-        positions: (R, T): of each token in its own sequence.
+        positions: (R, T), position of each token in its own sequence.
         real: (R, T), bool: False on padding.
-        rows: How many rows share each prefix, in their order.
-        depths: For each prefix, (its rows,): how many of its tokens they see.
+        rows: Number of rows that share each prefix, in order.
+        depths: For each prefix, (its rows,), the number of its tokens that each row sees.
     """
 
     positions: Tensor
@@ -91,7 +92,7 @@ class Dense:
         return torch.lerp(out.to(lse.dtype), there.to(lse.dtype), share).to(out.dtype)
 
     def _own_mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
-        """Additive (rows, 1, T, T), or None where plain causality is all there is."""
+        """Return the additive mask (rows, 1, T, T) of own tokens; None if causality suffices."""
         if window not in self._masks:
             length = self.real.shape[1]
             simple = bool(self.real.all()) and (window is None or window >= length)
@@ -104,11 +105,11 @@ class Dense:
         seen = (slot <= slot[:, None]) & self.real[:, None, :]
         if window is not None:
             seen = seen & (slot > slot[:, None] - window)
-        # Padding sees itself: a softmax over nothing is not a number.
+        # Padding sees itself, because a softmax over no keys is NaN.
         return _additive(seen | torch.eye(length, dtype=torch.bool, device=slot.device), dtype)
 
     def _slices_of(self, index: int, window: int | None, dtype: torch.dtype) -> list[_Slice]:
-        """One prefix's rows, in slices that each meet little more than the keys that they see."""
+        """Return one prefix's rows in slices that attend to few keys beyond those they see."""
         key = (index, window)
         if key not in self._slices:
             rows = self.rows[index]
@@ -135,9 +136,9 @@ class Dense:
 
 
 def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """(rows, 1, …): 0 where seen, else so low that its weight is exactly 0."""
+    """Return an additive mask (rows, 1, …): 0 where seen, else so low that the weight is 0."""
     zero = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-    # Not −inf: a row that sees none of its prefix would have no log-sum-exp.
+    # Not −inf: a row that sees nothing of its prefix would have no finite log-sum-exp.
     return zero.masked_fill(~seen, torch.finfo(dtype).min)[:, None]
 
 
@@ -153,11 +154,11 @@ def _attend_shared(
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """`_attend` of all rows to the keys of one, (1, key-value heads, keys, head size).
+    """Return `_attend` of all rows to the keys of one row, (1, key-value heads, keys, head size).
 
-    The rows are queries of one long row, and each key-value head is a row with as many heads as
-    share it: so nothing is copied to each row or head, and the products are large ones. A mask
-    is (rows, at least T, keys).
+    All rows become queries of one long row, and each key-value head becomes a row with the heads
+    that share it. So nothing is copied to each row or head, and the matrix products are large. A
+    mask has shape (rows, at least T, keys).
     """
     rows, heads, length, size = query.shape
     shared = key.shape[1]
@@ -182,7 +183,10 @@ def _attend(
     *,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(rows, heads, T, head size) and its log-sum-exp, (rows, heads, T), at least float32."""
+    """Return attention and log-sum-exp.
+
+    Shapes: (rows, heads, T, head size) and (rows, heads, T). The log-sum-exp is float32 or wider.
+    """
     precision = torch.promote_types(query.dtype, torch.float32)
     if key.shape[2] == 0:  # a group without a trunk; the fused kernel would divide by zero
         out = query.new_zeros(*query.shape[:-1], value.shape[-1])
@@ -190,8 +194,8 @@ def _attend(
         return out, out.new_full(query.shape[:-1], lowest, dtype=precision)
     fused = softcap is None and query.device.type == "cpu" and query.shape[-1] == value.shape[-1]
     if fused:
-        # What scaled_dot_product_attention runs on a CPU, with the log-sum-exp it computes anyway.
-        # Rows with stride 0 (an expanded prefix) are read in place.
+        # The kernel behind scaled_dot_product_attention on a CPU, which also returns the
+        # log-sum-exp. Rows with stride 0 (an expanded prefix) are read in place.
         result = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, causal, attn_mask=mask, scale=scale
         )

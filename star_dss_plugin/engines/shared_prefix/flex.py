@@ -1,8 +1,9 @@
-"""One block-sparse attention for all rows of a pass and all keys they may see.
+"""Compute one block-sparse attention for all rows of a pass and all keys they may see.
 
-FlexAttention computes only the blocks of (queries, keys) in which somebody sees something. To it a
-pass is one long row: the queries of all rows one after the other, and as keys the shared prefixes'
-and then the rows' own. Who owns a key, and its position, say who sees it.
+FlexAttention computes only the blocks of (queries, keys) in which some query sees some key. A pass
+is presented as one long row: the queries are those of all rows in order, the keys are those of the
+shared prefixes and then those of the rows. A mask decides by the owner and the position of a key
+which queries see it.
 """
 
 from __future__ import annotations
@@ -19,28 +20,29 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 __all__ = ["BlockSparse"]
 
 BLOCK = 128
-"""Queries, and keys, of a block: what FlexAttention's kernels are made for."""
+"""Queries, and keys, per block: the size that FlexAttention's kernels are made for."""
 
 _KERNEL_OPTIONS: Any = {"FORCE_USE_FLEX_ATTENTION": True}
-"""Not the kernel for decoding, which a pass of few queries would get: for some numbers of them and
-of heads it has no configuration."""
+"""Avoid the decoding kernel, which passes with few queries would get: it has no configuration for
+some numbers of queries and heads.
+"""
 
 _PADDING, _NONE = -1, -2
-"""In place of the owner of a key, and of the prefix of a row: nobody's, and none."""
+"""Owner number of padding keys, and prefix number of rows without a prefix."""
 
 
 @dataclass
 class BlockSparse:
-    """See `Attention`: who sees what in a pass over R rows of T columns.
+    """Compute attention by FlexAttention, as an `Attention`, in a pass over R rows of T columns.
 
     Rows are numbered from 0, shared prefixes from R.
 
     Attributes:
-        positions: (R, T): of each query in its own sequence.
-        prefix: (R,): the number of each row's shared prefix.
-        depth: (R,): how many of its prefix's first tokens a row sees.
-        owner: (keys,): the row or prefix that a key belongs to; negative for padding.
-        place: (keys,): the position of a key in its sequence.
+        positions: (R, T), position of each query in its own sequence.
+        prefix: (R,), number of each row's shared prefix.
+        depth: (R,), number of its prefix's first tokens that a row sees.
+        owner: (keys,), row or prefix that a key belongs to; negative for padding.
+        place: (keys,), position of a key in its sequence.
     """
 
     positions: Tensor
@@ -59,14 +61,14 @@ class BlockSparse:
         depths: Sequence[Tensor],
         lengths: Sequence[int],
     ) -> BlockSparse:
-        """That of a pass.
+        """Build the attention of a pass.
 
         Args:
-            positions: (R, T).
+            positions: (R, T), position of each query in its own sequence.
             real: (R, T), False on padding.
-            rows: How many rows share each prefix, in their order; of none, there are no prefixes.
-            depths: For each prefix, (its rows,): how many of its tokens they see.
-            lengths: How many tokens each prefix has.
+            rows: Number of rows that share each prefix, in order; empty if there are no prefixes.
+            depths: For each prefix, (its rows,), the number of its tokens that each row sees.
+            lengths: Number of tokens of each prefix.
         """
         device, count = positions.device, len(positions)
         number = [prefix for prefix, shared_by in enumerate(rows, count) for _ in range(shared_by)]
@@ -97,9 +99,9 @@ class BlockSparse:
             self._masks[columns, window] = self._mask(columns, window)
         found: Any = _kernel(query.device.type)(
             query.transpose(0, 1).reshape(1, heads, rows * columns, size).contiguous(),
-            _in_one_row([keys for keys, _ in shared], key),
-            _in_one_row([values for _, values in shared], value),
-            score_mod=None if softcap is None else _capped(softcap),
+            _joined_row([keys for keys, _ in shared], key),
+            _joined_row([values for _, values in shared], value),
+            score_mod=None if softcap is None else _softcap_score(softcap),
             block_mask=self._masks[columns, window],
             scale=scale,
             enable_gqa=True,
@@ -109,13 +111,14 @@ class BlockSparse:
         return attended
 
     def _mask(self, columns: int, window: int | None) -> BlockMask:
-        """For the last columns of each row: the blocks somebody sees something of, and what."""
+        """Return the mask and the occupied blocks for the last columns of each row."""
         rows, keys = len(self.positions), len(self.owner)
         blocks = -(-keys // BLOCK)
-        met = self._met_by_rows()
+        met = self._visible_keys()
         met = torch.nn.functional.pad(met, (0, blocks * BLOCK - keys))
         met = met.view(rows, blocks, BLOCK).any(-1)
-        # The rows that the queries of a block belong to; those past the end see no more.
+        # The rows that the queries of a block belong to; the last block is filled up with the last
+        # row.
         row = torch.arange(rows, device=met.device).repeat_interleave(columns)
         padded = -(-len(row) // BLOCK) * BLOCK
         row = torch.nn.functional.pad(row, (0, padded - len(row)), value=rows - 1)
@@ -125,7 +128,7 @@ class BlockSparse:
             occupied.sum(-1, dtype=torch.int32)[None, None],
             order.int()[None, None],
             BLOCK_SIZE=BLOCK,
-            mask_mod=_sees(
+            mask_mod=_mask_function(
                 torch.arange(rows, device=met.device).repeat_interleave(columns),
                 self.positions[:, -columns:].flatten(),
                 self.prefix.repeat_interleave(columns),
@@ -137,20 +140,20 @@ class BlockSparse:
             seq_lengths=(rows * columns, keys),
         )
 
-    def _met_by_rows(self) -> Tensor:
-        """(R, keys), bool: what any query of a row may see, windows aside."""
+    def _visible_keys(self) -> Tensor:
+        """Return (R, keys), bool: True where a query of a row may see a key, windows aside."""
         row = torch.arange(len(self.positions), device=self.owner.device)
         shared = (self.owner == self.prefix[:, None]) & (self.place < self.depth[:, None])
         return shared | (self.owner == row[:, None])
 
 
-def _in_one_row(shared: Sequence[Tensor], own: Tensor) -> Tensor:
-    """(1, heads, keys, head size)."""
+def _joined_row(shared: Sequence[Tensor], own: Tensor) -> Tensor:
+    """Join shared and own keys (or values) in one row, (1, heads, keys, head size)."""
     _, heads, _, size = own.shape
     return torch.cat([*shared, own.transpose(0, 1).reshape(1, heads, -1, size)], dim=2)
 
 
-def _sees(
+def _mask_function(
     row: Tensor,
     position: Tensor,
     prefix: Tensor,
@@ -159,7 +162,7 @@ def _sees(
     place: Tensor,
     window: int | None,
 ) -> Any:
-    """FlexAttention's mask: the first four describe queries, the next two keys."""
+    """Build FlexAttention's mask function from tensors of the queries (first four) and keys."""
 
     def mask(_b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         own = (owner[key] == row[query]) & (place[key] <= position[query])
@@ -173,7 +176,7 @@ def _sees(
     return mask if window is None else near
 
 
-def _capped(softcap: float) -> Any:
+def _softcap_score(softcap: float) -> Any:
     def score(score: Tensor, *_: Tensor) -> Tensor:
         return softcap * torch.tanh(score / softcap)
 
@@ -182,20 +185,23 @@ def _capped(softcap: float) -> Any:
 
 @functools.cache
 def _kernel(device: str) -> Any:
-    """Compiled where that makes one kernel of it; a CPU has better ones."""
+    """Return FlexAttention's kernel, compiled on CUDA; on a CPU the dense path is faster."""
     if device != "cuda":
         return flex_attention
     from torch._dynamo import config
 
-    # Passes differ in what is 1, and in windows. One kernel too many must be an error: without a
-    # kernel of its own, a pass would hold the scores of all queries and all keys at once.
+    # Passes differ in which sizes are 1, and in windows, so several kernels are compiled. Exceeding
+    # the limit must be an error: the uncompiled function would hold the scores of all queries and
+    # all keys at once.
     return config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True)(
         torch.compile(_attend, dynamic=True)
     )
 
 
 def _attend(*args: Any, **kwargs: Any) -> Any:
-    """A function of our own: what is compiled counts against the limit that all who compile
-    FlexAttention itself share, the model that is trained among them.
+    """Call FlexAttention through a separate function.
+
+    Recompilation limits count per function. Code that compiles FlexAttention directly, such as the
+    model in training, shares one limit.
     """
     return flex_attention(*args, **kwargs)

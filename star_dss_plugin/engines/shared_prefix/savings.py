@@ -1,4 +1,4 @@
-"""Work that a forward pass does and nobody reads, and faster kernels for the rest."""
+"""Leave out last-layer work whose output is not read, and run float32 linear layers by oneDNN."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ __all__ = ["LastLayer", "OneDnnLinear"]
 
 @dataclass(frozen=True)
 class LastLayer:
-    """What of the last decoder layer can be left out where only the last column is read.
+    """Restrict the last decoder layer to the last column, where only that column is read.
 
-    What follows attention there, its output projection and the MLP, works on each position by
-    itself; the keys and values of all columns are needed. Behind this layer the hidden states of
-    the other columns mean nothing.
+    Behind attention, the output projection and the MLP work on each position by itself. The keys
+    and values of all columns are still needed. Behind this layer, hidden states of other columns
+    are undefined.
 
     Attributes:
-        index: Of the layer, as its attention names it; None where nothing is left out.
-        parts: Modules that need to see the last column only.
+        index: `layer_idx` of the layer's attention; None if the whole layer runs.
+        parts: Modules that run on the last column only.
     """
 
     index: int | None = None
@@ -34,7 +34,7 @@ class LastLayer:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> LastLayer:
-        """That of a model which is built like most; for others, nothing is left out."""
+        """Find projection and MLP in a model's last layer; empty for unusual model structures."""
         layers = getattr(model.get_decoder(), "layers", None)
         if not isinstance(layers, nn.ModuleList) or not len(layers):
             return cls()
@@ -47,7 +47,7 @@ class LastLayer:
 
     @contextmanager
     def only_last_column(self) -> Iterator[None]:
-        """Within it, the parts see the last column; their result is added to all of them."""
+        """Run the parts on the last column only; their result is broadcast to all columns."""
         with ExitStack() as stack:
             for part in self.parts:
                 stack.callback(part.register_forward_pre_hook(_last_column).remove)
@@ -59,11 +59,11 @@ def _last_column(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]
 
 
 class OneDnnLinear(TorchFunctionMode):
-    """Within it, float32 linear layers on an x86 CPU are computed by oneDNN.
+    """Compute float32 linear layers on x86 CPUs with oneDNN while active.
 
-    PyTorch gives them to MKL, which does not use all of what processors of other makers can do;
-    oneDNN, which every build for these machines has too, was faster on an AMD EPYC at every size
-    that was tried. Results differ by rounding. Other tensors go their usual way.
+    PyTorch uses MKL for them, which does not use all instructions of other makers' processors.
+    oneDNN, which every x86 build of PyTorch includes, was faster on an AMD EPYC at every size that
+    was tried. Results differ by rounding. Other tensors take PyTorch's usual path.
     """
 
     def __torch_function__(
@@ -88,7 +88,7 @@ _USABLE = (
 
 
 def _onednn(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    """`torch.nn.functional.linear`, or None where it is not ours to compute."""
+    """Compute `torch.nn.functional.linear` by oneDNN; return None for unsupported tensors."""
     plain = weight.dim() == 2 and all(
         type(tensor) in {Tensor, nn.Parameter}
         and tensor.dtype == torch.float32

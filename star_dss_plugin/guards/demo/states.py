@@ -1,8 +1,8 @@
-"""What the demonstration guard reads: responses to hidden states of SmolLM2-135M.
+"""Compute hidden states of SmolLM2-135M for responses, the input of the demonstration guard.
 
-The conversation and an open assistant turn are written in the model's own chat format (ChatML),
-with its default system message where there is none. Content is tokenized apart from the format and
-with control tokens switched off: a literal `<|im_end|>` in a prompt or a response stays text.
+The conversation and an open assistant turn are written in the model's chat format (ChatML), with
+its default system message if there is none. Content is tokenized apart from the format and without
+control tokens: a literal `<|im_end|>` in a prompt or a response stays text.
 """
 
 from __future__ import annotations
@@ -34,27 +34,27 @@ __all__ = [
 LAYERS = (14, 16, 18)
 """The states after these blocks are read; later blocks are not run."""
 MAX_CONTEXT = 2048
-"""Tokens of conversation before a response that are read; what is older is dropped."""
+"""Number of conversation tokens before a response that are read; older ones are dropped."""
 ROUND_A_TURN = 32
-"""More tokens than the format writes around a message, or in a default system message."""
+"""Upper bound on the tokens that the format adds per message, and on a default system message."""
 WINDOW = 2048
-"""Tokens of a response that one forward pass scores."""
+"""Number of response tokens that one forward pass scores."""
 OVERLAP = 1024
-"""Tokens of the response before a window that are read along with it."""
+"""Number of response tokens before a window that are read with it."""
 
-# Characters with bytes that SmolLM2's vocabulary lacks, and lone surrogates: depending on the
-# version of transformers they vanish, become the control token <|endoftext|>, or raise.
+# Characters whose bytes SmolLM2's vocabulary lacks, and lone surrogates. Depending on the version
+# of transformers they vanish, become the control token <|endoftext|>, or raise.
 _UNREADABLE = re.compile("[\x04\x06\x13\x14\x16\x1d\ud800-\udfff\U00040000-\U000bffff]")
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A response as the guard reads it.
+    """Hold a response and its context as token ids.
 
     Attributes:
         context: Token ids of the conversation, with the open assistant turn.
-        response: Token ids of the response, T of them.
-        char_ends: Where each of those ends in the text of the response.
+        response: Token ids of the response, shape (T,).
+        char_ends: End of each of those tokens in the text of the response, in characters.
     """
 
     context: list[int]
@@ -63,16 +63,16 @@ class Reading:
 
 
 class Backbone:
-    """The first blocks of SmolLM2.
+    """Run the first blocks of SmolLM2.
 
-    A response of any length is read, in windows of `WINDOW` tokens, each after the context and the
-    `OVERLAP` response tokens before it; no token sees a later one.
+    A response of any length is read in windows of `WINDOW` tokens. Each window follows the context
+    and the `OVERLAP` response tokens before it; no token sees a later one.
 
     Args:
-        device: Where it runs.
-        dtype: Of its weights.
-        batch_tokens: Tokens of one forward pass, padding included. A window that is longer is
-            computed alone.
+        device: Torch device.
+        dtype: Torch dtype of the weights.
+        batch_tokens: Upper bound on the tokens of one forward pass, padding included. A longer
+            window runs alone.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, batch_tokens: int) -> None:
@@ -80,7 +80,7 @@ class Backbone:
         self._tokenizer: Any = tokenizer
         self._model: Any = model.get_decoder()
         self._model.layers = self._model.layers[: max(LAYERS)]
-        self._model.norm = torch.nn.Identity()  # else the last states come out normalised
+        self._model.norm = torch.nn.Identity()  # otherwise the last states are normalised
         self._model.config.num_hidden_layers = max(LAYERS)
         self._model.to(device)
         self._device = device
@@ -89,11 +89,11 @@ class Backbone:
     def read(
         self, responses: Sequence[tuple[Sequence[Message], str]]
     ) -> list[tuple[list[int], Tensor]]:
-        """Reads responses after their contexts.
+        """Return the hidden states of responses after their contexts.
 
         Returns:
             For each response the end of each of its T tokens in characters, and float32 states of
-            shape (T + 1, H), H over all `LAYERS`, the first one that of the last context token.
+            shape (T + 1, H), H over all `LAYERS`; the first row is that of the last context token.
         """
         readings = [self.tokens(context, text) for context, text in responses]
         windows = [w for i, r in enumerate(readings) for w in _windows(i, r)]
@@ -103,19 +103,19 @@ class Backbone:
         return [(r.char_ends, torch.cat(s)) for r, s in zip(readings, states, strict=True)]
 
     def tokens(self, context: Sequence[Message], text: str) -> Reading:
-        """A response and its context as token ids."""
+        """Return a response and its context as token ids."""
         response, char_ends = self._plain(text)
         return Reading(self._conversation(context)[0], response, char_ends)
 
     def truncates(self, context: Sequence[Message]) -> bool:
-        """Whether something of a context is not read."""
+        """Return whether a part of a context is not read."""
         return self._conversation(context)[1]
 
     def _conversation(self, context: Sequence[Message]) -> tuple[list[int], bool]:
-        """Token ids of a context and an open turn, and whether the context was cut.
+        """Return the token ids of a context and an open turn, and whether the context was cut.
 
-        Where it is too long, its oldest messages are dropped and the oldest one kept loses its
-        start; the format around it stays whole.
+        If it is too long, its oldest messages are dropped and the oldest remaining one is cut at
+        its start. The format around each message stays complete.
         """
         start, end = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
         newline, _ = self._plain("\n")
@@ -137,9 +137,9 @@ class Backbone:
         return [i for t in reversed(turns) for i in t] + opened, cut
 
     def _plain(self, text: str) -> tuple[list[int], list[int]]:
-        """Token ids of text in which nothing is a control token, and where each token ends."""
+        """Return the ids of text without control tokens, and the character end of each token."""
         encoded = self._tokenizer(
-            _UNREADABLE.sub("\ufffd", text),  # one character for one: the ends stay right
+            _UNREADABLE.sub("\ufffd", text),  # one character for one, so that ends stay correct
             add_special_tokens=False,
             split_special_tokens=True,
             return_offsets_mapping=True,
@@ -149,11 +149,11 @@ class Backbone:
 
     @torch.inference_mode()
     def _forward(self, windows: Sequence[_Window]) -> list[Tensor]:
-        """The states that belong to each window, in the order of `windows`."""
+        """Return the states of each window, in the order of `windows`."""
         states = [torch.empty(0)] * len(windows)
         for batch in batches([len(w.ids) for w in windows], self._batch_tokens):
             width = max(len(windows[i].ids) for i in batch)
-            # Padding follows the text, and attention only looks back: no mask is needed.
+            # Padding follows the text and attention is causal, so no mask is needed.
             ids = [windows[i].ids + [0] * (width - len(windows[i].ids)) for i in batch]
             output = self._model(
                 torch.tensor(ids, device=self._device), use_cache=False, output_hidden_states=True
@@ -166,7 +166,7 @@ class Backbone:
 
 @dataclass(frozen=True)
 class _Window:
-    """One sequence of a forward pass: the states from `start` on are its own."""
+    """Hold one sequence of a forward pass; its states from `start` on belong to this window."""
 
     reading: int
     ids: list[int]
@@ -179,15 +179,15 @@ def _windows(index: int, reading: Reading) -> Iterator[_Window]:
         before = max(begin - OVERLAP, 0)
         start = len(context) + begin - before
         ids = context + response[before : begin + WINDOW]
-        # The first window also owns the last context token.
+        # The first window also holds the state of the last context token.
         yield _Window(index, ids, start if begin else start - 1)
 
 
 def content_of(message: Message) -> str:
-    """The text of a message.
+    """Return the text of a message.
 
     Raises:
-        DataError: Its content is not text.
+        DataError: The content of the message is not text.
     """
     content = message.get("content")
     if content is None:  # a turn that only calls tools

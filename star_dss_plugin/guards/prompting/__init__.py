@@ -1,1 +1,1 @@
-"""How a guard is asked: templates, prompts and where a prefix of an answer ends in them."""
+"""Build a guard's prompts: templates, and the position where each prefix of a response ends."""

@@ -1,4 +1,4 @@
-"""Tokens of text that is judged: whatever it says, none of them is a control token of the guard."""
+"""Tokenize text to be judged so that none of its tokens is a control token of the guard."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ __all__ = ["ContentTokenizer", "without_surrogates"]
 
 
 class ContentTokenizer:
-    """A guard's tokenizer that knows no control tokens.
+    """Tokenize with a guard's tokenizer, without its control tokens.
 
     Args:
         tokenizer: The guard's fast tokenizer.
         name: The guard's name, for errors.
-        allowed: Ids that content may become all the same.
+        allowed: Ids of control tokens that content may become nevertheless.
 
     Attributes:
-        control: The control tokens' ids by spelling. All added tokens are, but for runs of white
-            space (Gemma's): those are ordinary text.
+        control: Ids of the control tokens, by spelling. These are all added tokens except runs of
+            white space (as in Gemma), which are ordinary text.
 
     Raises:
-        GuardError: It is a slow tokenizer.
+        GuardError: The tokenizer is not a fast one.
     """
 
     def __init__(
@@ -46,9 +46,10 @@ class ContentTokenizer:
         self._forbidden = frozenset(self.control.values()) - frozenset(allowed)
         state = json.loads(backend.to_str())
         spaces = [t for t in state["added_tokens"] if t["content"] not in self.control]
-        # Post-processors add tokens, and move where tokens end.
+        # Post-processors add tokens, and move the ends of tokens.
         state.update(added_tokens=spaces, truncation=None, padding=None, post_processor=None)
-        if state["model"]["type"] == "Unigram":  # its vocabulary spells the control tokens out
+        # A Unigram vocabulary contains the spellings of the control tokens.
+        if state["model"]["type"] == "Unigram":
             state["model"]["vocab"] = [
                 ["\ue0f2" * 16 + piece if piece in self.control else piece, score]
                 for piece, score in state["model"]["vocab"]
@@ -57,15 +58,15 @@ class ContentTokenizer:
         self._prefixes = PrefixTokenizer(self._plain)
 
     def ids(self, text: str) -> list[int]:
-        """The ids of a text.
+        """Return the ids of a text.
 
         Raises:
-            GuardError: Some of it became a control token.
+            GuardError: A part of the text became a control token.
         """
         return self.ids_and_ends(text)[0]
 
     def ids_and_ends(self, text: str) -> tuple[list[int], list[int]]:
-        """The ids of a text, and where each of its tokens ends; raises what `ids` raises."""
+        """Return the ids of a text and the end of each token in characters; raise like `ids`."""
         encoding = self._encoding(text)
         if not self._forbidden.isdisjoint(encoding.ids):
             encoding = self._encoding(self._readable(text))
@@ -78,14 +79,14 @@ class ContentTokenizer:
         return encoding.ids, [end for _, end in encoding.offsets]
 
     def ids_of_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """`ids` of texts that begin alike."""
+        """Return `ids` of several texts, which is faster if they share their beginning."""
         return [
             ids if self._forbidden.isdisjoint(ids) else self.ids(text)
             for text, ids in zip(texts, self._prefixes(texts), strict=True)
         ]
 
     def _readable(self, text: str) -> str:
-        """Text without the characters that the vocabulary lacks: "?" for each of them.
+        """Replace characters that the vocabulary lacks by "?".
 
         Such a character may become a control token: Granite's unknown token ends a turn.
         """
@@ -97,5 +98,5 @@ class ContentTokenizer:
 
 
 def without_surrogates(text: str) -> str:
-    """Text that can be tokenized: a lone surrogate is no character and has no UTF-8 form."""
+    """Replace lone surrogates, which have no UTF-8 form and cannot be tokenized."""
     return text.encode("utf-8", "replace").decode("utf-8")

@@ -1,8 +1,8 @@
-"""Tokens of all prefixes of a text, at the price of the text and a few words around each cut.
+"""Tokenize all prefixes of a text at the cost of the text and a few words around each cut.
 
-Byte-level tokenizers cut a text into words with a regular expression and tokenize each word by
-itself, so a prefix has the tokens of the whole text up to a few words before its end. Tokenizers
-that are not known to work so get every prefix whole.
+Byte-level tokenizers split a text into words with a regular expression and tokenize each word by
+itself, so a prefix has the tokens of the whole text up to a few words before its end. Other
+tokenizers encode every prefix as a whole.
 """
 
 from __future__ import annotations
@@ -18,40 +18,40 @@ from tokenizers import Tokenizer
 __all__ = ["PrefixTokenizer"]
 
 _WORDS_BACK = 3
-"""Words before the cut's own that are tokenized again.
+"""Number of words before the cut's own word that are tokenized again.
 
-What ends a word is seen in the character behind it, or, for white space, behind the run of white
-space that it is part of; words cut a run into at most three.
+The end of a word is decided by the next character, or, for white space, by the character after the
+run of white space that it belongs to. Words split such a run into at most three.
 """
 
-# A word that depends on what stands before it, or anywhere behind it. "^" negates a class and is an
-# anchor elsewhere; "(?!\S)" looks at one character.
+# Finds expressions in which a word depends on text before it, or on distant text behind it. "^"
+# negates a class and is an anchor elsewhere; "(?!\S)" looks at one character only.
 _LOOKS_AROUND = re.compile(r"\(\?<|\(\?=|\(\?!(?!\\S\))|\\[AGbBKzZ]|(?<!\[)\^|\$")
 
 
 class PrefixTokenizer:
-    """Token ids of texts that begin alike.
+    """Tokenize texts that share their beginning.
 
     Args:
-        tokenizer: Without control tokens: nothing but text is ever given to it.
+        tokenizer: A tokenizer without control tokens.
 
     Attributes:
-        works_by_words: Whether prefixes are taken from the whole text's tokens.
+        works_by_words: Whether prefixes reuse the tokens of the whole text.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         state = json.loads(tokenizer.to_str())
-        # Some post-processors move a word's offset behind its leading space.
+        # Some post-processors move a word's start offset behind its leading space.
         state["post_processor"] = None
         self._tokenizer = Tokenizer.from_str(json.dumps(state))
-        # An added token is cut out before there are words.
+        # An added token is split off before the text is split into words.
         self.works_by_words = not state["added_tokens"] and _works_by_words(state)
         self._normalizes = _normalizer(state) is not None
-        # Without an unknown token they leave no trace, and offsets no longer say what is where.
+        # Without an unknown token such bytes vanish, and offsets no longer match the text.
         self._lost = frozenset(_lost_bytes(state["model"]))
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text, as if it were tokenized alone."""
+        """Return the ids of each text, equal to those of tokenizing it alone."""
         whole = max(texts, key=len)
         if (
             not self.works_by_words
@@ -62,14 +62,14 @@ class PrefixTokenizer:
             return [encoding.ids for encoding in found]
         encoding = self._tokenizer.encode(whole, add_special_tokens=False)
         ids, offsets, words = encoding.ids, encoding.offsets, encoding.word_ids
-        # Where each word begins: its first token and its first character.
+        # The start of each word: its first token and its first character.
         starts = [
             (i, offsets[i][0]) for i, word in enumerate(words) if i == 0 or word != words[i - 1]
         ]
         kept, rests, word = [], [], 0
         for text in texts:
             shared = _common_length(text, whole)
-            # Neighbours in `texts` share about as much: the search begins at the last one's word.
+            # Neighbours in `texts` share about as much, so the search begins at the previous word.
             while word > 0 and starts[word][1] > shared:
                 word -= 1
             while word + 1 < len(starts) and starts[word + 1][1] <= shared:
@@ -82,7 +82,7 @@ class PrefixTokenizer:
 
 
 def _common_length(one: str, two: str) -> int:
-    """How many first characters two texts share."""
+    """Return the number of first characters that two texts share."""
     low, high = 0, min(len(one), len(two))
     while low < high:
         middle = (low + high + 1) // 2
@@ -94,7 +94,7 @@ def _common_length(one: str, two: str) -> int:
 
 
 def _lost_bytes(model: dict[str, Any]) -> list[int]:
-    """The bytes that a byte-level vocabulary cannot spell and drops."""
+    """Return the bytes that a byte-level vocabulary cannot represent and drops."""
     if model.get("unk_token") is not None:
         return []
     printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -105,13 +105,13 @@ def _lost_bytes(model: dict[str, Any]) -> list[int]:
 
 
 def _normalizer(state: dict[str, Any]) -> dict[str, Any] | None:
-    """A tokenizer's normalizer; an empty sequence of them, as in GGUF files, is none."""
+    """Return a tokenizer's normalizer; None also for an empty sequence, as in GGUF files."""
     found = state["normalizer"]
     return found if found != {"type": "Sequence", "normalizers": []} else None
 
 
 def _works_by_words(state: dict[str, Any]) -> bool:
-    """Whether a tokenizer cuts text into words from left to right, each tokenized by itself."""
+    """Return whether a tokenizer splits text into words and encodes each word by itself."""
     normalizer, model = _normalizer(state), state["model"]
     if normalizer is not None and normalizer["type"] != "NFC":
         return False
@@ -123,7 +123,7 @@ def _works_by_words(state: dict[str, Any]) -> bool:
         return False
     if kinds[-1].get("use_regex", True):
         return all(k["type"] == "Digits" and k["individual_digits"] for k in kinds[:-1])
-    # One expression only: the words of a second one would not be those of the first.
+    # One expression only: the words of a second one would depend on those of the first.
     return (
         len(kinds) == 2
         and kinds[0]["type"] == "Split"

@@ -1,4 +1,4 @@
-"""From one response and its context to a verdict guard's prompts, one per prefix."""
+"""Build a verdict guard's prompts from a response and its context, one per prefix."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from star_dss_plugin.guards.prompting.template import GuardTemplate
 
 __all__ = ["Prompts", "fitting_context", "policies"]
 
-# A response's other prefixes may have a few tokens more than all of it: half a word is often two.
+# A prefix of a response may have a few tokens more than the whole: half a word is often two.
 _SPARE_TOKENS = 16
-_TOKENS_PER_TURN = 32  # more than any template writes around one
+_TOKENS_PER_TURN = 32  # more than any template adds around a turn
 
 
 class Prompts:
-    """What a guard is asked about a response.
+    """Build the prompts about a response.
 
     Args:
         name: The guard's name, for errors.
-        templates: One per policy that the guard is asked with.
-        turns: "all": the whole conversation is read; "last": the last question only.
-        max_length: The most tokens that a prompt may have; None: no limit.
+        templates: One template per policy.
+        turns: "all" for the whole conversation, "last" for the last question only.
+        max_length: Largest number of tokens in a prompt; None is no limit.
 
     Raises:
-        ConfigError: `turns` is something else.
+        ConfigError: `turns` has another value.
     """
 
     def __init__(
@@ -41,10 +41,10 @@ class Prompts:
         self._max_length = max_length
 
     def of(self, index: int, request: PrefixRequest) -> list[list[list[int]]]:
-        """Token ids for each template, one prompt per prefix, up to the verdict position.
+        """Return token ids per template, one prompt per prefix, up to the verdict position.
 
         Raises:
-            GuardError: The response does not fit. It carries `index`.
+            GuardError: The response does not fit. The error carries `index`.
         """
         context = self.fitted(index, request)
         found = [t.prompts(context, request.text, request.ends) for t in self.templates]
@@ -54,20 +54,20 @@ class Prompts:
         return found
 
     def fitted(self, index: int, request: PrefixRequest) -> list[Message]:
-        """The turns that are read; raises what `of` raises."""
+        """Return the turns that are read; raise like `of`."""
         context = self.context(request)
         if context is None:
             raise self._too_long(self._length([], request), index)
         return context
 
     def truncates(self, request: PrefixRequest) -> bool:
-        """Whether something of the conversation is left out."""
+        """Return whether a part of the conversation is left out."""
         return self.context(request) not in (None, self.turns(request.context))
 
     def context(self, request: PrefixRequest) -> list[Message] | None:
-        """The turns that are read, the same for all prefixes; None if the response does not fit."""
+        """Return the turns that are read for all prefixes; None if the response does not fit."""
         turns = self.turns(request.context)
-        # No token is shorter than a byte.
+        # No token is shorter than a byte, so bytes bound the tokens.
         texts = [request.text, *(str(turn["content"]) for turn in turns)]
         most = sum(len(text.encode("utf-8", "replace")) for text in texts)
         most += self._bare_length + _TOKENS_PER_TURN * len(turns) + _SPARE_TOKENS
@@ -77,9 +77,10 @@ class Prompts:
         return fitting_context(turns, room, lambda kept: self._length(kept, request))
 
     def turns(self, messages: Sequence[Message]) -> list[Message]:
-        """Questions and answers in turn, from a question to a question; templates insist on it.
+        """Merge messages into alternating turns that begin and end with a question.
 
-        No system turns; tool output is a question.
+        Many templates require this form. System messages are dropped; tool output counts as a
+        question.
         """
         turns: list[Message] = []
         for message in messages:
@@ -100,14 +101,14 @@ class Prompts:
         return turns
 
     def _length(self, context: Sequence[Message], request: PrefixRequest) -> int:
-        """Tokens of the prompt for the whole response, whichever of its prefixes are asked for."""
+        """Return the number of tokens in the prompt for the whole response."""
         turns = context or self.turns([])
         ends = (len(request.text),)
         return max(len(t.prompts(turns, request.text, ends)[0]) for t in self.templates)
 
     @cached_property
     def _bare_length(self) -> int:
-        """Tokens of the guard's own words."""
+        """Return the number of tokens in a prompt without any content."""
         return self._length([], PrefixRequest((), "", (0,)))
 
     def _too_long(self, longest: int, index: int) -> GuardError:
@@ -123,10 +124,10 @@ class Prompts:
 def policies(
     kwargs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None,
 ) -> list[Mapping[str, Any]]:
-    """The template's arguments for each of the prompts that are asked of a prefix.
+    """Return the template arguments of each policy; every prefix gets one prompt per policy.
 
     Raises:
-        ConfigError: They are neither a mapping nor a list of mappings.
+        ConfigError: `kwargs` is neither a mapping nor a list of mappings.
     """
     if kwargs is None or isinstance(kwargs, Mapping):
         return [kwargs or {}]
@@ -140,15 +141,15 @@ def policies(
 def fitting_context(
     context: Sequence[Message], room: int, length: Callable[[Sequence[Message]], int]
 ) -> list[Message] | None:
-    """As much of a conversation as fits: its oldest turns go first, then the last question's start.
+    """Return the end of a conversation that fits; drop its oldest turns, then the question's start.
 
     Args:
-        context: Turns before the response, the last one a question.
-        room: The most tokens that a prompt may have.
-        length: Tokens of the prompt for a context, the guard's own words and the response included.
+        context: Turns before the response; the last one is a question.
+        room: Largest number of tokens in a prompt.
+        length: Returns the number of tokens in the prompt for a context, response included.
 
     Returns:
-        The end of the conversation; None if the response does not fit even alone.
+        The end of the conversation; None if even the response alone does not fit.
     """
     if length(context) <= room:
         return list(context)
@@ -164,7 +165,7 @@ def fitting_context(
 
     if length(cut(len(text))) > room:
         return None
-    low, high = 0, len(text)  # the shortest start that has to go
+    low, high = 0, len(text)  # search the shortest start to cut
     while low < high:
         middle = (low + high) // 2
         if length(cut(middle)) <= room:

@@ -1,9 +1,9 @@
-"""A guard's chat template, with the training text kept apart from the template's own text.
+"""Render a guard's chat template with the judged text kept apart from the template's own text.
 
-The text that is judged is an attacker's input. It must never become a control token of the guard:
-the template is rendered around placeholders, its control tokens are found in the *scaffold* alone,
-and everything between them is tokenized by a tokenizer that knows no control tokens. For harmless
-text the result is, token for token, what `apply_chat_template` gives; that is checked at load.
+The judged text is untrusted input and must never become a control token of the guard. So the
+template is rendered with placeholders, its control tokens are searched in the *scaffold* alone, and
+the text between them is tokenized without control tokens. For ordinary text the result equals
+`apply_chat_template` token for token, which is checked at load.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from star_dss_plugin.guards.prompting.content import ContentTokenizer, without_s
 __all__ = ["PINNED_DATE", "GuardTemplate"]
 
 PINNED_DATE = dt.datetime(2024, 4, 1)
-"""What `strftime_now` prints in guard prompts: scores must not depend on the day."""
+"""Date that `strftime_now` prints in guard prompts, so that scores do not depend on the day."""
 _DATE_CALL = re.compile(r"\bstrftime_now\s*\(\s*(?:(['\"])(.*?)\1\s*\))?")
 
-_MARK = "\ue0f0{}\ue0f1"  # private-use characters: no template looks for them
+_MARK = "\ue0f0{}\ue0f1"  # private-use characters, which no template searches for
 _MARKS = re.compile("\ue0f0([0-9]+)\ue0f1")
-_TRIMS: tuple[Callable[[str], str], ...] = (  # the less is taken away, the earlier
+_TRIMS: tuple[Callable[[str], str], ...] = (  # in the order of how much they remove
     str,
     lambda text: text.lstrip("\n"),
     lambda text: text.rstrip("\n"),
@@ -44,25 +44,25 @@ _PROBE = (
 
 
 class GuardTemplate:
-    """Turns (context, response prefixes) into token ids.
+    """Turn (context, response prefixes) into token ids.
 
     Args:
         tokenizer: The guard's fast tokenizer.
         name: The guard's name, for errors.
         chat_template: A Jinja template, or None for the tokenizer's own.
-        template_kwargs: What the template is called with.
+        template_kwargs: Arguments of the template.
         prefill: Text after the generation prompt, up to the verdict position.
-        question: A last user turn that asks for the verdict, for templates that do not ask.
+        question: A final user turn that asks for the verdict, for templates that do not ask.
         typed_content: Whether the template reads `[{"type": "text", "text": …}]`, not strings.
 
     Attributes:
-        control_ids: Ids that no content can become.
-        control_tokens: Their spellings.
+        control_ids: Ids that content can never become.
+        control_tokens: Spellings of `control_ids`.
         source: The template's text.
 
     Raises:
-        GuardError: No template, a template that ignores its arguments or the answer, or a
-            tokenizer for which content cannot be kept apart.
+        GuardError: There is no template, the template ignores its arguments or the answer, or the
+            tokenizer cannot keep content apart from control tokens.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class GuardTemplate:
         self._check_tokenization()
 
     def render(self, messages: Sequence[Message]) -> str:
-        """The template's own rendering, with the prefill appended."""
+        """Return the template's rendering with the prefill appended."""
         return self._render(messages, self._kwargs)
 
     def _render(self, messages: Sequence[Message], kwargs: Mapping[str, Any]) -> str:
@@ -126,11 +126,11 @@ class GuardTemplate:
         return text + self._prefill
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of some tokens, control tokens included."""
+        """Return the text of tokens, control tokens included."""
         return str(self._tokenizer.decode(list(ids)))
 
     def label_ids(self, spellings: Sequence[str]) -> list[int]:
-        """The tokens with which these verdicts begin, right behind the prompt; sorted."""
+        """Return the sorted first tokens of the given verdicts right behind the prompt."""
         _, tail = self._split_last(self.render(_PROBE))
         before = self._content.ids(tail)
         found = set()
@@ -149,15 +149,15 @@ class GuardTemplate:
     def prompts(
         self, context: Sequence[Message], text: str, ends: Sequence[int]
     ) -> list[list[int]]:
-        """Token ids of one prompt per response prefix `text[:end]`, up to the verdict position."""
+        """Return the ids of one prompt per prefix `text[:end]`, up to the verdict position."""
         head_ids, opening, closing, tail_ids = self._around_answer(context)
         answers = [opening + self._as_rendered(text[:end], "assistant") + closing for end in ends]
         return [head_ids + ids + tail_ids for ids in self._content.ids_of_all(answers)]
 
     def opened(self, context: Sequence[Message], text: str) -> tuple[list[int], list[int]]:
-        """Token ids up to the end of the response, and where the last tokens end in its text.
+        """Return the ids up to the end of the response, and the ends of its tokens in characters.
 
-        The ends are those of the tokens with characters of `text`, which are the prompt's last.
+        The ends are those of the tokens with characters of `text`, which are the last ids.
         """
         head_ids, opening, _, _ = self._around_answer(context)
         shown = self._as_rendered(text, "assistant")
@@ -166,9 +166,9 @@ class GuardTemplate:
         return head_ids + ids, [end - len(opening) + left_out for end in ends if end > len(opening)]
 
     def _around_answer(self, context: Sequence[Message]) -> tuple[list[int], str, str, list[int]]:
-        """Ids before the answer, plain text before and behind it, and ids after it.
+        """Return ids before the answer, plain text before and after it, and ids after it.
 
-        The plain text is what the tokenizer may join with the answer.
+        The tokenizer may merge the plain text with the answer, so both are tokenized together.
         """
         answer = _MARK.format(len(context))
         marked = [{"role": m["role"], "content": _MARK.format(i)} for i, m in enumerate(context)]
@@ -183,7 +183,7 @@ class GuardTemplate:
         contents = [self._as_rendered(str(m["content"]), m["role"]) for m in context]
 
         def fill(piece: str) -> str:
-            # One pass: a mark that stands in the content itself is not looked at again.
+            # One pass, so that a placeholder inside the content itself is not replaced.
             return _MARKS.sub(lambda m: contents[int(m[1])], piece)
 
         before, after = scaffold.split(answer)
@@ -192,18 +192,18 @@ class GuardTemplate:
         return self._encode(head, fill), fill(opening), fill(closing), self._encode(tail, fill)
 
     def _split_last(self, scaffold: str) -> tuple[str, str]:
-        """Scaffold up to and with its last control token, and the plain text after it."""
+        """Split scaffold behind its last control token."""
         cut = max((m.end() for m in self._splitter.finditer(scaffold)), default=0)
         return scaffold[:cut], scaffold[cut:]
 
     def _split_first(self, scaffold: str) -> tuple[str, str]:
-        """Plain text up to the scaffold's first control token, and the rest."""
+        """Split scaffold before its first control token."""
         match = self._splitter.search(scaffold)
         cut = match.start() if match else len(scaffold)
         return scaffold[:cut], scaffold[cut:]
 
     def _encode(self, scaffold: str, fill: Any) -> list[int]:
-        """Ids of scaffold text: its control tokens, and the filled plain text between them."""
+        """Return the ids of scaffold: control tokens, and the filled plain text between them."""
         ids: list[int] = []
         position = 0
         for match in self._splitter.finditer(scaffold):
@@ -213,26 +213,27 @@ class GuardTemplate:
         return ids + self._content.ids(fill(scaffold[position:]))
 
     def _as_rendered(self, content: str, role: str) -> str:
-        """What the template makes of a message's content."""
+        """Return a message's content as the template renders it."""
         return self._trims[role](without_surrogates(content))
 
     @property
     def ending(self) -> str:
-        """The prompt's own words behind the response, up to the verdict."""
+        """Return the prompt's own text behind the response, up to the verdict."""
         return self.render([_PROBE[0], {**_PROBE[1], "content": _MARK.format(0)}]).split(
             _MARK.format(0)
         )[-1]
 
     def _trim_of(self, role: str) -> Callable[[str], str]:
-        """What the template does to the white space around the messages of a role."""
-        lines = "\n" * 9  # more than the template has of its own around a message
+        """Return the trimming that the template applies to the messages of a role."""
+        lines = "\n" * 9  # more than any template adds around a message
         padded = f"{lines}\t \n{_MARK.format(0)}\n \t{lines}"
         messages = [{**m, "content": padded} if m["role"] == role else m for m in _PROBE]
         rendered = self.render(messages)
         return next((trim for trim in _TRIMS if trim(padded) in rendered), str.strip)
 
     def _pinned_date(self, call: re.Match[str]) -> str:
-        # In the template's text: transformers (5.23) passes no functions to templates any more.
+        # Replaced in the template's text, as transformers 5.23 no longer passes functions to
+        # templates.
         if call[2] is None:
             raise GuardError(
                 f"The chat template of guard {self._name!r} prints the date in a format that it "
@@ -247,7 +248,7 @@ class GuardTemplate:
             try:
                 if self._render(_PROBE, others) == prompt:
                     unread.append(path)
-            except Exception:  # a template that refuses a value has read it
+            except Exception:  # a template that rejects a value has read it
                 continue
         if unread:
             raise GuardError(
@@ -270,7 +271,7 @@ class GuardTemplate:
 
 
 def _altered(value: Any) -> Iterator[tuple[str, Any]]:
-    """A value with one of its leaves changed, for each leaf that is not off: (its path, copy)."""
+    """Yield (path, copy) for each leaf of `value` that is not falsy; the copy changes that leaf."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             for path, other in _altered(inner):
