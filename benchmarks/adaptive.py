@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from star_dss_plugin import load_guard
+from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.requests import PrefixRequest, Trajectory
 from star_dss_plugin.data.responses import find_responses
 from star_dss_plugin.data.tokenization import tokenize_row
@@ -60,8 +61,10 @@ def requests(path: Any, tokenizer: Any) -> dict[str, list[PrefixRequest]]:
             {"role": "user", "content": row["prompt"]},
             {"role": "assistant", "content": row["response"]},
         ]
-        tokenized = tokenize_row({"messages": messages}, tokenizer)
-        responses = find_responses({**tokenized, "messages": messages}, tokenizer, tokens, 5)
+        tokenized = tokenize_row({"messages": messages}, ChatTokenizer(tokenizer))
+        responses = find_responses(
+            {**tokenized, "messages": messages}, ChatTokenizer(tokenizer), tokens, 5
+        )
         found.setdefault(label, []).extend(r.request for r in responses)
     return found
 

@@ -52,6 +52,7 @@ from transformers import (
 )
 
 from star_dss_plugin import load_guard
+from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.requests import PrefixRequest
 from star_dss_plugin.data.responses import find_responses
 from star_dss_plugin.data.tokenization import tokenize_row
@@ -106,11 +107,13 @@ def requests(tokenizer: Any, count: int, longest: int) -> list[PrefixRequest]:
         messages = [dict(m) for m in row["messages"]]
         answer = messages[-1]["content"]
         messages[-1]["content"] = " ".join([answer] * (1 + 6 * wanted // max(1, len(answer))))
-        tokenized = tokenize_row({"messages": messages}, tokenizer)
+        tokenized = tokenize_row({"messages": messages}, ChatTokenizer(tokenizer))
         start = next(j for j, label in enumerate(tokenized["labels"]) if label != -100)
         for name in tokenized:
             tokenized[name] = tokenized[name][: start + wanted]
-        [response] = find_responses({**tokenized, "messages": messages}, tokenizer, tokens, 5)
+        [response] = find_responses(
+            {**tokenized, "messages": messages}, ChatTokenizer(tokenizer), tokens, 5
+        )
         found.append(response.request)
     return found
 

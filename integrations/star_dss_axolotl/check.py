@@ -11,6 +11,7 @@ from axolotl.integrations.base import load_plugin
 from star_dss_axolotl.args import PLUGIN, StarDSSBlock, is_listed, options_of
 from star_dss_axolotl.conflicts import conflicts
 from star_dss_axolotl.scoring import chat_templates, with_messages
+from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.guards.spec import missing_guard
 from star_dss_plugin.training.preflight import Findings, check_options, estimate, lacks_guard
 
@@ -103,7 +104,7 @@ def _as_axolotl_sees_it(raw: dict[str, Any], found: Findings, *, data: bool) -> 
     options = options_of(cfg)
     assert options is not None
     templates = chat_templates(cfg, tokenizer)
-    template = templates[0][0] if len(templates) == 1 else None
+    chat = ChatTokenizer(tokenizer, templates[0][0] if len(templates) == 1 else None)
     for name, dataset in (("train", loaded.train_dataset), ("eval", loaded.eval_dataset)):
         if dataset is None:
             continue
@@ -111,4 +112,4 @@ def _as_axolotl_sees_it(raw: dict[str, Any], found: Findings, *, data: bool) -> 
             found.problems.append(str(missing_guard()))
             return
         rows = with_messages(dataset, tokenizer, templates)
-        found.notes.append(f"{name} data: {estimate(rows, tokenizer, options, template)}")
+        found.notes.append(f"{name} data: {estimate(rows, chat, options)}")

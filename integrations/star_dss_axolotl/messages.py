@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from star_dss_plugin.data.conversations import render_chat
+from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.errors import DataError
 
 __all__ = ["TemplateInverse"]
@@ -51,8 +51,8 @@ class TemplateInverse:
         chat_template: str,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        self._tokenizer = tokenizer
-        self._kwargs = {"chat_template": chat_template, **(template_kwargs or {})}
+        self._chat = ChatTokenizer(tokenizer, chat_template)
+        self._kwargs = dict(template_kwargs or {})
         self._openings: set[tuple[str, str]] = set()  # (text, role of the first message)
         self._between: dict[str, set[tuple[str, str]]] = defaultdict(set)  # role: (text, next role)
         self._closings: dict[str, set[str]] = defaultdict(set)
@@ -73,7 +73,7 @@ class TemplateInverse:
         marks = [f"\ue0f0{i}\ue0f1" for i in range(len(roles))]  # private use: in no template
         probe = [{"role": r, "content": m} for r, m in zip(roles, marks, strict=True)]
         try:
-            text = render_chat(self._tokenizer, probe, **self._kwargs)
+            text = self._chat.render(probe, **self._kwargs)
         except DataError:
             return  # templates may refuse a role or an order
         if any(text.count(mark) != 1 for mark in marks):
@@ -95,7 +95,7 @@ class TemplateInverse:
         first question, or may be refused, as templates do.
         """
         try:
-            found = self._parse(render_chat(self._tokenizer, known, **self._kwargs))
+            found = self._parse(self._chat.render(known, **self._kwargs))
         except DataError:
             return known[0]["role"] == "system"
         # What was asked and answered, from the first answer on, must be there in any case.
@@ -137,7 +137,7 @@ class TemplateInverse:
 
     def _renders(self, messages: Sequence[Mapping[str, str]], text: str) -> bool:
         try:
-            rendered = render_chat(self._tokenizer, messages, **self._kwargs)
+            rendered = self._chat.render(messages, **self._kwargs)
         except DataError:
             return False
         # White space apart: templates trim contents. Rows may be cut.

@@ -7,6 +7,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.rows import tokenized
 from star_dss_plugin.errors import StarDSSError
 from star_dss_plugin.guards.spec import missing_guard
@@ -42,10 +43,10 @@ def check(path: Path, raw: dict[str, Any], *, data: bool) -> Findings:
         train, _ = used_splits(splits, script_args, training_args)
         if lacks_guard(train, training_args):
             raise missing_guard()
-        tokenizer = load_tokenizer(model_args.model_name_or_path)
+        chat = ChatTokenizer(load_tokenizer(model_args.model_name_or_path))
         if isinstance(train, Dataset) and "input_ids" not in train.column_names:
-            train = tokenized(train, tokenizer, training_args.max_length, None)
-        found.notes.append(f"train data: {estimate(train, tokenizer, training_args)}")
+            train = tokenized(train, chat, training_args.max_length)
+        found.notes.append(f"train data: {estimate(train, chat, training_args)}")
     except (StarDSSError, OSError) as error:
         found.problems.append(str(error))
     return found

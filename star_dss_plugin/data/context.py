@@ -6,10 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
+from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.conversations import (
-    render_chat,
     row_messages,
     source_messages,
     template_arguments,
@@ -27,10 +25,7 @@ def _squash(text: str) -> str:
 
 
 def context_finder(
-    tokenizer: PreTrainedTokenizerBase,
-    ids: Sequence[int],
-    row: Mapping[str, Any],
-    chat_template: str | None,
+    chat: ChatTokenizer, ids: Sequence[int], row: Mapping[str, Any]
 ) -> Callable[[int, str], tuple[tuple[Message, ...], bool]]:
     """A function (start of a run, its text) → (context, whether it is raw).
 
@@ -40,8 +35,8 @@ def context_finder(
     """
     source, messages = source_messages(row), row_messages(row) or []
     contents = [_squash(str(m["content"])) for m in messages]
-    arguments = {"chat_template": chat_template, **template_arguments(row)}
-    bos = str(tokenizer.bos_token or "")
+    arguments = template_arguments(row)
+    bos = str(chat.tokenizer.bos_token or "")
     plain = isinstance(row.get("prompt"), str) and not isinstance(row.get("messages"), list)
 
     @cache
@@ -51,7 +46,7 @@ def context_finder(
         if k == 0 or plain:
             return "".join(contents[:k])
         try:
-            text = render_chat(tokenizer, source[:k], **arguments)
+            text = chat.render(source[:k], **arguments)
         except DataError:
             return None
         return _squash(text.removeprefix(bos))
@@ -61,7 +56,7 @@ def context_finder(
         return text is not None and before.startswith(text)
 
     def find(start: int, text: str) -> tuple[tuple[Message, ...], bool]:
-        decoded = decode(tokenizer, ids[:start])
+        decoded = decode(chat.tokenizer, ids[:start])
         before, run = _squash(decoded.removeprefix(bos)), _squash(text)
         spoken = [
             k

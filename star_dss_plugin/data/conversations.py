@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from star_dss_plugin.data.requests import Message
 from star_dss_plugin.errors import DataError
 
-__all__ = ["render_chat", "row_messages", "source_messages", "template_arguments"]
+__all__ = ["row_messages", "source_messages", "template_arguments"]
 
 # What a row may not set: all that the tokenizer's method takes beside a template's own variables.
 _OURS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {
@@ -127,23 +127,3 @@ def template_arguments(row: Mapping[str, Any]) -> dict[str, Any]:
             "but says how rows are tokenized. Remove it from the row."
         )
     return {"tools": tools, **given}
-
-
-def render_chat(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], /, **kwargs: Any
-) -> str:
-    """The chat template's text for some messages.
-
-    Raises:
-        DataError: There are no messages or no template, or it cannot render these messages.
-    """
-    if not messages:
-        raise DataError("The row has no messages: its list is empty. Remove the row.")
-    try:
-        text = tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, **kwargs)
-    except Exception as error:  # a template is a program, and may stop with anything
-        raise DataError(
-            f"The chat template cannot render the row's messages: {str(error) or type(error)}"
-        ) from error
-    assert isinstance(text, str)
-    return text

@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.context import context_finder
 from star_dss_plugin.data.decoding import decode, special_ids, token_boundaries
 from star_dss_plugin.data.requests import PrefixRequest
@@ -110,30 +111,25 @@ def _body(
 
 
 def find_responses(
-    row: Mapping[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
-    segmenter: Segmenter,
-    chunk_size: int,
-    *,
-    chat_template: str | None = None,
+    row: Mapping[str, Any], chat: ChatTokenizer, segmenter: Segmenter, chunk_size: int
 ) -> list[Response]:
     """All responses of a tokenized row.
 
     Args:
         row: `input_ids` and `labels`, and if known the messages (`messages`, or `prompt` and
             `completion`).
-        tokenizer: The one that made `input_ids`.
+        chat: The tokenizer and the template that made `input_ids`.
         segmenter: Where chunks end.
         chunk_size: M, in the segmenter's units.
-        chat_template: The template that made `input_ids`; None: the tokenizer's own.
 
     Raises:
         DataError: `input_ids` or `labels` are no tokens, they differ in length, or a label is not
             its token.
     """
     ids, labels = tokens_of(row)
+    tokenizer = chat.tokenizer
     special = special_ids(tokenizer)
-    context_of = context_finder(tokenizer, ids, row, chat_template)
+    context_of = context_finder(chat, ids, row)
     found = []
     for start, end in runs(labels):
         if labels[start:end] != ids[start:end]:

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from datasets import Dataset, List, Value
-from transformers import PreTrainedTokenizerBase
 
+from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.columns import with_column
 from star_dss_plugin.data.responses import tokens_of
 from star_dss_plugin.data.tokenization import assistant_labels, needs_assistant_labels, tokenize_row
@@ -43,16 +43,10 @@ def in_row(i: int, function: Any, *args: Any, **kwargs: Any) -> Any:
         raise type(error)(f"Row {i}: {error}") from error
 
 
-def tokenized(
-    dataset: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int | None,
-    chat_template: str | None,
-) -> Dataset:
+def tokenized(dataset: Dataset, chat: ChatTokenizer, max_length: int | None) -> Dataset:
     """Adds `input_ids` and `labels` to raw rows (`tokenization.tokenize_row`)."""
-    options = {"max_length": max_length, "chat_template": chat_template}
     rows = [
-        in_row(i, tokenize_row, row, tokenizer, **options)
+        in_row(i, tokenize_row, row, chat, max_length=max_length)
         for i, row in enumerate(plain_rows(dataset))
     ]
     for name in ("input_ids", "labels"):
@@ -63,8 +57,7 @@ def tokenized(
 
 def only_responses(
     dataset: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    chat_template: str | None,
+    chat: ChatTokenizer,
     *,
     needed: bool = True,
 ) -> Dataset:
@@ -72,8 +65,7 @@ def only_responses(
 
     Args:
         dataset: With `input_ids` and `labels`.
-        tokenizer: The one that made the tokens.
-        chat_template: The template that made them; None: the tokenizer's own.
+        chat: The tokenizer and the template that made the tokens.
         needed: Whether some row has to have a trained token.
 
     Raises:
@@ -84,7 +76,7 @@ def only_responses(
     for i, row in enumerate(known_rows(dataset)):
         _, labels = in_row(i, tokens_of, row)
         if in_row(i, needs_assistant_labels, row):
-            labels = in_row(i, assistant_labels, row, tokenizer, chat_template=chat_template)
+            labels = in_row(i, assistant_labels, row, chat)
             changed += labels != row["labels"]
         trained = trained or any(label != IGNORE_INDEX for label in labels)
         column.append(labels)

@@ -14,8 +14,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.conversations import (
-    render_chat,
     row_messages,
     source_messages,
     template_arguments,
@@ -29,29 +29,25 @@ __all__ = ["assistant_labels", "needs_assistant_labels", "tokenize_row"]
 
 
 def tokenize_row(
-    row: Mapping[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_length: int | None = None,
-    chat_template: str | None = None,
+    row: Mapping[str, Any], chat: ChatTokenizer, *, max_length: int | None = None
 ) -> dict[str, list[int]]:
     """`input_ids` and `labels` of a raw row, as TRL's SFTTrainer makes them.
 
     Args:
         row: With `messages` (only assistant turns are trained), `prompt` and `completion` (plain
             or messages; the completion is trained) or `text` (all of it is trained).
-        tokenizer: The trained model's tokenizer.
+        chat: The trained model's tokenizer and its template.
         max_length: Tokens kept from the start; None: all.
-        chat_template: The template of conversations; None: the tokenizer's own.
 
     Raises:
         DataError: No such column, or a conversation whose turns cannot be found in its tokens.
     """
+    tokenizer = chat.tokenizer
     given = {name for name, value in row.items() if value is not None}
     if "messages" in given:
-        ids, mask = _conversation(row, tokenizer, chat_template)
+        ids, mask = _conversation(row, chat)
     elif {"prompt", "completion"} <= given:
-        ids, mask = _prompt_completion(row, tokenizer, chat_template)
+        ids, mask = _prompt_completion(row, chat)
     elif "text" in given:
         text = row["text"]
         if not isinstance(text, str):
@@ -88,18 +84,12 @@ def needs_assistant_labels(row: Mapping[str, Any]) -> bool:
     return said and bool(row["prompt"]) and IGNORE_INDEX not in row["labels"]
 
 
-def assistant_labels(
-    row: Mapping[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    chat_template: str | None = None,
-) -> list[int]:
+def assistant_labels(row: Mapping[str, Any], chat: ChatTokenizer) -> list[int]:
     """Labels of a tokenized row with only its assistant turns trained.
 
     Args:
         row: `input_ids` (possibly truncated, at either end) and the messages they were made from.
-        tokenizer: The one that made `input_ids`.
-        chat_template: The template that made them; None: the tokenizer's own.
+        chat: The tokenizer and the template that made `input_ids`.
 
     Returns:
         One label per token of `input_ids`.
@@ -109,7 +99,7 @@ def assistant_labels(
     """
     of_text = isinstance(row.get("completion"), str) and not isinstance(row.get("messages"), list)
     made = _prompt_completion if of_text else _conversation
-    ids, mask = made(row, tokenizer, chat_template)
+    ids, mask = made(row, chat)
     given = list(row["input_ids"])
     for kept in (slice(0, len(given)), slice(max(0, len(ids) - len(given)), len(ids))):
         if ids[kept] == given:
@@ -128,9 +118,7 @@ def assistant_labels(
     )
 
 
-def _conversation(
-    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, chat_template: str | None
-) -> tuple[list[int], list[bool]]:
+def _conversation(row: Mapping[str, Any], chat: ChatTokenizer) -> tuple[list[int], list[bool]]:
     """Tokens of a conversation, and which of them an assistant says (end of turn included)."""
     source, messages = source_messages(row), row_messages(row)
     if source is None or messages is None:
@@ -141,8 +129,8 @@ def _conversation(
     whole = isinstance(row.get("messages"), list)
     first = 0 if whole else len(source) - len(row["completion"])
     spoken = [i for i, m in enumerate(source) if m["role"] == "assistant" and i >= first]
-    kwargs = {"chat_template": chat_template, **template_arguments(row)}
-    text = render_chat(tokenizer, source, **kwargs)
+    tokenizer, kwargs = chat.tokenizer, template_arguments(row)
+    text = chat.render(source, **kwargs)
     mark = _unused_mark(text)
     # A marked turn has nothing but its content, so that one which says more (a tool call, a
     # reasoning) does not look found.
@@ -150,7 +138,7 @@ def _conversation(
         {"role": m["role"], "content": mark.format(i)} if i in spoken else m
         for i, m in enumerate(source)
     ]
-    scaffold = render_chat(tokenizer, marked, **kwargs)
+    scaffold = chat.render(marked, **kwargs)
     contents = {mark.format(i): str(messages[i]["content"]) for i in spoken}
     spans = _spans(text, scaffold, contents)
     encoded = tokenizer(_whole(text), add_special_tokens=False, return_offsets_mapping=True)
@@ -204,10 +192,9 @@ def _spans(text: str, scaffold: str, contents: Mapping[str, str]) -> list[tuple[
     )
 
 
-def _prompt_completion(
-    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, chat_template: str | None
-) -> tuple[list[int], list[bool]]:
+def _prompt_completion(row: Mapping[str, Any], chat: ChatTokenizer) -> tuple[list[int], list[bool]]:
     prompt, completion = row["prompt"], row["completion"]
+    tokenizer = chat.tokenizer
     source_messages(row)
     if isinstance(prompt, str) != isinstance(completion, str):
         raise DataError(
@@ -218,11 +205,11 @@ def _prompt_completion(
         ids = _tokens(tokenizer, prompt + _with_eos(tokenizer, completion))
         prompt_ids = _tokens(tokenizer, prompt)
     elif any(m["role"] != "assistant" for m in completion):
-        return _conversation(row, tokenizer, chat_template)
+        return _conversation(row, chat)
     else:
-        kwargs = {"chat_template": chat_template, **template_arguments(row)}
-        full = render_chat(tokenizer, [*prompt, *completion], **kwargs)
-        question = render_chat(tokenizer, prompt, add_generation_prompt=True, **kwargs)
+        kwargs = template_arguments(row)
+        full = chat.render([*prompt, *completion], **kwargs)
+        question = chat.render(prompt, add_generation_prompt=True, **kwargs)
         ids = list(tokenizer(_whole(full), add_special_tokens=False)["input_ids"])
         prompt_ids = list(tokenizer(_whole(question), add_special_tokens=False)["input_ids"])
     common = 0

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from star_dss_plugin.data.conversations import render_chat
+from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.requests import Message
 
 __all__ = ["answers_to", "greedy_answers", "prompt_ids"]
@@ -85,7 +85,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message]) ->
     if tokenizer.chat_template is None:
         text = "\n".join(str(message["content"]) for message in prompt)
         return list(tokenizer(text).input_ids)
-    text = render_chat(tokenizer, prompt, add_generation_prompt=True)
+    text = ChatTokenizer(tokenizer).render(prompt, add_generation_prompt=True)
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 

@@ -12,6 +12,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.columns import SCORES_COLUMN
 from star_dss_plugin.data.provenance import provenance_of
 from star_dss_plugin.data.requests import Message
@@ -199,6 +200,7 @@ def read_scored(
         source = "source"
     origins = [None] * len(dataset) if source is None else plain[source]
     rows = tqdm(known_rows(dataset), "Reading", len(dataset), unit="row", disable=not progress)
+    chat = ChatTokenizer(tokenizer)
     found: list[ScoredResponse] = []
     for i, (row, scores, origin) in enumerate(
         zip(rows, plain[SCORES_COLUMN], origins, strict=True)
@@ -207,7 +209,7 @@ def read_scored(
         check_scores(f"Row {i}", scores, len(ids))
         if max(ids, default=0) >= len(tokenizer) or min(ids, default=0) < 0:
             raise _other_tokenizer(tokenizer)
-        responses = in_row(i, find_responses, row, tokenizer, tokens, 1)
+        responses = in_row(i, find_responses, row, chat, tokens, 1)
         name = None if origin is None else str(origin)
         found += [_scored(i, k, name, r, scores) for k, r in enumerate(responses)]
     if not found:

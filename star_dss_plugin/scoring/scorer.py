@@ -29,6 +29,7 @@ from transformers import PreTrainedTokenizerBase
 
 from star_dss_plugin._version import __version__
 from star_dss_plugin.data.cache import default_cache_dir
+from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.columns import SCORES_COLUMN, with_column
 from star_dss_plugin.data.fingerprints import content_key
 from star_dss_plugin.data.provenance import write_note
@@ -112,19 +113,20 @@ def score_dataset(
             "The data set already has a 'star_scores' column. Remove it to score again, or use "
             "the data set as it is."
         )
+    chat = ChatTokenizer(tokenizer, chat_template)
     if "input_ids" not in dataset.column_names:
-        dataset = tokenized(dataset, tokenizer, max_length, chat_template)
+        dataset = tokenized(dataset, chat, max_length)
     elif "labels" not in dataset.column_names:
         raise DataError(
             "The data set has 'input_ids' but no 'labels', so it does not say which tokens are "
             "trained. Add labels: a copy of input_ids with -100 where nothing is trained."
         )
-    dataset = only_responses(dataset, tokenizer, chat_template, needed=not part)
+    dataset = only_responses(dataset, chat, needed=not part)
     asked = loaded or guard_of(options)
     if options.trajectory == "adaptive":
         asked = adaptive(asked, options.trajectory_epsilon)
     try:
-        rows = _find_all(dataset, tokenizer, options, chat_template)
+        rows = _find_all(dataset, chat, options)
         requests = _unique_requests(rows)
         asking = Asking(
             requests,
@@ -155,19 +157,12 @@ def score_dataset(
     return scored
 
 
-def _find_all(
-    dataset: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    options: ScoringOptions,
-    chat_template: str | None,
-) -> list[_Row]:
+def _find_all(dataset: Dataset, chat: ChatTokenizer, options: ScoringOptions) -> list[_Row]:
     """Return the responses of all rows."""
     cut = load_plugins().segmenter(options.segmenter)
     found, raw = [], 0
     for i, row in enumerate(known_rows(dataset)):
-        responses = in_row(
-            i, find_responses, row, tokenizer, cut, options.chunk_size, chat_template=chat_template
-        )
+        responses = in_row(i, find_responses, row, chat, cut, options.chunk_size)
         raw += sum(r.raw_context for r in responses)
         found.append(_Row(len(row["labels"]), responses, [_key(r.request) for r in responses]))
     if raw:

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, List, Value
-from transformers import PreTrainedTokenizerBase
 
+from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.columns import SCORES_COLUMN, with_column
 from star_dss_plugin.data.provenance import notes, provenance_of, read_note, write_note
 from star_dss_plugin.data.responses import find_responses
@@ -52,21 +52,14 @@ def stricter_scores(
     return found
 
 
-def stricter_dataset(
-    dataset: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    options: StarDSSOptions,
-    *,
-    chat_template: str | None = None,
-) -> Dataset:
+def stricter_dataset(dataset: Dataset, chat: ChatTokenizer, options: StarDSSOptions) -> Dataset:
     """A scored data set whose `star_scores` follow `unsafe_lookahead` and `monotone`.
 
     Args:
         dataset: With `input_ids`, `labels` and `star_scores`; it notes what was done, so that
             nothing is done twice.
-        tokenizer: The one that made the tokens.
+        chat: The tokenizer and the template that made the tokens.
         options: The run's options.
-        chat_template: The template that made the tokens; None: the tokenizer's own.
 
     Raises:
         DataError: The data set was treated before, with other options; or it does not say how its
@@ -103,9 +96,7 @@ def stricter_dataset(
     column = []
     for i, row in enumerate(dataset.with_format(None)):
         scores = np.array(row[SCORES_COLUMN], dtype=np.float32)
-        for response in find_responses(
-            row, tokenizer, segmenter, provenance["chunk_size"], chat_template=chat_template
-        ):
+        for response in find_responses(row, chat, segmenter, provenance["chunk_size"]):
             ends = response.chunk_ends
             chunks = [slice(a, b) for a, b in pairwise([response.start, *ends])]
             if any(np.ptp(scores[chunk]) for chunk in chunks):

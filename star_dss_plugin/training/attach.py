@@ -12,6 +12,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer
 
 from star_dss_plugin.data.cache import default_cache_dir
+from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.columns import REF_COLUMN
 from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.loss import Shaping
@@ -170,11 +171,10 @@ def _prepare(
     progress = not args.disable_tqdm and share.index == 0
     dataset, summary = prepare_dataset(
         dataset,
-        tokenizer,
+        # TRL keeps the template that made the tokens, which need not be the tokenizer's own.
+        ChatTokenizer(tokenizer, getattr(trainer, "chat_template", None)),
         options,
         name=name,
-        # TRL keeps the template that made the tokens, which need not be the tokenizer's own.
-        chat_template=getattr(trainer, "chat_template", None),
         truncation=(getattr(args, "max_length", None), getattr(args, "truncation_mode", None)),
         share=share,
         progress=progress,

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
+from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.columns import SCORES_COLUMN
 from star_dss_plugin.data.responses import find_responses
 from star_dss_plugin.data.rows import in_row, known_rows
@@ -63,28 +63,20 @@ def lacks_guard(dataset: Dataset, options: StarDSSOptions) -> bool:
     return reads and options.guard is None and SCORES_COLUMN not in dataset.column_names
 
 
-def estimate(
-    dataset: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    options: StarDSSOptions,
-    chat_template: str | None = None,
-) -> str:
+def estimate(dataset: Dataset, chat: ChatTokenizer, options: StarDSSOptions) -> str:
     """How much a guard would read to score a tokenized data set, in one line. It says no time.
 
     Args:
         dataset: With `input_ids` and `labels`, and if known the messages.
-        tokenizer: The one that made the tokens.
+        chat: The tokenizer and the template that made the tokens.
         options: The run's options.
-        chat_template: The template that made the tokens; None: the tokenizer's own.
     """
     if SCORES_COLUMN in dataset.column_names or options.guard is None:
         return f"{len(dataset)} rows: nothing to score"
     cut = load_plugins().segmenter(options.segmenter)
     responses = raw = calls = once = alone = 0
     for i, row in enumerate(known_rows(dataset)):
-        for response in in_row(
-            i, find_responses, row, tokenizer, cut, options.chunk_size, chat_template=chat_template
-        ):
+        for response in in_row(i, find_responses, row, chat, cut, options.chunk_size):
             responses += 1
             raw += response.raw_context
             calls += len(response.chunk_ends)

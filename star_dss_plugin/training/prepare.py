@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, List, Value
-from transformers import PreTrainedTokenizerBase
 
+from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.columns import SCORES_COLUMN, with_column
 from star_dss_plugin.data.provenance import provenances_of
 from star_dss_plugin.data.responses import runs
@@ -54,11 +54,10 @@ class DatasetSummary:
 
 def prepare_dataset(
     dataset: Any,
-    tokenizer: PreTrainedTokenizerBase,
+    chat: ChatTokenizer,
     options: StarDSSOptions,
     *,
     name: str,
-    chat_template: str | None,
     truncation: tuple[int | None, str | None],
     share: Share = ALONE,
     progress: bool,
@@ -67,10 +66,9 @@ def prepare_dataset(
 
     Args:
         dataset: With `input_ids` and `labels`.
-        tokenizer: The one that made the tokens.
+        chat: The tokenizer and the template that made the tokens.
         options: The run's options.
         name: "train", "eval", …: for messages.
-        chat_template: The template that made the tokens; None: the tokenizer's own.
         truncation: (max_length, truncation_mode) that the trainer applied to `input_ids` and
             `labels`, and not to columns it does not know.
         share: This process's part of the scoring.
@@ -107,11 +105,11 @@ def prepare_dataset(
                 SCORES_COLUMN,
             )
         # Whoever scored it trained responses only; labels made since then may train all tokens.
-        dataset = only_responses(dataset, tokenizer, chat_template)
+        dataset = only_responses(dataset, chat)
         dataset = _fit_scores(dataset, name, *truncation)
     elif not asks_guard(options, name):
         # The same tokens are trained as in the modes that read scores.
-        dataset = only_responses(dataset, tokenizer, chat_template)
+        dataset = only_responses(dataset, chat)
         plain = dataset.with_format(None)
         ones = [np.ones(len(ids), dtype=np.float32) for ids in plain["input_ids"]]
         dataset = with_column(dataset, SCORES_COLUMN, ones, List(Value("float32")))
@@ -121,13 +119,13 @@ def prepare_dataset(
     else:
         dataset = score_dataset(
             dataset,
-            tokenizer,
+            chat.tokenizer,
             options,
-            chat_template=chat_template,
+            chat_template=chat.chat_template,
             share=share,
             progress=progress,
         )
-    dataset = stricter_dataset(dataset, tokenizer, options, chat_template=chat_template)
+    dataset = stricter_dataset(dataset, chat, options)
     return dataset, _summary(dataset, options, None)
 
 

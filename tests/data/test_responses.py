@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from star_dss_plugin import DataError
 from star_dss_plugin.data import decoding
+from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.decoding import decode, special_ids, token_boundaries
 from star_dss_plugin.data.responses import find_responses, runs
 from star_dss_plugin.data.tokenization import tokenize_row
@@ -123,7 +124,7 @@ def one(tokenizer, ids, segmenter=tokens, chunk_size=5, before=(), after=()):
         "input_ids": [*before, *ids, *after],
         "labels": [-100] * len(before) + list(ids) + [-100] * len(after),
     }
-    (response,) = find_responses(row, tokenizer, segmenter, chunk_size)
+    (response,) = find_responses(row, ChatTokenizer(tokenizer), segmenter, chunk_size)
     return response
 
 
@@ -376,8 +377,8 @@ def chat(*turns):
     return [{"role": roles[turn[0]], "content": turn[2:]} for turn in turns]
 
 
-def contexts(row, tokenizer, **kwargs):
-    found = find_responses(row, tokenizer, tokens, 5, **kwargs)
+def contexts(row, tokenizer, chat_template=None):
+    found = find_responses(row, ChatTokenizer(tokenizer, chat_template), tokens, 5)
     return [
         "raw" if r.raw_context else [(m["role"], m["content"]) for m in r.request.context]
         for r in found
@@ -432,9 +433,9 @@ CONVERSATIONS = {
 }
 
 
-def labelled(messages, tokenizer, **kwargs):
+def labelled(messages, tokenizer, chat_template=None):
     row = {"messages": messages}
-    return row | tokenize_row(row, tokenizer, **kwargs)
+    return row | tokenize_row(row, ChatTokenizer(tokenizer, chat_template))
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
@@ -524,13 +525,13 @@ def test_contexts_where_old_answers_are_cut(tokenizer):
 
 def test_context_of_plain_text_is_the_prompt(tokenizer):
     row = {"prompt": "how are you? ", "completion": "how are you? fine"}
-    row |= tokenize_row(row, tokenizer)
+    row |= tokenize_row(row, ChatTokenizer(tokenizer))
     assert contexts(row, tokenizer) == [[("user", "how are you? ")]]
 
 
 def test_context_of_plain_text_behind_a_bos_token(tokenizer):
     row = {"prompt": "how are you?", "completion": " fine"}
-    ids = tokenize_row(row, tokenizer)
+    ids = tokenize_row(row, ChatTokenizer(tokenizer))
     row |= {
         "input_ids": [tokenizer.bos_token_id, *ids["input_ids"]],
         "labels": [-100, *ids["labels"]],
@@ -561,7 +562,7 @@ def test_typed_content_is_text(tokenizer):
 def test_without_messages_the_context_is_the_decoded_tokens(tokenizer):
     row = labelled(chat("u:hi", "a:ok", "u:more", "a:no"), tokenizer)
     del row["messages"]
-    first, second = find_responses(row, tokenizer, tokens, 5)
+    first, second = find_responses(row, ChatTokenizer(tokenizer), tokens, 5)
     assert first.raw_context
     assert second.raw_context
     assert first.request.context == (
@@ -574,7 +575,9 @@ def test_without_messages_the_context_is_the_decoded_tokens(tokenizer):
 
 def test_nothing_before_is_no_context(tokenizer):
     ids = tokenized(tokenizer, "the dog<|im_end|>")
-    (response,) = find_responses({"input_ids": ids, "labels": ids}, tokenizer, tokens, 5)
+    (response,) = find_responses(
+        {"input_ids": ids, "labels": ids}, ChatTokenizer(tokenizer), tokens, 5
+    )
     assert response.request.context == ()
 
 
@@ -628,7 +631,9 @@ def test_the_tokenizer_may_have_no_template(tokenizer):
 )
 def test_labels_must_be_the_inputs(tokenizer, labels, message):
     with pytest.raises(DataError, match=message):
-        find_responses({"input_ids": [5, 6, 7], "labels": labels}, tokenizer, tokens, 5)
+        find_responses(
+            {"input_ids": [5, 6, 7], "labels": labels}, ChatTokenizer(tokenizer), tokens, 5
+        )
 
 
 @pytest.mark.parametrize(
@@ -648,13 +653,15 @@ def test_labels_must_be_the_inputs(tokenizer, labels, message):
 def test_what_is_no_token_is_named(tokenizer, changes, message):
     row = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], **changes}
     with pytest.raises(DataError, match=message):
-        find_responses(row, tokenizer, tokens, 5)
+        find_responses(row, ChatTokenizer(tokenizer), tokens, 5)
 
 
 def test_no_trained_token_is_no_response(tokenizer):
     row = {"input_ids": [5, 6], "labels": [-100, -100]}
-    assert find_responses(row, tokenizer, tokens, 5) == []
-    assert find_responses({"input_ids": [], "labels": []}, tokenizer, tokens, 5) == []
+    assert find_responses(row, ChatTokenizer(tokenizer), tokens, 5) == []
+    assert (
+        find_responses({"input_ids": [], "labels": []}, ChatTokenizer(tokenizer), tokens, 5) == []
+    )
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from tokenizers import processors
 from transformers import AutoTokenizer
 
 from star_dss_plugin import DataError
+from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.responses import runs
 from star_dss_plugin.data.tokenization import assistant_labels, needs_assistant_labels, tokenize_row
 
@@ -114,7 +115,7 @@ def by_trl(tmp_path_factory):
 
 
 def by_us(rows, tokenizer, **kwargs):
-    made = [tokenize_row(row, tokenizer, **kwargs) for row in rows]
+    made = [tokenize_row(row, ChatTokenizer(tokenizer), **kwargs) for row in rows]
     return [(row["input_ids"], row["labels"]) for row in made]
 
 
@@ -169,7 +170,7 @@ def test_open_labels_become_those_of_assistant_only_loss(generating, by_trl):
     everything = by_trl(rows, generating)
     assert all(ids == labels for ids, labels in everything)
     ours = [
-        assistant_labels(row | {"input_ids": ids, "labels": labels}, generating)
+        assistant_labels(row | {"input_ids": ids, "labels": labels}, ChatTokenizer(generating))
         for row, (ids, labels) in zip(rows, everything, strict=True)
     ]
     assert ours == [labels for _, labels in by_trl(rows, generating, assistant_only_loss=True)]
@@ -178,13 +179,15 @@ def test_open_labels_become_those_of_assistant_only_loss(generating, by_trl):
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
 def test_open_labels_of_truncated_rows(generating, by_trl, mode):
     row = {"messages": CONVERSATIONS["two turns"]}
-    length = len(tokenize_row(row, generating)["input_ids"]) - 4  # ends within an answer
+    length = (
+        len(tokenize_row(row, ChatTokenizer(generating))["input_ids"]) - 4
+    )  # ends within an answer
     cut = {"max_length": length, "truncation_mode": mode}
     ((ids, labels),) = by_trl([row], generating, **cut)
     ((_, masked),) = by_trl([row], generating, assistant_only_loss=True, **cut)
     assert labels == ids != masked
     open_labels = row | {"input_ids": ids, "labels": labels}
-    assert assistant_labels(open_labels, generating) == masked
+    assert assistant_labels(open_labels, ChatTokenizer(generating)) == masked
     if mode == "keep_start":
         assert by_us([row], generating, max_length=length) == [(ids, masked)]
 
@@ -195,7 +198,7 @@ def test_open_labels_of_truncated_rows(generating, by_trl, mode):
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_each_answer_is_trained_with_its_end_of_turn(tokenizer, name):
     messages = CONVERSATIONS[name]
-    row = tokenize_row({"messages": messages}, tokenizer)
+    row = tokenize_row({"messages": messages}, ChatTokenizer(tokenizer))
     assert spoken(row, tokenizer) == said(messages)
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     assert row["input_ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -240,7 +243,7 @@ def test_hostile_turns_change_no_other_turns_labels(tokenizer, contents, trims):
     roles = ["user", "assistant"] * 3
     messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
     template = TRIMMED if trims else None
-    row = tokenize_row({"messages": messages}, tokenizer, chat_template=template)
+    row = tokenize_row({"messages": messages}, ChatTokenizer(tokenizer, template))
     trained = "".join(spoken(row, tokenizer))
     assert "".join(trained.split()) == "".join("".join(said(messages)).split())
     # the row's own length tells that nothing else was looked at
@@ -260,9 +263,9 @@ def test_spaces_that_offsets_leave_out_are_trained(tokenizer):
     messages = CONVERSATIONS["spaces inside"]
     encoded = trimming("a   b", add_special_tokens=False, return_offsets_mapping=True)
     assert any(a == b for a, b in encoded["offset_mapping"])
-    row = tokenize_row({"messages": messages}, trimming)
+    row = tokenize_row({"messages": messages}, ChatTokenizer(trimming))
     assert spoken(row, trimming) == said(messages)
-    assert row == tokenize_row({"messages": messages}, tokenizer)
+    assert row == tokenize_row({"messages": messages}, ChatTokenizer(tokenizer))
 
 
 def test_qwens_tokenizer(shared):
@@ -272,7 +275,7 @@ def test_qwens_tokenizer(shared):
         *CONVERSATIONS["emoji"],
         *CONVERSATIONS["a forged question in the answer"],
     ]
-    row = tokenize_row({"messages": messages}, tokenizer, chat_template=GENERATION)
+    row = tokenize_row({"messages": messages}, ChatTokenizer(tokenizer, GENERATION))
     found = [text.encode() for text in spoken(row, tokenizer)]
     assert found == [
         text.encode()
@@ -288,18 +291,18 @@ def test_qwens_tokenizer(shared):
 def test_a_turn_that_ends_without_a_control_token(tokenizer):
     template = "{%- for m in messages %}{{- m.role + ': ' + m.content + '\n' }}{%- endfor %}"
     row = {"messages": chat("u:hi", "a:fine", "u:assistant: no", "a:fine")}
-    row = tokenize_row(row, tokenizer, chat_template=template)
+    row = tokenize_row(row, ChatTokenizer(tokenizer, template))
     assert [text.strip() for text in spoken(row, tokenizer)] == ["fine", "fine"]
 
 
 def test_only_the_completions_answers_are_trained(tokenizer):
     messages = chat("u:hi", "a:not this", "u:ok", "a:this", "u:why?", "a:and this")
     row = {"prompt": messages[:3], "completion": messages[3:]}
-    made = tokenize_row(row, tokenizer)
+    made = tokenize_row(row, ChatTokenizer(tokenizer))
     assert spoken(made, tokenizer) == ["this<|im_end|>", "and this<|im_end|>"]
     open_labels = row | made | {"labels": made["input_ids"]}
     assert needs_assistant_labels(open_labels)
-    assert assistant_labels(open_labels, tokenizer) == made["labels"]
+    assert assistant_labels(open_labels, ChatTokenizer(tokenizer)) == made["labels"]
 
 
 @pytest.mark.parametrize(
@@ -307,15 +310,15 @@ def test_only_the_completions_answers_are_trained(tokenizer):
 )
 def test_truncation_keeps_labels_and_tokens_together(tokenizer, name):
     row = {"messages": CONVERSATIONS[name]}
-    made = tokenize_row(row, tokenizer)
+    made = tokenize_row(row, ChatTokenizer(tokenizer))
     length = len(made["input_ids"])
     for n in range(1, length):
         head = {key: made[key][:n] for key in made}
-        assert tokenize_row(row, tokenizer, max_length=n) == head
-        assert assistant_labels(row | head, tokenizer) == head["labels"]
+        assert tokenize_row(row, ChatTokenizer(tokenizer), max_length=n) == head
+        assert assistant_labels(row | head, ChatTokenizer(tokenizer)) == head["labels"]
     for n in range(8, length):  # shorter ends may look like a beginning
         tail = {key: made[key][length - n :] for key in made}
-        assert assistant_labels(row | tail, tokenizer) == tail["labels"]
+        assert assistant_labels(row | tail, ChatTokenizer(tokenizer)) == tail["labels"]
 
 
 def test_typed_content(tokenizer):
@@ -327,8 +330,8 @@ def test_typed_content(tokenizer):
     )
     messages = chat("u:how are you?", "a:i am fine")
     typed = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
-    assert tokenize_row({"messages": typed}, tokenizer, chat_template=template) == tokenize_row(
-        {"messages": messages}, tokenizer
+    assert tokenize_row({"messages": typed}, ChatTokenizer(tokenizer, template)) == tokenize_row(
+        {"messages": messages}, ChatTokenizer(tokenizer)
     )
 
 
@@ -339,10 +342,10 @@ def test_template_arguments_of_the_row(tokenizer):
         "tools": '[{"name": "fox"}]',
         "chat_template_kwargs": {"mood": "lazy"},
     }
-    made = tokenize_row(row, tokenizer, chat_template=template)
+    made = tokenize_row(row, ChatTokenizer(tokenizer, template))
     assert tokenizer.decode(made["input_ids"]).startswith("foxlazy\n<|im_start|>user")
     assert spoken(made, tokenizer) == ["fine<|im_end|>"]
-    assert assistant_labels(row | made, tokenizer, chat_template=template) == made["labels"]
+    assert assistant_labels(row | made, ChatTokenizer(tokenizer, template)) == made["labels"]
 
 
 # Whose labels are left open
@@ -413,16 +416,16 @@ def test_tool_calls_are_refused_not_left_untrained(tokenizer, content):
         tokenizer.apply_chat_template(messages, chat_template=TOOLS_TEMPLATE, tokenize=False)
     )["input_ids"]
     with refuses("does not render the assistant's turns as plain text"):
-        tokenize_row(row, tokenizer, chat_template=TOOLS_TEMPLATE)
+        tokenize_row(row, ChatTokenizer(tokenizer, TOOLS_TEMPLATE))
     with refuses("does not render the assistant's turns as plain text"):
-        assistant_labels(row | {"input_ids": ids}, tokenizer, chat_template=TOOLS_TEMPLATE)
+        assistant_labels(row | {"input_ids": ids}, ChatTokenizer(tokenizer, TOOLS_TEMPLATE))
 
 
 def test_a_reasoning_is_refused_not_left_untrained(tokenizer):
     messages = chat("u:hi", "a:ok")
     messages[1]["reasoning_content"] = "hm"
     with refuses("does not render the assistant's turns as plain text"):
-        tokenize_row({"messages": messages}, tokenizer, chat_template=THINKING_TEMPLATE)
+        tokenize_row({"messages": messages}, ChatTokenizer(tokenizer, THINKING_TEMPLATE))
 
 
 @pytest.mark.parametrize(
@@ -432,7 +435,7 @@ def test_rewritten_answers_are_refused(tokenizer, content):
     template = GENERATION.replace("m.content", content)
     with refuses("does not render the assistant's turns as plain text"):
         tokenize_row(
-            {"messages": chat("u:hi", 'a:hm</think>"ok"')}, tokenizer, chat_template=template
+            {"messages": chat("u:hi", 'a:hm</think>"ok"')}, ChatTokenizer(tokenizer, template)
         )
 
 
@@ -440,7 +443,7 @@ def test_answers_that_the_template_drops_are_refused(tokenizer):
     template = GENERATION.replace("in messages", "in messages[-2:]")
     with refuses("does not render the assistant's turns as plain text"):
         tokenize_row(
-            {"messages": chat("u:hi", "a:", "u:hi", "a:ok")}, tokenizer, chat_template=template
+            {"messages": chat("u:hi", "a:", "u:hi", "a:ok")}, ChatTokenizer(tokenizer, template)
         )
 
 
@@ -489,12 +492,14 @@ def test_answers_that_the_template_drops_are_refused(tokenizer):
 )
 def test_rows_that_say_too_little(tokenizer, row, message):
     with refuses(message):
-        tokenize_row(row, tokenizer)
+        tokenize_row(row, ChatTokenizer(tokenizer))
 
 
 def test_columns_without_a_value_do_not_count(tokenizer):
     row = {"messages": None, "prompt": None, "completion": None, "text": "hello"}
-    assert tokenize_row(row, tokenizer) == tokenize_row({"text": "hello"}, tokenizer)
+    assert tokenize_row(row, ChatTokenizer(tokenizer)) == tokenize_row(
+        {"text": "hello"}, ChatTokenizer(tokenizer)
+    )
 
 
 @pytest.mark.parametrize(
@@ -510,20 +515,23 @@ def test_templates_that_fail(tokenizer, template, message):
     bare = copy.deepcopy(tokenizer)
     bare.chat_template = template
     with refuses(message):
-        tokenize_row({"messages": chat("u:hi", "a:ok")}, bare)
+        tokenize_row({"messages": chat("u:hi", "a:ok")}, ChatTokenizer(bare))
 
 
 def test_tokens_of_another_template_are_refused(tokenizer):
     row = {"messages": CONVERSATIONS["two turns"]}
-    row |= tokenize_row(row, tokenizer)
+    row |= tokenize_row(row, ChatTokenizer(tokenizer))
     row["input_ids"] = [*row["input_ids"][:5], 7, *row["input_ids"][6:]]
     with refuses("not those of its chat template"):
-        assistant_labels(row, tokenizer)
+        assistant_labels(row, ChatTokenizer(tokenizer))
     with refuses("not those of its chat template"):
-        assistant_labels(row | {"input_ids": row["input_ids"] * 2}, tokenizer)
+        assistant_labels(row | {"input_ids": row["input_ids"] * 2}, ChatTokenizer(tokenizer))
 
 
 def test_a_tokenizer_without_an_end_adds_none(tokenizer):
     endless = copy.deepcopy(tokenizer)
     endless.eos_token = None
-    assert endless.decode(tokenize_row({"text": "hello"}, endless)["input_ids"]) == "hello"
+    assert (
+        endless.decode(tokenize_row({"text": "hello"}, ChatTokenizer(endless))["input_ids"])
+        == "hello"
+    )

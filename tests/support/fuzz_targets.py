@@ -29,6 +29,7 @@ from rich.console import Console
 
 from star_dss_plugin.cli.check import check_config
 from star_dss_plugin.data.cache import ScoreCache, _header
+from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.provenance import provenance_of
 from star_dss_plugin.data.reading import read_dataset
 from star_dss_plugin.data.requests import Trajectory
@@ -205,7 +206,7 @@ def check_parquet_file(data: bytes) -> None:
 
 def check_raw_row(row: dict) -> None:
     with refused():
-        found = tokenize_row(row, tokenizer())
+        found = tokenize_row(row, ChatTokenizer(tokenizer()))
         ids, labels = found["input_ids"], found["labels"]
         assert len(ids) == len(labels)
         _check_responses({**row, **found})
@@ -222,7 +223,7 @@ def _check_responses(row: dict) -> None:
     for cut in (tokens, words, sentences, whole):
         for size in (1, 3):
             end = 0
-            for found in find_responses(row, tokenizer(), cut, size):
+            for found in find_responses(row, ChatTokenizer(tokenizer()), cut, size):
                 assert found.start >= end
                 end = found.end
                 assert found.chunk_ends[-1] == found.end
@@ -253,10 +254,9 @@ def check_score_column(rows: list[dict]) -> None:
     with refused():
         prepared, summary = prepare_dataset(
             dataset,
-            tokenizer(),
+            ChatTokenizer(tokenizer(), None),
             StarDSSOptions(),
             name="train",
-            chat_template=None,
             truncation=(None, None),
             progress=False,
         )
@@ -308,7 +308,7 @@ def check_description(text: Any) -> None:
     with refused("description"):
         _check_page(read_scored(dataset, tokenizer()))
     with refused(), tempfile.TemporaryDirectory() as folder:
-        stricter_dataset(dataset, tokenizer(), StarDSSOptions(monotone=True))
+        stricter_dataset(dataset, ChatTokenizer(tokenizer()), StarDSSOptions(monotone=True))
         path = Path(folder) / "scored"
         dataset.save_to_disk(path)
         assert provenance_of(read_dataset(str(path))) == provenance_of(dataset)

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from star_dss_plugin import ConfigError, PluginError
 from star_dss_plugin.cli.app import app
 from star_dss_plugin.cli.check import check_config
+from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.options import StarDSSOptions
 from star_dss_plugin.training.preflight import estimate
 
@@ -68,7 +69,7 @@ def test_what_scoring_would_read(tokenizer, guard, said):
     ids = tokenizer("is this bad? no! it is a word")["input_ids"]
     rows = Dataset.from_dict({"input_ids": [ids], "labels": [[-100] * (len(ids) - 8) + ids[-8:]]})
     options = StarDSSOptions(guard=guard, chunk_size=2)
-    assert said.format(tokens=len(ids)) in estimate(rows, tokenizer, options)
+    assert said.format(tokens=len(ids)) in estimate(rows, ChatTokenizer(tokenizer), options)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from star_dss_axolotl.messages import TemplateInverse
 
-from star_dss_plugin.data.conversations import render_chat
+from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.errors import DataError
 
 CONVERSATION = [
@@ -51,7 +51,7 @@ def test_it_is_right_or_silent(tokenizer, name, turns):
     template = _CHAT_TEMPLATES[name]
     inverse = TemplateInverse(tokenizer, template)
     try:
-        text = render_chat(tokenizer, known, chat_template=template)
+        text = ChatTokenizer(tokenizer, template).render(known)
     except DataError:
         assert not inverse.reliable
         return
@@ -77,7 +77,7 @@ NO_MARKS = "{% for m in messages %}{{ m.content }}{% endfor %}"
 def test_a_template_that_loses_something_is_not_inverted(tokenizer, template):
     inverse = TemplateInverse(tokenizer, template)
     assert not inverse.reliable
-    assert inverse.messages(render_chat(tokenizer, CONVERSATION, chat_template=template)) is None
+    assert inverse.messages(ChatTokenizer(tokenizer, template).render(CONVERSATION)) is None
 
 
 def test_a_default_system_turn_is_not_a_message(tokenizer):
@@ -88,7 +88,7 @@ def test_a_default_system_turn_is_not_a_message(tokenizer):
     inverse = TemplateInverse(tokenizer, template)
     with_system = [{"role": "system", "content": "Be brief."}, *CONVERSATION]
     for known in (CONVERSATION, with_system):
-        assert inverse.messages(render_chat(tokenizer, known, chat_template=template)) == known
+        assert inverse.messages(ChatTokenizer(tokenizer, template).render(known)) == known
 
 
 def test_text_of_another_template_is_not_inverted(tokenizer):
@@ -98,7 +98,7 @@ def test_text_of_another_template_is_not_inverted(tokenizer):
 
 
 def test_a_cut_conversation_gives_its_messages(tokenizer):
-    text = render_chat(tokenizer, CONVERSATION, chat_template=tokenizer.chat_template)
+    text = ChatTokenizer(tokenizer, tokenizer.chat_template).render(CONVERSATION)
     inverse = TemplateInverse(tokenizer, tokenizer.chat_template)
     for cut in range(text.index("Use"), len(text)):
         found = inverse.messages(text[:cut])
@@ -119,6 +119,6 @@ def test_what_was_said_comes_back(tokenizer, pairs, system):
             {"role": "user", "content": question},
             {"role": "assistant", "content": answer},
         ]
-    text = render_chat(tokenizer, said, chat_template=tokenizer.chat_template)
+    text = ChatTokenizer(tokenizer, tokenizer.chat_template).render(said)
     found = TemplateInverse(tokenizer, tokenizer.chat_template).messages(text)
     assert found == said
