@@ -23,6 +23,8 @@ def plugins() -> None:
         for kind, names in plugin.names.items():
             row = (origin.package, origin.version, origin.plugin, hooks[kind])
             table.add_row(*row, ", ".join(names))
+    for column in table.columns:
+        column.overflow = "fold"  # a cut name could not be typed
     console.print(table)
     hosts = loaded.hosts()
     found = Table("integration", "host", "supported", "installed", "")
