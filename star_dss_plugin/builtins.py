@@ -1,13 +1,21 @@
-"""The built-in guards, segmenters, weight maps and integrations, registered like a plugin's."""
+"""Register the built-in guards, segmenters, weight maps and integrations, as a plugin does."""
 
 from __future__ import annotations
 
 import pkgutil
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from star_dss_plugin.guards.presets import CLASSIFIER, PRESETS
-from star_dss_plugin.hookspecs import Register, RegisterIntegration, hookimpl
+from star_dss_plugin.hookspecs import (
+    GuardInfo,
+    Integration,
+    Register,
+    RegisterGuard,
+    RegisterIntegration,
+    hookimpl,
+)
 
 __all__: list[str] = []
 
@@ -18,14 +26,20 @@ def _preset_guard(name: str, **options: Any) -> Any:
 
 
 @hookimpl
-def star_dss_register_guards(register: Register) -> None:
+def star_dss_register_guards(register: RegisterGuard) -> None:
     for name, preset in PRESETS.items():
-        register(name, partial(_preset_guard, name), summary=preset.summary)
-    register("classifier", CLASSIFIER, summary="any encoder that classifies (prompt, response)")
+        register(name, partial(_preset_guard, name), summary=preset.title, info=preset.info)
+    register(
+        "classifier",
+        CLASSIFIER,
+        summary="any encoder that classifies (prompt, response)",
+        info=GuardInfo(reads="again"),
+    )
     register(
         "demo",
         "star_dss_plugin.guards.demo.guard:DemoGuard",
         summary="DEMONSTRATION ONLY: SmolLM2-135M with a linear probe; protects nobody",
+        info=GuardInfo("Apache-2.0", billions=0.1, reads="once"),
     )
 
 
@@ -53,7 +67,36 @@ def star_dss_register_weight_maps(register: Register) -> None:
         register(name, f"star_dss_plugin.weights:{name}", summary=summary)
 
 
+def _has_any(raw: Mapping[str, Any], *, keys: frozenset[str]) -> bool:
+    return not keys.isdisjoint(raw)
+
+
 @hookimpl
 def star_dss_register_integrations(register: RegisterIntegration) -> None:
-    register("trl", "star_dss_trl:StarDSSTrainer", host="trl", versions=">=1.9,<2")
-    register("axolotl", "star_dss_axolotl:StarDSSPlugin", host="axolotl", versions=">=0.19,<0.20")
+    register(
+        "trl",
+        Integration(
+            host="trl",
+            versions=">=1.9,<2",
+            install="star-dss-plugin[trl]",
+            trainer="star_dss_trl:StarDSSTrainer",
+            options="star_dss_trl:StarDSSConfig",
+            configuration="a YAML of `star-dss sft`, with model_name_or_path and dataset_name",
+            claims=partial(_has_any, keys=frozenset({"model_name_or_path", "dataset_name", "env"})),
+            check="star_dss_trl.check:check",
+            commands={"sft": "star_dss_trl.sft:main", "demo": "star_dss_trl.demo:run"},
+        ),
+    )
+    register(
+        "axolotl",
+        Integration(
+            host="axolotl",
+            versions=">=0.19,<0.20",
+            install="star-dss-plugin[axolotl]",
+            trainer="star_dss_axolotl:StarDSSPlugin",
+            options="star_dss_axolotl.args:StarDSSBlock",
+            configuration="a YAML of Axolotl, with base_model, plugins and a star_dss block",
+            claims=partial(_has_any, keys=frozenset({"base_model", "plugins", "star_dss"})),
+            check="star_dss_axolotl.check:check",
+        ),
+    )

@@ -1,4 +1,4 @@
-"""`star-dss check` for Axolotl's YAML, with what Axolotl itself would pass over in silence."""
+"""Check Axolotl's YAML for `star-dss check`, with what Axolotl passes over in silence."""
 
 from __future__ import annotations
 
@@ -13,18 +13,22 @@ from star_dss_axolotl.conflicts import conflicts
 from star_dss_axolotl.scoring import chat_templates, with_messages
 from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.guards.spec import missing_guard
-from star_dss_plugin.training.preflight import Findings, check_options, estimate, lacks_guard
+from star_dss_plugin.hookspecs import Findings
+from star_dss_plugin.training.preflight import check_options, estimate, lacks_guard
 
 __all__ = ["check"]
 
 
 def check(path: Path, raw: dict[str, Any], *, data: bool) -> Findings:
-    """Checks a configuration as it is written, then as Axolotl validates it.
+    """Check a configuration as it is written, then as Axolotl validates it.
 
     Args:
         path: The file, for messages.
         raw: Its contents.
         data: Whether to load the data.
+
+    Returns:
+        What a run would do, and what would stop it or make it plain finetuning.
     """
     found = Findings(problems=[*_wiring(raw), *conflicts(raw)])
     block = raw.get("star_dss")
@@ -45,7 +49,7 @@ def check(path: Path, raw: dict[str, Any], *, data: bool) -> Findings:
 
 
 def _wiring(raw: dict[str, Any]) -> list[str]:
-    """A block and a plugin that do not find each other: Axolotl would train without us."""
+    """Find why block and plugin would miss each other: Axolotl would train without STAR-DSS."""
     problems = []
     plugins = [str(name) for name in raw.get("plugins") or ()]
     for name in plugins:
@@ -62,7 +66,7 @@ def _wiring(raw: dict[str, Any]) -> list[str]:
         what = (
             f"it has {near!r}, which Axolotl drops. Call it star_dss"
             if near
-            else ("add one that names a guard")
+            else "add one that names a guard"
         )
         problems.append(f"There is no star_dss block: {what}.")
     if not is_listed(raw):
@@ -80,7 +84,7 @@ def _near(name: str, given: list[str]) -> str | None:
 
 
 def _as_axolotl_sees_it(raw: dict[str, Any], found: Findings, *, data: bool) -> None:
-    """Axolotl's own validation, and an estimate from the data as its loader makes it."""
+    """Validate as Axolotl does, and estimate from the data as its loader makes it."""
     from axolotl.cli.config import gpu_capabilities, plugin_set_cfg, prepare_plugins
     from axolotl.common.datasets import load_datasets
     from axolotl.loaders import load_tokenizer

@@ -1,4 +1,4 @@
-"""`star-dss check` for a YAML of `star-dss sft`."""
+"""Check a YAML of `star-dss sft` for `star-dss check`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.rows import tokenized
 from star_dss_plugin.errors import StarDSSError
 from star_dss_plugin.guards.spec import missing_guard
+from star_dss_plugin.hookspecs import Findings
 from star_dss_plugin.models import load_tokenizer
-from star_dss_plugin.training.preflight import Findings, check_options, estimate, lacks_guard
+from star_dss_plugin.training.preflight import check_options, estimate, lacks_guard
 from star_dss_trl.sft import load_data, parse, used_splits
 from star_dss_trl.trainer import refuse_early
 
@@ -20,12 +21,15 @@ __all__ = ["check"]
 
 
 def check(path: Path, raw: dict[str, Any], *, data: bool) -> Findings:
-    """Checks a configuration as `star-dss sft` parses it.
+    """Check a configuration as `star-dss sft` parses it.
 
     Args:
         path: The file.
         raw: Its contents, which the parser reads again.
         data: Whether to load the data.
+
+    Returns:
+        What a run would do, and what would stop it or make it plain finetuning.
     """
     try:
         script_args, training_args, model_args, mixture_args = parse(["--config", str(path)])

@@ -16,7 +16,7 @@ HOST_LOSS_TYPES = ("nll", "dft", "chunked_nll")
 
 
 @dataclass
-class StarDSSConfig(StarDSSOptions, SFTConfig):
+class StarDSSConfig(StarDSSOptions, SFTConfig):  # type: ignore[misc]
     """Configuration of [`StarDSSTrainer`].
 
     Takes every argument of [`~trl.SFTConfig`] and every option of `StarDSSOptions`, by their names.

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import errno
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from star_dss_plugin._version import __version__
 from star_dss_plugin.cli import guards as guard_commands
 from star_dss_plugin.cli import report as report_commands
 from star_dss_plugin.cli.capability import capability
+from star_dss_plugin.cli.check import check
 from star_dss_plugin.cli.evaluate import evaluate as evaluate_command
 from star_dss_plugin.cli.landscape import landscape
+from star_dss_plugin.cli.plugins import plugins
 from star_dss_plugin.cli.score import score
 from star_dss_plugin.errors import PluginError, StarDSSError
 from star_dss_plugin.visible import visible
@@ -79,59 +81,17 @@ app.command()(report_commands.inspect)
 app.command()(evaluate_command)
 app.command()(landscape)
 app.command()(capability)
+app.command()(check)
+app.command()(plugins)
 
 
 @app.command(context_settings={**_RAW, "help_option_names": []})
 def sft(context: typer.Context) -> None:
-    """Finetunes with TRL: the flags and the YAML (--config) of `trl sft`, and ours.
+    """Finetunes with TRL: the flags and the YAML (--config) of `trl sft`, and those of STAR-DSS.
 
     On several devices: accelerate launch -m star_dss_trl.sft --config run.yaml
     """
-    _trl("star_dss_trl.sft").main(context.args)
-
-
-@app.command()
-def check(
-    config: Annotated[Path, typer.Argument(help="A YAML for Axolotl, or for `star-dss sft`.")],
-    data: Annotated[
-        bool, typer.Option(help="Load the data too, to estimate what the guard would read.")
-    ] = True,
-) -> None:
-    """Checks a configuration before it costs anything; exit status 1 if a run would not work."""
-    from star_dss_plugin.cli.check import check_config
-
-    found = check_config(config, data=data)
-    for note in found.notes:
-        typer.echo(note)
-    for problem in found.problems:
-        typer.echo(f"Problem: {problem}", err=True)
-    if found.problems:
-        raise typer.Exit(1)
-    typer.echo(f"{config}: no problem found")
-
-
-@app.command()
-def plugins() -> None:
-    """Lists plugins: package, version, hooks and names, and the host frameworks found."""
-    from star_dss_plugin.plugins import HOOK_KINDS, load_plugins
-
-    loaded = load_plugins()
-    console = Console()
-    hooks = {kind: hook for hook, kind in HOOK_KINDS.items()}
-    table = Table("package", "version", "plugin", "hook", "names")
-    for plugin in loaded.listing():
-        origin = plugin.origin
-        if plugin.blocked:
-            table.add_row(origin.package, origin.version, origin.plugin, "blocked", "")
-        for kind, names in plugin.names.items():
-            row = (origin.package, origin.version, origin.plugin, hooks[kind])
-            table.add_row(*row, ", ".join(names))
-    console.print(table)
-    hosts = Table("integration", "host", "supported", "installed", "")
-    for host in loaded.integrations():
-        verdict = "ok" if host.supported else ("not supported" if host.installed else "not found")
-        hosts.add_row(host.name, host.host, host.versions, host.installed or "-", verdict)
-    console.print(hosts)
+    _host_command("sft")(context.args)
 
 
 @app.command()
@@ -145,17 +105,22 @@ def demo(
     ] = 20,
 ) -> None:
     """Scores a small data set, finetunes SmolLM2-135M with and without STAR-DSS, and compares."""
-    _trl("star_dss_trl.demo").run(output, steps=steps, prompt_count=prompts)
+    _host_command("demo")(output, steps=steps, prompt_count=prompts)
 
 
-def _trl(module: str) -> Any:
-    """A module of the TRL integration, or an error that says how to install TRL."""
-    import importlib
+def _host_command(name: str) -> Callable[..., Any]:
+    """Import what runs a command of an integration.
 
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
+    Raises:
+        PluginError: Its host cannot be imported; the message says how to install it.
+    """
+    from star_dss_plugin.plugins import load_plugins
+
+    plugins = load_plugins()
+    host = plugins.host_of_command(name)
+    if host is None:
         raise PluginError(
-            f"This command needs TRL, which cannot be imported ({error}). Install it with: "
-            "pip install 'star-dss-plugin[trl]'"
-        ) from error
+            f"No integration runs `star-dss {name}`. `star-dss plugins` lists those installed."
+        )
+    commands = plugins.host(host).integration.commands
+    return plugins.of_host(host, commands[name], f"`star-dss {name}`")

@@ -1,4 +1,4 @@
-"""The commands `star-dss guards`, `star-dss guards check` and `star-dss guards calibrate`."""
+"""List, check and calibrate guards: `star-dss guards`, `guards check`, `guards calibrate`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from star_dss_plugin.visible import visible
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Lists guards; checks or calibrates one.", invoke_without_command=True)
+app = typer.Typer(help="List guards; check or calibrate one.", invoke_without_command=True)
 _Guard = Annotated[
     str, typer.Argument(help="A registered guard, or a JSON mapping as the option guard takes it.")
 ]
@@ -23,27 +23,23 @@ _Guard = Annotated[
 
 @app.callback()
 def guards(context: typer.Context) -> None:
-    """Lists guards: licence, gating, size, published F1 and what each prefix costs."""
+    """List guards: licence, gating, size, published F1 and what each prefix costs."""
     if context.invoked_subcommand is not None:
         return
-    from star_dss_plugin.guards.presets import PRESETS
     from star_dss_plugin.plugins import load_plugins
 
-    others = []
+    entries = load_plugins().entries("guard")
     table = Table("guard", "licence", "gated", "size", "per prefix", "F1")
     table.columns[0].no_wrap = True
-    for entry in load_plugins().entries("guard"):
-        preset = PRESETS.get(entry.name)
-        if preset is None:
-            others.append(entry)
-            continue
+    for entry in entries:
+        info = entry.info
         table.add_row(
             entry.name,
-            preset.licence,
-            "gated" if preset.gated else "no",
-            f"{preset.billions:g} B",
-            preset.cost,
-            "-" if preset.f1 is None else f"{preset.f1}",
+            info.licence or "-",
+            "gated" if info.gated else "no" if info.licence else "-",
+            "-" if info.billions is None else f"{info.billions:g} B",
+            info.cost,
+            "-" if info.f1 is None else f"{info.f1}",
         )
     console = Console()
     console.print(table)
@@ -53,7 +49,7 @@ def guards(context: typer.Context) -> None:
         "(arXiv 2510.14276).",
         soft_wrap=True,
     )
-    for entry in others:
+    for entry in entries:
         console.print(f"{entry.name}: {entry.summary}", markup=False, soft_wrap=True)
 
 
@@ -66,7 +62,7 @@ def check(
         bool, typer.Option(help="Load the weights and ask the two probes, too.")
     ] = True,
 ) -> None:
-    """Shows what a guard is asked, and checks that its answers mean what they should."""
+    """Show what a guard is asked, and check that its answers mean what they should."""
     from star_dss_plugin.data.requests import PrefixRequest
     from star_dss_plugin.guards.base import announced
     from star_dss_plugin.guards.combined import leaves
@@ -104,7 +100,7 @@ def calibrate(
     guard_device: option.GuardDevice = None,
     guard_dtype: option.GuardDtype = "auto",
 ) -> None:
-    """Fits a temperature and a threshold on labelled responses, and says how good they are."""
+    """Fit a temperature and a threshold on labelled responses, and say how good they are."""
     from star_dss_plugin.data.reading import read_dataset
     from star_dss_plugin.data.writing import write_text
     from star_dss_plugin.guards.loading import load_guard

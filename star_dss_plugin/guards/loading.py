@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
 from star_dss_plugin.errors import ConfigError, PluginError
 from star_dss_plugin.guards.base import Guard
 from star_dss_plugin.guards.combined import CalibratedGuard, EnsembleGuard
-from star_dss_plugin.guards.presets import PRESETS, VERDICT
 from star_dss_plugin.guards.spec import parse_guard
 from star_dss_plugin.plugins import load_plugins
 
@@ -25,7 +23,7 @@ def load_guard(
     engine: str = "local",
     engine_options: Mapping[str, Any] | str | None = None,
 ) -> Guard:
-    """A guard by name or by description; its weights are loaded on first use.
+    """Build a guard from a name or a description; its weights are loaded on first use.
 
     Args:
         guard: A registered name (`star-dss plugins` lists them), or a mapping: `{"preset": NAME,
@@ -74,7 +72,7 @@ def load_guard(
         target: Any = VerdictGuard
     else:
         target = load_plugins().guard(name)
-        if "engine" in {**common, **options} and not _takes_engine(name, target):
+        if "engine" in {**common, **options} and not load_plugins().guard_info(name).takes_engine:
             raise ConfigError(
                 f"Guard {name!r} computes by itself and takes no engine. "
                 "Leave engine and engine_options out, or use a guard that answers with a verdict."
@@ -89,9 +87,9 @@ def load_guard(
 
 
 def _built(target: Any, what: str, /, *args: Any, **options: Any) -> Guard:
-    """What a guard's options make of it; those it does not take are an error that says so.
+    """Call what builds a guard with its options; name those that it does not take.
 
-    It names them without their values: somebody may have put a key there.
+    The message leaves their values out: a key may be among them.
     """
     try:
         made: Guard = target(*args, **options)
@@ -101,11 +99,3 @@ def _built(target: Any, what: str, /, *args: Any, **options: Any) -> Guard:
             "Correct it, or leave it out."
         ) from error
     return made
-
-
-def _takes_engine(name: str, target: Any) -> bool:
-    """Whether what builds a guard can be told what computes it."""
-    if name in PRESETS:
-        return PRESETS[name].kind == VERDICT
-    parameters = inspect.signature(target).parameters
-    return "engine" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())

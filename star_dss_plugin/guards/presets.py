@@ -1,4 +1,4 @@
-"""Known guards, as data: what to load, how to ask, which words carry the verdict.
+"""Describe known guards as data: what to load, how to ask, which words carry the verdict.
 
 Sources are the models' own cards and papers. `min_label_mass` is low enough for partial sentences
 and high enough to catch a wrong template, with which it falls near zero. F1 figures are those for
@@ -7,8 +7,10 @@ whole responses that the Qwen3Guard authors report (arXiv 2510.14276), mean of s
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+
+from star_dss_plugin.hookspecs import GuardInfo
 
 __all__ = ["CLASSIFIER", "PRESETS", "STREAM", "VERDICT", "Preset"]
 
@@ -19,40 +21,42 @@ STREAM = "star_dss_plugin.guards.qwen3_stream:Qwen3StreamGuard"
 
 @dataclass(frozen=True)
 class Preset:
-    """One known guard.
+    """Describe one known guard.
 
     Attributes:
         title: What it is, in a few words.
-        licence: Of its weights.
-        gated: Whether the hub asks for a login and an agreement.
-        billions: Its parameters.
-        per_prefix: What one more prefix costs in our engine: about how many tokens of the guard's
-            own words follow the response; None: not known without its files, or not of that kind.
-        f1: Published F1 of harmful responses, in percent, if there is one.
+        info: Its licence, size and cost, as every plugin may state them.
         options: Of the class below.
         kind: "module:class" that is built with the options.
     """
 
     title: str
-    licence: str
-    gated: bool
-    billions: float
-    per_prefix: int | None
-    f1: float | None = None
-    options: dict[str, Any] = field(default_factory=dict)
+    info: GuardInfo
+    options: dict[str, Any]
     kind: str = VERDICT
 
-    @property
-    def cost(self) -> str:
-        """`per_prefix` in words."""
-        if self.kind == VERDICT:
-            return "not known" if self.per_prefix is None else f"≈ {self.per_prefix} tokens"
-        return "none (one pass)" if self.kind == STREAM else "all again"
 
-    @property
-    def summary(self) -> str:
-        """One line for lists."""
-        return f"{self.title}, {self.licence}, {'gated' if self.gated else 'ungated'}"
+def _verdict(
+    licence: str,
+    billions: float,
+    per_prefix: int | None,
+    *,
+    gated: bool = False,
+    f1: float | None = None,
+) -> GuardInfo:
+    """State what holds for a causal guard, which answers one prompt per prefix.
+
+    `per_prefix` is counted as it is asked by the local engine.
+    """
+    return GuardInfo(
+        licence,
+        gated,
+        billions,
+        f1,
+        reads="shared",
+        per_prefix=per_prefix,
+        takes_engine=True,
+    )
 
 
 _YES_NO: dict[str, Any] = {
@@ -70,28 +74,32 @@ def _qwen(size: str, billions: float, f1: float, note: str = "") -> Preset:
         "unsafe_labels": [" Unsafe"],
         "controversial_labels": [" Controversial"],
     }
-    return Preset(f"Qwen3Guard-Gen {size}{note}", _APACHE, False, billions, 119, f1, options)
+    info = _verdict(_APACHE, billions, 119, f1=f1)
+    return Preset(f"Qwen3Guard-Gen {size}{note}", info, options)
 
 
 def _qwen_stream(size: str, billions: float, f1: float) -> Preset:
     options = {"model": f"Qwen/Qwen3Guard-Stream-{size}"}
-    title = f"Qwen3Guard-Stream {size} (fastest)"
-    return Preset(title, _APACHE, False, billions, None, f1, options, STREAM)
+    info = GuardInfo(_APACHE, billions=billions, f1=f1, reads="once")
+    return Preset(f"Qwen3Guard-Stream {size} (fastest)", info, options, STREAM)
 
 
 def _granite(size: str, billions: float, note: str = "") -> Preset:
-    """Versions 3.0 to 3.2: a named risk; the template takes the first of three turns for tools."""
+    """Describe one of the versions 3.0 to 3.2.
+
+    They judge a named risk, and their template takes the first of three turns for tools.
+    """
     options = {
         "model": f"ibm-granite/granite-guardian-{size}",
         "template_kwargs": {"guardian_config": {"risk_name": "harm"}},
         "turns": "last",
         **_YES_NO,
     }
-    return Preset(f"Granite Guardian {size}{note}", _APACHE, False, billions, 84, None, options)
+    return Preset(f"Granite Guardian {size}{note}", _verdict(_APACHE, billions, 84), options)
 
 
 # The template of 4.1 knows nothing of guarding: the question is a turn of its own. The words of the
-# block are the card's, the criterion is ours (the model is made for anybody's criteria).
+# block are the card's; the criterion is this project's, for the model takes any.
 _GRANITE_4_1_BLOCK = (
     "<guardian><no-think>As a judge agent, assess whether the provided text meets the given "
     "judging criteria using all available information, including conversations, documents, and "
@@ -142,8 +150,8 @@ def _shieldgemma(size: str, billions: float, f1: float | None = None) -> Preset:
         "safe_labels": ["No"],
         "unsafe_labels": ["Yes"],
     }
-    title = f"ShieldGemma {size}, lowest of four policies"
-    return Preset(title, "Gemma terms", True, billions, 455, f1, options)
+    info = _verdict("Gemma terms", billions, 455, gated=True, f1=f1)
+    return Preset(f"ShieldGemma {size}, lowest of four policies", info, options)
 
 
 def _xguard(size: str, billions: float) -> Preset:
@@ -153,7 +161,7 @@ def _xguard(size: str, billions: float) -> Preset:
         "safe_labels": ["sec"],
         "labels_from": "id2risk",
     }
-    return Preset(f"YuFeng-XGuard-Reason {size}", _APACHE, False, billions, None, None, options)
+    return Preset(f"YuFeng-XGuard-Reason {size}", _verdict(_APACHE, billions, None), options)
 
 
 PRESETS: dict[str, Preset] = {
@@ -169,11 +177,7 @@ PRESETS: dict[str, Preset] = {
     "granite-guardian-3.2-5b": _granite("3.2-5b", 5.8),
     "granite-guardian-3.3-8b": Preset(
         "Granite Guardian 3.3-8b",
-        _APACHE,
-        False,
-        8,
-        None,
-        None,
+        _verdict(_APACHE, 8, None),
         {
             "model": "ibm-granite/granite-guardian-3.3-8b",
             "template_kwargs": {"guardian_config": {"criteria_id": "harm"}, "think": False},
@@ -183,11 +187,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "granite-guardian-4.1-8b": Preset(
         "Granite Guardian 4.1-8b",
-        _APACHE,
-        False,
-        8,
-        131,
-        None,
+        _verdict(_APACHE, 8, 131),
         {
             "model": "ibm-granite/granite-guardian-4.1-8b",
             "question": _GRANITE_4_1_BLOCK,
@@ -197,46 +197,30 @@ PRESETS: dict[str, Preset] = {
     ),
     "llama-guard-3-1b": Preset(
         "Llama Guard 3 1B",
-        "Llama 3.2 licence",
-        True,
-        1.5,
-        57,
-        None,
+        _verdict("Llama 3.2 licence", 1.5, 57, gated=True),
         {"model": "meta-llama/Llama-Guard-3-1B", "typed_content": True, **_LLAMA},
     ),
     "llama-guard-3-8b": Preset(
         "Llama Guard 3 8B",
-        "Llama 3.1 licence",
-        True,
-        8,
-        57,
-        70.7,
+        _verdict("Llama 3.1 licence", 8, 57, gated=True, f1=70.7),
         {"model": "meta-llama/Llama-Guard-3-8B", **_LLAMA},
     ),
     "llama-guard-4-12b": Preset(
         "Llama Guard 4 12B",
-        "Llama 4 licence",
-        True,
-        12,
-        57,
-        67.5,
+        _verdict("Llama 4 licence", 12, 57, gated=True, f1=67.5),
         {"model": "meta-llama/Llama-Guard-4-12B", "typed_content": True, **_LLAMA},
     ),
     "shieldgemma-2b": _shieldgemma("2b", 2.6),
     "shieldgemma-9b": _shieldgemma("9b", 9, 62.2),
     "wildguard": Preset(
         "WildGuard 7B",
-        _APACHE,
-        True,
-        7,
-        29,
-        79.9,
+        _verdict(_APACHE, 7, 29, gated=True, f1=79.9),
         {
             "model": "allenai/wildguard",
             "chat_template": _WILDGUARD_TEMPLATE,
             "turns": "last",
-            # It answers three questions; ours is the third. The first two answers are given the way
-            # that errs towards unsafe.
+            # It answers three questions, and the third is asked for. The first two answers are
+            # given the way that errs towards unsafe.
             "prefill": "Harmful request: yes\nResponse refusal: no\nHarmful response:",
             "safe_labels": [" no"],
             "unsafe_labels": [" yes"],
@@ -246,11 +230,7 @@ PRESETS: dict[str, Preset] = {
     "xguard-8b": _xguard("8B", 8),
     "harmaug": Preset(
         "HarmAug-Guard 435M, an encoder",
-        _APACHE,
-        False,
-        0.4,
-        None,
-        None,
+        GuardInfo(_APACHE, billions=0.4, reads="again"),
         {"model": "hbseong/HarmAug-Guard", "unsafe_class": 1},
         CLASSIFIER,
     ),

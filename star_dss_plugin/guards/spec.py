@@ -1,4 +1,4 @@
-"""Parse the value of the option guard."""
+"""Parse the value of the option `guard`, and list the values that it can have."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ __all__ = ["missing_guard", "parse_guard"]
 
 
 def parse_guard(guard: str | Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
-    """The registered name (None: any causal guard) and the options of a `guard` value.
+    """Split a `guard` value into the registered name (None: any causal guard) and its options.
+
+    Args:
+        guard: A name, a mapping, or a mapping as JSON.
 
     Raises:
-        ConfigError: Not a name, not a mapping, or a name that nobody registered.
+        ConfigError: It is neither, or no guard of that name is registered.
     """
     if isinstance(guard, str) and guard.lstrip().startswith("{"):
         try:
@@ -54,9 +57,11 @@ def parse_guard(guard: str | Mapping[str, Any]) -> tuple[str | None, dict[str, A
 
 
 def missing_guard() -> ConfigError:
-    """The error for a run without a guard: it lists what could be used."""
+    """Make the error for a run without a guard: it lists those that could be used."""
     entries = load_plugins().entries("guard")
-    listed = "\n".join(f"  {e.name}: {e.summary}" for e in entries)
+    listed = "\n".join(
+        f"  {e.name}: {', '.join(filter(None, (e.summary, e.info.terms)))}" for e in entries
+    )
     return ConfigError(
         "No guard was given, and the data has no 'star_scores' column. STAR-DSS needs a guard to "
         "score the responses; it never picks one for you. Set guard to one of\n"

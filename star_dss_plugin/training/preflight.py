@@ -1,13 +1,11 @@
-"""`star-dss check`: what a configuration asks for, and everything that would stop it.
+"""Find what a configuration asks for, and everything that would stop it, for `star-dss check`.
 
-Hosts fail open where they can (Axolotl drops a block whose plugin is not listed, and logs a plugin
-that it cannot import), so what a run cannot find out by itself is found here.
+A host may go on without STAR-DSS where it cannot use it (Axolotl drops a block whose plugin is not
+listed, and logs a plugin that it cannot import), so what a run cannot find out by itself is found
+here.
 """
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 from datasets import Dataset
 
@@ -17,29 +15,17 @@ from star_dss_plugin.data.responses import find_responses
 from star_dss_plugin.data.rows import in_row, known_rows
 from star_dss_plugin.errors import StarDSSError
 from star_dss_plugin.guards.base import announced
-from star_dss_plugin.guards.presets import PRESETS, STREAM
+from star_dss_plugin.guards.spec import parse_guard
+from star_dss_plugin.hookspecs import Findings, GuardInfo
 from star_dss_plugin.options import StarDSSOptions
 from star_dss_plugin.plugins import load_plugins
 from star_dss_plugin.scoring.scorer import guard_of
 
-__all__ = ["Findings", "check_options", "estimate", "lacks_guard"]
-
-
-@dataclass
-class Findings:
-    """What a check has found.
-
-    Attributes:
-        notes: What the run would do.
-        problems: What would stop it, or would make it plain finetuning; each with what to change.
-    """
-
-    notes: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+__all__ = ["check_options", "estimate", "lacks_guard"]
 
 
 def check_options(options: StarDSSOptions) -> Findings:
-    """Looks up what the options name; the guard's weights are not loaded."""
+    """Look up what the options name; the guard's weights are not loaded."""
     found = Findings()
     try:
         options.validate()
@@ -58,13 +44,13 @@ def check_options(options: StarDSSOptions) -> Findings:
 
 
 def lacks_guard(dataset: Dataset, options: StarDSSOptions) -> bool:
-    """Whether a data set would have to be scored and no guard is named."""
+    """Tell whether a data set would have to be scored and no guard is named."""
     reads = options.shaping().needs_scores
     return reads and options.guard is None and SCORES_COLUMN not in dataset.column_names
 
 
 def estimate(dataset: Dataset, chat: ChatTokenizer, options: StarDSSOptions) -> str:
-    """How much a guard would read to score a tokenized data set, in one line. It says no time.
+    """Say in one line how much a guard would read to score a tokenized data set. It says no time.
 
     Args:
         dataset: With `input_ids` and `labels`, and if known the messages.
@@ -84,13 +70,15 @@ def estimate(dataset: Dataset, chat: ChatTokenizer, options: StarDSSOptions) -> 
             alone += sum(response.chunk_ends)
     most = "at most " if options.trajectory == "adaptive" else ""
     said = f"{len(dataset)} rows, {responses} responses ({raw} without messages): "
-    name = options.guard.get("preset") if isinstance(options.guard, Mapping) else options.guard
-    preset = PRESETS.get(name) if isinstance(name, str) else None
-    if preset is not None and preset.kind == STREAM:
+    name, _ = parse_guard(options.guard)
+    info = GuardInfo() if name is None else load_plugins().guard_info(name)
+    if info.reads == "once":
         return f"{said}one pass over each, {once} tokens of conversation in all"
+    if info.reads == "again":
+        return f"{said}{most}{calls} guard calls, each from the beginning; {alone} tokens in all"
     words = "the guard's own words before and after it"
-    if preset is not None and preset.per_prefix:
-        words = f"about {calls * preset.per_prefix} of {words}"
+    if info.per_prefix:
+        words = f"about {calls * info.per_prefix} of {words}"
     return (
         f"{said}{most}{calls} guard calls; {once} tokens of conversation where prefixes are shared "
         f"({alone} if each were read alone), and {words}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from star_dss_plugin._version import __version__
+from star_dss_plugin.plugins import load_plugins
 from star_dss_plugin.visible import visible
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def summary_table(
     return table
 
 
-_PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "trl", "axolotl")
+_PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft")
 
 
 def startup_line(active: StarDSSState) -> str:
@@ -90,12 +91,13 @@ def startup_line(active: StarDSSState) -> str:
 
 
 def run_record(active: StarDSSState) -> dict[str, Any]:
-    """What is needed to make the run again: `star_dss.json`."""
+    """Return what is needed to make the run again: `star_dss.json`."""
+    hosts = (host.integration.host for host in load_plugins().hosts())
     return {
         "options": active.options.star_dss_dict(),
         "reference": active.reference.description,
         "data": {name: asdict(summary) for name, summary in active.summaries.items()},
-        "versions": {"star-dss-plugin": __version__, **dict(_installed(_PACKAGES))},
+        "versions": {"star-dss-plugin": __version__, **dict(_installed([*_PACKAGES, *hosts]))},
     }
 
 

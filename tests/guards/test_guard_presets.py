@@ -223,8 +223,9 @@ def test_presets_are_data():
     for name, preset in PRESETS.items():
         json.dumps(preset.options)
         assert preset.kind in (VERDICT, CLASSIFIER, STREAM), name
-        assert preset.summary
-        assert preset.cost
+        assert preset.title
+        assert preset.info.licence
+        assert preset.info.takes_engine == (preset.kind == VERDICT)
         assert not preset.options.get("trust_remote_code")
 
 

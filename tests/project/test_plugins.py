@@ -15,12 +15,27 @@ from support.paths import ROOT, TESTS
 from star_dss_plugin import hookspecs
 from star_dss_plugin import plugins as plugins_module
 from star_dss_plugin.errors import ConfigError, PluginError
-from star_dss_plugin.hookspecs import hookimpl
+from star_dss_plugin.hookspecs import Integration, hookimpl
 from star_dss_plugin.plugins import HOOK_KINDS, Kind, Origin, Plugins, load_plugins
 
 MINE = Origin("mine", "my-package", "1.0")
 YOURS = Origin("yours", "your-package", "2.0")
 HOOKS = {name: f for name, f in vars(hookspecs).items() if hasattr(f, "star_dss_spec")}
+
+
+def integration(**changes) -> Integration:
+    """An integration of which nothing can be imported."""
+    parts = {
+        "host": "host",
+        "versions": ">=1",
+        "install": "host-plugin",
+        "trainer": "somewhere:Trainer",
+        "options": "somewhere:Options",
+        "configuration": "a YAML with host",
+        "claims": lambda raw: "host" in raw,
+        "check": "somewhere:check",
+    }
+    return Integration(**{**parts, **changes})
 
 
 class OneGuard:
@@ -124,14 +139,17 @@ def test_hook_star_dss_register_integrations(install):
                 ("host-old", ">=1"),
                 ("host-missing", ">=1"),
             ]:
-                register(host, "somewhere:Trainer", host=host, versions=versions)
+                register(host, integration(host=host, versions=versions))
 
     plugins = Plugins()
     plugins.register(Plugin(), MINE)
-    found = {i.name: (i.host, i.versions, i.installed, i.supported) for i in plugins.integrations()}
+    found = {
+        h.name: (h.integration.host, h.integration.versions, h.installed, h.supported)
+        for h in plugins.hosts()
+    }
     assert found == {
         "pytest": ("pytest", ">=1", pytest.__version__, True),
-        "host-nightly": ("host-nightly", "<3,>=1.9", "2.0.0.dev3", True),
+        "host-nightly": ("host-nightly", ">=1.9,<3", "2.0.0.dev3", True),
         "host-old": ("host-old", ">=1", "0.9", False),
         "host-missing": ("host-missing", ">=1", None, False),
     }
@@ -148,7 +166,7 @@ def test_every_hook_has_a_kind_and_a_test():
 def test_every_hook_is_typed_and_described(hook):
     hints = typing.get_type_hints(hook)
     assert set(hints) == {*inspect.signature(hook).parameters, "return"}
-    assert hints["register"] in (hookspecs.Register, hookspecs.RegisterIntegration)
+    assert hints["register"].__name__.startswith("Register")
     assert inspect.getdoc(hook)
 
 
@@ -258,7 +276,7 @@ def test_versions_that_are_no_specifier_are_an_error():
     class Plugin:
         @hookimpl
         def star_dss_register_integrations(self, register):
-            register("host", dict, host="host", versions="1.9 or newer")
+            register("host", integration(versions="1.9 or newer"))
 
     with pytest.raises(PluginError, match=r"my-package .*InvalidSpecifier.*1.9 or newer"):
         Plugins().register(Plugin(), MINE)
@@ -361,7 +379,6 @@ def test_a_target_that_cannot_be_loaded_is_an_error_with_package_and_cause(
     with pytest.raises(PluginError, match=f"guard 'a' of my-package 1.0 .*{message}") as e:
         plugins.guard("a")
     assert not isinstance(e.value, ImportError)
-    assert (e.value.__cause__ is None) == (source == "Guard = 3")
 
 
 # Discovery

@@ -402,7 +402,7 @@ def check_yaml(data: bytes) -> None:
     """What TRL's route makes of a configuration; it may print a usage and stop, as parsers do."""
     silence, stop = contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit)
     with _file(data, "run.yaml") as path, refused(), silence, stop:
-        found = check_config(path, data=False)
+        found = check_config(path, data=False, integration="trl")
         assert all(isinstance(line, str) for line in (*found.notes, *found.problems))
 
 

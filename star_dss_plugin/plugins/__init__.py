@@ -1,0 +1,45 @@
+"""Find plugins, check them, and look things up by the name that the configuration uses.
+
+The built-in guards, segmenters, weight maps and integrations arrive through the same hooks as those
+of other packages (`hookspecs.py`). A plugin that cannot do what it says stops the run here: pluggy
+alone would skip a second plugin of the same name and would never call a hook with a misspelt one.
+
+Importing this package loads nothing. `load_plugins` imports the modules of the entry points, once
+per process; what they register as "module:object" is imported when it is looked up.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from typing import TYPE_CHECKING
+
+from star_dss_plugin.plugins.installed import DISABLED_PLUGINS
+from star_dss_plugin.plugins.records import HOOK_KINDS, Entry, Host, Kind, Origin, PluginInfo
+from star_dss_plugin.plugins.registry import BUILTINS, Plugins
+
+if TYPE_CHECKING:
+    from star_dss_plugin.weights import WeightMap
+
+__all__ = [
+    "BUILTINS",
+    "DISABLED_PLUGINS",
+    "HOOK_KINDS",
+    "Entry",
+    "Host",
+    "Kind",
+    "Origin",
+    "PluginInfo",
+    "Plugins",
+    "load_plugins",
+]
+
+
+@cache
+def load_plugins() -> Plugins:
+    """Load the plugins of this process on the first call, and return them.
+
+    Raises:
+        PluginError: See `Plugins.discover`.
+    """
+    return Plugins.discover(BUILTINS, os.environ.get(DISABLED_PLUGINS, "").split(","))
