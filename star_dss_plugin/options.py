@@ -233,7 +233,7 @@ def _check_kinds(options: Any, cls: type) -> None:
 
 
 def _check_kind(name: str, value: Any, annotation: str) -> None:
-    """Texts and switches: YAML makes numbers, lists and texts ("no") of what looks like them."""
+    """Check a text or switch: YAML makes numbers, lists and texts ("no") of look-alikes."""
     if annotation == "bool" and not isinstance(value, bool):
         raise ConfigError(f"{name} is {value!r}; it must be true or false, without quotes.")
     if annotation == "str" and not isinstance(value, str):
@@ -243,7 +243,7 @@ def _check_kind(name: str, value: Any, annotation: str) -> None:
 
 
 def _looks_like_a_model(name: str) -> bool:
-    """A hub id has a slash; a folder exists. Anything else is a misspelt keyword."""
+    """Tell a hub id (it has a slash) or a folder (it exists) from a misspelt keyword."""
     try:
         return "/" in name or Path(name).is_dir()
     except OSError:  # longer than a name can be

@@ -39,7 +39,7 @@ _RAW = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 def main() -> None:
-    """Runs the command line; an error of ours is a message and exit status 2, not a traceback."""
+    """Run the command line; a StarDSSError is a message and exit status 2, not a traceback."""
     try:
         app()
     except StarDSSError as error:
@@ -87,7 +87,7 @@ app.command()(plugins)
 
 @app.command(context_settings={**_RAW, "help_option_names": []})
 def sft(context: typer.Context) -> None:
-    """Finetunes with TRL: the flags and the YAML (--config) of `trl sft`, and those of STAR-DSS.
+    """Finetune with TRL: the flags and the YAML (--config) of `trl sft`, and those of STAR-DSS.
 
     On several devices: accelerate launch -m star_dss_trl.sft --config run.yaml
     """
@@ -104,7 +104,7 @@ def demo(
         int, typer.Option(min=1, help="Prompts of each kind that each model answers, at most.")
     ] = 20,
 ) -> None:
-    """Scores a small data set, finetunes SmolLM2-135M with and without STAR-DSS, and compares."""
+    """Score a small data set, finetune SmolLM2-135M with and without STAR-DSS, and compare."""
     _host_command("demo")(output, steps=steps, prompt_count=prompts)
 
 

@@ -49,7 +49,7 @@ def capability(
     device: option.Device = None,
     dtype: option.Dtype = "auto",
 ) -> None:
-    """Compares what models can do, with lm-eval: MMLU, ARC, GSM8K by name, or files of yours.
+    """Compare what models can do, with lm-eval: MMLU, ARC, GSM8K by name, or files of yours.
 
     See docs/capability.md.
     """

@@ -54,7 +54,7 @@ def evaluate(
     ] = False,
     quiet: option.Quiet = False,
 ) -> None:
-    """Compares models: harmful prompts declined, prefilled attacks survived, benign ones answered.
+    """Compare models: harmful prompts declined, prefilled attacks survived, benign ones answered.
 
     Writes results.json, answers.html (side by side) and the answers themselves.
     """

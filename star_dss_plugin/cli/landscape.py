@@ -64,7 +64,7 @@ def landscape(
     figure: Annotated[bool, typer.Option(help="Draw landscape.png; extra 'report'.")] = True,
     quiet: option.Quiet = False,
 ) -> None:
-    """Measures attack success around a model (VISAGE), or between two models.
+    """Measure attack success around a model (VISAGE), or between two models.
 
     Nothing is written to the models. See docs/landscape.md.
     """
@@ -181,12 +181,12 @@ def _show(found: Landscape, model: str, output: Path) -> None:
 class _Judged(NamedTuple):
     verdicts: Judge
     identity: Any
-    """JSON values that the verdicts depend on."""
+    """Return the JSON values that the verdicts depend on."""
     name: str
 
 
 def _judge(name: str, threshold: float, device: str | None) -> _Judged:
-    """Says which answers are safe.
+    """Say which answers are safe.
 
     Raises:
         ConfigError: There is no such guard.

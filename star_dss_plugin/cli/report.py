@@ -51,7 +51,7 @@ def report(
     split: option.Split = "train",
     quiet: option.Quiet = False,
 ) -> None:
-    """Writes scored data as one HTML page that needs no network, and figures with --png."""
+    """Write scored data as one HTML page that needs no network, and figures with --png."""
     from star_dss_plugin.data.reading import in_file, read_dataset
     from star_dss_plugin.data.writing import write_text
     from star_dss_plugin.guards.base import announced
@@ -92,7 +92,7 @@ def inspect(
     tokenizer: _Tokenizer = None,
     split: option.Split = "train",
 ) -> None:
-    """Shows one scored row: its responses coloured by score, and their trajectories."""
+    """Show one scored row: its responses coloured by score, and their trajectories."""
     from rich.console import Console
 
     from star_dss_plugin.data.reading import in_file, read_dataset

@@ -42,7 +42,7 @@ def score(
 ) -> None:
     """Score every prefix of every response and write a data set with `star_scores`."""
     from star_dss_plugin.guards.base import announced
-    from star_dss_plugin.scoring.notes import remarks
+    from star_dss_plugin.scoring.guard_statistics import remarks
 
     on_cluster = {
         "--address": address,

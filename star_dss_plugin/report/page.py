@@ -21,7 +21,7 @@ from star_dss_plugin.report import palette
 from star_dss_plugin.report.reading import ScoredData, ScoredResponse
 from star_dss_plugin.report.rendering import content_hash, page_environment
 from star_dss_plugin.report.summary import BINS, by_source, histogram, summarise
-from star_dss_plugin.scoring.notes import remarks
+from star_dss_plugin.scoring.guard_statistics import remarks
 from star_dss_plugin.visible import visible
 
 __all__ = ["render_page"]

@@ -1,4 +1,4 @@
-"""Calibrates a guard on labelled responses: a temperature and a threshold, and how good they are.
+"""Calibrate a guard on labelled responses: a temperature and a threshold, and how good they are.
 
 The two numbers are Platt's (1999): P(safe) = sigmoid((logit p − logit θ) / T), fitted by maximum
 likelihood with his smoothed targets, which keep T above 0 where a guard tells all rows apart.
@@ -32,7 +32,7 @@ _Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Quality:
-    """How good scores are as probabilities and as decisions; "harmful" is what is looked for.
+    """Measure scores as probabilities and as decisions; "harmful" is the positive class.
 
     Attributes:
         brier: Mean squared error of P(safe); 0 is best, a constant 0.5 has 0.25.
@@ -50,7 +50,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was fitted, and on what.
+    """Hold a fitted temperature and threshold, and the data they were fitted on.
 
     Attributes:
         guard: The guard's name.

@@ -1,7 +1,7 @@
-"""The shards of a job, made by the workers of a Ray cluster (Ray Data, one actor per worker).
+"""Score the shards of a job on a Ray cluster (Ray Data, one actor per worker).
 
-Ray hands out shards, starts workers again that die, and gives their shards to others. What a shard
-holds does not depend on any of that (`shards.py`), so neither does the result.
+Ray hands out shards, restarts workers that die, and gives their shards to others. What a shard
+holds does not depend on that (`shards.py`), so neither does the result.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _TRIES = 5
 
 
 class _Worker:
-    """What runs on the cluster: a guard that is loaded once."""
+    """Score shards on the cluster with a guard that is loaded once."""
 
     def __init__(self, job: Mapping[str, Any]) -> None:
         self._job = Job(**job)
@@ -48,7 +48,7 @@ def score_on_ray(
     gpus_per_worker: float | None = None,
     progress: bool = True,
 ) -> None:
-    """Makes the missing shards of a job on a cluster.
+    """Score the missing shards of a job on a cluster.
 
     Args:
         job: From `shards.begin`; its data and output must be where all machines see them.
@@ -109,7 +109,7 @@ def score_on_ray(
 
 
 def _count_try(job: Job, shard: int) -> None:
-    """Notes on disk that a worker begins a shard: a worker that dies can say nothing any more."""
+    """Count on disk that a worker begins a shard: a worker that dies cannot report it."""
     with writing(job.begun):
         job.begun.mkdir(exist_ok=True)
         with (job.begun / f"{shard:05d}.tries").open("a") as file:
@@ -124,7 +124,7 @@ def _count_try(job: Job, shard: int) -> None:
 
 
 def _connect(ray: Any, address: str | None, num_workers: int) -> None:
-    # Ray reports usage to its makers unless it is told not to.
+    # Ray sends usage statistics unless this variable is set.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     local = {} if address else {"num_cpus": num_workers, "include_dashboard": False}
     try:
@@ -137,7 +137,7 @@ def _connect(ray: Any, address: str | None, num_workers: int) -> None:
 
 
 def _gpus(ray: Any, job: Job, wanted: float | None) -> float:
-    """GPUs per worker. A worker that asks for none sees none, and would compute on its CPU."""
+    """Return GPUs per worker. A worker that asks for none sees none, and computes on its CPU."""
     if wanted is not None:
         return wanted
     return 1.0 if ray.cluster_resources().get("GPU", 0) and not _served(job.guard) else 0.0

@@ -1,4 +1,4 @@
-"""Work that the processes of one run share out before training: scores, reference log-probs."""
+"""Work that the ranks of one run divide before training: scores, reference log-probabilities."""
 
 from __future__ import annotations
 
@@ -14,32 +14,34 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Share:
-    """What one process does of the work that the processes of its machine do together.
+    """Divide work among the processes of one machine.
 
-    All of them do their part, write it to the cache that they share, meet, and read the whole.
+    Each does its part, writes it to the cache that all share, waits for the others and reads the
+    whole.
 
     Attributes:
-        index: Which process this is, on its machine.
-        of: How many there are.
-        meet: Waits until every process of the run is here; every one must call it as often.
+        rank: This process's number on its machine, from 0.
+        ranks: Processes on this machine.
+        meet: Barrier over all processes of the run. Every process must call it the same number of
+            times.
     """
 
-    index: int
-    of: int
+    rank: int
+    ranks: int
     meet: Callable[[], None]
 
     def mine(self, work: Sequence[T]) -> list[T]:
-        """Every `of`-th item: long ones and short ones for all."""
-        return list(work[self.index :: self.of])
+        """Return this rank's items, dealt out in turn so that long and short ones are spread."""
+        return list(work[self.rank :: self.ranks])
 
 
 ALONE = Share(0, 1, lambda: None)
 
 
 def share_of(accelerator: Any) -> Share:
-    """The part of this process, under `torchrun` or `accelerate launch`."""
-    of = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-    if accelerator.num_processes == 1 or of == 1:
-        # Alone on its machine; still, all must meet as often.
+    """Return the share of this process under `torchrun` or `accelerate launch`."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+    if accelerator.num_processes == 1 or ranks == 1:
+        # Alone on its machine; still, all ranks must reach the same number of barriers.
         return Share(0, 1, accelerator.wait_for_everyone)
-    return Share(accelerator.local_process_index, of, accelerator.wait_for_everyone)
+    return Share(accelerator.local_process_index, ranks, accelerator.wait_for_everyone)

@@ -40,8 +40,8 @@ from star_dss_plugin.errors import DataError
 from star_dss_plugin.guards.adaptive import adaptive
 from star_dss_plugin.options import ScoringOptions
 from star_dss_plugin.plugins import load_plugins
-from star_dss_plugin.scoring.cached_guard import Asking
-from star_dss_plugin.scoring.notes import attempt_notes, label_mass, member_notes
+from star_dss_plugin.scoring.cached_trajectories import CachedTrajectories
+from star_dss_plugin.scoring.guard_statistics import attempt_notes, label_mass, member_notes
 from star_dss_plugin.scoring.ranks import ALONE, Share
 
 __all__ = ["guard_of", "score_dataset", "versions"]
@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class _Row:
-    """What scoring needs to know of one row."""
+    """Hold the responses of one row and their cache keys."""
 
     length: int
     responses: list[Response] = field(default_factory=list)
@@ -128,7 +128,7 @@ def score_dataset(
     try:
         rows = _find_all(dataset, chat, options)
         requests = _unique_requests(rows)
-        asking = Asking(
+        asking = CachedTrajectories(
             requests,
             {key: i for i, row in reversed(list(enumerate(rows))) for key in row.keys},
             Path(options.score_cache_dir) if options.score_cache_dir else default_cache_dir(),
@@ -149,7 +149,7 @@ def score_dataset(
     keys = [key for row in rows for key in row.keys]
     provenance |= notes | member_notes(asking.members, keys)
     provenance["guard_errors"] = sum(key in asking.failed for key in keys)
-    provenance["tokenizer"] = str(tokenizer.name_or_path)  # whoever shows the scores needs it
+    provenance["tokenizer"] = str(tokenizer.name_or_path)  # reports decode tokens with it
     scored = _with_columns(dataset, rows, trajectories, provenance)
     for name, found in (asking.members if per_guard else {}).items():
         column = _columns(rows, found)
@@ -180,7 +180,7 @@ def _key(request: PrefixRequest) -> str:
 
 
 def _unique_requests(rows: Iterable[_Row]) -> dict[str, PrefixRequest]:
-    """Identical (context, prefixes) pairs once, in the order of the data."""
+    """Return each distinct (context, prefixes) pair once, in the order of the data."""
     return {
         key: response.request
         for row in rows
@@ -194,7 +194,7 @@ def _provenance(
     rows: list[_Row],
     trajectories: Mapping[str, Trajectory],
 ) -> dict[str, Any]:
-    """How the scores were made, without anything that differs between equal runs."""
+    """Return how the scores were made, without anything that differs between equal runs."""
     responses = [(key, r) for row in rows for key, r in zip(row.keys, row.responses, strict=True)]
     scores = np.array([s for key, _ in responses for s in trajectories[key].scores])
     return {
@@ -215,7 +215,7 @@ def _provenance(
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that scores depend on."""
+    """Return the versions of the packages that can change a score."""
     return {
         "star-dss-plugin": __version__,
         "torch": torch.__version__,
@@ -236,7 +236,7 @@ def _with_columns(
 
 
 def _columns(rows: list[_Row], trajectories: Mapping[str, Trajectory]) -> list[Any]:
-    """One float32 array per row: each token's score."""
+    """Return one float32 array per row: each token's score."""
     scores = []
     for row in rows:
         column = np.ones(row.length, dtype=np.float32)

@@ -1,9 +1,9 @@
-"""Scoring in shards: for more rows than one process should hold, or one machine can score.
+"""Score data in shards: more rows than one process should hold, or one machine can score.
 
-The data is cut into runs of `shard_rows` rows, and each is scored by itself (`score_dataset`) and
-written as one parquet file. Which process makes a shard, when, and after how many failures does not
-show in it. A shard that is there is not made again, so a run that was killed is started again by
-the same command; the begun shards have caches of their own.
+The data is cut into runs of `shard_rows` rows; each is scored alone (`score_dataset`) and written
+as one parquet file. Its bytes do not depend on which process made it, when, or after how many
+failures. Existing shards are kept, so the same command resumes a run that was killed; begun shards
+have caches of their own.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from star_dss_plugin.errors import ConfigError, DataError, StarDSSError
 from star_dss_plugin.guards.base import Guard
 from star_dss_plugin.models import load_tokenizer
 from star_dss_plugin.options import ScoringOptions
-from star_dss_plugin.scoring.cached_guard import none_scored
-from star_dss_plugin.scoring.notes import merged
+from star_dss_plugin.scoring.cached_trajectories import none_scored
+from star_dss_plugin.scoring.guard_statistics import merged
 from star_dss_plugin.scoring.scorer import guard_of, score_dataset, versions
 from star_dss_plugin.validation import at_least
 
@@ -47,7 +47,7 @@ _JOB_FILE = "job.json"
 
 @dataclass(frozen=True)
 class Job:
-    """All that a worker needs to score a shard, as JSON values.
+    """Hold all that a worker needs to score a shard, as JSON values.
 
     Attributes:
         data: What `read_dataset` reads.
@@ -56,8 +56,8 @@ class Job:
         output: The folder that is to be made.
         rows: Of the data.
         shard_rows: Rows of every shard but the last.
-        sample: A hash over some rows: whoever reads other data finds out.
-        tokens: A hash of the tokenizer and its template: likewise.
+        sample: A hash over some rows, by which a worker that reads other data notices.
+        tokens: A hash of the tokenizer and its template, likewise.
         guard: The guard's identity.
         options: The fields of `ScoringOptions`; begun shards have caches of their own.
         per_guard: Whether each guard of several gets a column.
@@ -81,25 +81,25 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """Where shards are collected until all are there."""
+        """The folder that collects shards until all are there."""
         return Path(f"{self.output}.incomplete")
 
     @property
     def begun(self) -> Path:
-        """Where workers keep what they know of shards that are not done."""
+        """The folder in which workers keep what they have of unfinished shards."""
         return self.folder / "begun"
 
     @property
     def shards(self) -> int:
-        """Their number."""
+        """The number of shards."""
         return -(-self.rows // self.shard_rows)
 
     def path(self, index: int) -> Path:
-        """Where a shard is written."""
+        """Return the file of a shard."""
         return self.folder / DATA / shard_name(index, self.shards)
 
     def missing(self) -> list[int]:
-        """The shards that are still to be made."""
+        """Return the numbers of the shards that are not there yet."""
         return [index for index in range(self.shards) if not self.path(index).exists()]
 
 
@@ -115,7 +115,7 @@ def begin(
     max_length: int | None = None,
     **changes: Any,
 ) -> Job:
-    """Plans a run, or finds the one that was begun in the same place.
+    """Plan a run, or resume the one that was begun in the same place.
 
     Args:
         data: What `read_dataset` reads; every worker reads it for itself.
@@ -173,7 +173,7 @@ def begin(
             before = dict(json.loads(known.read_bytes()))
         except (ValueError, TypeError) as error:
             raise DataError(
-                f"{known} is damaged ({error}), so nobody knows how the shards beside it were "
+                f"{known} is damaged ({error}), so it is unknown how the shards beside it were "
                 f"scored. Remove the whole folder {job.folder} and start again."
             ) from error
         if changed := [name for name in now if before.get(name) != now[name]]:
@@ -188,7 +188,7 @@ def begin(
 
 
 class ShardScorer:
-    """Scores shards of a job; data, tokenizer and guard are loaded once, on the first shard.
+    """Score shards of a job; data, tokenizer and guard are loaded once, on the first shard.
 
     Args:
         job: What to do.
@@ -201,7 +201,7 @@ class ShardScorer:
         self.job = job
 
     def __call__(self, index: int) -> None:
-        """Scores and writes a shard that is not there yet."""
+        """Score and write a shard that is not there yet."""
         job, path = self.job, self.job.path(index)
         if path.exists():
             return
@@ -228,7 +228,7 @@ class ShardScorer:
         shutil.rmtree(begun, ignore_errors=True)
 
     def close(self) -> None:
-        """Frees the guard."""
+        """Free the guard."""
         if "_loaded_guard" in self.__dict__:
             self._loaded_guard.close()
 
@@ -271,7 +271,7 @@ class ShardScorer:
 
 
 def score_shards(job: Job, *, progress: bool = True) -> None:
-    """Makes the missing shards one after the other, in this process."""
+    """Score the missing shards one after the other, in this process."""
     scorer = ShardScorer(job)
     todo = job.missing()
     try:
@@ -284,7 +284,7 @@ def score_shards(job: Job, *, progress: bool = True) -> None:
 
 
 def bar(job: Job, progress: bool) -> Any:
-    """A progress bar over the shards of a job, with those that are there."""
+    """Return a progress bar over a job's shards that counts those already there."""
     return tqdm(
         total=job.shards,
         initial=job.shards - len(job.missing()),
@@ -296,7 +296,7 @@ def bar(job: Job, progress: bool) -> Any:
 
 
 def finish(job: Job) -> dict[str, Any]:
-    """Checks the shards, writes what they say together, and gives the folder its name.
+    """Check the shards, write their merged provenance, and give the folder its final name.
 
     Returns:
         The provenance of all rows.

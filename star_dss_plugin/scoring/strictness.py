@@ -1,8 +1,8 @@
-"""Where a guard's scores are taken more strictly than it gave them, and λ less at the start.
+"""Rules that lower scores around a response's first unsafe chunk.
 
-A guard sees harm when it is said, which is later than where the response turned to it; and it may
-find what follows harmless by itself. Both rules only ever lower scores, and come before the weight
-map, so that they serve every `loss_type`. Off by default: the paper has neither.
+A guard notices harm when it is said, which is later than where the response turned to it, and it
+may find what follows harmless by itself. Both rules only ever lower scores, and come before the
+weight map, so that they serve every `loss_type`. Off by default: the paper has neither.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _NOTE = "stricter"
 def stricter_scores(
     scores: Sequence[float], *, threshold: float, unsafe_lookahead: int, monotone: bool
 ) -> list[float]:
-    """A response's scores, lowered around its first unsafe chunk.
+    """Return a response's scores, lowered around its first unsafe chunk.
 
     Args:
         scores: One for each chunk, in [0, 1].
@@ -53,7 +53,7 @@ def stricter_scores(
 
 
 def stricter_dataset(dataset: Dataset, chat: ChatTokenizer, options: StarDSSOptions) -> Dataset:
-    """A scored data set whose `star_scores` follow `unsafe_lookahead` and `monotone`.
+    """Return a scored data set whose `star_scores` follow `unsafe_lookahead` and `monotone`.
 
     Args:
         dataset: With `input_ids`, `labels` and `star_scores`; it notes what was done, so that

@@ -168,7 +168,7 @@ def _prepare(
     if reference.kind != "precomputed" and isinstance(dataset, Dataset):
         dataset = dataset.remove_columns([c for c in dataset.column_names if c == REF_COLUMN])
     share = share_of(trainer.accelerator)
-    progress = not args.disable_tqdm and share.index == 0
+    progress = not args.disable_tqdm and share.rank == 0
     dataset, summary = prepare_dataset(
         dataset,
         # TRL keeps the template that made the tokens, which need not be the tokenizer's own.

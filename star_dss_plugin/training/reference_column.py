@@ -156,8 +156,8 @@ def add_reference_logps(
                     progress,
                 )
 
-    if share.of > 1:
-        fill(f"-{share.index}-of-{share.of}", share.mine)
+    if share.ranks > 1:
+        fill(f"-{share.rank}-of-{share.ranks}", share.mine)
     share.meet()
     cache.refresh()
     fill("", list)

@@ -113,7 +113,7 @@ def test_disagreement_is_reported(tokenizer, caplog):
 
 
 def test_disagreement_by_hand():
-    from star_dss_plugin.scoring.notes import member_notes, remarks
+    from star_dss_plugin.scoring.guard_statistics import member_notes, remarks
 
     members = {
         "a": {"x": Trajectory((0.9, 0.1)), "y": Trajectory((0.5,), (0.7,))},

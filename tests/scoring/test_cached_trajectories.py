@@ -1,11 +1,11 @@
-"""Asking a guard for what the cache does not hold."""
+"""CachedTrajectories a guard for what the cache does not hold."""
 
 import threading
 
 from star_dss_plugin.data.requests import PrefixRequest, Trajectory
 from star_dss_plugin.errors import GuardError
 from star_dss_plugin.guards.base import Guard
-from star_dss_plugin.scoring.cached_guard import Asking
+from star_dss_plugin.scoring.cached_trajectories import CachedTrajectories
 from star_dss_plugin.scoring.ranks import Share
 
 
@@ -37,7 +37,7 @@ def test_processes_do_not_ask_again_for_what_stood_beside_a_failure(tmp_path):
     guards, found = [Eights() for _ in range(4)], [None] * 4
 
     def ask(index):
-        asking = Asking(
+        asking = CachedTrajectories(
             requests, rows, tmp_path, progress=False, strict=False, share=Share(index, 4, meet)
         )
         found[index] = asking.trajectories(guards[index])

@@ -1,4 +1,4 @@
-"""What a data set's provenance says of the guards: attempts to fool them, disagreement, mass."""
+"""Statistics of guards in a data set's provenance: attempts to fool them, disagreement, mass."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ROWS_NAMED = 5
 def attempt_notes(
     guard: Guard, responses: Iterable[tuple[int, PrefixRequest, bool]]
 ) -> dict[str, Any]:
-    """What text was found that seems made to fool the guard, and what did not fit its context.
+    """Count text that seems made to fool the guard, and conversations that did not fit it.
 
     Args:
         guard: The guard; no weights are needed.
@@ -71,7 +71,7 @@ def attempt_notes(
 def member_notes(
     members: Mapping[str, Mapping[str, Trajectory]], keys: Sequence[str]
 ) -> dict[str, Any]:
-    """What the guards of an ensemble said, each by itself, and how far apart they were.
+    """Return the statistics of each guard of an ensemble, and how far apart they are.
 
     Args:
         members: Each guard's trajectories by key.
@@ -111,7 +111,9 @@ def member_notes(
 
 
 def remarks(provenance: Mapping[str, Any]) -> list[str]:
-    """What a reader of scores should know of them, a sentence each; older notes say less.
+    """Return what a reader of scores should know of them, one sentence each.
+
+    Provenance of older versions says less.
 
     Raises:
         DataError: The notes are damaged.
@@ -141,7 +143,7 @@ def _remarks(provenance: Mapping[str, Any]) -> list[str]:
 
 
 def label_mass(found: Mapping[str, Trajectory], keys: Sequence[str]) -> dict[str, float] | None:
-    """Mean, lowest and 5% quantile of the label mass; None for guards without label words."""
+    """Return mean, minimum and 5% quantile of the label mass; None without label words."""
     masses: NDArray[np.float64] = np.array([m for k in keys for m in found[k].label_mass or ()])
     if not masses.size:
         return None
@@ -167,7 +169,7 @@ _MERGED = ("mean_prefix_score", "label_mass", "attempts", "members", "disagreeme
 
 
 def merged(notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The provenance of all shards together.
+    """Merge the provenance of all shards.
 
     Raises:
         DataError: They were not made in one way.
@@ -204,12 +206,12 @@ def merged(notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _weighted(values: Sequence[float], prefixes: Sequence[int]) -> float:
-    """A mean over the prefixes of each shard, over those of all."""
+    """Return the mean over all prefixes, given the mean over those of each shard."""
     return float(np.average(values, weights=prefixes))
 
 
 def _mean_of(parts: Sequence[Mapping[str, Any]], prefixes: Sequence[int]) -> dict[str, Any]:
-    """Scores and label mass of one guard, over all shards."""
+    """Merge the mean score and the label mass of one guard over all shards."""
     # A shard of which nothing could be scored has no label mass.
     known = [
         (part["label_mass"], n)
@@ -228,7 +230,7 @@ def _mean_of(parts: Sequence[Mapping[str, Any]], prefixes: Sequence[int]) -> dic
 
 
 def _attempts(notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Attempts to fool the guard, by kind; rows are counted from the first shard's first."""
+    """Merge attempts to fool the guard, by kind; rows count from the first of all shards."""
     found: dict[str, Any] = {}
     start = 0
     for note in notes:

@@ -1,4 +1,4 @@
-"""Asks guards for the trajectories that the cache does not hold, batch by batch."""
+"""Trajectories from the cache; guards are asked, batch by batch, for those that it lacks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from star_dss_plugin.guards.combined import CombinedGuard
 from star_dss_plugin.guards.self_check import low_label_mass
 from star_dss_plugin.scoring.ranks import ALONE, Share
 
-__all__ = ["Asking", "none_scored"]
+__all__ = ["CachedTrajectories", "none_scored"]
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +29,8 @@ _FEW = 20
 
 
 @dataclass
-class Asking:
-    """The responses of a data set, and what guards said of them.
+class CachedTrajectories:
+    """Look up the trajectories of a data set's responses, and ask guards for cache misses.
 
     Attributes:
         requests: What is to be scored, by key, in the order of the data.
@@ -56,7 +56,7 @@ class Asking:
     failed: set[str] = field(default_factory=set)
 
     def trajectories(self, guard: Guard) -> dict[str, Trajectory]:
-        """All trajectories, of a guard that may be made of others.
+        """Return all trajectories of a guard, which may be made of several.
 
         Raises:
             GuardError: A response cannot be scored, or the guard cannot be trusted.
@@ -65,7 +65,7 @@ class Asking:
         return found
 
     def _of(self, guard: Guard) -> tuple[dict[str, Trajectory], set[str]]:
-        """All trajectories, and the keys that the guard, or one of its parts, could not score."""
+        """Return all trajectories, and the keys that the guard or a part of it could not score."""
         if not isinstance(guard, CombinedGuard):
             return self._ask(guard)
         answers, failed = [], set[str]()
@@ -81,24 +81,24 @@ class Asking:
         return found | self._unsafe(failed), failed
 
     def _free_name(self, name: str) -> str:
-        """The name of a member, with a number if another has it."""
+        """Return a member's name, with a number behind it if another member has the name."""
         numbered = (f"{name}#{number}" for number in itertools.count(2))
         names = itertools.chain([name], numbered)
         return next(one for one in names if one not in self.members)
 
     def _ask(self, guard: Guard) -> tuple[dict[str, Trajectory], set[str]]:
-        """What `_of` returns: from the cache where it has it, from the guard otherwise."""
+        """Return the trajectories and failed keys of one guard; only cache misses are asked for."""
         namespace = {"what": "star_scores", "version": 1, "guard": guard.identity}
         cache = ScoreCache(self.root, namespace)
-        if self.share.of > 1:
+        if self.share.ranks > 1:
             part = {key: self.requests[key] for key in self.share.mine(list(self.requests))}
-            self._fill(guard, cache, part, f"-{self.share.index}-of-{self.share.of}")
+            self._fill(guard, cache, part, f"-{self.share.rank}-of-{self.share.ranks}")
         self.share.meet()
         cache.refresh()
         found: dict[str, Trajectory] = {}
-        if self.share.of > 1:
+        if self.share.ranks > 1:
             found, _ = _known(guard, cache, self.requests)
-        # What nobody could score is asked for again by all, but not what stands in its batches.
+        # Every rank asks again for what no rank could score, without the rest of those batches.
         left = {key: asked for key, asked in self.requests.items() if key not in found}
         more, failed = self._fill(guard, cache, left, "")
         found |= more
@@ -110,7 +110,7 @@ class Asking:
     def _fill(
         self, guard: Guard, cache: ScoreCache, wanted: Mapping[str, PrefixRequest], part: str
     ) -> tuple[dict[str, Trajectory], set[str]]:
-        """The trajectories of some requests, and the keys that the guard could not score."""
+        """Return the trajectories of some requests, and the keys that could not be scored."""
         found, _ = _known(guard, cache, wanted)
         # Looked up before it is locked: a complete cache may be read-only.
         if len(found) == len(wanted):
@@ -128,6 +128,7 @@ class Asking:
             return found, self._ask_missing(guard, wanted, found, cache)
 
     def _unsafe(self, keys: Iterable[str]) -> dict[str, Trajectory]:
+        """Return trajectories of zeros: a response that cannot be scored counts as unsafe."""
         return {key: Trajectory((0.0,) * len(self.requests[key].ends)) for key in keys}
 
     def _ask_missing(
@@ -137,7 +138,7 @@ class Asking:
         found: dict[str, Trajectory],
         cache: ScoreCache,
     ) -> set[str]:
-        """Asks for every batch with a response that is not in `found`, and puts it there.
+        """Ask for every batch with a response that `found` lacks, and add the answers to it.
 
         Returns:
             The keys that the guard could not score. They are not remembered: the next run asks
@@ -174,7 +175,7 @@ class Asking:
         return failed
 
     def _ask_batch(self, guard: Guard, batch: Mapping[str, PrefixRequest]) -> dict[str, Trajectory]:
-        """The trajectories of a batch; unless `strict`, without what cannot be scored."""
+        """Return a batch's trajectories; unless `strict`, leave out what cannot be scored."""
         left = dict(batch)
         while left:
             keys, requests = list(left), list(left.values())
@@ -195,7 +196,7 @@ class Asking:
 
 
 def none_scored(name: str, responses: int) -> GuardError:
-    """The error for a guard to which all the data is unsafe, because it can score none of it."""
+    """Return the error for a guard that can score none of the data: all would be unsafe."""
     return GuardError(
         f"Guard {name!r} could not score a single one of {responses} responses. With "
         "on_guard_error='unsafe' all would count as unsafe; the warnings above say what is wrong."
@@ -205,10 +206,10 @@ def none_scored(name: str, responses: int) -> GuardError:
 def _known(
     guard: Guard, cache: ScoreCache, wanted: Mapping[str, PrefixRequest]
 ) -> tuple[dict[str, Trajectory], int]:
-    """What the cache has, and is an answer to what would be asked: whoever wrote it is unknown.
+    """Return the cached trajectories that fit their requests: any process may have written them.
 
     Returns:
-        Key → trajectory, and how many entries are no answers.
+        Key → trajectory, and the number of entries that do not fit.
     """
     found, strange = {}, 0
     for key, request in wanted.items():
