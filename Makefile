@@ -17,8 +17,8 @@ test: $(VENV)/.ready
 
 # In two processes: Axolotl patches transformers and torch wherever it is imported. Ray, lm-eval, the
 # browser and the benchmarks are the same whatever TRL is installed, and take minutes: `make test` has them.
-SAME_WITH_ANY_TRL = tests/scoring/test_shards.py tests/evaluate/test_capability.py tests/report/test_report_page.py \
-	tests/project/test_benchmarks.py
+SAME_WITH_ANY_TRL = tests/scoring/test_shards.py tests/scoring/test_shards_ray.py tests/evaluate/test_capability.py \
+	tests/report/test_report_page.py tests/project/test_benchmarks.py
 test-axolotl: export AXOLOTL_DO_NOT_TRACK = 1
 test-axolotl: $(AXOLOTL_VENV)/.ready
 	OMP_NUM_THREADS=1 $(AXOLOTL_VENV)/bin/python -m pytest $(PYTEST_FLAGS) --ignore tests/integrations/axolotl \

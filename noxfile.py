@@ -115,6 +115,9 @@ def wheel(session: nox.Session) -> None:
         "cli/test_cli",
         "test_loss",
         "scoring/test_scorer",
+        "scoring/test_scorer_cache",
+        "scoring/test_scorer_provenance",
+        "scoring/test_scorer_refusals",
         "project/test_security",
         "project/test_snippets",
     )

@@ -58,13 +58,8 @@ def main() -> None:
     with atheris.instrument_imports(
         include=["star_dss_plugin", "star_dss_axolotl", "star_dss_trl"]
     ):
-        from support.fuzz_targets import (
-            AXOLOTL_TARGETS,
-            TARGETS,
-            check_sizes,
-            quiet,
-            register_guard,
-        )
+        from support.fuzz_targets import AXOLOTL_TARGETS, TARGETS, check_sizes
+        from support.fuzzing import quiet, register_guard
     if given.target == "sizes":
         check_sizes(10, 2000)
         return

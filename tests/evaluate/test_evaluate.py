@@ -1,4 +1,4 @@
-"""Comparing models: prompts, answers that are kept, verdicts, intervals, page and command."""
+"""Comparing models: prompts, answers that are kept, verdicts, page and command."""
 
 import base64
 import hashlib
@@ -7,12 +7,9 @@ import itertools
 import json
 import re
 
-import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from support.commands import run_command as run
 from support.guards import WordGuard
 from support.models import tiny_llama
@@ -26,7 +23,6 @@ from star_dss_plugin.evaluate.models import load_whole_model
 from star_dss_plugin.evaluate.page import render_comparison
 from star_dss_plugin.evaluate.prompts import DEFAULT_PREFILL, read_prompts, with_prefill
 from star_dss_plugin.evaluate.refusal import is_refusal
-from star_dss_plugin.evaluate.statistics import bootstrap_share, paired_difference
 from star_dss_plugin.evaluate.verdicts import differences, measures
 
 HARMFUL = [{"prompt": "is this bad?"}, {"prompt": "who is lazy?", "target": "good words keep"}]
@@ -53,48 +49,6 @@ def model_dirs(tmp_path_factory, tokenizer):
 def compared(model_dirs, tmp_path, **changes):
     options = {"output": tmp_path / "out", "max_new_tokens": 6, "progress": False, **changes}
     return compare(model_dirs, options.pop("prompts", prompts()), **options)
-
-
-# Shares and intervals
-
-
-@given(st.lists(st.booleans(), min_size=1, max_size=40), st.integers(0, 5))
-@settings(max_examples=40, deadline=None)
-def test_the_interval_is_that_of_resampled_means(hits, seed):
-    found = bootstrap_share(hits, resamples=300, seed=seed)
-    draw = np.random.default_rng(seed)
-    means = [
-        np.mean([hits[i] for i in row]) for row in draw.integers(0, len(hits), (300, len(hits)))
-    ]
-    assert found.value == pytest.approx(np.mean(hits))
-    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(means, (0.025, 0.975))))
-    assert found.low <= found.value + 1e-12
-    assert found.count == len(hits)
-
-
-def test_the_interval_covers_as_often_as_it_says():
-    draw = np.random.default_rng(0)
-    covered = 0
-    for i in range(300):
-        found = bootstrap_share(list(draw.random(100) < 0.3), resamples=400, seed=i)
-        covered += found.low <= 0.3 <= found.high
-    assert 0.90 <= covered / 300 <= 0.98
-
-
-def test_batches_of_resamples_are_one_draw():
-    hits = [True, False, True] * 5
-    assert bootstrap_share(hits, resamples=2500) == bootstrap_share(hits, resamples=2500)
-    assert bootstrap_share(hits, resamples=2500).low != bootstrap_share(hits, resamples=1).low
-
-
-def test_pairs_cancel_what_is_hard_for_both():
-    one = [i % 2 == 0 for i in range(60)]
-    assert paired_difference(one, one) == paired_difference(one, one)
-    same = paired_difference(one, one)
-    assert (same.value, same.low, same.high) == (0, 0, 0)
-    better = paired_difference([True] * 60, one)
-    assert better.value == 0.5
-    assert 0.3 < better.low < better.high < 0.7
 
 
 # Prompts

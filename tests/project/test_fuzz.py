@@ -4,7 +4,8 @@ import pytest
 
 pytest.importorskip("hypothesis")
 
-from support.fuzz_targets import TARGETS, check_sizes, holds
+from support.fuzz_targets import TARGETS, check_sizes
+from support.fuzzing import holds
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -2,7 +2,7 @@
 
 Each target is a property and the inputs it is tried with. Two drivers share them: test_fuzz.py
 draws some hundreds of inputs with hypothesis, benchmarks/fuzz.py as many as it is told, guided by
-the code that they reach. A target raises what is neither a kept promise nor an error of ours.
+the code that they reach. A target raises what is neither a kept promise nor a StarDSSError.
 """
 
 import contextlib
@@ -13,8 +13,6 @@ import logging
 import math
 import struct
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -22,9 +20,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 from datasets import Dataset
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from hypothesis.strategies import SearchStrategy
 from rich.console import Console
 
 from star_dss_plugin.cli.check import check_config
@@ -35,11 +31,10 @@ from star_dss_plugin.data.reading import read_dataset
 from star_dss_plugin.data.requests import Trajectory
 from star_dss_plugin.data.responses import find_responses
 from star_dss_plugin.data.tokenization import tokenize_row
-from star_dss_plugin.errors import DataError, StarDSSError
+from star_dss_plugin.errors import DataError
 from star_dss_plugin.evaluate.prompts import read_prompts
 from star_dss_plugin.guards.loading import load_guard
 from star_dss_plugin.options import StarDSSOptions
-from star_dss_plugin.plugins import Origin, load_plugins
 from star_dss_plugin.report.inspection import Inspection
 from star_dss_plugin.report.page import render_page
 from star_dss_plugin.report.reading import ScoredData, read_scored
@@ -70,68 +65,8 @@ from support.fuzz_inputs import (
     turns,
     yaml_files,
 )
-from support.guards import WordGuard, WordsPlugin
-
-
-@dataclass(frozen=True)
-class Target:
-    """One property.
-
-    Attributes:
-        check: Takes an input; raises if the property does not hold.
-        inputs: What it is tried with.
-        examples: How many of them a run of the tests tries.
-        seeds: Where the fuzzer starts, if the input is bytes: it then changes the bytes themselves.
-    """
-
-    check: Callable[[Any], None]
-    inputs: SearchStrategy[Any]
-    examples: int = 40
-    seeds: tuple[bytes, ...] = ()
-
-
-def holds(target: Target) -> None:
-    """Tries the same inputs at every call; one that breaks the property is made small and shown."""
-    some = settings(
-        max_examples=target.examples,
-        deadline=None,
-        database=None,
-        derandomize=True,
-        suppress_health_check=list(HealthCheck),
-    )
-    some(given(target.inputs)(lambda one: target.check(one)))()
-
-
-def register_guard() -> None:
-    """Makes the guard of words known by its name, as tests do."""
-    if WordGuard.name not in load_plugins().names("guard"):
-        load_plugins().register(WordsPlugin(), Origin("tests", "star-dss-tests", "0"))
-
-
-def quiet() -> None:
-    """No progress bars, and no warnings of what every other input is full of."""
-    datasets.disable_progress_bars()
-    logging.disable(logging.ERROR)
-
-
-def refused(*named: str):
-    """Errors of ours are fine, if they name what they are about."""
-    return _Refused(named)
-
-
-class _Refused(contextlib.AbstractContextManager):
-    def __init__(self, named):
-        self.named = named
-
-    def __exit__(self, kind, error, trace):
-        if not isinstance(error, StarDSSError):
-            return False
-        message = str(error)
-        assert len(message) > 20, message
-        for name in self.named:
-            assert name in message, f"{name!r} is not in: {message}"
-        return True
-
+from support.fuzzing import Target, refused
+from support.guards import WordGuard
 
 # Files of rows
 

@@ -43,6 +43,10 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def tokenized(tokenizer, text):
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
 def tiny_llama(vocab: int = 400, seed: int = 0, **changes) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(

@@ -4,7 +4,8 @@ import pytest
 
 pytest.importorskip("axolotl")
 
-from support.fuzz_targets import AXOLOTL_TARGETS, holds
+from support.fuzz_targets import AXOLOTL_TARGETS
+from support.fuzzing import holds
 
 
 @pytest.mark.parametrize("name", AXOLOTL_TARGETS)

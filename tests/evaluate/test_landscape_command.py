@@ -1,0 +1,215 @@
+"""The command that measures a safety landscape."""
+
+import json
+
+import pytest
+import torch
+from support.commands import run_command
+from support.guards import WordGuard
+from support.landscape import OUT, PROMPTS, slow_visage
+from support.models import tiny_llama
+from support.paths import ROOT
+from typer.main import get_command
+
+from star_dss_plugin import ConfigError
+from star_dss_plugin.cli import app as cli
+from star_dss_plugin.cli import landscape as landscape_command
+from star_dss_plugin.evaluate.landscape import (
+    grid,
+    random_lines,
+)
+from star_dss_plugin.evaluate.landscape_figure import write_landscape
+from star_dss_plugin.evaluate.landscape_points import put_together
+from star_dss_plugin.evaluate.models import load_whole_model
+from star_dss_plugin.evaluate.moved_weights import MovedWeights
+from star_dss_plugin.models import weights_digest
+
+# The command.
+
+
+def run(monkeypatch, *argv):
+    return run_command(monkeypatch, "landscape", *argv)
+
+
+@pytest.fixture
+def asked(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": "is this bad?"}, {"prompt": "who is lazy?"}, {"prompt": PROMPTS[1]}]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows[:2]))
+    return path
+
+
+SMALL = ("--max-new-tokens", 6, "--steps", 2, "-q", "--device", "cpu")
+JUDGE = json.dumps({"preset": "test-words", "word": "e"})
+
+
+def test_the_command_measures_draws_and_goes_on(monkeypatch, capsys, asked, model_dir, tmp_path):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "out"
+    common = (model_dir, "--prompts", asked, "--judge", JUDGE, *SMALL)
+    assert run(monkeypatch, *common, "-o", out, "--directions", 2) == 0
+    printed = capsys.readouterr().out
+    assert "6 points (5 distinct), 0 of them known, 2 prompts each, judged by test-words" in printed
+    assert "VISAGE" in printed
+    assert (out / "landscape.png").stat().st_size > 5000
+    found = json.loads((out / "landscape.json").read_text())
+    rates = [p["attack_success"] for c in found["curves"] for p in c["points"]]
+    assert found["visage"] == pytest.approx(slow_visage(rates))
+    assert found["points"] == 6
+    assert found["centre"] == rates[1] == rates[4]
+
+    points = out / "points.jsonl"
+    lines = points.read_text().splitlines(keepends=True)
+    assert len(lines) == 6
+    points.write_text("".join(lines[:3]) + lines[3][:10])
+    judged = []
+    scores = WordGuard.score
+    monkeypatch.setattr(WordGuard, "score", lambda self, c: judged.append(c) or scores(self, c))
+    assert run(monkeypatch, *common, "-o", out, "--directions", 2, "--batch-size", 1) == 0
+    assert "2 of them known" in capsys.readouterr().out
+    assert len(judged) == 3
+    assert json.loads((out / "landscape.json").read_text()) == found
+    # More points of the same landscape; then a landscape that is not the same.
+    assert run(monkeypatch, *common, "-o", out, "--directions", 3, "--no-figure") == 0
+    assert "5 of them known" in capsys.readouterr().out
+    assert run(monkeypatch, *common, "-o", out, "--seed", 1) == 2
+    assert "seed was 0 and is now 1" in capsys.readouterr().err
+    assert len(points.read_text().splitlines()) == 8
+
+
+def test_the_answers_are_those_of_the_moved_model(monkeypatch, asked, model_dir, tmp_path):
+    """What the command measures at a place is what a model saved with those weights answers."""
+    out = tmp_path / "out"
+    seen = {}
+
+    def judge(name, threshold, device):
+        def verdicts(prompts, answers):
+            seen[len(seen)] = answers
+            return [True, False]
+
+        return landscape_command._Judged(verdicts, name, name)
+
+    monkeypatch.setattr(landscape_command, "_judge", judge)
+    common = ("--prompts", asked, *SMALL, "--no-figure")
+    assert run(monkeypatch, model_dir, *common, "-o", out, "--directions", 1) == 0
+    model, tokenizer = load_whole_model(str(model_dir))
+    weights = MovedWeights(model)
+    weights.move((("random 1", 0.5),))
+    model.save_pretrained(tmp_path / "moved")
+    tokenizer.save_pretrained(tmp_path / "moved")
+    last = seen[2]
+    seen.clear()
+    args = (tmp_path / "moved", *common, "-o", tmp_path / "other", "--directions", 1)
+    assert run(monkeypatch, *args) == 0
+    assert seen[1] == last
+    assert seen[0] != last
+
+
+def test_the_way_to_another_model(monkeypatch, capsys, asked, model_dir, tokenizer, tmp_path):
+    pytest.importorskip("matplotlib")
+    other = tmp_path / "other"
+    tiny_llama(len(tokenizer), seed=1).save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    common = (model_dir, "--prompts", asked, "--judge", JUDGE, *SMALL, "--toward", other)
+    assert run(monkeypatch, *common, "-o", tmp_path / "line", "--beyond", 0.5) == 0
+    out = capsys.readouterr().out
+    assert "+1.500" in out
+    assert "VISAGE" not in out
+    found = json.loads((tmp_path / "line" / "landscape.json").read_text())
+    assert [p["at"] for p in found["curves"][0]["points"]] == [[-0.5], [0], [0.5], [1], [1.5]]
+    assert found["visage"] is None
+    assert run(monkeypatch, *common, "-o", tmp_path / "plane", "--grid") == 0
+    found = json.loads((tmp_path / "plane" / "landscape.json").read_text())
+    assert len(found["curves"][0]["points"]) == 9
+    assert (tmp_path / "plane" / "landscape.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"--steps": 3}, "even number"),
+        ({"--beyond": 1}, "Name it with --toward"),
+        ({"--judge": "test-wordz"}, "Did you mean 'test-words'"),
+        ({"--prompts": "none.jsonl"}, "cannot be read"),
+        ({"--prompts": "rows.jsonl"}, "Row 0 of the harmful prompts has the columns"),
+        ({"--dtype": "int8"}, "dtype is 'int8'"),
+        ({"--device": "abacus"}, "device is 'abacus'"),
+        ({"-o": "rows.jsonl"}, "is a file"),
+        ({"model": "no/such-model"}, "'no/such-model' cannot be loaded"),
+        ({"--toward": "wider"}, "no line between these models"),
+    ],
+)
+def test_it_fails_in_words(monkeypatch, capsys, asked, model_dir, tmp_path, changes, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"text": "x"}\n')
+    if "--toward" in changes:
+        tiny_llama(400, hidden_size=64).save_pretrained("wider")
+        load_whole_model(str(model_dir))[1].save_pretrained("wider")
+    options = {"model": model_dir, "--prompts": asked, "--no-figure": None, "-q": None, **changes}
+    model = options.pop("model")
+    argv = [x for pair in options.items() for x in pair if x is not None]
+    assert run(monkeypatch, model, *argv) == 2
+    err = " ".join(capsys.readouterr().err.split())
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_an_adapter_is_merged(model_dir, tmp_path):
+    peft = pytest.importorskip("peft")
+    base, tokenizer = load_whole_model(str(model_dir))
+    plain = weights_digest(base)
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(base, config)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        expected = adapted.eval()(ids).logits
+    adapted.peft_config["default"].base_model_name_or_path = str(model_dir)
+    adapted.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    merged, _ = load_whole_model(str(tmp_path / "adapter"))
+    assert not any("lora" in name for name, _ in merged.named_parameters())
+    with torch.no_grad():
+        assert torch.allclose(merged(ids).logits, expected, atol=1e-5)
+    assert weights_digest(merged) != plain
+    assert weights_digest(load_whole_model(str(model_dir))[0]) == plain
+    with MovedWeights(merged) as weights:
+        weights.move(OUT)
+
+
+def test_weights_that_are_missing_are_not_made_up(model_dir, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model, tokenizer = load_whole_model(str(model_dir))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    held = load_file(tmp_path / "model.safetensors")
+    del held["model.layers.0.mlp.up_proj.weight"]
+    save_file(held, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"lack the weights.*up_proj"):
+        load_whole_model(str(tmp_path))
+
+
+def test_figures_of_several_models(tmp_path):
+    pytest.importorskip("matplotlib")
+    samples = random_lines(directions=2, steps=2)
+    one = put_together(samples, {s.place: [True, False] for s in samples})
+    write_landscape({"start $x$": one, "sft": one}, tmp_path / "new" / "both.png")
+    assert (tmp_path / "new" / "both.png").read_bytes()[:4] == b"\x89PNG"
+    plane = grid(steps=2)
+    flat = put_together(plane, {s.place: [True] for s in plane})
+    with pytest.raises(ConfigError, match="one landscape at a time"):
+        write_landscape({"a": flat, "b": one}, tmp_path / "no.png")
+
+
+def test_every_option_is_documented():
+
+    docs = ROOT / "docs"
+    for command in ("evaluate", "landscape", "capability"):
+        text = (docs / f"{command}.md").read_text()
+        rows = [line for line in text.splitlines() if line.startswith("| `-")]
+        for param in get_command(cli.app).commands[command].params:
+            for name in (o for o in param.opts if o.startswith("-") and o != "--help"):
+                default = "none" if param.default is None else str(param.default)
+                default = "required" if param.required else default
+                row = next(r for r in rows if f"`{name}`" in r.split("|")[1])
+                assert row.split("|")[2].strip().strip("`") == default, name

@@ -1,0 +1,30 @@
+"""Verdict guards that several modules ask."""
+
+import pytest
+from support.verdict_guards import UNCHECKED, describe, tiny_guard
+
+from star_dss_plugin import load_guard
+
+
+@pytest.fixture(scope="module")
+def qwen(shared, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("qwen3guard")
+    tiny_guard(folder, shared / "guards" / "qwen3guard_gen")
+    return load_guard({"preset": "qwen3guard-gen-0.6b", "model": str(folder), **UNCHECKED})
+
+
+@pytest.fixture(scope="module")
+def granite(shared, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("granite")
+    tiny_guard(folder, shared / "guards" / "granite_guardian_3_1")
+    return load_guard({"preset": "granite-guardian-3.1-2b", "model": str(folder), **UNCHECKED})
+
+
+@pytest.fixture(scope="module")
+def tiny(model_dir):
+    return load_guard(describe(model_dir))
+
+
+@pytest.fixture(scope="module", params=["tiny", "qwen", "granite"])
+def guard(request):
+    return request.getfixturevalue(request.param)

@@ -1,0 +1,142 @@
+"""TRL: what would be plain finetuning, or a loss of another, stops before the first step."""
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+from star_dss_trl import StarDSSTrainer
+from support.models import tiny_llama
+from support.trl_runs import (
+    arguments,
+    make,
+    prompt_completion,
+)
+from trl import SFTConfig, SFTTrainer
+
+from star_dss_plugin import ConfigError, DataError, StarDSSError, attach
+from star_dss_plugin.data.columns import SCORES_COLUMN
+from star_dss_plugin.training.run_record import startup_line
+
+
+def test_errors_before_the_first_step(tmp_path, tokenizer):
+    with pytest.raises(ConfigError, match=r"(?s)No guard was given.*qwen3guard-gen-0.6b"):
+        make(tmp_path, tokenizer, guard=None)
+    with pytest.raises(
+        ConfigError, match=r"Unknown guard 'qwen3guard-gen-0.6'.*qwen3guard-gen-0.6b"
+    ):
+        make(tmp_path, tokenizer, guard="qwen3guard-gen-0.6")
+    with pytest.raises(ConfigError, match="Did you mean 'star_dss'"):
+        make(tmp_path, tokenizer, loss_type="star-dss")
+    with pytest.raises(ConfigError, match="Did you mean 'words'"):
+        make(tmp_path, tokenizer, segmenter="word")
+    with pytest.raises(ConfigError, match="reference is 'adapter', but the model"):
+        make(tmp_path, tokenizer, reference="adapter")
+    with pytest.raises(ConfigError, match="reference is 'none'"):
+        make(tmp_path, tokenizer, reference="none")
+    with pytest.raises(ConfigError, match="Did you mean 'adapter'"):
+        make(tmp_path, tokenizer, reference="adaptor")
+    with pytest.raises(ConfigError, match="use_liger_kernel"):
+        make(tmp_path, tokenizer, use_liger_kernel=True)
+    with pytest.raises(ConfigError, match="chunk_size is 0"):
+        make(tmp_path, tokenizer, chunk_size=0)
+    with pytest.raises(ConfigError, match="StarDSSConfig"):
+        StarDSSTrainer(
+            tiny_llama(len(tokenizer)),
+            args=arguments(tmp_path, SFTConfig),
+            train_dataset=prompt_completion(),
+            processing_class=tokenizer,
+        )
+
+
+@pytest.mark.parametrize(
+    ("score", "loss_type", "said"),
+    [
+        (1.0, "star_dss", True),
+        (1.0, "rejection", True),
+        (0.999, "star_dss", False),
+        (1.0, "kl_only", False),
+    ],
+)
+def test_scores_that_make_it_plain_finetuning_are_said(tmp_path, tokenizer, score, loss_type, said):
+    scored = make(tmp_path, tokenizer).train_dataset.remove_columns("ref_logps")
+    safe = scored.map(lambda r: {SCORES_COLUMN: [score] * len(r[SCORES_COLUMN])})
+    trainer = make(tmp_path, tokenizer, safe, guard=None, loss_type=loss_type)
+    assert ("this is plain finetuning" in startup_line(trainer.star_dss_state)) is said
+
+
+def test_bad_star_scores_are_refused(tmp_path, tokenizer):
+    scored = make(tmp_path, tokenizer).train_dataset.remove_columns("ref_logps")
+    short = scored.map(lambda r: {SCORES_COLUMN: r[SCORES_COLUMN][:-1]})
+    with pytest.raises(DataError, match="Row 0 of the train data set has .* star_scores"):
+        make(tmp_path, tokenizer, short, guard=None)
+    wild = scored.map(lambda r: {SCORES_COLUMN: [1.5] * len(r[SCORES_COLUMN])})
+    with pytest.raises(DataError, match=r"star_score of 1.5"):
+        make(tmp_path, tokenizer, wild, guard=None)
+
+
+class Overridden(SFTTrainer):
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        return (loss[0] * 2, loss[1]) if isinstance(loss, tuple) else loss * 2
+
+
+def test_a_trainer_with_a_loss_of_its_own_is_refused(tmp_path, tokenizer):
+    trainer = attach(make(tmp_path, tokenizer, cls=Overridden), guard="test-words")
+    with pytest.raises(StarDSSError, match="has a loss of its own"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_loss_that_is_replaced_later_is_refused(tmp_path, tokenizer):
+    trainer = make(tmp_path, tokenizer)
+    trainer.compute_loss = lambda model, inputs, **_: SFTTrainer.compute_loss(
+        trainer, model, {k: v for k, v in inputs.items() if k not in (SCORES_COLUMN, "ref_logps")}
+    )
+    with pytest.raises(StarDSSError, match="Something replaces compute_loss"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_collator_that_is_replaced_later_is_refused(tmp_path, tokenizer):
+    trainer = make(tmp_path, tokenizer)
+    trainer.data_collator = trainer.data_collator.inner
+    with pytest.raises(StarDSSError, match="batches have no 'star_scores'"):
+        trainer.train()
+
+
+class OwnStep(SFTTrainer):
+    """A trainer whose training step never asks compute_loss."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        names = ("input_ids", "attention_mask", "labels")
+        loss = model(**{name: inputs[name] for name in names}).loss
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+def test_a_training_step_that_goes_past_compute_loss_is_stopped(tmp_path, tokenizer):
+    trainer = attach(make(tmp_path, tokenizer, cls=OwnStep), guard="test-words")
+    before = [p.clone() for p in trainer.model.parameters()]
+    with pytest.raises(StarDSSError, match="does not call the compute_loss"):
+        trainer.train()
+    for a, b in zip(before, trainer.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("mode", ["star_dss", "hard", "static", "rejection", "kl_only"])
+def test_plain_cross_entropy_in_its_place_is_always_noticed(tmp_path, tokenizer, mode):
+    data = prompt_completion()
+    for cut in range(4):  # the made-up scores must not happen to mean plain finetuning
+        trainer = make(tmp_path, tokenizer, data.select([cut]), loss_type=mode)
+        trainer.compute_loss = lambda model, inputs, trainer=trainer, **_: trainer.base_loss(
+            model, inputs
+        )
+        with pytest.raises(StarDSSError, match="Something replaces compute_loss"):
+            trainer.train()
+
+
+def test_a_guard_beside_trls_own_loss_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match="nothing is shaped, but a guard is set"):
+        arguments(tmp_path, loss_type="nll")

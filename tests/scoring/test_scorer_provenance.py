@@ -1,0 +1,79 @@
+"""The provenance of scores: how they were made, and that it stays with them."""
+
+from datasets import load_from_disk
+from support.scoring import HashGuard, conversations, scored
+
+from star_dss_plugin import (
+    provenance_of,
+)
+
+# Provenance
+
+
+def test_provenance_says_how_and_not_when(tokenizer, tmp_path):
+    found = provenance_of(scored(conversations(3), tokenizer, HashGuard(), chunk_size=2))
+    assert found == {
+        "guard": "test-hash",
+        "demonstration_guard": False,
+        "guard_identity": {"kind": "hash", "salt": ""},
+        "segmenter": "tokens",
+        "chunk_size": 2,
+        "rows": 3,
+        "responses": 6,
+        "prefixes": found["prefixes"],
+        "trained_tokens": found["trained_tokens"],
+        "raw_contexts": 0,
+        "mean_prefix_score": found["mean_prefix_score"],
+        "label_mass": None,
+        "attempts": {},
+        "truncated_contexts": 0,
+        "guard_errors": 0,
+        "tokenizer": tokenizer.name_or_path,
+        "versions": found["versions"],
+    }
+    assert found["trained_tokens"] > found["prefixes"] > 6
+    assert sorted(found["versions"]) == ["star-dss-plugin", "torch", "transformers"]
+    again = scored(
+        conversations(3),
+        tokenizer,
+        HashGuard(),
+        chunk_size=2,
+        score_cache_dir=tmp_path / "elsewhere",
+    )
+    assert provenance_of(again) == found
+
+
+def test_provenance_survives(tokenizer, tmp_path):
+    found = scored(conversations(4), tokenizer, HashGuard())
+    expected = provenance_of(found)
+    found.save_to_disk(tmp_path / "saved")
+    for kept in (
+        load_from_disk(tmp_path / "saved"),
+        found.map(lambda row: {"more": 1}),
+        found.select([2, 0]),
+        found.filter(lambda row: True),
+        found.shuffle(seed=1),
+        found.train_test_split(0.5)["test"],
+        found.remove_columns("messages"),
+        found.with_format("torch"),
+    ):
+        assert provenance_of(kept) == expected
+
+
+def test_a_description_is_kept(tokenizer):
+    data = conversations(1)
+    data.info.description = "Made of foxes.\nTwo lines."
+    found = scored(data, tokenizer, HashGuard())
+    assert found.info.description.startswith("Made of foxes.\nTwo lines.\n")
+    assert provenance_of(found)["rows"] == 1
+    assert data.info.description == "Made of foxes.\nTwo lines."
+    assert provenance_of(data) is None
+
+
+def test_scored_again_the_old_provenance_is_gone(tokenizer):
+    first = scored(conversations(1), tokenizer, HashGuard())
+    again = scored(first.remove_columns("star_scores"), tokenizer, HashGuard("salt"), chunk_size=2)
+    assert provenance_of(again)["guard_identity"]["salt"] == "salt"
+    assert provenance_of(again)["chunk_size"] == 2
+    assert provenance_of(first)["guard_identity"]["salt"] == ""
+    assert again["star_scores"][0] != first["star_scores"][0]

@@ -1,0 +1,12 @@
+"""What is measured of small landscapes, and the slow twin of VISAGE."""
+
+PROMPTS = [[{"role": "user", "content": text}] for text in ("is this bad?", "hello world")]
+OUT = (("random 1", 0.25),)
+
+
+def slow_visage(rates):
+    total, count = 0.0, 0
+    for rate in rates:
+        if rate < 100:
+            total, count = total + (100 - rate), count + 1
+    return total / count if count else 0.0

@@ -1,0 +1,26 @@
+"""A small job of shards, and what its guard was asked."""
+
+from star_dss_plugin.scoring import shards
+
+ROWS, SHARD_ROWS, SHARDS = 33, 5, 7
+
+
+def asked(log):
+    """The responses that the guard was asked for, by worker."""
+    return [path.read_text().splitlines() for path in sorted(log.glob("worker-*"))]
+
+
+def begin(data, model_dir, output, log, **changes):
+    options = {"shard_rows": SHARD_ROWS, "chunk_size": 2, **changes}
+    guard = {"preset": "test-letters", "log": str(log), **options.pop("guard_options", {})}
+    return shards.begin(str(data), str(model_dir), output, guard=guard, **options)
+
+
+def in_one_process(data, model_dir, output, log, **changes):
+    job = begin(data, model_dir, output, log, **changes)
+    shards.score_shards(job, progress=False)
+    return shards.finish(job)
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
