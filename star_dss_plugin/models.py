@@ -175,7 +175,7 @@ def find_device(name: str | None) -> torch.device:
 
 
 def free_memory() -> None:
-    """Return the memory of models without references to the device."""
+    """Release the device memory of models that are no longer referenced."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

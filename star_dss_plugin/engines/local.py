@@ -90,7 +90,7 @@ class LocalEngine:
             if reason and reason not in self._warned:
                 self._warned.add(reason)
                 kind = self._config.model_type
-                logger.warning("A %s model runs every prompt whole, slowly: %s.", kind, reason)
+                logger.warning("A %s model runs without shared prefixes, slower: %s.", kind, reason)
             return self._compute(groups, label_ids, whole=bool(reason))
 
     def close(self) -> None:

@@ -100,13 +100,13 @@ class VllmEngine:
         except Exception as error:
             raise GuardError(
                 f"vLLM failed on guard {self._model!r}: {type(error).__name__}: {error}. vLLM 0.32 "
-                "or newer is needed; what it says itself is above."
+                "or newer is needed; its own messages are above."
             ) from error
 
     def _row(self, output: Any, prompt: list[int], label_ids: Sequence[int]) -> list[float]:
         """Return the labels' log-probabilities of one prompt, and count its tokens."""
         if list(output.prompt_token_ids) != prompt:
-            raise GuardError("vLLM answered for another prompt than it was asked for.")
+            raise GuardError("vLLM answered another prompt than the one that was sent.")
         self.prompt_tokens += len(prompt)
         self.cached_tokens += output.num_cached_tokens or 0
         # One dict per generated token. It holds the requested ids and the generated token itself.

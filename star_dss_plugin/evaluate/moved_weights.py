@@ -140,7 +140,7 @@ def _distinct(model: nn.Module) -> dict[str, nn.Parameter]:
             what = "is not in memory" if weight.is_meta else f"is of type {weight.dtype}"
             raise ConfigError(
                 f"The weight {name} {what}, so it cannot be moved by half its norm. Load the model "
-                "whole, on one device and not quantized."
+                "completely, on one device and not quantized."
             )
         # Most tied weights are one Parameter, which named_parameters lists once; some only share
         # memory.

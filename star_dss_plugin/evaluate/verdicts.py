@@ -73,7 +73,7 @@ class Comparison:
         """Return the limits of the comparison that a reader must know."""
         found = [
             f"{model.name} was trained with scores of {self.guard}, which also judges here: a "
-            "guard forgives what it overlooked in training. Judge with another one."
+            "guard overlooks the same errors again. Judge with another one."
             for model in self.models
             if self.guard is not None and model.training_guard == self.guard
         ]

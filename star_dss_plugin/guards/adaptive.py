@@ -86,10 +86,10 @@ class AdaptiveGuard(Guard):
                 scores[i][todo[i]] = found.scores
                 has_mass = has_mass and found.label_mass is not None
                 masses[i][todo[i]] = found.label_mass or 0.0
-            todo = {i: more for i in todo if (more := self._unsettled(scores[i], known[i]))}
+            todo = {i: more for i in todo if (more := self._next_prefixes(scores[i], known[i]))}
         self.wanted += sum(len(r.ends) for r in requests)
         return [
-            Trajectory(_filled(r, s, k), _filled(r, m, k) if has_mass else None)
+            Trajectory(_interpolated(r, s, k), _interpolated(r, m, k) if has_mass else None)
             for r, s, m, k in zip(requests, scores, masses, known, strict=True)
         ]
 
@@ -119,7 +119,7 @@ class AdaptiveGuard(Guard):
         check_trajectories(self.name, asked, found)
         return found
 
-    def _unsettled(self, scores: _Floats, known: _Bools) -> list[int]:
+    def _next_prefixes(self, scores: _Floats, known: _Bools) -> list[int]:
         """Return the indices of the prefixes to score next."""
         safe = 1 - self.epsilon
         more: list[int] = []
@@ -132,6 +132,6 @@ class AdaptiveGuard(Guard):
         return more
 
 
-def _filled(request: PrefixRequest, values: _Floats, known: _Bools) -> tuple[float, ...]:
+def _interpolated(request: PrefixRequest, values: _Floats, known: _Bools) -> tuple[float, ...]:
     ends = np.asarray(request.ends, dtype=np.float64)
     return tuple(np.interp(ends, ends[known], values[known]).tolist())

@@ -76,13 +76,13 @@ class EnsembleGuard(CombinedGuard):
             raise unknown_name("combine", combine, ("mean", "min"))
         if len(guards) < 2:
             raise ConfigError(
-                f"An ensemble needs two guards or more, not {len(guards)}. Name one guard as it is."
+                f"An ensemble needs two guards or more, not {len(guards)}. Name one guard alone."
             )
         identities = [guard.identity for guard in guards]
         if any(one in identities[:i] for i, one in enumerate(identities)):
             raise ConfigError(
                 f"The ensemble of {', '.join(g.name for g in guards)} has the same guard twice: it "
-                "would count double without knowing more. Leave one out."
+                "would count twice and add no information. Leave one out."
             )
         self.parts = tuple(guards)
         self._how: Literal["mean", "min"] = combine

@@ -86,7 +86,7 @@ def run_self_check(guard: Guard, *, self_check: bool) -> None:
     """
     if not self_check:
         logger.warning(
-            "Guard %s: self_check is off. Nothing shows that its scores mean anything.", guard.name
+            "Guard %s: self_check is off, so its scores may be wrong unnoticed.", guard.name
         )
         return
     try:
@@ -108,6 +108,6 @@ def low_label_mass(name: str, mass: float, minimum: float, where: str) -> GuardE
     """Return the error for a guard whose label words have too little probability."""
     return GuardError(
         f"Guard {name!r} gives its label words a probability of only {mass:.3g} on {where} "
-        f"(min_label_mass is {minimum}). It is not answering the question it is asked: its chat "
+        f"(min_label_mass is {minimum}). It answers in other words: its chat "
         "template, prefill or labels are wrong. Use a preset, or correct the guard's mapping."
     )

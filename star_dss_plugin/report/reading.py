@@ -162,7 +162,7 @@ def tokenizer_of(dataset: Dataset, name: str | None) -> PreTrainedTokenizerBase:
         if name is not None:
             raise
         raise ConfigError(
-            f"{error} (The data set notes this name. If the model is somewhere else now, say where "
+            f"{error} (The data set names this tokenizer. If the model has moved, give its place "
             "with --tokenizer.)"
         ) from error
 
@@ -233,8 +233,8 @@ def _names_sources(values: Sequence[Any]) -> bool:
     )
     if not named:
         logger.warning(
-            "The column 'source' does not look like the names of sources and is left out. To use "
-            "it all the same, or another one, name it with --source."
+            "The column 'source' does not look like names of sources and is left out. To use "
+            "it nevertheless, or another one, name it with --source."
         )
     return named
 

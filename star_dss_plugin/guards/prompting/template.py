@@ -192,12 +192,12 @@ class GuardTemplate:
         return self._encode(head, fill), fill(opening), fill(closing), self._encode(tail, fill)
 
     def _split_last(self, scaffold: str) -> tuple[str, str]:
-        """Split scaffold behind its last control token."""
+        """Split scaffold behind its last control token; return both parts."""
         cut = max((m.end() for m in self._splitter.finditer(scaffold)), default=0)
         return scaffold[:cut], scaffold[cut:]
 
     def _split_first(self, scaffold: str) -> tuple[str, str]:
-        """Split scaffold before its first control token."""
+        """Split scaffold before its first control token; return both parts."""
         match = self._splitter.search(scaffold)
         cut = match.start() if match else len(scaffold)
         return scaffold[:cut], scaffold[cut:]
