@@ -171,7 +171,7 @@ def _shape(rows: Sequence[Mapping[str, Any]], path: Path) -> str:
         elif not (_text(row.get("response")) and _text(row.get("answer"))):
             wrong = "it needs 'choices', or the texts 'response' and 'answer'"
         if wrong:
-            raise DataError(f"Row {number} of {path} cannot be asked: {wrong}.")
+            raise DataError(f"{wrong}.").at(file=str(path), rows=(number,))
     return shape
 
 
