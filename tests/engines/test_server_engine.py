@@ -463,7 +463,7 @@ def test_a_choice_that_cannot_work(engine, options, more, message):
 
 @pytest.mark.parametrize(("engine", "extra"), [("vllm", "vllm"), ("https://h", "server")])
 def test_a_missing_package_is_named(fake, model_dir, monkeypatch, engine, extra):
-    monkeypatch.setattr(selection.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     given = guard_of(fake, model_dir) | {"engine": engine, "engine_options": None}
     StarDSSOptions(guard=given, engine=engine).validate()  # who trains need not have it
     with pytest.raises(ConfigError, match=rf"pip install 'star-dss-plugin\[{extra}\]'"):

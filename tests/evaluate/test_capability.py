@@ -203,7 +203,7 @@ def test_code_that_a_model_writes_is_never_run():
 
 
 def test_lm_eval_is_an_extra(monkeypatch):
-    monkeypatch.setattr(capability.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ConfigError, match=r"star-dss-plugin\[evaluate\]"):
         capability.check_lm_eval()
 

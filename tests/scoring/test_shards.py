@@ -24,7 +24,6 @@ from star_dss_plugin import (
     ConfigError,
     DataError,
     GuardError,
-    PluginError,
     load_guard,
     load_scored,
     provenance_of,
@@ -525,7 +524,7 @@ def test_ray_that_is_missing_is_named(data, model_dir, tmp_path, log, monkeypatc
 
     monkeypatch.setitem(sys.modules, "ray", None)
     job = begin(data, model_dir, tmp_path / "out", log)
-    with pytest.raises(PluginError, match=r"pip install 'star-dss-plugin\[ray\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'star-dss-plugin\[ray\]'"):
         score_on_ray(job, num_workers=1)
 
 
