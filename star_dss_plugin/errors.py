@@ -1,10 +1,14 @@
 """Every error a user of this project can meet, named by what has to be changed.
 
 All of them stop a run before its first step. A message says what was given, why it cannot work and
-what to do. None derives from ImportError: host frameworks log those and train on without us.
+what to do. None derives from ImportError: host frameworks log those and train on without STAR-DSS.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 __all__ = [
     "CacheError",
@@ -15,11 +19,68 @@ __all__ = [
     "OutputError",
     "PluginError",
     "StarDSSError",
+    "Where",
 ]
+
+_LISTED = 5
+"""Rows that a message names one by one."""
+
+
+@dataclass(frozen=True)
+class Where:
+    """Say which part of the input an error is about.
+
+    Attributes:
+        file: The file or folder, as it was given; "" if unknown.
+        rows: Numbers of the rows, counted from 0; a `range` is one run of rows.
+        line: Line of the file on which the row begins, counted from 1; 0 if unknown.
+        field: Name of the field or column; "" if unknown.
+    """
+
+    file: str = ""
+    rows: Sequence[int] = ()
+    line: int = 0
+    field: str = ""
+
+    def __str__(self) -> str:
+        """Return the beginning of a message, such as "FILE: Row 3: field 'text': "."""
+        parts = [self.file, self._row(), f"field {self.field!r}" if self.field else ""]
+        return "".join(f"{part}: " for part in parts if part)
+
+    def _row(self) -> str:
+        if isinstance(self.rows, range) and len(self.rows) > 1:
+            return f"Rows {self.rows[0]} to {self.rows[-1]}"
+        if not self.rows:
+            return ""
+        listed = ", ".join(map(str, self.rows[:_LISTED]))
+        more = ", …" if len(self.rows) > _LISTED else ""
+        return f"Row {listed}{more}" + (f" (line {self.line})" if self.line else "")
 
 
 class StarDSSError(ValueError):
-    """Base of all errors raised on purpose by STAR-DSS."""
+    """Base of all errors raised on purpose by STAR-DSS.
+
+    Attributes:
+        where: Which part of the input it is about; `str(error)` begins with it.
+    """
+
+    where: Where = Where()
+
+    def at(self, **place: Any) -> Self:
+        """Add what is not known yet about where the error is.
+
+        Args:
+            **place: Fields of `Where`. What the error says already stays: it was closer.
+
+        Returns:
+            The error itself, so that a class with a constructor of its own survives.
+        """
+        missing = {name: value for name, value in place.items() if not getattr(self.where, name)}
+        self.where = replace(self.where, **missing)
+        return self
+
+    def __str__(self) -> str:
+        return f"{self.where}{super().__str__()}"
 
 
 class ConfigError(StarDSSError):
@@ -52,7 +113,7 @@ class CheckpointError(StarDSSError):
 
 
 class OutputError(StarDSSError):
-    """A result cannot be written: the disk is full, or the folder is not ours to write to."""
+    """A result cannot be written: the disk is full, or the folder does not allow it."""
 
 
 class PluginError(StarDSSError):

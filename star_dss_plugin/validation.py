@@ -1,8 +1,11 @@
-"""Check option values, with one message for each kind of value."""
+"""Check option values and optional packages, with one message for each kind of mistake."""
 
 from __future__ import annotations
 
 import difflib
+import importlib
+import importlib.util
+import json
 import math
 import sys
 from collections.abc import Iterable
@@ -11,7 +14,15 @@ from typing import Any
 
 from star_dss_plugin.errors import ConfigError
 
-__all__ = ["at_least", "probability", "unknown_name"]
+__all__ = [
+    "at_least",
+    "json_mapping",
+    "nearest",
+    "probability",
+    "require",
+    "shortened",
+    "unknown_name",
+]
 
 
 def at_least(name: str, value: Any, minimum: float, *, integer: bool = False) -> None:
@@ -50,6 +61,67 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> ConfigError:
         known: All valid names.
     """
     names = sorted(known)
-    near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
-    hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+    near = nearest(str(name), names)
+    hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
     return ConfigError(f"Unknown {kind} {name!r}.{hint} Known: {', '.join(names)}.")
+
+
+def nearest(name: str, known: Iterable[str], *, most: int = 3) -> list[str]:
+    """Return the known names that a misspelt one may have meant, the most similar first.
+
+    Args:
+        name: What was given.
+        known: All names that would have worked.
+        most: How many are returned at most, at least 1.
+    """
+    return difflib.get_close_matches(name, list(known), n=most, cutoff=0.5)
+
+
+def require(module: str, extra: str, what: str, *, otherwise: str = "", load: bool = False) -> None:
+    """Check that an optional package is installed.
+
+    Args:
+        module: Name of the module that is needed.
+        extra: Which extra of star-dss-plugin brings it.
+        what: What needs it: the subject of the message.
+        otherwise: What can be done without it, as a sentence.
+        load: Import it too, which says whether it works here; some take many seconds.
+
+    Raises:
+        ConfigError: It is not installed, or cannot be imported.
+    """
+    try:
+        if load:
+            importlib.import_module(module)
+            return
+        if importlib.util.find_spec(module) is not None:
+            return
+        why = "which is not installed"
+    except (ImportError, ValueError) as error:  # ValueError: sys.modules has None in its place
+        why = f"which cannot be imported ({error})"
+    install = f"Install it with: pip install 'star-dss-plugin[{extra}]'"
+    raise ConfigError(f"{what} needs {module}, {why}. {install}{otherwise and '. ' + otherwise}")
+
+
+def shortened(value: Any, most: int = 60) -> str:
+    """Return a value as a message shows it: its `repr`, cut behind `most` characters.
+
+    A `repr` has no line breaks and no control characters.
+    """
+    text = repr(value)
+    return text if len(text) <= most else text[:most] + "…"
+
+
+def json_mapping(name: str, value: Any) -> Any:
+    """Parse an option that is a mapping and may be given as JSON; other values stay as they are.
+
+    Raises:
+        ConfigError: It is a string that is not JSON. The message does not show it, for somebody
+            may have put a key into it.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{name} is not valid JSON: {error}.") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.guards.spec import missing_guard
 from star_dss_plugin.hookspecs import Findings
 from star_dss_plugin.training.preflight import check_options, estimate, lacks_guard
+from star_dss_plugin.validation import nearest
 
 __all__ = ["check"]
 
@@ -80,7 +80,7 @@ def _wiring(raw: dict[str, Any]) -> list[str]:
 
 
 def _near(name: str, given: list[str]) -> str | None:
-    return next(iter(difflib.get_close_matches(name, given, n=1, cutoff=0.6)), None)
+    return next(iter(nearest(name, given, most=1)), None)
 
 
 def _as_axolotl_sees_it(raw: dict[str, Any], found: Findings, *, data: bool) -> None:

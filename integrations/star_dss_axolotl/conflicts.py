@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from star_dss_plugin.validation import shortened
+
 __all__ = ["conflicts", "packing_leaks"]
 
 _STREAMS = "rows are scored before training, and these are not there yet"
@@ -78,7 +80,7 @@ def conflicts(cfg: Mapping[str, Any]) -> list[str]:
 def _conflicts(cfg: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     for name, (why, change) in _REFUSED.items():
         if cfg.get(name):
-            yield f"{name}: {_shown(cfg[name])}", why, change
+            yield f"{name}: {shortened(cfg[name])}", why, change
     for name in _PARALLEL:
         if (cfg.get(name) or 1) > 1:
             yield f"{name}: {cfg[name]}", _SPLIT, f"Set {name}: 1"
@@ -124,8 +126,3 @@ def packing_leaks(cfg: Any) -> str | None:
         "nor the reference read them together. Set attn_implementation to flash_attention_2, "
         "flex_attention, sdpa or eager, or sample_packing: false."
     )
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "…"

@@ -6,7 +6,6 @@ Run it as `star-dss sft --config run.yaml`, or on several devices as
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -24,6 +23,7 @@ from trl import (
 
 from star_dss_plugin.data.reading import is_saved_dataset, read_dataset
 from star_dss_plugin.errors import ConfigError, StarDSSError
+from star_dss_plugin.validation import nearest
 from star_dss_trl.config import StarDSSConfig
 from star_dss_trl.trainer import StarDSSTrainer
 
@@ -88,7 +88,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Any, StarDSSConfig, Any, A
 def _unknown_options(given: Sequence[str], known: Sequence[str]) -> ConfigError:
     """The error for what the parser did not take, with the nearest option of each."""
     names = [text[2:].split("=")[0] for text in given if text.startswith("--")] or given
-    near = {name: difflib.get_close_matches(name, known, n=1) for name in names}
+    near = {name: nearest(name, known, most=1) for name in names}
     said = [f"{n!r} (did you mean {m[0]!r}?)" if m else repr(n) for n, m in near.items()]
     return ConfigError(
         f"Unknown options: {', '.join(said)}. Correct or remove them; `star-dss sft --help` lists "

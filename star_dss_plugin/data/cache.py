@@ -32,6 +32,7 @@ from filelock import FileLock, Timeout
 
 from star_dss_plugin.data.fingerprints import content_key
 from star_dss_plugin.data.requests import Trajectory
+from star_dss_plugin.data.writing import SCRATCH, atomic_file
 from star_dss_plugin.errors import CacheError
 
 __all__ = ["ScoreCache", "default_cache_dir"]
@@ -41,7 +42,6 @@ logger = logging.getLogger(__name__)
 _MAGIC = b"star-dss-cache 1 "
 _ANY_FORMAT = re.compile(rb"star-dss-cache (\d+) ")
 _SHARD = ".shard"
-_TEMPORARY = ".tmp"
 _DAY = 24 * 60 * 60.0
 _FLUSH_SECONDS = 20.0
 _DIGITS = 20
@@ -196,7 +196,7 @@ class ScoreCache:
         """Removes what killed writers left behind a day ago, by the clock of the file system:
         that of this machine may be wrong, and another one's writer at work.
         """
-        for path in self.folder.glob(f"*{_TEMPORARY}"):
+        for path in self.folder.glob(f"*{SCRATCH}"):
             with contextlib.suppress(OSError):  # another process may be removing it too
                 if now - path.stat().st_mtime > _DAY:
                     path.unlink()
@@ -207,25 +207,10 @@ class ScoreCache:
         Returns:
             When the file system says it was written, in seconds.
         """
-        temporary = self.folder / f"{name}.{uuid.uuid4().hex}{_TEMPORARY}"
-        try:
-            with open(temporary, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-                written = os.fstat(file.fileno()).st_mtime
-            os.replace(temporary, self.folder / name)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
-        with contextlib.suppress(OSError):  # not every file system can sync a folder
-            folder = os.open(self.folder, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-        return written
+        with atomic_file(self.folder / name) as file:
+            file.write(data)
+            file.flush()
+            return os.fstat(file.fileno()).st_mtime
 
     def _read(self, name: str) -> None:
         path = self.folder / name

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from star_dss_plugin.data.requests import Message
 from star_dss_plugin.errors import DataError
+from star_dss_plugin.validation import shortened
 
 __all__ = ["row_messages", "source_messages", "template_arguments"]
 
@@ -79,8 +80,7 @@ def _checked(column: str, messages: Any) -> list[dict[str, Any]]:
 
 def _short(value: Any) -> str:
     """A value as an error shows it: its kind, and its beginning."""
-    shown = repr(value)
-    return f"{type(value).__name__} {shown if len(shown) <= 60 else shown[:60] + '…'}"
+    return f"{type(value).__name__} {shortened(value)}"
 
 
 def row_messages(row: Mapping[str, Any]) -> list[Message] | None:

@@ -10,9 +10,7 @@ Nothing but parquet, JSON and text is written, and nothing is unpickled.
 from __future__ import annotations
 
 import json
-import os
 import re
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -23,7 +21,7 @@ import yaml
 from datasets import Dataset, IterableDataset, load_dataset
 
 from star_dss_plugin.data.provenance import PROVENANCE_FILE, describe, provenance_of, write_note
-from star_dss_plugin.data.writing import writing
+from star_dss_plugin.data.writing import atomic_file, write_text, writing
 from star_dss_plugin.errors import DataError
 
 __all__ = [
@@ -58,18 +56,8 @@ def write_shard(dataset: Dataset, path: Path) -> None:
     schema = dataset.features.arrow_schema
     note = json.dumps(provenance_of(dataset), sort_keys=True).encode()
     table = table.cast(schema).replace_schema_metadata({**(schema.metadata or {}), _NOTE: note})
-    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with scratch.open("xb") as file:
-                pq.write_table(table, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(scratch, path)
-        except BaseException:
-            scratch.unlink(missing_ok=True)
-            raise
+    with writing(path), atomic_file(path) as file:
+        pq.write_table(table, file)
 
 
 def shard_note(path: Path) -> dict[str, Any]:
@@ -95,7 +83,7 @@ def shard_note(path: Path) -> dict[str, Any]:
 def write_card(folder: Path, provenance: Mapping[str, Any]) -> None:
     """Writes `star_dss.json`, and a card from which `load_dataset` reads the same."""
     text = json.dumps(provenance, indent=2, sort_keys=True)
-    (folder / PROVENANCE_FILE).write_text(text + "\n", encoding="utf-8")
+    write_text(folder / PROVENANCE_FILE, text + "\n")
     header = yaml.safe_dump(
         {
             "configs": [
@@ -112,10 +100,10 @@ def write_card(folder: Path, provenance: Mapping[str, Any]) -> None:
         allow_unicode=True,
         width=10**9,
     )
-    (folder / "README.md").write_text(
+    write_text(
+        folder / "README.md",
         f"---\n{header}---\n\nScored with STAR-DSS by the guard `{provenance['guard']}`: "
         "`star_scores` has one score per token of `input_ids`.\n",
-        encoding="utf-8",
     )
 
 

@@ -15,7 +15,7 @@ from datasets.exceptions import DatasetGenerationError
 from star_dss_plugin.data.json_lines import check_json, json_fault
 from star_dss_plugin.data.parquet_shards import is_sharded, load_scored
 from star_dss_plugin.data.rows import unreadable
-from star_dss_plugin.errors import DataError, GuardError
+from star_dss_plugin.errors import DataError, StarDSSError
 
 __all__ = ["check_readable", "in_file", "is_saved_dataset", "read_dataset"]
 
@@ -58,13 +58,13 @@ def read_dataset(source: str, split: str = "train") -> Dataset:
 
 @contextlib.contextmanager
 def in_file(source: str) -> Iterator[None]:
-    """An error of ours that names a row says also in which file or folder that is."""
+    """Add the file or folder to a StarDSSError about a row."""
     try:
         yield
-    except (DataError, GuardError) as error:
-        if not str(error).startswith("Row"):
-            raise
-        raise type(error)(f"{source}: {error}") from error
+    except StarDSSError as error:
+        if error.where.rows:
+            error.at(file=source)
+        raise
 
 
 def _load(source: str, path: Path, split: str) -> Dataset:
@@ -112,8 +112,7 @@ def check_readable(dataset: Dataset, source: str) -> None:
     try:
         dataset.data.validate(full=True)
     except pa.ArrowInvalid as error:
-        where = unreadable(dataset) or f"it is damaged: {error}."
-        raise DataError(f"{source}: {where} Write the file again, in UTF-8.") from error
+        raise unreadable(dataset, error).at(file=source) from error
 
 
 def _names_files(feature: Any) -> bool:

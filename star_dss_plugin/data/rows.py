@@ -36,11 +36,12 @@ def known_rows(dataset: Dataset) -> Iterator[dict[str, Any]]:
 
 
 def in_row(i: int, function: Any, *args: Any, **kwargs: Any) -> Any:
-    """Calls a function; an error of ours says which row it was."""
+    """Call `function` and add the row number to any StarDSSError it raises."""
     try:
         return function(*args, **kwargs)
     except StarDSSError as error:
-        raise type(error)(f"Row {i}: {error}") from error
+        error.at(rows=(i,))
+        raise
 
 
 def tokenized(dataset: Dataset, chat: ChatTokenizer, max_length: int | None) -> Dataset:
@@ -112,20 +113,24 @@ def plain_rows(dataset: Dataset, columns: Sequence[str] | None = None) -> Iterat
     try:
         yield from map(dict, plain)
     except ValueError as error:  # UnicodeDecodeError; text that is not the JSON it should be
-        raise DataError(
-            f"{unreadable(plain) or f'The rows cannot be read: {error}.'} Write the data again, "
-            "in UTF-8."
-        ) from error
+        raise unreadable(plain, error) from error
 
 
-def unreadable(dataset: Dataset) -> str:
-    """The first row, and its column, that cannot be read, as a sentence; "" if all can."""
+def unreadable(dataset: Dataset, error: Exception) -> DataError:
+    """Return the error for the first value that cannot be read.
+
+    Args:
+        dataset: The rows.
+        error: What reading them raised, for the message if no single value is at fault.
+    """
     plain = dataset.with_format(None)
     for name in plain.column_names:
         column = plain.select_columns([name])
         for i in range(len(column)):
             try:
                 column[i]
-            except ValueError as error:
-                return f"Row {i}: column {name!r} cannot be read: {error}."
-    return ""
+            except ValueError as fault:
+                return DataError(
+                    f"the value cannot be read: {fault}. Write the data again, in UTF-8."
+                ).at(rows=(i,), field=name)
+    return DataError(f"The data is damaged: {error}. Write it again, in UTF-8.")

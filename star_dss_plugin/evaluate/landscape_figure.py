@@ -25,7 +25,7 @@ def check_figures() -> None:
     Raises:
         ConfigError: matplotlib is missing.
     """
-    require_matplotlib("or leave the figure out with --no-figure")
+    require_matplotlib("Or leave the figure out with --no-figure.")
 
 
 def write_landscape(landscapes: Mapping[str, Landscape], path: Path) -> None:

@@ -12,6 +12,7 @@ from star_dss_plugin.data.json_lines import append_lines, read_lines
 from star_dss_plugin.errors import ConfigError, DataError
 from star_dss_plugin.evaluate.landscape import S_MAX, Sample, attack_success, visage
 from star_dss_plugin.evaluate.moved_weights import TOWARD, Place
+from star_dss_plugin.validation import shortened
 
 __all__ = ["Curve", "Landscape", "Point", "PointsFile", "put_together"]
 
@@ -135,7 +136,7 @@ class PointsFile:
         if head != self._bound:
             keys = sorted(head.keys() | self._bound.keys())
             said = "; ".join(
-                f"{key} was {_short(head.get(key))} and is now {_short(self._bound.get(key))}"
+                f"{key} was {shortened(head.get(key))} and is now {shortened(self._bound.get(key))}"
                 for key in keys
                 if head.get(key) != self._bound.get(key)
             )
@@ -150,8 +151,3 @@ class PointsFile:
         if len(safe) != self._prompts or not all(isinstance(s, bool) for s in safe):
             raise ValueError(f"a point has {len(safe)} verdicts for {self._prompts} prompts")
         return tuple((str(name), float(distance)) for name, distance in entry["place"]), safe
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:24] + "…"

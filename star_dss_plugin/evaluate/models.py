@@ -19,6 +19,7 @@ from star_dss_plugin.models import (
     load_tokenizer,
     read_model,
 )
+from star_dss_plugin.validation import require
 
 __all__ = ["DEMO_MODEL", "load_whole_model"]
 
@@ -60,13 +61,9 @@ def load_whole_model(
 def _merged(
     name: str, adapter: Path, dtype: Any, base: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise ConfigError(
-            f"{name!r} is an adapter, and PEFT, which reads adapters, is not installed. Install it "
-            "with: pip install 'star-dss-plugin[trl]'"
-        ) from error
+    require("peft", "trl", f"The adapter {name!r}", load=True)
+    from peft import PeftModel
+
     if _file(name, "adapter_model.safetensors") is None:  # PEFT would take a .bin file
         raise ValueError("it has no adapter_model.safetensors; save it with safe serialization")
     config = json.loads(adapter.read_text(encoding="utf-8"))

@@ -58,9 +58,9 @@ def read_prompts(rows: Dataset, kind: str, *, limit: int | None = None) -> list[
         messages = in_row(i, _messages, row)
         if not messages or not any(str(m["content"]).strip() for m in messages):
             raise DataError(
-                f"Row {i} of the {kind} prompts has the columns {sorted(row)} and no prompt in "
-                "them. Give prompt (text or messages), or messages."
-            )
+                f"the row has the columns {sorted(row)} and no prompt in them. Give prompt (text "
+                "or messages), or messages."
+            ).at(file=f"The {kind} prompts", rows=(i,))
         opening = row.get("prefill") or row.get("target") or DEFAULT_PREFILL
         found.append(Prompt(messages, kind, str(opening)))
     return found

@@ -170,9 +170,9 @@ def _poisoned(threat: str, variant: int, rows: Dataset, index: int) -> dict[str,
         messages = row["messages"]
         if threat == "prompt_poisoning" and not any(m["role"] == "user" for m in messages):
             raise DataError(
-                f"Row {index} has no user message, so there is no prompt to poison. Leave the row "
-                "out, or choose another threat."
-            )
+                "there is no user message, so no prompt to poison. Leave the row out, or choose "
+                "another threat."
+            ).at(rows=(index,))
         row["messages"] = _disguised(threat, VARIANTS[threat][variant], messages)
         row["variant"] = variant
     return row
@@ -185,9 +185,9 @@ def _conversation(row: Mapping[str, Any], index: int) -> list[dict[str, str]]:
     messages = in_row(index, row_messages, given)
     if not messages or messages[-1]["role"] != "assistant":
         raise DataError(
-            f"Row {index} has the columns {sorted(row)}; it must be a conversation that ends with "
-            "an answer. Give messages, or prompt with completion or response."
-        )
+            f"the row has the columns {sorted(row)}; it must be a conversation that ends with an "
+            "answer. Give messages, or prompt with completion or response."
+        ).at(rows=(index,))
     found = [{"role": str(m["role"]), "content": str(m["content"])} for m in messages]
     if given.get("system") and found[0]["role"] != "system":
         found.insert(0, {"role": "system", "content": str(given["system"])})

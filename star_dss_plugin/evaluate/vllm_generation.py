@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.evaluate.answers import Generate
 from star_dss_plugin.evaluate.models import DEMO_MODEL
+from star_dss_plugin.validation import require
 
 __all__ = ["vllm_generation"]
 
@@ -36,15 +37,11 @@ def vllm_generation(
             f"vLLM loads whole models, and {model!r} is none. Save the merged model to a folder, "
             "or use the engine 'local'."
         )
-    try:
-        from vllm import LLM, SamplingParams
+    require("vllm", "vllm", "The engine 'vllm'", otherwise="Or use the engine 'local'.", load=True)
+    from vllm import LLM, SamplingParams
 
+    try:
         llm: Any = LLM(model=model, dtype=dtype, enable_prefix_caching=True, disable_log_stats=True)
-    except ImportError as error:
-        raise ConfigError(
-            f"The engine 'vllm' needs vLLM, which cannot be imported ({error}). Install it with: "
-            "pip install 'star-dss-plugin[vllm]', or use the engine 'local'."
-        ) from error
     except Exception as error:  # vLLM passes on errors of all its parts
         raise ConfigError(
             f"vLLM cannot load {model!r}: {type(error).__name__}: {error}. Its own messages are "

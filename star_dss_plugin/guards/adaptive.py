@@ -112,9 +112,9 @@ class AdaptiveGuard(Guard):
         try:
             found = self._guard.trajectories(asked)
         except GuardError as error:
-            if error.request is None:
-                raise
-            raise GuardError(str(error), request=list(todo)[error.request]) from error
+            if error.request is not None:
+                error.request = list(todo)[error.request]
+            raise
         # Checked before interpolation, which would hide a missing or wrong score.
         check_trajectories(self.name, asked, found)
         return found

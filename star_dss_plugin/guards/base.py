@@ -43,8 +43,9 @@ def ask(guard: Guard, requests: Sequence[PrefixRequest]) -> list[Trajectory]:
         try:
             results = guard.trajectories([requests[i] for i in batch])
         except GuardError as error:
-            index = None if error.request is None else batch[error.request]
-            raise GuardError(str(error), request=index) from error
+            if error.request is not None:
+                error.request = batch[error.request]
+            raise
         check_trajectories(guard.name, [requests[i] for i in batch], results)
         found.update(zip(batch, results, strict=True))
     return [found[i] for i in range(len(requests))]

@@ -113,7 +113,8 @@ class ClassifierGuard(Guard):
                 try:
                     rows.append(self._pairs(question, request.text[:end]))
                 except GuardError as error:
-                    raise GuardError(str(error), request=i) from error
+                    error.request = i
+                    raise
         scores = iter(self._scores(rows))
         found = [Trajectory(tuple(next(scores) for _ in request.ends)) for request in requests]
         for i, trajectory in enumerate(found):

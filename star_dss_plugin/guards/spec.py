@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.plugins import load_plugins
-from star_dss_plugin.validation import unknown_name
+from star_dss_plugin.validation import json_mapping, unknown_name
 
 __all__ = ["missing_guard", "parse_guard"]
 
@@ -23,10 +22,7 @@ def parse_guard(guard: str | Mapping[str, Any]) -> tuple[str | None, dict[str, A
         ConfigError: It is neither, or no guard of that name is registered.
     """
     if isinstance(guard, str) and guard.lstrip().startswith("{"):
-        try:
-            guard = json.loads(guard)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"guard {guard!r} is not valid JSON: {error}.") from error
+        guard = json_mapping("guard", guard)
     if not isinstance(guard, str | Mapping):
         raise ConfigError(
             f"guard is {guard!r}; give the name of a guard, or a mapping that describes one."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
@@ -27,7 +26,7 @@ from star_dss_plugin.plugins.records import (
     check_entry,
     check_integration,
 )
-from star_dss_plugin.validation import unknown_name
+from star_dss_plugin.validation import nearest, unknown_name
 
 if TYPE_CHECKING:
     from star_dss_plugin.guards.base import Guard
@@ -205,7 +204,7 @@ class Plugins:
         if unmarked:
             wrong = f"defines {min(unmarked)} without marking it. Put @hookimpl above it."
         elif unknown := hooks - HOOK_KINDS.keys():
-            near = difflib.get_close_matches(min(unknown), HOOK_KINDS, n=2) or HOOK_KINDS
+            near = nearest(min(unknown), HOOK_KINDS, most=2) or HOOK_KINDS
             wrong = f"implements {min(unknown)}, which is no hook. Meant: {' or '.join(near)}?"
         elif not hooks:
             wrong = "implements no hook. Does its entry point name the right module or object?"

@@ -35,7 +35,7 @@ def check_ready(folder: Path) -> None:
     Raises:
         ConfigError: matplotlib is missing, or the folder is a file.
     """
-    require_matplotlib("the HTML report works without it")
+    require_matplotlib("The HTML report works without it.")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file. Give --png a folder for the figures.")
 

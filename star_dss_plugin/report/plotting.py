@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
-from star_dss_plugin.errors import ConfigError
+from star_dss_plugin.validation import require
 from star_dss_plugin.visible import visible
 
 __all__ = ["COLOURS", "GUIDE", "QUIET", "line_style", "plain", "require_matplotlib"]
@@ -28,11 +27,7 @@ def require_matplotlib(otherwise: str) -> None:
     Raises:
         ConfigError: matplotlib is missing.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError(
-            "Figures need matplotlib, which is not installed. Install it with: pip install "
-            f"'star-dss-plugin[report]'; {otherwise}."
-        )
+    require("matplotlib", "report", "A figure", otherwise=otherwise)
 
 
 def line_style(k: int) -> dict[str, Any]:

@@ -206,7 +206,7 @@ def read_scored(
         zip(rows, plain[SCORES_COLUMN], origins, strict=True)
     ):
         ids, _ = in_row(i, tokens_of, row)
-        check_scores(f"Row {i}", scores, len(ids))
+        in_row(i, check_scores, scores, len(ids))
         if max(ids, default=0) >= len(tokenizer) or min(ids, default=0) < 0:
             raise _other_tokenizer(tokenizer)
         responses = in_row(i, find_responses, row, chat, tokens, 1)

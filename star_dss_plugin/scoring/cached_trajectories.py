@@ -183,11 +183,11 @@ class CachedTrajectories:
                 results = guard.trajectories(requests)
             except GuardError as error:
                 about = keys if error.request is None else [keys[error.request]]
-                where = sorted({self.rows[key] for key in about})
-                shown = ", ".join(map(str, where[:5])) + (", …" if len(where) > 5 else "")
+                rows = sorted({self.rows[key] for key in about})
                 if self.strict or error.request is None:
-                    raise GuardError(f"Row {shown}: {error}") from error
-                logger.warning("Row %s counts as unsafe: %s", shown, error)
+                    error.at(rows=tuple(rows))
+                    raise
+                logger.warning("Row %s counts as unsafe: %s", rows[0], error)
                 del left[about[0]]
                 continue
             check_trajectories(guard.name, requests, results)

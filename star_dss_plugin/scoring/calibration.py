@@ -100,7 +100,9 @@ def labelled_rows(dataset: Dataset) -> tuple[list[list[Message]], list[int]]:
         if row["label"] is None:
             continue
         if row["label"] not in (0, 1):
-            raise DataError(f"Row {i} has the label {row['label']!r}; use 1 (safe) or 0 (harmful).")
+            raise DataError(f"the label is {row['label']!r}; use 1 (safe) or 0 (harmful).").at(
+                rows=(i,)
+            )
         said = (
             row
             if talks
@@ -114,8 +116,8 @@ def labelled_rows(dataset: Dataset) -> tuple[list[list[Message]], list[int]]:
         conversation = in_row(i, row_messages, said) or []
         if not conversation or not conversation[-1]["content"]:
             raise DataError(
-                f"Row {i} has a label and no response: its last message has no text. Remove it."
-            )
+                "the row has a label and no response: its last message has no text. Remove it."
+            ).at(rows=(i,))
         conversations.append(conversation)
         labels.append(int(row["label"]))
     if min(labels.count(0), labels.count(1)) < _FEWEST:

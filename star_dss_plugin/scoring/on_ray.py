@@ -15,7 +15,7 @@ from star_dss_plugin import errors
 from star_dss_plugin.data.writing import writing
 from star_dss_plugin.errors import ConfigError, GuardError, PluginError, StarDSSError
 from star_dss_plugin.scoring.shards import Job, ShardScorer, bar
-from star_dss_plugin.validation import at_least
+from star_dss_plugin.validation import at_least, require
 
 __all__ = ["score_on_ray"]
 
@@ -64,13 +64,10 @@ def score_on_ray(
         StarDSSError: Ray is missing or cannot be reached; or what a worker could not score.
     """
     at_least("num_workers", num_workers, 1, integer=True)
-    try:
-        import ray
-        import ray.data
-    except ImportError as error:
-        raise PluginError(
-            f"Ray cannot be imported ({error}). Install it with: pip install 'star-dss-plugin[ray]'"
-        ) from error
+    require("ray.data", "ray", "Scoring on a cluster", load=True)
+    import ray
+    import ray.data
+
     todo = job.missing()
     if not todo:
         return

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -221,9 +221,10 @@ class ShardScorer:
                 progress=False,
             )
         except StarDSSError as error:
-            raise type(error)(
-                f"Rows {start} to {stop - 1}, counted from {start}: {error}"
-            ) from error
+            # Rows of a shard count from its first one.
+            rows = tuple(start + row for row in error.where.rows) or range(start, stop)
+            error.where = replace(error.where, rows=rows)
+            raise
         write_shard(with_attention_mask(scored), path)
         shutil.rmtree(begun, ignore_errors=True)
 

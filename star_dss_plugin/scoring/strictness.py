@@ -101,9 +101,9 @@ def stricter_dataset(dataset: Dataset, chat: ChatTokenizer, options: StarDSSOpti
             chunks = [slice(a, b) for a, b in pairwise([response.start, *ends])]
             if any(np.ptp(scores[chunk]) for chunk in chunks):
                 raise DataError(
-                    f"Row {i}: a chunk has several scores, so the responses are not cut as they "
-                    "were when they were scored. Score the data again, as it is now."
-                )
+                    "a chunk has several scores, so the responses are not cut as they were when "
+                    "they were scored. Score the data again, as it is now."
+                ).at(rows=(i,))
             given = [float(scores[chunk][0]) for chunk in chunks]
             for chunk, score in zip(chunks, stricter_scores(given, **rules), strict=True):
                 scores[chunk] = score

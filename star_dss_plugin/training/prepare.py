@@ -155,18 +155,21 @@ def _fit_scores(dataset: Dataset, name: str, max_length: int | None, mode: str |
         if isinstance(scores, list) and length == max_length and len(scores) > length:
             scores = scores[:length] if mode == "keep_start" else scores[-length:]
             changed = True
-        check_scores(f"Row {i} of the {name} data set", scores, length)
+        try:
+            check_scores(scores, length)
+        except DataError as error:
+            error.at(file=f"The {name} data set", rows=(i,))
+            raise
         column.append(np.asarray(scores, dtype=np.float32))
     return (
         with_column(dataset, SCORES_COLUMN, column, List(Value("float32"))) if changed else dataset
     )
 
 
-def check_scores(where: str, scores: Any, length: int) -> None:
-    """Checks one row's `star_scores`.
+def check_scores(scores: Any, length: int) -> None:
+    """Check one row's `star_scores`.
 
     Args:
-        where: Which row, as an error begins.
         scores: What the row has.
         length: Its number of tokens.
 
@@ -177,19 +180,19 @@ def check_scores(where: str, scores: Any, length: int) -> None:
     if not listed or len(scores) != length:
         given = len(scores) if listed else "no list of"
         raise DataError(
-            f"{where} has {length} tokens and {given} star_scores. There must be one per token of "
+            f"the row has {length} tokens and {given} star_scores. There must be one per token of "
             "input_ids: score the data again with this tokenizer and max_length, or remove the "
             "column and set a guard."
         )
     if other := set(map(type, scores)) - {float, int, NoneType}:
         names = " and ".join(sorted(kind.__name__ for kind in other))
         raise DataError(
-            f"{where} has star_scores that are {names}. They must be numbers in [0, 1]."
+            f"the row has star_scores that are {names}. They must be numbers in [0, 1]."
         )
     values = np.asarray([np.nan if score is None else score for score in scores], np.float64)
     if not ((values >= 0) & (values <= 1)).all():
         bad = values[~((values >= 0) & (values <= 1))][0]
-        raise DataError(f"{where} has a star_score of {bad}. Scores are probabilities in [0, 1].")
+        raise DataError(f"the row has a star_score of {bad}. Scores are probabilities in [0, 1].")
 
 
 def _summary(dataset: Dataset, options: StarDSSOptions, guard: str | None) -> DatasetSummary:

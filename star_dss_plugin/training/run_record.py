@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from star_dss_plugin._version import __version__
+from star_dss_plugin.data.writing import write_text
 from star_dss_plugin.plugins import load_plugins
 from star_dss_plugin.visible import visible
 
@@ -115,7 +116,7 @@ def add_section(output_dir: Path) -> None:
     text = card.read_text(encoding="utf-8")
     if _HEADING not in text:
         section = _section(json.loads(record.read_text(encoding="utf-8")))
-        card.write_text(f"{text.rstrip()}\n\n{section}", encoding="utf-8")
+        write_text(card, f"{text.rstrip()}\n\n{section}")
 
 
 _HEADING = "## STAR-DSS"

@@ -224,8 +224,8 @@ def test_held_out_means_held_out():
     [
         ([{"prompt": "a", "response": "b"}], "lacks label"),
         ([{"prompt": "a", "label": 1}], "lacks response"),
-        ([row("a", 2)], "Row 0 has the label 2"),
-        ([{**row("a", 1), "response": None}], "Row 0 has a label and no response"),
+        ([row("a", 2)], "Row 0: the label is 2"),
+        ([{**row("a", 1), "response": None}], "Row 0: the row has a label and no response"),
         (ROWS[:45], "5 safe and 40 harmful"),
     ],
     ids=range(5),

@@ -79,12 +79,12 @@ def broken_text():
 def test_parquet_that_is_no_utf8_names_the_row_and_the_column(tmp_path):
     path = tmp_path / "rows.parquet"
     pq.write_table(broken_text(), path)
-    with pytest.raises(DataError, match=r"rows.parquet: Row 1: column 'text' cannot be read"):
+    with pytest.raises(DataError, match="rows.parquet: Row 1: field 'text': the value cannot"):
         read_dataset(str(path))
 
 
 def test_so_does_a_data_set_that_a_trainer_is_given(tokenizer):
-    with pytest.raises(DataError, match="Row 1: column 'text' cannot be read"):
+    with pytest.raises(DataError, match="Row 1: field 'text': the value cannot be read"):
         score_dataset(Dataset(broken_text()), tokenizer, guard="test-words", progress=False)
 
 

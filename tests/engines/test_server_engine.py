@@ -19,7 +19,6 @@ from star_dss_plugin import (
     provenance_of,
     score_dataset,
 )
-from star_dss_plugin.engines import selection
 from star_dss_plugin.engines.local import LocalEngine
 
 server = pytest.importorskip(
@@ -429,7 +428,7 @@ def test_no_key_is_sent_that_was_not_set(fake, opened, monkeypatch):
 
 @pytest.mark.parametrize(("engine", "extra"), [("vllm", "vllm"), ("https://h", "server")])
 def test_a_missing_package_is_named(fake, model_dir, monkeypatch, engine, extra):
-    monkeypatch.setattr(selection.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     given = guard_of(fake, model_dir) | {"engine": engine, "engine_options": None}
     StarDSSOptions(guard=given, engine=engine).validate()  # who trains need not have it
     with pytest.raises(ConfigError, match=rf"pip install 'star-dss-plugin\[{extra}\]'"):

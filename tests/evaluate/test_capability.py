@@ -135,10 +135,10 @@ def with_row(row):
     ("rows", "message"),
     [
         ([], "no rows|cannot be read"),
-        (with_row({**CHOICES[0], "answer": 2}), "Row 2 .*counted from 0"),
-        (with_row({**CHOICES[0], "answer": -1}), "Row 2 .*counted from 0"),
-        (with_row({**CHOICES[0], "choices": ["one"]}), "Row 2 .*two or more"),
-        (with_row({**CHOICES[0], "prompt": " "}), "Row 2 .*'prompt' must be a text"),
+        (with_row({**CHOICES[0], "answer": 2}), "Row 2: .*counted from 0"),
+        (with_row({**CHOICES[0], "answer": -1}), "Row 2: .*counted from 0"),
+        (with_row({**CHOICES[0], "choices": ["one"]}), "Row 2: .*two or more"),
+        (with_row({**CHOICES[0], "prompt": " "}), "Row 2: .*'prompt' must be a text"),
         ([{"prompt": "x", "answer": "2"}], "'response' and 'answer'"),
         ([{"prompt": "x", "response": "2", "answer": 2}], "'response' and 'answer'"),
         (WORKED[:5], "5 rows, too few for 5 examples"),
@@ -203,7 +203,7 @@ def test_code_that_a_model_writes_is_never_run():
 
 
 def test_lm_eval_is_an_extra(monkeypatch):
-    monkeypatch.setattr(capability.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ConfigError, match=r"star-dss-plugin\[evaluate\]"):
         capability.check_lm_eval()
 

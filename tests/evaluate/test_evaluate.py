@@ -86,7 +86,7 @@ def test_prompts_in_every_form():
 
 @pytest.mark.parametrize("rows", [[{"question": "?"}], [{"prompt": "  "}], [{"prompt": ""}]])
 def test_a_row_without_a_prompt(rows):
-    with pytest.raises(DataError, match="Row 0 of the harmful prompts has the columns"):
+    with pytest.raises(DataError, match="The harmful prompts: Row 0: the row has the columns"):
         read_prompts(Dataset.from_list(rows), "harmful")
 
 

@@ -131,7 +131,7 @@ def test_the_way_to_another_model(monkeypatch, capsys, asked, model_dir, tokeniz
         ({"--beyond": 1}, "Name it with --toward"),
         ({"--judge": "test-wordz"}, "Did you mean 'test-words'"),
         ({"--prompts": "none.jsonl"}, "cannot be read"),
-        ({"--prompts": "rows.jsonl"}, "Row 0 of the harmful prompts has the columns"),
+        ({"--prompts": "rows.jsonl"}, "The harmful prompts: Row 0: the row has the columns"),
         ({"--dtype": "int8"}, "dtype is 'int8'"),
         ({"--device": "abacus"}, "device is 'abacus'"),
         ({"-o": "rows.jsonl"}, "is a file"),

@@ -107,7 +107,7 @@ def test_what_cannot_be_shown_is_said(scored, tokenizer):
     with pytest.raises(DataError, match="no 'star_scores'"):
         read_scored(scored.remove_columns("star_scores"), tokenizer)
     short = scored.map(lambda r: {"star_scores": r["star_scores"][:-1]})
-    with pytest.raises(DataError, match="Row 0 has"):
+    with pytest.raises(DataError, match="Row 0: the row has"):
         read_scored(short, tokenizer)
     shifted = scored.map(
         lambda r: {
@@ -227,13 +227,13 @@ def test_identities_that_somebody_else_wrote_can_be_shown(identity):
 @pytest.mark.parametrize(
     ("scores", "message"),
     [
-        ("0.5", "Row 0 has 2 tokens and no list of star_scores"),
-        ([[0.5], [0.5, 0.5]], "Row 0 has star_scores that are list"),
-        (["0.5", "1"], "Row 0 has star_scores that are str"),
-        ([True, False], "Row 0 has star_scores that are bool"),
-        ([0.5, None], "Row 0 has a star_score of nan"),
-        ([0, 2], "Row 0 has a star_score of 2.0"),
-        ([0.5, float("-inf")], "Row 0 has a star_score of -inf"),
+        ("0.5", "Row 0: the row has 2 tokens and no list of star_scores"),
+        ([[0.5], [0.5, 0.5]], "Row 0: the row has star_scores that are list"),
+        (["0.5", "1"], "Row 0: the row has star_scores that are str"),
+        ([True, False], "Row 0: the row has star_scores that are bool"),
+        ([0.5, None], "Row 0: the row has a star_score of nan"),
+        ([0, 2], "Row 0: the row has a star_score of 2.0"),
+        ([0.5, float("-inf")], "Row 0: the row has a star_score of -inf"),
     ],
 )
 def test_columns_that_are_no_scores(tokenizer, scores, message):

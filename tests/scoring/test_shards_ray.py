@@ -16,9 +16,8 @@ from support import ray_words
 from support.paths import ROOT
 from support.shards import ROWS, SHARD_ROWS, SHARDS, asked, begin, contents, in_one_process
 
-from star_dss_plugin import (
+from star_dss_plugin import ConfigError, (
     GuardError,
-    PluginError,
 )
 from star_dss_plugin.scoring import shards
 
@@ -101,7 +100,7 @@ def test_an_error_of_a_worker_is_raised_in_words(ray_cluster, data, model_dir, t
     from star_dss_plugin.scoring.on_ray import score_on_ray
 
     job = begin(data, model_dir, tmp_path / "out", log, guard_options={"refuse": "it is 12"})
-    with pytest.raises(GuardError, match="^Rows 10 to 14, counted from 10: Row 2: not this one$"):
+    with pytest.raises(GuardError, match="^Row 12: not this one$"):
         score_on_ray(job, num_workers=1, progress=False)
 
 
@@ -129,7 +128,7 @@ def test_ray_that_is_missing_is_named(data, model_dir, tmp_path, log, monkeypatc
 
     monkeypatch.setitem(sys.modules, "ray", None)
     job = begin(data, model_dir, tmp_path / "out", log)
-    with pytest.raises(PluginError, match=r"pip install 'star-dss-plugin\[ray\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'star-dss-plugin\[ray\]'"):
         score_on_ray(job, num_workers=1)
 
 

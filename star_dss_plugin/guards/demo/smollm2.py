@@ -14,9 +14,6 @@ import functools
 import hashlib
 import importlib.util
 import logging
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +28,7 @@ from transformers import (
 )
 
 from star_dss_plugin.data.cache import default_cache_dir
+from star_dss_plugin.data.writing import atomic_folder
 from star_dss_plugin.errors import GuardError
 
 __all__ = ["DEFAULT_SYSTEM", "gguf_fingerprint", "load_smollm2"]
@@ -113,22 +111,14 @@ def _converted_copy() -> Path | None:
     if target.is_dir():
         return target
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=parent))
-    except OSError as error:
-        logger.warning("SmolLM2 is converted on each load: cannot write %s (%s)", parent, error)
-        return None
-    try:
-        model, tokenizer = _convert(source)
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
-        os.rename(scratch, target)  # atomic: no process sees a partial copy
+        with atomic_folder(target) as scratch:
+            model, tokenizer = _convert(source)
+            model.save_pretrained(scratch)
+            tokenizer.save_pretrained(scratch)
     except OSError as error:
         if not target.is_dir():  # otherwise another process wrote the same copy first
             logger.warning("SmolLM2 is converted on each load: cannot write %s (%s)", parent, error)
             return None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return target
 
 

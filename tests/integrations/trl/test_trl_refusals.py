@@ -67,7 +67,7 @@ def test_scores_that_make_it_plain_finetuning_are_said(tmp_path, tokenizer, scor
 def test_bad_star_scores_are_refused(tmp_path, tokenizer):
     scored = make(tmp_path, tokenizer).train_dataset.remove_columns("ref_logps")
     short = scored.map(lambda r: {SCORES_COLUMN: r[SCORES_COLUMN][:-1]})
-    with pytest.raises(DataError, match="Row 0 of the train data set has .* star_scores"):
+    with pytest.raises(DataError, match="The train data set: Row 0: the row has .* star_scores"):
         make(tmp_path, tokenizer, short, guard=None)
     wild = scored.map(lambda r: {SCORES_COLUMN: [1.5] * len(r[SCORES_COLUMN])})
     with pytest.raises(DataError, match=r"star_score of 1.5"):

@@ -1,0 +1,95 @@
+"""Where an error is, as data, and that an error stays what it was raised as."""
+
+import pickle
+
+import pytest
+
+from star_dss_plugin.data.reading import in_file
+from star_dss_plugin.data.rows import in_row
+from star_dss_plugin.errors import ConfigError, DataError, GuardError, StarDSSError, Where
+from star_dss_plugin.guards.base import Guard, PrefixRequest, Trajectory, ask
+
+
+class TwoArguments(DataError):
+    """An error of a plugin, with a constructor of its own."""
+
+    def __init__(self, code, reason):
+        super().__init__(f"{code}: {reason}")
+        self.code = code
+
+
+def fail(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("place", "beginning"),
+    [
+        ({}, ""),
+        ({"rows": (0,)}, "Row 0: "),
+        ({"rows": (3,), "line": 7}, "Row 3 (line 7): "),
+        ({"rows": range(3, 9)}, "Rows 3 to 8: "),
+        ({"rows": range(3, 4)}, "Row 3: "),
+        ({"rows": tuple(range(9))}, "Row 0, 1, 2, 3, 4, …: "),
+        ({"file": "a.jsonl", "rows": (3,), "field": "text"}, "a.jsonl: Row 3: field 'text': "),
+        ({"file": "a.jsonl"}, "a.jsonl: "),
+    ],
+)
+def test_a_message_begins_with_the_place(place, beginning):
+    assert str(DataError("no").at(**place)) == beginning + "no"
+
+
+def test_what_was_closer_stays():
+    error = DataError("no").at(rows=(1,)).at(rows=(5,), file="a").at(file="b")
+    assert error.where == Where(file="a", rows=(1,))
+
+
+def test_an_error_with_its_own_constructor_survives():
+    error = TwoArguments(7, "why")
+    with (
+        pytest.raises(TwoArguments, match=r"^f\.jsonl: Row 4: 7: why$") as stop,
+        in_file("f.jsonl"),
+    ):
+        in_row(4, fail, error)
+    assert stop.value is error
+    assert stop.value.code == 7
+    assert stop.value.where == Where(file="f.jsonl", rows=(4,))
+
+
+def test_a_file_is_named_only_for_its_rows():
+    with pytest.raises(ConfigError, match="^an option$"), in_file("f.jsonl"):
+        fail(ConfigError("an option"))
+
+
+def test_the_place_and_the_request_go_through_a_process_boundary():
+    error = GuardError("no", request=2).at(rows=(3,))
+    again = pickle.loads(pickle.dumps(error))  # made in the line above
+    assert (str(again), again.request, again.where) == ("Row 3: no", 2, Where(rows=(3,)))
+
+
+class LongestFirst(Guard):
+    """Refuses one text, in batches of two that begin with the longest."""
+
+    name = "longest-first"
+    identity = {"name": name}
+
+    def plan(self, requests):
+        order = sorted(range(len(requests)), key=lambda i: -len(requests[i].text))
+        return [order[i : i + 2] for i in range(0, len(order), 2)]
+
+    def trajectories(self, requests):
+        for i, request in enumerate(requests):
+            if request.text == "no":
+                raise GuardError("not this one", request=i)
+        return [Trajectory((1.0,)) for _ in requests]
+
+
+def test_the_request_of_an_error_is_that_of_the_whole_list():
+    texts = ["a", "four", "no", "three"]
+    with pytest.raises(GuardError) as stop:
+        ask(LongestFirst(), [PrefixRequest((), text, (1,)) for text in texts])
+    assert stop.value.request == 2
+
+
+def test_every_error_has_a_place():
+    assert StarDSSError("x").where == Where()
