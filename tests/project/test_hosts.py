@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import yaml
-from paths import ROOT, TESTS
+from support.paths import ROOT, TESTS
 
 from star_dss_plugin import PluginError
 from star_dss_plugin.cli.check import check_config

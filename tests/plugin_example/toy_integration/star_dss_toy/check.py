@@ -4,6 +4,7 @@ from toy_host import read
 from transformers import AutoTokenizer
 
 from star_dss_plugin import StarDSSError
+from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.hookspecs import Findings
 from star_dss_plugin.training.preflight import check_options, estimate
 from star_dss_toy import TRAINER
@@ -30,5 +31,6 @@ def check(path, raw, *, data):
     if data and not found.problems:
         tokenizer = AutoTokenizer.from_pretrained(settings["model"])
         rows = read(settings["data"], tokenizer)
-        found.notes.append(f"train data: {estimate(rows, tokenizer, options)}")
+        cost = estimate(rows, ChatTokenizer(tokenizer), options)
+        found.notes.append(f"train data: {cost}")
     return found
