@@ -12,14 +12,10 @@ from __future__ import annotations
 
 import os
 from functools import cache
-from typing import TYPE_CHECKING
 
 from star_dss_plugin.plugins.installed import DISABLED_PLUGINS
 from star_dss_plugin.plugins.records import HOOK_KINDS, Entry, Host, Kind, Origin, PluginInfo
 from star_dss_plugin.plugins.registry import BUILTINS, Plugins
-
-if TYPE_CHECKING:
-    from star_dss_plugin.weights import WeightMap
 
 __all__ = [
     "BUILTINS",
