@@ -96,7 +96,7 @@ def star_dss_register_integrations(register: RegisterIntegration) -> None:
             trainer="star_dss_axolotl:StarDSSPlugin",
             options="star_dss_axolotl.args:StarDSSBlock",
             configuration="a YAML of Axolotl, with base_model, plugins and a star_dss block",
-            claims=partial(_has_any, keys=frozenset({"base_model", "plugins", "star_dss"})),
+            claims=partial(_has_any, keys=frozenset({"base_model", "plugins"})),
             check="star_dss_axolotl.check:check",
         ),
     )

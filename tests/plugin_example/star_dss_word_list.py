@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from star_dss_plugin import hookimpl
 from star_dss_plugin.guards.base import Message, StreamingGuard
-from star_dss_plugin.hookspecs import Register
+from star_dss_plugin.hookspecs import GuardInfo, Register, RegisterGuard
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,8 +58,13 @@ def star_dss_squared(
 
 
 @hookimpl
-def star_dss_register_guards(register: Register) -> None:
-    register("word-list", WordListGuard, summary="P(safe) falls with every listed word")
+def star_dss_register_guards(register: RegisterGuard) -> None:
+    register(
+        "word-list",
+        WordListGuard,
+        summary="P(safe) falls with every listed word",
+        info=GuardInfo(licence="Apache-2.0", reads="once"),
+    )
 
 
 @hookimpl

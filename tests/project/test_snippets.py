@@ -191,6 +191,8 @@ def test_yaml_is_what_we_read(text, tmp_path):
     if "apiVersion" in found:
         command = shlex.split(found["spec"]["entrypoint"])
         check_command("entrypoint", command)
+    elif "toy" in found:
+        StarDSSOptions(**found["star_dss"]).validate()
     elif "star_dss" in found:
         (plugin,) = found["plugins"]
         source = (ROOT / "integrations" / "star_dss_axolotl" / "args.py").read_text()
