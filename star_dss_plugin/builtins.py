@@ -56,4 +56,4 @@ def star_dss_register_weight_maps(register: Register) -> None:
 @hookimpl
 def star_dss_register_integrations(register: RegisterIntegration) -> None:
     register("trl", "star_dss_trl:StarDSSTrainer", host="trl", versions=">=1.9,<2")
-    register("axolotl", "star_dss_axolotl:StarDSSPlugin", host="axolotl", versions=">=0.19,<0.20")
+    register("axolotl", "star_dss_axolotl:StarDSSPlugin", host="axolotl", versions=">=0.19,<0.22")
