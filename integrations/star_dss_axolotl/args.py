@@ -19,7 +19,7 @@ _TYPES = get_type_hints(StarDSSOptions)
 
 
 class _Block(BaseModel):
-    """What the fields alone do not say: no other keys, and the core's own checks."""
+    """Add what the fields alone do not say: no other keys, and the core's own checks."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -47,7 +47,7 @@ StarDSSBlock: Any = create_model("StarDSSBlock", __base__=_Block, __module__=__n
 
 
 class StarDSSArgs(BaseModel):
-    """What the plugin adds to Axolotl's configuration: one nested block."""
+    """Add one nested block to Axolotl's configuration."""
 
     star_dss: StarDSSBlock | None = Field(
         default=None,
@@ -64,14 +64,17 @@ class StarDSSArgs(BaseModel):
 
 
 def is_listed(cfg: Any) -> bool:
-    """Whether a configuration lists the plugin, by whichever of its paths."""
-    names = [str(name).split(".") for name in cfg.get("plugins") or ()]
-    ours = PLUGIN.split(".")
-    return any((name[0], name[-1]) == (ours[0], ours[-1]) for name in names)
+    """Tell whether a configuration lists the plugin, by any of its paths.
+
+    Axolotl 0.21 also takes `module:Class`.
+    """
+    names = [str(name).replace(":", ".").split(".") for name in cfg.get("plugins") or ()]
+    module, *_, plugin = PLUGIN.split(".")
+    return any((name[0], name[-1]) == (module, plugin) for name in names)
 
 
 def options_of(cfg: Any) -> StarDSSOptions | None:
-    """The options of a validated configuration; None where the plugin is not used.
+    """Return the options of a validated configuration; None where the plugin is not used.
 
     Args:
         cfg: Axolotl's configuration (any mapping).
@@ -81,7 +84,7 @@ def options_of(cfg: Any) -> StarDSSOptions | None:
 
 
 def _plain(value: Any) -> Any:
-    """Ordinary dicts and lists, in place of Axolotl's dicts that invent missing keys."""
+    """Return ordinary dicts and lists, in place of Axolotl's dicts that invent missing keys."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -13,22 +13,23 @@ _STREAMS = "rows are scored before training, and these are not there yet"
 _OWN_LOSS = "it trains with a loss of its own, which STAR-DSS would replace"
 _SHARDED = "the reference policy does not support sharded models yet"
 _SPLIT = "it splits a response over several devices or sequences"
+_VISION = "what a guard would judge beside the text, an image or a sound, no guard reads yet"
 
+# One line to each setting: to support one, delete its line.
 _REFUSED: dict[str, tuple[str, str]] = {
     "rl": (_OWN_LOSS, "Remove it: STAR-DSS is for supervised finetuning"),
     "reward_model": (_OWN_LOSS, "Remove it: STAR-DSS is for supervised finetuning"),
     "process_reward_model": (_OWN_LOSS, "Remove it: STAR-DSS is for supervised finetuning"),
     "use_eaft": (_OWN_LOSS, "Set use_eaft: false"),
+    "use_dft": (_OWN_LOSS, "Set use_dft: false"),
+    "diffusion_lm": (_OWN_LOSS, "Remove it"),
     "orpo_alpha": (_OWN_LOSS, "Remove it"),
+    "liger_use_token_scaling": (_OWN_LOSS, "Set liger_use_token_scaling: false"),
     "label_smoothing_factor": (
         "smoothing spreads weight over tokens that no guard has scored",
         "Remove it",
     ),
     "trainer_cls": ("Axolotl takes one trainer class, and STAR-DSS brings it", "Remove it"),
-    "relora": (
-        "it merges the adapter into the base model, which is the reference, while it trains",
-        "Set relora: false",
-    ),
     "batch_flattening": (
         "it joins rows in a collator that leaves their scores behind",
         "Set batch_flattening: false; sample_packing: true is supported",
@@ -36,37 +37,35 @@ _REFUSED: dict[str, tuple[str, str]] = {
     "streaming": (_STREAMS, "Set streaming: false"),
     "pretraining_dataset": (_STREAMS, "Use datasets"),
     "skip_prepare_dataset": ("there are no tokens to score then", "Remove it"),
-    "train_on_inputs": (
-        "prompts would be trained, and a guard judges what the assistant says",
-        "Set train_on_inputs: false",
-    ),
     "use_pose": ("it moves positions, for which no reference is computed", "Set use_pose: false"),
-    "processor_type": ("vision data is not supported", "Train on text"),
+    "processor_type": (_VISION, "Remove it and train on text"),
     "fsdp": (_SHARDED, "Remove it: use DDP, or one process"),
     "fsdp_config": (_SHARDED, "Remove it: use DDP, or one process"),
     "deepspeed": (_SHARDED, "Remove it: use DDP, or one process"),
-    "liger_fused_linear_cross_entropy": (
-        "it fuses the loss into the model and gives no logits to weigh",
-        "Set it to false; the other Liger kernels keep the logits",
-    ),
-    "cut_cross_entropy": (
-        "it fuses the loss into the model and gives no logits to weigh",
-        "Set cut_cross_entropy: false and remove its plugin",
+}
+_PARALLEL = {
+    "context_parallel_size": _SPLIT,
+    "sequence_parallel_degree": _SPLIT,
+    "tensor_parallel_size": _SPLIT,
+    "expert_parallel_size": (
+        "the ranks exchange tokens in every forward pass, and each rank computes the reference "
+        "of its own share of the rows, so that they would wait for each other forever"
     ),
 }
-_PARALLEL = ("context_parallel_size", "sequence_parallel_degree", "tensor_parallel_size")
-# By the package of the plugin below axolotl.integrations.
+# By the package of the plugin below axolotl.integrations. Any other plugin with a trainer is found
+# when Axolotl asks for one.
 _PLUGINS = {
     "kd": _OWN_LOSS,
     "diffusion": _OWN_LOSS,
+    "diffusion_decision": _OWN_LOSS,
+    "mixlora": _OWN_LOSS,
     "hatchery": "it trains in another process, without this trainer",
     "nemo_gym": _OWN_LOSS,
-    "cut_cross_entropy": _REFUSED["cut_cross_entropy"][0],
 }
 
 
 def conflicts(cfg: Mapping[str, Any]) -> list[str]:
-    """Every setting that STAR-DSS cannot work beside: what was given, why, what to change.
+    """Return every setting that STAR-DSS cannot work beside: what was given, why, what to change.
 
     Args:
         cfg: The configuration as it is written, before Axolotl has validated it.
@@ -81,9 +80,16 @@ def _conflicts(cfg: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     for name, (why, change) in _REFUSED.items():
         if cfg.get(name):
             yield f"{name}: {shortened(cfg[name])}", why, change
-    for name in _PARALLEL:
+    for name, why in _PARALLEL.items():
         if (cfg.get(name) or 1) > 1:
-            yield f"{name}: {cfg[name]}", _SPLIT, f"Set {name}: 1"
+            yield f"{name}: {cfg[name]}", why, f"Set {name}: 1"
+    if cfg.get("relora") and _reference_is_adapter(cfg):
+        yield (
+            f"relora: {shortened(cfg['relora'])}",
+            "it merges the adapter into the base model while it trains, and the base model is "
+            "the reference that was chosen",
+            "Set star_dss.reference: copy, or relora: false",
+        )
     for plugin in cfg.get("plugins") or ():
         package = str(plugin).removeprefix("axolotl.integrations.").split(".")[0]
         if package in _PLUGINS:
@@ -94,15 +100,24 @@ def _conflicts(cfg: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
                 yield from _dataset_conflicts(f"{key}[{i}]", dataset)
 
 
+def _reference_is_adapter(cfg: Mapping[str, Any]) -> bool:
+    """Tell whether the reference is the model without its adapter, at every step."""
+    block = cfg.get("star_dss")
+    if not isinstance(block, Mapping):
+        return False
+    reference = block.get("reference") or "auto"
+    return reference == "adapter" or (reference == "auto" and block.get("kl_estimator") == "full")
+
+
 def _dataset_conflicts(where: str, dataset: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Turns of others among the trained ones: their tokens would be judged as the assistant's."""
-    ours = {"assistant", "gpt"}
+    """Find other roles' turns among the trained ones: they would be judged as the assistant's."""
+    assistant = {"assistant", "gpt"}
     roles = dataset.get("roles")
     if isinstance(roles, Mapping):
-        ours = {"assistant", *(roles.get("assistant") or ())}
+        assistant = {"assistant", *(roles.get("assistant") or ())}
     trained = dataset.get("roles_to_train") or ()
     trained = [trained] if isinstance(trained, str) else list(trained)
-    others = [role for role in trained if role not in ours]
+    others = [role for role in trained if role not in assistant]
     if others:
         yield (
             f"{where}.roles_to_train: {trained}",
@@ -113,7 +128,7 @@ def _dataset_conflicts(where: str, dataset: Mapping[str, Any]) -> Iterator[tuple
 
 
 def packing_leaks(cfg: Any) -> str | None:
-    """Why sample packing cannot be used with the chosen attention; None if it can.
+    """Return why sample packing cannot be used with the chosen attention; None if it can.
 
     Args:
         cfg: The configuration as Axolotl has validated it.

@@ -1,13 +1,15 @@
-"""`StarDSSPlugin`: what Axolotl calls, hook by hook."""
+"""`StarDSSPlugin`: the hooks that Axolotl calls, one by one."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from axolotl.integrations.base import BasePlugin, PluginManager
+from axolotl.utils.logging import get_logger
 
 from star_dss_axolotl.args import PLUGIN, is_listed, options_of
 from star_dss_axolotl.conflicts import conflicts
+from star_dss_axolotl.replaced import switch_off_replaced
 from star_dss_plugin.errors import ConfigError, StarDSSError
 
 if TYPE_CHECKING:
@@ -17,14 +19,16 @@ __all__ = ["StarDSSPlugin"]
 
 
 class StarDSSPlugin(BasePlugin):  # type: ignore[misc]
-    """STAR-DSS for Axolotl: scores the data, brings the trainer, and checks that it is used.
+    """Score the data for Axolotl, bring the trainer with the loss, and check that it is used.
 
     Axolotl's heavier modules are imported inside the hooks: they fix the classes of all plugins
     when they are first imported.
     """
 
     def register(self, cfg: Any) -> None:
-        """Stops a configuration without the block, or with settings that exclude it.
+        """Stop a configuration without the block or with settings that exclude it.
+
+        What STAR-DSS replaces (fused losses) is switched off, with one line in the log.
 
         Args:
             cfg: As written, with what the command line changes, before Axolotl's own checks.
@@ -43,12 +47,14 @@ class StarDSSPlugin(BasePlugin):  # type: ignore[misc]
             )
         if found := conflicts(cfg):
             raise ConfigError("\n".join(found))
+        for line in switch_off_replaced(cfg):
+            get_logger("axolotl.star_dss").info("STAR-DSS: %s", line)
 
     def get_input_args(self) -> str:
         return "star_dss_axolotl.args.StarDSSArgs"
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> TrainDatasetMeta | None:
-        """Axolotl's own data, scored; for `axolotl train` and `axolotl preprocess`.
+        """Return Axolotl's own data, scored; for `axolotl train` and `axolotl preprocess`.
 
         Raises:
             StarDSSError: The data cannot be scored, or another plugin loads it.
@@ -56,16 +62,12 @@ class StarDSSPlugin(BasePlugin):  # type: ignore[misc]
         options = options_of(cfg)
         if options is None:
             return None
-        others = [
-            name
-            for name, plugin in PluginManager.get_instance().plugins.items()
-            if plugin is not self and type(plugin).load_datasets is not BasePlugin.load_datasets
-        ]
-        if others:
-            raise ConfigError(
-                f"The plugin {others[0]} loads the data too, and Axolotl takes it from one plugin. "
-                "Remove one of the two."
-            )
+        for name, plugin in self._others():
+            if type(plugin).load_datasets is not BasePlugin.load_datasets:
+                raise ConfigError(
+                    f"The plugin {name} loads the data too, and Axolotl takes it from one plugin. "
+                    "Remove one of the two."
+                )
         from axolotl.common.datasets import load_datasets
         from axolotl.loaders import load_tokenizer
 
@@ -78,14 +80,30 @@ class StarDSSPlugin(BasePlugin):  # type: ignore[misc]
         return loaded
 
     def get_trainer_cls(self, cfg: Any) -> Any:
+        """Return the trainer with the loss; None where the plugin is not used.
+
+        Raises:
+            ConfigError: Another plugin has a trainer for this run, and its loss would be lost.
+        """
         if options_of(cfg) is None:
             return None
+        for name, plugin in self._others():
+            if (other := plugin.get_trainer_cls(cfg)) is not None:
+                raise ConfigError(
+                    f"The plugin {name} brings a trainer of its own ({other.__name__}), which "
+                    "STAR-DSS would replace. Remove one of the two plugins."
+                )
         from star_dss_axolotl.trainer import StarDSSAxolotlTrainer
 
         return StarDSSAxolotlTrainer
 
+    def _others(self) -> list[tuple[str, Any]]:
+        """Return the other plugins that Axolotl asks, by name."""
+        plugins = PluginManager.get_instance().plugins.items()
+        return [(n, plugin) for n, plugin in plugins if not isinstance(plugin, StarDSSPlugin)]
+
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        """Stops a run whose trainer is another one.
+        """Stop a run whose trainer is another one.
 
         Raises:
             StarDSSError: The trainer does not have the loss.
@@ -95,5 +113,5 @@ class StarDSSPlugin(BasePlugin):  # type: ignore[misc]
         raise StarDSSError(
             f"Axolotl made a {type(trainer).__name__} and not the trainer of STAR-DSS: another "
             f"plugin has won the trainer class. Plugins: {', '.join(cfg.plugins)}. Remove the one "
-            f"that brings a trainer, or list {PLUGIN} first."
+            "that brings a trainer."
         )

@@ -27,7 +27,7 @@ _FEATURE = List({"role": Value("string"), "content": Value("string")})
 def score(
     dataset: Any, cfg: Any, tokenizer: PreTrainedTokenizerBase, options: StarDSSOptions, name: str
 ) -> Any:
-    """A data set of Axolotl's with `star_scores`; as it is where there is nothing to score.
+    """Return a data set of Axolotl's with `star_scores`; as it is where nothing is to be scored.
 
     Args:
         dataset: As Axolotl's loader returns it (`input_ids` and `labels`), or None.
@@ -65,7 +65,7 @@ def with_messages(
     tokenizer: PreTrainedTokenizerBase,
     templates: list[tuple[str, dict[str, Any]]],
 ) -> Dataset:
-    """Adds the column `messages`: the conversation of each row, or null if no template made it."""
+    """Add the column `messages`: the conversation of each row, or null if no template made it."""
     if _MESSAGES in dataset.column_names:
         return dataset
     inverses = [TemplateInverse(tokenizer, source, kwargs) for source, kwargs in templates]
@@ -83,7 +83,7 @@ def with_messages(
 def chat_templates(
     cfg: Any, tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[str, dict[str, Any]]]:
-    """The chat templates that may have made the rows, with their arguments, each once.
+    """Return the chat templates that may have made the rows, with their arguments, each once.
 
     Args:
         cfg: Axolotl's configuration.
@@ -106,7 +106,7 @@ def chat_templates(
 
 
 def _announce(scored: Dataset, name: str) -> None:
-    """Logs how many responses the guard read with their messages."""
+    """Log how many responses the guard read with their messages."""
     from axolotl.utils.logging import get_logger
 
     provenance = provenance_of(scored)

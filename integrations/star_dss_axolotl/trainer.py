@@ -19,7 +19,7 @@ __all__ = ["StarDSSAxolotlTrainer"]
 
 
 class StarDSSAxolotlTrainer(StarDSSMixin, AxolotlTrainer):  # type: ignore[misc]
-    """Trainer that the plugin gives to Axolotl; takes the arguments of `AxolotlTrainer`.
+    """Train with the STAR-DSS loss in Axolotl; takes the arguments of `AxolotlTrainer`.
 
     `axolotl evaluate` does not ask plugins to load the data, so what comes without scores is
     scored here.
@@ -66,7 +66,7 @@ class StarDSSAxolotlTrainer(StarDSSMixin, AxolotlTrainer):  # type: ignore[misc]
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Also returns the `star_dss/` metrics: `axolotl evaluate` shows what is returned."""
+        """Return the `star_dss/` metrics, too: `axolotl evaluate` shows what is returned."""
         metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         ours = f"{metric_key_prefix}_star_dss/"
         logged = self.state.log_history[-1].items()

@@ -16,9 +16,7 @@ from support import ray_words
 from support.paths import ROOT
 from support.shards import ROWS, SHARD_ROWS, SHARDS, asked, begin, contents, in_one_process
 
-from star_dss_plugin import ConfigError, (
-    GuardError,
-)
+from star_dss_plugin import ConfigError, GuardError
 from star_dss_plugin.scoring import shards
 
 # On Ray

@@ -1,0 +1,130 @@
+"""Configurations of Axolotl's repository, trained with the block added.
+
+What differs from the published file is the model, the data, and what a CPU needs.
+"""
+
+import json
+
+import pytest
+from axolotl_commands import finished, site, start  # noqa: F401
+from axolotl_runs import ANSWERS, PLUGIN, PROMPTS, multi_turn, write_config, write_rows
+from support.models import tiny_llama
+from support.paths import SHARED
+
+EXAMPLES = SHARED / "coverage" / "axolotl_sft_examples.jsonl"
+CPU = {
+    "attn_implementation": "sdpa",
+    "optimizer": "adamw_torch",
+    "bf16": False,
+    "tf32": False,
+    "gradient_checkpointing": False,
+    "dataset_num_proc": 1,
+    "sample_packing_sequentially": True,  # the other sampler starts processes
+    "max_steps": 3,
+    "save_strategy": "no",
+    "sequence_len": 256,
+    "micro_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+}
+# Triton kernels, which need a GPU. Fused losses are Triton too, and stay as they are published.
+KERNELS = (
+    "liger_rope",
+    "liger_rms_norm",
+    "liger_glu_activation",
+    "liger_layer_norm",
+    "lora_mlp_kernel",
+    "lora_qkv_kernel",
+    "lora_o_kernel",
+    "lora_embedding_kernel",
+)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, tokenizer):
+    """A Llama of 64 units, which bitsandbytes can hold in blocks of 4 bits."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny_llama(len(tokenizer), hidden_size=64, intermediate_size=128).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def published(name):
+    if not EXAMPLES.is_file():
+        pytest.skip(f"the published configurations are not beside the project ({EXAMPLES})")
+    for line in EXAMPLES.read_text().splitlines():
+        example = json.loads(line)
+        if example["example"] == name:
+            return example["config"]
+    raise AssertionError(f"{EXAMPLES} has no {name}")
+
+
+def from_value(folder, dataset):
+    """Conversations in the keys that the published data have: `from` and `value`."""
+    rows = [
+        {
+            "conversations": [
+                {"from": message["role"], "value": message["content"]}
+                for message in row["messages"]
+            ]
+        }
+        for row in multi_turn()
+    ]
+    path = write_rows(folder / "chat.jsonl", rows)
+    return {**dataset, "path": path, "ds_type": "json", "split": None}
+
+
+def tokenized(folder, dataset, tokenizer):
+    rows = []
+    for prompt, answer in zip(PROMPTS, ANSWERS):
+        before = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
+        )
+        after = tokenizer(answer + "<|im_end|>")["input_ids"]
+        rows.append(
+            {
+                "input_ids": before + after,
+                "attention_mask": [1] * len(before + after),
+                "labels": [-100] * len(before) + after,
+            }
+        )
+    return {**dataset, "path": write_rows(folder / "tokens.jsonl", rows), "ds_type": "json"}
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("qwen3/32b-qlora.yaml", "cut_cross_entropy switched off"),
+        ("LiquidAI/lfm2-350m-fft.yaml", "cut_cross_entropy switched off"),
+        ("orpheus/finetune.yml", "liger_fused_linear_cross_entropy switched off"),
+    ],
+)
+def test_a_published_configuration_trains(start, tmp_path, small, tokenizer, name, said):  # noqa: F811
+    """Packed; with cut cross-entropy and QLoRA, the same in full, and with Liger."""
+    config = published(name)
+    assert config["sample_packing"]
+    (dataset,) = config["datasets"]
+    if dataset["type"] == "chat_template":
+        data, responses = from_value(tmp_path, dataset), 16
+    else:
+        data, responses = tokenized(tmp_path, dataset, tokenizer), 8
+    config |= CPU | {key: False for key in KERNELS if key in config or "lora" in key}
+    config |= {
+        "base_model": str(small),
+        "special_tokens": None,
+        "datasets": [data],
+        "val_set_size": 0.0,
+        "evals_per_epoch": None,
+        "saves_per_epoch": None,
+        "hub_model_id": None,
+        "dataset_prepared_path": str(tmp_path / "prepared"),
+        "output_dir": str(tmp_path / "out"),
+        "plugins": [*config["plugins"], PLUGIN],
+        "star_dss": {"guard": "test-words", "chunk_size": 2},
+    }
+    out = finished(start("train", write_config(tmp_path, config), "--launcher", "python"))
+    assert out.count(said) == 1
+    assert out.count("STAR-DSS is active: loss_type=star_dss") == 1
+    assert "star_dss/kl" in out
+    record = json.loads((tmp_path / "out" / "star_dss.json").read_text())
+    assert record["data"]["train"]["responses"] == responses
+    assert record["data"]["train"]["share_below_threshold"] > 0
