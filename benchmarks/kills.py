@@ -139,14 +139,14 @@ def train(folder: Path, out: Path, environment: dict[str, str]) -> None:
             super()._save_checkpoint(*args, **kwargs)
             mark("training")
 
-    states_of = precompute.states_of
+    from_logits = precompute.from_logits
 
     def slow(*args: Any, **kwargs: Any) -> Any:
         mark("reference log-probabilities")
         time.sleep(0.3)
-        return states_of(*args, **kwargs)
+        return from_logits(*args, **kwargs)
 
-    precompute.states_of, precompute._BATCH_TOKENS = slow, 128
+    precompute.from_logits, precompute._BATCH_TOKENS = slow, 128
     star_dss_slow.pause = 0.2
     mark("preparing data")
     data = load_dataset("json", data_files=str(folder / "chat.jsonl"), split="train")

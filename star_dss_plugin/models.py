@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations import deepspeed as hf_deepspeed
 
 from star_dss_plugin.errors import ConfigError, GuardError
 
@@ -27,6 +31,7 @@ __all__ = [
     "find_device",
     "floating_dtype",
     "free_memory",
+    "is_partitioned",
     "is_peft",
     "load_config",
     "load_tokenizer",
@@ -62,9 +67,10 @@ def read_model(
         OSError, ValueError, KeyError, RuntimeError, SafetensorError: See `UNLOADABLE`.
     """
     # No pickle: a .bin file can execute any code when it is loaded.
-    loaded: Any = auto.from_pretrained(
-        source, dtype=dtype, output_loading_info=True, use_safetensors=True, **hub
-    )
+    with _whole():
+        loaded: Any = auto.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, use_safetensors=True, **hub
+        )
     model, report = loaded
     if getattr(model, "_hf_peft_config_loaded", False) and not Path(source, "config.json").exists():
         # The report covers the adapter's weights only, not those that its base model lacks.
@@ -76,6 +82,29 @@ def read_model(
     if exact and (unexpected := sorted(report["unexpected_keys"])):
         raise ValueError(f"its files have weights of another model: {unexpected[:3]}")
     return model.eval()
+
+
+_RAM_EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+
+
+@contextlib.contextmanager
+def _whole() -> Iterator[None]:
+    """Let transformers read a model whole on every rank, whatever shards the trained one.
+
+    It would partition it for ZeRO-3, or give all ranks but the first no values for FSDP, and a
+    guard or a reference is in no engine that would put it together again.
+    """
+    weak = hf_deepspeed._hf_deepspeed_config_weak_ref
+    config = None if weak is None else weak()
+    efficient = os.environ.pop(_RAM_EFFICIENT, None)
+    hf_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            hf_deepspeed.set_hf_deepspeed_config(config)
+        if efficient is not None:
+            os.environ[_RAM_EFFICIENT] = efficient
 
 
 def default_device(device: str | torch.device | None) -> torch.device:
@@ -131,11 +160,27 @@ def is_peft(model: nn.Module) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
 
 
+def is_partitioned(model: nn.Module) -> bool:
+    """Whether DeepSpeed ZeRO-3 has left each rank a part of every parameter."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def _gathered(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """A context in which a parameter that ZeRO-3 has partitioned is whole, on every rank."""
+    if not hasattr(tensor, "ds_id"):
+        return contextlib.nullcontext()
+    import deepspeed
+
+    gathered: contextlib.AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([tensor])
+    return gathered
+
+
 def model_fingerprint(model: nn.Module) -> str:
     """Return a hash that identifies a model's weights, computed mostly on the device.
 
     It covers the configuration, the active adapters and their scaling, and the name, shape, dtype,
-    sum and 64 evenly spaced values of every parameter and buffer.
+    sum and 64 evenly spaced values of every parameter and buffer. It is the same if ZeRO-3 has
+    partitioned them: one is gathered at a time, and all ranks must call it then.
     """
     digest = hashlib.sha256()
     settings = settings_of(getattr(model, "config", None))
@@ -145,15 +190,16 @@ def model_fingerprint(model: nn.Module) -> str:
         for name, module in model.named_modules():
             if hasattr(module, "scaling"):
                 digest.update(f"{name}:{module.scaling}".encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}:".encode())
-        flat = tensor.detach().reshape(-1)
-        if not flat.is_floating_point():
-            flat = flat.to(torch.float64)
-        step = max(1, flat.numel() // 64)
-        sampled = flat[::step].double().cpu().numpy()
-        digest.update(sampled.tobytes())
-        digest.update(flat.double().sum().cpu().numpy().tobytes())
+    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+        with _gathered(tensor):
+            digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}:".encode())
+            flat = tensor.detach().reshape(-1)
+            if not flat.is_floating_point():
+                flat = flat.to(torch.float64)
+            step = max(1, flat.numel() // 64)
+            sampled = flat[::step].double().cpu().numpy()
+            digest.update(sampled.tobytes())
+            digest.update(flat.double().sum().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -1,14 +1,14 @@
-"""Switching the shaped loss on in a trainer: check it, score its data, keep columns in place."""
+"""Switch the shaped loss on in a trainer: check it, score its data, keep columns in place."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import DynamoBackend
 from datasets import Dataset
+from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer
 
 from star_dss_plugin.data.cache import default_cache_dir
@@ -18,7 +18,6 @@ from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.loss import Shaping
 from star_dss_plugin.models import model_fingerprint
 from star_dss_plugin.options import StarDSSOptions
-from star_dss_plugin.scoring.ranks import share_of
 from star_dss_plugin.training.callback import StarDSSCallback
 from star_dss_plugin.training.collation import TokenColumnsCollator
 from star_dss_plugin.training.head import can_project
@@ -27,6 +26,7 @@ from star_dss_plugin.training.mixin import StarDSSMixin
 from star_dss_plugin.training.prepare import DatasetSummary, prepare_dataset
 from star_dss_plugin.training.reference import Reference, choose_reference
 from star_dss_plugin.training.reference_column import add_reference_logps, has_reference_logps
+from star_dss_plugin.training.sharding import Ranks, runnable
 from star_dss_plugin.training.state import StarDSSState
 
 __all__ = ["attach", "set_up"]
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 def attach(trainer: Trainer, options: StarDSSOptions | None = None, **changes: Any) -> Trainer:
-    """Gives a trainer that already exists the STAR-DSS loss.
+    """Give a trainer that already exists the STAR-DSS loss.
 
     Works on an unmodified `SFTTrainer`, a plain `transformers.Trainer` and their subclasses. It
     scores the trainer's data sets, adds the columns, the loss and a `StarDSSCallback`.
@@ -57,7 +57,10 @@ def attach(trainer: Trainer, options: StarDSSOptions | None = None, **changes: A
             f"attach got unknown options {', '.join(unknown)}. Known: "
             f"{', '.join(StarDSSOptions().star_dss_dict())}."
         )
-    options = replace(options or StarDSSOptions(), **changes)
+    # Not `replace`: of a StarDSSConfig it would make training arguments again, which begins with
+    # a reset of accelerate's state, under the trainer that uses it.
+    given = (options or StarDSSOptions()).star_dss_dict()
+    options = StarDSSOptions(**{**given, **changes})
     if isinstance(trainer, StarDSSMixin):
         raise ConfigError(
             "This trainer has the STAR-DSS loss already. Attach once, and not to a StarDSSTrainer."
@@ -73,7 +76,7 @@ def attach(trainer: Trainer, options: StarDSSOptions | None = None, **changes: A
 
 
 def set_up(trainer: StarDSSMixin, options: StarDSSOptions) -> None:
-    """Scores a trainer's data and switches its shaped loss on.
+    """Score a trainer's data and switch its shaped loss on.
 
     Raises:
         StarDSSError: What was given, why it cannot work and what to change.
@@ -90,7 +93,21 @@ def set_up(trainer: StarDSSMixin, options: StarDSSOptions) -> None:
     expose_logits(trainer)
     model = trainer.model
     assert model is not None  # a Trainer makes it, or does not begin
-    projects = can_project(model)  # first: some quantized weights change when they are first used
+    ranks = Ranks.of(trainer.accelerator, model)
+    with runnable(model, trainer.accelerator):
+        _set_up(trainer, options, tokenizer, shaping, model, ranks)
+
+
+def _set_up(
+    trainer: StarDSSMixin,
+    options: StarDSSOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    shaping: Shaping,
+    model: nn.Module,
+    ranks: Ranks,
+) -> None:
+    # First: some quantized weights change when they are first used.
+    projects = ranks.first_decides(lambda: can_project(model))
     # A static graph is reduced by what DDP hangs on the model's outputs; hidden states are none.
     # A compiled model calls no hook that could show them.
     compiles = trainer.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
@@ -107,6 +124,7 @@ def set_up(trainer: StarDSSMixin, options: StarDSSOptions) -> None:
         estimator=options.kl_estimator,
         needed=shaping.needs_reference,
         projects=projects,
+        ranks=ranks,
     )
     summaries: dict[str, DatasetSummary] = {}
 
@@ -114,7 +132,7 @@ def set_up(trainer: StarDSSMixin, options: StarDSSOptions) -> None:
         if dataset is None:
             return None
         dataset, summaries[name] = _prepare(
-            trainer, options, tokenizer, shaping, reference, dataset, name
+            trainer, options, tokenizer, shaping, reference, ranks, dataset, name
         )
         return dataset
 
@@ -136,7 +154,7 @@ def set_up(trainer: StarDSSMixin, options: StarDSSOptions) -> None:
     trainer.loss_is_scaled_for_ga = True
     trainer._signature_columns = None
     trainer.star_dss_state = StarDSSState(
-        options, shaping, reference, prepare, summaries, projects=projects
+        options, shaping, reference, prepare, summaries, projects=projects, ranks=ranks
     )
     trainer.add_callback(StarDSSCallback(trainer))
 
@@ -159,16 +177,16 @@ def _prepare(
     tokenizer: PreTrainedTokenizerBase,
     shaping: Shaping,
     reference: Reference,
+    ranks: Ranks,
     dataset: Any,
     name: str,
 ) -> tuple[Dataset, DatasetSummary]:
-    """A data set with `star_scores` and, where they are needed, `ref_logps`."""
+    """Return a data set with `star_scores` and, where they are needed, `ref_logps`."""
     args, policy = trainer.args, trainer.model
     assert policy is not None
     if reference.kind != "precomputed" and isinstance(dataset, Dataset):
         dataset = dataset.remove_columns([c for c in dataset.column_names if c == REF_COLUMN])
-    share = share_of(trainer.accelerator)
-    progress = not args.disable_tqdm and share.rank == 0
+    progress = not args.disable_tqdm and ranks.share.rank == 0
     dataset, summary = prepare_dataset(
         dataset,
         # TRL keeps the template that made the tokens, which need not be the tokenizer's own.
@@ -176,14 +194,14 @@ def _prepare(
         options,
         name=name,
         truncation=(getattr(args, "max_length", None), getattr(args, "truncation_mode", None)),
-        share=share,
+        share=ranks.share,
         progress=progress,
     )
     # What is packed is scored: by then nobody can tell where a document's messages were.
     with args.main_process_first(desc=f"STAR-DSS packing of {name}"):
         dataset = trainer.pack(dataset, evaluation=name != "train")
     if reference.kind == "precomputed" and not has_reference_logps(dataset, reference, shaping):
-        if reference.model is None and model_fingerprint(policy) != reference.fingerprint:
+        if reference.model is None and _has_moved(trainer, policy, reference, ranks):
             raise ConfigError(
                 f"The {name} data set came after training had started, when the reference "
                 "(the model as it starts, or a named one) is gone. Pass it to the trainer's "
@@ -198,7 +216,19 @@ def _prepare(
             cache_dir=Path(options.score_cache_dir or default_cache_dir()),
             autocast=trainer.accelerator.autocast,
             precision=str(trainer.accelerator.mixed_precision),
-            share=share,
+            ranks=ranks,
             progress=progress,
         )
     return dataset, summary
+
+
+def _has_moved(
+    trainer: StarDSSMixin, policy: nn.Module, reference: Reference, ranks: Ranks
+) -> bool:
+    """Return whether the trained model is not the reference any more.
+
+    Once a model is sharded it can no longer be told, nor be called on one rank.
+    """
+    if ranks.sharding is not None and trainer.accelerator._models:
+        return True
+    return ranks.first_decides(lambda: model_fingerprint(policy)) != reference.fingerprint

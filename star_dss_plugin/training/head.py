@@ -1,8 +1,10 @@
-"""Logits a few positions at a time: what a step needs of them, without (batch, seq, vocab).
+"""Compute what a step needs of the logits a few positions at a time, never (batch, seq, vocab).
 
 A causal language model is a backbone, whose last hidden states are (batch, seq, hidden), and a
 linear head. Only trained positions need logits, and only until their log-probability is known, so
-the model is run without its head and the head's part is done in chunks (`logprobs.py`).
+the head is given, for one call, a function that does its part in chunks (`logprobs.py`). The call
+is the head's own: a model that is sharded (FSDP, DeepSpeed ZeRO-3) gathers the head's weight for
+it, once a pass however many chunks there are, and again in the backward pass.
 """
 
 from __future__ import annotations
@@ -10,9 +12,9 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,15 +26,19 @@ from star_dss_plugin.logprobs import Project
 __all__ = [
     "Projection",
     "States",
+    "at_head",
     "can_project",
+    "causal_lm",
     "first_output",
     "forward_inputs",
-    "hidden_states",
-    "states_of",
+    "from_logits",
+    "nothing_of",
     "without_logits",
 ]
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ class Projection:
     softcap: float | None
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """Logits, (rows, vocab), of hidden states, (rows, hidden)."""
+        """Return logits, (rows, vocab), of hidden states, (rows, hidden)."""
         logits = F.linear(rows.to(self.weight.device), self.weight, self.bias)
         if self.scale != 1:
             logits = logits * self.scale
@@ -60,12 +66,10 @@ class Projection:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits
 
-    @classmethod
-    def of(cls, model: nn.Module) -> Projection:
-        """The head of an unwrapped model for which `can_project` holds."""
-        causal = _causal_lm(model)
-        head, config = causal.get_output_embeddings(), causal.config.get_text_config()
-        return cls(head.weight, head.bias, *_shape_of_logits(config))
+    def detached(self) -> Projection:
+        """Return the projection by the values that the head holds now, without gradients."""
+        bias = None if self.bias is None else self.bias.detach()
+        return replace(self, weight=self.weight.detach(), bias=bias)
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class States:
     """What logits are made of: hidden states and their projection, or the logits themselves.
 
     Attributes:
-        rows: (batch, seq, hidden) or, without a projection, (batch, seq, vocab).
+        rows: (batch, seq, hidden) or, of logits, (batch, seq, vocab).
         project: (n, hidden) to (n, vocab); None if the rows are logits.
     """
 
@@ -82,34 +86,89 @@ class States:
 
 
 def forward_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What a model takes of a batch to return logits, and no loss."""
+    """Return what a model takes of a batch to return logits, and no loss."""
     columns = ("labels", *TOKEN_COLUMNS)
     bare = {name: value for name, value in batch.items() if name not in columns}
     return {**bare, "use_cache": False}
 
 
-def states_of(model: nn.Module, batch: Mapping[str, Any], *, project: bool) -> States:
-    """Runs an unwrapped model, whose head is then used without gradients.
+@contextlib.contextmanager
+def at_head(
+    model: nn.Module,
+    function: Callable[[Tensor, Projection], T],
+    *,
+    wanted: Callable[[Mapping[str, Any]], bool] = lambda kwargs: True,
+) -> Iterator[list[T]]:
+    """Collect what a function makes of each forward pass's hidden states, inside the head's call.
 
     Args:
-        model: A causal language model.
+        model: For which `can_project` holds; not what DDP, FSDP1 or DeepSpeed wrap around it.
+        function: Takes the last hidden states, (batch, seq, hidden), and the projection, and
+            returns a tensor or a tuple of tensors.
+        wanted: Whether a pass is of interest, by the keyword arguments that the model was called
+            with.
+    """
+    causal = causal_lm(model)
+    head = causal.get_output_embeddings()
+    shape = _shape_of_logits(causal.config.get_text_config())
+    found: list[T] = []
+    asked = [True]
+
+    def before(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+        asked[0] = wanted(kwargs)
+
+    def after(_module: nn.Module, _args: Any, output: Any) -> None:
+        if not asked[0]:
+            return
+        usual = head.__dict__.get("forward")
+        head.forward = lambda rows: function(rows, Projection(head.weight, head.bias, *shape))
+        try:
+            found.append(head(output.last_hidden_state))
+        finally:
+            del head.__dict__["forward"]
+            if usual is not None:
+                head.forward = usual
+
+    handles = [
+        model.register_forward_pre_hook(before, with_kwargs=True),
+        causal.base_model.register_forward_hook(after),
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def from_logits(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    function: Callable[[Tensor, Project | None], T],
+    *,
+    project: bool,
+    call: nn.Module | None = None,
+) -> T:
+    """Run a model on a batch and return what a function makes of its logits.
+
+    Args:
+        model: A causal language model, unwrapped.
         batch: `input_ids` and what else its forward pass takes; labels and scores are left out.
-        project: Whether `can_project` holds for it.
+        function: Takes hidden states and their projection or, without one, logits and None.
+        project: Whether `can_project` holds for the model.
+        call: What is called in the model's place: the model as it is wrapped.
     """
     inputs = forward_inputs(batch)
+    run = model if call is None else call
     if not project:
-        return States(model(**inputs).logits)
-    with hidden_states(model) as found:
-        model(**inputs, logits_to_keep=1)
-    head = Projection.of(model)
-    # The tensors of now: a parameter may hold the reference's values for this pass only.
-    bias = None if head.bias is None else head.bias.detach()
-    return States(found[0], replace(head, weight=head.weight.detach(), bias=bias))
+        return function(run(**inputs).logits, None)
+    with at_head(model, function) as found:
+        run(**inputs, logits_to_keep=1)
+    return found[0]
 
 
 @contextlib.contextmanager
 def first_output(model: nn.Module) -> Iterator[list[Any]]:
-    """Collects what a model returns when it is first called; an empty list if it never is."""
+    """Collect what a model returns when it is first called; an empty list if it never is."""
     found: list[Any] = []
 
     def keep(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -123,24 +182,15 @@ def first_output(model: nn.Module) -> Iterator[list[Any]]:
         handle.remove()
 
 
-@contextlib.contextmanager
-def hidden_states(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects the last hidden states of each forward pass of an unwrapped model."""
-    found: list[Tensor] = []
-
-    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-        found.append(output.last_hidden_state)
-
-    handle = _causal_lm(model).base_model.register_forward_hook(keep)
-    try:
-        yield found
-    finally:
-        handle.remove()
+def nothing_of(output: Mapping[str, Any]) -> Tensor | float:
+    """Return a zero that depends on a model's outputs: FSDP1 begins its backward pass at them."""
+    values = (value for value in output.values() if isinstance(value, Tensor))
+    return sum((value.reshape(-1)[:0].sum() for value in values if value.requires_grad), 0.0)
 
 
 @contextlib.contextmanager
 def without_logits(model: nn.Module) -> Iterator[None]:
-    """Lets a trainer call a model with labels without computing its logits and its loss.
+    """Let a trainer call a model with labels without computing its logits and its loss.
 
     What it gets as the loss is a zero that has no gradient.
     """
@@ -165,27 +215,28 @@ def without_logits(model: nn.Module) -> Iterator[None]:
 
 
 def can_project(model: nn.Module) -> bool:
-    """Whether `Projection` gives the very logits of a model: tried on a few tokens.
+    """Return whether `Projection` gives the very logits of a model: tried on a few tokens.
 
     Args:
-        model: Unwrapped.
+        model: Unwrapped, with weights that can be used (see `sharding.runnable`).
     """
-    causal = _causal_lm(model)
+    causal = causal_lm(model)
     backbone = getattr(causal, "base_model", causal)
     head: Any = getattr(causal, "get_output_embeddings", lambda: None)()
-    # Adapters on the head, quantized and sharded heads compute something else than one product.
+    # Adapters on the head and quantized heads compute something else than one product.
     plain = type(head) is nn.Linear and backbone is not causal
     if not plain or "logits_to_keep" not in inspect.signature(causal.forward).parameters:
         return False
     device = next(model.parameters()).device
-    ids = torch.arange(1, 9, device=device).remainder(head.weight.shape[0])[None]
+    vocab = causal.config.get_text_config().vocab_size
+    ids = torch.arange(1, 9, device=device).remainder(vocab)[None]
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), hidden_states(model) as found:
+        with torch.no_grad(), at_head(model, lambda rows, project: project(rows[0])) as found:
             logits = model(input_ids=ids, use_cache=False).logits
             same = len(found) == 1 and torch.allclose(
-                Projection.of(model)(found[0][0]).float(), logits[0].float(), rtol=1e-3, atol=1e-3
+                found[0].float(), logits[0].float(), rtol=1e-3, atol=1e-3
             )
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         logger.debug("The head of %s cannot be used by itself: %s", type(causal).__name__, error)
@@ -195,13 +246,13 @@ def can_project(model: nn.Module) -> bool:
     return same
 
 
-def _causal_lm(model: nn.Module) -> Any:
-    """The language model under a PEFT wrapper."""
+def causal_lm(model: nn.Module) -> Any:
+    """Return the language model under a PEFT wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
 def _shape_of_logits(config: Any) -> tuple[float, float | None]:
-    """Scale and soft cap by the names that model configurations have for them."""
+    """Return scale and soft cap by the names that model configurations have for them."""
     softcap = getattr(config, "final_logit_softcapping", None)
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         if (factor := getattr(config, name, None)) is not None:

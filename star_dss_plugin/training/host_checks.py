@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import DistributedType
 from transformers import Trainer
 
 from star_dss_plugin.errors import ConfigError
@@ -91,11 +92,9 @@ def check_trainer(trainer: StarDSSMixin) -> None:
                 "Switch it off in the parallelism configuration",
             ),
             (
-                str(accelerator.distributed_type).endswith(("FSDP", "DEEPSPEED", "MEGATRON_LM")),
-                f"the model is sharded ({accelerator.distributed_type}), for which the reference "
-                "is "
-                "not supported yet",
-                "Use plain data parallelism (DDP), or one process",
+                accelerator.distributed_type == DistributedType.MEGATRON_LM,
+                "Megatron-LM runs the model and its loss itself, without this trainer",
+                "Use FSDP, DeepSpeed, plain data parallelism (DDP), or one process",
             ),
             (
                 any(getattr(config, "is_prompt_learning", False) for config in adapters),

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN
-from star_dss_plugin.errors import StarDSSError
-from star_dss_plugin.logprobs import IGNORE_INDEX, token_logprobs
-from star_dss_plugin.loss import star_dss_loss
-from star_dss_plugin.training.head import forward_inputs
+from star_dss_plugin.errors import ConfigError, StarDSSError
+from star_dss_plugin.logprobs import IGNORE_INDEX, Project, kl_estimate, token_logprobs
+from star_dss_plugin.training.head import Projection, States, causal_lm, from_logits
 
 if TYPE_CHECKING:
     from star_dss_plugin.training.state import StarDSSState
@@ -35,9 +37,12 @@ def not_in_effect(trainer: Any, why: str) -> StarDSSError:
 def check_loss(trainer: Any, active: StarDSSState, dataloader: Any) -> None:
     """Compare the trainer's loss with the plain computation, on one real row.
 
+    Both hold the distributions of a few hundred positions at a time, as training does.
+
     Raises:
         StarDSSError: They differ, or the trainer's batches or outputs lack what the loss needs.
     """
+    policy = trainer._policy(trainer.model)
     row = _shortest_row(dataloader.dataset)
     batch = dataloader.collate_fn([row])
     if SCORES_COLUMN not in batch:
@@ -54,67 +59,43 @@ def check_loss(trainer: Any, active: StarDSSState, dataloader: Any) -> None:
     was_training, metrics = model.training, active.metrics
     host = _snapshot(trainer)
     devices = [labels.device.index or 0] if labels.is_cuda else []
-    shaping: dict[str, Any] = {
-        "kl_coef": options.kl_coef,
-        "kl_estimator": options.kl_estimator,
-        "threshold": options.threshold,
-        "num_items_in_batch": trained,
-    }
     found, expected = [], []
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         model.eval()
         try:
             active.metrics = type(metrics)()
             with trainer.compute_loss_context_manager():
-                logits = model(**forward_inputs(batch)).logits
-                if logits is None:
-                    raise not_in_effect(
-                        trainer,
-                        "its model returns no logits to weigh. Switch off what fuses the "
-                        "loss into the model (a kernel or a patch)",
-                    )
                 reference = _reference(active, trainer, batch, labels)
-                plain = star_dss_loss(
-                    logits, labels, torch.ones_like(labels).float(), loss_type="sft", **shaping
-                ).loss
+                with _head_watched(policy) as sharded_heads:
+                    plain = _plain(active, trainer, policy, batch, reference)
+                if any(sharded_heads) and not trainer._host_wants_loss_alone():
+                    raise _unit_of_its_own(
+                        "gives a wrong loss, with or without STAR-DSS, in trainers that read the "
+                        "head's weight outside of its forward pass, as TRL's do"
+                    )
                 if active.reference.is_start and active.shaped == 0 == trainer.state.global_step:
-                    _check_start(trainer, active, batch, logits)
-                base = trainer.base_loss(model, batch)
+                    _check_start(trainer, active, batch, plain.logps)
+                extra = _base_beyond_cross_entropy(trainer, active, policy, batch, plain)
                 for probe in _probes(labels):
                     scored = {**batch, SCORES_COLUMN: probe}
                     loss = trainer.compute_loss(model, scored, num_items_in_batch=trained)
                     found.append(loss.float())
-                    shaped = star_dss_loss(
-                        logits, labels, probe, loss_type=options.loss_type, **reference, **shaping
-                    )
-                    expected.append(shaped.loss.float())
+                    weights = active.shaping.weights(probe, labels)
+                    terms = torch.where(weights.ce != 0, weights.ce * -plain.logps, 0.0)
+                    if plain.kl is not None:
+                        terms = terms + torch.where(weights.kl != 0, weights.kl * plain.kl, 0.0)
+                    expected.append(terms.sum().float() / trained)
         finally:
             active.metrics = metrics
             model.train(was_training)
             _restore(trainer, host)
-    half = logits.dtype in (torch.bfloat16, torch.float16) or trainer.args.bf16 or trainer.args.fp16
-    relative, absolute = (3e-2, 1e-2) if half else (1e-3, 1e-3)
-
-    def close(a: Tensor, b: Tensor) -> bool:
-        return torch.allclose(a, b, rtol=relative, atol=absolute)
-
-    extra = base.float() - plain.float()
-    if not _has_auxiliary_loss(trainer):
-        if not close(base.float(), plain.float()):
-            raise not_in_effect(
-                trainer,
-                f"it has a loss of its own ({base.item():.6f} on one real row, where "
-                f"cross-entropy is {plain.item():.6f}), which STAR-DSS would replace. Use a "
-                "trainer, and a loss_type of its own, that train with cross-entropy",
-            )
-        extra = torch.zeros_like(extra)
     scale = 1
     if trainer.args.average_tokens_across_devices:
         scale = trainer.accelerator.num_processes // trainer.get_tp_size()
     for given, shaped_loss in zip(found, expected, strict=True):
         # The auxiliary loss is a mean over each micro-batch and is not scaled.
         wanted = shaped_loss * scale + extra
-        if not close(given, wanted):
+        if not plain.close(given, wanted):
             raise not_in_effect(
                 trainer,
                 f"on one real row its compute_loss gives {given.item():.6f} where "
@@ -123,14 +104,144 @@ def check_loss(trainer: Any, active: StarDSSState, dataloader: Any) -> None:
             )
 
 
+@dataclass(frozen=True)
+class _Plain:
+    """What the model gives for one row, computed the plain way.
+
+    Attributes:
+        logps: (1, seq − 1): log π_θ(y_t), 0 where not trained.
+        kl: (1, seq − 1): KL_t, where it is trained; None without a reference.
+        half: Whether the model computes in 16 bits.
+    """
+
+    logps: Tensor
+    kl: Tensor | None
+    half: bool
+
+    def close(self, one: Tensor, two: Tensor) -> bool:
+        """Return whether two losses are equal up to the model's precision."""
+        relative, absolute = (3e-2, 1e-2) if self.half else (1e-3, 1e-3)
+        return torch.allclose(one, two, rtol=relative, atol=absolute)
+
+
+_POSITIONS = 256
+"""Positions whose distributions are held at once; training holds more."""
+
+
+def _plain(
+    active: StarDSSState,
+    trainer: Any,
+    policy: nn.Module,
+    batch: Mapping[str, Any],
+    reference: Tensor | States | None,
+) -> _Plain:
+    """Return log-probabilities and KL terms of a batch by their definitions."""
+    labels = batch["labels"][:, 1:]
+    trained = labels != IGNORE_INDEX
+
+    def terms(rows: Tensor, project: Project | None) -> tuple[Tensor, ...]:
+        kept, targets = rows[:, :-1][trained], labels[trained]
+        logps, kl = [], []
+        for start in range(0, len(kept), _POSITIONS):
+            part = slice(start, start + _POSITIONS)
+            logits = kept[part] if project is None else project(kept[part])
+            log_softmax = logits.float().log_softmax(-1)
+            logps.append(log_softmax.gather(1, targets[part, None])[:, 0])
+            if isinstance(reference, States):
+                of_reference = project if active.reference.kind == "adapter" else reference.project
+                held = reference.rows[:, :-1][trained][part]
+                ref_logits = held if of_reference is None else of_reference(held)
+                apart = log_softmax - ref_logits.float().log_softmax(-1)
+                kl.append((log_softmax.exp() * apart).sum(-1))
+        found = [
+            _spread(torch.cat(values), trained) for values in ((logps, kl) if kl else (logps,))
+        ]
+        return *found, logits[:0].sum()  # its dtype is the model's
+
+    *given, sample = from_logits(
+        policy, batch, terms, project=active.projects, call=trainer.model_wrapped
+    )
+    logps = given[0]
+    half = sample.dtype in (torch.bfloat16, torch.float16) or trainer.args.bf16 or trainer.args.fp16
+    if logps.dtype in (torch.bfloat16, torch.float16):
+        raise _unit_of_its_own("rounds log-probabilities to 16 bits")
+    kl = given[1] if len(given) > 1 else None
+    if isinstance(reference, Tensor):
+        kl = kl_estimate(logps, reference, active.options.kl_estimator)
+    return _Plain(logps, kl, half)
+
+
+def _spread(values: Tensor, where: Tensor) -> Tensor:
+    return values.new_zeros(where.shape).masked_scatter(where, values)
+
+
+@contextlib.contextmanager
+def _head_watched(policy: nn.Module) -> Iterator[list[bool]]:
+    """Collect whether the head's weight is sharded when the backbone has been run."""
+    causal, found = causal_lm(policy), []
+    head = getattr(causal, "get_output_embeddings", lambda: None)()
+
+    def keep(*_: Any) -> None:
+        found.append(isinstance(getattr(head, "weight", None), DTensor))
+
+    handle = getattr(causal, "base_model", causal).register_forward_hook(keep)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def _unit_of_its_own(why: str) -> ConfigError:
+    return ConfigError(
+        f"The model's head (lm_head) is an FSDP2 unit of its own, which {why}. Let "
+        "fsdp_transformer_layer_cls_to_wrap name the decoder layer alone, in place of a "
+        "size-based policy or of more classes."
+    )
+
+
+_WINDOW = 512
+"""Tokens of a row on which the model's own loss, which needs all their logits, is looked at."""
+
+
+def _base_beyond_cross_entropy(
+    trainer: Any, active: StarDSSState, policy: nn.Module, batch: Mapping[str, Any], plain: _Plain
+) -> Tensor:
+    """Return what the base class's loss has beside cross-entropy: an auxiliary loss, or 0.
+
+    Raises:
+        StarDSSError: It is another loss.
+    """
+    auxiliary = _has_auxiliary_loss(trainer)
+    length = batch["labels"].shape[1]
+    if trainer._host_wants_loss_alone() and length > _WINDOW and not auxiliary:
+        first = int((batch["labels"][0, 1:] != IGNORE_INDEX).nonzero()[0])
+        part = slice(first, first + _WINDOW)
+        batch = {name: batch[name][:1, part] for name in ("input_ids", "labels")}
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        plain = _plain(active, trainer, policy, batch, None)
+    base = trainer.base_loss(trainer.model_wrapped, batch).float()
+    trained = (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
+    cross_entropy = -plain.logps.sum().float() / trained
+    if auxiliary:
+        return base - cross_entropy
+    if not plain.close(base, cross_entropy):
+        raise not_in_effect(
+            trainer,
+            f"it has a loss of its own ({base.item():.6f} on one real row, where "
+            f"cross-entropy is {cross_entropy.item():.6f}), which STAR-DSS would replace. Use a "
+            "trainer, and a loss_type of its own, that train with cross-entropy",
+        )
+    return torch.zeros_like(base)
+
+
 def _check_start(
-    trainer: Any, active: StarDSSState, batch: Mapping[str, Any], logits: Tensor
+    trainer: Any, active: StarDSSState, batch: Mapping[str, Any], logps: Tensor
 ) -> None:
-    """That the model is still the one whose log-probabilities are the reference."""
+    """Check that the model is still the one whose log-probabilities are the reference."""
     labels = batch["labels"]
     weights = active.shaping.weights(batch[SCORES_COLUMN].float(), labels)
     held = weights.kl != 0
-    apart = (token_logprobs(logits, labels) - batch[REF_COLUMN][:, 1:])[held].abs().sum()
+    apart = (logps - batch[REF_COLUMN][:, 1:])[held].abs().sum()
     mean = float(apart) / max(1, int(held.sum()))
     if mean > _MOVED:
         raise not_in_effect(
@@ -142,7 +253,7 @@ def _check_start(
 
 
 def _probes(labels: Tensor) -> list[Tensor]:
-    """Made-up scores, (batch, seq) each: real ones may all be 1, which is plain finetuning.
+    """Return made-up scores, (batch, seq) each: real ones may all be 1, which is plain finetuning.
 
     Mixed scores, their opposites (so that no response ends safely in both), and all unsafe.
     """
@@ -152,13 +263,13 @@ def _probes(labels: Tensor) -> list[Tensor]:
 
 
 def _has_auxiliary_loss(trainer: Any) -> bool:
-    """Whether the model is a mixture of experts whose load-balancing loss is part of the loss."""
+    """Return whether a load-balancing loss (mixture of experts) is part of the model's loss."""
     config = trainer._policy(trainer.model).config.get_text_config()
     return bool(getattr(config, "output_router_logits", False))
 
 
 def _shortest_row(dataset: Any) -> Mapping[str, Any]:
-    """A row with trained tokens, of the first few the shortest: the check wants little memory.
+    """Return the shortest of the first few rows with trained tokens: it takes the least memory.
 
     A row without any would prove nothing.
     """
@@ -172,10 +283,11 @@ def _shortest_row(dataset: Any) -> Mapping[str, Any]:
 
 def _reference(
     active: StarDSSState, trainer: Any, batch: Mapping[str, Any], labels: Tensor
-) -> dict[str, Any]:
+) -> Tensor | States | None:
+    """Return log π_ref, (1, seq − 1), or what the reference's distributions are made of."""
     kind = active.reference.kind
     if kind == "none":
-        return {}
+        return None
     if kind == "precomputed":
         if REF_COLUMN not in batch:
             raise not_in_effect(
@@ -184,22 +296,26 @@ def _reference(
                 "The data set was replaced after STAR-DSS was set up; give it to the trainer's "
                 "constructor",
             )
-        return {"ref_logps": batch[REF_COLUMN]}
+        column: Tensor = batch[REF_COLUMN]
+        return column[:, 1:]
+
+    def function(rows: Tensor, project: Projection | None) -> Any:
+        if active.needs_distributions:
+            return States(rows, project.detached() if project else None)
+        return token_logprobs(rows, labels, project)
+
     with trainer.accelerator.autocast():
+        call = trainer.model_wrapped if active.sharded else None
         policy = trainer._policy(trainer.model)
-        with active.reference.active(policy) as model:
-            logits = model(**forward_inputs(batch)).logits
-    if active.options.kl_estimator == "full":
-        return {"ref_logits": logits}
-    logps = token_logprobs(logits, labels)
-    return {"ref_logps": torch.cat([logps.new_zeros(len(logps), 1), logps], dim=1)}
+        found: Tensor | States = active.reference.run(policy, batch, function, call=call)
+        return found
 
 
 _STEPS = "current_gradient_accumulation_steps"
 
 
 def _snapshot(trainer: Any) -> Any:
-    """What the check must leave as it was: TRL's running metrics, the accumulation in progress."""
+    """Return what the check must leave as it was: TRL's metrics, the accumulation in progress."""
     steps = trainer.__dict__.get(_STEPS)
     trainer.current_gradient_accumulation_steps = 1  # the check is one batch
     metrics = getattr(trainer, "_metrics", None)

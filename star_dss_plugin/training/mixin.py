@@ -10,10 +10,10 @@ Longer than other modules because `compute_loss` and its parts are read together
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import Trainer
@@ -26,9 +26,10 @@ from star_dss_plugin.training.checkpoints import check_checkpoint
 from star_dss_plugin.training.head import (
     Projection,
     States,
+    at_head,
     first_output,
     forward_inputs,
-    hidden_states,
+    nothing_of,
     without_logits,
 )
 from star_dss_plugin.training.run_record import add_section
@@ -137,6 +138,7 @@ class StarDSSMixin(_Base):
             )
         inputs = dict(inputs)
         scores, ref_logps = inputs.pop(SCORES_COLUMN, None), inputs.pop(REF_COLUMN, None)
+        inputs.pop("skip_logits", None)  # transformers asks Liger's fused loss for it
         labels = inputs.get("labels")
         if scores is None or labels is None:
             raise StarDSSError(
@@ -144,20 +146,26 @@ class StarDSSMixin(_Base):
                 "Something replaced the data set or the data collator after STAR-DSS was set up; "
                 "give them to the trainer's constructor."
             )
-        options = state.options
-        weights = self._shaping(state).weights(scores.float(), labels)
+        weights = self._shaping(state).weights(_checked(scores), labels)
         if state.reference.kind != "precomputed":
             ref_logps = None  # a column from an earlier run
-        ref = self._reference_states(state, model, inputs, ref_logps, weights)
-        result, outputs, states = self._forward(state, model, inputs, return_outputs)
-        with self.accelerator.autocast():  # heads are applied here, as the model applies its own
-            logps = self._logps(outputs, states, labels)
-            kl_terms, slopes = self._kl_terms(state, logps, states, ref, ref_logps, labels, weights)
+        ref = self._reference(state, model, inputs, ref_logps, weights)
+
+        def terms(rows: Tensor, project: Projection | None) -> tuple[Tensor, ...]:
+            with self.accelerator.autocast():  # as the model applies its own head
+                logps = token_logprobs(rows, labels, project)
+                return logps, *self._kl_terms(state, logps, rows, project, ref, weights)
+
+        result, outputs, found = self._forward(state, model, inputs, return_outputs, terms)
+        if found is None:
+            logps = self._fused_logps(outputs, labels)
+            found = logps, *self._kl_terms(state, logps, None, None, ref, weights)
+        logps, kl_terms, slopes = (*found, None, None)[:3]
         loss = shaped_loss(logps, kl_terms, weights, num_items_in_batch).loss
         state.metrics.add(
             self._mode(),
             scores[:, 1:],
-            options.threshold,
+            state.options.threshold,
             logps.detach(),
             kl_terms,
             weights,
@@ -168,7 +176,26 @@ class StarDSSMixin(_Base):
             # N counts the tokens of all ranks, and DDP averages gradients over them.
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         loss = self._with_auxiliary_loss(loss, outputs, num_items_in_batch)
+        if state.sharded:
+            loss = loss + nothing_of(outputs)
         return (loss, result[1]) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> Any:
+        """Do the base class's step; logits are made only where something reads them."""
+        state = self.star_dss_state
+        if state is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        state.outputs_unread = prediction_loss_only
+        try:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        finally:
+            state.outputs_unread = False
 
     def base_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """What the base class alone would train with on a batch: its mean over the batch."""
@@ -185,29 +212,43 @@ class StarDSSMixin(_Base):
         assert self.model is not None
         return "train" if self.model.training else "eval"
 
-    def _reference_states(
+    def _reference(
         self,
         state: StarDSSState,
         model: nn.Module,
         inputs: dict[str, Any],
         ref_logps: Tensor | None,
         weights: TokenWeights,
-    ) -> States | None:
-        """π_ref where it runs at every step. Before the policy's forward pass: switching an
-        adapter off between a forward pass and its backward pass would confuse checkpointing.
+    ) -> Tensor | States | None:
+        """Return log π_ref, shifted, or what its distributions are made of; None: not needed.
+
+        Called before the policy's forward pass: switching an adapter off between a forward pass
+        and its backward pass would confuse checkpointing.
         """
-        kind = state.reference.kind
+        kind, held = state.reference.kind, weights.kl != 0
         if kind in ("adapter", "copy", "model"):
-            if not bool((weights.kl != 0).any()):
+            # Each rank of a sharded model gathers weights from all others: none may be left out.
+            if not state.sharded and not bool(held.any()):
                 return None
+
+            def function(rows: Tensor, project: Projection | None) -> Any:
+                if state.needs_distributions:
+                    return States(rows, project.detached() if project else None)
+                labels = inputs["labels"].clone()
+                labels[:, 1:][~held] = IGNORE_INDEX
+                return token_logprobs(rows, labels, project)
+
             with self.accelerator.autocast():
-                return state.reference.states(self._policy(model), inputs)
-        if kind == "precomputed" and ref_logps is None:
-            raise StarDSSError(
-                f"A batch came without {REF_COLUMN!r}, the reference's log-probabilities. Give the "
-                "data set to the trainer's constructor, before training starts."
-            )
-        if kind == "none" and bool((weights.kl != 0).any()):
+                call = model if state.sharded else None
+                return state.reference.run(self._policy(model), inputs, function, call=call)
+        if kind == "precomputed":
+            if ref_logps is None:
+                raise StarDSSError(
+                    f"A batch came without {REF_COLUMN!r}, the reference's log-probabilities. "
+                    "Give the data set to the trainer's constructor, before training starts."
+                )
+            return ref_logps[:, 1:]
+        if kind == "none" and bool(held.any()):
             raise StarDSSError(
                 f"loss_type {state.options.loss_type!r} gave a token a KL weight although it was "
                 "found to need no reference. The weight map must depend on its arguments alone."
@@ -215,58 +256,73 @@ class StarDSSMixin(_Base):
         return None
 
     def _forward(
-        self, state: StarDSSState, model: nn.Module, inputs: dict[str, Any], return_outputs: bool
-    ) -> tuple[Any, Any, States | None]:
-        """The base class's own result, the policy's outputs, and what its logits are made of."""
+        self,
+        state: StarDSSState,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool,
+        terms: Callable[[Tensor, Projection | None], tuple[Tensor, ...]],
+    ) -> tuple[Any, Any, tuple[Tensor, ...] | None]:
+        """Return the base class's own result, the policy's outputs, and `terms` of its logits.
+
+        None in place of the terms: the outputs hold log-probabilities, from a fused head.
+        """
         policy = self._policy(model)
+        read = return_outputs and not state.outputs_unread
+        alone = state.projects and self._host_wants_loss_alone() and not read
+
+        def at_head_of(kwargs: Mapping[str, Any]) -> bool:
+            """Leave a pass alone whose outputs are enough: all logits, or log-probabilities."""
+            lacking = state.sharded or bool(kwargs.get("fused_lm_head"))
+            return alone or (state.needs_distributions and lacking)
+
         with contextlib.ExitStack() as stack:
             captured = stack.enter_context(first_output(model))
+            found: list[tuple[Tensor, ...]] = []
             if state.projects:
-                hidden = stack.enter_context(hidden_states(policy))
-                if self._host_wants_loss_alone() and not return_outputs:
-                    stack.enter_context(without_logits(model))
+                found = stack.enter_context(at_head(policy, terms, wanted=at_head_of))
+            if alone:
+                stack.enter_context(without_logits(model))
             result = super().compute_loss(model, dict(inputs), return_outputs=return_outputs)
         if not captured:
             raise StarDSSError(
                 f"{type(self).__mro__[1].__name__}.compute_loss did not call the model, so there "
                 "is no output to shape. Use a trainer whose compute_loss runs the model it gets."
             )
+        if found:
+            return result, captured[0], found[0]
         logits = getattr(captured[0], "logits", None)
         if logits is not None and logits.shape[:2] == inputs["labels"].shape:
-            return result, captured[0], States(logits)
-        if state.projects:
-            return result, captured[0], States(hidden[0], Projection.of(policy))
+            return result, captured[0], terms(logits, None)
         if state.needs_distributions:  # a second pass: the trainer's own never had the logits
-            return result, captured[0], States(policy(**forward_inputs(inputs)).logits)
+            call = model if state.sharded else policy
+            return result, captured[0], terms(call(**forward_inputs(inputs)).logits, None)
         return result, captured[0], None
 
     def _kl_terms(
         self,
         state: StarDSSState,
         logps: Tensor,
-        states: States | None,
-        ref: States | None,
-        ref_logps: Tensor | None,
-        labels: Tensor,
+        rows: Tensor | None,
+        project: Projection | None,
+        ref: Tensor | States | None,
         weights: TokenWeights,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """KL_t and, where it is a function of log π_θ(y_t), its slope; None without a reference."""
-        if ref is not None and state.needs_distributions:
-            assert states is not None
-            wanted = weights.kl != 0
-            return full_kl(states.rows, ref.rows, wanted, states.project, ref.project), None
-        if ref is not None:
-            held = labels.clone()
-            held[:, 1:][weights.kl == 0] = IGNORE_INDEX
-            with torch.no_grad():
-                ref_logps = token_logprobs(ref.rows, held, ref.project)
-        elif ref_logps is not None:
-            ref_logps = ref_logps[:, 1:]
-        else:
-            return None, None
+    ) -> tuple[Tensor, ...]:
+        """Return KL_t and, where it is a function of log π_θ(y_t), its slope.
+
+        Nothing without a reference.
+        """
+        if ref is None:
+            return ()
+        if isinstance(ref, States):
+            assert rows is not None
+            ref_project = ref.project
+            if state.reference.kind == "adapter" and project is not None:
+                ref_project = project  # the same head, and whole now if it is sharded
+            return (full_kl(rows, ref.rows, weights.kl != 0, project, ref_project),)
         estimator = state.options.kl_estimator
-        slopes = kl_slope(logps.detach(), ref_logps, estimator)
-        return kl_estimate(logps, ref_logps, estimator), slopes
+        slopes = kl_slope(logps.detach(), ref, estimator)
+        return kl_estimate(logps, ref, estimator), slopes
 
     def _shaping(self, state: StarDSSState) -> Shaping:
         """Return the shaping of this step; evaluations have λ whole, so that they compare."""
@@ -280,19 +336,16 @@ class StarDSSMixin(_Base):
         host = next(cls for cls in hosts if "compute_loss" in cls.__dict__)
         return host is Trainer or self.host_wants_loss_alone
 
-    def _logps(self, outputs: Any, states: States | None, labels: Tensor) -> Tensor:
-        """(batch, seq − 1): from a fused LM head if there is one, else from the logits."""
+    def _fused_logps(self, outputs: Any, labels: Tensor) -> Tensor:
+        """Return (batch, seq − 1) from the outputs of a fused LM head."""
         fused = getattr(outputs, "log_probs", None)
-        if fused is not None and fused.shape == labels[:, 1:].shape:
-            assert isinstance(fused, Tensor)
+        if isinstance(fused, Tensor) and fused.shape == labels[:, 1:].shape:
             return fused.float()
-        if states is None:
-            raise ConfigError(
-                "The model's forward pass returned neither per-token log-probabilities nor logits "
-                "for every token, so its loss cannot be weighed. Switch off what fuses the loss "
-                "into the model: use_liger_kernel, cut_cross_entropy, or the kernel's own patch."
-            )
-        return token_logprobs(states.rows, labels, states.project)
+        raise ConfigError(
+            "The model's forward pass returned neither per-token log-probabilities nor logits "
+            "for every token, so its loss cannot be weighed. Switch off what fuses the loss "
+            "into the model: cut_cross_entropy, or the kernel's own patch."
+        )
 
     def _with_auxiliary_loss(
         self, loss: Tensor, outputs: Any, num_items_in_batch: Tensor | int | None
@@ -326,9 +379,9 @@ class StarDSSMixin(_Base):
         super().log(logs, start_time)
 
     def _metrics_for(self, logs: dict[str, float], state: StarDSSState) -> dict[str, float]:
-        """What goes with a line of the trainer's, which has a loss.
+        """Return what goes with a line of the trainer's, which has a loss.
 
-        None with a user's: it may come from one process alone, and the others would be waited for.
+        Nothing with a user's: it may come from one process alone, and would wait for the others.
         """
         if self._mode() == "train":
             if not logs.keys() & {"loss", "train_loss"}:
@@ -342,3 +395,19 @@ class StarDSSMixin(_Base):
         prefix = min(losses, key=len).removesuffix("loss")  # "eval_", "eval_NAME_"
         found = state.metrics.pop("eval", self.accelerator)
         return {prefix + name: value for name, value in found.items()}
+
+
+def _checked(scores: Tensor) -> Tensor:
+    """Return a batch's scores as float32.
+
+    Raises:
+        StarDSSError: One of them is no probability.
+    """
+    inside = (scores >= 0) & (scores <= 1)
+    if not bool(inside.all()):
+        raise StarDSSError(
+            f"A batch has a star_score of {float(scores[~inside][0])}, which is no probability in "
+            "[0, 1]. Something changed the scores after they were checked at set-up: give data "
+            "sets and collator to the trainer's constructor, and leave star_scores as it is."
+        )
+    return scores.float()

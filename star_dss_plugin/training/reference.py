@@ -1,4 +1,4 @@
-"""π_ref: the aligned model before finetuning, frozen (paper, Eq. 3).
+"""Choose and run π_ref: the aligned model before finetuning, frozen (paper, Eq. 3).
 
 k1, k2 and k3 need one number per token from it, so those are computed once, before the first step,
 and carried as a column: a step then costs what a step of plain finetuning costs. `full` needs the
@@ -9,27 +9,31 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from star_dss_plugin.errors import ConfigError, StarDSSError
+from star_dss_plugin.logprobs import Project
 from star_dss_plugin.models import UNLOADABLE, is_peft, model_fingerprint, read_model
 from star_dss_plugin.options import REFERENCES
-from star_dss_plugin.training.head import States, can_project, states_of
+from star_dss_plugin.training.head import can_project, from_logits
+from star_dss_plugin.training.sharding import Ranks
 
 __all__ = ["Reference", "choose_reference"]
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 
 @dataclass
 class Reference:
-    """How a run gets π_ref.
+    """Hold how a run gets π_ref.
 
     Attributes:
         kind: "none", "precomputed", "adapter" (the policy without it), "copy" (the policy with the
@@ -54,7 +58,7 @@ class Reference:
 
     @contextlib.contextmanager
     def active(self, policy: nn.Module) -> Iterator[nn.Module]:
-        """The reference as a module that can be called, in eval mode and without gradients.
+        """Lend the reference as a module to call, in eval mode and without gradients.
 
         Args:
             policy: The trained model, unwrapped.
@@ -62,7 +66,7 @@ class Reference:
         with torch.no_grad():
             if self.kind == "model":
                 assert self.model is not None
-                yield self.model.to(next(policy.parameters()).device)
+                yield self.model
                 return
             training = policy.training
             policy.eval()  # dropout and NEFTune noise are not part of the reference
@@ -78,15 +82,30 @@ class Reference:
         assert self.starting is not None
         return _with_values(policy, self.starting)
 
-    def states(self, policy: nn.Module, batch: Mapping[str, Any]) -> States:
-        """What the reference's logits on a batch are made of, without gradients."""
+    def run(
+        self,
+        policy: nn.Module,
+        batch: Mapping[str, Any],
+        function: Callable[[Tensor, Project | None], T],
+        *,
+        call: nn.Module | None = None,
+    ) -> T:
+        """Run the reference on a batch, without gradients; return what a function makes of it.
+
+        Args:
+            policy: The trained model, unwrapped.
+            batch: `input_ids` and what else the forward pass takes.
+            function: Takes hidden states and their projection or, without one, logits and None.
+            call: The trained model as it is wrapped, if it is sharded.
+        """
         with self.active(policy) as model:
-            return states_of(model, batch, project=self.projects)
+            wrapped = call if model is policy else None
+            return from_logits(model, batch, function, project=self.projects, call=wrapped)
 
 
 @contextlib.contextmanager
 def _adapter_off(policy: nn.Module) -> Iterator[None]:
-    """A PEFT model without its adapter for a while; what was frozen before is so afterwards.
+    """Switch a PEFT model's adapter off for a while; what was frozen before is so afterwards.
 
     PEFT makes all of an active adapter trainable when it switches it on again.
     """
@@ -102,7 +121,7 @@ def _adapter_off(policy: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _with_values(policy: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Parameters that hold other values for a while; nothing is copied."""
+    """Let parameters hold other values for a while; nothing is copied."""
     parameters = dict(policy.named_parameters())
     moving = [n for n, p in parameters.items() if p.requires_grad and n not in values]
     if moving:
@@ -132,19 +151,21 @@ def choose_reference(
     estimator: str,
     needed: bool,
     projects: bool,
+    ranks: Ranks,
 ) -> Reference:
-    """What `reference=name` means for this run.
+    """Decide what `reference=name` means for this run.
 
     Args:
-        name: An option of `config.REFERENCES`, or a model id or folder.
+        name: An option of `options.REFERENCES`, or a model id or folder.
         policy: The model as it starts.
         tokenizer: The policy's.
         estimator: The KL estimator.
         needed: Whether any token can get a KL weight.
         projects: Whether `can_project` holds for the policy.
+        ranks: The processes of the run; all of them must call this.
 
     Raises:
-        ConfigError: The choice contradicts the mode, the estimator or the model.
+        ConfigError: The choice contradicts the mode, the estimator, the model or its sharding.
     """
     if not needed:
         return Reference("none", "none (no KL term)")
@@ -153,9 +174,13 @@ def choose_reference(
             "reference is 'none', but this loss_type gives tokens a KL weight, which needs a "
             "reference. Set reference='auto', or kl_coef=0, or loss_type='rejection' or 'sft'."
         )
+
+    def fresh() -> bool:
+        return ranks.first_decides(lambda: _adapter_is_fresh(policy))
+
     if name == "auto":
         name = "precomputed" if estimator != "full" else "copy"
-        if estimator == "full" and is_peft(policy) and _adapter_is_fresh(policy):
+        if estimator == "full" and is_peft(policy) and fresh():
             name = "copy" if _trained_outside(policy) else "adapter"
     if name == "adapter":
         if not is_peft(policy):
@@ -164,7 +189,7 @@ def choose_reference(
                 "adapter to switch off. Pass a peft_config, or set reference='precomputed' or "
                 "'copy'."
             )
-        if not _adapter_is_fresh(policy):
+        if not fresh():
             raise ConfigError(
                 "reference is 'adapter', but the adapter already changes the model: training "
                 "continues from it, so switching it off would not give the model as it starts. "
@@ -186,16 +211,25 @@ def choose_reference(
                 "kl_estimator='k2'."
             )
         what = "the model as it starts (precomputed log-probabilities)"
-        fingerprint = model_fingerprint(policy)
+        fingerprint = ranks.first_decides(lambda: model_fingerprint(policy))
         return Reference(
             "precomputed", what, fingerprint=fingerprint, projects=projects, is_start=True
         )
     if name == "copy":
+        if ranks.sharding is not None:
+            raise ConfigError(
+                f"reference='copy', which kl_estimator={estimator!r} gets here, keeps the trained "
+                f"parameters' values as they start and puts them in place at each step, and "
+                f"{ranks.sharding} leaves no rank whole parameters to put them in. Set "
+                "kl_estimator='k2', whose reference is computed before training; or name the model "
+                "as it starts (reference='org/model' or its folder), of which every rank then "
+                "holds a whole copy; or train an adapter with reference='adapter'."
+            )
         trained = {n: p.detach().clone() for n, p in policy.named_parameters() if p.requires_grad}
         what = "the model as it starts (a frozen copy of what is trained)"
         return Reference("copy", what, starting=trained, projects=projects)
     assert name not in REFERENCES
-    named = _load_named(name, policy, tokenizer)
+    named = _load_named(name, policy, tokenizer).to(ranks.device)
     projects = can_project(named)
     if estimator == "full":
         return Reference("model", name, named, projects=projects)
@@ -203,8 +237,8 @@ def choose_reference(
 
 
 def _adapter_is_fresh(policy: nn.Module) -> bool:
-    """Whether switching the adapter off changes nothing, tried on a few tokens."""
-    vocab = policy.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    """Return whether switching the adapter off changes nothing, tried on a few tokens."""
+    vocab = policy.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
     device = next(policy.parameters()).device
     ids = torch.arange(1, 33, device=device).remainder(vocab)[None]
     live = Reference("adapter", "")
@@ -213,14 +247,14 @@ def _adapter_is_fresh(policy: nn.Module) -> bool:
     try:
         with torch.no_grad():
             on = policy(input_ids=ids, use_cache=False).logits.float()
-        off = live.states(policy, {"input_ids": ids}).rows.float()
+        off = live.run(policy, {"input_ids": ids}, lambda logits, _: logits).float()
     finally:
         policy.train(training)
     return bool(torch.allclose(on, off, rtol=1e-3, atol=1e-3))
 
 
 def _trained_outside(policy: nn.Module) -> list[str]:
-    """Trained parameters that stay in place when the adapter is switched off."""
+    """Return the trained parameters that stay in place when the adapter is switched off."""
     configs = policy.peft_config.values()  # type: ignore[operator]
     if any(getattr(config, "bias", "none") != "none" for config in configs):
         return [name for name, p in policy.named_parameters() if p.requires_grad and "bias" in name]
@@ -248,4 +282,4 @@ def _load_named(name: str, policy: nn.Module, tokenizer: PreTrainedTokenizerBase
             "the model before finetuning."
         )
     frozen: nn.Module = model.requires_grad_(False)
-    return frozen.to(parameter.device)
+    return frozen

@@ -1,4 +1,4 @@
-"""log π_ref of every trained token, computed once before training and carried as a column.
+"""Compute log π_ref of every trained token once, before training, and carry it as a column.
 
 k1, k2 and k3 compare one number per token. The model as it starts is the reference, so its numbers
 can be taken before the first step; a step then costs what a step of plain finetuning costs.
@@ -26,10 +26,10 @@ from star_dss_plugin.data.requests import Trajectory
 from star_dss_plugin.errors import CacheError
 from star_dss_plugin.logprobs import IGNORE_INDEX, token_logprobs
 from star_dss_plugin.loss import Shaping
-from star_dss_plugin.scoring.ranks import ALONE, Share
 from star_dss_plugin.training.collation import document_starts
-from star_dss_plugin.training.head import states_of
+from star_dss_plugin.training.head import from_logits
 from star_dss_plugin.training.reference import Reference
+from star_dss_plugin.training.sharding import Ranks
 
 __all__ = ["add_reference_logps", "has_reference_logps"]
 
@@ -44,7 +44,7 @@ def has_reference_logps(
     reference: Reference,
     shaping: Shaping,
 ) -> bool:
-    """Whether a data set has the column, from this very reference and for these very tokens.
+    """Return whether a data set has the column, of this reference and for these very tokens.
 
     A column that came with the data may be another model's, or hold zeros where it was not needed.
     """
@@ -55,7 +55,7 @@ def has_reference_logps(
 
 
 def _content(dataset: Dataset, shaping: Shaping) -> str:
-    """What the column depends on beside the reference: the tokens, and which rows need it."""
+    """Hash what the column depends on beside the reference: tokens, and which rows need it."""
     digest = hashlib.sha256()
     for row in _plain(dataset):
         for document in _documents(row):
@@ -73,7 +73,7 @@ def _plain(dataset: Dataset) -> Dataset:
 
 
 def _documents(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The documents of a packed row, each of which the model sees by itself."""
+    """Return the documents of a packed row, each of which the model sees by itself."""
     starts = document_starts(row)
     return [
         {name: row[name][start:end] for name in ("input_ids", "labels", SCORES_COLUMN)}
@@ -91,10 +91,10 @@ def add_reference_logps(
     cache_dir: Path,
     autocast: Callable[[], contextlib.AbstractContextManager[None]],
     precision: str,
-    share: Share = ALONE,
+    ranks: Ranks,
     progress: bool = True,
 ) -> Dataset:
-    """Adds the column `ref_logps`: log π_ref of every trained token that has a KL weight.
+    """Add the column `ref_logps`: log π_ref of every trained token that has a KL weight.
 
     Args:
         dataset: With `input_ids`, `labels` and `star_scores`; packed rows with `seq_lengths`.
@@ -105,7 +105,7 @@ def add_reference_logps(
         cache_dir: Root of the cache.
         autocast: Makes the trainer's precision context.
         precision: Its name.
-        share: This process's part of the work; all processes of the run must call this.
+        ranks: The processes of the run, which share the work; all of them must call this.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -128,39 +128,56 @@ def add_reference_logps(
     lengths = {key: length for row in keys for key, length in row}
 
     def known(key: str) -> tuple[float, ...] | None:
-        """What the cache has, and may be an answer: whoever wrote it is unknown."""
+        """Return a cached entry if it can be an answer: another process may have written it."""
         found = cache.get(key)
         if found is None or len(found.scores) != lengths[key] or found.scores[:1] != (0.0,):
             return None
         return found.scores if all(value <= _ROUNDING for value in found.scores) else None
+
+    def compute(batches: list[list[str]], mine: Mapping[str, tuple[int, int]]) -> None:
+        _compute(
+            plain,
+            model,
+            reference.projects,
+            batches,
+            mine,
+            cache,
+            known,
+            pad_token_id,
+            autocast,
+            progress,
+        )
 
     def fill(part: str, of: Callable[[list[str]], list[str]]) -> None:
         # Looked up before it is locked: a complete cache may be read-only.
         if any(known(key) is None for key in wanted):
             with cache.lock(part):
                 mine = {key: wanted[key] for key in of(list(wanted))}
-                projects = reference.projects
                 # Batches depend on the data alone: the last bits of a result depend on how it was
                 # padded, and a run that goes on must find what an undisturbed one finds.
                 batches = [b for b in _batches(mine, lengths) if any(known(k) is None for k in b)]
-                _compute(
-                    plain,
-                    model,
-                    projects,
-                    batches,
-                    mine,
-                    cache,
-                    known,
-                    pad_token_id,
-                    autocast,
-                    progress,
-                )
+                compute(batches, mine)
 
-    if share.ranks > 1:
-        fill(f"-{share.rank}-of-{share.ranks}", share.mine)
-    share.meet()
+    def fill_together() -> None:
+        """Run equally many forward passes on every rank: each gathers weights from all others."""
+        lacking = set().union(*ranks.gather({key for key in wanted if known(key) is None}))
+        batches = [b for b in _batches(wanted, lengths) if not lacking.isdisjoint(b)]
+        mine = ranks.share.mine(batches)
+        most = max(ranks.gather(len(mine)))
+        compute([*mine, *batches[:1] * (most - len(mine))], wanted)
+
+    trained = reference.model is None
+    if trained and ranks.together:
+        fill_together()
+    elif trained and ranks.first_only:
+        if ranks.has_weights:
+            fill("", list)
+    elif ranks.share.ranks > 1:
+        fill(f"-{ranks.share.rank}-of-{ranks.share.ranks}", ranks.share.mine)
+    ranks.share.meet()
     cache.refresh()
-    fill("", list)
+    if not (trained and (ranks.together or ranks.first_only)):
+        fill("", list)
 
     def values(key: str, length: int) -> Any:
         if key not in wanted:
@@ -170,7 +187,8 @@ def add_reference_logps(
             raise CacheError(
                 f"The reference log-probabilities that were just computed cannot be read from the "
                 f"cache in {cache.folder}: another process writes other values there, or the model "
-                "computes no numbers. Name another score_cache_dir, or remove that folder."
+                "computes no numbers, or the processes of this machine do not share the folder. "
+                "Name another score_cache_dir, or remove that folder."
             )
         return np.asarray(found)
 
@@ -202,7 +220,10 @@ def _compute(
     autocast: Callable[[], contextlib.AbstractContextManager[None]],
     progress: bool,
 ) -> None:
-    """Puts what is not known into the cache, batch by batch; `places` are (row, document)."""
+    """Compute the log-probabilities that are missing batch by batch and cache them.
+
+    `places` maps a key to (row, document).
+    """
     device = next(model.parameters()).device
     training = model.training
     model.eval()
@@ -224,9 +245,14 @@ def _compute(
             lengths = torch.tensor([len(x) for x in ids])
             mask = torch.arange(padded.shape[1])[None] < lengths[:, None]
             inputs = {"input_ids": padded.to(device), "attention_mask": mask.long().to(device)}
+            on = targets.to(device)
             with torch.no_grad(), autocast():
-                states = states_of(model, inputs, project=projects)
-                logps = token_logprobs(states.rows, targets.to(device), states.project).cpu()
+                logps = from_logits(
+                    model,
+                    inputs,
+                    lambda rows, project, on=on: token_logprobs(rows, on, project),
+                    project=projects,
+                ).cpu()
             for key, row, length in zip(keys, logps, lengths.tolist(), strict=True):
                 if known(key) is None:
                     cache.put(key, Trajectory((0.0, *row[: length - 1].tolist())))
@@ -241,7 +267,7 @@ def _compute(
 def _batches(
     wanted: Mapping[str, tuple[int, int]], lengths: Mapping[str, int]
 ) -> Iterator[list[str]]:
-    """Documents of similar length, at most `_BATCH_TOKENS` padded tokens (or one) at a time."""
+    """Yield documents of similar length: at most `_BATCH_TOKENS` padded tokens, or one."""
     batch: list[str] = []
     for key in sorted(wanted, key=lambda key: (lengths[key], wanted[key])):
         if batch and (len(batch) + 1) * lengths[key] > _BATCH_TOKENS:

@@ -11,6 +11,7 @@ from star_dss_plugin.options import StarDSSOptions
 from star_dss_plugin.training.metrics import TokenMetrics
 from star_dss_plugin.training.prepare import DatasetSummary
 from star_dss_plugin.training.reference import Reference
+from star_dss_plugin.training.sharding import Ranks
 
 __all__ = ["StarDSSState"]
 
@@ -29,6 +30,8 @@ class StarDSSState:
         extra_metrics: By full name: what callbacks add to the next training log line.
         shaped: How many training losses were shaped so far.
         projects: Whether the policy's logits can be made a few positions at a time.
+        ranks: The processes of the run.
+        outputs_unread: Whether an evaluation step asks for outputs that it does not read.
     """
 
     options: StarDSSOptions
@@ -40,6 +43,13 @@ class StarDSSState:
     extra_metrics: dict[str, float] = field(default_factory=dict)
     shaped: int = 0
     projects: bool = False
+    ranks: Ranks = field(default_factory=Ranks)
+    outputs_unread: bool = False
+
+    @property
+    def sharded(self) -> bool:
+        """Whether a rank holds a part of each parameter, and gathers it from the others."""
+        return self.ranks.sharding is not None
 
     @property
     def needs_distributions(self) -> bool:

@@ -19,7 +19,7 @@ from transformers import (
 
 from star_dss_plugin import attach, logprobs
 from star_dss_plugin.logprobs import full_kl, token_logprobs
-from star_dss_plugin.training.head import Projection, can_project, hidden_states, states_of
+from star_dss_plugin.training.head import States, at_head, can_project, from_logits
 
 VOCAB = 96
 SMALL = {
@@ -90,15 +90,17 @@ def test_it_equals_the_whole_logits(name, what):
     whole = token_logprobs(logits, labels), full_kl(logits, ref_logits, trained)
     wanted = gradients(model, (factors * whole[0] + factors.exp() * whole[1]).sum())
 
-    with hidden_states(model) as found:
-        model(ids, logits_to_keep=1)
-    project = Projection.of(model)
+    batch = {"input_ids": ids, "labels": labels}
     with torch.no_grad():
-        ref = states_of(reference, {"input_ids": ids, "labels": labels}, project=True)
-    parts = (
-        token_logprobs(found[0], labels, project),
-        full_kl(found[0], ref.rows, trained, project, ref.project),
-    )
+        ref = from_logits(reference, batch, States, project=True)
+
+    def terms(rows, project):
+        kl = full_kl(rows, ref.rows, trained, project, ref.project)
+        return token_logprobs(rows, labels, project), kl
+
+    with at_head(model, terms) as found:
+        model(ids, logits_to_keep=1)
+    parts = found[0]
     for part, of in zip(parts, whole, strict=True):
         assert part.dtype == torch.float64
         torch.testing.assert_close(part, of, rtol=1e-10, atol=1e-12)

@@ -11,6 +11,7 @@ from star_dss_plugin.data import cache
 from star_dss_plugin.loss import Shaping
 from star_dss_plugin.training import reference_column as precompute
 from star_dss_plugin.training.reference import Reference
+from star_dss_plugin.training.sharding import Ranks
 
 TEXTS = ["how are you?", "no!", "a bad word makes a response unsafe", "hello", "is this bad?"] * 2
 
@@ -39,6 +40,7 @@ def with_column(tokenizer, monkeypatch):
                 cache_dir=folder,
                 autocast=contextlib.nullcontext,
                 precision="no",
+                ranks=Ranks(),
                 progress=False,
             )["ref_logps"]
         )
@@ -49,7 +51,7 @@ def with_column(tokenizer, monkeypatch):
 def count_batches(monkeypatch, kill_at=None):
     """Counts forward passes; the one numbered `kill_at` never returns."""
     done = []
-    states_of = precompute.states_of
+    from_logits = precompute.from_logits
 
     def counted(*args, **kwargs):
         done.append(1)
@@ -57,9 +59,9 @@ def count_batches(monkeypatch, kill_at=None):
             # As after kill -9: nothing more is written.
             monkeypatch.setattr(cache.ScoreCache, "flush", lambda self: None)
             raise Killed
-        return states_of(*args, **kwargs)
+        return from_logits(*args, **kwargs)
 
-    monkeypatch.setattr(precompute, "states_of", counted)
+    monkeypatch.setattr(precompute, "from_logits", counted)
     return done
 
 

@@ -1,0 +1,320 @@
+"""Train tiny models on two gloo ranks, sharded: a script for `torch.distributed.run`, and its twin.
+
+    python -m torch.distributed.run --standalone --nproc_per_node 2 tests/support/sharded_runs.py \
+        KIND FOLDER CASE...
+
+Each case is trained in turn; rank 0 writes what was logged to FOLDER/results.json. `train` with
+`ranks=1` is the same run in one process, with twice the accumulation.
+
+accelerate shards on accelerators only: asked for FSDP on a CPU it trains with DDP and says nothing.
+`shard_on_cpus` makes it take the same branch as on a GPU; `proof_of_sharding` looks at parameters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
+    "FSDP_SHARDING_STRATEGY": "FULL_SHARD",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_USE_ORIG_PARAMS": "true",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    "FSDP_SYNC_MODULE_STATES": "true",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+}
+KINDS = {
+    "ddp": {},
+    "fsdp1": FSDP | {"FSDP_VERSION": "1"},
+    "fsdp2": FSDP | {"FSDP_VERSION": "2"},
+    # Ranks but the first have shapes only until the model is sharded.
+    "fsdp2-meta": FSDP | {"FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"},
+    # The head in a unit of its own.
+    "fsdp2-head": FSDP
+    | {"FSDP_VERSION": "2", "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer,Linear"},
+    "zero1": {"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"},
+    "zero2": {"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"},
+    "zero3": {"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"},
+}
+
+
+def shard_on_cpus():
+    """Let accelerate shard over gloo as it does over NCCL."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    PartialState._prepare_backend = lambda self, *args, **kwargs: (
+        "gloo",
+        DistributedType.MULTI_GPU,
+    )
+
+
+CASES = {
+    "trl": {},
+    "trl-lora": {"lora": True},
+    "trl-adapter-full": {"lora": True, "kl_estimator": "full", "reference": "adapter"},
+    "trl-adapter-k2": {"lora": True, "reference": "adapter"},
+    "trl-copy-full": {"kl_estimator": "full", "reference": "copy"},
+    "trl-named-full": {"kl_estimator": "full", "reference": "MODEL"},
+    "trl-checkpointing": {"gradient_checkpointing": True},
+    "trl-packed": {"packing": True, "max_length": 64},
+    "plain": {"plain": True},
+    "plain-lora": {"plain": True, "lora": True},
+    "plain-untied": {"plain": True, "untied": True},
+    "plain-adapter-full": {
+        "plain": True,
+        "lora": True,
+        "kl_estimator": "full",
+        "reference": "adapter",
+    },
+    "plain-adapter-k2": {"plain": True, "lora": True, "reference": "adapter"},
+    # Half of the micro-batches have no token with a KL weight, and not on the same ranks.
+    "plain-adapter-rare": {"plain": True, "lora": True, "reference": "adapter", "rare": True},
+    "trl-adapter-rare": {"lora": True, "reference": "adapter", "rare": True},
+    "trl-resumed": {"resume": True},
+    "plain-resumed": {"plain": True, "resume": True},
+}
+
+
+def arguments(kind, folder, ranks, changes):
+    options = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 1,
+        "per_device_eval_batch_size": 2,
+        "gradient_accumulation_steps": 4 // ranks,
+        "max_steps": 4,
+        "learning_rate": 2e-3,
+        "logging_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "report_to": "none",
+        "seed": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+        "lr_scheduler_type": "constant",
+        "ddp_backend": "gloo" if ranks > 1 else None,
+        **changes,
+    }
+    if kind.startswith("zero"):
+        options["deepspeed"] = {
+            "zero_optimization": {"stage": int(kind[4]), "stage3_param_persistence_threshold": 0},
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "gradient_clipping": "auto",
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        }
+    return options
+
+
+def model_folder(folder, untied):
+    from support.models import make_tokenizer, tiny_llama
+
+    path = Path(folder) / ("model-untied" if untied else "model")
+    if not path.exists():
+        tokenizer = make_tokenizer()
+        tiny_llama(len(tokenizer), tie_word_embeddings=not untied).save_pretrained(path)
+        tokenizer.save_pretrained(path)
+    return path
+
+
+def make_trainer(kind, folder, ranks, case, changes):
+    from peft import get_peft_model
+    from star_dss_trl import StarDSSConfig, StarDSSTrainer
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        DataCollatorForSeq2Seq,
+        Trainer,
+        TrainingArguments,
+    )
+
+    from star_dss_plugin import attach
+    from support.trl_runs import lora_config, prompt_completion
+
+    case = dict(case)
+    plain, lora, rare = (case.pop(name, False) for name in ("plain", "lora", "rare"))
+    source = model_folder(folder, case.pop("untied", False))
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    out = Path(folder) / f"{kind}-{changes.pop('name')}-{ranks}"
+    if case.get("reference") == "MODEL":
+        case["reference"] = str(source)
+    scoring = {name: case.pop(name) for name in ("kl_estimator", "reference") if name in case} | {
+        "guard": "test-words",
+        "chunk_size": 2,
+    }
+    scoring["score_cache_dir"] = str(Path(folder) / f"cache-{out.name}")
+    data = prompt_completion()
+    if rare:
+        data = data.map(lambda row, i: {"completion": safe_or_not(row, i)}, with_indices=True)
+    options = arguments(kind, out, ranks, case | changes)
+    if plain:  # whose evaluation divides by the tokens of all ranks, as its training does
+        options["per_device_eval_batch_size"] = 4 // ranks
+    if not plain:
+        return StarDSSTrainer(
+            str(source),
+            args=StarDSSConfig(**options, **scoring, model_init_kwargs={"device_map": None}),
+            train_dataset=data,
+            eval_dataset=data.select(range(4)),
+            processing_class=tokenizer,
+            peft_config=lora_config() if lora else None,
+        )
+    args = TrainingArguments(**options)
+    model = AutoModelForCausalLM.from_pretrained(source)
+    if lora:
+        model = get_peft_model(model, lora_config())
+        model.enable_input_require_grads()
+    rows = data.map(lambda row: tokens_of(row, tokenizer), remove_columns=data.column_names)
+    trainer = Trainer(
+        model,
+        args=args,
+        train_dataset=rows,
+        eval_dataset=rows.select(range(4)),
+        processing_class=tokenizer,
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+    )
+    return attach(trainer, **scoring)
+
+
+def safe_or_not(row, i):
+    """Return an answer without a bad word in three rows of four."""
+    return [{"role": "assistant", "content": "a bad word" if i % 4 == 1 else f"{i} is fine"}]
+
+
+def tokens_of(row, tokenizer):
+    prompt = tokenizer.apply_chat_template(
+        row["prompt"], add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    whole = tokenizer.apply_chat_template(
+        row["prompt"] + row["completion"], tokenize=True, return_dict=False
+    )
+    labels = [-100] * len(prompt) + whole[len(prompt) :]
+    return {"input_ids": whole, "labels": labels, "attention_mask": [1] * len(whole)}
+
+
+def train(kind, folder, ranks, name):
+    """Train one case; return the logged losses, gradient norms and evaluation losses."""
+    case = dict(CASES[name])
+    resume = case.pop("resume", False)
+    changes = {"name": name}
+    if resume and ranks > 1:
+        from support.trl_runs import Stop
+
+        stopped = make_trainer(
+            kind, folder, ranks, case, changes | {"save_strategy": "steps", "save_steps": 2}
+        )
+        stopped.add_callback(Stop())
+        stopped.train()
+        reset()
+        changes["save_strategy"] = "no"
+    trainer = make_trainer(kind, folder, ranks, case, changes)
+    trainer.train(resume_from_checkpoint=True if resume and ranks > 1 else None)
+    found = {
+        "logs": [
+            (line["step"], line["loss"], line["grad_norm"])
+            for line in trainer.state.log_history
+            if "grad_norm" in line
+        ],
+        "evaluations": [
+            (line["step"], line["eval_loss"])
+            for line in trainer.state.log_history
+            if "eval_loss" in line
+        ],
+        "kl": [line["star_dss/kl"] for line in trainer.state.log_history if "star_dss/kl" in line],
+        "shaped": trainer.star_dss_state.shaped,
+    }
+    if ranks > 1:
+        found["sharded"] = proof_of_sharding(kind, trainer)
+    if kind != "fsdp1":  # its save_model crashes on gloo, with and without this project
+        final = Path(folder) / f"{kind}-{name}-{ranks}-final"
+        trainer.save_model(str(final))
+    return found
+
+
+def proof_of_sharding(kind, trainer):
+    """Return the share of the trained parameters' elements that this rank holds."""
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
+
+    found = str(trainer.accelerator.distributed_type).rpartition(".")[2].lower()
+    expected = {"f": "fsdp", "z": "deepspeed", "d": "multi_gpu"}[kind[0]]
+    assert found == expected, (found, expected)
+    model = trainer.model_wrapped
+    if kind.startswith("fsdp2"):
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        shards = [p for p in model.parameters() if isinstance(p, DTensor)]
+        assert len(shards) == len(list(model.parameters()))
+        return sum(p.to_local().numel() for p in shards) / sum(p.numel() for p in shards)
+    if kind == "fsdp1":
+        handles = FullyShardedDataParallel.fsdp_modules(model)
+        flat = [m._handle.flat_param for m in handles if m._handle is not None]
+        return sum(p._local_shard.numel() for p in flat) / sum(
+            p._unpadded_unsharded_size.numel() for p in flat
+        )
+    if kind == "zero3":
+        shards = [p for p in model.parameters() if hasattr(p, "ds_shape")]
+        assert len(shards) == len(list(model.parameters()))
+        return sum(p.ds_tensor.numel() for p in shards) / sum(p.ds_numel for p in shards)
+    if kind.startswith("zero"):
+        (flat,) = model.optimizer.single_partition_of_fp32_groups
+        return flat.numel() / sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return 1.0
+
+
+def reset():
+    from accelerate.state import AcceleratorState, GradientState
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    AcceleratorState._reset_state()  # the process group stays
+    GradientState._reset_state()
+    unset_hf_deepspeed_config()
+
+
+def register_guard():
+    from star_dss_plugin.plugins import Origin, load_plugins
+    from support.guards import WordGuard, WordsPlugin
+
+    if WordGuard.name not in load_plugins().names("guard"):
+        load_plugins().register(WordsPlugin(), Origin("tests", "star-dss-tests", "0"))
+
+
+def main(kind, folder, *cases):
+    os.environ.update(KINDS[kind])
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import torch
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    if not kind.startswith("zero"):
+        shard_on_cpus()
+    register_guard()
+    results = {}
+    for name in cases:
+        try:
+            results[name] = train(kind, folder, 2, name)
+        except ValueError as error:  # also StarDSSError
+            traceback.print_exc()
+            results[name] = {"error": f"{type(error).__name__}: {error}"}
+        reset()
+    if os.environ["RANK"] == "0":
+        (Path(folder) / "results.json").write_text(json.dumps(results))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(BrokenPipeError):
+        main(*sys.argv[1:])
