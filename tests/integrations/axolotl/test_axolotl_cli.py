@@ -3,7 +3,7 @@
 import json
 import re
 
-from axolotl_commands import finished, site, start  # noqa: F401
+from axolotl_commands import finished
 from axolotl_runs import LORA, chat, configuration, multi_turn, write_config
 
 
