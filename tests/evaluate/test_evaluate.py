@@ -6,6 +6,7 @@ import html
 import itertools
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -331,9 +332,12 @@ def test_models_named_twice_or_not_at_all(model_dirs, tmp_path):
         compared([], tmp_path)
 
 
-def test_folders_of_one_name_are_called_by_their_paths():
-    assert comparison._names(["a/x", "b/x"]) == ["a/x", "b/x"]
-    assert comparison._names(["a/x", "b/y"]) == ["x", "y"]
+def test_folders_of_one_name_are_called_by_their_paths(model_dirs, tmp_path):
+    same = [str(tmp_path / side / "x") for side in ("a", "b")]
+    for source, folder in zip(model_dirs, same, strict=True):
+        shutil.copytree(source, folder)
+    assert [m.name for m in compared(same, tmp_path).models] == same
+    assert [m.name for m in compared(model_dirs, tmp_path / "other").models] == ["first", "second"]
 
 
 def test_vllm_takes_whole_models_and_says_what_is_missing(model_dirs, tmp_path):

@@ -13,7 +13,6 @@ from typer.main import get_command
 
 from star_dss_plugin import ConfigError
 from star_dss_plugin.cli import app as cli
-from star_dss_plugin.cli import landscape as landscape_command
 from star_dss_plugin.evaluate.landscape import (
     grid,
     random_lines,
@@ -80,17 +79,15 @@ def test_the_command_measures_draws_and_goes_on(monkeypatch, capsys, asked, mode
 def test_the_answers_are_those_of_the_moved_model(monkeypatch, asked, model_dir, tmp_path):
     """What the command measures at a place is what a model saved with those weights answers."""
     out = tmp_path / "out"
-    seen = {}
+    seen = []
+    scores = WordGuard.score
 
-    def judge(name, threshold, device):
-        def verdicts(prompts, answers):
-            seen[len(seen)] = answers
-            return [True, False]
+    def score(self, conversations):
+        seen.append([conversation[-1]["content"] for conversation in conversations])
+        return scores(self, conversations)
 
-        return landscape_command._Judged(verdicts, name, name)
-
-    monkeypatch.setattr(landscape_command, "_judge", judge)
-    common = ("--prompts", asked, *SMALL, "--no-figure")
+    monkeypatch.setattr(WordGuard, "score", score)
+    common = ("--prompts", asked, "--judge", JUDGE, *SMALL, "--no-figure")
     assert run(monkeypatch, model_dir, *common, "-o", out, "--directions", 1) == 0
     model, tokenizer = load_whole_model(str(model_dir))
     weights = MovedWeights(model)

@@ -21,16 +21,17 @@ PROMPTS = ["is this bad?", "how are you?", "who is lazy?"]
 SHARE, START = "star_dss/probe_safe_share", "star_dss/probe_safe_share_start"
 
 
-class Sequence:
-    """Stands in for the judgement: the number of safe answers at each probe."""
+class Sequence(WordGuard):
+    """Finds the answers safe that it is told to: so many of them at each probe."""
 
-    def __init__(self, monkeypatch, *safe):
+    def __init__(self, *safe):
+        super().__init__()
         self.left, self.answers = list(safe), []
-        monkeypatch.setattr(SafetyProbe, "_judge", self.judge)
 
-    def judge(self, prompts, answers):
-        self.answers.append(answers)
-        return self.left.pop(0)
+    def score(self, conversations):
+        self.answers.append([conversation[-1]["content"] for conversation in conversations])
+        safe = self.left.pop(0)
+        return [float(i < safe) for i in range(len(conversations))]
 
 
 class RandomGuard(WordGuard):
@@ -102,9 +103,9 @@ def test_answers_depend_neither_on_the_batch_nor_on_dropout(tmp_path, tokenizer)
     assert together == alone
 
 
-def test_it_logs_with_the_trainers_own_line(tmp_path, tokenizer, monkeypatch):
-    Sequence(monkeypatch, 3, 2, 1)
-    trainer = probed(tmp_path, tokenizer, {"max_steps": 4}, every=2, margin=1.0)
+def test_it_logs_with_the_trainers_own_line(tmp_path, tokenizer):
+    judge = Sequence(3, 2, 1)
+    trainer = probed(tmp_path, tokenizer, {"max_steps": 4}, every=2, margin=1.0, judge=judge)
     trainer.train()
     assert logged(trainer, START) == [1.0]
     lines = [line for line in trainer.state.log_history if SHARE in line]
@@ -115,56 +116,59 @@ def test_it_logs_with_the_trainers_own_line(tmp_path, tokenizer, monkeypatch):
     assert all("loss" in line and "mean_token_accuracy" in line for line in lines)
 
 
-def test_a_fall_beyond_the_margin_warns(tmp_path, tokenizer, monkeypatch, caplog):
-    Sequence(monkeypatch, 3, 2, 1, 3)
+def test_a_fall_beyond_the_margin_warns(tmp_path, tokenizer, caplog):
+    judge = Sequence(3, 2, 1, 3)
     with caplog.at_level(logging.WARNING):
-        probed(tmp_path, tokenizer, margin=0.5).train()
+        probed(tmp_path, tokenizer, margin=0.5, judge=judge).train()
     warnings = [r.getMessage() for r in caplog.records if "Safety probe" in r.getMessage()]
     assert len(warnings) == 1
     assert "step 2: 33 % of 3 answers are safe; before training it was 100 %" in warnings[0]
 
 
-def test_or_stops(tmp_path, tokenizer, monkeypatch):
-    Sequence(monkeypatch, 3, 0)
+def test_or_stops(tmp_path, tokenizer):
+    judge = Sequence(3, 0)
     trainer = probed(
-        tmp_path, tokenizer, {"max_steps": 9, "logging_steps": 5}, every=2, on_fall="stop"
+        tmp_path,
+        tokenizer,
+        {"max_steps": 9, "logging_steps": 5},
+        every=2,
+        on_fall="stop",
+        judge=judge,
     )
     trainer.train()
     assert trainer.state.global_step == 2
     assert logged(trainer, SHARE) == [0.0]
 
 
-def test_a_resumed_run_compares_with_the_first_start(tmp_path, tokenizer, monkeypatch):
+def test_a_resumed_run_compares_with_the_first_start(tmp_path, tokenizer):
     config = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-    Sequence(monkeypatch, 3, 3, 3)
-    stopped = probed(tmp_path, tokenizer, config)
+    judge = Sequence(3, 3, 3)
+    stopped = probed(tmp_path, tokenizer, config, judge=judge)
     stopped.add_callback(Stop())
     stopped.train()
-    judged = Sequence(monkeypatch, 0, 0)
-    resumed = probed(tmp_path, tokenizer, config)
+    judged = Sequence(0, 0)
+    resumed = probed(tmp_path, tokenizer, config, judge=judged)
     resumed.train(resume_from_checkpoint=True)
     assert judged.left == []
     assert logged(resumed, START) == [1.0]
 
 
-def test_the_start_is_in_a_checkpoint_from_before_the_first_log_line(
-    tmp_path, tokenizer, monkeypatch
-):
-    Sequence(monkeypatch, 3, 0, 0)
+def test_the_start_is_in_a_checkpoint_from_before_the_first_log_line(tmp_path, tokenizer):
+    judge = Sequence(3, 0, 0)
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "logging_steps": 100}
-    first = probed(tmp_path, tokenizer, settings, every=3)
+    first = probed(tmp_path, tokenizer, settings, every=3, judge=judge)
     first.add_callback(Stop())
     first.train()
-    second = probed(tmp_path, tokenizer, settings, every=3, on_fall="stop", margin=0.0)
+    second = probed(tmp_path, tokenizer, settings, every=3, on_fall="stop", margin=0.0, judge=judge)
     second.train(resume_from_checkpoint=True)
     assert second.state.global_step == 3  # the first probe after it
 
 
-def test_the_models_own_generation_settings_are_not_used(tmp_path, tokenizer, monkeypatch):
+def test_the_models_own_generation_settings_are_not_used(tmp_path, tokenizer):
     found = []
     for settings in ({}, {"num_beams": 3, "num_return_sequences": 3, "repetition_penalty": 5.0}):
-        judged = Sequence(monkeypatch, *[1] * 9)
-        trainer = probed(tmp_path / str(len(settings)), tokenizer)
+        judged = Sequence(*[1] * 9)
+        trainer = probed(tmp_path / str(len(settings)), tokenizer, judge=judged)
         trainer.model.generation_config.update(**settings)
         own = trainer.model.generation_config
         trainer.train()
@@ -174,10 +178,10 @@ def test_the_models_own_generation_settings_are_not_used(tmp_path, tokenizer, mo
     assert sum(map(len, found[0][0])) > 0
 
 
-def test_a_fall_by_just_the_margin_is_allowed(tmp_path, tokenizer, monkeypatch, caplog):
-    Sequence(monkeypatch, 4, 3, 3)
+def test_a_fall_by_just_the_margin_is_allowed(tmp_path, tokenizer, caplog):
+    judge = Sequence(4, 3, 3)
     options = {"prompts": ["x"] * 5, "margin": 0.2, "on_fall": "stop"}
-    trainer = probed(tmp_path, tokenizer, {"max_steps": 2}, **options)
+    trainer = probed(tmp_path, tokenizer, {"max_steps": 2}, **options, judge=judge)
     trainer.train()
     assert trainer.state.global_step == 2  # 0.8 - 0.2 > 0.6 in floating point
 

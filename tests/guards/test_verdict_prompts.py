@@ -1,6 +1,7 @@
 """Verdict guards: the exact prompt, under every template and text."""
 
 import datetime as dt
+import json
 import shutil
 
 import pytest
@@ -222,12 +223,19 @@ def test_a_guard_needs_a_template(model_dir, tmp_path):
         load_guard(describe(folder, chat_template=None))
 
 
-def test_what_is_read_of_a_conversation_does_not_depend_on_the_prefixes_asked(tiny, monkeypatch):
+def test_what_is_read_of_a_conversation_does_not_depend_on_the_prefixes_asked(
+    tiny, model_dir, tmp_path
+):
     context, text = talk("a word of a question " * 20), "a word of an answer " * 10
     whole = prompts(tiny, context, text, [len(text)])[0]
-    monkeypatch.setattr(tiny._prompts, "_max_length", len(whole) - 20)
+    config = json.loads((model_dir / "config.json").read_text())
+    folder = shutil.copytree(model_dir, tmp_path / "narrow")
+    narrow = config | {"max_position_embeddings": len(whole) - 20}
+    (folder / "config.json").write_text(json.dumps(narrow))
+    guard = load_guard(describe(folder))
     short, long = (
-        tiny._prompts.context(PrefixRequest(tuple(context), text, (end,))) for end in (5, len(text))
+        guard._prompts.context(PrefixRequest(tuple(context), text, (end,)))
+        for end in (5, len(text))
     )
     assert short == long
     assert 0 < len(long[0]["content"]) < len(context[0]["content"])

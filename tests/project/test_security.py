@@ -118,19 +118,22 @@ def test_remote_code_is_never_the_default():
     assert not any("trust_remote_code" in preset.options for preset in PRESETS.values())
 
 
+FULL = {"estimator": "full", "needed": True, "projects": False}
+
+
 def test_a_pickled_reference_is_refused(tokenizer, tmp_path):
     """A model whose weights are in a .bin file is not read, whatever is in it."""
     from support.models import tiny_llama
 
     from star_dss_plugin import ConfigError
-    from star_dss_plugin.training.reference import _load_named
+    from star_dss_plugin.training.reference import choose_reference
 
     model = tiny_llama(len(tokenizer))
     model.config.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04not read")
     with pytest.raises(ConfigError, match=r"cannot be loaded: .*safetensors"):
-        _load_named(str(tmp_path), model, tokenizer)
+        choose_reference(str(tmp_path), model, tokenizer, **FULL)
 
 
 def test_a_reference_that_is_not_whole_is_refused(tokenizer, tmp_path):
@@ -139,7 +142,7 @@ def test_a_reference_that_is_not_whole_is_refused(tokenizer, tmp_path):
     from support.models import tiny_llama
 
     from star_dss_plugin import ConfigError
-    from star_dss_plugin.training.reference import _load_named
+    from star_dss_plugin.training.reference import choose_reference
 
     model = tiny_llama(len(tokenizer))
     model.save_pretrained(tmp_path)
@@ -148,10 +151,10 @@ def test_a_reference_that_is_not_whole_is_refused(tokenizer, tmp_path):
     kept = {name: weight for name, weight in weights.items() if "up_proj" not in name}
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=r"cannot be loaded: .*lack the weights.*up_proj"):
-        _load_named(str(tmp_path), model, tokenizer)
+        choose_reference(str(tmp_path), model, tokenizer, **FULL)
     (tmp_path / "model.safetensors").write_bytes(b"half a file")
     with pytest.raises(ConfigError, match="cannot be loaded"):
-        _load_named(str(tmp_path), model, tokenizer)
+        choose_reference(str(tmp_path), model, tokenizer, **FULL)
 
 
 def test_an_adapter_of_a_base_that_is_not_whole_is_no_reference(tokenizer, tmp_path):
@@ -161,7 +164,7 @@ def test_an_adapter_of_a_base_that_is_not_whole_is_no_reference(tokenizer, tmp_p
     from support.models import tiny_llama
 
     from star_dss_plugin import ConfigError
-    from star_dss_plugin.training.reference import _load_named
+    from star_dss_plugin.training.reference import choose_reference
 
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     model = tiny_llama(len(tokenizer))
@@ -171,12 +174,12 @@ def test_an_adapter_of_a_base_that_is_not_whole_is_no_reference(tokenizer, tmp_p
     wrapped.peft_config["default"].base_model_name_or_path = str(base)
     wrapped.save_pretrained(adapter)
     tokenizer.save_pretrained(adapter)
-    _load_named(str(adapter), model, tokenizer)
+    choose_reference(str(adapter), model, tokenizer, **FULL)
     weights = load_file(base / "model.safetensors")
     kept = {name: weight for name, weight in weights.items() if "up_proj" not in name}
     save_file(kept, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=r"cannot be loaded: .*lack the weights.*up_proj"):
-        _load_named(str(adapter), model, tokenizer)
+        choose_reference(str(adapter), model, tokenizer, **FULL)
 
 
 def test_a_row_cannot_bring_a_template(tokenizer):

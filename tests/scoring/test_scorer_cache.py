@@ -11,6 +11,7 @@ import pytest
 from datasets import Dataset, load_from_disk
 from support.guards import WordGuard
 from support.scoring import SIMPLE, BatchGuard, HashGuard, chat, conversations, scored
+from transformers import AutoModelForCausalLM
 
 from star_dss_plugin import (
     CacheError,
@@ -21,7 +22,6 @@ from star_dss_plugin import (
 from star_dss_plugin.data import cache
 from star_dss_plugin.data.cache import ScoreCache
 from star_dss_plugin.data.requests import Trajectory
-from star_dss_plugin.guards.verdict import VerdictGuard
 
 PROCESSES = multiprocessing.get_context("forkserver")
 
@@ -67,7 +67,9 @@ def test_a_cached_run_loads_no_weights(tokenizer, model_dir, monkeypatch):
         "device": "cpu",
     }
     first = scored(Dataset.from_list([SIMPLE]), tokenizer, options)
-    monkeypatch.setattr(VerdictGuard, "_load", lambda self: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded")
+    )
     second = scored(Dataset.from_list([SIMPLE]), tokenizer, options)
     assert first["star_scores"][:] == second["star_scores"][:]
 
