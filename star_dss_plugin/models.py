@@ -89,10 +89,10 @@ _RAM_EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 @contextlib.contextmanager
 def _whole() -> Iterator[None]:
-    """Let transformers read a model whole on every rank, whatever shards the trained one.
+    """Let transformers load a complete model on every rank, even if the trained one is sharded.
 
-    It would partition it for ZeRO-3, or give all ranks but the first no values for FSDP, and a
-    guard or a reference is in no engine that would put it together again.
+    Otherwise it would partition the model for ZeRO-3, or load values on the first rank only for
+    FSDP. Guards and references belong to no engine that would gather them.
     """
     weak = hf_deepspeed._hf_deepspeed_config_weak_ref
     config = None if weak is None else weak()
