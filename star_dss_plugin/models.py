@@ -89,10 +89,10 @@ _RAM_EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 @contextlib.contextmanager
 def _whole() -> Iterator[None]:
-    """Let transformers read a model whole on every rank, whatever shards the trained one.
+    """Let transformers load a complete model on every rank, even if the trained one is sharded.
 
-    It would partition it for ZeRO-3, or give all ranks but the first no values for FSDP, and a
-    guard or a reference is in no engine that would put it together again.
+    Otherwise it would partition the model for ZeRO-3, or load values on the first rank only for
+    FSDP. Guards and references belong to no engine that would gather them.
     """
     weak = hf_deepspeed._hf_deepspeed_config_weak_ref
     config = None if weak is None else weak()
@@ -161,12 +161,12 @@ def is_peft(model: nn.Module) -> bool:
 
 
 def is_partitioned(model: nn.Module) -> bool:
-    """Whether DeepSpeed ZeRO-3 has left each rank a part of every parameter."""
+    """Return whether DeepSpeed ZeRO-3 holds only a part of every parameter on each rank."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def _gathered(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """A context in which a parameter that ZeRO-3 has partitioned is whole, on every rank."""
+    """Gather a parameter that ZeRO-3 has partitioned; complete on every rank in the context."""
     if not hasattr(tensor, "ds_id"):
         return contextlib.nullcontext()
     import deepspeed
@@ -179,8 +179,8 @@ def model_fingerprint(model: nn.Module) -> str:
     """Return a hash that identifies a model's weights, computed mostly on the device.
 
     It covers the configuration, the active adapters and their scaling, and the name, shape, dtype,
-    sum and 64 evenly spaced values of every parameter and buffer. It is the same if ZeRO-3 has
-    partitioned them: one is gathered at a time, and all ranks must call it then.
+    sum and 64 evenly spaced values of every parameter and buffer. ZeRO-3 partitioning
+    does not change it: one parameter is gathered at a time, so all ranks must call it.
     """
     digest = hashlib.sha256()
     settings = settings_of(getattr(model, "config", None))

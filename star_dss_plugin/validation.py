@@ -70,9 +70,9 @@ def nearest(name: str, known: Iterable[str], *, most: int = 3) -> list[str]:
     """Return the known names that a misspelt one may have meant, the most similar first.
 
     Args:
-        name: What was given.
-        known: All names that would have worked.
-        most: How many are returned at most, at least 1.
+        name: The given name.
+        known: All valid names.
+        most: Largest number of returned names, >= 1.
     """
     return difflib.get_close_matches(name, list(known), n=most, cutoff=0.5)
 
@@ -82,13 +82,13 @@ def require(module: str, extra: str, what: str, *, otherwise: str = "", load: bo
 
     Args:
         module: Name of the module that is needed.
-        extra: Which extra of star-dss-plugin brings it.
-        what: What needs it: the subject of the message.
-        otherwise: What can be done without it, as a sentence.
-        load: Import it too, which says whether it works here; some take many seconds.
+        extra: Extra of star-dss-plugin that installs it.
+        what: Feature that needs it, the subject of the message.
+        otherwise: A sentence on what works without it.
+        load: Whether to import it too, which shows that it works; this may take many seconds.
 
     Raises:
-        ConfigError: It is not installed, or cannot be imported.
+        ConfigError: The module is not installed, or cannot be imported.
     """
     try:
         if load:
@@ -116,8 +116,8 @@ def json_mapping(name: str, value: Any) -> Any:
     """Parse an option that is a mapping and may be given as JSON; other values stay as they are.
 
     Raises:
-        ConfigError: It is a string that is not JSON. The message does not show it, for somebody
-            may have put a key into it.
+        ConfigError: The value is a string that is not JSON. The message does not show it, because
+            it may contain a key.
     """
     if not isinstance(value, str):
         return value

@@ -162,7 +162,7 @@ def tokenizer_of(dataset: Dataset, name: str | None) -> PreTrainedTokenizerBase:
         if name is not None:
             raise
         raise ConfigError(
-            f"{error} (The data set names this tokenizer. If the model has moved, give its place "
+            f"{error} (The data set names this tokenizer. If the model has moved, say where "
             "with --tokenizer.)"
         ) from error
 
