@@ -10,13 +10,19 @@ PYTEST_FLAGS ?= -q
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-axolotl test-axolotl-newest test-vllm lint docs clean
+.PHONY: demo test test-core test-axolotl test-axolotl-newest test-vllm lint docs clean
 
 demo: $(VENV)/.ready
 	$(VENV)/bin/star-dss demo
 
 test: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_FLAGS)
+
+# The core without trainers, shards and figures: minutes, for the time between two commits.
+CORE = $(wildcard tests/test_*.py) tests/data tests/guards tests/cli/test_cli.py tests/project/test_imports.py \
+	tests/project/test_architecture.py tests/project/test_plugins.py tests/project/test_workflows.py
+test-core: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_FLAGS) $(CORE)
 
 # In two processes: Axolotl patches transformers and torch wherever it is imported. Ray, lm-eval, the
 # browser and the benchmarks are the same whatever TRL is installed, and take minutes: `make test` has them.

@@ -1,7 +1,6 @@
 """The documentation names what exists: options and defaults, metrics, presets, hooks, errors."""
 
 import ast
-import inspect
 import re
 import types
 from dataclasses import fields
