@@ -90,6 +90,12 @@ def _conflicts(cfg: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
             "the reference that was chosen",
             "Set star_dss.reference: copy, or relora: false",
         )
+    if cfg.get("balance_labels") and not cfg.get("sample_packing"):
+        yield (
+            f"balance_labels: {_shown(cfg['balance_labels'])}",
+            "without packs it takes no collator but Axolotl's own, which would not carry scores",
+            "Set sample_packing: true, or balance_labels: false",
+        )
     for plugin in cfg.get("plugins") or ():
         package = str(plugin).removeprefix("axolotl.integrations.").split(".")[0]
         if package in _PLUGINS:

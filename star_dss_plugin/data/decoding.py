@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -99,6 +99,9 @@ def _cuts_replacement(
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids of the tokenizer's control tokens."""
+    """Return the ids of the tokenizer's control tokens."""
+    named = frozenset(tokenizer.all_special_ids)
     added = tokenizer.added_tokens_decoder
-    return frozenset(tokenizer.all_special_ids) | {i for i, t in added.items() if t.special}
+    if not isinstance(added, Mapping):  # mistral-common has a method that is not implemented:
+        return named  # all of its control tokens have names
+    return named | {i for i, token in added.items() if token.special}

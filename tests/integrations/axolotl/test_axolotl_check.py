@@ -63,7 +63,7 @@ def block(**changes):
             "/no/such/guard",
         ),
         (block(guard=None), "No guard was given"),
-        (setting(train_on_inputs=True), "STAR-DSS cannot be used with train_on_inputs"),
+        (setting(use_eaft=True), "STAR-DSS cannot be used with use_eaft"),
         (setting(micro_batch_size="many"), "Axolotl refuses it"),
         (setting(base_model="/no/such/model"), "Axolotl refuses it"),
     ],
@@ -84,7 +84,7 @@ def test_without_data(tmp_path, model_dir):
 
 
 def test_every_problem_is_listed_at_once(tmp_path, model_dir):
-    config = configuration(tmp_path, model_dir, plugins=None, relora=True)
+    config = configuration(tmp_path, model_dir, plugins=None, use_eaft=True)
     config["star_dss"] = {"chunk_sise": 1}
     found = check_config(write_config(tmp_path, config), data=False)
     assert len(found.problems) == 3

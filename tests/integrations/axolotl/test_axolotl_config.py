@@ -84,25 +84,28 @@ REFUSED = [
     {"use_eaft": True},
     {"orpo_alpha": 0.1},
     {"trainer_cls": "transformers.Trainer"},
-    {"relora": True},
+    {"relora": True, "star_dss": {"guard": "test-words", "reference": "adapter"}},
+    {"relora": True, "star_dss": {"guard": "test-words", "kl_estimator": "full"}},
     {"batch_flattening": True},
     {"batch_flattening": "auto"},
     {"streaming": True},
     {"pretraining_dataset": "text"},
     {"skip_prepare_dataset": True},
-    {"train_on_inputs": True},
+    {"use_dft": True},
+    {"diffusion_lm": {"num_steps": 4}},
+    {"balance_labels": True},
+    {"liger_use_token_scaling": True},
     {"use_pose": True},
     {"processor_type": "AutoProcessor"},
     {"fsdp_config": {"reshard_after_forward": True}},
     {"deepspeed": "zero3.json"},
-    {"liger_fused_linear_cross_entropy": True},
-    {"cut_cross_entropy": True},
     {"context_parallel_size": 2},
     {"tensor_parallel_size": 2},
+    {"expert_parallel_size": 2},
     {"plugins": [PLUGIN, "axolotl.integrations.kd.KDPlugin"]},
     {"plugins": [PLUGIN, "axolotl.integrations.diffusion.DiffusionPlugin"]},
     {"plugins": [PLUGIN, "axolotl.integrations.hatchery.HatcheryPlugin"]},
-    {"plugins": [PLUGIN, "axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"]},
+    {"plugins": [PLUGIN, "axolotl.integrations.mixlora.MixLoraPlugin"]},
     {"datasets": [{"path": "x", "type": "chat_template", "roles_to_train": ["user"]}]},
     {"datasets": [{"path": "x", "type": "chat_template", "roles_to_train": "user"}]},
     {"test_datasets": [{"path": "x", "type": "chat_template", "roles_to_train": ["tool"]}]},
@@ -127,8 +130,8 @@ def test_a_conflict_stops_the_configuration(tmp_path, model_dir, change):
 
 
 def test_the_conflicts_are_all_listed_at_once(tmp_path, model_dir):
-    config = configuration(tmp_path, model_dir, relora=True, train_on_inputs=True)
-    with pytest.raises(ConfigError, match="(?s)relora: True.*train_on_inputs: True"):
+    config = configuration(tmp_path, model_dir, use_eaft=True, streaming=True)
+    with pytest.raises(ConfigError, match="(?s)use_eaft: True.*streaming: True"):
         loaded(tmp_path, config)
 
 
@@ -160,6 +163,11 @@ def test_packing_whose_attention_mixes_rows_is_refused(tmp_path, model_dir, monk
 def test_the_plugin_without_its_block_stops(tmp_path, model_dir, name):
     with pytest.raises(ConfigError, match="no star_dss block"):
         loaded(tmp_path, configuration(tmp_path, model_dir, star_dss=None, plugins=[name]))
+
+
+def test_axolotl_0_21_names_plugins_with_a_colon_too():
+    with pytest.raises(ConfigError, match="no star_dss block"):
+        StarDSSPlugin().register({"plugins": ["star_dss_axolotl:StarDSSPlugin"]})
 
 
 def test_an_import_error_inside_the_plugin_stops(tmp_path, model_dir, monkeypatch):
@@ -232,6 +240,14 @@ def test_another_plugin_that_wins_stops_the_run(tmp_path, model_dir, monkeypatch
     assert steps == []
 
 
+def test_a_trainer_of_another_plugin_is_not_replaced(tmp_path, model_dir, monkeypatch):
+    """Listed first, this plugin would win, and the other's loss would be lost."""
+    monkeypatch.setattr("axolotl_runs.Other", OtherTrainer, raising=False)
+    config = configuration(tmp_path, model_dir, plugins=[PLUGIN, "axolotl_runs.Other"])
+    with pytest.raises(ConfigError, match="brings a trainer of its own .AxolotlTrainer"):
+        trainer_of(tmp_path, config)
+
+
 def test_a_run_without_a_guard_stops(tmp_path, model_dir):
     with pytest.raises(ConfigError, match="No guard was given"):
         data_of(loaded(tmp_path, configuration(tmp_path, model_dir, star_dss={"chunk_size": 5})))
@@ -257,7 +273,7 @@ def test_a_configuration_without_the_plugin_is_left_alone(tmp_path, model_dir):
     """In a process that has used the plugin before."""
     loaded(tmp_path, configuration(tmp_path, model_dir))
     manager = PluginManager.get_instance()
-    (plugin,) = manager.plugins.values()
+    plugin = manager.plugins[PLUGIN]  # Axolotl 0.21 adds plugins of its own
     plain = {"plugins": ["axolotl.integrations.liger.LigerPlugin"]}
     plugin.register(plain)
     assert plugin.load_datasets(plain) is None
