@@ -92,7 +92,7 @@ def _conflicts(cfg: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         )
     if cfg.get("balance_labels") and not cfg.get("sample_packing"):
         yield (
-            f"balance_labels: {_shown(cfg['balance_labels'])}",
+            f"balance_labels: {shortened(cfg['balance_labels'])}",
             "without packs it takes no collator but Axolotl's own, which would not carry scores",
             "Set sample_packing: true, or balance_labels: false",
         )

@@ -7,13 +7,12 @@ import pytest
 from datasets import Dataset
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from support.conversations import CONVERSATIONS, GENERATION, chat
+from support.conversations import CONVERSATIONS, GENERATION, chat, spoken
 from support.models import tiny_llama
 from tokenizers import processors
 from transformers import AutoTokenizer
 
 from star_dss_plugin.data.chat import ChatTokenizer
-from star_dss_plugin.data.responses import runs
 from star_dss_plugin.data.tokenization import assistant_labels, needs_assistant_labels, tokenize_row
 
 TRIMMED = GENERATION.replace("m.content", "m.content|trim")
@@ -25,11 +24,6 @@ def generating(tokenizer):
     found = copy.deepcopy(tokenizer)
     found.chat_template = GENERATION
     return found
-
-
-def spoken(row, tokenizer):
-    """The trained text, run by run."""
-    return [tokenizer.decode(row["input_ids"][a:b]) for a, b in runs(row["labels"])]
 
 
 def said(messages, end="<|im_end|>"):

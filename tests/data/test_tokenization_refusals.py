@@ -4,7 +4,7 @@ import copy
 from contextlib import contextmanager
 
 import pytest
-from support.conversations import CONVERSATIONS, GENERATION, chat
+from support.conversations import CONVERSATIONS, GENERATION, chat, spoken
 
 from star_dss_plugin import DataError
 from star_dss_plugin.data.chat import ChatTokenizer
@@ -70,29 +70,25 @@ THINKING_TEMPLATE = (
 
 
 @pytest.mark.parametrize("content", [None, "", "one moment"])
-def test_tool_calls_are_refused_not_left_untrained(tokenizer, content):
+def test_tool_calls_are_trained_and_read(tokenizer, content):
     messages = chat("u:hi", "a:x", "t:42", "a:it is 42")
     messages[1] = {"role": "assistant", "content": content, "tool_calls": [TOOL_CALL]}
     row = {"messages": messages}
-    ids = tokenizer(
-        tokenizer.apply_chat_template(messages, chat_template=TOOLS_TEMPLATE, tokenize=False)
-    )["input_ids"]
-    with refuses("does not render the assistant's turns as plain text"):
-        tokenize_row(row, ChatTokenizer(tokenizer, TOOLS_TEMPLATE))
-    with refuses("does not render the assistant's turns as plain text"):
-        assistant_labels(row | {"input_ids": ids}, ChatTokenizer(tokenizer, TOOLS_TEMPLATE))
+    calling = ChatTokenizer(tokenizer, TOOLS_TEMPLATE)
+    made = tokenize_row(row, calling)
+    said = f"{content or ''}<tool_call>sum</tool_call><|im_end|>"
+    assert spoken(made, tokenizer) == [said, "it is 42<|im_end|>"]
+    assert assistant_labels(row | made, calling) == made["labels"]
 
 
-def test_a_reasoning_is_refused_not_left_untrained(tokenizer):
+def test_a_reasoning_is_trained(tokenizer):
     messages = chat("u:hi", "a:ok")
     messages[1]["reasoning_content"] = "hm"
-    with refuses("does not render the assistant's turns as plain text"):
-        tokenize_row({"messages": messages}, ChatTokenizer(tokenizer, THINKING_TEMPLATE))
+    made = tokenize_row({"messages": messages}, ChatTokenizer(tokenizer, THINKING_TEMPLATE))
+    assert spoken(made, tokenizer) == ["<think>hm</think>ok<|im_end|>"]
 
 
-@pytest.mark.parametrize(
-    "content", ["m.content|upper", "m.content|tojson", "m.content.split('</think>')[-1]"]
-)
+@pytest.mark.parametrize("content", ["m.content|upper", "m.content|tojson"])
 def test_rewritten_answers_are_refused(tokenizer, content):
     template = GENERATION.replace("m.content", content)
     with refuses("does not render the assistant's turns as plain text"):
@@ -101,11 +97,18 @@ def test_rewritten_answers_are_refused(tokenizer, content):
         )
 
 
+def test_what_the_template_leaves_out_is_not_trained(tokenizer):
+    template = GENERATION.replace("m.content", "m.content.split('</think>')[-1]")
+    row = {"messages": chat("u:hi", 'a:hm</think>"ok"')}
+    made = tokenize_row(row, ChatTokenizer(tokenizer, template))
+    assert spoken(made, tokenizer) == ['"ok"<|im_end|>']
+
+
 def test_answers_that_the_template_drops_are_refused(tokenizer):
-    template = GENERATION.replace("in messages", "in messages[-2:]")
+    template = TOOLS_TEMPLATE.replace("in messages", "in messages[-2:]")
     with refuses("does not render the assistant's turns as plain text"):
         tokenize_row(
-            {"messages": chat("u:hi", "a:", "u:hi", "a:ok")}, ChatTokenizer(tokenizer, template)
+            {"messages": chat("u:hi", "a:no", "u:hi", "a:ok")}, ChatTokenizer(tokenizer, template)
         )
 
 

@@ -1,5 +1,7 @@
 """Conversations, and the template that marks what an assistant says."""
 
+from star_dss_plugin.data.responses import runs
+
 # As TRL wants them for assistant_only_loss: what the assistant says, its end of turn included.
 GENERATION = (
     "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' }}"
@@ -8,6 +10,11 @@ GENERATION = (
     "{%- else %}{{- m.content + '<|im_end|>\n' }}{%- endif %}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
 )
+
+
+def spoken(row, tokenizer):
+    """The trained text, run by run."""
+    return [tokenizer.decode(row["input_ids"][a:b]) for a, b in runs(row["labels"])]
 
 
 def chat(*turns):
