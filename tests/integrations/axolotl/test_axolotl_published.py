@@ -6,8 +6,7 @@ What differs from the published file is the model, the data, and what a CPU need
 import json
 
 import pytest
-from axolotl_commands import finished, site, start  # noqa: F401
-from axolotl_runs import ANSWERS, PLUGIN, PROMPTS, multi_turn, write_config, write_rows
+from axolotl_runs import ANSWERS, PLUGIN, PROMPTS, finished, multi_turn, write_config, write_rows
 from support.models import tiny_llama
 from support.paths import SHARED
 
@@ -98,7 +97,7 @@ def tokenized(folder, dataset, tokenizer):
         ("orpheus/finetune.yml", "liger_fused_linear_cross_entropy switched off"),
     ],
 )
-def test_a_published_configuration_trains(start, tmp_path, small, tokenizer, name, said):  # noqa: F811
+def test_a_published_configuration_trains(start, tmp_path, small, tokenizer, name, said):
     """Packed; with cut cross-entropy and QLoRA, the same in full, and with Liger."""
     config = published(name)
     assert config["sample_packing"]

@@ -46,9 +46,3 @@ def start(site, tmp_path_factory):
         )
 
     return start
-
-
-def finished(process):
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, out[-6000:]
-    return out
