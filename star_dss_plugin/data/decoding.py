@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -101,7 +102,7 @@ def _cuts_replacement(
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Return the ids of the tokenizer's control tokens."""
     named = frozenset(tokenizer.all_special_ids)
-    added = tokenizer.added_tokens_decoder
+    added: Any = tokenizer.added_tokens_decoder
     if not isinstance(added, Mapping):  # mistral-common has a method that is not implemented:
         return named  # all of its control tokens have names
     return named | {i for i, token in added.items() if token.special}
