@@ -1,8 +1,8 @@
 """The environments in which the package has to work: `nox -s NAME`, or `nox -l` for the list.
 
 Each session makes its environment and runs the tests in it; arguments after `--` go to pytest.
-`.ci/run` runs `wheel`; `make test` and `make test-axolotl` are `newest` and `axolotl`, in
-environments that stay.
+`.ci/run` runs `wheel` and `lowest`; `make test`, `make test-axolotl` and `make test-axolotl-newest`
+are `newest`, `axolotl` and `axolotl-newest`, in environments that stay.
 """
 
 from __future__ import annotations
@@ -77,6 +77,20 @@ def axolotl(session: nox.Session) -> None:
     else:
         pytest(session, "--ignore", "tests/integrations/axolotl")
         pytest(session, "tests/integrations/axolotl")
+
+
+@nox.session(name="axolotl-newest", python="3.12")
+def newest_axolotl(session: nox.Session) -> None:
+    """Run what imports Axolotl with the newest one, which needs Python 3.12."""
+    install(session, "axolotl-0.21", "-e", ".[axolotl]", "hypothesis", "pytest")
+    pytest(session, *(session.posargs or ["tests/integrations/axolotl"]))
+
+
+@nox.session(name="next")
+def ahead(session: nox.Session) -> None:
+    """Run core and TRL with the newest torch and transformers: by hand, as torch brings CUDA."""
+    install(session, "next", "-e", ".[test]")
+    pytest(session, *session.posargs)
 
 
 @nox.session(name="lowest")

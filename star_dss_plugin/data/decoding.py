@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import accumulate
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase
@@ -208,7 +209,7 @@ def _cuts_replacement(
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Return the ids of the tokenizer's control tokens."""
     named = frozenset(tokenizer.all_special_ids)
-    added = tokenizer.added_tokens_decoder
+    added: Any = tokenizer.added_tokens_decoder
     if not isinstance(added, Mapping):  # mistral-common has a method that is not implemented:
         return named  # all of its control tokens have names
     return named | {i for i, token in added.items() if token.special}

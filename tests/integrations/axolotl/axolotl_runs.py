@@ -147,6 +147,13 @@ def trained(folder, config):
     return trainer
 
 
+def finished(process):
+    """What a command printed that has ended well."""
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out[-6000:]
+    return out
+
+
 def history(trainer):
     return [(h["loss"], h["grad_norm"]) for h in trainer.state.log_history if "grad_norm" in h]
 

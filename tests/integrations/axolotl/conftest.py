@@ -1,3 +1,48 @@
-"""Fixtures of the Axolotl tests."""
+"""Starts Axolotl's own commands, each in a process of its own, as a user runs them."""
 
-from axolotl_commands import site, start  # noqa: F401
+import os
+import subprocess
+import sys
+
+import pytest
+from support.paths import TESTS
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """A folder for PYTHONPATH with the tests' guard as an installed plugin."""
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "words_plugin.py").write_text(
+        "from support.guards import WordsPlugin\nwords = WordsPlugin()\n"
+    )
+    info = folder / "words_plugin-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: words-plugin\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[star_dss]\nwords = words_plugin:words\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def start(site, tmp_path_factory):
+    """Starts a command of Axolotl; all share one score cache."""
+    environment = {
+        **os.environ,
+        "AXOLOTL_DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "STAR_DSS_CACHE": str(tmp_path_factory.mktemp("cache")),
+        "PYTHONPATH": os.pathsep.join([str(site), str(TESTS), os.environ.get("PYTHONPATH", "")]),
+    }
+
+    def start(*arguments):
+        # The program of this environment, whatever PATH says.
+        code = "from axolotl.cli.main import main; main()"
+        return subprocess.Popen(
+            [sys.executable, "-c", code, *map(str, arguments)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    return start

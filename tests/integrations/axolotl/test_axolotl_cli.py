@@ -3,8 +3,7 @@
 import json
 import re
 
-from axolotl_commands import finished
-from axolotl_runs import LORA, chat, configuration, multi_turn, write_config
+from axolotl_runs import LORA, chat, configuration, finished, multi_turn, write_config
 
 
 def asked_the_guard(out):

@@ -6,8 +6,7 @@ What differs from the published file is the model, the data, and what a CPU need
 import json
 
 import pytest
-from axolotl_commands import finished
-from axolotl_runs import ANSWERS, PLUGIN, PROMPTS, multi_turn, write_config, write_rows
+from axolotl_runs import ANSWERS, PLUGIN, PROMPTS, finished, multi_turn, write_config, write_rows
 from support.models import tiny_llama
 from support.paths import SHARED
 
