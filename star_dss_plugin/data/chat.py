@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from star_dss_plugin.data.decoding import special_ids, token_boundaries
 from star_dss_plugin.errors import DataError
 
-__all__ = ["ChatTokenizer"]
+__all__ = ["ChatTokenizer", "Encoded"]
+
+_PROBE = "\ue0f0{}\ue0f1"  # private-use characters: no template looks for them
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The tokens of a text, and where they lie in it.
+
+    Attributes:
+        ids: Token ids.
+        starts: First character of each token; never decreasing.
+        ends: One past the last character of each token. Tokens that share a character all reach to
+            its end.
+    """
+
+    ids: list[int]
+    starts: list[int]
+    ends: list[int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,10 +41,12 @@ class ChatTokenizer:
     Attributes:
         tokenizer: The trained model's.
         chat_template: The Jinja source; None: the tokenizer's own.
+        template_arguments: Variables of the template that every row is rendered with.
     """
 
     tokenizer: PreTrainedTokenizerBase
     chat_template: str | None = None
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def render(self, messages: Sequence[Mapping[str, Any]], /, **kwargs: Any) -> str:
         """Return the chat template's text for some messages.
@@ -37,7 +60,7 @@ class ChatTokenizer:
         """
         if not messages:
             raise DataError("The row has no messages: its list is empty. Remove the row.")
-        kwargs = {"chat_template": self.chat_template, **kwargs}
+        kwargs = {"chat_template": self.chat_template, **self.template_arguments, **kwargs}
         try:
             text = self.tokenizer.apply_chat_template(
                 [dict(m) for m in messages], tokenize=False, **kwargs
@@ -48,3 +71,123 @@ class ChatTokenizer:
             ) from error
         assert isinstance(text, str)
         return text
+
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> Encoded:
+        """Tokenize a text, and say which characters each token stands for.
+
+        Args:
+            text: Any text; a rendered conversation brings its special tokens itself.
+            add_special_tokens: Whether the tokenizer adds its own (as hosts do to plain texts).
+
+        Raises:
+            DataError: The text holds a lone surrogate, which no tokenizer takes.
+        """
+        text = _whole(text)
+        if not self.tokenizer.is_fast:
+            ids = list(self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+            _, ends, _ = token_boundaries(self.tokenizer, ids)
+            return Encoded(ids, [0, *ends[:-1]] if ends else [], ends)
+        made = self.tokenizer(
+            text, add_special_tokens=add_special_tokens, return_offsets_mapping=True
+        )
+        starts: list[int] = []
+        ends: list[int] = []
+        reached = 0
+        for start, end in made["offset_mapping"]:
+            # Some tokenizers leave spaces out of their offsets (GPT-2's, Llama 3's).
+            if start > reached and text[reached:start].isspace():
+                start = reached
+            reached = max(reached, end)
+            starts.append(max(start, starts[-1]) if starts else start)
+            ends.append(reached)
+        return Encoded(list(made["input_ids"]), starts, ends)
+
+    def ids(self, text: str) -> list[int]:
+        """Return the tokens of a plain text, with the special ones that the tokenizer adds.
+
+        Raises:
+            DataError: The text holds a lone surrogate.
+        """
+        return list(self.tokenizer(_whole(text))["input_ids"])
+
+    @cached_property
+    def special(self) -> frozenset[int]:
+        """Ids of the tokenizer's control tokens."""
+        return special_ids(self.tokenizer)
+
+    @cached_property
+    def added(self) -> re.Pattern[str]:
+        """Match any added token that is not white space: `<|im_end|>`, `<think>`, …"""
+        texts = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
+        texts |= {str(token) for token in self.tokenizer.all_special_tokens}
+        wanted = sorted((t for t in texts if t.strip()), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, wanted)) or r"(?!)")
+
+    @cached_property
+    def control(self) -> re.Pattern[str]:
+        """Match any control token."""
+        texts = map(str, self.tokenizer.convert_ids_to_tokens(sorted(self.special)))
+        wanted = sorted((t for t in texts if t.strip()), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, wanted)) or r"(?!)")
+
+    @cached_property
+    def source(self) -> str:
+        """The Jinja source of the template; empty if there is none."""
+        template = self.chat_template or self.tokenizer.chat_template
+        if isinstance(template, dict):
+            template = template.get("default")
+        return template if isinstance(template, str) else ""
+
+    @cached_property
+    def header(self) -> str:
+        """What the template writes last before an answer: `<|im_start|>assistant` and a line feed.
+
+        Empty where that cannot be told.
+        """
+        question = [{"role": "user", "content": _PROBE.format(0)}]
+        answer = [{"role": "assistant", "content": _PROBE.format(1)}]
+        try:
+            alone = self.render(question).rpartition(_PROBE.format(0))[2]
+            asked = self.render(question, add_generation_prompt=True)
+            talk = self.render([*question, *answer])
+        except DataError:
+            return ""
+        asked = asked.rpartition(_PROBE.format(0))[2]
+        between = talk.partition(_PROBE.format(1))[0].rpartition(_PROBE.format(0))[2]
+        both = _common(asked, between)
+        if asked == alone != between:  # the template knows no `add_generation_prompt`
+            own = between.removeprefix(alone) if between.startswith(alone) else ""
+        else:
+            own = both[len(_common(alone, both)) :]
+        if not own.strip() and both == between:
+            own = both  # the end of the question is all that there is: [/INST]
+        return own if own.strip() else ""
+
+    @cached_property
+    def scaffolds(self) -> dict[str, Any]:
+        """What the template wrote around messages of some form (`layout`), by that form."""
+        return {}
+
+
+def _common(one: str, two: str) -> str:
+    """Return the longest text that both begin with."""
+    n = 0
+    while n < min(len(one), len(two)) and one[n] == two[n]:
+        n += 1
+    return one[:n]
+
+
+def _whole(text: str) -> str:
+    """Return a text that tokenizers take.
+
+    Raises:
+        DataError: It holds half a character: a lone surrogate, which JSON can spell.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        around = ascii(text[max(0, error.start - 20) : error.end + 20])
+        raise DataError(
+            f"The row's text has half a character (a lone surrogate), here: {around}. Remove it."
+        ) from error
+    return text

@@ -1,102 +1,290 @@
-"""Find which messages were said before a response."""
+"""Say what a guard reads of a run of trained tokens: what was said before it, and what it says.
+
+Which message a run belongs to is known by position: the row's messages are rendered once, and the
+row's tokens are those of the rendered conversation, or of its beginning or end. Where they are not,
+or the run is no assistant's, the context is *raw*: the decoded tokens before the run.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+import contextlib
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
-from star_dss_plugin.data.chat import ChatTokenizer
-from star_dss_plugin.data.conversations import (
-    row_messages,
-    source_messages,
-    template_arguments,
-)
-from star_dss_plugin.data.decoding import REPLACEMENT, decode
+from star_dss_plugin.data.chat import ChatTokenizer, Encoded
+from star_dss_plugin.data.conversations import row_messages, source_messages
+from star_dss_plugin.data.decoding import REPLACEMENT, decode, token_boundaries
+from star_dss_plugin.data.layout import Layout, Turn
 from star_dss_plugin.data.requests import Message
+from star_dss_plugin.data.tokenization import Tokenized, read_row
 from star_dss_plugin.errors import DataError
 
-__all__ = ["context_finder"]
+__all__ = ["Reading", "RowReader"]
+
+_BETWEEN = "\n\n"
+"""Stands for what a template writes between two things that an assistant says."""
 
 
-def _squash(text: str) -> str:
-    """Without white space: templates trim and pad it."""
-    return "".join(text.split())
+@dataclass(frozen=True)
+class Reading:
+    """What a guard reads of a run of trained tokens.
 
-
-def context_finder(
-    chat: ChatTokenizer, ids: Sequence[int], row: Mapping[str, Any]
-) -> Callable[[int, str], tuple[tuple[Message, ...], bool]]:
-    """A function (start of a run, its text) → (context, whether it is raw).
-
-    A run is assistant message k if it agrees with k's content, and the tokens before it are what
-    the row's own template makes of the messages before k. Where the template makes other tokens
-    (another one was used), `_by_contents` decides.
+    Attributes:
+        context: What was said before, oldest first.
+        raw: Whether the context is decoded tokens.
+        before: What the same turn says before the run, which is not trained.
+        text: What the run says.
+        ends: For each token of the run the number of characters of `text` that are complete after
+            it; never decreasing.
+        complete: For each token whether a character is complete after it.
     """
-    source, messages = source_messages(row), row_messages(row) or []
-    contents = [_squash(str(m["content"])) for m in messages]
-    arguments = template_arguments(row)
-    bos = str(chat.tokenizer.bos_token or "")
-    plain = isinstance(row.get("prompt"), str) and not isinstance(row.get("messages"), list)
 
-    @cache
-    def rendered(k: int) -> str | None:
-        """The messages before k; None if the template cannot say (it may insist on an answer)."""
-        assert source is not None
-        if k == 0 or plain:
-            return "".join(contents[:k])
-        try:
-            text = chat.render(source[:k], **arguments)
-        except DataError:
+    context: tuple[Message, ...]
+    raw: bool
+    before: str
+    text: str
+    ends: list[int]
+    complete: list[bool]
+
+
+class RowReader:
+    """Reads the runs of one row.
+
+    Args:
+        chat: The tokenizer and the template that made the tokens.
+        ids: The row's tokens.
+        row: With its messages, if they are known.
+        made: What `read_row` returns for the row, if that is known.
+
+    Raises:
+        DataError: The messages are not messages.
+    """
+
+    def __init__(
+        self,
+        chat: ChatTokenizer,
+        ids: Sequence[int],
+        row: Mapping[str, Any],
+        made: Tokenized | None = None,
+    ) -> None:
+        self._chat = chat
+        self._ids = list(ids)
+        if made is None and source_messages(row):
+            # A template that cannot render the messages did not make the tokens.
+            with contextlib.suppress(DataError):
+                made = read_row(row, chat, whole_completion=False)
+        self._placed = None if made is None else _place(chat, self._ids, made)
+
+    def read(self, start: int, end: int) -> Reading:
+        """Return what a guard reads of the tokens from `start` to `end`, at least one."""
+        text, ends, complete = token_boundaries(self._chat.tokenizer, self._ids[start:end])
+        placed = self._placed
+        turns = placed.turns(start, end) if placed is not None else ()
+        if placed is None or not turns:
+            return self._raw(start, *self._bare(start, end, text, ends))
+        said, new_ends = _joined(text, ends, placed.inside(turns, start, end, text, ends))
+        context = placed.context(turns[0], start)
+        if context is None:
+            return self._raw(start, said, new_ends, complete)
+        return Reading(context, False, placed.before(turns[0], start), said, new_ends, complete)
+
+    def _raw(self, start: int, text: str, ends: list[int], complete: list[bool]) -> Reading:
+        decoded = decode(self._chat.tokenizer, self._ids[:start])
+        context: tuple[Message, ...] = ()
+        if decoded:
+            context = ({"role": "user", "content": decoded},)
+        return Reading(context, True, "", text, ends, complete)
+
+    def _bare(
+        self, start: int, end: int, text: str, ends: list[int]
+    ) -> tuple[str, list[int], list[bool]]:
+        """Return a run's text without the control tokens at its beginning and its end.
+
+        The end is its last stretch of control tokens, with white space behind or between.
+        """
+        ids, special = self._ids[start:end], self._chat.special
+        first, last = 0, len(ids)
+        while first < last and ids[first] in special:
+            first += 1
+        cut = last
+        while cut > first and (
+            ids[cut - 1] in special
+            or not text[ends[cut - 2] if cut > 1 else 0 : ends[cut - 1]].strip()
+        ):
+            cut -= 1
+            if ids[cut] in special:
+                last = cut
+        body, inner, whole = token_boundaries(self._chat.tokenizer, ids[first:last])
+        behind = len(ids) - last
+        return (
+            body,
+            [0] * first + inner + [len(body)] * behind,
+            [True] * first + whole + [True] * behind,
+        )
+
+
+def _place(chat: ChatTokenizer, ids: Sequence[int], made: Tokenized) -> _Placed | None:
+    """Find a row's tokens among those of its conversation; None if they are others."""
+    if made.layout is None or made.source is None:
+        return None
+    full = made.encoded
+    bos = chat.tokenizer.bos_token_id
+    # A host may have put the token that begins texts before what the template writes.
+    for skipped in (0, 1) if bos is not None and ids[:1] == [bos] else (0,):
+        rest = ids[skipped:]
+        for start in (0, len(full.ids) - len(rest)):
+            cut = slice(start, start + len(rest))
+            if start >= 0 and full.ids[cut] == rest:
+                first = full.starts[start] if start < len(full.starts) else 0
+                starts, ends = full.starts[cut], full.ends[cut]
+                head = [first] * skipped
+                places = Encoded(list(ids), head + starts, head + ends)
+                return _Placed(made.layout, made.source, places, start == 0)
+    # The same text in other tokens: hosts may tokenize it in pieces.
+    text, reached, _ = token_boundaries(chat.tokenizer, ids)
+    if made.text.startswith(text.rstrip(REPLACEMENT)):
+        places = Encoded(list(ids), [0, *reached[:-1]], reached)
+        return _Placed(made.layout, made.source, places, True)
+    return None
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """A row's tokens in its rendered conversation.
+
+    Attributes:
+        layout: Of the conversation.
+        source: Its messages.
+        places: The tokens, and where they lie in the conversation's text.
+        whole: Whether they begin where it begins.
+    """
+
+    layout: Layout
+    source: Sequence[Mapping[str, Any]]
+    places: Encoded
+    whole: bool
+
+    def turns(self, start: int, end: int) -> tuple[Turn, ...]:
+        """Return the turns that some tokens are of; none if others speak in these tokens too.
+
+        The first token may hold the end of a question, and the last the beginning of the next.
+        """
+        starts, ends, others = self.places.starts, self.places.ends, self.layout.others
+        low = bisect_right(others, ends[start], key=lambda other: other[1])
+        high = bisect_left(others, starts[end - 1], key=lambda other: other[0])
+        inside = others[low : high + 1] if low < high else others[low : low + 1]
+        if low < high or any(starts[start] <= a and b <= ends[end - 1] for a, b, _ in inside):
+            return ()
+        return self.layout.turns_in(starts[start], ends[end - 1])
+
+    def inside(
+        self, turns: Sequence[Turn], start: int, end: int, text: str, ends: Sequence[int]
+    ) -> list[tuple[int, int]]:
+        """Return where some tokens' decoded text is what turns say.
+
+        Args:
+            turns: Those that the tokens are of.
+            start: The first token.
+            end: One past the last token.
+            text: The decoded text of the tokens.
+            ends: How far it reaches after each of them.
+        """
+        first = self.places.starts[start]
+        spans = [span for turn in turns for span in turn.words]
+        known = text if self.layout.text.startswith(text, first) else text.rstrip(REPLACEMENT)
+        if self.layout.text.startswith(known, first):
+            moved = [(max(0, a - first), min(len(known), b - first)) for a, b in spans]
+            return [(a, b) for a, b in moved if a < b]
+        # The tokens stand for another spelling (NFC), or bring spaces of their own (SentencePiece).
+        found = []
+        for a, b in spans:
+            low = bisect_right(self.places.ends, a, start, end)
+            high = bisect_left(self.places.starts, b, start, end)
+            begin = ends[low - start - 1] if low > start else 0
+            piece = text[begin : ends[high - start - 1]] if low < high else ""
+            if piece.strip():
+                begin += len(piece) - len(piece.lstrip())
+                found.append((begin, begin + len(piece.strip())))
+        return found
+
+    def before(self, turn: Turn, start: int) -> str:
+        """Return what a turn says before a token, up to what is said in that token."""
+        first = self.places.starts[start]
+        earlier = [(a, min(b, first)) for a, b in turn.words if a < first]
+        said = _BETWEEN.join(self.layout.text[a:b] for a, b in earlier)
+        goes_on = any(a < first < b for a, b in turn.words)
+        return said if goes_on or not said else said + _BETWEEN
+
+    def context(self, turn: Turn, start: int) -> tuple[Message, ...] | None:
+        """Return the messages before a turn; None if they are not what stands before a token."""
+        k = turn.message
+        first = self.places.starts[start]
+        before = bisect_right(self.layout.others, first, key=lambda other: other[1])
+        last = self._latest[before - 1] if before else -1
+        if not self.whole or last > k or k > self._missing:
             return None
-        return _squash(text.removeprefix(bos))
+        return tuple(self._said[:k])
 
-    def begins(before: str, k: int) -> bool:
-        text = rendered(k)
-        return text is not None and before.startswith(text)
+    @cached_property
+    def _latest(self) -> list[int]:
+        """The latest message, up to each place where others speak; templates may move messages."""
+        return list(accumulate((m for _, _, m in self.layout.others), max))
 
-    def find(start: int, text: str) -> tuple[tuple[Message, ...], bool]:
-        decoded = decode(chat.tokenizer, ids[:start])
-        before, run = _squash(decoded.removeprefix(bos)), _squash(text)
-        spoken = [
+    @cached_property
+    def _missing(self) -> int:
+        """The first message of a user or a tool that is not in the text; beyond all if all are."""
+        there = {m for _, _, m in self.layout.others}
+        missing = (
             k
-            for k, message in enumerate(messages)
-            if message["role"] == "assistant" and _agrees(contents[k], run)
-        ]
-        here = [k for k in spoken if begins(before, k) and not begins(before, k + 1)]
-        match = here[-1] if here else _by_contents(before, messages, contents, spoken)
-        if match is not None:
-            return tuple(messages[:match]), False
-        return ({"role": "user", "content": decoded},) if decoded else (), True
+            for k, message in enumerate(self._said)
+            if message["role"] not in ("assistant", "system", "developer")
+            and str(message["content"]).strip()
+            and k not in there
+        )
+        return next(missing, len(self._said))
 
-    return find
+    @cached_property
+    def _said(self) -> list[Message]:
+        """The messages, with what stands in the text of the assistant's."""
+        said = row_messages({"messages": list(self.source)}) or []
+        there = {turn.message: turn for turn in self.layout.turns}
+        for k, message in enumerate(said):
+            if message["role"] == "assistant" and not (k in there and there[k].whole):
+                words = [self.layout.text[a:b] for a, b in there[k].words] if k in there else []
+                content = _BETWEEN.join(word for word in words if word.strip())
+                said[k] = {"role": "assistant", "content": content}
+        return said
 
 
-def _by_contents(
-    before: str, messages: Sequence[Message], contents: Sequence[str], spoken: Sequence[int]
-) -> int | None:
-    """The candidate whose earlier messages all stand before the run, in order.
-
-    Templates drop system turns and cut old answers, never a question. Of several candidates, the
-    one with the fewest such gaps (a short question may seem to stand in the template's own words);
-    then the last.
-    """
-    found: list[tuple[int, int]] = []
-    reached = missing = 0
-    for k, content in enumerate(contents):
-        if k in spoken:
-            found.append((missing, -k))
-        position = before.find(content, reached)
-        if position >= 0:
-            reached = position + len(content)
-        elif messages[k]["role"] == "user":
-            break
+def _joined(
+    text: str, ends: Sequence[int], spans: Sequence[tuple[int, int]]
+) -> tuple[str, list[int]]:
+    """Return the parts of a text that spans name, and how far they reach after each token."""
+    parts: list[str] = []
+    # (end of a span in the text, characters that were left out before it)
+    steps: list[tuple[int, int, int]] = []
+    length = 0
+    for a, b in spans:
+        if steps:
+            between = text[steps[-1][1] : a]
+            glue = _BETWEEN if between.strip() else between
+            parts.append(glue)
+            length += len(glue)
+        steps.append((a, b, length))
+        parts.append(text[a:b])
+        length += b - a
+    new: list[int] = []
+    i = 0
+    for end in ends:
+        while i + 1 < len(steps) and end > steps[i + 1][0]:
+            i += 1
+        if not steps or end <= steps[i][0]:
+            new.append(0 if not i else steps[i - 1][2] + steps[i - 1][1] - steps[i - 1][0])
         else:
-            missing += 1
-    return -min(found)[1] if found else None
-
-
-def _agrees(content: str, run: str) -> bool:
-    """Whether a run is this message, up to truncation and what a template puts around it."""
-    run = run.rstrip(REPLACEMENT)  # half a character, where the row was cut
-    return run in content if len(run) <= len(content) else content in run
+            a, b, at = steps[i]
+            new.append(at + min(end, b) - a)
+    return "".join(parts), list(accumulate(new, max))

@@ -1,9 +1,13 @@
-"""From tokens back to text, exactly: which characters are complete after which token."""
+"""Turn tokens back into text, exactly: which characters are complete after which token."""
 
 from __future__ import annotations
 
+import json
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import cache
+from itertools import accumulate
+from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase
 
@@ -16,7 +20,7 @@ REPLACEMENT = "\ufffd"  # what decoders write for a character whose bytes are no
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The text of some tokens, special ones included, nothing tidied up."""
+    """Return the text of some tokens, special ones included, nothing tidied up."""
     text = tokenizer.decode(
         list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
     )
@@ -27,13 +31,15 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 def token_boundaries(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]
 ) -> tuple[str, list[int], list[bool]]:
-    """The text of some tokens, and how far it reaches after each of them.
+    """Return the text of some tokens, and how far it reaches after each of them.
 
     Returns:
         The decoded text; for each token the number of its characters that are complete after that
         token; for each token whether the text is complete there (False inside a character that is
         spread over several tokens).
     """
+    if (quick := _by_bytes(tokenizer, ids)) is not None:
+        return quick
     text, kept = _readable(tokenizer, ids)
     whole, rest = ids[:kept], len(ids) - kept
     ends, complete = _boundaries(tokenizer, whole, text, _OVERLAP)
@@ -43,8 +49,109 @@ def token_boundaries(
     return text, ends + [len(text)] * rest, complete + [True] * rest
 
 
+# One decoder call for all tokens, and arithmetic on their bytes
+
+
+def _by_bytes(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]
+) -> tuple[str, list[int], list[bool]] | None:
+    """Return what `token_boundaries` does, from the bytes that each token stands for.
+
+    Returns:
+        None if the tokenizer's tokens are not known to be bytes, or their bytes are not the text
+        that it decodes.
+    """
+    table = _tables.get(tokenizer)
+    if table is None:
+        table = _tables[tokenizer] = _Bytes(tokenizer)
+    if not (table.of_letters or table.of_pieces):
+        return None
+    try:
+        parts = [table[i] for i in ids]
+        joined = b"".join(part for part, _, _ in parts).decode("utf-8")
+    except (KeyError, UnicodeDecodeError):
+        return None
+    text = decode(tokenizer, ids)
+    stripped = 0
+    if text != joined:
+        # Decoders of pieces leave out the space that the tokenizer put before the text.
+        if not table.of_pieces or joined != " " + text:
+            return None
+        stripped = 1
+    begun = list(accumulate(begins for _, begins, _ in parts))
+    if begun and stripped:
+        begun = [count - 1 for count in begun]
+    # A character is complete where the next token begins another one.
+    complete = [not inside for _, _, inside in parts[1:]] + [True] * bool(parts)
+    # Until then the text reaches to the last token that completed one.
+    ends = accumulate((n if whole else 0 for n, whole in zip(begun, complete, strict=True)), max)
+    return text, list(ends), complete
+
+
+class _Bytes(dict[int, tuple[bytes, int, bool]]):
+    """The bytes of each token, how many characters begin in them, and whether one goes on in them.
+
+    Args:
+        tokenizer: Whose tokens they are. A missing key is an id that is no token of bytes.
+
+    Attributes:
+        of_letters: Whether tokens spell bytes as letters (GPT-2's way).
+        of_pieces: Whether tokens are pieces of text, and single bytes `<0x0A>` (SentencePiece's).
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__()
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        decoder = json.loads(backend.to_str())["decoder"] if backend is not None else None
+        steps = [] if decoder is None else decoder.get("decoders", [decoder])
+        kinds = [step["type"] for step in steps]
+        self.of_letters = kinds == ["ByteLevel"]
+        replace = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
+        strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+        self.of_pieces = kinds[:3] == ["Replace", "ByteFallback", "Fuse"] and (
+            steps[0] == replace and steps[3:] in ([], [strip])
+        )
+        # Not the tokenizer itself, which would keep itself in the table of tables.
+        self._token = backend.id_to_token if backend is not None else None
+
+    def __missing__(self, key: int) -> tuple[bytes, int, bool]:
+        token = self._token(key) if self._token is not None else None
+        if token is None:
+            raise KeyError(key)
+        if self.of_letters:
+            letters = _letters()
+            try:
+                found = bytes(letters[letter] for letter in token)
+            except KeyError:
+                found = token.encode("utf-8", "replace")
+        elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            found = bytes.fromhex(token[3:5])
+        else:
+            found = token.replace("\u2581", " ").encode("utf-8", "replace")
+        begins = sum(byte & 0xC0 != 0x80 for byte in found)
+        inside = bool(found) and found[0] & 0xC0 == 0x80
+        self[key] = found, begins, inside
+        return self[key]
+
+
+_tables: WeakKeyDictionary[PreTrainedTokenizerBase, _Bytes] = WeakKeyDictionary()
+
+
+@cache
+def _letters() -> dict[str, int]:
+    """Return the byte that each letter of a byte-level vocabulary spells."""
+    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printed]
+    return {chr(byte): byte for byte in printed} | {
+        chr(256 + i): byte for i, byte in enumerate(others)
+    }
+
+
+# Decoding windows of tokens: for any tokenizer
+
+
 def _readable(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, int]:
-    """The text of some tokens, and how many of them it takes.
+    """Return the text of some tokens, and how many of them it takes.
 
     All of them, but for this: truncation may leave the first bytes of a character, for which
     decoders that fall back to bytes give up on all the bytes before it too. Those are left out.
@@ -88,7 +195,7 @@ def _boundaries(
 def _cuts_replacement(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], start: int, n: int, window: str
 ) -> bool:
-    """Whether a window ends inside a U+FFFD that the text itself holds.
+    """Return whether a window ends inside a U+FFFD that the text itself holds.
 
     Its first byte looks like all of it, and the text does not grow with the other two.
     """
@@ -100,8 +207,5 @@ def _cuts_replacement(
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Return the ids of the tokenizer's control tokens."""
-    named = frozenset(tokenizer.all_special_ids)
     added = tokenizer.added_tokens_decoder
-    if not isinstance(added, Mapping):  # mistral-common has a method that is not implemented:
-        return named  # all of its control tokens have names
-    return named | {i for i, token in added.items() if token.special}
+    return frozenset(tokenizer.all_special_ids) | {i for i, t in added.items() if t.special}

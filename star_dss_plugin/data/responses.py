@@ -7,17 +7,16 @@ where only tokens are known, the decoded tokens before it.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from star_dss_plugin.data.chat import ChatTokenizer
-from star_dss_plugin.data.context import context_finder
-from star_dss_plugin.data.decoding import decode, special_ids, token_boundaries
+from star_dss_plugin.data.context import Reading, RowReader
 from star_dss_plugin.data.requests import PrefixRequest
+from star_dss_plugin.data.tokenization import Tokenized
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.logprobs import IGNORE_INDEX
 from star_dss_plugin.segmenters import Segmenter, chunk_ends
@@ -90,28 +89,12 @@ def runs(labels: Sequence[int]) -> list[tuple[int, int]]:
     return found
 
 
-def _body(
-    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], special: frozenset[int]
-) -> tuple[int, int]:
-    """The part of a run that is text: without leading special tokens and without the end of turn.
-
-    The end of turn is the run's last stretch of special tokens, with white space behind or between.
-    """
-    first, last = 0, len(ids)
-    while first < last and ids[first] in special:
-        first += 1
-    cut = last
-    while cut > first and (
-        ids[cut - 1] in special or not decode(tokenizer, [ids[cut - 1]]).strip()
-    ):
-        cut -= 1
-        if ids[cut] in special:
-            last = cut
-    return first, last
-
-
 def find_responses(
-    row: Mapping[str, Any], chat: ChatTokenizer, segmenter: Segmenter, chunk_size: int
+    row: Mapping[str, Any],
+    chat: ChatTokenizer,
+    segmenter: Segmenter,
+    chunk_size: int,
+    made: Tokenized | None = None,
 ) -> list[Response]:
     """All responses of a tokenized row.
 
@@ -121,32 +104,52 @@ def find_responses(
         chat: The tokenizer and the template that made `input_ids`.
         segmenter: Where chunks end.
         chunk_size: M, in the segmenter's units.
+        made: What `read_row` returns for the row, if that is known.
 
     Raises:
         DataError: `input_ids` or `labels` are no tokens, they differ in length, or a label is not
             its token.
     """
     ids, labels = tokens_of(row)
-    tokenizer = chat.tokenizer
-    special = special_ids(tokenizer)
-    context_of = context_finder(chat, ids, row)
-    found = []
-    for start, end in runs(labels):
+    reader = RowReader(chat, ids, row, made)
+    return [
+        _response(reader.read(start, end), start, end, segmenter, chunk_size)
+        for start, end in _own_runs(ids, labels)
+    ]
+
+
+def _own_runs(ids: Sequence[int], labels: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the runs of trained tokens; raise a DataError if a label is not its token."""
+    found = runs(labels)
+    for start, end in found:
         if labels[start:end] != ids[start:end]:
             raise DataError(
                 f"The labels at tokens {start} to {end} are not the input's own tokens. STAR-DSS "
                 "needs unshifted labels: a copy of input_ids with -100 where nothing is trained."
             )
-        first, last = _body(tokenizer, ids[start:end], special)
-        text, char_ends, complete = token_boundaries(tokenizer, ids[start + first : start + last])
-        cuts = chunk_ends(segmenter(text, char_ends, chunk_size), complete)
-        prefix_ends = [char_ends[cut - 1] for cut in cuts] or [0]
-        tokens = [start + first + cut for cut in cuts[:-1]] + [end]
-        tokens, prefix_ends = _merge_empty(tokens, prefix_ends)
-        context, raw = context_of(start, text)
-        request = PrefixRequest(context, text, tuple(prefix_ends))
-        found.append(Response(start, end, tuple(tokens), request, raw))
     return found
+
+
+def _response(
+    reading: Reading, start: int, end: int, segmenter: Segmenter, chunk_size: int
+) -> Response:
+    """Cut a run into chunks. What the template writes before and behind words is not counted."""
+    ends = reading.ends
+    first = bisect_right(ends, 0)
+    last = bisect_left(ends, len(reading.text)) + 1 if reading.text else first
+    cuts = chunk_ends(
+        segmenter(reading.text, ends[first:last], chunk_size), reading.complete[first:last]
+    )
+    prefix_ends = [ends[first + cut - 1] for cut in cuts] or [0]
+    tokens = [start + first + cut for cut in cuts[:-1]] + [end]
+    tokens, prefix_ends = _merge_empty(tokens, prefix_ends)
+    before = len(reading.before)
+    request = PrefixRequest(
+        reading.context,
+        reading.before + reading.text,
+        tuple(before + end for end in prefix_ends),
+    )
+    return Response(start, end, tuple(tokens), request, reading.raw)
 
 
 def _merge_empty(tokens: list[int], prefix_ends: list[int]) -> tuple[list[int], list[int]]:

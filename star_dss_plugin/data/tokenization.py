@@ -8,63 +8,156 @@ those tokens stay trained.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import count
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
-from star_dss_plugin.data.chat import ChatTokenizer
+from star_dss_plugin.data.chat import ChatTokenizer, Encoded
 from star_dss_plugin.data.conversations import (
-    row_messages,
     source_messages,
     template_arguments,
 )
-from star_dss_plugin.data.decoding import special_ids
-from star_dss_plugin.data.responses import runs
+from star_dss_plugin.data.layout import Layout, Turn, generated_spans, lay_out
+from star_dss_plugin.data.rendered import is_rendered, parsed_prompt
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.logprobs import IGNORE_INDEX
 
-__all__ = ["assistant_labels", "needs_assistant_labels", "tokenize_row"]
+__all__ = ["Tokenized", "assistant_labels", "needs_assistant_labels", "read_row", "tokenize_row"]
+
+
+_NOTHING_GENERATED = (
+    "assistant_only_loss is set, and the chat template does not say what is generated (it has no "
+    "{% generation %}). Give a template that does, or leave assistant_only_loss out: then the "
+    "assistant's turns are found by their messages."
+)
+_NOT_PLAIN = (
+    "The chat template does not render the assistant's turns as plain text (it rewrites or leaves "
+    "out what they say), so their tokens cannot be found. Set assistant_only_loss=True with a "
+    "template that has {% generation %}, or give prompt-completion data."
+)
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """A row's text as tokens, and what stands where in it.
+
+    Attributes:
+        encoded: The tokens of `text`.
+        text: The rendered conversation, or the plain text.
+        trained: For each token whether it is trained: what assistants say, ends of turn included.
+            None: the row's form does not tell.
+        layout: Where the messages stand; None if that is not certain, or there are none.
+        source: The messages; None for a plain text.
+        problem: Why `trained` is None.
+        rendered: Whether a plain text is a chat that is rendered already, and not understood.
+        plain: Whether the row has a plain prompt and completion.
+    """
+
+    encoded: Encoded
+    text: str
+    trained: list[bool] | None
+    layout: Layout | None
+    source: list[dict[str, Any]] | None
+    problem: str = ""
+    rendered: bool = False
+    plain: bool = False
 
 
 def tokenize_row(
-    row: Mapping[str, Any], chat: ChatTokenizer, *, max_length: int | None = None
+    row: Mapping[str, Any],
+    chat: ChatTokenizer,
+    *,
+    max_length: int | None = None,
+    assistant_only_loss: bool = False,
 ) -> dict[str, list[int]]:
-    """`input_ids` and `labels` of a raw row, as TRL's SFTTrainer makes them.
+    """Return `input_ids` and `labels` of a raw row, as TRL's SFTTrainer makes them.
 
     Args:
         row: With `messages` (only assistant turns are trained), `prompt` and `completion` (plain
             or messages; the completion is trained) or `text` (all of it is trained).
         chat: The trained model's tokenizer and its template.
         max_length: Tokens kept from the start; None: all.
+        assistant_only_loss: Whether only what the template marks as generated is trained, also of
+            completions.
 
     Raises:
         DataError: No such column, or a conversation whose turns cannot be found in its tokens.
     """
-    tokenizer = chat.tokenizer
+    made = read_row(row, chat, assistant_only_loss=assistant_only_loss)
+    return labelled(made, max_length)
+
+
+def labelled(made: Tokenized, max_length: int | None) -> dict[str, list[int]]:
+    """Return `input_ids` and `labels` of a row that was read, cut to `max_length` tokens.
+
+    Raises:
+        DataError: It is not certain which of its tokens are trained.
+    """
+    if made.trained is None:
+        raise DataError(made.problem)
+    ids = made.encoded.ids[:max_length]
+    labels = [i if t else IGNORE_INDEX for i, t in zip(ids, made.trained, strict=False)]
+    return {"input_ids": ids, "labels": labels}
+
+
+def read_row(
+    row: Mapping[str, Any],
+    chat: ChatTokenizer,
+    *,
+    assistant_only_loss: bool = False,
+    whole_completion: bool = True,
+) -> Tokenized:
+    """Tokenize a row, and find what stands where in it.
+
+    Args:
+        row: As for `tokenize_row`.
+        chat: As for `tokenize_row`.
+        assistant_only_loss: As for `tokenize_row`.
+        whole_completion: Whether all of a completion that an assistant says is trained, what the
+            template writes around it included.
+
+    Raises:
+        DataError: No such column, or messages that cannot be rendered.
+    """
     given = {name for name, value in row.items() if value is not None}
     if "messages" in given:
-        ids, mask = _conversation(row, chat)
-    elif {"prompt", "completion"} <= given:
-        ids, mask = _prompt_completion(row, chat)
-    elif "text" in given:
+        if not isinstance(row["messages"], list):
+            raise DataError(
+                f"'messages' is a {type(row['messages']).__name__}; it must be a list of messages "
+                "with 'role' and 'content'."
+            )
+        return _conversation(row, chat, 0, assistant_only_loss)
+    if {"prompt", "completion"} <= given:
+        prompt, completion = row["prompt"], row["completion"]
+        source_messages(row)
+        if isinstance(prompt, str) != isinstance(completion, str):
+            raise DataError(
+                f"'prompt' is a {type(prompt).__name__} and 'completion' a "
+                f"{type(completion).__name__}. Both must be texts, or both lists of messages."
+            )
+        if isinstance(prompt, str):
+            return _plain(prompt, completion, chat)
+        others = any(m["role"] != "assistant" for m in completion)
+        if others or assistant_only_loss or not whole_completion:
+            return _conversation(row, chat, len(prompt), assistant_only_loss)
+        return _completion(row, chat)
+    if "text" in given:
         text = row["text"]
         if not isinstance(text, str):
             raise DataError(f"'text' is a {type(text).__name__}; it must be a text.")
-        ids = _tokens(tokenizer, _with_eos(tokenizer, text))
-        mask = [True] * len(ids)
-    else:
-        raise DataError(
-            f"A row has the columns {sorted(given)}. Scoring needs 'messages', 'prompt' and "
-            "'completion', or 'text' (or 'input_ids' and 'labels')."
-        )
-    labels = [i if trained else IGNORE_INDEX for i, trained in zip(ids, mask, strict=True)]
-    return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
+        whole = _with_eos(chat, text)
+        encoded = chat.encode(whole, add_special_tokens=True)
+        trained = [True] * len(encoded.ids)
+        return Tokenized(encoded, whole, trained, None, None, rendered=is_rendered(text, chat))
+    raise DataError(
+        f"A row has the columns {sorted(given)}. Scoring needs 'messages', 'prompt' and "
+        "'completion', or 'text' (or 'input_ids' and 'labels')."
+    )
 
 
 def needs_assistant_labels(row: Mapping[str, Any]) -> bool:
-    """Whether a tokenized row trains on turns that are not an assistant's.
+    """Return whether a tokenized row trains on turns that are not an assistant's.
 
     True where every token of a conversation or of a prompt with its completion is trained, or a
     completion that holds other turns than the assistant's is trained in one piece.
@@ -78,18 +171,27 @@ def needs_assistant_labels(row: Mapping[str, Any]) -> bool:
     if isinstance(completion, list):
         others = any(m["role"] != "assistant" for m in completion)
         # Several pieces: whoever made the labels (assistant_only_loss) has told the turns apart.
-        in_one_piece = len(runs(row["labels"])) == 1
+        in_one_piece = _pieces(row["labels"]) == 1
         return IGNORE_INDEX not in row["labels"] or (others and in_one_piece)
     said = isinstance(row.get("prompt"), str) and isinstance(completion, str)
     return said and bool(row["prompt"]) and IGNORE_INDEX not in row["labels"]
 
 
-def assistant_labels(row: Mapping[str, Any], chat: ChatTokenizer) -> list[int]:
-    """Labels of a tokenized row with only its assistant turns trained.
+def _pieces(labels: list[int]) -> int:
+    """Return the number of runs of trained tokens."""
+    trained = [label != IGNORE_INDEX for label in labels]
+    return sum(now and not before for before, now in zip([False, *trained], trained, strict=False))
+
+
+def assistant_labels(
+    row: Mapping[str, Any], chat: ChatTokenizer, made: Tokenized | None = None
+) -> list[int]:
+    """Return labels of a tokenized row with only its assistant turns trained.
 
     Args:
         row: `input_ids` (possibly truncated, at either end) and the messages they were made from.
         chat: The tokenizer and the template that made `input_ids`.
+        made: What `read_row` returns for the row, if that is known.
 
     Returns:
         One label per token of `input_ids`.
@@ -97,15 +199,19 @@ def assistant_labels(row: Mapping[str, Any], chat: ChatTokenizer) -> list[int]:
     Raises:
         DataError: The row's tokens are not those of its messages.
     """
-    of_text = isinstance(row.get("completion"), str) and not isinstance(row.get("messages"), list)
-    made = _prompt_completion if of_text else _conversation
-    ids, mask = made(row, chat)
     given = list(row["input_ids"])
-    for kept in (slice(0, len(given)), slice(max(0, len(ids) - len(given)), len(ids))):
+    mask = row.get("completion_mask")
+    if isinstance(mask, list) and len(mask) == len(given) and 1 in mask and not _turns_mixed(row):
+        return [i if m else IGNORE_INDEX for i, m in zip(given, mask, strict=True)]
+    made = made or read_row(row, chat)
+    if made.trained is None:
+        raise DataError(made.problem)
+    ids, trained = made.encoded.ids, made.trained
+    for start in (0, max(0, len(ids) - len(given))):
+        kept = slice(start, start + len(given))
         if ids[kept] == given:
-            trained = zip(given, mask[kept], strict=True)
-            return [i if is_trained else IGNORE_INDEX for i, is_trained in trained]
-    if of_text:
+            return [i if t else IGNORE_INDEX for i, t in zip(given, trained[kept], strict=True)]
+    if made.plain:
         raise DataError(
             "All tokens of a prompt and its completion are trained, and they are not those of the "
             "two texts, so the completion cannot be found in them. Set completion_only_loss=True, "
@@ -118,126 +224,136 @@ def assistant_labels(row: Mapping[str, Any], chat: ChatTokenizer) -> list[int]:
     )
 
 
-def _conversation(row: Mapping[str, Any], chat: ChatTokenizer) -> tuple[list[int], list[bool]]:
-    """Tokens of a conversation, and which of them an assistant says (end of turn included)."""
-    source, messages = source_messages(row), row_messages(row)
-    if source is None or messages is None:
-        raise DataError(
-            f"'messages' is a {type(row.get('messages')).__name__}; it must be a list of messages "
-            "with 'role' and 'content'."
-        )
-    whole = isinstance(row.get("messages"), list)
-    first = 0 if whole else len(source) - len(row["completion"])
-    spoken = [i for i, m in enumerate(source) if m["role"] == "assistant" and i >= first]
-    tokenizer, kwargs = chat.tokenizer, template_arguments(row)
-    text = chat.render(source, **kwargs)
-    mark = _unused_mark(text)
-    # A marked turn has nothing but its content, so that one which says more (a tool call, a
-    # reasoning) does not look found.
-    marked = [
-        {"role": m["role"], "content": mark.format(i)} if i in spoken else m
-        for i, m in enumerate(source)
-    ]
-    scaffold = chat.render(marked, **kwargs)
-    contents = {mark.format(i): str(messages[i]["content"]) for i in spoken}
-    spans = _spans(text, scaffold, contents)
-    encoded = tokenizer(_whole(text), add_special_tokens=False, return_offsets_mapping=True)
-    ids: list[int] = list(encoded["input_ids"])
-    offsets = _untrimmed(text, encoded["offset_mapping"])
-    mask = [any(s < end and e > start for s, e in spans) for start, end in offsets]
-    special = special_ids(tokenizer)
-    for _, span_end in spans:
-        # The end of turn belongs to the response: the model must learn to stop.
-        for i, (start, end) in enumerate(offsets):
-            if start < span_end:
-                continue
-            if ids[i] in special:
-                mask[i] = True
-                break
-            if text[start:end].strip():
-                break
-    return ids, mask
+def _turns_mixed(row: Mapping[str, Any]) -> bool:
+    completion = row.get("completion")
+    return isinstance(completion, list) and any(m["role"] != "assistant" for m in completion)
 
 
-def _unused_mark(text: str) -> str:
-    """A format for placeholders that the text does not hold: it may come from an attacker."""
-    opening = next("\ue0f0" * n for n in count(1) if "\ue0f0" * n not in text)
-    return opening + "{}\ue0f1"  # private-use characters: no template looks for them
+def _conversation(
+    row: Mapping[str, Any], chat: ChatTokenizer, first: int, assistant_only_loss: bool
+) -> Tokenized:
+    """Tokenize a conversation; the assistant's turns from message `first` on are trained."""
+    source = source_messages(row)
+    assert source is not None
+    arguments = template_arguments(row)
+    text, layout = lay_out(chat, source, arguments)
+    encoded = chat.encode(text)
+    trained = [False] * len(encoded.ids)
+    turns = [t for t in layout.turns if t.message >= first] if layout else []
+    generated = layout.generated if layout else generated_spans(chat, source, arguments, text)
+    if generated is not None:
+        begin = turns[0].begin if first and turns else 0
+        for start, end in generated:
+            if start >= begin:
+                _train(trained, encoded, start, end)
+    elif assistant_only_loss:
+        return Tokenized(encoded, text, None, layout, source, _NOTHING_GENERATED)
+    elif layout is None or len(turns) < _speaking(source, first):
+        return Tokenized(encoded, text, None, layout, source, _NOT_PLAIN)
+    for i, turn in enumerate(turns if generated is None else ()):
+        following = turns[i + 1].begin if i + 1 < len(turns) else len(text)
+        _train_turn(trained, encoded, chat, text, turn, following)
+    return Tokenized(encoded, text, trained, layout, source)
 
 
-def _untrimmed(text: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Offsets with the spaces that some tokenizers leave out of them (GPT-2's, Llama 3's)."""
-    result: list[tuple[int, int]] = []
-    reached = 0
-    for start, end in offsets:
-        result.append((reached if text[reached:start].isspace() else start, end))
-        reached = max(reached, end)
-    return result
-
-
-def _spans(text: str, scaffold: str, contents: Mapping[str, str]) -> list[tuple[int, int]]:
-    """Character spans of the assistant's turns: the text is the scaffold with its marks filled."""
-    for trim in (str, str.strip, str.lstrip, str.rstrip):
-        spans, rest, filled = [], scaffold, ""
-        for mark, content in contents.items():
-            before, _, rest = rest.partition(mark)
-            spans.append((len(filled + before), len(filled + before + trim(content))))
-            filled += before + trim(content)
-        if filled + rest == text and all(mark in scaffold for mark in contents):
-            return spans
-    raise DataError(
-        "The chat template does not render the assistant's turns as plain text (it rewrites "
-        "answers, or an answer is a tool call), so their tokens cannot be found. Set "
-        "assistant_only_loss=True, or give prompt-completion data."
+def _speaking(source: list[dict[str, Any]], first: int) -> int:
+    """Return how many assistant turns from message `first` on say something."""
+    return sum(
+        m["role"] == "assistant" and bool(m.get("content") or m.get("tool_calls"))
+        for m in source[first:]
     )
 
 
-def _prompt_completion(row: Mapping[str, Any], chat: ChatTokenizer) -> tuple[list[int], list[bool]]:
-    prompt, completion = row["prompt"], row["completion"]
-    tokenizer = chat.tokenizer
-    source_messages(row)
-    if isinstance(prompt, str) != isinstance(completion, str):
-        raise DataError(
-            f"'prompt' is a {type(prompt).__name__} and 'completion' a {type(completion).__name__}."
-            " Both must be texts, or both lists of messages."
-        )
-    if isinstance(prompt, str):
-        ids = _tokens(tokenizer, prompt + _with_eos(tokenizer, completion))
-        prompt_ids = _tokens(tokenizer, prompt)
-    elif any(m["role"] != "assistant" for m in completion):
-        return _conversation(row, chat)
-    else:
-        kwargs = template_arguments(row)
-        full = chat.render([*prompt, *completion], **kwargs)
-        question = chat.render(prompt, add_generation_prompt=True, **kwargs)
-        ids = list(tokenizer(_whole(full), add_special_tokens=False)["input_ids"])
-        prompt_ids = list(tokenizer(_whole(question), add_special_tokens=False)["input_ids"])
-    common = 0
-    while common < min(len(ids), len(prompt_ids)) and ids[common] == prompt_ids[common]:
-        common += 1
-    return ids, [i >= common for i in range(len(ids))]
+def _train(trained: list[bool], encoded: Encoded, start: int, end: int) -> None:
+    """Mark the tokens of some characters as trained."""
+    first, last = bisect_right(encoded.ends, start), bisect_left(encoded.starts, end)
+    trained[first:last] = [True] * (last - first)
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer(_whole(text))["input_ids"])
+def _train_turn(
+    trained: list[bool],
+    encoded: Encoded,
+    chat: ChatTokenizer,
+    text: str,
+    turn: Turn,
+    following: int,
+) -> None:
+    """Mark a turn as trained, with its end: the model must learn to stop.
 
-
-def _whole(text: str) -> str:
-    """A text that tokenizers take.
-
-    Raises:
-        DataError: It holds half a character: a lone surrogate, which JSON can spell.
+    The end is the first control token behind the words. Where the token that stops generation
+    stands behind others (Cohere's), it is all of them up to that one.
     """
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        around = ascii(text[max(0, error.start - 20) : error.end + 20])
-        raise DataError(
-            f"The row's text has half a character (a lone surrogate), here: {around}. Remove it."
-        ) from error
-    return text
+    end = turn.words[-1][1]
+    _train(trained, encoded, turn.begin, end)
+    ids, starts, ends = encoded.ids, encoded.starts, encoded.ends
+    first = bisect_left(starts, end)
+    stop = None
+    for i in range(first, len(ids)):
+        if ids[i] in chat.special:
+            if stop is None or ids[i] == chat.tokenizer.eos_token_id:
+                stop = i
+            if ids[i] == chat.tokenizer.eos_token_id or starts[i] >= following:
+                break
+        elif text[starts[i] : ends[i]].strip() and not chat.added.fullmatch(
+            text[starts[i] : ends[i]].strip()
+        ):
+            break
+    if stop is not None:
+        trained[first : stop + 1] = [True] * (stop + 1 - first)
 
 
-def _with_eos(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    eos = str(tokenizer.eos_token or "")
+def _completion(row: Mapping[str, Any], chat: ChatTokenizer) -> Tokenized:
+    """Tokenize a prompt of messages and a completion that an assistant says, trained as a whole."""
+    source = source_messages(row)
+    assert source is not None
+    arguments, prompt = template_arguments(row), row["prompt"]
+    text, layout = lay_out(chat, source, arguments)
+    question = chat.render(prompt, add_generation_prompt=True, **arguments)
+    encoded = chat.encode(text)
+    asked = list(chat.encode(question).ids)
+    common = _common(encoded.ids, asked)
+    trained = [i >= common for i in range(len(encoded.ids))]
+    return Tokenized(encoded, text, trained, layout, source)
+
+
+def _plain(prompt: str, completion: str, chat: ChatTokenizer) -> Tokenized:
+    """Tokenize a prompt and a completion that are texts."""
+    text = prompt + _with_eos(chat, completion)
+    encoded = chat.encode(text, add_special_tokens=True)
+    common = _common(encoded.ids, chat.ids(prompt))
+    trained = [i >= common for i in range(len(encoded.ids))]
+    rendered = is_rendered(prompt, chat)
+    source = parsed_prompt(prompt, chat) if rendered else [{"role": "user", "content": prompt}]
+    if source is None:
+        return Tokenized(encoded, text, trained, None, None, rendered=True, plain=True)
+    k = len(source)
+    inner = _without_control(completion, chat)
+    begin, end = len(prompt) + inner[0], len(prompt) + inner[1]
+    turn = Turn(k, len(prompt), ((begin, end),), whole=inner == (0, len(completion)))
+    layout = Layout(text, (turn,), ((0, len(prompt), k - 1),), None)
+    source = [*source, {"role": "assistant", "content": completion}]
+    return Tokenized(encoded, text, trained, layout, source, plain=True)
+
+
+def _without_control(completion: str, chat: ChatTokenizer) -> tuple[int, int]:
+    """Return the part of a completion that lies within the control tokens around it."""
+    start, end = 0, len(completion)
+    while (match := chat.added.match(completion, start)) is not None and match.end() > start:
+        start = match.end()
+    stops = [match.span() for match in chat.added.finditer(completion, start)]
+    while stops and not completion[stops[-1][1] : end].strip():
+        end = stops.pop()[0]
+    return start, max(start, end)
+
+
+def _common(one: list[int], two: list[int]) -> int:
+    """Return how many first tokens two texts share."""
+    common = 0
+    while common < min(len(one), len(two)) and one[common] == two[common]:
+        common += 1
+    return common
+
+
+def _with_eos(chat: ChatTokenizer, text: str) -> str:
+    eos = str(chat.tokenizer.eos_token or "")
     return text if text.endswith(eos) else text + eos

@@ -140,10 +140,14 @@ TALK = chat("s:be good", "u:how are you?", "a: fine, you?\n", "u:good", "a:good 
 @pytest.mark.parametrize("own", [True, False], ids=["its own", "another"])
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_contexts_under_other_templates(tokenizer, template, own):
-    """With the template that made the tokens, and where only another one is known."""
+    """With the template that made the tokens; by another one nobody can tell where turns are."""
     row = labelled(TALK, tokenizer, chat_template=TEMPLATES[template])
     chat_template = TEMPLATES[template] if own else None
-    assert contexts(row, tokenizer, chat_template=chat_template) == before_each_answer(TALK)
+    known = before_each_answer(TALK)
+    same = own or template == "insists on an answer"
+    assert contexts(row, tokenizer, chat_template=chat_template) == (
+        known if same else ["raw"] * len(known)
+    )
 
 
 def test_contexts_where_old_answers_are_cut(tokenizer):
@@ -158,7 +162,8 @@ def test_contexts_where_old_answers_are_cut(tokenizer):
     ids = tokenized(tokenizer, text)
     start = len(tokenized(tokenizer, text[: text.index("hm</think>")]))
     row = {"messages": messages, "input_ids": ids, "labels": [-100] * start + ids[start:]}
-    assert contexts(row, tokenizer, chat_template=template) == before_each_answer(messages, [-1])
+    wanted = before_each_answer(chat("u:hi", "a:ok", "u:hi", "a:ok"), [-1])
+    assert contexts(row, tokenizer, chat_template=template) == wanted
 
 
 def test_context_of_plain_text_is_the_prompt(tokenizer):
@@ -178,6 +183,11 @@ def test_context_of_plain_text_behind_a_bos_token(tokenizer):
 
 
 def test_typed_content_is_text(tokenizer):
+    template = (
+        "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' }}"
+        "{%- for part in m.content %}{{- part.text or '' }}{%- endfor %}{{- '<|im_end|>\n' }}"
+        "{%- endfor %}"
+    )
     messages = chat("u:how are you?", "a:fine")
     row = labelled(messages, tokenizer)
     row["messages"] = [
@@ -191,7 +201,7 @@ def test_typed_content_is_text(tokenizer):
         },
         {"role": "assistant", "content": [{"type": "text", "text": "fine"}]},
     ]
-    assert contexts(row, tokenizer) == before_each_answer(messages)
+    assert contexts(row, tokenizer, template) == before_each_answer(messages)
 
 
 # Contexts that nobody knows
@@ -252,7 +262,8 @@ def test_the_tokenizer_may_have_no_template(tokenizer):
     bare = copy.deepcopy(tokenizer)
     bare.chat_template = None
     messages = CONVERSATIONS["system"]
-    assert contexts(labelled(messages, tokenizer), bare) == before_each_answer(messages)
+    found = contexts(labelled(messages, tokenizer), bare)
+    assert found == ["raw"] * len(before_each_answer(messages))
 
 
 # Rows that cannot be used

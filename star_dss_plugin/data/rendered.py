@@ -1,0 +1,37 @@
+"""Recognise texts that are chats already: rendered prompts in plain `prompt` or `text` columns."""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from star_dss_plugin.data.chat import ChatTokenizer
+from star_dss_plugin.data.inverse import TemplateInverse
+
+__all__ = ["is_rendered", "parsed_prompt"]
+
+_inverses: WeakKeyDictionary[ChatTokenizer, TemplateInverse] = WeakKeyDictionary()
+
+
+def is_rendered(text: str, chat: ChatTokenizer) -> bool:
+    """Return whether a plain text holds the tokenizer's own marks of turns.
+
+    They are the template's header of an answer, if a control token is part of it, or any control
+    token within the text that does not just begin or end texts.
+    """
+    header = chat.header.strip()
+    if header and chat.added.search(header) and header in text:
+        return True
+    edges = {chat.tokenizer.bos_token, chat.tokenizer.eos_token, chat.tokenizer.pad_token}
+    return any(match.group() not in edges for match in chat.control.finditer(text))
+
+
+def parsed_prompt(prompt: str, chat: ChatTokenizer) -> list[dict[str, Any]] | None:
+    """Return the messages of a rendered prompt; None if the template does not render it so."""
+    if not chat.source:
+        return None
+    if chat not in _inverses:
+        _inverses[chat] = TemplateInverse(
+            chat.tokenizer, chat.chat_template, chat.template_arguments
+        )
+    return _inverses[chat].question(prompt)

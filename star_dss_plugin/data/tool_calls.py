@@ -1,0 +1,109 @@
+"""Find what a tool call says in a rendered conversation."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+__all__ = ["call_spans", "calls_of", "named"]
+
+# Words that templates write between control tokens; they say who speaks to whom, and how.
+_RESIDUE = frozenset({"analysis", "assistant", "commentary", "final", "function", "json", "model"})
+_CLOSING = re.compile(r"[\s}\]\"']*")
+
+
+def calls_of(message: Mapping[str, Any]) -> list[tuple[Any, Any, Any]]:
+    """Return the tool calls of a message: (as given, name, arguments)."""
+    found = []
+    calls = message.get("tool_calls")
+    for call in calls if isinstance(calls, list) else ():
+        if isinstance(call, Mapping):
+            inner = call.get("function")
+            inner = inner if isinstance(inner, Mapping) else call
+            found.append((call, inner.get("name"), inner.get("arguments")))
+    return found
+
+
+def named(call: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return a tool call with another name for its function."""
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": {**call["function"], "name": name}}
+    return {**call, "name": name}
+
+
+def call_spans(
+    text: str, place: tuple[int, int, int, int], arguments: Any, control: re.Pattern[str]
+) -> list[tuple[int, int]]:
+    """Return the spans of a tool call without the control tokens around and in it.
+
+    Args:
+        text: The rendered conversation.
+        place: Where the turn's earlier words end, the function's name begins and ends, and the next
+            words begin.
+        arguments: Of the call: a mapping, or its JSON text.
+        control: Matches control tokens.
+
+    Returns:
+        From the piece that holds the name to the end of the arguments, at least the name.
+    """
+    reached, start, end, limit = place
+    before = [match.end() for match in control.finditer(text, reached, start)]
+    begin = before[-1] if before else reached
+    first = control.search(text, end, limit)
+    finish = max(_end_of(text, end, limit, arguments, first.start() if first else limit), end)
+    behind = control.search(text, finish, limit)
+    closing = _CLOSING.match(text, finish, behind.start() if behind else limit)
+    finish = closing.end() if closing else finish
+    spans = []
+    position = begin
+    for match in [*control.finditer(text, begin, finish), None]:
+        stop = match.start() if match else finish
+        piece = text[position:stop]
+        if piece.strip() and not set(piece.split()) <= _RESIDUE:
+            at = position + len(piece) - len(piece.lstrip())
+            spans.append((at, at + len(piece.strip())))
+        position = match.end() if match else stop
+    return spans or [(start, end)]
+
+
+def _end_of(text: str, start: int, limit: int, arguments: Any, otherwise: int) -> int:
+    """Return where the arguments of a call end; as they are spelled, or leaf by leaf."""
+    known = arguments
+    if isinstance(arguments, str):
+        at = text.find(arguments, start, limit)
+        if at >= 0:
+            return at + len(arguments)
+        try:
+            known = json.loads(arguments)
+        except ValueError:
+            return otherwise
+    for separators in ((", ", ": "), (",", ":")):
+        for ascii_only in (False, True):
+            spelled = json.dumps(known, separators=separators, ensure_ascii=ascii_only, default=str)
+            at = text.find(spelled, start, limit)
+            if at >= 0:
+                return at + len(spelled)
+    position = start
+    for leaf in _leaves(known):
+        at = text.find(leaf, position, limit)
+        if at < 0:
+            return otherwise  # spelled in another way
+        position = at + len(leaf)
+    return position
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    """Yield keys and values, as they are written."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield str(key)
+            yield from _leaves(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _leaves(inner)
+    elif isinstance(value, str):
+        yield value
+    elif value is not None:
+        yield json.dumps(value)
