@@ -91,7 +91,7 @@ class ChatTokenizer:
             text, add_special_tokens=add_special_tokens, return_offsets_mapping=True
         )
         starts: list[int] = []
-        ends: list[int] = []
+        reaches: list[int] = []
         reached = 0
         for start, end in made["offset_mapping"]:
             # Some tokenizers leave spaces out of their offsets (GPT-2's, Llama 3's).
@@ -99,8 +99,8 @@ class ChatTokenizer:
                 start = reached
             reached = max(reached, end)
             starts.append(max(start, starts[-1]) if starts else start)
-            ends.append(reached)
-        return Encoded(list(made["input_ids"]), starts, ends)
+            reaches.append(reached)
+        return Encoded(list(made["input_ids"]), starts, reaches)
 
     def ids(self, text: str) -> list[int]:
         """Return the tokens of a plain text, with the special ones that the tokenizer adds.

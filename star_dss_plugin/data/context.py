@@ -81,11 +81,11 @@ class RowReader:
 
     def read(self, start: int, end: int) -> Reading:
         """Return what a guard reads of the tokens from `start` to `end`, at least one."""
-        text, ends, complete = token_boundaries(self._chat.tokenizer, self._ids[start:end])
         placed = self._placed
         turns = placed.turns(start, end) if placed is not None else ()
         if placed is None or not turns:
-            return self._raw(start, *self._bare(start, end, text, ends))
+            return self._raw(start, *self._bare(start, end))
+        text, ends, complete = token_boundaries(self._chat.tokenizer, self._ids[start:end])
         said, new_ends = _joined(text, ends, placed.inside(turns, start, end, text, ends))
         context = placed.context(turns[0], start)
         if context is None:
@@ -99,9 +99,7 @@ class RowReader:
             context = ({"role": "user", "content": decoded},)
         return Reading(context, True, "", text, ends, complete)
 
-    def _bare(
-        self, start: int, end: int, text: str, ends: list[int]
-    ) -> tuple[str, list[int], list[bool]]:
+    def _bare(self, start: int, end: int) -> tuple[str, list[int], list[bool]]:
         """Return a run's text without the control tokens at its beginning and its end.
 
         The end is its last stretch of control tokens, with white space behind or between.
@@ -112,8 +110,7 @@ class RowReader:
             first += 1
         cut = last
         while cut > first and (
-            ids[cut - 1] in special
-            or not text[ends[cut - 2] if cut > 1 else 0 : ends[cut - 1]].strip()
+            ids[cut - 1] in special or not decode(self._chat.tokenizer, [ids[cut - 1]]).strip()
         ):
             cut -= 1
             if ids[cut] in special:

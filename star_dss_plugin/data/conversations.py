@@ -13,7 +13,7 @@ from star_dss_plugin.data.requests import Message
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.validation import shortened
 
-__all__ = ["row_messages", "source_messages", "template_arguments"]
+__all__ = ["conversation_of", "row_messages", "source_messages", "template_arguments"]
 
 # What a row may not set: all that the tokenizer's method takes beside a template's own variables.
 _OURS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {
@@ -24,16 +24,35 @@ _OURS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template)
 }
 
 
-def source_messages(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """The conversation of a row as it is given, whatever columns it is in; None if there is none.
+CONVERSATIONS = "conversations"
+"""ShareGPT's name for the column of messages; TRL takes it too."""
 
-    A plain-text `prompt` counts as one user message, a plain-text `completion` as the answer.
+_ROLES = {
+    *("system", "developer", "user", "assistant"),
+    # What tools and environments answer, by the names that chat templates know.
+    *("tool", "function", "ipython", "observation", "environment", "tool_response", "context"),
+    *("document", "documents", "control"),
+}
+
+
+def conversation_of(row: Mapping[str, Any]) -> Any:
+    """Return what a row has in its column of messages; None if it has no such column."""
+    messages = row.get("messages")
+    return row.get(CONVERSATIONS) if messages is None else messages
+
+
+def source_messages(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """Return the conversation of a row, whatever columns it is in; None if there is none.
+
+    Messages with `from` and `value` (ShareGPT's) get `role` and `content`, as in TRL. A plain-text
+    `prompt` counts as one user message, a plain-text `completion` as the answer.
 
     Raises:
         DataError: One of them is not a message with a role and a content.
     """
-    if isinstance(row.get("messages"), list):
-        return _checked("messages", row["messages"])
+    messages = conversation_of(row)
+    if messages is not None:
+        return _checked("messages" if row.get("messages") is not None else CONVERSATIONS, messages)
     prompt, completion = row.get("prompt"), row.get("completion")
     if prompt is None or completion is None:
         return None
@@ -51,6 +70,7 @@ def _checked(column: str, messages: Any) -> list[dict[str, Any]]:
             f"{column!r} is a {type(messages).__name__}; it must be a text or a list of messages "
             "with 'role' and 'content'."
         )
+    messages = [_chatml(message) for message in messages]
     for k, message in enumerate(messages):
         where = f"{column}[{k}]"
         if not isinstance(message, Mapping):
@@ -62,6 +82,13 @@ def _checked(column: str, messages: Any) -> list[dict[str, Any]]:
             raise DataError(
                 f"{where}.role is {_short(message.get('role'))}; it must be a text, such as 'user' "
                 "or 'assistant'."
+            )
+        if message["role"] not in _ROLES:
+            roles = list(dict.fromkeys(str(m.get("role")) for m in messages[k:]))
+            raise DataError(
+                f"{where}.role is {_short(message['role'])}, which no chat template is known to "
+                f"tell from a user's: the roles here are {', '.join(map(repr, roles))}. Rename "
+                "them to 'system', 'user', 'assistant' or 'tool'."
             )
         content = message.get("content")
         if content is not None and not isinstance(content, str | list):
@@ -76,6 +103,14 @@ def _checked(column: str, messages: Any) -> list[dict[str, Any]]:
                     "and a 'text'."
                 )
     return [dict(message) for message in messages]
+
+
+def _chatml(message: Any) -> Any:
+    """Return a message with `role` and `content` in place of `from` and `value`."""
+    if isinstance(message, Mapping) and message.get("role") is None and "from" in message:
+        rest = {k: v for k, v in message.items() if k not in ("from", "value", "role", "content")}
+        return {"role": message["from"], "content": message.get("value"), **rest}
+    return message
 
 
 def _short(value: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset, List, Value
@@ -11,11 +11,28 @@ from datasets import Dataset, List, Value
 from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.columns import with_column
 from star_dss_plugin.data.responses import tokens_of
-from star_dss_plugin.data.tokenization import assistant_labels, needs_assistant_labels, tokenize_row
+from star_dss_plugin.data.tokenization import (
+    MASKS,
+    Tokenized,
+    assistant_labels,
+    has_mask,
+    needs_assistant_labels,
+    read_row,
+)
 from star_dss_plugin.errors import DataError, StarDSSError
 from star_dss_plugin.logprobs import IGNORE_INDEX
 
-__all__ = ["in_row", "known_rows", "only_responses", "plain_rows", "tokenized", "unreadable"]
+__all__ = [
+    "check_trained",
+    "in_row",
+    "known_rows",
+    "labelled_by_masks",
+    "only_responses",
+    "own_labels",
+    "plain_rows",
+    "unreadable",
+    "with_labels",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -23,15 +40,18 @@ _COLUMNS = (
     "input_ids",
     "labels",
     "messages",
+    "conversations",
     "prompt",
     "completion",
     "tools",
     "chat_template_kwargs",
+    "completion_mask",
+    "assistant_masks",
 )
 
 
 def known_rows(dataset: Dataset) -> Iterator[dict[str, Any]]:
-    """The rows as plain Python values, with the columns that say what was said."""
+    """Yield the rows as plain Python values, with the columns that say what was said."""
     return plain_rows(dataset, [c for c in _COLUMNS if c in dataset.column_names])
 
 
@@ -44,48 +64,86 @@ def in_row(i: int, function: Any, *args: Any, **kwargs: Any) -> Any:
         raise
 
 
-def tokenized(dataset: Dataset, chat: ChatTokenizer, max_length: int | None) -> Dataset:
-    """Adds `input_ids` and `labels` to raw rows (`tokenization.tokenize_row`)."""
-    rows = [
-        in_row(i, tokenize_row, row, chat, max_length=max_length)
-        for i, row in enumerate(plain_rows(dataset))
-    ]
-    for name in ("input_ids", "labels"):
-        column = [row[name] for row in rows]
-        dataset = with_column(dataset, name, column, List(Value("int64")))
-    return dataset
-
-
-def only_responses(
-    dataset: Dataset,
-    chat: ChatTokenizer,
-    *,
-    needed: bool = True,
-) -> Dataset:
-    """Takes the turns that are not an assistant's out of the labels, where they were trained.
+def only_responses(dataset: Dataset, chat: ChatTokenizer) -> Dataset:
+    """Take the turns that are not an assistant's out of the labels, where they were trained.
 
     Args:
         dataset: With `input_ids` and `labels`.
         chat: The tokenizer and the template that made the tokens.
-        needed: Whether some row has to have a trained token.
 
     Raises:
-        DataError: No row has a trained token, though one is needed, or the assistant's turns cannot
-            be found.
+        DataError: No row has a trained token, or the assistant's turns cannot be found.
     """
-    column, changed, trained = [], 0, False
+    column, changed = [], 0
     for i, row in enumerate(known_rows(dataset)):
-        _, labels = in_row(i, tokens_of, row)
-        if in_row(i, needs_assistant_labels, row):
-            labels = in_row(i, assistant_labels, row, chat)
-            changed += labels != row["labels"]
-        trained = trained or any(label != IGNORE_INDEX for label in labels)
+        labels, narrowed, _ = in_row(i, own_labels, row, chat)
+        changed += narrowed
         column.append(labels)
-    if needed and not trained:
+    check_trained(column)
+    return with_labels(dataset, column, changed)
+
+
+def own_labels(
+    row: Mapping[str, Any], chat: ChatTokenizer
+) -> tuple[list[int], bool, Tokenized | None]:
+    """Return the labels of a tokenized row, with only what an assistant says trained.
+
+    Args:
+        row: With `input_ids` and `labels`, or with masks in place of labels.
+        chat: The tokenizer and the template that made the tokens.
+
+    Returns:
+        The labels; whether they are others than the row's own; the row's conversation, if it had to
+        be rendered.
+
+    Raises:
+        DataError: They are no tokens, or the assistant's turns cannot be found in them.
+    """
+    _, labels = tokens_of(row)
+    if not needs_assistant_labels(row):
+        return labels, False, None
+    made = None if has_mask(row) else read_row(row, chat)
+    found = assistant_labels(row, chat, made)
+    return found, found != labels, made
+
+
+def labelled_by_masks(dataset: Dataset) -> Dataset:
+    """Return tokenized rows with `labels`, made of their masks where they have none.
+
+    Raises:
+        DataError: They have neither.
+    """
+    if "labels" in dataset.column_names:
+        return dataset
+    masks = [c for c in MASKS if c in dataset.column_names]
+    if not masks:
+        raise DataError(
+            "The data set has 'input_ids' but no 'labels', so it does not say which tokens are "
+            "trained. Add labels: a copy of input_ids with -100 where nothing is trained."
+        )
+    column = []
+    for i, row in enumerate(plain_rows(dataset, ["input_ids", *masks])):
+        ids = row["input_ids"]
+        if any(not isinstance(row[m], list) or len(row[m]) != len(ids) for m in masks):
+            raise DataError(
+                f"{' or '.join(masks)} is not as long as input_ids. Give one 0 or 1 for each token."
+            ).at(rows=(i,))
+        kept = zip(ids, *(row[m] for m in masks), strict=True)
+        column.append([token if all(bits) else IGNORE_INDEX for token, *bits in kept])
+    return with_column(dataset, "labels", column, List(Value("int64")))
+
+
+def check_trained(column: Sequence[Sequence[int]]) -> None:
+    """Raise a DataError if no row has a trained token."""
+    if not any(label != IGNORE_INDEX for labels in column for label in labels):
         raise DataError(
             f"None of the {len(column)} rows has a trained token: every label is -100. Check the "
             "columns, the chat template and max_length (a prompt that fills it leaves no response)."
         )
+
+
+def with_labels(dataset: Dataset, column: Sequence[Sequence[int]], changed: int) -> Dataset:
+    """Replace the labels, and say so, if some of them changed."""
     if not changed:
         return dataset
     logger.warning(
@@ -98,7 +156,7 @@ def only_responses(
 
 
 def plain_rows(dataset: Dataset, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-    """The rows as plain Python values.
+    """Yield the rows as plain Python values.
 
     Args:
         dataset: The rows.

@@ -15,6 +15,7 @@ from typing import Any
 
 from star_dss_plugin.data.chat import ChatTokenizer, Encoded
 from star_dss_plugin.data.conversations import (
+    conversation_of,
     source_messages,
     template_arguments,
 )
@@ -23,7 +24,19 @@ from star_dss_plugin.data.rendered import is_rendered, parsed_prompt
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.logprobs import IGNORE_INDEX
 
-__all__ = ["Tokenized", "assistant_labels", "needs_assistant_labels", "read_row", "tokenize_row"]
+__all__ = [
+    "MASKS",
+    "Tokenized",
+    "assistant_labels",
+    "has_mask",
+    "labelled",
+    "needs_assistant_labels",
+    "read_row",
+    "tokenize_row",
+]
+
+MASKS = ("completion_mask", "assistant_masks")
+"""Columns with 1 for trained tokens and 0 for others, as TRL writes and reads them."""
 
 
 _NOTHING_GENERATED = (
@@ -121,12 +134,7 @@ def read_row(
         DataError: No such column, or messages that cannot be rendered.
     """
     given = {name for name, value in row.items() if value is not None}
-    if "messages" in given:
-        if not isinstance(row["messages"], list):
-            raise DataError(
-                f"'messages' is a {type(row['messages']).__name__}; it must be a list of messages "
-                "with 'role' and 'content'."
-            )
+    if conversation_of(row) is not None:
         return _conversation(row, chat, 0, assistant_only_loss)
     if {"prompt", "completion"} <= given:
         prompt, completion = row["prompt"], row["completion"]
@@ -162,9 +170,11 @@ def needs_assistant_labels(row: Mapping[str, Any]) -> bool:
     True where every token of a conversation or of a prompt with its completion is trained, or a
     completion that holds other turns than the assistant's is trained in one piece.
     """
-    messages, completion = row.get("messages"), row.get("completion")
+    messages, completion = conversation_of(row), row.get("completion")
     if isinstance(messages, list) or isinstance(completion, list):
         source_messages(row)  # or an error that says what is wrong with them
+    if has_mask(row) and IGNORE_INDEX not in row["labels"]:
+        return True
     if isinstance(messages, list):
         others = any(m["role"] != "assistant" for m in messages)
         return others and IGNORE_INDEX not in row["labels"]
@@ -200,9 +210,9 @@ def assistant_labels(
         DataError: The row's tokens are not those of its messages.
     """
     given = list(row["input_ids"])
-    mask = row.get("completion_mask")
-    if isinstance(mask, list) and len(mask) == len(given) and 1 in mask and not _turns_mixed(row):
-        return [i if m else IGNORE_INDEX for i, m in zip(given, mask, strict=True)]
+    if has_mask(row):
+        tokens = zip(given, *(row[m] for m in MASKS if row.get(m) is not None), strict=True)
+        return [token if all(bits) else IGNORE_INDEX for token, *bits in tokens]
     made = made or read_row(row, chat)
     if made.trained is None:
         raise DataError(made.problem)
@@ -224,9 +234,17 @@ def assistant_labels(
     )
 
 
-def _turns_mixed(row: Mapping[str, Any]) -> bool:
+def has_mask(row: Mapping[str, Any]) -> bool:
+    """Return whether a row's own masks say what is trained, and nothing else is needed for it.
+
+    A host that cuts rows may leave masks as long as they were; the messages tell then. A completion
+    that holds turns of others needs them too.
+    """
+    masks = [row[m] for m in MASKS if row.get(m) is not None]
     completion = row.get("completion")
-    return isinstance(completion, list) and any(m["role"] != "assistant" for m in completion)
+    if isinstance(completion, list) and any(m["role"] != "assistant" for m in completion):
+        return False
+    return bool(masks) and all(len(m) == len(row["input_ids"]) for m in masks)
 
 
 def _conversation(

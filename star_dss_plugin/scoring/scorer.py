@@ -34,8 +34,8 @@ from star_dss_plugin.data.columns import SCORES_COLUMN, with_column
 from star_dss_plugin.data.fingerprints import content_key
 from star_dss_plugin.data.provenance import write_note
 from star_dss_plugin.data.requests import PrefixRequest, Trajectory
-from star_dss_plugin.data.responses import Response, find_responses
-from star_dss_plugin.data.rows import in_row, known_rows, only_responses, tokenized
+from star_dss_plugin.data.responses import Response
+from star_dss_plugin.data.row_responses import RowOptions, read_responses
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.guards.adaptive import adaptive
 from star_dss_plugin.options import ScoringOptions
@@ -66,6 +66,8 @@ def score_dataset(
     per_guard: bool = False,
     max_length: int | None = None,
     chat_template: str | None = None,
+    assistant_only_loss: bool = False,
+    num_proc: int = 1,
     share: Share = ALONE,
     part: bool = False,
     progress: bool = True,
@@ -83,6 +85,9 @@ def score_dataset(
         max_length: Raw rows are cut to this many tokens before they are scored.
         chat_template: The template that made the tokens, or makes those of raw rows; None: the
             tokenizer's own.
+        assistant_only_loss: Whether of raw rows only what the chat template marks as generated
+            (`{% generation %}`) is trained, as with TRL's option of this name.
+        num_proc: Processes that render and tokenize rows, at least 1; scores do not depend on it.
         share: This process's part of the work, if several processes score the same data set; each
             of them gets all of it back.
         part: Whether these rows are a part of the data. Then it is no error if they hold no
@@ -114,19 +119,21 @@ def score_dataset(
             "the data set as it is."
         )
     chat = ChatTokenizer(tokenizer, chat_template)
-    if "input_ids" not in dataset.column_names:
-        dataset = tokenized(dataset, chat, max_length)
-    elif "labels" not in dataset.column_names:
-        raise DataError(
-            "The data set has 'input_ids' but no 'labels', so it does not say which tokens are "
-            "trained. Add labels: a copy of input_ids with -100 where nothing is trained."
-        )
-    dataset = only_responses(dataset, chat, needed=not part)
+    how = RowOptions(
+        load_plugins().segmenter(options.segmenter),
+        options.chunk_size,
+        max_length,
+        assistant_only_loss,
+    )
+    dataset, responses = read_responses(dataset, chat, how, needed=not part, num_proc=num_proc)
+    rows = [
+        _Row(len(labels), found, [_key(r.request) for r in found])
+        for labels, found in zip(dataset.with_format(None)["labels"], responses, strict=True)
+    ]
     asked = loaded or guard_of(options)
     if options.trajectory == "adaptive":
         asked = adaptive(asked, options.trajectory_epsilon)
     try:
-        rows = _find_all(dataset, chat, options)
         requests = _unique_requests(rows)
         asking = CachedTrajectories(
             requests,
@@ -155,23 +162,6 @@ def score_dataset(
         column = _columns(rows, found)
         scored = with_column(scored, f"{SCORES_COLUMN}_{name}", column, List(Value("float32")))
     return scored
-
-
-def _find_all(dataset: Dataset, chat: ChatTokenizer, options: ScoringOptions) -> list[_Row]:
-    """Return the responses of all rows."""
-    cut = load_plugins().segmenter(options.segmenter)
-    found, raw = [], 0
-    for i, row in enumerate(known_rows(dataset)):
-        responses = in_row(i, find_responses, row, chat, cut, options.chunk_size)
-        raw += sum(r.raw_context for r in responses)
-        found.append(_Row(len(row["labels"]), responses, [_key(r.request) for r in responses]))
-    if raw:
-        logger.warning(
-            "For %d responses the guard reads the decoded tokens before them, because no message "
-            "matches (or the data has tokens only).",
-            raw,
-        )
-    return found
 
 
 def _key(request: PrefixRequest) -> str:

@@ -89,12 +89,18 @@ def test_a_reasoning_is_trained(tokenizer):
 
 
 @pytest.mark.parametrize("content", ["m.content|upper", "m.content|tojson"])
-def test_rewritten_answers_are_refused(tokenizer, content):
-    template = GENERATION.replace("m.content", content)
+def test_rewritten_answers_are_refused_unless_the_template_marks_them(tokenizer, content):
+    marking = ChatTokenizer(tokenizer, GENERATION.replace("m.content", content))
+    row = {"messages": chat("u:hi", 'a:hm</think>"ok"')}
+    made = tokenize_row(row, marking)
+    (answer,) = spoken(made, tokenizer)
+    assert answer.lower().replace("\\", "").strip('"') in (
+        'hm</think>"ok"<|im_end|>',
+        'hm</think>"ok""<|im_end|>',
+    )
+    plain = marking.source.replace("{%- generation %}", "").replace("{%- endgeneration %}", "")
     with refuses("does not render the assistant's turns as plain text"):
-        tokenize_row(
-            {"messages": chat("u:hi", 'a:hm</think>"ok"')}, ChatTokenizer(tokenizer, template)
-        )
+        tokenize_row(row, ChatTokenizer(tokenizer, plain))
 
 
 def test_what_the_template_leaves_out_is_not_trained(tokenizer):

@@ -1,0 +1,199 @@
+"""Read the responses of a data set: every row is rendered and tokenized once, in any process."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset, List, Value
+
+from star_dss_plugin.data.chat import ChatTokenizer
+from star_dss_plugin.data.columns import with_column
+from star_dss_plugin.data.responses import Response, find_responses
+from star_dss_plugin.data.rows import (
+    check_trained,
+    in_row,
+    known_rows,
+    labelled_by_masks,
+    own_labels,
+    plain_rows,
+    with_labels,
+)
+from star_dss_plugin.data.tokenization import labelled, read_row
+from star_dss_plugin.logprobs import IGNORE_INDEX
+from star_dss_plugin.segmenters import Segmenter
+
+__all__ = ["RowOptions", "read_responses"]
+
+logger = logging.getLogger(__name__)
+
+_ROWS_NAMED = 5
+_ROWS_A_PIECE = 64  # that a process reads before it hands them back
+
+_CUT = "max_length cuts off all that is trained"
+_SILENT = "no assistant says anything in them"
+_MASKED = "all their labels are -100"
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """How rows become responses.
+
+    Attributes:
+        segmenter: Where chunks end.
+        chunk_size: M >= 1, in the segmenter's units.
+        max_length: Raw rows are cut to this many tokens; None: they are not.
+        assistant_only_loss: Whether of raw rows only what the chat template marks as generated is
+            trained.
+    """
+
+    segmenter: Segmenter
+    chunk_size: int
+    max_length: int | None = None
+    assistant_only_loss: bool = False
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What was found in one row."""
+
+    ids: list[int]
+    labels: list[int]
+    narrowed: bool
+    responses: list[Response]
+    silent: str
+    rendered: bool
+
+
+def read_responses(
+    dataset: Dataset,
+    chat: ChatTokenizer,
+    options: RowOptions,
+    *,
+    needed: bool = True,
+    num_proc: int = 1,
+) -> tuple[Dataset, list[list[Response]]]:
+    """Return a tokenized data set in which only responses are trained, and its responses.
+
+    Args:
+        dataset: Raw rows, or rows with `input_ids` and `labels` (or masks).
+        chat: The trained model's tokenizer and the template of its conversations.
+        options: How rows become responses.
+        needed: Whether some row has to have a trained token.
+        num_proc: Processes that read rows, at least 1. They read the same for any number.
+
+    Returns:
+        The data set with `input_ids` and `labels`; the responses of each row.
+
+    Raises:
+        DataError: What cannot be read, with the row's number.
+    """
+    raw = "input_ids" not in dataset.column_names
+    if not raw:
+        dataset = labelled_by_masks(dataset)
+    read = list(_each(dataset, chat, options, num_proc))
+    labels = [row.labels for row in read]
+    if needed:
+        check_trained(labels)
+    if raw:
+        for name, column in (("input_ids", [row.ids for row in read]), ("labels", labels)):
+            dataset = with_column(dataset, name, column, List(Value("int64")))
+    else:
+        dataset = with_labels(dataset, labels, sum(row.narrowed for row in read))
+    _say_what_is_missing(read)
+    return dataset, [row.responses for row in read]
+
+
+def _each(
+    dataset: Dataset, chat: ChatTokenizer, options: RowOptions, num_proc: int
+) -> Iterator[_Read]:
+    """Yield what is in each row, in their order."""
+    pieces = range(0, len(dataset), _ROWS_A_PIECE)
+    workers = min(num_proc, len(pieces))
+    if workers < 2 or "fork" not in multiprocessing.get_all_start_methods():
+        yield from _piece(dataset, chat, options, 0)
+        return
+    # Forked processes need no copy of the data, and segmenters that cannot be pickled work too.
+    _work["forked"] = dataset, chat, options
+    try:
+        with multiprocessing.get_context("fork").Pool(workers) as pool:
+            for found in pool.imap(_forked, pieces):
+                yield from found
+    finally:
+        del _work["forked"]
+
+
+_work: dict[str, tuple[Dataset, ChatTokenizer, RowOptions]] = {}
+
+
+def _forked(start: int) -> list[_Read]:
+    """Read one piece of the data in a forked process."""
+    dataset, chat, options = _work["forked"]
+    stop = min(start + _ROWS_A_PIECE, len(dataset))
+    return list(_piece(dataset.select(range(start, stop)), chat, options, start))
+
+
+def _piece(
+    dataset: Dataset, chat: ChatTokenizer, options: RowOptions, start: int
+) -> Iterator[_Read]:
+    raw = "input_ids" not in dataset.column_names
+    rows = plain_rows(dataset) if raw else known_rows(dataset)
+    read = _read_raw if raw else _read_tokenized
+    for i, row in enumerate(rows, start):
+        yield in_row(i, read, row, chat, options)
+
+
+def _read_raw(row: Mapping[str, Any], chat: ChatTokenizer, options: RowOptions) -> _Read:
+    made = read_row(row, chat, assistant_only_loss=options.assistant_only_loss)
+    tokens = labelled(made, options.max_length)
+    ids, labels = tokens["input_ids"], tokens["labels"]
+    silent = ""
+    if all(label == IGNORE_INDEX for label in labels):
+        silent = _CUT if made.trained and any(made.trained) else _SILENT
+    found = find_responses(tokens, chat, options.segmenter, options.chunk_size, made)
+    return _Read(ids, labels, False, found, silent, made.rendered)
+
+
+def _read_tokenized(row: Mapping[str, Any], chat: ChatTokenizer, options: RowOptions) -> _Read:
+    labels, narrowed, made = own_labels(row, chat)
+    silent = _MASKED if all(label == IGNORE_INDEX for label in labels) else ""
+    row = {**row, "labels": labels}
+    found = find_responses(row, chat, options.segmenter, options.chunk_size, made)
+    return _Read(row["input_ids"], labels, narrowed, found, silent, False)
+
+
+def _say_what_is_missing(read: Sequence[_Read]) -> None:
+    """Warn of rows that train nothing, of raw contexts, and of texts that are chats."""
+    silent: dict[str, list[int]] = defaultdict(list)
+    for i, row in enumerate(read):
+        if row.silent:
+            silent[row.silent].append(i)
+    for why, rows in silent.items():
+        logger.warning(
+            "%d of %d rows train nothing, because %s (rows %s). They stay in the data.",
+            len(rows),
+            len(read),
+            why,
+            _named(rows),
+        )
+    if rendered := [i for i, row in enumerate(read) if row.rendered]:
+        logger.warning(
+            "%d texts are chats that are rendered already (rows %s), and the tokenizer's chat "
+            "template does not give them, so nobody can tell their turns apart. Give messages.",
+            len(rendered),
+            _named(rendered),
+        )
+    if raw := sum(response.raw_context for row in read for response in row.responses):
+        logger.warning(
+            "For %d responses the guard reads the decoded tokens before them: the data has tokens "
+            "or texts only, or the chat template does not make these tokens of the messages.",
+            raw,
+        )
+
+
+def _named(rows: Sequence[int]) -> str:
+    return ", ".join(map(str, rows[:_ROWS_NAMED])) + (", …" if len(rows) > _ROWS_NAMED else "")
