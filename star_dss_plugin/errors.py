@@ -79,6 +79,18 @@ class StarDSSError(ValueError):
         self.where = replace(self.where, **missing)
         return self
 
+    def counted_from(self, start: int) -> Self:
+        """Move the rows of an error about a part of the data, whose first row is row `start`.
+
+        Args:
+            start: Number of the part's first row in the whole.
+
+        Returns:
+            The error itself.
+        """
+        self.where = replace(self.where, rows=tuple(start + row for row in self.where.rows))
+        return self
+
     def __str__(self) -> str:
         return f"{self.where}{super().__str__()}"
 

@@ -75,7 +75,9 @@ def compare(
     for source, name in zip(models, names, strict=True):
         answered = ModelAnswers(name, training_guard(source))
         model, tokenizer = load_whole_model(source, dtype=dtype, base=base)
-        store = AnswerFile(output / "answers" / f"{weights_digest(model)[:16]}.jsonl")
+        # Engines round differently, so each has answers of its own.
+        suffix = "" if engine == "local" else f"-{engine}"
+        store = AnswerFile(output / "answers" / f"{weights_digest(model)[:16]}{suffix}.jsonl")
         if engine == "local":
             model.to(place)  # type: ignore[arg-type]
         with _generation(engine, source, model, tokenizer, dtype, batch_size) as generate:

@@ -97,7 +97,11 @@ def inspect_row(
         raise DataError(
             f"There is no row {row}: the data set has {len(dataset)} rows, 0 to {len(dataset) - 1}."
         )
-    found = read_scored(dataset.select([row]), tokenizer_of(dataset, tokenizer))
+    try:
+        found = read_scored(dataset.select([row]), tokenizer_of(dataset, tokenizer))
+    except DataError as error:
+        error.counted_from(row)
+        raise
     return Inspection(found, row, threshold)
 
 

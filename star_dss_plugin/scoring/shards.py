@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -222,8 +222,7 @@ class ShardScorer:
             )
         except StarDSSError as error:
             # Rows of a shard count from its first one.
-            rows = tuple(start + row for row in error.where.rows) or range(start, stop)
-            error.where = replace(error.where, rows=rows)
+            error.counted_from(start).at(rows=range(start, stop))
             raise
         write_shard(with_attention_mask(scored), path)
         shutil.rmtree(begun, ignore_errors=True)

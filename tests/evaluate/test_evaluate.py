@@ -1,6 +1,7 @@
 """Comparing models: prompts, answers that are kept, verdicts, page and command."""
 
 import base64
+import contextlib
 import hashlib
 import html
 import itertools
@@ -338,6 +339,20 @@ def test_folders_of_one_name_are_called_by_their_paths(model_dirs, tmp_path):
         shutil.copytree(source, folder)
     assert [m.name for m in compared(same, tmp_path).models] == same
     assert [m.name for m in compared(model_dirs, tmp_path / "other").models] == ["first", "second"]
+
+
+def test_each_engine_has_answers_of_its_own(model_dirs, tmp_path, monkeypatch):
+    def other(engine, *rest):
+        assert engine == "vllm"
+        return contextlib.nullcontext(lambda ids, n: ((i, "other") for i in range(len(ids))))
+
+    local = compared(model_dirs, tmp_path)
+    monkeypatch.setattr(comparison, "_generation", other)
+    served = compared(model_dirs, tmp_path, engine="vllm")
+    assert {a.text for m in served.models for found in m.answers.values() for a in found} == {
+        "other"
+    }
+    assert "other" not in {a.text for m in local.models for f in m.answers.values() for a in f}
 
 
 def test_vllm_takes_whole_models_and_says_what_is_missing(model_dirs, tmp_path):

@@ -339,6 +339,14 @@ def test_inspection_in_a_terminal_and_a_notebook(scored):
         inspect_row(scored, 3)
 
 
+def test_an_error_names_the_row_that_was_asked_for(scored):
+    short = scored.map(
+        lambda r, i: {"star_scores": r["star_scores"][: -(i == 1) or None]}, with_indices=True
+    )
+    with pytest.raises(DataError, match="Row 1: "):
+        inspect_row(short, 1)
+
+
 @pytest.mark.parametrize("text", HOSTILE)
 def test_inspection_of_hostile_text(text):
     shown = Inspection(data(response(pieces=(text, "[red]not markup[/red]"))), 0)
