@@ -18,11 +18,12 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_FLAGS)
 
-# The core without trainers, shards and figures: minutes, for the time between two commits.
+# The core without trainers, shards, figures and the demonstration's model: minutes, for the time between two commits.
 CORE = $(wildcard tests/test_*.py) tests/data tests/guards tests/cli/test_cli.py tests/project/test_imports.py \
-	tests/project/test_architecture.py tests/project/test_plugins.py tests/project/test_workflows.py
+	tests/project/test_architecture.py tests/project/test_hooks.py tests/project/test_installed_plugins.py \
+	tests/project/test_plugins.py tests/project/test_workflows.py
 test-core: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_FLAGS) $(CORE)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_FLAGS) $(CORE) --ignore tests/guards/test_demo_guard.py
 
 # In two processes: Axolotl patches transformers and torch wherever it is imported. Ray, lm-eval, the
 # browser and the benchmarks are the same whatever TRL is installed, and take minutes: `make test` has them.
