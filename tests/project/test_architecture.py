@@ -11,10 +11,8 @@ import torch
 from support.paths import ROOT
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from star_dss_plugin.data.chat import ChatTokenizer
+from star_dss_plugin import attach, score_dataset
 from star_dss_plugin.data.reading import read_dataset
-from star_dss_plugin.data.rows import tokenized
-from star_dss_plugin.training.attach import attach
 
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
 TRIP = re.findall(r"^\| (\d+) \| `([\w.]+)` \|", PAGE, flags=re.MULTILINE)
@@ -67,7 +65,8 @@ def test_a_token_takes_this_trip(tmp_path, model, tokenizer, folder_of):
 
     sys.setprofile(note)
     try:
-        data = tokenized(read_dataset(str(tmp_path / "rows.jsonl")), ChatTokenizer(tokenizer), None)
+        rows = read_dataset(str(tmp_path / "rows.jsonl"))
+        data = score_dataset(rows, tokenizer, guard=guard, guard_device="cpu", progress=False)
         trainer = Trainer(
             model,
             args=TrainingArguments(
@@ -77,7 +76,7 @@ def test_a_token_takes_this_trip(tmp_path, model, tokenizer, folder_of):
             data_collator=DataCollatorForSeq2Seq(tokenizer),
             processing_class=tokenizer,
         )
-        attach(trainer, guard=guard, guard_device="cpu", reference="copy")
+        attach(trainer, reference="copy")
         trainer.train()
     finally:
         sys.setprofile(None)
