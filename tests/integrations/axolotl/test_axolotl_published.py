@@ -126,4 +126,4 @@ def test_a_published_configuration_trains(start, tmp_path, small, tokenizer, nam
     assert "star_dss/kl" in out
     record = json.loads((tmp_path / "out" / "star_dss.json").read_text())
     assert record["data"]["train"]["responses"] == responses
-    assert record["data"]["train"]["share_below_threshold"] > 0
+    assert record["data"]["train"]["below_threshold"] > 0
