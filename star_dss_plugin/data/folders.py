@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import stat
 import struct
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from datasets.table import MemoryMappedTable, concat_tables
 
 from star_dss_plugin.data.conversion import json_dataset, parquet_dataset
 from star_dss_plugin.data.media import check_features
+from star_dss_plugin.data.regular import kind_of
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.validation import shortened
 
@@ -58,13 +58,12 @@ def regular_file(folder: Path, name: Any) -> Path:
         )
     path: Path = folder / name
     try:
-        kind = path.lstat().st_mode
+        kind = kind_of(path)
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing. Copy the whole folder again.") from error
-    if not stat.S_ISREG(kind):
-        what = "a link" if stat.S_ISLNK(kind) else "no regular file"
+    if kind:
         raise DataError(
-            f"{path} is {what}, and a data folder is read only from regular files that lie in it. "
+            f"{path} is {kind}, and a data folder is read only from regular files that lie in it. "
             "Copy it with its links resolved (cp -rL), or remove the file."
         )
     return path
