@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-__all__ = ["visible"]
+__all__ = ["visible", "visible_line"]
 
 _KEPT = "\n\t"
 _CONTROL_PICTURES = 0x2400  # ␀ ␁ … stand for U+0000, U+0001, …
@@ -56,6 +56,15 @@ def visible(text: str) -> str:
         marks = marks + 1 if unicodedata.category(char)[0] == "M" else 0
         shown.append(_name(char) if marks > _MARKS else _shown(char))
     return "".join(shown)
+
+
+def visible_line(text: str, most: int = 200) -> str:
+    """Return text as one line that can be shown anywhere, cut behind `most` characters.
+
+    Line breaks, tabs and what `visible` names are shown by their names: a line of a log stays one.
+    """
+    shown = visible(text[: most + 1]).replace("\n", "␊").replace("\t", "␉")
+    return shown[:most] + "…" if len(text) > most else shown
 
 
 def _shown(char: str) -> str:

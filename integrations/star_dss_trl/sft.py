@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict
 from trl import (
     DatasetMixtureConfig,
     ModelConfig,
@@ -21,7 +22,9 @@ from trl import (
     get_quantization_config,
 )
 
-from star_dss_plugin.data.reading import is_saved_dataset, read_dataset
+from star_dss_plugin.data.folders import check_folder
+from star_dss_plugin.data.media import check_features
+from star_dss_plugin.data.reading import read_splits
 from star_dss_plugin.errors import ConfigError, StarDSSError
 from star_dss_plugin.validation import nearest
 from star_dss_trl.config import StarDSSConfig
@@ -97,20 +100,29 @@ def _unknown_options(given: Sequence[str], known: Sequence[str]) -> ConfigError:
 
 
 def load_data(script_args: Any, mixture_args: Any) -> DatasetDict | dict[str, Dataset]:
-    """The data as `trl sft` loads it; `dataset_name` may also be a file or a scored folder."""
+    """Return the data as `trl sft` loads it; `dataset_name` may also be a file or a scored folder.
+
+    Raises:
+        StarDSSError: There is none, it cannot be read, or a column holds media.
+    """
     if mixture_args.datasets:
-        return get_dataset(mixture_args)
+        for one in mixture_args.datasets:
+            check_folder(Path(one.path))
+        mixed = get_dataset(mixture_args)
+        for dataset in mixed.values():
+            check_features(dataset.features or {}, "datasets")
+        return mixed
     name = script_args.dataset_name
     if not name:
         raise ConfigError(
             "No data was given. Set dataset_name (an id, a .jsonl or .parquet file, or a folder "
             "written by `star-dss score`) or datasets."
         )
-    if is_saved_dataset(name) or name.endswith((".jsonl", ".json", ".parquet")):
-        return {script_args.dataset_train_split: read_dataset(name)}
-    return load_dataset(
-        name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
-    )
+    if script_args.dataset_streaming:
+        raise ConfigError(
+            "dataset_streaming is true, and rows are scored before training. Set it to false."
+        )
+    return read_splits(name, script_args.dataset_train_split, config=script_args.dataset_config)
 
 
 def used_splits(

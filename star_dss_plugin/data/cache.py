@@ -1,4 +1,4 @@
-"""What guards (and reference models) answered, on disk: a content-addressed store of float arrays.
+"""Keep on disk what guards and reference models answered: arrays of floats by their contents.
 
 A cache is a folder of *shards* that are written once, whole, and never changed: a writer collects
 entries in memory and `flush` moves a finished file into place. So readers need no lock, a killed
@@ -8,6 +8,9 @@ A shard is one line `star-dss-cache 1 <sha256 of the rest>`, one line with a JSO
 [key, number of scores, number of label masses or null], and the little-endian float64 of all
 entries. Whatever does not match its checksum is set aside, and its entries are computed again.
 Another format has another number there and in the name of the folder; it is left as it is.
+
+Others may write to the folder. Pipes, devices, links and files of any size that are named like
+shards or locks are skipped with a warning, and change nothing outside the folder.
 
 Longer than other modules: the format, and how many write and read it at once, are one argument.
 """
@@ -31,9 +34,11 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 
 from star_dss_plugin.data.fingerprints import content_key
+from star_dss_plugin.data.regular import kind_of, read_regular
 from star_dss_plugin.data.requests import Trajectory
 from star_dss_plugin.data.writing import SCRATCH, atomic_file
 from star_dss_plugin.errors import CacheError
+from star_dss_plugin.visible import visible_line
 
 __all__ = ["ScoreCache", "default_cache_dir"]
 
@@ -44,12 +49,17 @@ _ANY_FORMAT = re.compile(rb"star-dss-cache (\d+) ")
 _SHARD = ".shard"
 _DAY = 24 * 60 * 60.0
 _FLUSH_SECONDS = 20.0
+_MAX_SHARD_BYTES = 1 << 30
+"""More than is computed between two flushes."""
 _DIGITS = 20
 """Of the time, in nanoseconds, that a shard's name begins with."""
 
 
 def default_cache_dir() -> Path:
-    """$STAR_DSS_CACHE, else `star_dss` in the user's cache folder ($XDG_CACHE_HOME, ~/.cache)."""
+    """Return $STAR_DSS_CACHE, else `star_dss` in the user's cache folder.
+
+    That is $XDG_CACHE_HOME, or ~/.cache.
+    """
     if chosen := os.environ.get("STAR_DSS_CACHE"):
         return Path(chosen).expanduser()
     xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
@@ -58,7 +68,7 @@ def default_cache_dir() -> Path:
 
 
 class _Packed(NamedTuple):
-    """One entry: where its floats are in the bytes of its shard, scores first."""
+    """Hold one entry: where its floats are in the bytes of its shard, scores first."""
 
     shard: str
     data: bytes
@@ -73,7 +83,7 @@ class _Packed(NamedTuple):
 
 
 class ScoreCache:
-    """The entries of one namespace below one root folder.
+    """Keep the entries of one namespace below one root folder.
 
     Entries are bit-for-bit what was put. Of several values for one key the latest counts.
 
@@ -95,14 +105,17 @@ class ScoreCache:
         self._waiting_since = 0.0
 
     def get(self, key: str) -> Trajectory | None:
-        """The entry, if it was put here or was on disk at the last `refresh` (or first `get`)."""
+        """Return an entry that was put here or was on disk at the last `refresh`, or None.
+
+        The first call refreshes.
+        """
         if not self._loaded:
             self.refresh()
         found = self._pending.get(key) or self._index.get(key)
         return None if found is None else found.unpack()
 
     def put(self, key: str, entry: Trajectory) -> None:
-        """Remembers an entry; `flush` writes it.
+        """Remember an entry; `flush` writes it.
 
         Raises:
             CacheError: The entry contains NaN.
@@ -117,7 +130,7 @@ class ScoreCache:
         self._pending[key] = _Packed("", data, 0, len(entry.scores), masses)
 
     def flush_if_due(self) -> None:
-        """Flushes if an entry has waited for 20 seconds, which is what a kill may cost.
+        """Flush if an entry has waited for 20 seconds, which is what a kill may cost.
 
         Raises:
             CacheError: As `flush`.
@@ -126,7 +139,7 @@ class ScoreCache:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what was put since the last flush, as one shard: all of it or nothing.
+        """Write what was put since the last flush, as one shard: all of it or nothing.
 
         Raises:
             CacheError: The folder cannot be written. The entries stay pending.
@@ -147,12 +160,13 @@ class ScoreCache:
         self._pending.clear()
 
     def refresh(self) -> None:
-        """Picks up the shards that other processes have written; warns of damaged ones, once.
+        """Pick up the shards that other processes have written; warn of damaged ones, once.
 
         Raises:
             CacheError: The folder cannot be listed.
         """
         with self._explained("read"), contextlib.suppress(FileNotFoundError):
+            self._check_folder()
             names = {name for name in os.listdir(self.folder) if name.endswith(_SHARD)}
             for name in sorted(names - self._seen):
                 self._read(name)
@@ -160,7 +174,7 @@ class ScoreCache:
 
     @contextlib.contextmanager
     def lock(self, part: str = "") -> Iterator[None]:
-        """Keeps other processes with this namespace out, so that nothing is computed twice.
+        """Keep other processes with this namespace out, so that nothing is computed twice.
 
         Waits if another process is in; afterwards its entries are here. The lock of a process that
         dies is free at once.
@@ -172,12 +186,14 @@ class ScoreCache:
             CacheError: The folder cannot be written.
         """
         with self._explained("lock"):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.folder / f"lock{part}")
+            self._make_folder()
+            path = self.folder / f"lock{part}"
+            self._set_aside_if_no_file(path)
+            lock = FileLock(path)
             try:
                 lock.acquire(blocking=False)
             except Timeout:
-                logger.warning("Waiting for the process that is filling %s.", self.folder)
+                logger.warning("Waiting for the process that is filling %s.", _shown(self.folder))
                 lock.acquire()
         try:
             self.refresh()
@@ -185,24 +201,46 @@ class ScoreCache:
         finally:
             lock.release()
 
-    def _prepare(self) -> None:
-        """Makes the folder and says what it is for."""
+    def _make_folder(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / "namespace.json").exists():
+        self._check_folder()
+
+    def _check_folder(self) -> None:
+        """Check that the folder is none of other files, which a link could make it.
+
+        Raises:
+            NotADirectoryError: It is a link, or no folder.
+        """
+        if self.folder.is_symlink():
+            raise NotADirectoryError("it is a link; remove it")
+
+    def _set_aside_if_no_file(self, path: Path) -> None:
+        """Rename what is in the place of a file: a link could name any file, a pipe blocks."""
+        with contextlib.suppress(FileNotFoundError):
+            if kind := kind_of(path):
+                aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.damaged")
+                logger.warning("Renamed %s: it is %s and not a file.", _shown(path), kind)
+                os.replace(path, aside)
+
+    def _prepare(self) -> None:
+        """Make the folder and say what it is for."""
+        self._make_folder()
+        if not os.path.lexists(self.folder / "namespace.json"):
             text = json.dumps(self._namespace, indent=2, sort_keys=True, ensure_ascii=False)
             self._write("namespace.json", text.encode())
 
     def _tidy(self, now: float) -> None:
-        """Removes what killed writers left behind a day ago, by the clock of the file system:
-        that of this machine may be wrong, and another one's writer at work.
+        """Remove what killed writers left behind a day ago, by the clock of the file system.
+
+        The clock of this machine may be wrong, and the writer of another one at work.
         """
         for path in self.folder.glob(f"*{SCRATCH}"):
             with contextlib.suppress(OSError):  # another process may be removing it too
-                if now - path.stat().st_mtime > _DAY:
+                if not kind_of(path) and now - path.lstat().st_mtime > _DAY:
                     path.unlink()
 
     def _write(self, name: str, data: bytes) -> float:
-        """A file that appears whole, and stays after a power cut, or does not appear.
+        """Write a file whole or not at all.
 
         Returns:
             When the file system says it was written, in seconds.
@@ -215,14 +253,14 @@ class ScoreCache:
     def _read(self, name: str) -> None:
         path = self.folder / name
         try:
-            data = path.read_bytes()
+            data = read_regular(path, _MAX_SHARD_BYTES)
             if other := _other_format(data):
                 self._seen.add(name)
                 if not self._foreign:
                     logger.warning(
                         "Left %s alone, and whatever is like it: it has the format %d of another "
                         "version of star-dss-plugin. What it holds is computed again.",
-                        path,
+                        _shown(path),
                         other,
                     )
                 self._foreign = True
@@ -232,8 +270,12 @@ class ScoreCache:
             pass  # another process has set it aside
         except (OSError, ValueError) as error:
             self._seen.add(name)
-            logger.warning("Ignored %s: %s. What it held is computed again.", path, error)
-            # A file that only we cannot read stays; so does every file of a read-only folder.
+            logger.warning(
+                "Ignored %s: %s. What it held is computed again.",
+                _shown(path),
+                visible_line(str(error)),
+            )
+            # A file that cannot be read here stays; so does every file of a read-only folder.
             if isinstance(error, ValueError):
                 with contextlib.suppress(OSError):
                     os.replace(path, path.with_name(f"{name}.damaged"))
@@ -247,7 +289,7 @@ class ScoreCache:
 
     @contextlib.contextmanager
     def _explained(self, doing: str) -> Iterator[None]:
-        """Turns an error of the file system into one that says what to do."""
+        """Turn an error of the file system into one that says what to do."""
         try:
             yield
         except OSError as error:
@@ -259,24 +301,33 @@ class ScoreCache:
             ) from error
 
 
+def _shown(path: Path) -> str:
+    """Return a path for a log: others may have given the file its name."""
+    return visible_line(str(path), 500)
+
+
 def _header(body: bytes) -> bytes:
     return _MAGIC + hashlib.sha256(body).hexdigest().encode() + b"\n"
 
 
 def _encode(entries: Mapping[str, _Packed]) -> bytes:
-    """The body of a shard."""
+    """Return the body of a shard."""
     index = [[key, packed.scores, packed.masses] for key, packed in entries.items()]
     return json.dumps(index).encode("ascii") + b"\n" + b"".join(p.data for p in entries.values())
 
 
 def _other_format(data: bytes) -> int | None:
-    """The number of a shard's format if it is not ours, whole or not."""
+    """Return the number of a shard's format if it is another one, whether it is whole or not."""
     found = None if data.startswith(_MAGIC) else _ANY_FORMAT.match(data)
     return found and int(found[1])
 
 
 def _checked(data: bytes) -> bytes:
-    """The body of a shard whose every bit is as it was written."""
+    """Return the body of a shard whose every bit is as it was written.
+
+    Raises:
+        ValueError: It is not.
+    """
     head, newline, body = data.partition(b"\n")
     if not data.startswith(_MAGIC):
         raise ValueError("not a cache file" if data else "empty file")
@@ -286,9 +337,10 @@ def _checked(data: bytes) -> bytes:
 
 
 def _entries(shard: str, body: bytes) -> list[tuple[str, _Packed]]:
-    """What the body of a shard holds; a ValueError if nobody writes such a one.
+    """Parse the body of a shard. A checksum finds damage, and says nothing of the writer.
 
-    A checksum tells damage from what was written, and not who wrote it.
+    Raises:
+        ValueError: Index and length disagree, or an entry is of the wrong type.
     """
     found: list[tuple[str, _Packed]] = []
     try:

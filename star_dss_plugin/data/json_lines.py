@@ -1,8 +1,7 @@
-"""What is wrong with a JSON file of rows: line, row and field, which readers do not say.
+"""Read rows from JSON files, with the line of each, and keep values as JSON lines.
 
-`check_json` is the quick look before a file is read. It is there for more than the words: pyarrow
-crashes on a file that holds nothing but `null`, and reads bytes that are no UTF-8 without a word.
-`json_fault` is the thorough look behind a reader that has failed.
+The rows of a file are objects: one a line, several in a line, one over several lines, or in a list.
+Values are read as they are written: a text that looks like a date stays a text.
 """
 
 from __future__ import annotations
@@ -12,159 +11,209 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from star_dss_plugin.data.writing import writing
 from star_dss_plugin.errors import DataError
+from star_dss_plugin.validation import shortened
 
-__all__ = ["append_lines", "check_json", "json_fault", "read_lines"]
+__all__ = ["JsonRow", "append_lines", "json_rows", "read_lines"]
 
-_SPACE = re.compile(r"\s*")
+_SPACE = re.compile(r"[ \t\r\n]*")
+_NEXT = re.compile(r"[ \t\r\n]*([,\]]?)[ \t\r\n]*")
 _DEPTH = 200
 """Deeper than any row of text is nested, and within Python's own limit."""
+_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
+"""An escape that may stand for half a character."""
+_LONG = re.compile(rb"[0-9]{19}")
+"""Digits that may be no 64-bit integer."""
+_INTEGERS = range(-(2**63), 2**63)
 
 
-def check_json(path: Path) -> None:
-    """Checks that a file holds objects, one a line or in a list, in UTF-8.
+class JsonRow(NamedTuple):
+    """One row of a JSON file.
+
+    Attributes:
+        number: Of the row, counted from 0.
+        line: On which it begins, counted from 1.
+        value: The object; integers beyond 64 bits are floats.
+    """
+
+    number: int
+    line: int
+    value: dict[str, Any]
+
+
+def json_rows(path: Path) -> Iterator[JsonRow]:
+    """Return the rows of a file, in order.
+
+    A file with one object per line is read line by line; any other layout is held in memory.
 
     Raises:
-        DataError: It does not; the message names the file, and the line and the row if it has any.
+        DataError: It is empty or not UTF-8, or a row is not an object, has a field twice, half a
+            character or too deep a nesting. It says at which row and line.
+        OSError: It cannot be opened.
     """
-    lines = _lines(path)
-    first = next(lines, None)
-    if first is None:
-        raise DataError(f"{path} is empty: it has no rows. Give a file with one object per line.")
-    fault = _not_utf8(*first) or _no_object_here(*first)
-    if first[2].startswith(b"[") or (not fault and not _is_object(first[2])):
-        fault = _document_fault(path)  # a list, or objects that are written over several lines
-    elif not fault:
-        fault = next(
-            filter(None, (_not_utf8(*line) or _no_object_here(*line) for line in lines)), ""
-        )
-    if fault:
-        raise DataError(f"{path}: {fault} Each row must be an object with named fields, in UTF-8.")
-
-
-def json_fault(path: Path) -> str:
-    """What is wrong with a file that cannot be read, as one or two sentences; "" if nothing is."""
-    kinds: dict[str, tuple[str, str]] = {}
-    try:
-        for line, row, data in _lines(path):
-            where = f"row {row} (line {line})"
-            try:
-                value = json.loads(data, object_pairs_hook=_no_field_twice)
-            except (ValueError, RecursionError) as error:
-                return f"{where} is not JSON: {error}."
-            if fault := _value_fault(value, "", where, kinds, 0):
-                return fault
-    except OSError as error:
-        return f"it cannot be opened: {error}."
-    return ""
-
-
-def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
-    """Lines that are not blank: their number from 1, the number of the row from 0, the bytes."""
-    row = 0
+    whole = False
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            data = (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).strip()
-            if data:
-                yield number, row, data
-                row += 1
+        number = 0
+        for line, data in enumerate(file, start=1):
+            text = _decoded(data, number, line).strip()
+            if not text:
+                continue
+            if number == 0 and (text.startswith("[") or not _is_whole(text)):
+                whole = True
+                break
+            for value, _ in _values(text, number, line, data):
+                yield JsonRow(number, line, value)
+                number += 1
+    if whole:
+        yield from _document(path.read_bytes())
+    elif not number:
+        raise DataError("it is empty, so it has no rows. Give a file with one object per line.")
 
 
-def _not_utf8(line: int, row: int, data: bytes) -> str:
+def _document(data: bytes) -> Iterator[JsonRow]:
+    """Return the rows of a file that is one list, or objects that take several lines each."""
+    text = _decoded(data, 0, 0)
+    start = _end(_SPACE, text, 0)
+    listed = text.startswith("[", start)
+    if listed and _end(_NEXT, text, start + 1, "]") == len(text):
+        raise DataError("its list is empty, so it has no rows. Give one or more objects.")
+    line, seen = 1, 0
+    for number, (value, start) in enumerate(_values(text, 0, 1, data, listed)):
+        line, seen = line + text.count("\n", seen, start), start
+        yield JsonRow(number, line, value)
+
+
+def _values(
+    text: str, number: int, line: int, data: bytes, listed: bool = False
+) -> Iterator[tuple[dict[str, Any], int]]:
+    """Return the objects that a text holds one after the other, and where each begins.
+
+    Args:
+        text: JSON, decoded.
+        number: Of the first row in it.
+        line: On which the text begins.
+        data: Its bytes, in which special cases are found fast.
+        listed: Whether they are the items of a list.
+    """
+    decoder = json.JSONDecoder(
+        object_pairs_hook=_no_field_twice,
+        parse_int=_number if _LONG.search(data) else None,
+    )
+    halves = _HALF.search(data) is not None
+    end = _end(_SPACE, text, 0) + listed
+    end = _end(_SPACE, text, end)
+    while end < len(text):
+        start, at = end, end
+        try:
+            value, end = decoder.raw_decode(text, start)
+            _check(value, halves, 0)
+            if not isinstance(value, dict):
+                shown = shortened(text[start : start + 40])
+                raise DataError(f"it begins with {shown}, which is not an object. {_WANTED}")
+            after = _NEXT.match(text, end)
+            assert after is not None  # it matches nothing, too
+            if listed and (not after[1] or (after[1] == "]") != (after.end() == len(text))):
+                at, shown = end, shortened(text[end : end + 20])
+                raise DataError(f"it is not JSON: the list goes on with {shown}. {_WANTED}")
+        except DataError as error:
+            error.at(rows=(number,), line=line + text.count("\n", 0, at))
+            raise
+        except (ValueError, RecursionError) as error:
+            said = str(error)
+            if isinstance(error, json.JSONDecodeError):
+                at = error.pos
+                said = f"{error.msg.removesuffix(' at')} at {shortened(text[at : at + 20])}"
+            raise DataError(f"it is not JSON: {said}. {_WANTED}").at(
+                rows=(number,), line=line + text.count("\n", 0, at)
+            ) from error
+        yield value, start
+        number += 1
+        end = after.end() if listed else _end(_SPACE, text, end)
+
+
+_WANTED = "Each row must be an object with named fields."
+
+
+def _end(pattern: re.Pattern[str], text: str, start: int, wanted: str = "") -> int:
+    """Return where a match that begins at `start` ends; -1 if its group is not what is wanted."""
+    found = pattern.match(text, start)
+    assert found is not None  # these patterns match nothing, too
+    return -1 if wanted and found[1] != wanted else found.end()
+
+
+def _decoded(data: bytes, number: int, line: int) -> str:
+    """Decode UTF-8, with or without a byte order mark.
+
+    Args:
+        data: A line, or a whole file.
+        number: Of the row that a line holds.
+        line: Its number; 0 for a whole file.
+    """
     try:
-        data.decode("utf-8")
+        return data.removeprefix(codecs.BOM_UTF8 if line <= 1 else b"").decode("utf-8")
     except UnicodeDecodeError as error:
-        return f"row {row} (line {line}) is not UTF-8: {error.reason} at its byte {error.start}."
-    return ""
+        before = data[: error.start]
+        byte = error.start - before.rfind(b"\n") - 1
+        raise DataError(
+            f"it is not UTF-8: {error.reason} at its byte {byte}. Write the file again, in UTF-8."
+        ).at(rows=(number,), line=line or before.count(b"\n") + 1) from error
 
 
-def _no_object_here(line: int, row: int, data: bytes) -> str:
-    if data.startswith(b"{"):
-        return ""
-    shown = data[:40].decode("utf-8", "replace")
-    return f"row {row} (line {line}) begins with {shown!r}, which is not an object."
+def _is_whole(text: str) -> bool:
+    """Tell whether a line begins with a whole JSON value, which is then one of those that follow.
 
-
-def _is_object(data: bytes) -> bool:
+    A line with half an object is the beginning of an object over several lines, or damaged.
+    """
     try:
-        return isinstance(json.loads(data), dict)
-    except (ValueError, RecursionError):
+        json.JSONDecoder(parse_int=_number).raw_decode(text)
+    except RecursionError:
+        return True
+    except ValueError:
         return False
+    return True
 
 
-def _document_fault(path: Path) -> str:
-    """What is wrong with a file that is one JSON list, or objects that take several lines each."""
-    values = []
-    try:
-        text = path.read_bytes().removeprefix(codecs.BOM_UTF8).decode("utf-8").strip()
-        # Readers take integers of any length, and Python does not.
-        decoder, end = json.JSONDecoder(parse_int=lambda _: 0), 0
-        while end < len(text):
-            value, end = decoder.raw_decode(text, end)
-            values.append(value)
-            end = _SPACE.match(text, end).end()  # type: ignore[union-attr]  # matches nothing too
-    except (ValueError, RecursionError) as error:
-        # Objects in lines, the first of which is broken? The message of that one says more.
-        return json_fault(path) or f"it is not JSON: {error}."
-    rows = values[0] if len(values) == 1 and isinstance(values[0], list) else values
-    for row, found in enumerate(rows):
-        if not isinstance(found, dict):
-            return f"row {row} is {_kind(found)} and not an object."
-    return "" if rows else "its list is empty, so it has no rows."
+def _number(digits: str) -> int | float:
+    """Return an integer, or a float where it has more than 64 bits."""
+    value = int(digits) if len(digits) <= 20 else None
+    return value if value is not None and value in _INTEGERS else float(digits)
 
 
 def _no_field_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(
-            f"the field {next(n for n in names if names.count(n) > 1)!r} is there twice"
-        )
+        twice = next(n for n in names if names.count(n) > 1)
+        raise DataError("it is there twice. Remove one of the two.").at(field=twice)
     return found
 
 
-def _value_fault(
-    value: Any, field: str, where: str, kinds: dict[str, tuple[str, str]], depth: int
-) -> str:
-    """Half a character, too deep a nesting, or a kind of value that the field had not before."""
-    named = f"field {field!r}" if field else "the row"
+def _check(value: Any, halves: bool, depth: int, field: str = "") -> None:
+    """Check the nesting of a value and, if asked, that no text holds half a character."""
     if depth > _DEPTH:
-        return f"{where}: its values are nested more than {_DEPTH} deep."
-    if isinstance(value, str):
+        raise DataError(f"its values are nested more than {_DEPTH} deep. {_WANTED}")
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _check(name, halves, depth, field)
+            _check(inner, halves, depth + 1, f"{field}.{name}" if field else name)
+    elif isinstance(value, list):
+        if halves or not {dict, list}.isdisjoint(map(type, value)):
+            for inner in value:
+                _check(inner, halves, depth + 1, f"{field}[]")
+    elif halves and isinstance(value, str):
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
-            return f"{where}: {named} has half a character (a lone surrogate) at {error.start}."
-    if value is not None:
-        kind, earlier = kinds.setdefault(field, (_kind(value), where))
-        if kind != _kind(value):
-            return f"{where}: {named} is {_kind(value)}, and in {earlier} it is {kind}."
-    inner: Iterator[tuple[str, Any]] = iter(())
-    if isinstance(value, dict):
-        inner = ((f"{field}.{name}" if field else name, one) for name, one in value.items())
-    elif isinstance(value, list):
-        inner = ((f"{field}[]", one) for one in value)
-    return next(filter(None, (_value_fault(v, f, where, kinds, depth + 1) for f, v in inner)), "")
-
-
-def _kind(value: Any) -> str:
-    names = {
-        type(None): "null",
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-        str: "a text",
-        list: "a list",
-        dict: "an object",
-    }
-    return names[type(value)]
+            raise DataError(
+                f"half a character (a lone surrogate) at {error.start}. Write the text again."
+            ).at(field=field.encode("utf-8", "replace").decode()) from error
 
 
 def read_lines(path: Path) -> list[Any]:
-    """The values of all whole lines; none if there is no file.
+    """Return the values of all whole lines; none if there is no file.
 
     Half a line at the end, which a killed run leaves, is cut off the file.
 
@@ -180,7 +229,7 @@ def read_lines(path: Path) -> list[Any]:
 
 
 def append_lines(path: Path, values: Iterable[Any]) -> None:
-    """Writes a line for each value, at once; the file and its folder are made if need be.
+    """Write a line for each value, at once; the file and its folder are made if need be.
 
     Raises:
         OutputError: They cannot be written.

@@ -10,16 +10,20 @@ Nothing but parquet, JSON and text is written, and nothing is unpickled.
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, overload
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, Features, IterableDataset
 
+from star_dss_plugin.data.conversion import parquet_dataset, parquet_tables
+from star_dss_plugin.data.folders import read_settings, regular_file
+from star_dss_plugin.data.media import check_features
 from star_dss_plugin.data.provenance import PROVENANCE_FILE, describe, provenance_of, write_note
 from star_dss_plugin.data.writing import atomic_file, write_text, writing
 from star_dss_plugin.errors import DataError
@@ -137,20 +141,29 @@ def load_scored(folder: str | Path, *, streaming: bool = False) -> Dataset | Ite
             "Give the output of star-dss score --shard-rows; a folder NAME.incomplete is finished "
             "by starting the same command again."
         )
-    files = sorted((path / DATA).glob("train-*.parquet"))
-    found = [match for file in files if (match := _NAME.fullmatch(file.name))]
+    names = sorted(name for name in os.listdir(path / DATA) if name.startswith("train-"))
+    found = [match for name in names if (match := _NAME.fullmatch(name))]
     indices, totals = [int(m[1]) for m in found], {int(m[2]) for m in found}
     if len(totals) != 1 or indices != list(range(*totals)):
         raise DataError(
             f"{folder} has {len(indices)} shards of {'/'.join(map(str, sorted(totals))) or '?'}: "
             "some are missing, or of another run. Copy the whole folder again."
         )
-    dataset = load_dataset(
-        "parquet", data_files=[str(file) for file in files], split="train", streaming=streaming
-    )
-    try:
-        provenance = json.loads((path / PROVENANCE_FILE).read_text("utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path / PROVENANCE_FILE} is damaged: {error}. Copy it again.") from error
+    files = [regular_file(path / DATA, match[0]) for match in found]
+    provenance = read_settings(path, PROVENANCE_FILE)
+    dataset: Dataset | IterableDataset
+    if streaming:
+        features = Features.from_arrow_schema(pq.read_schema(files[0]))
+        check_features(features, str(folder))
+        dataset = IterableDataset.from_generator(
+            _rows, features=features, gen_kwargs={"files": files}
+        )
+    else:
+        dataset = parquet_dataset(files)
     write_note(dataset, "scores", provenance)
     return dataset
+
+
+def _rows(files: list[Path]) -> Iterator[dict[str, Any]]:
+    for table in parquet_tables(files):
+        yield from table.to_pylist()

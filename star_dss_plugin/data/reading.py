@@ -1,59 +1,84 @@
-"""Reading data sets from files, and writing scored ones whole or not at all."""
+"""Read data sets: files and folders by their names, and data sets of the hub by their ids."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import datasets
 import pyarrow as pa
-from datasets import Dataset, DatasetDict, Json, LargeList, List, load_dataset, load_from_disk
+from datasets import Dataset, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError
 
-from star_dss_plugin.data.json_lines import check_json, json_fault
+from star_dss_plugin.data.conversion import json_dataset, parquet_dataset
+from star_dss_plugin.data.folders import FORMATS, file_splits, load_files, load_saved, saved_splits
+from star_dss_plugin.data.media import check_features
 from star_dss_plugin.data.parquet_shards import is_sharded, load_scored
 from star_dss_plugin.data.rows import unreadable
 from star_dss_plugin.errors import DataError, StarDSSError
 
-__all__ = ["check_readable", "in_file", "is_saved_dataset", "read_dataset"]
+__all__ = ["check_readable", "in_file", "read_dataset", "read_splits"]
 
-_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-
-
-def is_saved_dataset(path: str | Path) -> bool:
-    """Whether a folder was written by `save_to_disk` (as `star-dss score` does)."""
-    return any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 
-def read_dataset(source: str, split: str = "train") -> Dataset:
-    """A data set from a .jsonl, .json or .parquet file, a saved data set folder, or the hub.
+def read_dataset(source: str, split: str = "train", *, config: str | None = None) -> Dataset:
+    """Return a data set from a .jsonl, .json or .parquet file, a folder, or the hub.
+
+    Args:
+        source: Name of the file or folder, as it is; else the id of a data set on the hub.
+        split: Which split of a folder or of the hub.
+        config: Which configuration of a data set on the hub.
 
     Raises:
         DataError: It cannot be read; the reason is in the message.
     """
-    path = Path(source)
     try:
-        found = _load(source, path, split)
+        found = _load(source, Path(source), split, config)
         check_readable(found, source)
         return found
-    except DataError:
+    except StarDSSError:
         raise
     except Exception as error:  # readers raise whatever their formats raise
         cause = error.__cause__ or error
         if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
             copies = datasets.config.HF_DATASETS_CACHE
             raise DataError(
-                f"{source} cannot be read: {type(cause).__name__}: {cause}. `datasets` keeps a "
-                f"copy of what it reads in {copies}: free space there, or set HF_DATASETS_CACHE to "
-                f"a folder that can be written. If it is {source} that cannot be read, change that."
+                f"{source} cannot be read: {type(cause).__name__}: {cause}. A copy of what is read "
+                f"is kept in {copies}: free space there, or set HF_DATASETS_CACHE to a folder that "
+                f"can be written. If it is {source} that cannot be read, change that."
             ) from error
-        fault = json_fault(path) if _READERS.get(path.suffix) == "json" and path.is_file() else ""
         raise DataError(
-            f"{source} cannot be read: {fault or _cause(error)} Give a .jsonl or .parquet file, a "
-            "folder written by save_to_disk, or a data set id."
+            f"{source} cannot be read: {_cause(error)} Give a .jsonl or .parquet file, a folder "
+            "of such files or one written by save_to_disk, or a data set id."
         ) from error
+
+
+def read_splits(source: str, split: str, *, config: str | None = None) -> dict[str, Dataset]:
+    """Return all splits of what `read_dataset` reads.
+
+    Args:
+        source: As for `read_dataset`.
+        split: One that it has to have; the name of all rows of a single file.
+        config: As for `read_dataset`.
+
+    Raises:
+        DataError: As `read_dataset`.
+    """
+    first = read_dataset(source, split, config=config)
+    others = [name for name in _splits(source, Path(source), config) if name != split]
+    return {split: first} | {n: read_dataset(source, n, config=config) for n in others}
+
+
+def _splits(source: str, path: Path, config: str | None) -> Iterable[str]:
+    """Return the names of the splits of a data set that could be read."""
+    if not path.exists():
+        return load_dataset_builder(source, name=config).info.splits or {}
+    if not path.is_dir() or is_sharded(path):
+        return ()
+    return (saved_splits(path) or ()) if _is_saved(path) else file_splits(path)
 
 
 @contextlib.contextmanager
@@ -67,33 +92,66 @@ def in_file(source: str) -> Iterator[None]:
         raise
 
 
-def _load(source: str, path: Path, split: str) -> Dataset:
+def _load(source: str, path: Path, split: str, config: str | None) -> Dataset:
+    if config is not None and path.exists():
+        raise DataError(
+            f"{source} is a local file or folder, which has no configurations: remove "
+            f"the configuration {config!r}, or name the file that is meant."
+        )
     if path.is_file():
-        if path.suffix not in _READERS:
+        if path.suffix not in FORMATS:
             raise DataError(
                 f"{source} is a {path.suffix or 'nameless'} file. Give a .jsonl, .json or "
                 ".parquet file, or a data set folder."
             )
-        if _READERS[path.suffix] == "json":
-            check_json(path)
-        return load_dataset(_READERS[path.suffix], data_files=str(path), split="train")
-    if is_sharded(path):
-        return load_scored(path)
-    if is_saved_dataset(path):
-        found = load_from_disk(str(path))
-        return found[split] if isinstance(found, DatasetDict) else found
-    return load_dataset(source, split=split)
+        return (json_dataset if FORMATS[path.suffix] == "json" else parquet_dataset)([path])
+    if path.is_dir():
+        if is_sharded(path):
+            return load_scored(path)
+        return load_saved(path, split) if _is_saved(path) else load_files(path, split)
+    if path.exists():
+        raise DataError(f"{source} is a pipe or a device. Write the rows to a file.")
+    if path.suffix in FORMATS or not _HUB_ID.fullmatch(source):
+        raise DataError(
+            f"There is no file or folder {source!r}, and it is no id of a data set on the hub "
+            "(such as 'name' or 'owner/name')."
+        )
+    return _from_hub(source, split, config)
+
+
+def _is_saved(path: Path) -> bool:
+    """Tell whether a folder was written by `save_to_disk` (as `star-dss score` does)."""
+    return any((path / name).exists() for name in ("state.json", "dataset_dict.json"))
+
+
+def _from_hub(source: str, split: str, config: str | None) -> Dataset:
+    """Return a data set of the hub, if its repository keeps its files itself."""
+    builder = load_dataset_builder(source, name=config)
+    repository = f"hf://datasets/{source}@"
+    for files in (builder.config.data_files or {}).values():
+        for file in files:
+            if not str(file).startswith(repository):
+                raise DataError(
+                    f"The data set {source!r} names {str(file)!r} as one of its files, which is "
+                    "not in its repository. A data set does not choose paths or downloads: get "
+                    "that file yourself if you trust it, and name it."
+                )
+    check_features(builder.info.features or {}, source)
+    builder.download_and_prepare()
+    found = builder.as_dataset(split=split)
+    assert isinstance(found, Dataset)
+    return found
 
 
 def _cause(error: BaseException) -> str:
-    """What a reader stumbled over: `datasets` wraps it in an error that says nothing."""
+    """Return what a reader stumbled over: `datasets` wraps it in an error that says nothing."""
     while isinstance(error, DatasetGenerationError) and error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {error}."
 
 
 def check_readable(dataset: Dataset, source: str) -> None:
-    """Checks a data set that came from a file, before any of its values is used.
+    """Check a data set that came from a file, before any of its values is used.
 
     Args:
         dataset: As read.
@@ -103,22 +161,8 @@ def check_readable(dataset: Dataset, source: str) -> None:
         DataError: Its bytes are not what they should be, or a column holds media, whose rows name
             files: those would be opened, and copied into whatever is written.
     """
-    for name, feature in dataset.features.items():
-        if _names_files(feature):
-            raise DataError(
-                f"{source}: the column {name!r} is {feature}, whose values name files to be "
-                "opened. Only text can be scored: remove the column."
-            )
+    check_features(dataset.features, source)
     try:
         dataset.data.validate(full=True)
     except pa.ArrowInvalid as error:
         raise unreadable(dataset, error).at(file=source) from error
-
-
-def _names_files(feature: Any) -> bool:
-    """Whether a column holds images, sounds or the like, at any depth."""
-    if isinstance(feature, List | LargeList):
-        return _names_files(feature.feature)
-    if isinstance(feature, dict):
-        return any(map(_names_files, feature.values()))
-    return hasattr(feature, "decode_example") and not isinstance(feature, Json)

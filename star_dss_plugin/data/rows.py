@@ -10,6 +10,7 @@ from datasets import Dataset, List, Value
 
 from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.columns import with_column
+from star_dss_plugin.data.media import check_features
 from star_dss_plugin.data.responses import tokens_of
 from star_dss_plugin.data.tokenization import (
     MASKS,
@@ -163,9 +164,10 @@ def plain_rows(dataset: Dataset, columns: Sequence[str] | None = None) -> Iterat
         columns: Which columns; None: all.
 
     Raises:
-        DataError: A value cannot be read.
+        DataError: A value cannot be read, or a column holds media, whose values name files.
     """
     plain = dataset.with_format(None)
+    check_features(plain.features, columns=columns)
     if columns is not None:
         plain = plain.select_columns(list(columns))
     try:

@@ -41,7 +41,7 @@ def label_row(logprobs: Mapping[int, float], label_ids: Sequence[int]) -> list[f
         )
     row = [float(logprobs[i]) for i in label_ids]
     # Rounding in 16-bit weights can carry the sum slightly above 1.
-    if not sum(map(math.exp, row)) <= 1.05:
+    if not (max(row) <= 0.05 and sum(map(math.exp, row)) <= 1.05):
         raise GuardError(
             f"The engine returned {row} for the labels, which are not log-probabilities. Start "
             "vLLM with --logprobs-mode raw_logprobs, its default."

@@ -8,8 +8,10 @@ growing waits. The key comes from the environment and appears in no message, log
 from __future__ import annotations
 
 import logging
+import math
 import os
 import random
+import re
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +20,11 @@ from typing import Any
 import httpx2
 from torch import Tensor
 
+from star_dss_plugin.engines.connection import Connection
 from star_dss_plugin.engines.label_rows import label_row, longest_first, rows_of
 from star_dss_plugin.errors import GuardError
+from star_dss_plugin.validation import shortened
+from star_dss_plugin.visible import visible_line
 
 __all__ = ["ServerEngine"]
 
@@ -28,6 +33,10 @@ logger = logging.getLogger(__name__)
 _TRANSIENT_STATUSES = {408, 409, 425, 429}  # transient, as are all of 500 to 599
 _PROMPT_STATUSES = {400, 413, 422}  # caused by one prompt (too long, say); others concern all
 _MAX_WAIT_SECONDS = 30.0
+_ANSWER_BYTES = 1 << 20
+_PROMPT_BYTES = 1 << 16  # for each prompt, beside that
+_SHOWN_MODELS = 5
+_TOKEN_ID = re.compile(r"(?:token_id:)?([0-9]{1,9})")
 _RETRIES_AT_START = 2  # report an unreachable server soon
 
 
@@ -39,7 +48,7 @@ class ServerEngine:
         model: The guard's name on the server.
         concurrency: Number of requests in flight at a time.
         prompts_per_request: Largest number of prompts in one request, all about one response.
-        timeout: Seconds until a request counts as lost.
+        timeout: Seconds from sending a request to the last byte of its answer.
         retries: How often a failed request is sent again. 20 retries wait about six minutes in all,
             enough to restart a server.
         max_requests: The budget: the largest number of requests that may be sent, retries included.
@@ -82,14 +91,11 @@ class ServerEngine:
         self._counting = threading.Lock()
         self._stop = threading.Event()
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="star-dss-server")
-        self._client = httpx2.Client(
-            base_url=url if url.endswith("/v1") else f"{url}/v1",
-            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
-            timeout=httpx2.Timeout(timeout, connect=min(timeout, 30.0)),
-            limits=httpx2.Limits(max_connections=concurrency),
-        )
+        self._timeout = timeout
+        self._thread = threading.local()
+        self._connections: list[Connection] = []
         try:
-            self._check_model()
+            self._pool.submit(self._check_model).result()
         except BaseException:
             self.close()
             raise
@@ -127,17 +133,30 @@ class ServerEngine:
     def close(self) -> None:
         """Stop pending requests and close the connections."""
         self._stop.set()
+        for connection in list(self._connections):
+            connection.close()
         self._pool.shutdown(cancel_futures=True)
-        self._client.close()
+
+    def _connection(self) -> Connection:
+        """Return this thread's connection, which is opened on first use."""
+        if not hasattr(self._thread, "connection"):
+            url = self._url if self._url.endswith("/v1") else f"{self._url}/v1"
+            headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+            self._thread.connection = Connection(url, headers, self._timeout)
+            self._connections.append(self._thread.connection)
+        found: Connection = self._thread.connection
+        return found
 
     def _check_model(self) -> None:
         retries = min(self._retries, _RETRIES_AT_START)
-        listed = self._send("GET", "/models", None, retries, None, self._stop)
-        entries = [entry for entry in listed.get("data") or () if isinstance(entry, dict)]
-        served = [str(entry.get("id")) for entry in entries]
+        listed = self._send("GET", "/models", None, retries, None, self._stop).get("data")
+        entries = listed if isinstance(listed, list) else []
+        served = [entry.get("id") for entry in entries if isinstance(entry, dict)]
         if self._model not in served:
+            shown = ", ".join(map(shortened, served[:_SHOWN_MODELS])) or "nothing"
+            more = ", …" if len(served) > _SHOWN_MODELS else ""
             raise GuardError(
-                f"The server at {self._url} serves {', '.join(map(repr, served)) or 'nothing'}, "
+                f"The server at {self._url} serves {shown}{more}, "
                 f"not {self._model!r}. If it is the same guard under another name, say so with "
                 'engine_options {"model": NAME}; otherwise start it with the guard.'
             )
@@ -170,29 +189,31 @@ class ServerEngine:
         }
         answer = self._send("POST", "/completions", body, self._retries, number, stop)
         try:
-            choices = sorted(answer["choices"], key=lambda choice: int(choice["index"]))
-            tokens = int(answer["usage"]["prompt_tokens"])
-            found = [
-                {
-                    int(name.removeprefix("token_id:")): float(value)
-                    for name, value in choice["logprobs"]["top_logprobs"][0].items()
-                }
-                for choice in choices
-            ]
+            found = {
+                choice["index"]: _token_logprobs(choice["logprobs"]["top_logprobs"][0])
+                for choice in answer["choices"]
+            }
+            answers, tokens = len(answer["choices"]), answer["usage"]["prompt_tokens"]
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise GuardError(
                 f"The server at {self._url} answered without log-probabilities of token ids "
-                f"({type(error).__name__}: {error}). The engine needs vLLM 0.32 or newer: vllm "
-                f"serve {self._model}"
+                f"({type(error).__name__}: {visible_line(str(error))}). The engine needs vLLM 0.32 "
+                f"or newer: vllm serve {self._model}"
             ) from error
         expected = sum(map(len, prompts))
-        if len(found) != len(prompts) or tokens != expected:
+        if answers != len(prompts) or tokens != expected:
             raise GuardError(
-                f"The server at {self._url} read {tokens} tokens in {len(found)} prompts; it was "
-                f"sent {expected} in {len(prompts)}. It changes prompts: start it without "
+                f"The server at {self._url} read {shortened(tokens)} tokens in {answers} prompts; "
+                f"it was sent {expected} in {len(prompts)}. It changes prompts: start it without "
                 "truncation and with the guard's own model."
             )
-        return [label_row(row, label_ids) for row in found]
+        # Each prompt has one answer: none is there twice, which would be in another's place.
+        if any(type(i) is not int for i in found) or set(found) != set(range(len(prompts))):
+            raise GuardError(
+                f"The server at {self._url} numbers its answers "
+                f"{shortened(list(found))}; they must be 0 to {len(prompts) - 1}, each once."
+            )
+        return [label_row(found[i], label_ids) for i in range(len(prompts))]
 
     def _send(
         self,
@@ -208,23 +229,19 @@ class ServerEngine:
             self._count_request()
             after = ""
             try:
-                response = self._client.request(method, path, json=body)
-                if response.is_success:
-                    answer = response.json()
-                    if isinstance(answer, dict):
-                        return answer
-                    raise ValueError(f"a JSON {type(answer).__name__}")
+                answer = self._connection().ask(method, path, body, _max_bytes(body))
+                if 200 <= answer.status < 300:
+                    return answer.json_object()
             except httpx2.RequestError as error:
-                problem = self._redacted(f"{type(error).__name__}: {error}")
+                problem = self._shown(f"{type(error).__name__}: {error}")
             except ValueError as error:
-                problem = self._redacted(f"its answer is damaged ({error})")
+                problem = self._shown(f"its answer is damaged ({error})")
             else:
-                after = response.headers.get("Retry-After", "")
-                # Truncated after redaction: half of a key would not be recognized.
-                said = self._redacted(response.text)[:500]
-                problem = f"status {response.status_code}: {said}"
-                if response.status_code not in _TRANSIENT_STATUSES and response.status_code < 500:
-                    raise self._refusal_error(response.status_code, problem, number)
+                after = answer.retry_after
+                said = self._shown(answer.body.decode("utf-8", "replace"))
+                problem = f"status {answer.status}: {said}"
+                if answer.status not in _TRANSIENT_STATUSES and answer.status < 500:
+                    raise self._refusal_error(answer.status, problem, number)
             if attempt == retries:
                 break
             wait = _wait(attempt, after)
@@ -254,9 +271,33 @@ class ServerEngine:
             request=number if status in _PROMPT_STATUSES else None,
         )
 
-    def _redacted(self, text: str) -> str:
-        """Return text from the server with the API key masked, since some servers repeat it."""
-        return text.replace(self._key, "***") if self._key else text
+    def _shown(self, text: str) -> str:
+        """Return text from the server on one line, with the API key masked: some repeat it.
+
+        It is truncated after the masking, which would not recognize half of a key.
+        """
+        return visible_line(text.replace(self._key, "***") if self._key else text, 500)
+
+
+def _token_logprobs(listed: Any) -> dict[int, float]:
+    """Return the log-probabilities of token ids from one choice of an answer.
+
+    Raises:
+        AttributeError, TypeError, ValueError: It is not a mapping from "token_id:N" to numbers.
+    """
+    found: dict[int, float] = {}
+    for name, value in listed.items():
+        match = _TOKEN_ID.fullmatch(name)
+        if match is None or type(value) not in (int, float):
+            raise ValueError(f"{shortened(name)}: {shortened(value)}")
+        found[int(match[1])] = float(value) if abs(value) < 1e9 else math.nan
+    return found
+
+
+def _max_bytes(body: Any) -> int:
+    """Return the longest answer that is read: many times what `vllm serve` sends."""
+    prompts = len(body["prompt"]) if body else 0
+    return _ANSWER_BYTES + prompts * _PROMPT_BYTES
 
 
 def _wait(attempt: int, retry_after: str) -> float:

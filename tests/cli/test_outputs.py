@@ -138,11 +138,12 @@ def test_a_disk_that_is_full_in_a_library_is_a_message(monkeypatch, capsys, chat
     assert "HF_DATASETS_CACHE" in said
 
 
-def test_a_full_disk_below_datasets_is_told_from_bad_data(monkeypatch, chat):
+def test_a_full_disk_below_datasets_is_told_from_bad_data(monkeypatch, chat, tmp_path):
     def fail(*args, **kwargs):
         raise OSError("Not enough disk space. Needed: 1.00 GiB")
 
-    monkeypatch.setattr("star_dss_plugin.data.reading.load_dataset", fail)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "copies")
+    monkeypatch.setattr("star_dss_plugin.data.conversion.atomic_file", fail)
     with pytest.raises(DataError) as caught:
         read_dataset(str(chat))
     assert "Not enough disk space" in str(caught.value)

@@ -18,27 +18,27 @@ TEXT = b'{"text": "hi"}\n'
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "rows.jsonl is empty"),
-        (b"\n \n", "rows.jsonl is empty"),
-        (b"null", "row 0 .line 1. begins with 'null'"),  # pyarrow would crash
-        (b"\xef\xbb\xbfnull", "row 0 .line 1. begins with 'null'"),
-        (TEXT + b"\nnull\n", "row 1 .line 3. begins with 'null'"),  # would be a row of nothing
-        (TEXT * 3 + b'{"text": "h\xffi"}', "row 3 .line 4. is not UTF-8: .* at its byte 11"),
-        ('{"text": "hi"}'.encode("utf-16"), "row 0 .line 1. is not UTF-8"),
-        (b"[null]", "row 0 is null"),
-        (b'[{"text": "hi"}, 5]', "row 1 is a number"),
+        (b"", "rows.jsonl: it is empty"),
+        (b"\n \n", "rows.jsonl: it is empty"),
+        (b"null", "Row 0 .line 1.: it begins with 'null'"),  # pyarrow would crash
+        (b"\xef\xbb\xbfnull", "Row 0 .line 1.: it begins with 'null'"),
+        (TEXT + b"\nnull\n", "Row 1 .line 3.: it begins with 'null'"),  # would be a row of nothing
+        (TEXT * 3 + b'{"text": "h\xffi"}', "Row 3 .line 4.: it is not UTF-8: .* at its byte 11"),
+        ('{"text": "hi"}'.encode("utf-16"), "Row 0 .line 1.: it is not UTF-8"),
+        (b"[null]", "Row 0 .line 1.: it begins with 'null]'"),
+        (b'[{"text": "hi"}, 5]', "Row 1 .line 1.: it begins with '5]'"),
         (b"[]", "list is empty"),
-        (b"[" * 5000, "row 0 .line 1. is not JSON"),
-        (TEXT + b'{"text": "h', "row 1 .line 2. is not JSON"),
-        (TEXT + b'{"text": "h\x00i"}', "row 1 .line 2. is not JSON"),
-        (TEXT + b'{"a": 1, "a": 2}', "row 1 .line 2. is not JSON: the field 'a' is there twice"),
+        (b"[" * 5000, "Row 0 .line 1.: it is not JSON"),
+        (TEXT + b'{"text": "h', "Row 1 .line 2.: it is not JSON"),
+        (TEXT + b'{"text": "h\x00i"}', "Row 1 .line 2.: it is not JSON"),
+        (TEXT + b'{"a": 1, "a": 2}', "Row 1 .line 2.: field 'a': it is there twice"),
         (
             TEXT + b'{"text": "\\ud800"}',
-            "row 1 .line 2.: field 'text' has half a character",
+            "Row 1 .line 2.: field 'text': half a character",
         ),
         (
             b'{"messages": [{"role": "user", "content": "\\udc00 x"}]}',
-            "row 0 .line 1.: field 'messages...content' has half a character",
+            "Row 0 .line 1.: field 'messages...content': half a character",
         ),
     ],
 )
@@ -113,7 +113,7 @@ def test_a_column_that_names_files_is_refused(tmp_path, nested):
     )
     path = tmp_path / "rows.parquet"
     pq.write_table(table, path)
-    with pytest.raises(DataError, match="'seen' is .*Image.*name files"):
+    with pytest.raises(DataError, match="field 'seen': .*Image.*name files"):
         read_dataset(str(path))
 
 

@@ -1,0 +1,124 @@
+"""Find the type of each column of JSON rows: the one that keeps every value as it was written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from datasets import Features, Json, List, Value
+
+from star_dss_plugin.data.json_lines import JsonRow
+from star_dss_plugin.errors import DataError
+
+__all__ = ["features_of", "stored", "types_of"]
+
+Type = Any
+"""None (nulls alone), a name of `_SCALARS`, _JSON, ("list", Type) or ("dict", {name: Type})."""
+
+_SCALARS = {str: "string", bool: "bool", int: "int64", float: "float64", type(None): None}
+_JSON = "json"
+"""The type of values that share no other: each is kept as the text that it was in the file."""
+_DEPTH = 16
+"""Deeper values are kept as JSON: Arrow's files end at 64 levels."""
+_FIELDS = 1000
+"""More than any data set's rows have; each row has a place for every one of them."""
+
+
+def types_of(rows: Iterable[JsonRow]) -> dict[str, Type]:
+    """Return the type of each field, in the order in which the fields first appear.
+
+    Raises:
+        DataError: There are more fields than rows of one kind have, or none at all.
+    """
+    found: dict[str, Type] = {}
+    for row in rows:
+        for name, value in row.value.items():
+            found[name] = _both(found.get(name), _type(value, 0))
+        if len(found) > _FIELDS:
+            raise DataError(
+                f"there are more than {_FIELDS} different fields up to here. Give all rows the "
+                "same fields, and put what differs into one of them."
+            ).at(rows=(row.number,), line=row.line)
+    if not found:
+        raise DataError("its rows have no fields. Each row must be an object with named fields.")
+    return found
+
+
+def features_of(types: Mapping[str, Type]) -> Features:
+    """Return the features of a data set whose columns have some types."""
+    return Features({name: _feature(kind) for name, kind in types.items()})
+
+
+def stored(value: Any, kind: Type) -> Any:
+    """Return a value as a column of a type stores it."""
+    if value is None or kind is None:
+        return None
+    if kind == _JSON:
+        try:
+            return json.dumps(value, allow_nan=False)
+        except ValueError as error:
+            raise DataError(
+                "a field holds NaN or an infinity, and other kinds of values in other rows. Write "
+                "null in its place."
+            ) from error
+    if kind == "float64":
+        return float(value)
+    if isinstance(kind, tuple):
+        form, inner = kind
+        if form == "dict":
+            return {name: stored(value[name], one) for name, one in inner.items()}
+        # Most lists are long ones of tokens, which are stored as they are.
+        return value if inner in _AS_IS else [stored(one, inner) for one in value]
+    return value
+
+
+_AS_IS = ("string", "bool", "int64", None)
+_NUMBERS = ("int64", "float64")
+
+
+def _type(value: Any, depth: int) -> Type:
+    if isinstance(value, dict):
+        if depth > _DEPTH or not value:
+            return _JSON
+        return ("dict", {name: _type(inner, depth + 1) for name, inner in value.items()})
+    if isinstance(value, list):
+        if depth > _DEPTH:
+            return _JSON
+        inner: Type = None
+        kinds = set(map(type, value))
+        if kinds.isdisjoint((dict, list)):
+            for kind in kinds:
+                inner = _both(inner, _SCALARS[kind])
+        else:
+            for one in value:
+                inner = _both(inner, _type(one, depth + 1))
+        return ("list", inner)
+    return _SCALARS[type(value)]
+
+
+def _both(one: Type, other: Type) -> Type:
+    """Return the type of values of either type."""
+    if one is None or one == other:
+        return other
+    if other is None:
+        return one
+    if one in _NUMBERS and other in _NUMBERS:
+        return "float64"
+    if isinstance(one, tuple) and isinstance(other, tuple) and one[0] == other[0]:
+        if one[0] == "list":
+            return ("list", _both(one[1], other[1]))
+        if one[1].keys() == other[1].keys():
+            return ("dict", {name: _both(kind, other[1][name]) for name, kind in one[1].items()})
+    return _JSON
+
+
+def _feature(kind: Type) -> Any:
+    if kind == _JSON:
+        return Json()
+    if isinstance(kind, tuple):
+        form, inner = kind
+        if form == "list":
+            return List(_feature(inner))
+        return {name: _feature(one) for name, one in inner.items()}
+    return Value("null" if kind is None else kind)

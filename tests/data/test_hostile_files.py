@@ -1,0 +1,124 @@
+"""Files that hold much more than their size are refused before they are expanded."""
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset, Features, Json, Value
+
+from star_dss_plugin.data import conversion
+from star_dss_plugin.data.conversion import MAX_EXPANSION
+from star_dss_plugin.data.parquet_shards import load_scored
+from star_dss_plugin.data.reading import read_dataset
+from star_dss_plugin.errors import ConfigError, DataError
+
+BIG = "x" * (1 << 20)
+MB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def copies(monkeypatch, tmp_path):
+    """Keep the copies of what is read with the test: one of an earlier run would be used."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "copies")
+
+
+def texts(count):
+    return pa.table({"text": [BIG] * count})
+
+
+BOMBS = {
+    "texts": lambda: texts(400),
+    "texts in lists": lambda: pa.table({"text": [[BIG] * 100] * 4}),
+    "texts in messages": lambda: pa.table(
+        {"messages": [[{"role": "user", "content": BIG}] * 20] * 20}
+    ),
+    "bytes": lambda: pa.table({"raw": pa.array([BIG.encode()] * 400)}),
+    "numbers": lambda: pa.table({"input_ids": [[7] * (9 * MB)]}),
+    "booleans": lambda: pa.table({"on": [[True] * (9 * MB)]}),
+}
+
+
+def write(path, table, **options):
+    pq.write_table(table, path, compression="zstd", **options)
+    return path
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_a_small_file_of_400_mb_is_refused(tmp_path, kind):
+    path = write(tmp_path / "rows.parquet", BOMBS[kind]())
+    assert path.stat().st_size < MB / 2
+    with pytest.raises(DataError, match=f"holds more than .*{MAX_EXPANSION}"):
+        read_dataset(str(path))
+
+
+def test_measuring_it_takes_little_memory(tmp_path):
+    path = write(tmp_path / "rows.parquet", texts(300))
+    pool = pa.default_memory_pool()
+    peak = pool.max_memory()
+    with pytest.raises(DataError, match="holds more than"):
+        read_dataset(str(path))
+    assert pool.max_memory() - peak < 100 * MB
+
+
+def test_the_cap_can_be_raised(tmp_path, monkeypatch):
+    path = write(tmp_path / "rows.parquet", texts(100))
+    with pytest.raises(DataError, match="holds more than"):
+        read_dataset(str(path))
+    monkeypatch.setenv(MAX_EXPANSION, "1e6")
+    assert len(read_dataset(str(path))) == 100
+
+
+@pytest.mark.parametrize("given", ["x", "0", "0.5", "nan", "inf", "-3"])
+def test_the_cap_is_a_number(tmp_path, monkeypatch, given):
+    monkeypatch.setenv(MAX_EXPANSION, given)
+    path = write(tmp_path / "rows.parquet", pa.table({"text": [f"of {given}"]}))
+    with pytest.raises(ConfigError, match=f"{MAX_EXPANSION} is '{given}'"):
+        read_dataset(str(path))
+
+
+def test_what_repeats_in_a_small_file_is_read(tmp_path):
+    path = write(tmp_path / "rows.parquet", pa.table({"text": ["hello " * 100] * 20_000}))
+    assert path.stat().st_size * 200 < 20_000 * 600 < conversion._ALWAYS
+    assert len(read_dataset(str(path))) == 20_000
+
+
+def test_a_shard_that_holds_too_much_is_refused_in_both_ways(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "star_dss.json").write_text("{}")
+    write(tmp_path / "data" / "train-00000-of-00001.parquet", texts(400))
+    for streaming in (False, True):
+        with pytest.raises(DataError, match="holds more than"):
+            list(load_scored(tmp_path, streaming=streaming))
+
+
+@pytest.mark.parametrize("compression", ["none", "snappy", "gzip", "brotli", "lz4", "zstd"])
+def test_parquet_is_read_as_it_was_written(tmp_path, compression):
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "é\0"},
+                {"role": "tool", "content": None},
+            ],
+            "input_ids": list(range(i)),
+            "star_scores": [0.5] * i,
+            "source": "a" if i % 2 else None,
+            "tags": [["x"], []],
+        }
+        for i in range(2500)
+    ]
+    path = tmp_path / "rows.parquet"
+    table = pa.Table.from_pylist(rows)
+    # A small limit: columns begin with a dictionary and go on without it.
+    pq.write_table(
+        table, path, compression=compression, row_group_size=700, dictionary_pagesize_limit=100
+    )
+    assert read_dataset(str(path)).to_list() == rows
+
+
+def test_features_of_a_parquet_file_are_kept(tmp_path):
+    features = Features({"text": Value("large_string"), "any": Json()})
+    given = Dataset.from_list([{"text": "a", "any": "5"}, {"text": "b", "any": [1]}], features)
+    given.to_parquet(tmp_path / "rows.parquet")
+    found = read_dataset(str(tmp_path / "rows.parquet"))
+    assert found.features == features
+    assert found.to_list() == given.to_list()
