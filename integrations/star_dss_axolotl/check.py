@@ -9,8 +9,8 @@ from axolotl.integrations.base import load_plugin
 
 from star_dss_axolotl.args import PLUGIN, StarDSSBlock, is_listed, options_of
 from star_dss_axolotl.conflicts import conflicts
-from star_dss_axolotl.scoring import chat_templates, with_messages
-from star_dss_plugin.data.chat import ChatTokenizer
+from star_dss_axolotl.messages import with_messages
+from star_dss_axolotl.scoring import readers
 from star_dss_plugin.guards.spec import missing_guard
 from star_dss_plugin.hookspecs import Findings
 from star_dss_plugin.training.preflight import check_options, estimate, lacks_guard
@@ -107,13 +107,12 @@ def _as_axolotl_sees_it(raw: dict[str, Any], found: Findings, *, data: bool) -> 
         return
     options = options_of(cfg)
     assert options is not None
-    templates = chat_templates(cfg, tokenizer)
-    chat = ChatTokenizer(tokenizer, templates[0][0] if len(templates) == 1 else None)
+    chat, inverses = readers(cfg, tokenizer)
     for name, dataset in (("train", loaded.train_dataset), ("eval", loaded.eval_dataset)):
         if dataset is None:
             continue
         if lacks_guard(dataset, options):
             found.problems.append(str(missing_guard()))
             return
-        rows = with_messages(dataset, tokenizer, templates)
+        rows = with_messages(dataset, inverses)
         found.notes.append(f"{name} data: {estimate(rows, chat, options)}")

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from datasets import Dataset, List, Value
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from star_dss_axolotl.messages import TemplateInverse
+from star_dss_axolotl.messages import MESSAGES, TemplateInverse, with_messages
+from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.columns import SCORES_COLUMN
-from star_dss_plugin.data.decoding import decode
 from star_dss_plugin.data.provenance import provenance_of
 from star_dss_plugin.errors import DataError
-from star_dss_plugin.logprobs import IGNORE_INDEX
 from star_dss_plugin.options import StarDSSOptions
 from star_dss_plugin.scoring.scorer import score_dataset
 from star_dss_plugin.training.prepare import asks_guard
 
-__all__ = ["chat_templates", "score", "with_messages"]
-
-_MESSAGES = "messages"
-_FEATURE = List({"role": Value("string"), "content": Value("string")})
+__all__ = ["chat_templates", "readers", "score"]
 
 
 def score(
@@ -48,36 +45,27 @@ def score(
         )
     if SCORES_COLUMN in dataset.column_names:
         return dataset
-    templates = chat_templates(cfg, tokenizer)
-    scored = score_dataset(
-        with_messages(dataset, tokenizer, templates),
-        tokenizer,
-        options,
-        chat_template=templates[0][0] if len(templates) == 1 else None,
-    )
+    chat, inverses = readers(cfg, tokenizer)
+    scored = score_dataset(with_messages(dataset, inverses), chat, options)
     _announce(scored, name)
     # Axolotl's collators make tensors of every column.
-    return scored.remove_columns(_MESSAGES)
+    return scored.remove_columns(MESSAGES)
 
 
-def with_messages(
-    dataset: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    templates: list[tuple[str, dict[str, Any]]],
-) -> Dataset:
-    """Add the column `messages`: the conversation of each row, or null if no template made it."""
-    if _MESSAGES in dataset.column_names:
-        return dataset
+def readers(
+    cfg: Any, tokenizer: PreTrainedTokenizerBase
+) -> tuple[ChatTokenizer, list[TemplateInverse]]:
+    """Return the tokenizer with every template that may have made the rows, and their inverses.
+
+    Args:
+        cfg: Axolotl's configuration.
+        tokenizer: The run's.
+    """
+    templates = chat_templates(cfg, tokenizer)
+    chats = [ChatTokenizer(tokenizer, source, kwargs) for source, kwargs in templates]
     inverses = [TemplateInverse(tokenizer, source, kwargs) for source, kwargs in templates]
-    column = []
-    for row in dataset.with_format(None).select_columns(["input_ids", "labels"]):
-        found = None
-        # A row that is trained as a whole is a text, whatever it looks like.
-        if IGNORE_INDEX in row["labels"]:
-            text = decode(tokenizer, row["input_ids"])
-            found = next((m for i in inverses if (m := i.messages(text)) is not None), None)
-        column.append(found)
-    return dataset.add_column(_MESSAGES, column, feature=_FEATURE)
+    first = chats[0] if chats else ChatTokenizer(tokenizer)
+    return replace(first, others=tuple(chats[1:])), inverses
 
 
 def chat_templates(

@@ -8,13 +8,13 @@ from typing import Any
 from datasets import Dataset
 
 from star_dss_plugin.data.chat import ChatTokenizer
-from star_dss_plugin.data.rows import tokenized
 from star_dss_plugin.errors import StarDSSError
 from star_dss_plugin.guards.spec import missing_guard
 from star_dss_plugin.hookspecs import Findings
 from star_dss_plugin.models import load_tokenizer
 from star_dss_plugin.training.preflight import check_options, estimate, lacks_guard
 from star_dss_trl.sft import load_data, parse, used_splits
+from star_dss_trl.templates import training_template
 from star_dss_trl.trainer import refuse_early
 
 __all__ = ["check"]
@@ -47,10 +47,15 @@ def check(path: Path, raw: dict[str, Any], *, data: bool) -> Findings:
         train, _ = used_splits(splits, script_args, training_args)
         if lacks_guard(train, training_args):
             raise missing_guard()
-        chat = ChatTokenizer(load_tokenizer(model_args.model_name_or_path))
-        if isinstance(train, Dataset) and "input_ids" not in train.column_names:
-            train = tokenized(train, chat, training_args.max_length)
-        found.notes.append(f"train data: {estimate(train, chat, training_args)}")
+        tokenizer = load_tokenizer(model_args.model_name_or_path)
+        only = bool(getattr(training_args, "assistant_only_loss", False))
+        chat = ChatTokenizer(tokenizer, training_template(tokenizer) if only else None)
+        text = training_args.dataset_text_field
+        if isinstance(train, Dataset) and text in train.column_names and text != "text":
+            train = train.rename_column(text, "text")
+        length = training_args.max_length
+        said = estimate(train, chat, training_args, max_length=length, assistant_only_loss=only)
+        found.notes.append(f"train data: {said}")
     except (StarDSSError, OSError) as error:
         found.problems.append(str(error))
     return found

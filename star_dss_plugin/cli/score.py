@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,6 +36,16 @@ def score(
     gpus_per_worker: Annotated[
         float | None, typer.Option(min=0, help="Default: 1 where the cluster has GPUs.")
     ] = None,
+    assistant_only_loss: Annotated[
+        bool,
+        typer.Option(
+            "--assistant-only-loss",
+            help="Train what the chat template marks as generated, as TRL's option does.",
+        ),
+    ] = False,
+    num_proc: Annotated[
+        int, typer.Option(min=1, help="Processes that render and tokenize rows.")
+    ] = 1,
     per_guard: Annotated[
         bool, typer.Option("--per-guard", help="A column for each guard of several, too.")
     ] = False,
@@ -51,11 +62,17 @@ def score(
     }
     if not ray and (unused := [name for name, value in on_cluster.items() if value is not None]):
         raise ConfigError(f"{', '.join(unused)} is for a Ray cluster. Add --ray, or leave it out.")
-    how: dict[str, Any] = {"max_length": max_length, "per_guard": per_guard}
+    how: dict[str, Any] = {
+        "max_length": max_length,
+        "per_guard": per_guard,
+        "assistant_only_loss": assistant_only_loss,
+        "num_proc": num_proc,
+    }
     if ray or shard_rows is not None:
         from star_dss_plugin.data.reading import in_file
         from star_dss_plugin.scoring import on_ray, shards
 
+        how["chat_template"] = _training_template(tokenizer) if assistant_only_loss else None
         job = shards.begin(
             data, tokenizer, output, options, split=split, shard_rows=shard_rows or 1000, **how
         )
@@ -97,9 +114,22 @@ def _score_at_once(
         raise ConfigError(f"{output} exists. Name a new folder, or remove it first.")
     check_writable(output)
     rows, trained = read_dataset(data, split), load_tokenizer(tokenizer)
+    how["chat_template"] = _training_template(tokenizer) if how["assistant_only_loss"] else None
     with in_file(data):
         scored = score_dataset(rows, trained, options, **how)
     write_dataset(scored, output)
     found = provenance_of(scored)
     assert found is not None
     return found
+
+
+def _training_template(tokenizer: str) -> str | None:
+    """Return the template that TRL trains a tokenizer's model with, where TRL is installed."""
+    from star_dss_plugin.models import load_tokenizer
+
+    try:
+        trl: Any = importlib.import_module("star_dss_trl.templates")
+    except (ImportError, RuntimeError):
+        return None
+    template: str | None = trl.training_template(load_tokenizer(tokenizer))
+    return template

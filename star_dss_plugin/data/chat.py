@@ -42,11 +42,13 @@ class ChatTokenizer:
         tokenizer: The trained model's.
         chat_template: The Jinja source; None: the tokenizer's own.
         template_arguments: Variables of the template that every row is rendered with.
+        others: Other templates that may have made a tokenized row.
     """
 
     tokenizer: PreTrainedTokenizerBase
     chat_template: str | None = None
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
+    others: tuple[ChatTokenizer, ...] = ()
 
     def render(self, messages: Sequence[Mapping[str, Any]], /, **kwargs: Any) -> str:
         """Return the chat template's text for some messages.

@@ -73,11 +73,13 @@ class RowReader:
     ) -> None:
         self._chat = chat
         self._ids = list(ids)
-        if made is None and source_messages(row):
+        self._placed = None if made is None else _place(chat, self._ids, made)
+        for one in (chat, *chat.others) if self._placed is None and source_messages(row) else ():
             # A template that cannot render the messages did not make the tokens.
             with contextlib.suppress(DataError):
-                made = read_row(row, chat, whole_completion=False)
-        self._placed = None if made is None else _place(chat, self._ids, made)
+                self._placed = _place(one, self._ids, read_row(row, one, whole_completion=False))
+            if self._placed is not None:
+                break
 
     def read(self, start: int, end: int) -> Reading:
         """Return what a guard reads of the tokens from `start` to `end`, at least one."""

@@ -102,7 +102,18 @@ def _checked(column: str, messages: Any) -> list[dict[str, Any]]:
                     f"{where}.content[{j}] is {_short(part)}; a part must be a mapping with 'type' "
                     "and a 'text'."
                 )
-    return [dict(message) for message in messages]
+    return [_with_calls(message, f"{column}[{k}]") for k, message in enumerate(messages)]
+
+
+def _with_calls(message: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return a message whose calls of functions are a list, also if it gives them as JSON."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, str):
+        return dict(message)
+    try:
+        return {**message, "tool_calls": json.loads(calls)}
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}.tool_calls is a text that is not JSON: {error}.") from error
 
 
 def _chatml(message: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -25,7 +26,9 @@ ROWS_NAMED = 5
 
 
 def attempt_notes(
-    guard: Guard, responses: Iterable[tuple[int, PrefixRequest, bool]]
+    guard: Guard,
+    responses: Iterable[tuple[int, PrefixRequest, bool]],
+    own_marks: re.Pattern[str] | None = None,
 ) -> dict[str, Any]:
     """Count text that seems made to fool the guard, and conversations that did not fit it.
 
@@ -33,6 +36,7 @@ def attempt_notes(
         guard: The guard; no weights are needed.
         responses: Row, request, and whether the context is decoded tokens: its control tokens are
             those of the chat format, and no attempt.
+        own_marks: Matches the trained model's control tokens, which decoded tokens hold.
 
     Returns:
         `attempts`: for each kind that occurs the number of responses and the first rows;
@@ -45,7 +49,8 @@ def attempt_notes(
     truncated = 0
     for row, request, raw_context in responses:
         context = () if raw_context else request.context
-        for kind in attempts([request.text, *(str(m["content"]) for m in context)], markers):
+        text = own_marks.sub(" ", request.text) if raw_context and own_marks else request.text
+        for kind in attempts([text, *(str(m["content"]) for m in context)], markers):
             rows.setdefault(kind, []).append(row)
         truncated += any(one.truncates(request) for one in guards)
     found: dict[str, dict[str, Any]] = {

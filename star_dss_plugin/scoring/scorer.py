@@ -60,7 +60,7 @@ class _Row:
 
 def score_dataset(
     dataset: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | ChatTokenizer,
     options: ScoringOptions | None = None,
     *,
     per_guard: bool = False,
@@ -79,7 +79,7 @@ def score_dataset(
         dataset: Tokenized rows (`input_ids`, `labels`, and if possible the messages they came
             from), or raw ones (`messages`, `prompt` and `completion`, or `text`), which are
             tokenized here.
-        tokenizer: The trained model's.
+        tokenizer: The trained model's; a `ChatTokenizer` brings its template.
         options: How responses are scored, or None to give the options by name.
         per_guard: Whether to add a column `star_scores_NAME` for each guard of several.
         max_length: Raw rows are cut to this many tokens before they are scored.
@@ -118,7 +118,10 @@ def score_dataset(
             "The data set already has a 'star_scores' column. Remove it to score again, or use "
             "the data set as it is."
         )
-    chat = ChatTokenizer(tokenizer, chat_template)
+    if isinstance(tokenizer, ChatTokenizer):
+        chat, tokenizer = tokenizer, tokenizer.tokenizer
+    else:
+        chat = ChatTokenizer(tokenizer, chat_template)
     how = RowOptions(
         load_plugins().segmenter(options.segmenter),
         options.chunk_size,
@@ -148,6 +151,7 @@ def score_dataset(
         notes = attempt_notes(
             asked,
             ((i, r.request, r.raw_context) for i, row in enumerate(rows) for r in row.responses),
+            chat.added,
         )
     finally:
         if loaded is None:

@@ -62,6 +62,9 @@ class Job:
         options: The fields of `ScoringOptions`; begun shards have caches of their own.
         per_guard: Whether each guard of several gets a column.
         max_length: Rows are cut to this many tokens; None: they are not.
+        assistant_only_loss: Whether only what the chat template marks as generated is trained.
+        chat_template: The template of raw rows; None: the tokenizer's own.
+        num_proc: Processes that render and tokenize the rows of a shard.
         versions: Of the packages that scores depend on.
     """
 
@@ -77,6 +80,9 @@ class Job:
     options: Mapping[str, Any]
     per_guard: bool
     max_length: int | None
+    assistant_only_loss: bool
+    chat_template: str | None
+    num_proc: int
     versions: Mapping[str, str]
 
     @property
@@ -113,6 +119,9 @@ def begin(
     shard_rows: int = 1000,
     per_guard: bool = False,
     max_length: int | None = None,
+    assistant_only_loss: bool = False,
+    chat_template: str | None = None,
+    num_proc: int = 1,
     **changes: Any,
 ) -> Job:
     """Plan a run, or resume the one that was begun in the same place.
@@ -127,6 +136,9 @@ def begin(
         shard_rows: Rows of a shard, at least 1.
         per_guard: Whether to add a column for each guard of several.
         max_length: Rows are cut to this many tokens before they are scored.
+        assistant_only_loss: As for `score_dataset`.
+        chat_template: As for `score_dataset`.
+        num_proc: As for `score_dataset`.
         **changes: Options of `ScoringOptions` by name.
 
     Raises:
@@ -163,6 +175,9 @@ def begin(
         asdict(options),
         per_guard,
         max_length,
+        assistant_only_loss,
+        chat_template,
+        num_proc,
         versions(),
     )
     known = job.folder / _JOB_FILE
@@ -176,7 +191,8 @@ def begin(
                 f"{known} is damaged ({error}), so it is unknown how the shards beside it were "
                 f"scored. Remove the whole folder {job.folder} and start again."
             ) from error
-        if changed := [name for name in now if before.get(name) != now[name]]:
+        free = {"num_proc"}  # what a shard holds does not depend on it
+        if changed := [name for name in now.keys() - free if before.get(name) != now[name]]:
             raise ConfigError(
                 f"{job.folder} holds shards of another run: {', '.join(changed)} differ from "
                 f"{known}. Start the command that began it, name another output, or remove the "
@@ -217,6 +233,9 @@ class ShardScorer:
                 score_cache_dir=str(begun),
                 per_guard=job.per_guard,
                 max_length=job.max_length,
+                assistant_only_loss=job.assistant_only_loss,
+                chat_template=job.chat_template,
+                num_proc=job.num_proc,
                 part=True,
                 progress=False,
             )

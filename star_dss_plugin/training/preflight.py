@@ -11,8 +11,7 @@ from datasets import Dataset
 
 from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.columns import SCORES_COLUMN
-from star_dss_plugin.data.responses import find_responses
-from star_dss_plugin.data.rows import in_row, known_rows
+from star_dss_plugin.data.row_responses import RowOptions, read_responses
 from star_dss_plugin.errors import StarDSSError
 from star_dss_plugin.guards.base import announced
 from star_dss_plugin.guards.spec import parse_guard
@@ -49,25 +48,38 @@ def lacks_guard(dataset: Dataset, options: StarDSSOptions) -> bool:
     return reads and options.guard is None and SCORES_COLUMN not in dataset.column_names
 
 
-def estimate(dataset: Dataset, chat: ChatTokenizer, options: StarDSSOptions) -> str:
-    """Say in one line how much a guard would read to score a tokenized data set. It says no time.
+def estimate(
+    dataset: Dataset,
+    chat: ChatTokenizer,
+    options: StarDSSOptions,
+    *,
+    max_length: int | None = None,
+    assistant_only_loss: bool = False,
+) -> str:
+    """Say in one line how much a guard would read to score a data set. It says no time.
 
     Args:
-        dataset: With `input_ids` and `labels`, and if known the messages.
+        dataset: Raw rows; or with `input_ids` and `labels`, and if known the messages.
         chat: The tokenizer and the template that made the tokens.
         options: The run's options.
+        max_length: Raw rows are cut to this many tokens.
+        assistant_only_loss: Whether of raw rows only what the template marks as generated counts.
+
+    Raises:
+        DataError: What cannot be scored, with the row's number.
     """
     if SCORES_COLUMN in dataset.column_names or options.guard is None:
         return f"{len(dataset)} rows: nothing to score"
     cut = load_plugins().segmenter(options.segmenter)
     responses = raw = calls = once = alone = 0
-    for i, row in enumerate(known_rows(dataset)):
-        for response in in_row(i, find_responses, row, chat, cut, options.chunk_size):
-            responses += 1
-            raw += response.raw_context
-            calls += len(response.chunk_ends)
-            once += response.end
-            alone += sum(response.chunk_ends)
+    how = RowOptions(cut, options.chunk_size, max_length, assistant_only_loss)
+    _, read = read_responses(dataset, chat, how)
+    for response in (response for row in read for response in row):
+        responses += 1
+        raw += response.raw_context
+        calls += len(response.chunk_ends)
+        once += response.end
+        alone += sum(response.chunk_ends)
     most = "at most " if options.trajectory == "adaptive" else ""
     said = f"{len(dataset)} rows, {responses} responses ({raw} without messages): "
     name, _ = parse_guard(options.guard)

@@ -119,9 +119,8 @@ def prepare_dataset(
     else:
         dataset = score_dataset(
             dataset,
-            chat.tokenizer,
+            chat,
             options,
-            chat_template=chat.chat_template,
             share=share,
             progress=progress,
         )

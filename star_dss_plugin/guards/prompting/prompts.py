@@ -79,20 +79,20 @@ class Prompts:
     def turns(self, messages: Sequence[Message]) -> list[Message]:
         """Merge messages into alternating turns that begin and end with a question.
 
-        Many templates require this form. System messages are dropped; tool output counts as a
-        question.
+        Many templates require this form. System and developer messages are dropped; tool output
+        belongs to the question that it serves.
         """
+        if self._turns == "last":
+            messages = _last_question(messages)
         turns: list[Message] = []
         for message in messages:
-            if message["role"] == "system":
+            if message["role"] in ("system", "developer"):
                 continue
             role = "assistant" if message["role"] == "assistant" else "user"
             content = str(message["content"])
             if turns and turns[-1]["role"] == role:
                 content = f"{turns.pop()['content']}\n\n{content}"
             turns.append({"role": role, "content": content})
-        if self._turns == "last":
-            turns = [t for t in turns if t["role"] == "user"][-1:]
         nothing: Message = {"role": "user", "content": ""}
         if not turns or turns[0]["role"] == "assistant":
             turns.insert(0, nothing)
@@ -119,6 +119,16 @@ class Prompts:
             "on_guard_error='unsafe'.",
             request=index,
         )
+
+
+def _last_question(messages: Sequence[Message]) -> list[Message]:
+    """Return what was asked last, and what tools answered since; nothing an assistant said."""
+    last = max((k for k, m in enumerate(messages) if m["role"] == "user"), default=None)
+    if last is None:
+        return [m for m in messages if m["role"] != "assistant"][-1:]
+    while last and messages[last - 1]["role"] == "user":
+        last -= 1
+    return [m for m in messages[last:] if m["role"] != "assistant"]
 
 
 def policies(
