@@ -94,7 +94,7 @@ def _whole() -> Iterator[None]:
     It would partition it for ZeRO-3, or give all ranks but the first no values for FSDP, and a
     guard or a reference is in no engine that would put it together again.
     """
-    weak = hf_deepspeed._hf_deepspeed_config_weak_ref
+    weak: Any = vars(hf_deepspeed)["_hf_deepspeed_config_weak_ref"]
     config = None if weak is None else weak()
     efficient = os.environ.pop(_RAM_EFFICIENT, None)
     hf_deepspeed.unset_hf_deepspeed_config()

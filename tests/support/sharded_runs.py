@@ -51,7 +51,10 @@ def shard_on_cpus():
     from accelerate.utils import DistributedType
 
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-    PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+    PartialState._prepare_backend = lambda self, *args, **kwargs: (
+        "gloo",
+        DistributedType.MULTI_GPU,
+    )
 
 
 CASES = {
@@ -79,6 +82,10 @@ CASES = {
     # Half of the micro-batches have no token with a KL weight, and not on the same ranks.
     "plain-adapter-rare": {"plain": True, "lora": True, "reference": "adapter", "rare": True},
     "trl-adapter-rare": {"lora": True, "reference": "adapter", "rare": True},
+    # The second rank has something else than the first.
+    "trl-other-option": {"differs": "chunk_size"},
+    "trl-other-rows": {"differs": "rows"},
+    "trl-other-scores": {"differs": "scores"},
     "trl-resumed": {"resume": True},
     "plain-resumed": {"plain": True, "resume": True},
 }
@@ -132,7 +139,6 @@ def model_folder(folder, untied):
 def make_trainer(kind, folder, ranks, case, changes):
     from peft import get_peft_model
     from star_dss_trl import StarDSSConfig, StarDSSTrainer
-    from support.trl_runs import lora_config, prompt_completion
     from transformers import (
         AutoModelForCausalLM,
         AutoTokenizer,
@@ -142,6 +148,8 @@ def make_trainer(kind, folder, ranks, case, changes):
     )
 
     from star_dss_plugin import attach
+    from support.guards import WordGuard
+    from support.trl_runs import lora_config, prompt_completion
 
     case = dict(case)
     plain, lora, rare, early = (
@@ -152,11 +160,22 @@ def make_trainer(kind, folder, ranks, case, changes):
     out = Path(folder) / f"{kind}-{changes.pop('name')}-{ranks}"
     if case.get("reference") == "MODEL":
         case["reference"] = str(source)
-    scoring = {
-        name: case.pop(name) for name in ("kl_estimator", "reference") if name in case
-    } | {"guard": "test-words", "chunk_size": 2}
+    scoring = {name: case.pop(name) for name in ("kl_estimator", "reference") if name in case} | {
+        "guard": "test-words",
+        "chunk_size": 2,
+    }
     scoring["score_cache_dir"] = str(Path(folder) / f"cache-{out.name}")
     data = prompt_completion()
+    differs = case.pop("differs", None) if os.environ.get("RANK") == "1" else None
+    case.pop("differs", None)
+    if differs == "chunk_size":
+        scoring["chunk_size"] = 3
+    if differs == "rows":
+        data = data.select(range(7, -1, -1))
+    WordGuard.__init__.__kwdefaults__["unsafe"] = 0.1
+    if differs == "scores":  # as another version of the guard on one machine gives them
+        scoring["score_cache_dir"] += "-other"
+        WordGuard.__init__.__kwdefaults__["unsafe"] = 0.8
     if rare:
         data = data.map(lambda row, i: {"completion": safe_or_not(row, i)}, with_indices=True)
     options = arguments(kind, out, ranks, case | changes)
@@ -233,9 +252,7 @@ def train(kind, folder, ranks, name):
             for line in trainer.state.log_history
             if "eval_loss" in line
         ],
-        "kl": [
-            line["star_dss/kl"] for line in trainer.state.log_history if "star_dss/kl" in line
-        ],
+        "kl": [line["star_dss/kl"] for line in trainer.state.log_history if "star_dss/kl" in line],
         "shaped": trainer.star_dss_state.shaped,
     }
     if ranks > 1:
@@ -288,9 +305,8 @@ def reset():
 
 
 def register_guard():
-    from support.guards import WordGuard, WordsPlugin
-
     from star_dss_plugin.plugins import Origin, load_plugins
+    from support.guards import WordGuard, WordsPlugin
 
     if WordGuard.name not in load_plugins().names("guard"):
         load_plugins().register(WordsPlugin(), Origin("tests", "star-dss-tests", "0"))
@@ -307,7 +323,7 @@ def main(kind, folder, *cases):
         import deepspeed
 
         deepspeed.ops.__compatible_ops__.clear()  # or its communication would be compiled
-    else:
+    elif kind != "ddp":
         shard_on_cpus()
     register_guard()
     results = {}
@@ -318,8 +334,7 @@ def main(kind, folder, *cases):
             traceback.print_exc()
             results[name] = {"error": f"{type(error).__name__}: {error}"}
         reset()
-    if os.environ["RANK"] == "0":
-        (Path(folder) / "results.json").write_text(json.dumps(results))
+    (Path(folder) / f"results-{os.environ['RANK']}.json").write_text(json.dumps(results))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
