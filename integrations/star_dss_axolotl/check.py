@@ -62,7 +62,10 @@ def _wiring(raw: dict[str, Any]) -> list[str]:
                 f"may only log that and train without it.{hint}"
             )
     if raw.get("star_dss") is None:
-        near = _near("star_dss", [str(key) for key in raw if key != "star_dss"])
+        from axolotl.utils.schemas.config import AxolotlInputConfig
+
+        known = {"star_dss", *AxolotlInputConfig.model_fields}
+        near = _near("star_dss", [str(key) for key in raw if key not in known])
         what = (
             f"it has {near!r}, which Axolotl drops. Call it star_dss"
             if near
