@@ -5,6 +5,7 @@
     python benchmarks/fuzz.py jsonl --minutes 10
     python benchmarks/fuzz.py all --minutes 2      # one after the other, each in its own process
     python benchmarks/fuzz.py sizes                # 10 MB, and 2,000 turns: many minutes
+    python benchmarks/fuzz.py places --runs 1000   # folders, caches and servers; without atheris
 
 The targets and their properties are those of tests/project/test_fuzz.py, from
 tests/support/fuzz_targets.py. atheris (`pip install atheris`) mutates the inputs: the bytes
@@ -46,6 +47,9 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, help="folder of inputs that is kept and grown")
     parser.add_argument("--again", type=Path, help="an input to try alone")
     given = parser.parse_args()
+    if given.target == "places":
+        _places(max(1, given.runs), given.seed)
+        return
     try:
         import atheris
     except ImportError:
@@ -112,6 +116,16 @@ def main() -> None:
             check,
         )
         atheris.Fuzz()
+
+
+def _places(cases: int, number: int) -> None:
+    """Try so many hostile folders, cache folders and servers each, and print the outcomes."""
+    from support.fuzz_places import PLACES, count_outcomes
+
+    for name, target in PLACES.items():
+        found = count_outcomes(target, cases, number)
+        outcomes = ", ".join(f"{count:,} {outcome}" for outcome, count in sorted(found.items()))
+        print(f"| `{name}` | {sum(found.values()):,} | {outcomes} |", flush=True)
 
 
 def _all() -> int:

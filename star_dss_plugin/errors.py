@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
+from star_dss_plugin.visible import visible, visible_line
+
 __all__ = [
     "CacheError",
     "CheckpointError",
@@ -44,7 +46,8 @@ class Where:
 
     def __str__(self) -> str:
         """Return the beginning of a message, such as "FILE: Row 3: field 'text': "."""
-        parts = [self.file, self._row(), f"field {self.field!r}" if self.field else ""]
+        field = f"field {self.field!r}" if self.field else ""
+        parts = [visible_line(self.file, 500), self._row(), field]
         return "".join(f"{part}: " for part in parts if part)
 
     def _row(self) -> str:
@@ -92,7 +95,8 @@ class StarDSSError(ValueError):
         return self
 
     def __str__(self) -> str:
-        return f"{self.where}{super().__str__()}"
+        """Return the message, in which no character of untrusted text acts on a terminal."""
+        return visible(f"{self.where}{super().__str__()}")
 
 
 class ConfigError(StarDSSError):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-__all__ = ["visible", "visible_line"]
+__all__ = ["code", "visible", "visible_line"]
 
 _KEPT = "\n\t"
 _CONTROL_PICTURES = 0x2400  # ␀ ␁ … stand for U+0000, U+0001, …
@@ -65,6 +65,12 @@ def visible_line(text: str, most: int = 200) -> str:
     """
     shown = visible(text[: most + 1]).replace("\n", "␊").replace("\t", "␉")
     return shown[:most] + "…" if len(text) > most else shown
+
+
+def code(text: str, most: int = 200) -> str:
+    """Return text as a code span of Markdown, in which nothing is markup, in a table's cell too."""
+    plain = visible_line(text, most).replace("`", "'").replace("\\", "∖").replace("|", "\\|")
+    return f"`{plain.strip() or '-'}`"
 
 
 def _shown(char: str) -> str:

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from star_dss_plugin.cli import options as option
 from star_dss_plugin.errors import ConfigError
-from star_dss_plugin.visible import visible
+from star_dss_plugin.visible import visible_line
 
 if TYPE_CHECKING:
     from star_dss_plugin.evaluate.capability import Measured
@@ -114,11 +115,11 @@ def _named_files(given: Sequence[str]) -> dict[str, str]:
 def _show(models: Sequence[str], rows: Sequence[Measured]) -> None:
     table = Table("task", "metric", "shots", "rows")
     for model in models:
-        table.add_column(visible(Path(model).name), justify="right")
+        table.add_column(Text(visible_line(Path(model).name)), justify="right")
     for row in rows:
         counts = ("-" if n is None else str(n) for n in (row.shots, row.rows))
         values = ("-" if v is None else _with_error(*v) for v in row.values)
-        table.add_row(visible(row.task), row.metric, *counts, *values)
+        table.add_row(Text(visible_line(row.task)), row.metric, *counts, *values)
     console = Console()
     console.print(table)
     console.print("±: lm-eval's standard error")

@@ -13,6 +13,7 @@ from star_dss_plugin.errors import ConfigError, PluginError
 from star_dss_plugin.hookspecs import Findings
 from star_dss_plugin.plugins import Plugins, load_plugins
 from star_dss_plugin.validation import unknown_name
+from star_dss_plugin.visible import visible
 
 __all__ = ["check", "check_config"]
 
@@ -30,9 +31,9 @@ def check(
     """Check a configuration before it costs anything; exit status 1 if a run would not work."""
     found = check_config(config, data=data, integration=integration)
     for note in found.notes:
-        typer.echo(note)
+        typer.echo(visible(note))
     for problem in found.problems:
-        typer.echo(f"Problem: {problem}", err=True)
+        typer.echo(f"Problem: {visible(problem)}", err=True)
     if found.problems:
         raise typer.Exit(1)
     typer.echo(f"{config}: no problem found")

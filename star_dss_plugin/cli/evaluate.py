@@ -92,10 +92,11 @@ def evaluate(
 def _print(found: Comparison) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from star_dss_plugin.evaluate.page import HEADINGS, shown
     from star_dss_plugin.evaluate.verdicts import differences, measures
-    from star_dss_plugin.visible import visible
+    from star_dss_plugin.visible import visible, visible_line
 
     console = Console()
     first = found.models[0]
@@ -103,7 +104,7 @@ def _print(found: Comparison) -> None:
     table = Table("model", *(HEADINGS[name] for name in names), title="95 % intervals over prompts")
     for model in found.models:
         shares = measures(model, found.guard)
-        table.add_row(visible(model.name), *(shown(shares[name]) for name in names))
+        table.add_row(Text(visible_line(model.name)), *(shown(shares[name]) for name in names))
         if model is not first:
             apart = differences(model, first, found.guard)
             table.add_row(

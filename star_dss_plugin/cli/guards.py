@@ -9,9 +9,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from star_dss_plugin.cli import options as option
-from star_dss_plugin.visible import visible
+from star_dss_plugin.visible import visible, visible_line
 
 __all__ = ["app"]
 
@@ -115,7 +116,7 @@ def calibrate(
     asked.close()
     write_text(output / "calibration.json", json.dumps(found.as_dict(), indent=2) + "\n")
     write_reliability(found, output / "reliability.png", demonstration=asked.demonstration)
-    table = Table("", "Brier", "AUROC", "F1 of harmful", title=visible(found.guard))
+    table = Table("", "Brier", "AUROC", "F1 of harmful", title=Text(visible_line(found.guard)))
     for name, values in (("as it is", found.raw), ("calibrated, held out", found.calibrated)):
         table.add_row(name, *(f"{v:.3f}" for v in (values.brier, values.auroc, values.f1)))
     Console().print(table)

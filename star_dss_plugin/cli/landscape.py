@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from tqdm.auto import tqdm
 
 from star_dss_plugin.cli import options as option
 from star_dss_plugin.errors import ConfigError
-from star_dss_plugin.visible import visible
+from star_dss_plugin.visible import visible_line
 
 if TYPE_CHECKING:
     from star_dss_plugin.data.requests import Message
@@ -112,7 +113,7 @@ def landscape(
     missing = [one for one in places if one not in file.known]
     typer.echo(
         f"{len(samples)} points ({len(places)} distinct), {len(places) - len(missing)} of them "
-        f"known, {len(asked)} prompts each, judged by {visible(judged.name)}"
+        f"known, {len(asked)} prompts each, judged by {visible_line(judged.name)}"
     )
     if missing:
         loaded.to(place)  # type: ignore[arg-type]
@@ -158,7 +159,7 @@ def landscape(
 def _show(found: Landscape, model: str, output: Path) -> None:
     console = Console()
     if len(found.curves[0].points[0].at) == 1:
-        table = Table("α", title=f"attack success rate, %: {visible(model)}")
+        table = Table("α", title=Text(f"attack success rate, %: {visible_line(model)}"))
         for curve in found.curves:
             table.add_column(curve.name, justify="right")
         rows = zip(*(curve.points for curve in found.curves), strict=True)

@@ -10,7 +10,6 @@ import typer
 from star_dss_plugin.cli import options as option
 from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.validation import probability
-from star_dss_plugin.visible import visible
 
 __all__ = ["inspect", "report"]
 
@@ -78,7 +77,7 @@ def report(
     total = summarise(data.responses, threshold)
     typer.echo(
         f"{output}: {total.responses} responses, {total.tokens} tokens, {total.share_below:.1%} "
-        f"below {threshold}, guard {announced(visible(data.guard), data.demonstration)}"
+        f"below {threshold}, guard {announced(data.guard, data.demonstration)}"
     )
     if png is not None:
         for path in figures.write_figures(data, png, threshold=threshold, rows=wanted):

@@ -11,6 +11,7 @@ import typer
 from star_dss_plugin.cli import options as option
 from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.options import ScoringOptions
+from star_dss_plugin.visible import visible
 
 __all__ = ["score"]
 
@@ -97,7 +98,7 @@ def score(
         + announced(found["guard"], found["demonstration_guard"])
     )
     for line in remarks(found):
-        typer.echo(line)
+        typer.echo(visible(line))
 
 
 def _score_at_once(

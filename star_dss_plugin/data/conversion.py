@@ -53,11 +53,14 @@ def json_dataset(paths: Sequence[Path]) -> Dataset:
 
     def write(file: BinaryIO) -> None:
         types = types_of(_rows(paths))
-        room = _Room(paths)
-        features = features_of(types)
+        if not types:
+            raise DataError("its rows have no fields. Give objects with named fields.").at(
+                file=str(paths[0])
+            )
+        room, features = _Room(paths), features_of(types)
         with ArrowWriter(features=features, stream=file, writer_batch_size=_BATCH_ROWS) as writer:
             for row in _rows(paths):
-                writer.write({n: stored(row.value.get(n), kind) for n, kind in types.items()})
+                writer.write(stored(row, types))
                 room.check(file.tell())
             writer.finalize(close_stream=False)
 
@@ -180,11 +183,11 @@ class _Room:
         """Raise a DataError if so many bytes are too many."""
         if held > self._most:
             raise DataError(
-                f"{self._name} has {self._size:,} bytes and holds more than {self._most:,}: it "
-                "looks made to fill the memory. If you trust it, set the environment variable "
+                f"it has {self._size:,} bytes and holds more than {self._most:,}, as if made to "
+                "fill the memory. If you trust it, set the environment variable "
                 f"{MAX_EXPANSION} to more than {_expansion():g}, the number of times its size that "
                 "a file may hold."
-            )
+            ).at(file=self._name)
 
 
 def _expansion() -> float:

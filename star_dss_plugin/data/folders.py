@@ -60,12 +60,12 @@ def regular_file(folder: Path, name: Any) -> Path:
     try:
         kind = kind_of(path)
     except FileNotFoundError as error:
-        raise DataError(f"{path} is missing. Copy the whole folder again.") from error
+        raise DataError("it is missing. Copy the whole folder again.").at(file=str(path)) from error
     if kind:
         raise DataError(
-            f"{path} is {kind}, and a data folder is read only from regular files that lie in it. "
+            f"it is {kind}, and a data folder is read only from regular files that lie in it. "
             "Copy it with its links resolved (cp -rL), or remove the file."
-        )
+        ).at(file=str(path))
     return path
 
 
@@ -193,7 +193,9 @@ def check_folder(folder: Path) -> None:
     for place, folders, names in os.walk(folder):
         for name in folders:
             if (Path(place) / name).is_symlink():
-                raise DataError(f"{Path(place) / name} is a link. Copy what it links to (cp -rL).")
+                raise DataError("it is a link. Copy what it links to (cp -rL).").at(
+                    file=str(Path(place) / name)
+                )
         for name in names:
             regular_file(Path(place), name)
 

@@ -29,7 +29,7 @@ def types_of(rows: Iterable[JsonRow]) -> dict[str, Type]:
     """Return the type of each field, in the order in which the fields first appear.
 
     Raises:
-        DataError: There are more fields than rows of one kind have, or none at all.
+        DataError: There are more fields than rows of one kind have.
     """
     found: dict[str, Type] = {}
     for row in rows:
@@ -40,8 +40,6 @@ def types_of(rows: Iterable[JsonRow]) -> dict[str, Type]:
                 f"there are more than {_FIELDS} different fields up to here. Give all rows the "
                 "same fields, and put what differs into one of them."
             ).at(rows=(row.number,), line=row.line)
-    if not found:
-        raise DataError("its rows have no fields. Each row must be an object with named fields.")
     return found
 
 
@@ -50,26 +48,37 @@ def features_of(types: Mapping[str, Type]) -> Features:
     return Features({name: _feature(kind) for name, kind in types.items()})
 
 
-def stored(value: Any, kind: Type) -> Any:
-    """Return a value as a column of a type stores it."""
+def stored(row: JsonRow, types: Mapping[str, Type]) -> dict[str, Any]:
+    """Return the values of a row as columns of some types store them.
+
+    Raises:
+        DataError: A field that is kept as JSON holds a number that JSON does not have.
+    """
+    found = {}
+    for name, kind in types.items():
+        try:
+            found[name] = _stored(row.value.get(name), kind)
+        except ValueError as error:
+            raise DataError(
+                "it holds NaN or an infinity, and other kinds of values in other rows. Write null "
+                "in its place."
+            ).at(rows=(row.number,), line=row.line, field=name) from error
+    return found
+
+
+def _stored(value: Any, kind: Type) -> Any:
     if value is None or kind is None:
         return None
     if kind == _JSON:
-        try:
-            return json.dumps(value, allow_nan=False)
-        except ValueError as error:
-            raise DataError(
-                "a field holds NaN or an infinity, and other kinds of values in other rows. Write "
-                "null in its place."
-            ) from error
+        return json.dumps(value, allow_nan=False)
     if kind == "float64":
         return float(value)
     if isinstance(kind, tuple):
         form, inner = kind
         if form == "dict":
-            return {name: stored(value[name], one) for name, one in inner.items()}
+            return {name: _stored(value[name], one) for name, one in inner.items()}
         # Most lists are long ones of tokens, which are stored as they are.
-        return value if inner in _AS_IS else [stored(one, inner) for one in value]
+        return value if inner in _AS_IS else [_stored(one, inner) for one in value]
     return value
 
 

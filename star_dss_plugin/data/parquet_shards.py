@@ -27,6 +27,7 @@ from star_dss_plugin.data.media import check_features
 from star_dss_plugin.data.provenance import PROVENANCE_FILE, describe, provenance_of, write_note
 from star_dss_plugin.data.writing import atomic_file, write_text, writing
 from star_dss_plugin.errors import DataError
+from star_dss_plugin.visible import code
 
 __all__ = [
     "DATA",
@@ -106,7 +107,7 @@ def write_card(folder: Path, provenance: Mapping[str, Any]) -> None:
     )
     write_text(
         folder / "README.md",
-        f"---\n{header}---\n\nScored with STAR-DSS by the guard `{provenance['guard']}`: "
+        f"---\n{header}---\n\nScored with STAR-DSS by the guard {code(provenance['guard'])}: "
         "`star_scores` has one score per token of `input_ids`.\n",
     )
 

@@ -113,8 +113,8 @@ def _load(source: str, path: Path, split: str, config: str | None) -> Dataset:
         raise DataError(f"{source} is a pipe or a device. Write the rows to a file.")
     if path.suffix in FORMATS or not _HUB_ID.fullmatch(source):
         raise DataError(
-            f"There is no file or folder {source!r}, and it is no id of a data set on the hub "
-            "(such as 'name' or 'owner/name')."
+            f"{source} cannot be read: there is no file or folder of this name, and it is no id of "
+            "a data set on the hub (such as 'name' or 'owner/name')."
         )
     return _from_hub(source, split, config)
 

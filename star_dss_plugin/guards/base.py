@@ -15,6 +15,7 @@ from typing import Any
 from star_dss_plugin.data.requests import Message, PrefixRequest, Trajectory
 from star_dss_plugin.errors import DataError, GuardError
 from star_dss_plugin.guards.attempts import Markers
+from star_dss_plugin.visible import visible_line
 
 __all__ = [
     "Guard",
@@ -32,7 +33,11 @@ __all__ = [
 
 
 def announced(name: str, demonstration: bool) -> str:
-    """Return a guard's name for users, marked if the guard is a demonstration."""
+    """Return a guard's name for users on one line, marked if the guard is a demonstration.
+
+    Scored data names the guard that scored it, so the name is untrusted text.
+    """
+    name = visible_line(name)
     return f"{name} (DEMONSTRATION ONLY, protects nobody)" if demonstration else name
 
 

@@ -64,7 +64,8 @@ def score_on_ray(
         StarDSSError: Ray is missing or cannot be reached; or what a worker could not score.
     """
     at_least("num_workers", num_workers, 1, integer=True)
-    require("ray.data", "ray", "Scoring on a cluster", load=True)
+    for module in ("ray", "ray.data"):
+        require(module, "ray", "Scoring on a cluster", load=True)
     import ray
     import ray.data
 

@@ -17,7 +17,7 @@ from star_dss_plugin._version import __version__
 from star_dss_plugin.data.writing import write_text
 from star_dss_plugin.plugins import load_plugins
 from star_dss_plugin.training.prepare import DatasetSummary
-from star_dss_plugin.visible import visible
+from star_dss_plugin.visible import code, visible_line
 
 if TYPE_CHECKING:
     from star_dss_plugin.training.state import StarDSSState
@@ -51,7 +51,7 @@ def summary_table(
     names = dict.fromkeys(name for line in lines for name in line if name.startswith(_PREFIX))
     table = Table(
         title=Text(
-            f"STAR-DSS: loss_type={loss_type}, guard={visible(train.guard)}, "
+            f"STAR-DSS: loss_type={loss_type}, guard={visible_line(train.guard)}, "
             f"{train.responses} responses, {train.below_threshold} of "
             f"{train.trained_tokens} tokens below the threshold"
         ),
@@ -80,7 +80,7 @@ def startup_line(active: StarDSSState) -> str:
     )
     return (
         f"STAR-DSS is active: loss_type={options.loss_type} (kl_coef={options.kl_coef}, "
-        f"kl_estimator={options.kl_estimator}), guard={visible(train.guard)}, "
+        f"kl_estimator={options.kl_estimator}), guard={visible_line(train.guard)}, "
         f"reference={active.reference.description}; {train.responses} responses scored, "
         f"{train.below_threshold} of {train.trained_tokens} trained tokens ({share:.1%}) below "
         f"{options.threshold}, mean score {train.mean_score:.3f}."
@@ -158,8 +158,8 @@ model scores every prefix of every response. With `{options["loss_type"]}`, {sha
 | | |
 |---|---|
 | loss | `{options["loss_type"]}`, λ = {options["kl_coef"]}, estimator `{options["kl_estimator"]}` |
-| guard | `{train["guard"]}`, one score per {options["chunk_size"]} {options["segmenter"]} |
-| reference | {run["reference"]} |
+| guard | {code(train["guard"])}, one score per {options["chunk_size"]} {options["segmenter"]} |
+| reference | {code(run["reference"])} |
 | data | {train["responses"]} responses, {train["trained_tokens"]} trained tokens |
 | below τ = {options["threshold"]} | {share:.1%} of the trained tokens (mean score \
 {train["mean_score"]:.3f}) |

@@ -4,6 +4,7 @@ import pytest
 
 pytest.importorskip("hypothesis")
 
+from support.fuzz_places import PLACES
 from support.fuzz_targets import TARGETS, check_sizes
 from support.fuzzing import holds
 
@@ -13,6 +14,13 @@ def test_hostile_input_works_or_is_refused(name):
     if name == "yaml":
         pytest.importorskip("trl")
     holds(TARGETS[name])
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_hostile_places_are_read_or_refused_and_touch_nothing_else(name):
+    if name == "servers":
+        pytest.importorskip("httpx2")
+    holds(PLACES[name])
 
 
 def test_long_responses_and_conversations():

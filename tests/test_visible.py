@@ -1,0 +1,115 @@
+"""Untrusted text is shown on one line and as text, wherever it is shown."""
+
+import json
+import logging
+import re
+
+import pytest
+from datasets import Dataset
+
+from star_dss_plugin.data.parquet_shards import write_card
+from star_dss_plugin.data.provenance import write_note
+from star_dss_plugin.errors import DataError, StarDSSError
+from star_dss_plugin.guards.base import announced
+from star_dss_plugin.training.run_record import add_section
+from star_dss_plugin.visible import code, visible_line
+
+EVIL = (
+    "x` |\n\n# [click](http://evil)\r\n<img src=x onerror=alert(1)> \\| ~~~ ``` $x$ &lt; "
+    "\x1b[31mowned\x1b]0;t\x07 \u202e\u2028\u0085\t\ud800 [/red][link=http://evil]z[/link]"
+)
+ACTS = set("\x1b\x07\r\u202e\u2028\u0085\ud800")
+
+
+def test_a_line_is_one_line():
+    shown = visible_line(EVIL)
+    assert not set(shown) & (ACTS | set("\n\t"))
+    assert len(shown.splitlines()) == 1
+    shown.encode("utf-8")
+    assert "owned" in shown
+
+
+@pytest.mark.parametrize("most", [1, 5, 199])
+def test_a_line_is_cut(most):
+    assert len(visible_line("\n" * 500, most)) == most + 1
+    assert visible_line("a" * most, most) == "a" * most
+    assert visible_line("\u202e" * 10**6, 10).endswith("…")
+
+
+@pytest.mark.parametrize("text", [EVIL, "", " ", "`", "``a``", "|", "\\", "a\\", "a\\|b"])
+def test_a_code_span_holds_all_of_it(text):
+    shown = code(text)
+    assert re.fullmatch(r"`[^`]+`", shown)
+    assert not re.search(r"(?<!\\)\|", shown)  # would begin the next cell of a table
+    assert not set(shown) & (ACTS | set("\n"))
+
+
+def test_names_of_guards_are_shown_on_one_line():
+    for demonstration in (True, False):
+        assert not set(announced(EVIL, demonstration)) & (ACTS | set("\n"))
+
+
+def test_messages_of_errors_act_on_nothing():
+    error = DataError(f"says {EVIL}").at(file=f"/tmp/{EVIL}", field=EVIL, rows=(1,))
+    assert not set(str(error)) & ACTS
+    assert "\n" not in str(StarDSSError("no").at(file=EVIL))
+
+
+def test_model_cards_and_data_cards_hold_names_as_text(tmp_path):
+    provenance = {"guard": EVIL, "rows": 1}
+    write_card(tmp_path, provenance)
+    body = (tmp_path / "README.md").read_text().split("---\n", 2)[2]
+    check_markdown(body)
+    record = {
+        "options": {
+            "loss_type": "star_dss",
+            "kl_coef": 1,
+            "kl_estimator": "k2",
+            "chunk_size": 5,
+            "segmenter": "tokens",
+            "threshold": 0.5,
+        },
+        "reference": EVIL,
+        "data": {
+            "train": {
+                "guard": EVIL,
+                "responses": 1,
+                "trained_tokens": 1,
+                "below_threshold": 0,
+                "mean_score": 1.0,
+            }
+        },
+    }
+    (tmp_path / "star_dss.json").write_text(json.dumps(record))
+    (tmp_path / "README.md").write_text("# Card\n")
+    add_section(tmp_path)
+    check_markdown((tmp_path / "README.md").read_text())
+
+
+def check_markdown(text):
+    outside = re.sub(r"`[^`]*`", "", text)
+    assert "evil" not in outside
+    assert "<img" not in outside
+    assert "owned" not in outside
+    assert not set(text) & ACTS
+    assert "# [click]" not in [line.strip() for line in text.splitlines()]
+
+
+def test_a_guard_that_the_data_names_is_one_line_at_start_up(tmp_path, caplog):
+    from star_dss_plugin.options import StarDSSOptions
+    from star_dss_plugin.training.prepare import _summary
+
+    note = {
+        "guard": EVIL.replace("\ud800", ""),
+        "demonstration_guard": False,
+        "guard_identity": {},
+        "segmenter": "tokens",
+        "chunk_size": 5,
+        "responses": 1,
+        "raw_contexts": 0,
+    }
+    rows = Dataset.from_list([{"input_ids": [1], "labels": [1], "star_scores": [0.5]}])
+    write_note(rows, "scores", note)
+    caplog.set_level(logging.DEBUG)
+    found = _summary(rows, StarDSSOptions(), None)
+    assert not set(found.guard) & (ACTS | set("\n"))
