@@ -46,7 +46,9 @@ def score(
     if SCORES_COLUMN in dataset.column_names:
         return dataset
     chat, inverses = readers(cfg, tokenizer)
-    scored = score_dataset(with_messages(dataset, inverses), chat, options)
+    scored = score_dataset(
+        with_messages(dataset, inverses), chat, options, num_proc=cfg.get("dataset_num_proc") or 1
+    )
     _announce(scored, name)
     # Axolotl's collators make tensors of every column.
     return scored.remove_columns(MESSAGES)

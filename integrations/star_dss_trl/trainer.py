@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from trl import SFTTrainer, pack_dataset
 
 from star_dss_plugin.data.columns import SCORES_COLUMN
@@ -13,6 +15,7 @@ from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.training.attach import set_up
 from star_dss_plugin.training.host_checks import check_arguments, switch_fused_loss_off
 from star_dss_plugin.training.mixin import StarDSSMixin
+from star_dss_plugin.training.prepare import check_kind
 from star_dss_trl.config import HOST_LOSS_TYPES, StarDSSConfig
 
 __all__ = ["StarDSSTrainer", "refuse_early"]
@@ -27,6 +30,7 @@ class StarDSSTrainer(StarDSSMixin, SFTTrainer):  # type: ignore[misc]
     Args:
         model: As for `SFTTrainer`.
         args: A [`StarDSSConfig`].
+        *rest: As for `SFTTrainer`, in its order.
         **kwargs: As for `SFTTrainer`.
 
     Raises:
@@ -38,7 +42,9 @@ class StarDSSTrainer(StarDSSMixin, SFTTrainer):  # type: ignore[misc]
 
     packs_scored_rows = True
 
-    def __init__(self, model: Any, args: StarDSSConfig | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, model: Any, args: StarDSSConfig | None = None, *rest: Any, **kwargs: Any
+    ) -> None:
         if not isinstance(args, StarDSSConfig):
             raise ConfigError(
                 f"StarDSSTrainer got args of type {type(args).__name__}. It needs a StarDSSConfig, "
@@ -46,16 +52,17 @@ class StarDSSTrainer(StarDSSMixin, SFTTrainer):  # type: ignore[misc]
                 "args=StarDSSConfig(..., guard='qwen3guard-gen-0.6b')."
             )
         if not args.star_dss_active:
-            super().__init__(model, args=args, **kwargs)
+            super().__init__(model, args, *rest, **kwargs)
             return
         refuse_early(args)
+        _refuse_streams(dict(zip(_ARGUMENTS, rest, strict=False)) | kwargs)
         self._packs_late = True
         loss_type = args.loss_type
         # SFTTrainer knows its own loss types only. Its plain loss is computed from a forward pass
         # that yields what ours needs: logits (TRL < 1.15) or fused log-probabilities.
         args.loss_type = HOST_LOSS_TYPES[0]
         try:
-            super().__init__(model, args=args, **kwargs)
+            super().__init__(model, args, *rest, **kwargs)
         finally:
             args.loss_type = loss_type
         set_up(self, args)
@@ -86,6 +93,19 @@ class StarDSSTrainer(StarDSSMixin, SFTTrainer):  # type: ignore[misc]
         if args.shuffle_dataset:
             packed = packed.shuffle(seed=args.seed)
         return packed
+
+
+# The arguments of SFTTrainer behind self, model and args.
+_ARGUMENTS = tuple(inspect.signature(SFTTrainer.__init__).parameters)[3:]
+
+
+def _refuse_streams(given: Mapping[str, Any]) -> None:
+    """Refuse data that cannot be scored before TRL fails on it with another error."""
+    evaluated = given.get("eval_dataset")
+    several = evaluated if isinstance(evaluated, dict) else {"eval": evaluated}
+    for name, dataset in {"train": given.get("train_dataset"), **several}.items():
+        if isinstance(dataset, IterableDataset):
+            check_kind(dataset, name)
 
 
 def refuse_early(args: StarDSSConfig) -> None:

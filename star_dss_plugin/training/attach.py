@@ -228,6 +228,7 @@ def _prepare(
         name=name,
         truncation=(getattr(args, "max_length", None), getattr(args, "truncation_mode", None)),
         share=ranks.share,
+        num_proc=getattr(args, "dataset_num_proc", None) or 1,
         progress=progress,
     )
     # What is packed is scored: by then nobody can tell where a document's messages were.

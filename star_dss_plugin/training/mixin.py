@@ -377,9 +377,10 @@ class StarDSSMixin(_Base):
             add_section(Path(str(self.args.output_dir)))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the `star_dss/` metrics to the trainer's own log lines."""
+        """Add the `star_dss/` metrics to the trainer's own log lines."""
         if self.star_dss_state is not None:
-            logs = logs | self._metrics_for(logs, self.star_dss_state)
+            # In place: `evaluate` returns this very dict, and metric_for_best_model looks into it.
+            logs.update(self._metrics_for(logs, self.star_dss_state))
         super().log(logs, start_time)
 
     def _metrics_for(self, logs: dict[str, float], state: StarDSSState) -> dict[str, float]:

@@ -24,7 +24,14 @@ from star_dss_plugin.scoring.ranks import ALONE, Share
 from star_dss_plugin.scoring.scorer import score_dataset
 from star_dss_plugin.scoring.strictness import stricter_dataset
 
-__all__ = ["DatasetSummary", "asks_guard", "check_scores", "prepare_dataset", "summary_of"]
+__all__ = [
+    "DatasetSummary",
+    "asks_guard",
+    "check_kind",
+    "check_scores",
+    "prepare_dataset",
+    "summary_of",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +67,7 @@ def prepare_dataset(
     name: str,
     truncation: tuple[int | None, str | None],
     share: Share = ALONE,
+    num_proc: int = 1,
     progress: bool,
 ) -> tuple[Dataset, DatasetSummary]:
     """Scores a tokenized data set, unless it is scored already, and checks the scores.
@@ -72,17 +80,13 @@ def prepare_dataset(
         truncation: (max_length, truncation_mode) that the trainer applied to `input_ids` and
             `labels`, and not to columns it does not know.
         share: This process's part of the scoring.
+        num_proc: Processes that render and tokenize rows.
         progress: Whether to show a progress bar.
 
     Raises:
         StarDSSError: The data set cannot be used.
     """
-    if not isinstance(dataset, Dataset):
-        raise DataError(
-            f"The {name} data set is a {type(dataset).__name__}. STAR-DSS scores a data set before "
-            "training, which needs a datasets.Dataset: not a streaming or a torch one. Convert it, "
-            "or score it with `star-dss score` and load the result."
-        )
+    check_kind(dataset, name)
     missing = [c for c in ("input_ids", "labels") if c not in dataset.column_names]
     if missing:
         raise DataError(
@@ -122,10 +126,29 @@ def prepare_dataset(
             chat,
             options,
             share=share,
+            num_proc=num_proc,
             progress=progress,
         )
     dataset = stricter_dataset(dataset, chat, options)
     return dataset, summary_of(dataset, options, None)
+
+
+def check_kind(dataset: Any, name: str) -> None:
+    """Check that a data set can be scored before training.
+
+    Args:
+        dataset: What the trainer was given.
+        name: "train", "eval", …: for messages.
+
+    Raises:
+        DataError: It is a stream, or no data set of the library `datasets`.
+    """
+    if not isinstance(dataset, Dataset):
+        raise DataError(
+            f"The {name} data set is a {type(dataset).__name__}. STAR-DSS scores a data set before "
+            "training, which needs a datasets.Dataset: not a streaming or a torch one. Convert it, "
+            "or score it with `star-dss score` and load the result."
+        )
 
 
 def _scored_as_told(dataset: Dataset, options: StarDSSOptions) -> bool:
