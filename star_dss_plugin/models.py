@@ -94,7 +94,7 @@ def _whole() -> Iterator[None]:
     Otherwise it would partition the model for ZeRO-3, or load values on the first rank only for
     FSDP. Guards and references belong to no engine that would gather them.
     """
-    weak = hf_deepspeed._hf_deepspeed_config_weak_ref
+    weak: Any = vars(hf_deepspeed)["_hf_deepspeed_config_weak_ref"]
     config = None if weak is None else weak()
     efficient = os.environ.pop(_RAM_EFFICIENT, None)
     hf_deepspeed.unset_hf_deepspeed_config()

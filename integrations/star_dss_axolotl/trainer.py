@@ -48,7 +48,8 @@ class StarDSSAxolotlTrainer(StarDSSMixin, AxolotlTrainer):  # type: ignore[misc]
         set_up(self, options)
         # Axolotl's evaluation has a collator of its own.
         evaluation: Any = self.eval_data_collator  # type: ignore[has-type]
-        self.eval_data_collator = TokenColumnsCollator(evaluation)
+        assert self.star_dss_state is not None
+        self.eval_data_collator = TokenColumnsCollator(evaluation, self.star_dss_state.rows)
 
     def _scored(self, dataset: Any, name: str) -> Any:
         tokenizer: Any = self.processing_class

@@ -11,7 +11,7 @@ from trl import SFTTrainer, pack_dataset
 from star_dss_plugin.data.columns import SCORES_COLUMN
 from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.training.attach import set_up
-from star_dss_plugin.training.host_checks import check_arguments
+from star_dss_plugin.training.host_checks import check_arguments, switch_fused_loss_off
 from star_dss_plugin.training.mixin import StarDSSMixin
 from star_dss_trl.config import HOST_LOSS_TYPES, StarDSSConfig
 
@@ -89,8 +89,13 @@ class StarDSSTrainer(StarDSSMixin, SFTTrainer):  # type: ignore[misc]
 
 
 def refuse_early(args: StarDSSConfig) -> None:
-    """Settings that would make SFTTrainer itself fail with an error that does not name us."""
+    """Refuse settings with which SFTTrainer itself would fail, with an error of its own.
+
+    Raises:
+        ConfigError: The first of them, why it cannot work and what to change.
+    """
     check_arguments(args)
+    switch_fused_loss_off(args)  # which TRL 1.16 refuses if it is asked for by name
     if args.eval_packing and not args.packing:
         raise ConfigError(
             "eval_packing is on and packing is off, for which TRL lets the documents of a packed "

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer
 from star_dss_plugin.data.cache import default_cache_dir
 from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.columns import REF_COLUMN
+from star_dss_plugin.data.fingerprints import sample_of
 from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.loss import Shaping
 from star_dss_plugin.models import model_fingerprint
@@ -21,7 +22,8 @@ from star_dss_plugin.options import StarDSSOptions
 from star_dss_plugin.training.callback import StarDSSCallback
 from star_dss_plugin.training.collation import TokenColumnsCollator
 from star_dss_plugin.training.head import can_project
-from star_dss_plugin.training.host_checks import check_trainer, expose_logits
+from star_dss_plugin.training.host_checks import check_trainer, expose_logits, switch_fused_loss_off
+from star_dss_plugin.training.known_rows import KnownRows
 from star_dss_plugin.training.mixin import StarDSSMixin
 from star_dss_plugin.training.prepare import DatasetSummary, prepare_dataset
 from star_dss_plugin.training.reference import Reference, choose_reference
@@ -91,6 +93,7 @@ def set_up(trainer: StarDSSMixin, options: StarDSSOptions) -> None:
     check_trainer(trainer)
     shaping = options.shaping()
     expose_logits(trainer)
+    switch_fused_loss_off(trainer.args)
     model = trainer.model
     assert model is not None  # a Trainer makes it, or does not begin
     ranks = Ranks.of(trainer.accelerator, model)
@@ -127,6 +130,8 @@ def _set_up(
         ranks=ranks,
     )
     summaries: dict[str, DatasetSummary] = {}
+    rows = KnownRows()
+    ranks.agree(_facts(trainer, options))
 
     def prepare(dataset: Any, name: str) -> Any:
         if dataset is None:
@@ -134,6 +139,7 @@ def _set_up(
         dataset, summaries[name] = _prepare(
             trainer, options, tokenizer, shaping, reference, ranks, dataset, name
         )
+        ranks.agree({f"scored {name} data": rows.add(dataset)})
         return dataset
 
     train = prepare(trainer.train_dataset, "train")
@@ -147,16 +153,43 @@ def _set_up(
     trainer.train_dataset, trainer.eval_dataset = train, evaluation
     if reference.kind == "precomputed":
         reference.model = None
-    trainer.data_collator = TokenColumnsCollator(trainer.data_collator)
+    trainer.data_collator = TokenColumnsCollator(trainer.data_collator, rows)
     # Our loss is normalised over the optimizer batch; the Trainer must count its tokens
     # (model_accepts_loss_kwargs) and must not divide again (transformers >= 5.19: the other one).
     trainer.model_accepts_loss_kwargs = True
     trainer.loss_is_scaled_for_ga = True
     trainer._signature_columns = None
     trainer.star_dss_state = StarDSSState(
-        options, shaping, reference, prepare, summaries, projects=projects, ranks=ranks
+        options,
+        shaping,
+        reference,
+        prepare,
+        summaries,
+        projects=projects,
+        ranks=ranks,
+        rows=rows,
+        train_dataset=train,
     )
     trainer.add_callback(StarDSSCallback(trainer))
+
+
+def _facts(trainer: Trainer, options: StarDSSOptions) -> dict[str, Any]:
+    """Return what must be the same on every rank before any of them scores a row."""
+    facts: dict[str, Any] = {
+        f"option {name}": str(value)
+        for name, value in options.star_dss_dict().items()
+        if name != "score_cache_dir"  # each machine may have its own
+    }
+    evaluation = trainer.eval_dataset
+    sets = {"train": trainer.train_dataset} | (
+        evaluation if isinstance(evaluation, dict) else {"eval": evaluation}
+    )
+    for name, dataset in sets.items():
+        if isinstance(dataset, Dataset):
+            facts[f"{name} data"] = (len(dataset), sample_of(dataset))
+        else:
+            facts[f"{name} data"] = type(dataset).__name__
+    return facts
 
 
 def _tokenizer(trainer: Trainer) -> PreTrainedTokenizerBase:

@@ -1,4 +1,4 @@
-"""Says that the loss is active, and proves it on one real batch before the first step."""
+"""Say that the loss is active, and prove it on one real batch before the first step."""
 
 from __future__ import annotations
 
@@ -7,13 +7,21 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from datasets import Dataset
 from rich.console import Console
 from transformers import TrainerCallback
 
+from star_dss_plugin.data.columns import SCORES_COLUMN
 from star_dss_plugin.data.writing import write_text
 from star_dss_plugin.training.host_checks import check_trainer
 from star_dss_plugin.training.loss_check import check_loss, not_in_effect
-from star_dss_plugin.training.run_record import run_record, startup_line, summary_table
+from star_dss_plugin.training.prepare import summary_of
+from star_dss_plugin.training.run_record import (
+    changed_options,
+    run_record,
+    startup_line,
+    summary_table,
+)
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -26,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 class StarDSSCallback(TrainerCallback):
-    """Guards a run against training without the shaped loss.
+    """Guard a run against training without the shaped loss.
 
     Before the first step it takes one real batch, gives it made-up scores, and compares what the
     trainer's `compute_loss` returns with the loss computed the plain way from the model's logits.
@@ -49,7 +57,7 @@ class StarDSSCallback(TrainerCallback):
     def on_train_begin(
         self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any
     ) -> None:
-        """Checks and announces the loss.
+        """Check and announce the loss.
 
         Raises:
             StarDSSError: The shaped loss is not the one in effect, or the trainer was given a
@@ -65,31 +73,56 @@ class StarDSSCallback(TrainerCallback):
         check_trainer(self.trainer)  # type: ignore[arg-type]  # it may have been changed since
         if train_dataloader is None:
             train_dataloader = self.trainer.get_train_dataloader()
+        self._describe_data(active)
         check_loss(self.trainer, active, train_dataloader)
         self._shaped = active.shaped
         if state.is_world_process_zero:
+            if state.global_step and (changed := changed_options(active, args.output_dir)):
+                logger.warning(
+                    "STAR-DSS resumes with other options than this output folder was trained with "
+                    "before: %s.",
+                    changed,
+                )
             # Printed and not logged: a run must say this whatever its log level is.
             print(startup_line(active), flush=True)  # noqa: T201
             record = json.dumps(run_record(active), indent=2, sort_keys=True)
             write_text(Path(args.output_dir) / "star_dss.json", record + "\n")
 
+    def _describe_data(self, active: StarDSSState) -> None:
+        """Sum the training set up again if it is not the one that was prepared.
+
+        Raises:
+            StarDSSError: It has rows that were not prepared, or is another one on other ranks.
+        """
+        dataset: Any = self.trainer.train_dataset
+        if dataset is active.train_dataset:
+            return
+        if not isinstance(dataset, Dataset) or SCORES_COLUMN not in dataset.column_names:
+            return  # the check of a batch says what it lacks
+        active.ranks.agree({"training rows": active.rows.digest(dataset)})
+        summary = summary_of(dataset, active.options, active.summaries["train"].guard)
+        active.summaries["train"], active.train_dataset = summary, dataset
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stops before the weights move if no loss of this step was shaped.
+        """Stop before the weights move if a micro-batch of this step was not shaped.
 
         Raises:
             StarDSSError: The trainer's training step does not call its `compute_loss`.
         """
         active: StarDSSState | None = getattr(self.trainer, "star_dss_state", None)
-        if active is None or active.shaped == self._shaped:
+        steps = getattr(self.trainer, "current_gradient_accumulation_steps", 1)
+        shaped = 0 if active is None else active.shaped - self._shaped
+        if active is None or shaped < steps:
             raise not_in_effect(
                 self.trainer,
-                "its training step does not call the compute_loss that was checked. "
-                "Use a trainer that does, or call star_dss_loss in your own training loop",
+                f"its training step called the compute_loss that was checked for {shaped} of "
+                f"{steps} micro-batches. Use a trainer that does so for each, or call "
+                "star_dss_loss in your own training loop",
             )
         self._shaped = active.shaped
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Prints the run's first and last metrics."""
+        """Print the run's first and last metrics."""
         active: StarDSSState | None = getattr(self.trainer, "star_dss_state", None)
         if active is None or not state.is_world_process_zero:
             return

@@ -1,4 +1,4 @@
-"""Batches that carry per-token columns through any collator, aligned or not at all."""
+"""Wrap any collator so that `star_scores` and `ref_logps` stay with their tokens, or raise."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.logprobs import IGNORE_INDEX
+from star_dss_plugin.training.known_rows import KnownRows
 
 __all__ = ["TokenColumnsCollator", "document_starts"]
 
@@ -19,7 +20,7 @@ _PADDING = {SCORES_COLUMN: 1.0, REF_COLUMN: 0.0}
 
 
 class TokenColumnsCollator:
-    """Lets another collator make the batch, then adds `star_scores` and `ref_logps` to it.
+    """Let another collator make the batch, then adds `star_scores` and `ref_logps` to it.
 
     The columns are laid where the other collator put each row's tokens. If it changed them (cut,
     shuffled or masked), there is no right place, and that is an error: a score on the wrong token
@@ -33,14 +34,22 @@ class TokenColumnsCollator:
 
     Args:
         inner: The trainer's collator.
+        known: The rows that were prepared: any other one is an error. None: any row is taken.
     """
 
-    def __init__(self, inner: Callable[[list[Any]], Mapping[str, Any]]) -> None:
+    def __init__(
+        self, inner: Callable[[list[Any]], Mapping[str, Any]], known: KnownRows | None = None
+    ) -> None:
         self.inner = inner
+        self.known = known
 
     def __call__(
         self, features: Sequence[Mapping[str, Any] | list[Mapping[str, Any]]]
     ) -> dict[str, Any]:
+        if self.known is not None:
+            for feature in features:
+                for row in feature if isinstance(feature, list) else [feature]:
+                    self.known.check(row)
         joined = [isinstance(f, list) for f in features]
         sequences = [
             [_separate(row) for row in f]
@@ -89,7 +98,7 @@ class TokenColumnsCollator:
 
 
 def document_starts(row: Mapping[str, Any]) -> list[int]:
-    """Where the documents of a row begin; `seq_lengths` says how long they are."""
+    """Return where the documents of a row begin; `seq_lengths` says how long they are."""
     return _starts(row.get("seq_lengths") or [len(row["input_ids"])])
 
 
@@ -99,14 +108,14 @@ def _starts(lengths: Iterable[int]) -> list[int]:
 
 
 def _separate(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row none of whose documents is predicted from what stands before it."""
+    """Return a row none of whose documents is predicted from what stands before it."""
     labels = torch.as_tensor(row["labels"]).clone()
     labels[document_starts(row)] = IGNORE_INDEX
     return {**row, "labels": labels.tolist()}
 
 
 def _flattened(batch: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a collator joined all rows, and said where each begins."""
+    """Return whether a collator joined all rows, and said where each begins."""
     positions = batch.get("position_ids")
     if positions is None or len(batch["input_ids"]) != 1 or "attention_mask" in batch:
         return False
@@ -132,7 +141,7 @@ def _check_lengths(row: Mapping[str, Any], columns: Sequence[str]) -> None:
 
 
 def _find(padded_ids: Tensor, padded_labels: Tensor, feature: Mapping[str, Any]) -> slice | None:
-    """Where a row's tokens lie in its padded sequence: at its start or at its end.
+    """Return where a row's tokens lie in its padded sequence: at its start or at its end.
 
     Tokens alone do not tell where padding looks like text (often it is the end-of-text token);
     labels do, for padding has none. Where both ends fit, nothing is trained.

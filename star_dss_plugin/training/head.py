@@ -143,7 +143,7 @@ def at_head(
 def from_logits(
     model: nn.Module,
     batch: Mapping[str, Any],
-    function: Callable[[Tensor, Project | None], T],
+    function: Callable[[Tensor, Projection | None], T],
     *,
     project: bool,
     call: nn.Module | None = None,

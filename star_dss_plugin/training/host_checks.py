@@ -1,7 +1,8 @@
-"""What a host trainer must not be doing, and what it is asked to do differently."""
+"""Refuse what a host trainer must not be doing, and switch off what takes the loss's place."""
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import DistributedType
@@ -12,24 +13,19 @@ from star_dss_plugin.errors import ConfigError
 if TYPE_CHECKING:
     from star_dss_plugin.training.mixin import StarDSSMixin
 
-__all__ = ["check_arguments", "check_trainer", "expose_logits"]
+__all__ = ["check_arguments", "check_trainer", "expose_logits", "switch_fused_loss_off"]
+
+logger = logging.getLogger(__name__)
 
 
 def check_arguments(args: Any) -> None:
-    """Refuses training arguments for which no trainer need be made to see that they cannot work.
+    """Refuse training arguments for which no trainer need be made to see that they cannot work.
 
     Raises:
         ConfigError: The first of them, why it cannot work and what to change.
     """
     _refuse(
         [
-            (
-                getattr(args, "use_liger_kernel", False),
-                "use_liger_kernel is on, which fuses the loss into the model and gives no "
-                "per-token "
-                "log-probabilities to weigh",
-                "Set use_liger_kernel=False",
-            ),
             (
                 args.label_smoothing_factor,
                 f"label_smoothing_factor is {args.label_smoothing_factor}: smoothing spreads "
@@ -42,7 +38,7 @@ def check_arguments(args: Any) -> None:
 
 
 def check_trainer(trainer: StarDSSMixin) -> None:
-    """Refuses every setting under which the shaped loss would be wrong or not in effect.
+    """Refuse every setting under which the shaped loss would be wrong or not in effect.
 
     What `check_arguments` refuses, too.
 
@@ -116,8 +112,27 @@ def _refuse(settings: list[tuple[Any, str, str]]) -> None:
             raise ConfigError(f"STAR-DSS cannot be used here: {why}. {change}.")
 
 
+def switch_fused_loss_off(args: Any) -> None:
+    """Leave Liger's fused loss out of what `use_liger_kernel` replaces; its other kernels stay.
+
+    It returns one number, from which no token's part can be taken. transformers applies Liger when
+    training starts, after this.
+    """
+    if not getattr(args, "use_liger_kernel", False):
+        return
+    config = args.liger_kernel_config or {}
+    if config.get("fused_linear_cross_entropy") is False:
+        return
+    args.liger_kernel_config = {**config, "fused_linear_cross_entropy": False}
+    logger.warning(
+        "STAR-DSS has switched off Liger's fused_linear_cross_entropy, which gives no per-token "
+        "log-probabilities; in its place the head is applied to a few hundred trained tokens at a "
+        "time, so that all logits are never held. Liger's other kernels stay on."
+    )
+
+
 def expose_logits(trainer: Trainer) -> None:
-    """Undoes TRL 1.7–1.14's `chunked_nll`, which replaces the model's forward by one that returns
+    """Undo TRL 1.7–1.14's `chunked_nll`, which replaces the model's forward by one that returns
     a loss and no logits. It can go with the support for TRL < 1.15, whose fused LM head returns
     per-token log-probabilities.
     """

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN
 from star_dss_plugin.errors import ConfigError, StarDSSError
-from star_dss_plugin.logprobs import IGNORE_INDEX, Project, kl_estimate, token_logprobs
+from star_dss_plugin.logprobs import IGNORE_INDEX, kl_estimate, token_logprobs
 from star_dss_plugin.training.head import Projection, States, causal_lm, from_logits
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def _plain(
     labels = batch["labels"][:, 1:]
     trained = labels != IGNORE_INDEX
 
-    def terms(rows: Tensor, project: Project | None) -> tuple[Tensor, ...]:
+    def terms(rows: Tensor, project: Projection | None) -> tuple[Tensor, ...]:
         kept, targets = rows[:, :-1][trained], labels[trained]
         logps, kl = [], []
         for start in range(0, len(kept), _POSITIONS):
@@ -219,9 +219,9 @@ def _base_beyond_cross_entropy(
         batch = {name: batch[name][:1, part] for name in ("input_ids", "labels")}
         batch["attention_mask"] = torch.ones_like(batch["input_ids"])
         plain = _plain(active, trainer, policy, batch, None)
-    base = trainer.base_loss(trainer.model_wrapped, batch).float()
+    base: Tensor = trainer.base_loss(trainer.model_wrapped, batch).float()
     trained = (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
-    cross_entropy = -plain.logps.sum().float() / trained
+    cross_entropy: Tensor = -plain.logps.sum().float() / trained
     if auxiliary:
         return base - cross_entropy
     if not plain.close(base, cross_entropy):

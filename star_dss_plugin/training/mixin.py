@@ -160,7 +160,9 @@ class StarDSSMixin(_Base):
         if found is None:
             logps = self._fused_logps(outputs, labels)
             found = logps, *self._kl_terms(state, logps, None, None, ref, weights)
-        logps, kl_terms, slopes = (*found, None, None)[:3]
+        logps = found[0]
+        kl_terms = found[1] if len(found) > 1 else None
+        slopes = found[2] if len(found) > 2 else None
         loss = shaped_loss(logps, kl_terms, weights, num_items_in_batch).loss
         state.metrics.add(
             self._mode(),
@@ -240,7 +242,9 @@ class StarDSSMixin(_Base):
 
             with self.accelerator.autocast():
                 call = model if state.sharded else None
-                return state.reference.run(self._policy(model), inputs, function, call=call)
+                policy = self._policy(model)
+                found: Tensor | States = state.reference.run(policy, inputs, function, call=call)
+                return found
         if kind == "precomputed":
             if ref_logps is None:
                 raise StarDSSError(

@@ -24,7 +24,7 @@ from star_dss_plugin.scoring.ranks import ALONE, Share
 from star_dss_plugin.scoring.scorer import score_dataset
 from star_dss_plugin.scoring.strictness import stricter_dataset
 
-__all__ = ["DatasetSummary", "asks_guard", "check_scores", "prepare_dataset"]
+__all__ = ["DatasetSummary", "asks_guard", "check_scores", "prepare_dataset", "summary_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ def prepare_dataset(
         dataset = with_column(dataset, SCORES_COLUMN, ones, List(Value("float32")))
         unread = f"{options.loss_type} reads no scores"
         why = unread if name == "train" or options.score_eval else "score_eval is off"
-        return dataset, _summary(dataset, options, f"none ({why})")
+        return dataset, summary_of(dataset, options, f"none ({why})")
     else:
         dataset = score_dataset(
             dataset,
@@ -125,7 +125,7 @@ def prepare_dataset(
             progress=progress,
         )
     dataset = stricter_dataset(dataset, chat, options)
-    return dataset, _summary(dataset, options, None)
+    return dataset, summary_of(dataset, options, None)
 
 
 def _scored_as_told(dataset: Dataset, options: StarDSSOptions) -> bool:
@@ -194,7 +194,8 @@ def check_scores(scores: Any, length: int) -> None:
         raise DataError(f"the row has a star_score of {bad}. Scores are probabilities in [0, 1].")
 
 
-def _summary(dataset: Dataset, options: StarDSSOptions, guard: str | None) -> DatasetSummary:
+def summary_of(dataset: Dataset, options: StarDSSOptions, guard: str | None) -> DatasetSummary:
+    """Sum a scored data set up; `guard` names its guard where no provenance does."""
     known = provenances_of(dataset)
     provenance = known[0] if known else None
     if guard is None:

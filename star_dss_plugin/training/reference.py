@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from star_dss_plugin.errors import ConfigError, StarDSSError
-from star_dss_plugin.logprobs import Project
 from star_dss_plugin.models import UNLOADABLE, is_peft, model_fingerprint, read_model
 from star_dss_plugin.options import REFERENCES
-from star_dss_plugin.training.head import can_project, from_logits
+from star_dss_plugin.training.head import Projection, can_project, from_logits
 from star_dss_plugin.training.sharding import Ranks
 
 __all__ = ["Reference", "choose_reference"]
@@ -86,7 +85,7 @@ class Reference:
         self,
         policy: nn.Module,
         batch: Mapping[str, Any],
-        function: Callable[[Tensor, Project | None], T],
+        function: Callable[[Tensor, Projection | None], T],
         *,
         call: nn.Module | None = None,
     ) -> T:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset, List, Value
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from star_dss_plugin.data.cache import ScoreCache
@@ -24,7 +25,7 @@ from star_dss_plugin.data.fingerprints import content_key
 from star_dss_plugin.data.provenance import read_note, write_note
 from star_dss_plugin.data.requests import Trajectory
 from star_dss_plugin.errors import CacheError
-from star_dss_plugin.logprobs import IGNORE_INDEX, token_logprobs
+from star_dss_plugin.logprobs import IGNORE_INDEX, Project, token_logprobs
 from star_dss_plugin.loss import Shaping
 from star_dss_plugin.training.collation import document_starts
 from star_dss_plugin.training.head import from_logits
@@ -245,14 +246,9 @@ def _compute(
             lengths = torch.tensor([len(x) for x in ids])
             mask = torch.arange(padded.shape[1])[None] < lengths[:, None]
             inputs = {"input_ids": padded.to(device), "attention_mask": mask.long().to(device)}
-            on = targets.to(device)
             with torch.no_grad(), autocast():
-                logps = from_logits(
-                    model,
-                    inputs,
-                    lambda rows, project, on=on: token_logprobs(rows, on, project),
-                    project=projects,
-                ).cpu()
+                of = partial(_token_logprobs, labels=targets.to(device))
+                logps = from_logits(model, inputs, of, project=projects).cpu()
             for key, row, length in zip(keys, logps, lengths.tolist(), strict=True):
                 if known(key) is None:
                     cache.put(key, Trajectory((0.0, *row[: length - 1].tolist())))
@@ -262,6 +258,10 @@ def _compute(
         cache.flush()
         model.train(training)
         bar.close()
+
+
+def _token_logprobs(rows: Tensor, project: Project | None, *, labels: Tensor) -> Tensor:
+    return token_logprobs(rows, labels, project)
 
 
 def _batches(

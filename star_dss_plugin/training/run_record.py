@@ -1,31 +1,28 @@
-"""What a run did, in one table when it ends: the first and the last line of its log."""
+"""Say what a run trains with when it starts, what it did when it ends, and record both."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.table import Table
+from rich.text import Text
+
 from star_dss_plugin._version import __version__
 from star_dss_plugin.data.writing import write_text
 from star_dss_plugin.plugins import load_plugins
+from star_dss_plugin.training.prepare import DatasetSummary
 from star_dss_plugin.visible import visible
 
 if TYPE_CHECKING:
     from star_dss_plugin.training.state import StarDSSState
 
-from collections.abc import Mapping
-
-from rich.table import Table
-from rich.text import Text
-
-from star_dss_plugin.training.prepare import DatasetSummary
-
-__all__ = ["add_section", "run_record", "startup_line", "summary_table"]
+__all__ = ["add_section", "changed_options", "run_record", "startup_line", "summary_table"]
 
 _PREFIX = "star_dss/"
 
@@ -33,7 +30,7 @@ _PREFIX = "star_dss/"
 def summary_table(
     log_history: Sequence[Mapping[str, Any]], train: DatasetSummary, loss_type: str
 ) -> Table | None:
-    """The loss and every `star_dss/` metric, at the first and at the last logged step.
+    """Return the loss and every `star_dss/` metric, at the first and the last logged step.
 
     Args:
         log_history: What the trainer logged (`trainer.state.log_history`).
@@ -73,7 +70,7 @@ _PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft")
 
 
 def startup_line(active: StarDSSState) -> str:
-    """The one line that every run with an active loss prints."""
+    """Return the one line that every run with an active loss prints."""
     options, train = active.options, active.summaries["train"]
     share = train.below_threshold / train.trained_tokens
     # Right if the data is that safe; also what a broken guard or a made-up column looks like.
@@ -102,6 +99,20 @@ def run_record(active: StarDSSState) -> dict[str, Any]:
     }
 
 
+def changed_options(active: StarDSSState, output_dir: str | Path) -> str:
+    """Return which options differ from the record in an output folder; "" if none does."""
+    path = Path(output_dir) / "star_dss.json"
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))["options"]
+        return ", ".join(
+            f"{name}={value!r} (was {before[name]!r})"
+            for name, value in json.loads(json.dumps(active.options.star_dss_dict())).items()
+            if name in before and before[name] != value and name != "score_cache_dir"
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""  # no record, or not one of this package
+
+
 def _installed(names: Sequence[str]) -> Iterator[tuple[str, str]]:
     for name in names:
         with contextlib.suppress(PackageNotFoundError):
@@ -109,7 +120,7 @@ def _installed(names: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def add_section(output_dir: Path) -> None:
-    """Appends the section to README.md in the output folder, if there is one without it."""
+    """Append the section to README.md in the output folder, if there is one without it."""
     card, record = output_dir / "README.md", output_dir / "star_dss.json"
     if not card.is_file() or not record.is_file():
         return

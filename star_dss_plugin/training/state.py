@@ -8,6 +8,7 @@ from typing import Any
 
 from star_dss_plugin.loss import Shaping
 from star_dss_plugin.options import StarDSSOptions
+from star_dss_plugin.training.known_rows import KnownRows
 from star_dss_plugin.training.metrics import TokenMetrics
 from star_dss_plugin.training.prepare import DatasetSummary
 from star_dss_plugin.training.reference import Reference
@@ -31,6 +32,8 @@ class StarDSSState:
         shaped: How many training losses were shaped so far.
         projects: Whether the policy's logits can be made a few positions at a time.
         ranks: The processes of the run.
+        rows: The rows that were prepared.
+        train_dataset: What `summaries["train"]` describes.
         outputs_unread: Whether an evaluation step asks for outputs that it does not read.
     """
 
@@ -44,6 +47,8 @@ class StarDSSState:
     shaped: int = 0
     projects: bool = False
     ranks: Ranks = field(default_factory=Ranks)
+    rows: KnownRows = field(default_factory=KnownRows)
+    train_dataset: Any = None
     outputs_unread: bool = False
 
     @property

@@ -82,6 +82,10 @@ CASES = {
     # Half of the micro-batches have no token with a KL weight, and not on the same ranks.
     "plain-adapter-rare": {"plain": True, "lora": True, "reference": "adapter", "rare": True},
     "trl-adapter-rare": {"lora": True, "reference": "adapter", "rare": True},
+    # The second rank has something else than the first.
+    "trl-other-option": {"differs": "chunk_size"},
+    "trl-other-rows": {"differs": "rows"},
+    "trl-other-scores": {"differs": "scores"},
     "trl-resumed": {"resume": True},
     "plain-resumed": {"plain": True, "resume": True},
 }
@@ -144,6 +148,7 @@ def make_trainer(kind, folder, ranks, case, changes):
     )
 
     from star_dss_plugin import attach
+    from support.guards import WordGuard
     from support.trl_runs import lora_config, prompt_completion
 
     case = dict(case)
@@ -161,6 +166,16 @@ def make_trainer(kind, folder, ranks, case, changes):
     }
     scoring["score_cache_dir"] = str(Path(folder) / f"cache-{out.name}")
     data = prompt_completion()
+    differs = case.pop("differs", None) if os.environ.get("RANK") == "1" else None
+    case.pop("differs", None)
+    if differs == "chunk_size":
+        scoring["chunk_size"] = 3
+    if differs == "rows":
+        data = data.select(range(7, -1, -1))
+    WordGuard.__init__.__kwdefaults__["unsafe"] = 0.1
+    if differs == "scores":  # as another version of the guard on one machine gives them
+        scoring["score_cache_dir"] += "-other"
+        WordGuard.__init__.__kwdefaults__["unsafe"] = 0.8
     if rare:
         data = data.map(lambda row, i: {"completion": safe_or_not(row, i)}, with_indices=True)
     options = arguments(kind, out, ranks, case | changes)
@@ -308,7 +323,7 @@ def main(kind, folder, *cases):
         import deepspeed
 
         deepspeed.ops.__compatible_ops__.clear()  # or its communication would be compiled
-    else:
+    elif kind != "ddp":
         shard_on_cpus()
     register_guard()
     results = {}
@@ -319,8 +334,7 @@ def main(kind, folder, *cases):
             traceback.print_exc()
             results[name] = {"error": f"{type(error).__name__}: {error}"}
         reset()
-    if os.environ["RANK"] == "0":
-        (Path(folder) / "results.json").write_text(json.dumps(results))
+    (Path(folder) / f"results-{os.environ['RANK']}.json").write_text(json.dumps(results))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

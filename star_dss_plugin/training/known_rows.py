@@ -1,0 +1,89 @@
+"""Bind scores to tokens: remember each prepared row by a digest, and recognise it in a batch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN
+from star_dss_plugin.errors import DataError
+
+__all__ = ["KnownRows"]
+
+_COLUMNS = {
+    "input_ids": np.int64,
+    "labels": np.int64,
+    SCORES_COLUMN: np.float32,
+    REF_COLUMN: np.float32,
+}
+
+
+class KnownRows:
+    """Hold a digest of every row that was prepared: of tokens, labels, scores and reference.
+
+    A row that was edited since, or got another row's scores, has a digest that is not here.
+    """
+
+    def __init__(self) -> None:
+        self._digests: np.ndarray[Any, Any] = np.zeros(0, np.uint64)
+
+    def add(self, dataset: Dataset) -> str:
+        """Remember a prepared data set's rows.
+
+        Returns:
+            A digest of the whole, in order.
+        """
+        found = _digests(dataset)
+        self._digests = np.union1d(self._digests, found)
+        return hashlib.sha256(found.tobytes()).hexdigest()
+
+    def digest(self, dataset: Dataset) -> str:
+        """Return a digest of a data set, all of whose rows must be known.
+
+        Raises:
+            DataError: One is not.
+        """
+        found = _digests(dataset)
+        unknown = np.flatnonzero(~np.isin(found, self._digests))
+        if len(unknown):
+            raise _unknown(f"Row {unknown[0]} of the training set")
+        return hashlib.sha256(found.tobytes()).hexdigest()
+
+    def check(self, row: Mapping[str, Any]) -> None:
+        """Check one row of a batch.
+
+        Raises:
+            DataError: It is not known.
+        """
+        digest = np.uint64(_digest(row))
+        place = int(np.searchsorted(self._digests, digest))
+        if place == len(self._digests) or self._digests[place] != digest:
+            raise _unknown("A row of a batch")
+
+
+def _digests(dataset: Dataset) -> np.ndarray[Any, Any]:
+    columns = [name for name in _COLUMNS if name in dataset.column_names]
+    plain = dataset.with_format("numpy").select_columns(columns)
+    return np.fromiter((_digest(row) for row in plain), np.uint64, len(plain))
+
+
+def _digest(row: Mapping[str, Any]) -> int:
+    digest = hashlib.blake2b(digest_size=8)
+    for name, dtype in _COLUMNS.items():
+        if name in row:
+            values = np.asarray(row[name], dtype)
+            digest.update(f"{name}:{len(values)}:".encode())
+            digest.update(values.tobytes())
+    return int.from_bytes(digest.digest(), "little")
+
+
+def _unknown(which: str) -> DataError:
+    return DataError(
+        f"{which} is not one that was scored when STAR-DSS was set up: its tokens, labels or "
+        "scores were changed since, or another data set took its place. Give the data to the "
+        "trainer's constructor as it is to be trained, or call attach after the last change."
+    )

@@ -1,0 +1,114 @@
+"""Scores belong to tokens: what is not a row that was prepared does not train."""
+
+import json
+import logging
+
+import pytest
+from support.trl_runs import Stop, make
+from transformers import TrainerCallback
+
+from star_dss_plugin import StarDSSError
+from star_dss_plugin.errors import DataError
+
+pytest.importorskip("trl")
+
+
+def edited(name, change):
+    """Return what changes one column of every row."""
+    return lambda dataset: dataset.map(lambda row: {name: change(row[name])})
+
+
+def swapped(dataset):
+    """Give each row the scores of the next one with as many tokens, or others at all."""
+    scores = list(dataset["star_scores"])
+    moved = [list(reversed(one)) for one in scores]
+    return dataset.remove_columns("star_scores").add_column("star_scores", moved)
+
+
+CHANGES = {
+    "all safe": edited("star_scores", lambda scores: [1.0] * len(scores)),
+    "too large": edited("star_scores", lambda scores: [7.0] * len(scores)),
+    "not a number": edited("star_scores", lambda scores: [float("nan")] * len(scores)),
+    "permuted": swapped,
+    "other tokens": edited("input_ids", lambda ids: [5] * len(ids)),
+    "other labels": edited("labels", lambda labels: [-100, *labels[1:-1], -100]),
+    "other reference": edited("ref_logps", lambda values: [x - 1 for x in values]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_rows_that_changed_after_set_up_are_refused(tmp_path, tokenizer, change):
+    trainer = make(tmp_path, tokenizer)
+    trainer.train_dataset = CHANGES[change](trainer.train_dataset)
+    with pytest.raises(DataError, match="not one that was scored when STAR-DSS was set up"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_part_of_the_training_set_trains_and_is_what_is_said(tmp_path, tokenizer, capsys):
+    trainer = make(tmp_path, tokenizer)
+    trainer.train_dataset = trainer.train_dataset.select([1, 3, 4, 5])
+    trainer.train()
+    assert "4 responses scored" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out/star_dss.json").read_text())["data"]["train"]["rows"] == 4
+
+
+class Edits(TrainerCallback):
+    """Swaps the training set behind the data loader, while it trains."""
+
+    def on_step_end(self, args, state, control, train_dataloader=None, **kwargs):
+        dataset = train_dataloader.base_dataloader.dataset
+        dataset._data = CHANGES["all safe"](dataset)._data
+
+
+def test_rows_that_change_while_it_trains_are_refused(tmp_path, tokenizer):
+    trainer = make(tmp_path, tokenizer, per_device_train_batch_size=1, max_steps=6)
+    trainer.add_callback(Edits())
+    with pytest.raises(DataError, match="not one that was scored"):
+        trainer.train()
+    assert trainer.state.global_step < 6
+
+
+@pytest.mark.parametrize("value", [float("nan"), -0.1, 1.1])
+def test_a_batch_with_scores_that_are_none_stops_the_run(tmp_path, tokenizer, value):
+    trainer = make(tmp_path, tokenizer)
+    batch = next(iter(trainer.get_train_dataloader()))
+    batch["star_scores"][0, -1] = value
+    with pytest.raises(StarDSSError, match="star_score of .* no probability"):
+        trainer.compute_loss(trainer.model, batch)
+
+
+def test_a_step_of_which_a_part_was_not_shaped_is_stopped(tmp_path, tokenizer):
+    trainer = make(
+        tmp_path, tokenizer, per_device_train_batch_size=2, gradient_accumulation_steps=2
+    )
+    shaped, calls = trainer.training_step, []
+
+    def every_second(model, inputs, num_items_in_batch=None):
+        calls.append(1)
+        if len(calls) % 2:
+            return shaped(model, inputs, num_items_in_batch)
+        inputs = {k: v for k, v in inputs.items() if k not in ("star_scores", "ref_logps")}
+        loss = model(**inputs).loss
+        loss.backward()
+        return loss.detach()
+
+    trainer.training_step = every_second
+    with pytest.raises(StarDSSError, match="for 1 of 2 micro-batches"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_resuming_with_other_options_is_said(tmp_path, tokenizer, caplog):
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    stopped = make(tmp_path, tokenizer, **settings)
+    stopped.add_callback(Stop())
+    stopped.train()
+    with caplog.at_level(logging.WARNING):
+        make(tmp_path, tokenizer, **settings).train(resume_from_checkpoint=True)
+        assert "other options" not in caplog.text
+    stopped = make(tmp_path, tokenizer, **settings)
+    with caplog.at_level(logging.WARNING):
+        resumed = make(tmp_path, tokenizer, chunk_size=1, **settings | {"max_steps": 5})
+        resumed.train(resume_from_checkpoint=True)
+    assert "chunk_size=1 (was 2)" in caplog.text
