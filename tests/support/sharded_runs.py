@@ -145,6 +145,7 @@ def make_trainer(kind, folder, ranks, case, changes):
         DataCollatorForSeq2Seq,
         Trainer,
         TrainingArguments,
+        set_seed,
     )
 
     from star_dss_plugin import attach
@@ -156,6 +157,7 @@ def make_trainer(kind, folder, ranks, case, changes):
         case.pop(name, False) for name in ("plain", "lora", "rare", "early")
     )
     source = model_folder(folder, case.pop("untied", False))
+    set_seed(1)  # adapters begin with random values
     tokenizer = AutoTokenizer.from_pretrained(source)
     out = Path(folder) / f"{kind}-{changes.pop('name')}-{ranks}"
     if case.get("reference") == "MODEL":
