@@ -51,10 +51,12 @@ import trl
 from datasets import Dataset
 from peft import LoraConfig
 from star_dss_trl import StarDSSConfig, StarDSSTrainer
+from tokenizers import Tokenizer, models
 from transformers import (
     DataCollatorForSeq2Seq,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
 )
@@ -76,6 +78,7 @@ LLAMA_1B = LlamaConfig(
     head_dim=64,
     tie_word_embeddings=True,
 )
+RANDOM = {"1b": LLAMA_1B, "tiny": LlamaConfig(vocab_size=512, hidden_size=64, num_hidden_layers=2)}
 
 
 class AuthorsTrainer(SFTTrainer):  # type: ignore[misc]
@@ -133,16 +136,29 @@ def rows(args: argparse.Namespace, vocab: int) -> Dataset:
 
 
 def model_of(args: argparse.Namespace) -> Any:
-    if args.shape == "1b":
+    if args.shape in RANDOM:
         torch.manual_seed(0)
-        model = LlamaForCausalLM(LLAMA_1B)
+        model = LlamaForCausalLM(RANDOM[args.shape])
     else:
         model = load_smollm2()[0]
     return model.to(args.device, getattr(torch, args.dtype))
 
 
+def tokenizer_of(args: argparse.Namespace) -> Any:
+    """Return the model's tokenizer; random tokens need no more than one that can pad."""
+    if args.shape == "smollm2" and args.finetuning != "logits":
+        return load_smollm2()[1]
+    words = models.WordLevel({"<pad>": 0, "<end>": 1}, unk_token="<pad>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(words),
+        pad_token="<pad>",
+        eos_token="<end>",
+        chat_template="{{ messages[0]['content'] }}",
+    )
+
+
 def trainer_of(arm: str, args: argparse.Namespace, folder: str) -> Any:
-    model, tokenizer = model_of(args), load_smollm2()[1]
+    model, tokenizer = model_of(args), tokenizer_of(args)
     options: dict[str, Any] = {
         "output_dir": folder,
         "per_device_train_batch_size": args.batch,
@@ -163,7 +179,6 @@ def trainer_of(arm: str, args: argparse.Namespace, folder: str) -> Any:
         second = "adapter" if args.finetuning == "lora" else "copy"
         config = StarDSSConfig(
             **options,
-            guard="demo",
             reference="precomputed" if arm == "precomputed" else second,
             kl_estimator="full" if arm == "full KL" else "k2",
             score_cache_dir=folder,
@@ -210,7 +225,7 @@ def logits_memory(arm: str, args: argparse.Namespace) -> float:
         num_key_value_heads=2,
         max_position_embeddings=4096,
     )
-    model, tokenizer = LlamaForCausalLM(config).to(args.device), load_smollm2()[1]
+    model, tokenizer = LlamaForCausalLM(config).to(args.device), tokenizer_of(args)
     length = args.length or 2048
     generator = torch.Generator().manual_seed(0)
     made = []
@@ -307,7 +322,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=0)
-    parser.add_argument("--shape", choices=("smollm2", "1b"), default="smollm2")
+    parser.add_argument("--shape", choices=("smollm2", *RANDOM), default="smollm2")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--checkpointing", action="store_true")

@@ -115,7 +115,11 @@ def arguments(kind, folder, ranks, changes):
     }
     if kind.startswith("zero"):
         options["deepspeed"] = {
-            "zero_optimization": {"stage": int(kind[4]), "stage3_param_persistence_threshold": 0},
+            "zero_optimization": {
+                "stage": int(kind[4]),
+                "stage3_param_persistence_threshold": 0,
+                "stage3_gather_16bit_weights_on_model_save": True,
+            },
             "train_micro_batch_size_per_gpu": "auto",
             "gradient_accumulation_steps": "auto",
             "gradient_clipping": "auto",
