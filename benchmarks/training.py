@@ -2,6 +2,7 @@
 
     python benchmarks/training.py lora
     python benchmarks/training.py full
+    python benchmarks/training.py logits
     python benchmarks/training.py lora --shape 1b --device cuda --dtype bfloat16 --length 2048
 
 SmolLM2-135M-Instruct (or with --shape 1b a random Llama-3.2-1B), random tokens with random scores,
@@ -19,6 +20,12 @@ Contenders:
 Time: all contenders run in one process, one step each in turn, on the same batch. Reported is the
 median over the rounds of each one's time over stock's. Memory: each contender runs alone in a
 separate process; reported is its largest resident set (on a GPU the allocator's peak) over stock's.
+
+`logits` measures the memory of a plain `transformers.Trainer` where logits are most of it: a small
+model with 131,072 words, rows of 2,048 tokens of which half are trained.
+  stock        one training step
+  step         one STAR-DSS step, alone: what applying the head in chunks needs
+  run          `train()` and an evaluation: the check before the first step, the step, the rest
 """
 
 from __future__ import annotations
@@ -32,6 +39,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +51,23 @@ import trl
 from datasets import Dataset
 from peft import LoraConfig
 from star_dss_trl import StarDSSConfig, StarDSSTrainer
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import (
+    DataCollatorForSeq2Seq,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
 from trl import SFTConfig, SFTTrainer
 
+from star_dss_plugin import attach
 from star_dss_plugin.guards.demo.smollm2 import load_smollm2
 from star_dss_plugin.loss import star_dss_loss
 
 ARMS = ("stock", "precomputed", "second", "full KL", "authors")
+LOGITS_ARMS = ("stock", "step", "run")
 LLAMA_1B = LlamaConfig(
     vocab_size=128256,
     hidden_size=2048,
@@ -60,6 +78,7 @@ LLAMA_1B = LlamaConfig(
     head_dim=64,
     tie_word_embeddings=True,
 )
+RANDOM = {"1b": LLAMA_1B, "tiny": LlamaConfig(vocab_size=512, hidden_size=64, num_hidden_layers=2)}
 
 
 class AuthorsTrainer(SFTTrainer):  # type: ignore[misc]
@@ -117,16 +136,29 @@ def rows(args: argparse.Namespace, vocab: int) -> Dataset:
 
 
 def model_of(args: argparse.Namespace) -> Any:
-    if args.shape == "1b":
+    if args.shape in RANDOM:
         torch.manual_seed(0)
-        model = LlamaForCausalLM(LLAMA_1B)
+        model = LlamaForCausalLM(RANDOM[args.shape])
     else:
         model = load_smollm2()[0]
     return model.to(args.device, getattr(torch, args.dtype))
 
 
+def tokenizer_of(args: argparse.Namespace) -> Any:
+    """Return the model's tokenizer; random tokens need no more than one that can pad."""
+    if args.shape == "smollm2" and args.finetuning != "logits":
+        return load_smollm2()[1]
+    words = models.WordLevel({"<pad>": 0, "<end>": 1}, unk_token="<pad>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(words),
+        pad_token="<pad>",
+        eos_token="<end>",
+        chat_template="{{ messages[0]['content'] }}",
+    )
+
+
 def trainer_of(arm: str, args: argparse.Namespace, folder: str) -> Any:
-    model, tokenizer = model_of(args), load_smollm2()[1]
+    model, tokenizer = model_of(args), tokenizer_of(args)
     options: dict[str, Any] = {
         "output_dir": folder,
         "per_device_train_batch_size": args.batch,
@@ -147,7 +179,6 @@ def trainer_of(arm: str, args: argparse.Namespace, folder: str) -> Any:
         second = "adapter" if args.finetuning == "lora" else "copy"
         config = StarDSSConfig(
             **options,
-            guard="demo",
             reference="precomputed" if arm == "precomputed" else second,
             kl_estimator="full" if arm == "full KL" else "k2",
             score_cache_dir=folder,
@@ -182,6 +213,67 @@ def step(trainer: Any, batch: Any, args: argparse.Namespace) -> float:
     return time.perf_counter() - start
 
 
+def logits_memory(arm: str, args: argparse.Namespace) -> float:
+    """GiB at the peak of a plain Trainer's step or run, with a vocabulary of 131,072."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=131072,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+    )
+    model, tokenizer = LlamaForCausalLM(config).to(args.device), tokenizer_of(args)
+    length = args.length or 2048
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for _ in range(4):
+        ids = torch.randint(10, 49000, (length,), generator=generator).tolist()
+        scores = [1.0] * (length // 2) + torch.rand(length // 2, generator=generator).tolist()
+        labels = [-100] * (length // 2) + ids[length // 2 :]
+        made.append({"input_ids": ids, "labels": labels, "star_scores": scores})
+    data = Dataset.from_list(made)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer: Any = Trainer(
+            model,
+            args=TrainingArguments(
+                folder,
+                per_device_train_batch_size=1,
+                per_device_eval_batch_size=1,
+                max_steps=1,
+                report_to="none",
+                use_cpu=args.device == "cpu",
+                save_strategy="no",
+                disable_tqdm=True,
+                optim="sgd",
+            ),
+            train_dataset=data,
+            eval_dataset=data.select(range(1)),
+            data_collator=DataCollatorForSeq2Seq(tokenizer),
+            processing_class=tokenizer,
+        )
+        if arm != "stock":
+            attach(trainer, score_cache_dir=folder)
+        if arm == "run":
+            trainer.train()
+            trainer.evaluate()
+        else:
+            trainer.create_optimizer()
+            step(trainer, next(iter(trainer.get_train_dataloader())), args)
+    return peak(args)
+
+
+def peak(args: argparse.Namespace) -> float:
+    """GiB at this process's peak so far."""
+    if args.device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    # Not getrusage: what it reports begins with the peak of the process that started this one.
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
+
+
 def synchronize(args: argparse.Namespace) -> None:
     if args.device == "cuda":
         torch.cuda.synchronize()
@@ -210,28 +302,35 @@ def memory(arm: str, args: argparse.Namespace) -> float:
             torch.cuda.reset_peak_memory_stats()
         for batch in list(trainer.get_train_dataloader())[: args.rounds]:
             step(trainer, batch, args)
-        if args.device == "cuda":
-            return torch.cuda.max_memory_allocated() / 2**30
-        # Not getrusage: its peak includes that of the process that started this one.
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) / 2**20
+        return peak(args)
+
+
+def peaks_of(arms: Iterable[str]) -> dict[str, float]:
+    """GiB at the peak of each contender, alone in a process of its own."""
+    peaks = {}
+    for arm in arms:
+        command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", arm]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks[arm] = json.loads(done.stdout.splitlines()[-1])
+    return peaks
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("finetuning", choices=("lora", "full"))
+    parser.add_argument("finetuning", choices=("lora", "full", "logits"))
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=0)
-    parser.add_argument("--shape", choices=("smollm2", "1b"), default="smollm2")
+    parser.add_argument("--shape", choices=("smollm2", *RANDOM), default="smollm2")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--checkpointing", action="store_true")
-    parser.add_argument("--memory-of", choices=ARMS, help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", choices=ARMS + LOGITS_ARMS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory_of:
-        print(json.dumps(memory(args.memory_of, args)))
+        of = logits_memory if args.finetuning == "logits" else memory
+        print(json.dumps(of(args.memory_of, args)))
         return
     print(
         f"{args.finetuning}, {args.shape}, {args.dtype} on {args.device}, batch {args.batch}, "
@@ -239,12 +338,15 @@ def main() -> None:
         f"threads, transformers {transformers.__version__}, trl {trl.__version__}, "
         f"{platform.machine()}"
     )
+    if args.finetuning == "logits":
+        peaks = peaks_of(LOGITS_ARMS)
+        print("| arm | peak GiB | × stock | × step |")
+        print("| --- | ---: | ---: | ---: |")
+        for arm, gib in peaks.items():
+            print(f"| {arm} | {gib:.2f} | {gib / peaks['stock']:.2f} | {gib / peaks['step']:.2f} |")
+        return
     found = times(args)
-    peaks = {}
-    for arm in args.arms:
-        command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", arm]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        peaks[arm] = json.loads(done.stdout.splitlines()[-1])
+    peaks = peaks_of(args.arms)
     print("| arm | s per step | × stock | peak GiB | × stock |")
     print("| --- | ---: | ---: | ---: | ---: |")
     for arm in args.arms:

@@ -11,7 +11,6 @@ __all__ = ["conflicts", "packing_leaks"]
 
 _STREAMS = "rows are scored before training, and these are not there yet"
 _OWN_LOSS = "it trains with a loss of its own, which STAR-DSS would replace"
-_SHARDED = "the reference policy does not support sharded models yet"
 _SPLIT = "it splits a response over several devices or sequences"
 _VISION = "what a guard would judge beside the text, an image or a sound, no guard reads yet"
 
@@ -39,9 +38,6 @@ _REFUSED: dict[str, tuple[str, str]] = {
     "skip_prepare_dataset": ("there are no tokens to score then", "Remove it"),
     "use_pose": ("it moves positions, for which no reference is computed", "Set use_pose: false"),
     "processor_type": (_VISION, "Remove it and train on text"),
-    "fsdp": (_SHARDED, "Remove it: use DDP, or one process"),
-    "fsdp_config": (_SHARDED, "Remove it: use DDP, or one process"),
-    "deepspeed": (_SHARDED, "Remove it: use DDP, or one process"),
 }
 _PARALLEL = {
     "context_parallel_size": _SPLIT,

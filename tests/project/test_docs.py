@@ -50,7 +50,7 @@ def test_the_readme_for_axolotl_names_every_refused_setting():
     refused = set(re.findall(r'^    "(\w+)": \(', source, flags=re.MULTILINE))
     assert len(refused) > 15
     told = AXOLOTL.read_text().casefold()
-    aliases = {"fsdp_config": "fsdp", "processor_type": "vision data", "fsdp": "fsdp"}
+    aliases = {"processor_type": "vision data"}
     for name in refused:
         assert aliases.get(name, name) in told, name
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", AXOLOTL.read_text()):

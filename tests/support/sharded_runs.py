@@ -115,7 +115,11 @@ def arguments(kind, folder, ranks, changes):
     }
     if kind.startswith("zero"):
         options["deepspeed"] = {
-            "zero_optimization": {"stage": int(kind[4]), "stage3_param_persistence_threshold": 0},
+            "zero_optimization": {
+                "stage": int(kind[4]),
+                "stage3_param_persistence_threshold": 0,
+                "stage3_gather_16bit_weights_on_model_save": True,
+            },
             "train_micro_batch_size_per_gpu": "auto",
             "gradient_accumulation_steps": "auto",
             "gradient_clipping": "auto",
@@ -145,6 +149,7 @@ def make_trainer(kind, folder, ranks, case, changes):
         DataCollatorForSeq2Seq,
         Trainer,
         TrainingArguments,
+        set_seed,
     )
 
     from star_dss_plugin import attach
@@ -156,6 +161,7 @@ def make_trainer(kind, folder, ranks, case, changes):
         case.pop(name, False) for name in ("plain", "lora", "rare", "early")
     )
     source = model_folder(folder, case.pop("untied", False))
+    set_seed(1)  # adapters begin with random values
     tokenizer = AutoTokenizer.from_pretrained(source)
     out = Path(folder) / f"{kind}-{changes.pop('name')}-{ranks}"
     if case.get("reference") == "MODEL":

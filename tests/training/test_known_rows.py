@@ -4,13 +4,14 @@ import json
 import logging
 
 import pytest
+
+pytest.importorskip("trl")
+
 from support.trl_runs import Stop, make
 from transformers import TrainerCallback
 
 from star_dss_plugin import StarDSSError
 from star_dss_plugin.errors import DataError
-
-pytest.importorskip("trl")
 
 
 def edited(name, change):

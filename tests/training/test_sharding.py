@@ -7,11 +7,12 @@ import subprocess
 import sys
 
 import pytest
-from support import sharded_runs
-from support.paths import ROOT
 
 pytest.importorskip("trl")
 pytest.importorskip("peft")
+
+from support import sharded_runs
+from support.paths import ROOT
 
 CLOSE = 1e-5
 TRL = ("trl", "trl-lora", "trl-adapter-full", "trl-adapter-rare", "trl-checkpointing")

@@ -97,8 +97,6 @@ REFUSED = [
     {"liger_use_token_scaling": True},
     {"use_pose": True},
     {"processor_type": "AutoProcessor"},
-    {"fsdp_config": {"reshard_after_forward": True}},
-    {"deepspeed": "zero3.json"},
     {"context_parallel_size": 2},
     {"tensor_parallel_size": 2},
     {"expert_parallel_size": 2},

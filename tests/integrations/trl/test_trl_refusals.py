@@ -35,8 +35,6 @@ def test_errors_before_the_first_step(tmp_path, tokenizer):
         make(tmp_path, tokenizer, reference="none")
     with pytest.raises(ConfigError, match="Did you mean 'adapter'"):
         make(tmp_path, tokenizer, reference="adaptor")
-    with pytest.raises(ConfigError, match="use_liger_kernel"):
-        make(tmp_path, tokenizer, use_liger_kernel=True)
     with pytest.raises(ConfigError, match="chunk_size is 0"):
         make(tmp_path, tokenizer, chunk_size=0)
     with pytest.raises(ConfigError, match="StarDSSConfig"):
