@@ -4,35 +4,30 @@ A cache is a folder of *shards* that are written once, whole, and never changed:
 entries in memory and `flush` moves a finished file into place. So readers need no lock, a killed
 writer loses what it had not flushed and nothing else, and any number of processes may write.
 
-A shard is one line `star-dss-cache 1 <sha256 of the rest>`, one line with a JSON list of
-[key, number of scores, number of label masses or null], and the little-endian float64 of all
-entries. Whatever does not match its checksum is set aside, and its entries are computed again.
-Another format has another number there and in the name of the folder; it is left as it is.
+A shard (`data/shard_format.py`) that does not match its checksum is set aside, and its entries are
+computed again. One of another format is left as it is.
 
 Others may write to the folder. Pipes, devices, links and files of any size that are named like
 shards or locks are skipped with a warning, and change nothing outside the folder.
-
-Longer than other modules: the format, and how many write and read it at once, are one argument.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import math
 import os
-import re
 import struct
 import time
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from filelock import FileLock, Timeout
 
+from star_dss_plugin.data import shard_format
 from star_dss_plugin.data.fingerprints import content_key
 from star_dss_plugin.data.regular import kind_of, read_regular
 from star_dss_plugin.data.requests import Trajectory
@@ -44,8 +39,6 @@ __all__ = ["ScoreCache", "default_cache_dir"]
 
 logger = logging.getLogger(__name__)
 
-_MAGIC = b"star-dss-cache 1 "
-_ANY_FORMAT = re.compile(rb"star-dss-cache (\d+) ")
 _SHARD = ".shard"
 _DAY = 24 * 60 * 60.0
 _FLUSH_SECONDS = 20.0
@@ -67,21 +60,6 @@ def default_cache_dir() -> Path:
     return (xdg if xdg.is_absolute() else Path.home() / ".cache") / "star_dss"
 
 
-class _Packed(NamedTuple):
-    """Hold one entry: where its floats are in the bytes of its shard, scores first."""
-
-    shard: str
-    data: bytes
-    offset: int
-    scores: int
-    masses: int | None
-
-    def unpack(self) -> Trajectory:
-        floats = struct.unpack_from(f"<{self.scores + (self.masses or 0)}d", self.data, self.offset)
-        masses = None if self.masses is None else floats[self.scores :]
-        return Trajectory(floats[: self.scores], masses)
-
-
 class ScoreCache:
     """Keep the entries of one namespace below one root folder.
 
@@ -94,10 +72,10 @@ class ScoreCache:
     """
 
     def __init__(self, root: Path, namespace: Mapping[str, Any]) -> None:
-        self.folder = root / content_key(_MAGIC.decode(), dict(namespace))[:16]
+        self.folder = root / content_key(shard_format.MAGIC.decode(), dict(namespace))[:16]
         self._namespace = dict(namespace)
-        self._index: dict[str, _Packed] = {}
-        self._pending: dict[str, _Packed] = {}
+        self._index: dict[str, shard_format.Packed] = {}
+        self._pending: dict[str, shard_format.Packed] = {}
         self._seen: set[str] = set()
         self._foreign = False
         self._loaded = False
@@ -127,7 +105,7 @@ class ScoreCache:
         data = struct.pack(f"<{len(floats)}d", *floats)
         if not self._pending:
             self._waiting_since = time.monotonic()
-        self._pending[key] = _Packed("", data, 0, len(entry.scores), masses)
+        self._pending[key] = shard_format.Packed("", data, 0, len(entry.scores), masses)
 
     def flush_if_due(self) -> None:
         """Flush if an entry has waited for 20 seconds, which is what a kill may cost.
@@ -152,10 +130,10 @@ class ScoreCache:
         stamp = max(self._stamp + 1, newest + 1, time.time_ns())
         self._stamp = min(stamp, 10**_DIGITS - 1)
         name = f"{self._stamp:0{_DIGITS}d}-{uuid.uuid4().hex}{_SHARD}"
-        body = _encode(self._pending)
+        body = shard_format.encode(self._pending)
         with self._explained("write to"):
             self._prepare()
-            self._tidy(now=self._write(name, _header(body) + body))
+            self._tidy(now=self._write(name, shard_format.header(body) + body))
         self._add(name, body)
         self._pending.clear()
 
@@ -254,7 +232,7 @@ class ScoreCache:
         path = self.folder / name
         try:
             data = read_regular(path, _MAX_SHARD_BYTES)
-            if other := _other_format(data):
+            if other := shard_format.other_format(data):
                 self._seen.add(name)
                 if not self._foreign:
                     logger.warning(
@@ -265,7 +243,7 @@ class ScoreCache:
                     )
                 self._foreign = True
                 return
-            self._add(name, _checked(data))
+            self._add(name, shard_format.checked(data))
         except FileNotFoundError:
             pass  # another process has set it aside
         except (OSError, ValueError) as error:
@@ -281,7 +259,7 @@ class ScoreCache:
                     os.replace(path, path.with_name(f"{name}.damaged"))
 
     def _add(self, name: str, body: bytes) -> None:
-        for key, packed in _entries(name, body):
+        for key, packed in shard_format.entries(name, body):
             known = self._index.get(key)
             if known is None or known.shard < name:
                 self._index[key] = packed
@@ -304,55 +282,3 @@ class ScoreCache:
 def _shown(path: Path) -> str:
     """Return a path for a log: others may have given the file its name."""
     return visible_line(str(path), 500)
-
-
-def _header(body: bytes) -> bytes:
-    return _MAGIC + hashlib.sha256(body).hexdigest().encode() + b"\n"
-
-
-def _encode(entries: Mapping[str, _Packed]) -> bytes:
-    """Return the body of a shard."""
-    index = [[key, packed.scores, packed.masses] for key, packed in entries.items()]
-    return json.dumps(index).encode("ascii") + b"\n" + b"".join(p.data for p in entries.values())
-
-
-def _other_format(data: bytes) -> int | None:
-    """Return the number of a shard's format if it is another one, whether it is whole or not."""
-    found = None if data.startswith(_MAGIC) else _ANY_FORMAT.match(data)
-    return found and int(found[1])
-
-
-def _checked(data: bytes) -> bytes:
-    """Return the body of a shard whose every bit is as it was written.
-
-    Raises:
-        ValueError: It is not.
-    """
-    head, newline, body = data.partition(b"\n")
-    if not data.startswith(_MAGIC):
-        raise ValueError("not a cache file" if data else "empty file")
-    if head + newline != _header(body):
-        raise ValueError("truncated or damaged (its checksum differs)")
-    return body
-
-
-def _entries(shard: str, body: bytes) -> list[tuple[str, _Packed]]:
-    """Parse the body of a shard. A checksum finds damage, and says nothing of the writer.
-
-    Raises:
-        ValueError: Index and length disagree, or an entry is of the wrong type.
-    """
-    found: list[tuple[str, _Packed]] = []
-    try:
-        offset = body.index(b"\n") + 1
-        for key, scores, masses in json.loads(body[:offset]):
-            counts = (scores, 0 if masses is None else masses)
-            if not isinstance(key, str) or not all(type(n) is int and n >= 0 for n in counts):
-                raise ValueError(f"its index has the entry {[key, scores, masses]!r:.200}")
-            found.append((key, _Packed(shard, body, offset, scores, masses)))
-            offset += 8 * sum(counts)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"not as this version writes it ({error})") from error
-    if offset != len(body):
-        raise ValueError(f"not as this version writes it ({len(body)} bytes instead of {offset})")
-    return found

@@ -1,4 +1,4 @@
-"""The columns this project adds, and adding columns so that equal contents give equal files."""
+"""Name the columns of STAR-DSS, and add columns so that equal contents give equal files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOKEN_COLUMNS = (SCORES_COLUMN, REF_COLUMN)
 
 
 def with_column(dataset: Dataset, name: str, column: Sequence[Any], feature: Any) -> Dataset:
-    """Adds or replaces a column of per-token lists.
+    """Add or replace a column of per-token lists.
 
     Args:
         dataset: The rows.
@@ -42,7 +42,7 @@ def with_column(dataset: Dataset, name: str, column: Sequence[Any], feature: Any
 
 
 def with_attention_mask(dataset: Dataset) -> Dataset:
-    """Adds an `attention_mask` of ones: Axolotl takes rows for tokenized only if they have one."""
+    """Add an `attention_mask` of ones: Axolotl takes rows for tokenized only if they have one."""
     if "attention_mask" in dataset.column_names:
         return dataset
     ids = dataset.with_format(None)["input_ids"]

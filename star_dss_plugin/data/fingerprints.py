@@ -13,7 +13,7 @@ __all__ = ["content_key", "sample_of", "words_of"]
 
 
 def content_key(*parts: Any) -> str:
-    """The SHA-256 of JSON values, whatever the order of keys in their mappings.
+    """Return the SHA-256 of JSON values, whatever the order of keys in their mappings.
 
     Raises:
         TypeError, ValueError: A part is not a JSON value (NaN and infinities are not).
@@ -26,12 +26,12 @@ _SAMPLE = 64
 
 
 def sample_of(dataset: Dataset) -> str:
-    """A hash over column names and some rows from all over a data set."""
+    """Return a hash over column names and some rows from all over a data set."""
     rows = dataset.with_format(None)
     some = range(0, len(rows), max(1, len(rows) // _SAMPLE))
     return content_key(list(rows.column_names), [repr(rows[i]) for i in some])
 
 
 def words_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash over a tokenizer's vocabulary and chat template."""
+    """Return a hash over a tokenizer's vocabulary and chat template."""
     return content_key(tokenizer.get_vocab(), tokenizer.chat_template)

@@ -1,4 +1,4 @@
-"""Scored data as a folder of parquet shards, each of which says how its scores were made.
+"""Keep scored data as a folder of parquet shards, each of which says how it was scored.
 
     FOLDER/data/train-00000-of-00200.parquet …   the layout of the hub: `load_dataset(FOLDER)` works
     FOLDER/README.md                             a data set card that carries the provenance
@@ -45,12 +45,12 @@ _NAME = re.compile(r"train-(\d{5,})-of-(\d{5,})\.parquet")
 
 
 def shard_name(index: int, shards: int) -> str:
-    """The file name of a shard, as the hub numbers them."""
+    """Return the file name of a shard, as the hub numbers them."""
     return f"train-{index:05d}-of-{shards:05d}.parquet"
 
 
 def write_shard(dataset: Dataset, path: Path) -> None:
-    """Writes scored rows with their provenance as one parquet file, whole or not at all.
+    """Write scored rows with their provenance as one parquet file, whole or not at all.
 
     Equal rows give equal bytes with equal versions of pyarrow.
 
@@ -66,7 +66,7 @@ def write_shard(dataset: Dataset, path: Path) -> None:
 
 
 def shard_note(path: Path) -> dict[str, Any]:
-    """The provenance of one shard, from the end of its file.
+    """Return the provenance of one shard, from the end of its file.
 
     Raises:
         DataError: It cannot be read.
@@ -81,12 +81,12 @@ def shard_note(path: Path) -> dict[str, Any]:
         problem = f"{type(error).__name__}: {error}"
     raise DataError(
         f"{path} is not a whole shard of scored data ({problem}). Remove it and start the same "
-        "run again: it makes that shard anew."
+        "run again, which makes that shard."
     )
 
 
 def write_card(folder: Path, provenance: Mapping[str, Any]) -> None:
-    """Writes `star_dss.json`, and a card from which `load_dataset` reads the same."""
+    """Write `star_dss.json`, and a card from which `load_dataset` reads the same."""
     text = json.dumps(provenance, indent=2, sort_keys=True)
     write_text(folder / PROVENANCE_FILE, text + "\n")
     header = yaml.safe_dump(
@@ -113,7 +113,7 @@ def write_card(folder: Path, provenance: Mapping[str, Any]) -> None:
 
 
 def is_sharded(folder: str | Path) -> bool:
-    """Whether a folder was written as parquet shards, to its end."""
+    """Tell whether a folder was written as parquet shards, to its end."""
     path = Path(folder)
     return (path / PROVENANCE_FILE).is_file() and (path / DATA).is_dir()
 
@@ -125,7 +125,7 @@ def load_scored(folder: str | Path, *, streaming: Literal[False]) -> Dataset: ..
 @overload
 def load_scored(folder: str | Path, *, streaming: Literal[True]) -> IterableDataset: ...
 def load_scored(folder: str | Path, *, streaming: bool = False) -> Dataset | IterableDataset:
-    """The rows of a folder of shards, in their order, with their provenance.
+    """Return the rows of a folder of shards, in their order, with their provenance.
 
     Args:
         folder: What `star-dss score --shard-rows` or `--ray` wrote.

@@ -1,4 +1,4 @@
-"""What a data set says of its own columns: one JSON line each in its description.
+"""Note in a data set how its columns were made: one JSON line each in its description.
 
 A description stays with a data set through `map`, `select` and `save_to_disk`; a column that was
 made elsewhere has none.
@@ -37,7 +37,7 @@ _NOTED: dict[str, type] = {  # what readers of a note on scores rely on
 
 
 def notes(dataset: Dataset, name: str) -> list[Any]:
-    """The JSON values noted under a name: several if data sets were joined."""
+    """Return the JSON values noted under a name: several if data sets were joined."""
     mark = f"{_MARK}{name}: "
     found = []
     description = dataset.info.description or ""
@@ -53,12 +53,12 @@ def notes(dataset: Dataset, name: str) -> list[Any]:
 
 
 def read_note(dataset: Dataset, name: str) -> Any:
-    """The first JSON value noted under a name; None if there is none."""
+    """Return the first JSON value noted under a name; None if there is none."""
     return next(iter(notes(dataset, name)), None)
 
 
 def write_note(dataset: Dataset, name: str, value: Any) -> None:
-    """Notes a JSON value under a name, in place of what was noted there."""
+    """Note a JSON value under a name, in place of what was noted there."""
     mark = f"{_MARK}{name}: "
     lines = (dataset.info.description or "").splitlines()
     kept = [line for line in lines if not line.startswith(mark)]
@@ -66,12 +66,12 @@ def write_note(dataset: Dataset, name: str, value: Any) -> None:
 
 
 def describe(name: str, value: Any) -> str:
-    """The line of a description that notes a JSON value under a name."""
+    """Return the line of a description that notes a JSON value under a name."""
     return f"{_MARK}{name}: {json.dumps(value, sort_keys=True)}"
 
 
 def provenance_of(dataset: Dataset) -> dict[str, Any] | None:
-    """How a data set's `star_scores` were made; None if it does not say.
+    """Return how a data set's `star_scores` were made; None if it does not say.
 
     Returns:
         JSON values by name, such as `guard` and `guard_identity`, `segmenter` and `chunk_size`,
@@ -85,7 +85,11 @@ def provenance_of(dataset: Dataset) -> dict[str, Any] | None:
 
 
 def provenances_of(dataset: Dataset) -> list[dict[str, Any]]:
-    """The same, of each of the data sets that were scored apart and then joined."""
+    """Return what `provenance_of` does, one entry for each source of a concatenated data set.
+
+    Raises:
+        DataError: What one of them says is damaged.
+    """
     found = notes(dataset, "scores")
     for one in found:
         if (
@@ -98,7 +102,7 @@ def provenances_of(dataset: Dataset) -> list[dict[str, Any]]:
 
 
 def damaged_note(name: str) -> DataError:
-    """The error for a note that somebody else wrote, or that was changed."""
+    """Make the error for a note that another program wrote, or that was changed."""
     return DataError(
         f"What the data set's description notes as {_MARK + name!r} is not what this package "
         "writes there. Score the data again, or clear dataset.info.description if you trust the "

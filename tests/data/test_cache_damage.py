@@ -227,7 +227,7 @@ def test_two_versions_share_a_cache_folder_and_leave_each_other_alone(tmp_path, 
     old = filled(tmp_path, {"a": ENTRY})
     newer = Trajectory((0.125,))
     with monkeypatch.context() as patched, Log() as warnings:
-        patched.setattr(cache_module, "_MAGIC", b"star-dss-cache 2 ")
+        patched.setattr(cache_module.shard_format, "MAGIC", b"star-dss-cache 2 ")
         new = ScoreCache(tmp_path, NAMESPACE)
         assert new.get("a") is None
         new.put("a", newer)

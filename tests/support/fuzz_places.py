@@ -23,10 +23,11 @@ from datasets import Dataset, DatasetDict
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from star_dss_plugin.data.cache import ScoreCache, _header
+from star_dss_plugin.data.cache import ScoreCache
 from star_dss_plugin.data.folders import check_folder
 from star_dss_plugin.data.reading import read_dataset
 from star_dss_plugin.data.requests import Trajectory
+from star_dss_plugin.data.shard_format import header
 from star_dss_plugin.errors import GuardError, StarDSSError
 from support.fuzz_inputs import CACHE_SEEDS, JSON_SEEDS, PARQUET_SEEDS, _damaged, json_values
 from support.fuzzing import Target
@@ -218,7 +219,7 @@ CACHE_NAMES = [
     "0.shard.damaged",
 ]
 shards = st.sampled_from(CACHE_SEEDS) | st.binary(max_size=40)
-cache_contents = shards | shards.map(lambda body: _header(body) + body) | kinds
+cache_contents = shards | shards.map(lambda body: header(body) + body) | kinds
 cache_folders = st.dictionaries(st.sampled_from(CACHE_NAMES), cache_contents, max_size=5)
 
 

@@ -24,12 +24,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from star_dss_plugin.cli.check import check_config
-from star_dss_plugin.data.cache import ScoreCache, _header
+from star_dss_plugin.data.cache import ScoreCache
 from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.provenance import provenance_of
 from star_dss_plugin.data.reading import read_dataset
 from star_dss_plugin.data.requests import Trajectory
 from star_dss_plugin.data.responses import find_responses
+from star_dss_plugin.data.shard_format import header
 from star_dss_plugin.data.tokenization import tokenize_row
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.evaluate.prompts import read_prompts
@@ -212,7 +213,7 @@ def check_strictness(case: tuple[list[float], dict]) -> None:
 
 
 _BODY = b'[["mine", 1, null]]\n' + struct.pack("<d", 0.5)
-SHARD = _header(_BODY) + _BODY
+SHARD = header(_BODY) + _BODY
 
 
 def check_cache_file(data: bytes) -> None:
@@ -222,7 +223,7 @@ def check_cache_file(data: bytes) -> None:
         with tempfile.TemporaryDirectory() as root:
             cache = ScoreCache(Path(root), {"what": "fuzz"})
             cache.folder.mkdir()
-            for name, content in (("0", data), ("1", _header(data) + data), ("2", SHARD)):
+            for name, content in (("0", data), ("1", header(data) + data), ("2", SHARD)):
                 (cache.folder / f"{name}.shard").write_bytes(content)
             cache.refresh()
             for key in cache._index:

@@ -89,7 +89,7 @@ def test_batches_do_not_depend_on_what_the_cache_holds(with_column, tmp_path, mo
     full = cache.ScoreCache(tmp_path, namespace)
     assert full.get("") is None
     body = shard.read_bytes().partition(b"\n")[2]
-    entries = dict(cache._entries(shard.name, body))
+    entries = dict(cache.shard_format.entries(shard.name, body))
     shard.unlink()
     half = cache.ScoreCache(tmp_path, namespace)
     for key in list(entries)[::2]:
@@ -111,7 +111,7 @@ def test_an_entry_that_is_no_answer_is_computed_again(
         tmp_path, {"what": "ref_logps", "version": 1, "model": "f", "precision": "no"}
     )
     assert foreign.folder == shard.parent
-    for key, entry in cache._entries(shard.name, body):
+    for key, entry in cache.shard_format.entries(shard.name, body):
         values = list(entry.unpack().scores)
         if fault == "length":
             values.append(-1.0)
@@ -125,8 +125,10 @@ def test_an_entry_that_is_no_answer_is_computed_again(
             clock.setattr(cache.time, "time_ns", lambda: ahead)
         if fault == "nan":
             seven, nan = (cache.struct.pack("<d", x) for x in (-7.0, float("nan")))
-            encode = cache._encode
-            clock.setattr(cache, "_encode", lambda entries: encode(entries).replace(seven, nan))
+            encode = cache.shard_format.encode
+            clock.setattr(
+                cache.shard_format, "encode", lambda entries: encode(entries).replace(seven, nan)
+            )
         foreign.flush()
     assert with_column(tmp_path) == undisturbed
 
