@@ -160,8 +160,10 @@ class ChatTokenizer:
         if asked == alone != between:  # the template knows no `add_generation_prompt`
             own = between.removeprefix(alone) if between.startswith(alone) else ""
         else:
-            own = both[len(_common(alone, both)) :]
-        if not own.strip() and both == between:
+            shared = len(_common(alone, both))
+            within = [m.start() for m in self.added.finditer(both) if m.start() < shared < m.end()]
+            own = both[min([shared, *within]) :]
+        if not own.strip() and not between[len(both) :].strip():
             own = both  # the end of the question is all that there is: [/INST]
         return own if own.strip() else ""
 

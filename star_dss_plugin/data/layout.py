@@ -44,12 +44,16 @@ class Turn:
         words: Spans of what is said: reasoning, content and tool calls, in order. A turn that says
             nothing has an empty span.
         whole: Whether the words are the message's content and nothing else.
+        right: Where the next words of another message begin, or the text ends.
+        calls: Whether the turn ends with a call of a function.
     """
 
     message: int
     begin: int
     words: tuple[tuple[int, int], ...]
     whole: bool
+    right: int
+    calls: bool = False
 
 
 @dataclass(frozen=True)
@@ -147,11 +151,11 @@ def _marked_message(
 ) -> dict[str, Any]:
     def mark(text: str, lead: str = "", trail: str = "", call: int | None = None) -> str:
         marks.append(_Mark(k, text, lead, trail, call))
-        return f"{lead}{opening}{len(marks) - 1}{_CLOSE}{trail}"
+        return f"{opening}{len(marks) - 1}{_CLOSE}"
 
     def of_text(text: str, empty: bool) -> str:
         if not text.strip():
-            return mark("", text) if empty else text
+            return text + mark("", text) if empty else text
         pieces = _TAGS.split(text) if "<" in text or "[" in text else [text]
         made = []
         for i, piece in enumerate(pieces):
@@ -159,8 +163,10 @@ def _marked_message(
             if i % 2 or not body:
                 made.append(piece)
                 continue
-            at = piece.index(body)
-            made.append(mark(body, piece[:at], piece[at + len(body) :]))
+            before, _, behind = piece.partition(body)
+            # White space beside a tag is the tag's.
+            shown = mark(body, before, behind) if len(pieces) == 1 else mark(body)
+            made.append(before + shown + behind)
         return "".join(made)
 
     made = dict(message)
@@ -311,11 +317,12 @@ def _layout(
             return None
         left = groups[i - 1][-1][1] if i else 0
         right = groups[i + 1][0][0] if i + 1 < len(groups) else len(text)
-        begin = _begin(chat, text, left, group[0][0])
+        begin = _begin(chat, text, left, group[0])
         words = _words(chat, text, group, begin, right, messages[k])
         content_only = all(mark.call is None for _, _, mark in group)
         whole = content_only and len(group) == expected[k] and not _reasons(messages[k])
-        turns.append(Turn(k, begin, tuple(words), whole))
+        calls = group[-1][2].call is not None
+        turns.append(Turn(k, begin, tuple(words), whole, right, calls))
     spans = tuple(zip(generated[::2], generated[1::2], strict=True)) if generated else None
     return Layout(text, tuple(turns), tuple(others), spans)
 
@@ -328,10 +335,16 @@ def _reasons(message: Mapping[str, Any]) -> bool:
     return isinstance(content, str) and bool(_TAGS.search(content))
 
 
-def _begin(chat: ChatTokenizer, text: str, left: int, first: int) -> int:
+def _begin(chat: ChatTokenizer, text: str, left: int, place: tuple[int, int, _Mark]) -> int:
     """Return where an answer begins: behind the template's header, or with its first word."""
+    first, _, mark = place
     at = text.rfind(chat.header, left, first) if chat.header else -1
-    return at + len(chat.header) if at >= 0 else first
+    if at >= 0:
+        return at + len(chat.header)
+    if mark.call is None:
+        return first
+    # A call has words of the template's before the function's name.
+    return max((m.end() for m in chat.added.finditer(text, left, first)), default=first)
 
 
 def _words(

@@ -268,9 +268,8 @@ def _conversation(
         return Tokenized(encoded, text, None, layout, source, _NOTHING_GENERATED)
     elif layout is None or len(turns) < _speaking(source, first):
         return Tokenized(encoded, text, None, layout, source, _NOT_PLAIN)
-    for i, turn in enumerate(turns if generated is None else ()):
-        following = turns[i + 1].begin if i + 1 < len(turns) else len(text)
-        _train_turn(trained, encoded, chat, text, turn, following)
+    for turn in turns if generated is None else ():
+        _train_turn(trained, encoded, chat, text, turn)
     return Tokenized(encoded, text, trained, layout, source)
 
 
@@ -294,12 +293,12 @@ def _train_turn(
     chat: ChatTokenizer,
     text: str,
     turn: Turn,
-    following: int,
 ) -> None:
     """Mark a turn as trained, with its end: the model must learn to stop.
 
     The end is the first control token behind the words. Where the token that stops generation
-    stands behind others (Cohere's), it is all of them up to that one.
+    stands behind others (Cohere's), it is all of them up to that one. Behind a call of a function
+    the template's own text may come first.
     """
     end = turn.words[-1][1]
     _train(trained, encoded, turn.begin, end)
@@ -310,11 +309,12 @@ def _train_turn(
         if ids[i] in chat.special:
             if stop is None or ids[i] == chat.tokenizer.eos_token_id:
                 stop = i
-            if ids[i] == chat.tokenizer.eos_token_id or starts[i] >= following:
+            if ids[i] == chat.tokenizer.eos_token_id:
                 break
-        elif text[starts[i] : ends[i]].strip() and not chat.added.fullmatch(
-            text[starts[i] : ends[i]].strip()
-        ):
+            continue
+        said = text[starts[i] : ends[i]].strip()
+        skipped = not said or chat.added.fullmatch(said) or (turn.calls and stop is None)
+        if starts[i] >= turn.right or not skipped:
             break
     if stop is not None:
         trained[first : stop + 1] = [True] * (stop + 1 - first)
@@ -347,8 +347,12 @@ def _plain(prompt: str, completion: str, chat: ChatTokenizer) -> Tokenized:
     k = len(source)
     inner = _without_control(completion, chat)
     begin, end = len(prompt) + inner[0], len(prompt) + inner[1]
-    turn = Turn(k, len(prompt), ((begin, end),), whole=inner == (0, len(completion)))
-    layout = Layout(text, (turn,), ((0, len(prompt), k - 1),), None)
+    whole = inner == (0, len(completion))
+    turn = Turn(k, len(prompt), ((begin, end),), whole, len(text))
+    # What was said before is known as a whole, not where in the prompt.
+    earlier = [m for m in range(k) if source[m]["role"] == "assistant"]
+    turns = (*(Turn(m, 0, ((0, 0),), True, 0) for m in earlier), turn)
+    layout = Layout(text, turns, tuple((0, len(prompt), m) for m in range(k)), None)
     source = [*source, {"role": "assistant", "content": completion}]
     return Tokenized(encoded, text, trained, layout, source, plain=True)
 
