@@ -83,7 +83,7 @@ def _digest(row: Mapping[str, Any]) -> int:
 
 def _unknown(which: str) -> DataError:
     return DataError(
-        f"{which} is not one that was scored when STAR-DSS was set up: its tokens, labels or "
-        "scores were changed since, or another data set took its place. Give the data to the "
-        "trainer's constructor as it is to be trained, or call attach after the last change."
+        f"{which} is not one that was scored when STAR-DSS was set up: its tokens, labels, "
+        "scores or reference values were changed since, or another data set took its place. Give "
+        "the data to the trainer's constructor as it is to be trained, or call attach after the last change."
     )

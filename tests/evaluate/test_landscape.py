@@ -134,7 +134,7 @@ def test_points_of_another_landscape_are_refused(tmp_path):
     PointsFile(path, BOUND, 2).add((), [True, False])
     with pytest.raises(ConfigError, match=r"seed was 0 and is now 1.*Name another output folder"):
         PointsFile(path, {**BOUND, "seed": 1}, 2)
-    with pytest.raises(ConfigError, match=r"model was \"aaa.*… and is now"):
+    with pytest.raises(ConfigError, match=r"model was 'aaa.*… and is now"):
         PointsFile(path, {**BOUND, "model": "b" * 64}, 2)
     with pytest.raises(DataError, match="2 verdicts for 3 prompts"):
         PointsFile(path, BOUND, 3)
