@@ -135,6 +135,11 @@ def _definition(name: str, path: Path, num_fewshot: int | None) -> dict[str, Any
     if path.suffix not in (".jsonl", ".json") or not path.is_file():
         what = "is not a .jsonl file" if path.is_file() else "is not there"
         raise DataError(f"{path}, the data of {name!r}, {what}. Give a file of JSON lines.")
+    if set(str(path.resolve())) & set("*?[]") or "::" in str(path):
+        raise DataError(
+            f"{path}, the data of {name!r}, has a name that lm-eval would take for a pattern, and "
+            "might read another file. Rename it."
+        )
     rows = read_dataset(str(path)).to_list()
     shape = _shape(rows, path)
     source = files("star_dss_plugin.evaluate").joinpath("tasks", f"{shape}.yaml")

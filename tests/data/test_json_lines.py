@@ -19,7 +19,7 @@ def copies(monkeypatch, tmp_path):
 def read(tmp_path, data):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(data if isinstance(data, bytes) else json.dumps(data).encode())
-    return read_dataset(str(path)).to_list()
+    return list(read_dataset(str(path)))
 
 
 @pytest.mark.parametrize(

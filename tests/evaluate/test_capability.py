@@ -202,6 +202,17 @@ def test_code_that_a_model_writes_is_never_run():
         capability._check_loads(Manager(), "humaneval")
 
 
+def test_a_file_whose_name_is_a_pattern_is_refused(tmp_path):
+    """lm-eval reads the file again, by a pattern: rows1.jsonl in place of this one."""
+    for name in ("rows[1].jsonl", "rows1.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in CHOICES))
+    with (
+        pytest.raises(DataError, match="take for a pattern"),
+        open_tasks(data={"mine": tmp_path / "rows[1].jsonl"}),
+    ):
+        pass
+
+
 def test_lm_eval_is_an_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ConfigError, match=r"star-dss-plugin\[evaluate\]"):
