@@ -85,5 +85,6 @@ def _unknown(which: str) -> DataError:
     return DataError(
         f"{which} is not one that was scored when STAR-DSS was set up: its tokens, labels, "
         "scores or reference values were changed since, or another data set took its place. Give "
-        "the data to the trainer's constructor as it is to be trained, or call attach after the last change."
+        "the data to the trainer's constructor as it is to be trained, or call attach after the "
+        "last change."
     )

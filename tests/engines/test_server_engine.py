@@ -82,7 +82,7 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "hang up":
             return self.connection.close()
         if fault == "too slow":
-            time.sleep(1.0)
+            time.sleep(5.0)
         if fault == "garbage":
             return self.answer(b'{"choices": [')
         prompts, ids = body["prompt"], body["logprob_token_ids"]
@@ -187,7 +187,7 @@ def test_concurrency_is_bounded(fake, opened, concurrency):
 @pytest.mark.parametrize("fault", [408, 429, 500, 502, 503, 504, "hang up", "too slow", "garbage"])
 def test_a_fault_that_passes_changes_nothing(fake, opened, model, fault):
     fake.faults = [fault] * 4
-    engine = opened(fake, timeout=0.5 if fault == "too slow" else 30)
+    engine = opened(fake, timeout=2.5 if fault == "too slow" else 30)
     found = engine.label_logprobs(groups(2), LABELS)
     expected = LocalEngine(model).label_logprobs(groups(2), LABELS)
     torch.testing.assert_close(torch.cat(found), torch.cat(expected), atol=1e-4, rtol=0)
