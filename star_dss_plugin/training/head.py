@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from star_dss_plugin.data.columns import TOKEN_COLUMNS
+from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.logprobs import Project
 
 __all__ = [
@@ -193,6 +194,9 @@ def without_logits(model: nn.Module) -> Iterator[None]:
     """Let a trainer call a model with labels without computing its logits and its loss.
 
     What it gets as the loss is a zero that has no gradient.
+
+    Raises:
+        ConfigError: The model returns no logits, because something fuses the loss into it.
     """
 
     def before(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -200,6 +204,12 @@ def without_logits(model: nn.Module) -> Iterator[None]:
         return args, {**kwargs, "use_cache": False, "logits_to_keep": 1}
 
     def after(_module: nn.Module, _args: Any, output: Any) -> Any:
+        if output.logits is None:
+            raise ConfigError(
+                "The model's forward pass returned no logits although it was called without "
+                "labels, so its loss cannot be weighed. Switch off what fuses the loss into the "
+                "model (a kernel or a patch)."
+            )
         output["loss"] = output.logits.new_zeros(())
         return output
 
