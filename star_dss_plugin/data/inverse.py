@@ -200,13 +200,14 @@ class TemplateInverse:
         found: list[tuple[str, str]] = []
         while True:
             places = [
-                (at, -len(piece), piece, following)
+                # "user" first: some templates write other roles as users.
+                (at, -len(piece), following != "user", piece, following)
                 for piece, following in self._between[slot]
                 if (at := text.find(piece, position)) >= 0
             ]
             if not places:
                 break
-            at, _, piece, following = min(places)
+            at, _, _, piece, following = min(places)
             found.append((slot, text[position:at]))
             position, slot = at + len(piece), following
         return [*found, (slot, self._unclosed(text[position:], slot))]

@@ -1,0 +1,137 @@
+"""Measure what preparing rows costs, as multiples of rendering and tokenizing them once.
+
+    python benchmarks/preparation.py                    # 300 rows of 40 + 150 words
+    python benchmarks/preparation.py --rows 2000 --tokenizer MODEL
+
+Each figure is CPU time of this process (user and system), the best of several rounds, one process.
+"Plain" renders a conversation with its chat template and tokenizes the text, as a trainer must in
+any case. "Prepared" is all that STAR-DSS does until a guard is asked: labels, responses, contexts,
+chunks. Two more parts show that time grows with the length of the data and not faster: long
+conversations cut to 256 tokens, and one long response; and one that processes give the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections.abc import Callable
+from importlib.resources import files
+from typing import Any
+
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+from star_dss_plugin.data.chat import ChatTokenizer
+from star_dss_plugin.data.responses import find_responses
+from star_dss_plugin.data.row_responses import RowOptions, read_responses
+from star_dss_plugin.data.tokenization import tokenize_row
+from star_dss_plugin.guards.demo.smollm2 import load_smollm2
+from star_dss_plugin.segmenters import tokens
+
+ROUNDS = 5
+HOW = RowOptions(tokens, 5)
+
+
+def best(work: Callable[[], Any]) -> float:
+    """Return the least CPU time of several rounds, in seconds."""
+    found = []
+    for _ in range(ROUNDS):
+        begin = time.process_time()
+        work()
+        found.append(time.process_time() - begin)
+    return min(found)
+
+
+def words() -> list[str]:
+    """Return words of the demonstration's data."""
+    return files("star_dss_trl").joinpath("demo_assets", "demo_mix.jsonl").read_text().split()
+
+
+def conversations(count: int, seed: int = 0) -> list[list[dict[str, str]]]:
+    """Return conversations with a question of 40 words and an answer of 150."""
+    chance, known = random.Random(seed), words()
+    return [
+        [
+            {"role": "user", "content": " ".join(chance.choices(known, k=40))},
+            {"role": "assistant", "content": " ".join(chance.choices(known, k=150))},
+        ]
+        for _ in range(count)
+    ]
+
+
+def ways(chat: ChatTokenizer, count: int) -> None:
+    """Print the ratio of preparing to plain tokenization for each form of rows."""
+    talks = conversations(count)
+    plain = best(
+        lambda: [chat.tokenizer(chat.render(t), add_special_tokens=False) for t in talks]
+    )
+    print(f"plain: {plain / count * 1e3:.3f} ms a row")
+    forms = {
+        "messages": [{"messages": talk} for talk in talks],
+        "prompt and completion": [
+            {"prompt": talk[:1], "completion": talk[1:]} for talk in talks
+        ],
+        "tokenized by a host": [
+            {"messages": talk, **tokenize_row({"messages": talk}, chat)} for talk in talks
+        ],
+    }
+    for name, rows in forms.items():
+        dataset = Dataset.from_list(rows)
+        taken = best(lambda dataset=dataset: read_responses(dataset, chat, HOW))
+        read = best(lambda dataset=dataset: list(dataset.with_format(None)))
+        print(
+            f"{name}: {taken / count * 1e3:.3f} ms a row, {taken / plain:.2f} x plain "
+            f"({(taken - read) / plain:.2f} x without reading the rows from Arrow)"
+        )
+
+
+def lengths(chat: ChatTokenizer) -> None:
+    """Print what doubling the turns of a cut conversation, or a response, costs."""
+    for turns in (1000, 2000, 4000):
+        talk = [{"role": ("user", "assistant")[i % 2], "content": "ok"} for i in range(turns)]
+        row = {"messages": talk}
+        begin = time.process_time()
+        made = tokenize_row(row, chat, max_length=256)
+        found = find_responses({**row, **made}, chat, tokens, 5)
+        taken = time.process_time() - begin
+        print(f"{turns} turns cut to 256 tokens: {taken:.3f} s, {len(found)} responses")
+    for size in (40_000, 80_000, 160_000):
+        text = " ".join(words() * 20)[:size]
+        row = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]}
+        begin = time.process_time()
+        made = tokenize_row(row, chat)
+        (response,) = find_responses({**row, **made}, chat, tokens, 5)
+        taken = time.process_time() - begin
+        print(f"a response of {size} characters: {taken:.3f} s, {len(response.chunk_ends)} prefixes")
+
+
+def processes(chat: ChatTokenizer, count: int) -> None:
+    """Print wall-clock time by the number of processes, and whether they read the same."""
+    dataset = Dataset.from_list([{"messages": talk} for talk in conversations(count)])
+    _, alone = read_responses(dataset, chat, HOW)
+    for number in (1, 2):
+        begin = time.perf_counter()
+        _, found = read_responses(dataset, chat, HOW, num_proc=number)
+        taken = time.perf_counter() - begin
+        print(f"{number} processes: {taken:.2f} s for {count} rows, same: {found == alone}")
+
+
+def main() -> None:
+    """Run all parts."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rows", type=int, default=300)
+    parser.add_argument("--tokenizer", help="id or folder; default: the bundled demonstration's")
+    given = parser.parse_args()
+    if given.tokenizer:
+        tokenizer = AutoTokenizer.from_pretrained(given.tokenizer)
+    else:
+        tokenizer = load_smollm2().tokenizer
+    chat = ChatTokenizer(tokenizer)
+    ways(chat, given.rows)
+    lengths(chat)
+    processes(chat, given.rows)
+
+
+if __name__ == "__main__":
+    main()
