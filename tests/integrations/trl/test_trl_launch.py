@@ -78,6 +78,15 @@ if os.environ.get("LOCAL_RANK"):
         import deepspeed
         deepspeed.ops.__compatible_ops__.clear()
 """
+MAIN = """
+from star_dss_trl.sft import main
+main()
+import torch
+from accelerate.state import AcceleratorState
+print(AcceleratorState().distributed_type, flush=True)
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()  # gloo may abort if one rank ends before the other
+"""
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +100,7 @@ def site(tmp_path_factory):
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: words-plugin\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[star_dss]\nwords = words_plugin:words\n")
-    (folder / "launched.py").write_text(
-        SITE.format(tests=str(TESTS)) + "from star_dss_trl.sft import main\nmain()\n"
-    )
+    (folder / "launched.py").write_text(SITE.format(tests=str(TESTS)) + MAIN)
     return folder
 
 
@@ -163,6 +170,7 @@ def test_a_published_recipe_trains(tmp_path, model_dir, site, kind):
     )
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-1000:]
     assert done.stdout.count("STAR-DSS is active: loss_type=star_dss") == 1
+    assert done.stdout.count(f"DistributedType.{launcher['distributed_type']}") == 2
     record = json.loads((tmp_path / "out/star_dss.json").read_text())
     assert record["data"]["train"]["responses"] == 8
     if "use_peft" not in changes:
