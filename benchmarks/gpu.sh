@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Run on a GPU what a CPU cannot: tests, scoring at 1B and 8B, a training step at 1B.
 #
-#     benchmarks/gpu.sh carry FOLDER    where there is a network: fetch the wheels that are missing
-#                                       on a machine with torch, transformers, accelerate and peft
-#                                       (3 MB, pure Python)
+#     benchmarks/gpu.sh carry FOLDER 3.12
+#                                       where there is a network: fetch the wheels that are missing
+#                                       on a machine with torch, transformers, accelerate, peft,
+#                                       pandas and pyarrow, for its version of Python (2 MB)
 #     benchmarks/gpu.sh [FOLDER]        on that machine, without a network; ten minutes at most
 #     benchmarks/gpu.sh cpu             the same in tiny shapes on a CPU, to test this script
 #
@@ -16,6 +17,7 @@ python="${PYTHON:-python3}"
 if [ "${1:-}" = carry ]; then
   # dill and multiprocess in the versions that datasets takes.
   "$python" -m pip download --quiet --no-deps --only-binary :all: --dest "${2:?name a folder}" \
+    --python-version "${3:?name the version of Python there}" \
     "datasets>=4.8" "trl>=1.9,<2" "multiprocess<0.70.20" "dill<0.4.2"
   du -ch "$2"/*.whl
   exit

@@ -189,7 +189,7 @@ def workload(name: str, guard_dir: Path | None, folder: Path) -> dict[str, Any]:
         from support.models import make_tokenizer, tiny_llama
 
         tokenizer: Any = make_tokenizer()
-        model: Any = tiny_llama(len(tokenizer))
+        model: Any = tiny_llama(len(tokenizer), max_position_embeddings=8192)
     else:
         model, tokenizer = load_smollm2()
     model.save_pretrained(folder)

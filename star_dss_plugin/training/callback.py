@@ -14,7 +14,8 @@ from transformers import TrainerCallback
 from star_dss_plugin.data.columns import SCORES_COLUMN
 from star_dss_plugin.data.writing import write_text
 from star_dss_plugin.training.host_checks import check_trainer
-from star_dss_plugin.training.loss_check import check_loss, not_in_effect
+from star_dss_plugin.training.loss_check import check_loss
+from star_dss_plugin.training.plain import not_in_effect
 from star_dss_plugin.training.prepare import summary_of
 from star_dss_plugin.training.run_record import (
     changed_options,

@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN
-from star_dss_plugin.errors import ConfigError, StarDSSError
-from star_dss_plugin.logprobs import IGNORE_INDEX, kl_estimate, token_logprobs
-from star_dss_plugin.training.head import Projection, States, causal_lm, from_logits
+from star_dss_plugin.errors import StarDSSError
+from star_dss_plugin.logprobs import IGNORE_INDEX
+from star_dss_plugin.training.plain import (
+    Plain,
+    head_watched,
+    not_in_effect,
+    plain_terms,
+    reference_of,
+    unit_of_its_own,
+)
 
 if TYPE_CHECKING:
     from star_dss_plugin.training.state import StarDSSState
 
-__all__ = ["check_loss", "not_in_effect"]
+__all__ = ["check_loss"]
 
 _MOVED = 0.5
 """Nats: more than rounding moves log-probabilities in any precision, less than other weights do."""
-
-
-def not_in_effect(trainer: Any, why: str) -> StarDSSError:
-    """Return the error for a trainer that would train with another loss, and why."""
-    return StarDSSError(
-        f"Training was stopped before the weights changed: the STAR-DSS loss is not the one that "
-        f"{type(trainer).__name__} would train with: {why}."
-    )
 
 
 def check_loss(trainer: Any, active: StarDSSState, dataloader: Any) -> None:
@@ -65,11 +61,11 @@ def check_loss(trainer: Any, active: StarDSSState, dataloader: Any) -> None:
         try:
             active.metrics = type(metrics)()
             with trainer.compute_loss_context_manager():
-                reference = _reference(active, trainer, batch, labels)
-                with _head_watched(policy) as sharded_heads:
-                    plain = _plain(active, trainer, policy, batch, reference)
+                reference = reference_of(active, trainer, batch, labels)
+                with head_watched(policy) as sharded_heads:
+                    plain = plain_terms(active, trainer, policy, batch, reference)
                 if any(sharded_heads) and not trainer._host_wants_loss_alone():
-                    raise _unit_of_its_own(
+                    raise unit_of_its_own(
                         "gives a wrong loss, with or without STAR-DSS, in trainers that read the "
                         "head's weight outside of its forward pass, as TRL's do"
                     )
@@ -104,107 +100,12 @@ def check_loss(trainer: Any, active: StarDSSState, dataloader: Any) -> None:
             )
 
 
-@dataclass(frozen=True)
-class _Plain:
-    """What the model gives for one row, computed the plain way.
-
-    Attributes:
-        logps: (1, seq − 1): log π_θ(y_t), 0 where not trained.
-        kl: (1, seq − 1): KL_t, where it is trained; None without a reference.
-        half: Whether the model computes in 16 bits.
-    """
-
-    logps: Tensor
-    kl: Tensor | None
-    half: bool
-
-    def close(self, one: Tensor, two: Tensor) -> bool:
-        """Return whether two losses are equal up to the model's precision."""
-        relative, absolute = (3e-2, 1e-2) if self.half else (1e-3, 1e-3)
-        return torch.allclose(one, two, rtol=relative, atol=absolute)
-
-
-_POSITIONS = 256
-"""Positions whose distributions are held at once; training holds more."""
-
-
-def _plain(
-    active: StarDSSState,
-    trainer: Any,
-    policy: nn.Module,
-    batch: Mapping[str, Any],
-    reference: Tensor | States | None,
-) -> _Plain:
-    """Return log-probabilities and KL terms of a batch by their definitions."""
-    labels = batch["labels"][:, 1:]
-    trained = labels != IGNORE_INDEX
-
-    def terms(rows: Tensor, project: Projection | None) -> tuple[Tensor, ...]:
-        kept, targets = rows[:, :-1][trained], labels[trained]
-        logps, kl = [], []
-        for start in range(0, len(kept), _POSITIONS):
-            part = slice(start, start + _POSITIONS)
-            logits = kept[part] if project is None else project(kept[part])
-            log_softmax = logits.float().log_softmax(-1)
-            logps.append(log_softmax.gather(1, targets[part, None])[:, 0])
-            if isinstance(reference, States):
-                of_reference = project if active.reference.kind == "adapter" else reference.project
-                held = reference.rows[:, :-1][trained][part]
-                ref_logits = held if of_reference is None else of_reference(held)
-                apart = log_softmax - ref_logits.float().log_softmax(-1)
-                kl.append((log_softmax.exp() * apart).sum(-1))
-        found = [
-            _spread(torch.cat(values), trained) for values in ((logps, kl) if kl else (logps,))
-        ]
-        return *found, logits[:0].sum()  # its dtype is the model's
-
-    *given, sample = from_logits(
-        policy, batch, terms, project=active.projects, call=trainer.model_wrapped
-    )
-    logps = given[0]
-    half = sample.dtype in (torch.bfloat16, torch.float16) or trainer.args.bf16 or trainer.args.fp16
-    if logps.dtype in (torch.bfloat16, torch.float16):
-        raise _unit_of_its_own("rounds log-probabilities to 16 bits")
-    kl = given[1] if len(given) > 1 else None
-    if isinstance(reference, Tensor):
-        kl = kl_estimate(logps, reference, active.options.kl_estimator)
-    return _Plain(logps, kl, half)
-
-
-def _spread(values: Tensor, where: Tensor) -> Tensor:
-    return values.new_zeros(where.shape).masked_scatter(where, values)
-
-
-@contextlib.contextmanager
-def _head_watched(policy: nn.Module) -> Iterator[list[bool]]:
-    """Collect whether the head's weight is sharded when the backbone has been run."""
-    causal, found = causal_lm(policy), []
-    head = getattr(causal, "get_output_embeddings", lambda: None)()
-
-    def keep(*_: Any) -> None:
-        found.append(isinstance(getattr(head, "weight", None), DTensor))
-
-    handle = getattr(causal, "base_model", causal).register_forward_hook(keep)
-    try:
-        yield found
-    finally:
-        handle.remove()
-
-
-def _unit_of_its_own(why: str) -> ConfigError:
-    return ConfigError(
-        f"The model's head (lm_head) is an FSDP2 unit of its own, which {why}. Let "
-        "fsdp_transformer_layer_cls_to_wrap name the decoder layer alone, in place of a "
-        "size-based policy or of more classes."
-    )
-
-
 _WINDOW = 512
 """Tokens of a row on which the model's own loss, which needs all their logits, is looked at."""
 
 
 def _base_beyond_cross_entropy(
-    trainer: Any, active: StarDSSState, policy: nn.Module, batch: Mapping[str, Any], plain: _Plain
+    trainer: Any, active: StarDSSState, policy: nn.Module, batch: Mapping[str, Any], plain: Plain
 ) -> Tensor:
     """Return what the base class's loss has beside cross-entropy: an auxiliary loss, or 0.
 
@@ -218,7 +119,7 @@ def _base_beyond_cross_entropy(
         part = slice(first, first + _WINDOW)
         batch = {name: batch[name][:1, part] for name in ("input_ids", "labels")}
         batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-        plain = _plain(active, trainer, policy, batch, None)
+        plain = plain_terms(active, trainer, policy, batch, None)
     base: Tensor = trainer.base_loss(trainer.model_wrapped, batch).float()
     trained = (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
     cross_entropy: Tensor = -plain.logps.sum().float() / trained
@@ -279,36 +180,6 @@ def _shortest_row(dataset: Any) -> Mapping[str, Any]:
     if not found:
         raise StarDSSError("No row has a trained token: every label is -100. Check the data.")
     return min(found, key=lambda r: len(r["input_ids"]))
-
-
-def _reference(
-    active: StarDSSState, trainer: Any, batch: Mapping[str, Any], labels: Tensor
-) -> Tensor | States | None:
-    """Return log π_ref, (1, seq − 1), or what the reference's distributions are made of."""
-    kind = active.reference.kind
-    if kind == "none":
-        return None
-    if kind == "precomputed":
-        if REF_COLUMN not in batch:
-            raise not_in_effect(
-                trainer,
-                f"its batches have no {REF_COLUMN!r}, the reference's log-probabilities. "
-                "The data set was replaced after STAR-DSS was set up; give it to the trainer's "
-                "constructor",
-            )
-        column: Tensor = batch[REF_COLUMN]
-        return column[:, 1:]
-
-    def function(rows: Tensor, project: Projection | None) -> Any:
-        if active.needs_distributions:
-            return States(rows, project.detached() if project else None)
-        return token_logprobs(rows, labels, project)
-
-    with trainer.accelerator.autocast():
-        call = trainer.model_wrapped if active.sharded else None
-        policy = trainer._policy(trainer.model)
-        found: Tensor | States = active.reference.run(policy, batch, function, call=call)
-        return found
 
 
 _STEPS = "current_gradient_accumulation_steps"

@@ -1,0 +1,177 @@
+"""`accelerate launch -m star_dss_trl.sft` from configurations as alignment-handbook publishes them.
+
+What differs from a published recipe is the model, the data, and what a CPU needs.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("trl")
+
+import yaml
+from support.guards import WordGuard
+from support.paths import ROOT, TESTS
+from support.trl_runs import ANSWERS, PROMPTS
+from transformers import AutoModelForCausalLM
+
+ACCELERATE = {
+    "compute_environment": "LOCAL_MACHINE",
+    "debug": False,
+    "downcast_bf16": "no",
+    "machine_rank": 0,
+    "main_training_function": "main",
+    "mixed_precision": "no",  # published: bf16
+    "num_machines": 1,
+    "num_processes": 2,  # published: 8
+    "rdzv_backend": "static",
+    "same_network": True,
+    "use_cpu": True,
+}
+
+
+def zero(stage):
+    config = {"zero_stage": stage, "offload_optimizer_device": "none"}
+    if stage == 3:
+        config |= {
+            "offload_param_device": "none",
+            "zero3_init_flag": True,
+            "zero3_save_16bit_model": True,
+        }
+    return {"distributed_type": "DEEPSPEED", "deepspeed_config": config}
+
+
+FSDP2 = {
+    "distributed_type": "FSDP",
+    "fsdp_config": {
+        "fsdp_version": 2,
+        "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "fsdp_reshard_after_forward": True,
+        "fsdp_state_dict_type": "FULL_STATE_DICT",
+        "fsdp_cpu_ram_efficient_loading": True,
+    },
+}
+RUNS = {
+    "fsdp2": (FSDP2, {"packing": True}),
+    "zero2": (
+        zero(2),
+        {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"]},
+    ),
+    "zero3": (zero(3), {}),
+}
+# accelerate shards over gloo only if it is told that it may (see sharded_runs.py); DeepSpeed
+# would compile its communication.
+SITE = """
+import os, sys
+sys.path.insert(0, {tests!r})
+if os.environ.get("LOCAL_RANK"):
+    from support import sharded_runs
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        import torch
+        torch.distributed.init_process_group("gloo")
+        sharded_runs.shard_on_cpus()
+    else:
+        import deepspeed
+        deepspeed.ops.__compatible_ops__.clear()
+"""
+MAIN = """
+from star_dss_trl.sft import main
+main()
+import torch
+from accelerate.state import AcceleratorState
+print(AcceleratorState().distributed_type, flush=True)
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()  # gloo may abort if one rank ends before the other
+"""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """A folder for PYTHONPATH with the tests' guard as an installed plugin."""
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "words_plugin.py").write_text(
+        "from support.guards import WordsPlugin\nwords = WordsPlugin()\n"
+    )
+    info = folder / "words_plugin-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: words-plugin\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[star_dss]\nwords = words_plugin:words\n")
+    (folder / "launched.py").write_text(SITE.format(tests=str(TESTS)) + MAIN)
+    return folder
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_published_recipe_trains(tmp_path, model_dir, site, kind):
+    launcher, changes = RUNS[kind]
+    if "deepspeed_config" in launcher and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("needs DeepSpeed (pip install 'star-dss-plugin[test]')")
+    rows = [
+        {"messages": [{"role": "user", "content": p}, {"role": "assistant", "content": a}]}
+        for p, a in zip(PROMPTS, ANSWERS)
+    ]
+    data = tmp_path / "chat.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = {
+        "model_name_or_path": str(model_dir),
+        "dtype": "float32",  # published: bfloat16
+        "attn_implementation": "sdpa",  # published: flash_attention_2
+        "dataset_name": str(data),
+        "bf16": False,
+        "use_cpu": True,
+        "do_eval": False,
+        "eval_strategy": "no",
+        "gradient_accumulation_steps": 2,
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "learning_rate": 1.0e-3,
+        "log_level": "info",
+        "logging_steps": 1,
+        "logging_strategy": "steps",
+        "lr_scheduler_type": "cosine",
+        "max_length": 128,
+        "max_steps": 2,
+        "num_train_epochs": 1,
+        "output_dir": str(tmp_path / "out"),
+        "per_device_train_batch_size": 1,
+        "push_to_hub": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "seed": 42,
+        "warmup_steps": 0.1,  # published: warmup_ratio, which transformers 5 has renamed
+        "loss_type": "star_dss",
+        "guard": WordGuard.name,
+        "chunk_size": 2,
+        "score_cache_dir": str(tmp_path / "cache"),
+        **changes,
+    }
+    (tmp_path / "accelerate.yaml").write_text(yaml.safe_dump(ACCELERATE | launcher))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    path = [str(site), str(ROOT), str(ROOT / "integrations"), str(TESTS)]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch"),
+            *("--config_file", str(tmp_path / "accelerate.yaml"), "--main_process_port", "0"),
+            *(str(site / "launched.py"), "--config", str(tmp_path / "recipe.yaml")),
+        ],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([*path, os.environ.get("PYTHONPATH", "")]),
+            "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu",
+        },
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-1000:]
+    assert done.stdout.count("STAR-DSS is active: loss_type=star_dss") == 1
+    assert done.stdout.count(f"DistributedType.{launcher['distributed_type']}") == 2
+    record = json.loads((tmp_path / "out/star_dss.json").read_text())
+    assert record["data"]["train"]["responses"] == 8
+    if "use_peft" not in changes:
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
