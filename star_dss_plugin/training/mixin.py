@@ -88,6 +88,18 @@ class StarDSSMixin(_Base):
             columns: Any = self._signature_columns
             columns += [c for c in TOKEN_COLUMNS if c not in columns]
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Do the base class's work, but keep scores and reference in float32.
+
+        With DeepSpeed it casts every floating-point input to the model's dtype, in which a
+        log-probability of −10 is off by up to 0.03.
+        """
+        prepared: dict[str, Any] = super()._prepare_inputs(inputs)
+        if self.star_dss_state is not None:
+            columns = [name for name in TOKEN_COLUMNS if name in inputs]
+            prepared |= {name: inputs[name].to(self.args.device) for name in columns}
+        return prepared
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         return super().get_eval_dataloader(self._scored_late(eval_dataset))
 
