@@ -192,7 +192,7 @@ def begin(
                 f"scored. Remove the whole folder {job.folder} and start again."
             ) from error
         free = {"num_proc"}  # what a shard holds does not depend on it
-        if changed := [name for name in now.keys() - free if before.get(name) != now[name]]:
+        if changed := [name for name in sorted(now.keys() - free) if before.get(name) != now[name]]:
             raise ConfigError(
                 f"{job.folder} holds shards of another run: {', '.join(changed)} differ from "
                 f"{known}. Start the command that began it, name another output, or remove the "

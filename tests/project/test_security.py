@@ -16,6 +16,7 @@ from star_dss_plugin.cli import app as cli
 from star_dss_plugin.guards.classifier import ClassifierGuard
 from star_dss_plugin.guards.presets import PRESETS
 from star_dss_plugin.guards.verdict import VerdictGuard
+from star_dss_plugin.training.sharding import Ranks
 
 PACKAGE = Path(star_dss_plugin.__file__).parent
 HOMES = (PACKAGE.parent, PACKAGE.parent / "integrations")  # installed, or in the source tree
@@ -118,7 +119,7 @@ def test_remote_code_is_never_the_default():
     assert not any("trust_remote_code" in preset.options for preset in PRESETS.values())
 
 
-FULL = {"estimator": "full", "needed": True, "projects": False}
+FULL = {"ranks": Ranks(), "estimator": "full", "needed": True, "projects": False}
 
 
 def test_a_pickled_reference_is_refused(tokenizer, tmp_path):
