@@ -63,15 +63,11 @@ def conversations(count: int, seed: int = 0) -> list[list[dict[str, str]]]:
 def ways(chat: ChatTokenizer, count: int) -> None:
     """Print the ratio of preparing to plain tokenization for each form of rows."""
     talks = conversations(count)
-    plain = best(
-        lambda: [chat.tokenizer(chat.render(t), add_special_tokens=False) for t in talks]
-    )
+    plain = best(lambda: [chat.tokenizer(chat.render(t), add_special_tokens=False) for t in talks])
     print(f"plain: {plain / count * 1e3:.3f} ms a row")
     forms = {
         "messages": [{"messages": talk} for talk in talks],
-        "prompt and completion": [
-            {"prompt": talk[:1], "completion": talk[1:]} for talk in talks
-        ],
+        "prompt and completion": [{"prompt": talk[:1], "completion": talk[1:]} for talk in talks],
         "tokenized by a host": [
             {"messages": talk, **tokenize_row({"messages": talk}, chat)} for talk in talks
         ],
@@ -98,12 +94,16 @@ def lengths(chat: ChatTokenizer) -> None:
         print(f"{turns} turns cut to 256 tokens: {taken:.3f} s, {len(found)} responses")
     for size in (40_000, 80_000, 160_000):
         text = " ".join(words() * 20)[:size]
-        row = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]}
+        row = {
+            "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]
+        }
         begin = time.process_time()
         made = tokenize_row(row, chat)
         (response,) = find_responses({**row, **made}, chat, tokens, 5)
         taken = time.process_time() - begin
-        print(f"a response of {size} characters: {taken:.3f} s, {len(response.chunk_ends)} prefixes")
+        print(
+            f"a response of {size} characters: {taken:.3f} s, {len(response.chunk_ends)} prefixes"
+        )
 
 
 def processes(chat: ChatTokenizer, count: int) -> None:
@@ -126,7 +126,7 @@ def main() -> None:
     if given.tokenizer:
         tokenizer = AutoTokenizer.from_pretrained(given.tokenizer)
     else:
-        tokenizer = load_smollm2().tokenizer
+        _, tokenizer = load_smollm2()
     chat = ChatTokenizer(tokenizer)
     ways(chat, given.rows)
     lengths(chat)
