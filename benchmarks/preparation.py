@@ -126,7 +126,7 @@ def main() -> None:
     if given.tokenizer:
         tokenizer = AutoTokenizer.from_pretrained(given.tokenizer)
     else:
-        tokenizer = load_smollm2().tokenizer
+        _, tokenizer = load_smollm2()
     chat = ChatTokenizer(tokenizer)
     ways(chat, given.rows)
     lengths(chat)

@@ -89,20 +89,26 @@ class ChatTokenizer:
             ids = list(self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
             _, ends, _ = token_boundaries(self.tokenizer, ids)
             return Encoded(ids, [0, *ends[:-1]] if ends else [], ends)
+        backend = self.tokenizer.backend_tokenizer
+        if self._direct and backend.truncation is None and backend.padding is None:
+            # What the tokenizer's own call does, without what it makes for models.
+            found = backend.encode(text, add_special_tokens=add_special_tokens)
+            return _encoded(text, found.ids, found.offsets)
         made = self.tokenizer(
             text, add_special_tokens=add_special_tokens, return_offsets_mapping=True
         )
-        starts: list[int] = []
-        reaches: list[int] = []
-        reached = 0
-        for start, end in made["offset_mapping"]:
-            # Some tokenizers leave spaces out of their offsets (GPT-2's, Llama 3's).
-            if start > reached and text[reached:start].isspace():
-                start = reached
-            reached = max(reached, end)
-            starts.append(max(start, starts[-1]) if starts else start)
-            reaches.append(reached)
-        return Encoded(list(made["input_ids"]), starts, reaches)
+        return _encoded(text, list(made["input_ids"]), made["offset_mapping"])
+
+    @cached_property
+    def _direct(self) -> bool:
+        """Whether the tokenizer's backend gives the tokens that the tokenizer gives."""
+        probe = f"It's {self.tokenizer.eos_token or ''}\n\n {self.header} 3 + 3  = six, é."
+        backend = self.tokenizer.backend_tokenizer
+        for special in (False, True):
+            made = self.tokenizer(probe, add_special_tokens=special)["input_ids"]
+            if list(made) != backend.encode(probe, add_special_tokens=special).ids:
+                return False
+        return True
 
     def ids(self, text: str) -> list[int]:
         """Return the tokens of a plain text, with the special ones that the tokenizer adds.
@@ -171,6 +177,23 @@ class ChatTokenizer:
     def scaffolds(self) -> dict[str, Any]:
         """What the template wrote around messages of some form (`layout`), by that form."""
         return {}
+
+
+def _encoded(text: str, ids: list[int], offsets: Sequence[tuple[int, int]]) -> Encoded:
+    """Return tokens with offsets that leave nothing out between them."""
+    if not ids:
+        return Encoded([], [], [])
+    starts, ends = map(list, zip(*offsets, strict=True))
+    if starts[1:] == ends[:-1]:
+        return Encoded(ids, starts, ends)
+    reached = begun = 0
+    for n, (start, end) in enumerate(offsets):
+        # Some tokenizers leave spaces out of their offsets (GPT-2's, Llama 3's).
+        if start > reached and text[reached:start].isspace():
+            start = reached
+        begun, reached = max(begun, start), max(reached, end)
+        starts[n], ends[n] = begun, reached
+    return Encoded(ids, starts, ends)
 
 
 def _common(one: str, two: str) -> str:

@@ -87,7 +87,9 @@ class RowReader:
         turns = placed.turns(start, end) if placed is not None else ()
         if placed is None or not turns:
             return self._raw(start, *self._bare(start, end))
-        text, ends, complete = token_boundaries(self._chat.tokenizer, self._ids[start:end])
+        text, ends, complete = token_boundaries(
+            self._chat.tokenizer, self._ids[start:end], placed.text(start, end)
+        )
         said, new_ends = _joined(text, ends, placed.inside(turns, start, end, text, ends))
         context = placed.context(turns[0], start)
         if context is None:
@@ -166,6 +168,10 @@ class _Placed:
     source: Sequence[Mapping[str, Any]]
     places: Encoded
     whole: bool
+
+    def text(self, start: int, end: int) -> str:
+        """Return the text that some tokens stand for."""
+        return self.layout.text[self.places.starts[start] : self.places.ends[end - 1]]
 
     def turns(self, start: int, end: int) -> tuple[Turn, ...]:
         """Return the turns that some tokens are of; none if others speak in these tokens too.
@@ -263,6 +269,11 @@ def _joined(
     text: str, ends: Sequence[int], spans: Sequence[tuple[int, int]]
 ) -> tuple[str, list[int]]:
     """Return the parts of a text that spans name, and how far they reach after each token."""
+    if len(spans) == 1:
+        ((begin, stop),) = spans
+        low, high = bisect_right(ends, begin), bisect_left(ends, stop)
+        inner = [end - begin for end in ends[low:high]] if begin else list(ends[low:high])
+        return text[begin:stop], [0] * low + inner + [stop - begin] * (len(ends) - high)
     parts: list[str] = []
     # (end of a span in the text, characters that were left out before it)
     steps: list[tuple[int, int, int]] = []

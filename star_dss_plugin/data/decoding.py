@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import accumulate
+from operator import itemgetter
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -30,16 +31,21 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 
 def token_boundaries(
-    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], known: str | None = None
 ) -> tuple[str, list[int], list[bool]]:
     """Return the text of some tokens, and how far it reaches after each of them.
+
+    Args:
+        tokenizer: Whose tokens they are.
+        ids: The tokens.
+        known: A text that begins with the one that these tokens were made of, if that is known.
 
     Returns:
         The decoded text; for each token the number of its characters that are complete after that
         token; for each token whether the text is complete there (False inside a character that is
         spread over several tokens).
     """
-    if (quick := _by_bytes(tokenizer, ids)) is not None:
+    if (quick := _by_bytes(tokenizer, ids, known)) is not None:
         return quick
     text, kept = _readable(tokenizer, ids)
     whole, rest = ids[:kept], len(ids) - kept
@@ -54,7 +60,7 @@ def token_boundaries(
 
 
 def _by_bytes(
-    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], known: str | None
 ) -> tuple[str, list[int], list[bool]] | None:
     """Return what `token_boundaries` does, from the bytes that each token stands for.
 
@@ -68,25 +74,32 @@ def _by_bytes(
     if not (table.of_letters or table.of_pieces):
         return None
     try:
-        parts = [table[i] for i in ids]
-        joined = b"".join(part for part, _, _ in parts).decode("utf-8")
+        parts = list(map(table.__getitem__, ids))
+        joined = b"".join(map(_BYTES, parts)).decode("utf-8")
     except (KeyError, UnicodeDecodeError):
         return None
-    text = decode(tokenizer, ids)
+    # The bytes are checked against what they were made of, or else against the decoded whole.
+    same = table.of_letters and known is not None and known.startswith(joined)
+    text = joined if same else decode(tokenizer, ids)
     stripped = 0
     if text != joined:
         # Decoders of pieces leave out the space that the tokenizer put before the text.
         if not table.of_pieces or joined != " " + text:
             return None
         stripped = 1
-    begun = list(accumulate(begins for _, begins, _ in parts))
+    begun = list(accumulate(map(_BEGINS, parts)))
     if begun and stripped:
         begun = [count - 1 for count in begun]
+    if not any(map(_INSIDE, parts)):
+        return text, begun, [True] * len(parts)
     # A character is complete where the next token begins another one.
     complete = [not inside for _, _, inside in parts[1:]] + [True] * bool(parts)
     # Until then the text reaches to the last token that completed one.
     ends = accumulate((n if whole else 0 for n, whole in zip(begun, complete, strict=True)), max)
     return text, list(ends), complete
+
+
+_BYTES, _BEGINS, _INSIDE = itemgetter(0), itemgetter(1), itemgetter(2)
 
 
 class _Bytes(dict[int, tuple[bytes, int, bool]]):

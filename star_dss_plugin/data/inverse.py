@@ -186,17 +186,18 @@ class TemplateInverse:
         # where both look alike, the template makes one turn of them.
         for opening, slot in sorted(self._openings, key=lambda o: (-len(o[0]), o[1] != "user")):
             if text.startswith(opening):
-                slots = self._slots(text, len(opening), slot)
+                slots, behind = self._slots(text, len(opening), slot)
+                said = text[: len(text) - behind]  # the template's own words may be cut
                 for reasoning in (*_REASONING, None):
                     found = _messages(slots, reasoning)
                     if found is None:
                         break
-                    if not exact or self._renders(found, text):
+                    if not exact or self._renders(found, said):
                         return found
         return None
 
-    def _slots(self, text: str, position: int, slot: str) -> list[tuple[str, str]]:
-        """Return what stands in each slot from a position on."""
+    def _slots(self, text: str, position: int, slot: str) -> tuple[list[tuple[str, str]], int]:
+        """Return what stands in each slot from a position on, and how much follows the last."""
         found: list[tuple[str, str]] = []
         while True:
             places = [
@@ -210,7 +211,8 @@ class TemplateInverse:
             at, _, _, piece, following = min(places)
             found.append((slot, text[position:at]))
             position, slot = at + len(piece), following
-        return [*found, (slot, self._unclosed(text[position:], slot))]
+        last = self._unclosed(text[position:], slot)
+        return [*found, (slot, last)], len(text) - position - len(last)
 
     def _unclosed(self, last: str, slot: str) -> str:
         """Return the last content without what the template writes behind it, which may be cut."""

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
+
 from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.context import Reading, RowReader
 from star_dss_plugin.data.requests import PrefixRequest
@@ -58,7 +60,8 @@ def tokens_of(row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
             f"input_ids has {len(ids)} tokens and labels has {len(labels)}. They must be the same "
             "tokens: truncate both, or neither."
         )
-    if wrong := [i for i in ids if not 0 <= i < _IDS]:
+    if ids and not (min(ids) >= 0 and max(ids) < _IDS):
+        wrong = [i for i in ids if not 0 <= i < _IDS]
         raise DataError(f"input_ids holds {wrong[0]}, which is no token of any tokenizer.")
     return ids, labels
 
@@ -78,15 +81,9 @@ def _integers(row: Mapping[str, Any], column: str) -> list[int]:
 
 def runs(labels: Sequence[int]) -> list[tuple[int, int]]:
     """Maximal runs [start, end) of labels other than -100."""
-    found: list[tuple[int, int]] = []
-    for i, label in enumerate(labels):
-        if label == IGNORE_INDEX:
-            continue
-        if found and found[-1][1] == i:
-            found[-1] = (found[-1][0], i + 1)
-        else:
-            found.append((i, i + 1))
-    return found
+    trained = np.asarray([IGNORE_INDEX, *labels, IGNORE_INDEX]) != IGNORE_INDEX
+    edges = np.flatnonzero(trained[1:] != trained[:-1]).tolist()
+    return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 def find_responses(
