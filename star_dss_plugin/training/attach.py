@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer
 
 from star_dss_plugin.data.cache import default_cache_dir
 from star_dss_plugin.data.chat import ChatTokenizer
-from star_dss_plugin.data.columns import REF_COLUMN
+from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN
 from star_dss_plugin.data.fingerprints import sample_of
 from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.loss import Shaping
@@ -109,7 +109,9 @@ def _set_up(
     model: nn.Module,
     ranks: Ranks,
 ) -> None:
-    # First: some quantized weights change when they are first used.
+    # Before anything that only some options do on all ranks together, where others would wait.
+    ranks.agree(_facts(trainer, options))
+    # Before the reference is chosen: some quantized weights change when they are first used.
     projects = ranks.first_decides(lambda: can_project(model))
     # A static graph is reduced by what DDP hangs on the model's outputs; hidden states are none.
     # A compiled model calls no hook that could show them.
@@ -131,15 +133,17 @@ def _set_up(
     )
     summaries: dict[str, DatasetSummary] = {}
     rows = KnownRows()
-    ranks.agree(_facts(trainer, options))
 
     def prepare(dataset: Any, name: str) -> Any:
         if dataset is None:
             return None
+        # Rows that are given 1 everywhere, unread, would train as in plain finetuning.
+        unread = name != "train" and not options.score_eval and shaping.needs_scores
+        trainable = not unread or SCORES_COLUMN in getattr(dataset, "column_names", ())
         dataset, summaries[name] = _prepare(
             trainer, options, tokenizer, shaping, reference, ranks, dataset, name
         )
-        ranks.agree({f"scored {name} data": rows.add(dataset)})
+        ranks.agree({f"scored {name} data": rows.add(dataset, trainable=trainable)})
         return dataset
 
     train = prepare(trainer.train_dataset, "train")
@@ -234,7 +238,10 @@ def _prepare(
     # What is packed is scored: by then nobody can tell where a document's messages were.
     with args.main_process_first(desc=f"STAR-DSS packing of {name}"):
         dataset = trainer.pack(dataset, evaluation=name != "train")
-    if reference.kind == "precomputed" and not has_reference_logps(dataset, reference, shaping):
+    # All ranks compute it where one must: they wait for each other.
+    if reference.kind == "precomputed" and not all(
+        ranks.gather(has_reference_logps(dataset, reference, shaping))
+    ):
         if reference.model is None and _has_moved(trainer, policy, reference, ranks):
             raise ConfigError(
                 f"The {name} data set came after training had started, when the reference "

@@ -30,25 +30,33 @@ class KnownRows:
 
     def __init__(self) -> None:
         self._digests: np.ndarray[Any, Any] = np.zeros(0, np.uint64)
+        self._trainable = self._digests
 
-    def add(self, dataset: Dataset) -> str:
+    def add(self, dataset: Dataset, *, trainable: bool = True) -> str:
         """Remember a prepared data set's rows.
+
+        Args:
+            dataset: With the columns of tokens.
+            trainable: Whether the rows may be trained on: not those of an evaluation set that
+                count as safe unseen (`score_eval=False`).
 
         Returns:
             A digest of the whole, in order.
         """
         found = _digests(dataset)
         self._digests = np.union1d(self._digests, found)
+        if trainable:
+            self._trainable = np.union1d(self._trainable, found)
         return hashlib.sha256(found.tobytes()).hexdigest()
 
     def digest(self, dataset: Dataset) -> str:
-        """Return a digest of a data set, all of whose rows must be known.
+        """Return a digest of a training set, all of whose rows must be known, and trainable.
 
         Raises:
             DataError: One is not.
         """
         found = _digests(dataset)
-        unknown = np.flatnonzero(~np.isin(found, self._digests))
+        unknown = np.flatnonzero(~np.isin(found, self._trainable))
         if len(unknown):
             raise _unknown(f"Row {unknown[0]} of the training set")
         return hashlib.sha256(found.tobytes()).hexdigest()

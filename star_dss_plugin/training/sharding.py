@@ -2,7 +2,8 @@
 
 Before the first step a rank may hold the whole model (FSDP, ZeRO-1 and -2), a part of each
 parameter (ZeRO-3, whose parameters are partitioned as they load), or no values at all (FSDP with
-`cpu_ram_efficient_loading`, where each machine's first rank alone reads the weights).
+`cpu_ram_efficient_loading`, where each machine's first rank alone reads the weights; the others hold
+parameters without values or, up to transformers 5.16 at least, zeros).
 """
 
 from __future__ import annotations
@@ -98,6 +99,18 @@ def _zero3_engine(model: nn.Module, accelerator: Any) -> Iterator[None]:
         model.train(training)
 
 
+def _has_weights(model: nn.Module) -> bool:
+    """Return whether this rank has a model's values, or the part of them that is its own."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return False
+    if is_partitioned(model):
+        return True
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    weight = getattr(embeddings, "weight", None)
+    # Where transformers puts zeros in place of weights, all are 0, and an adapter's are not.
+    return not isinstance(weight, torch.Tensor) or bool(weight.any())
+
+
 @dataclass(frozen=True)
 class Ranks:
     """Hold what the processes of a run can do with the trained model before training shards it.
@@ -130,7 +143,7 @@ class Ranks:
             found: list[Any] = gather_object([value])
             return found
 
-        has_weights = not any(parameter.is_meta for parameter in model.parameters())
+        has_weights = _has_weights(model)
         return cls(
             share_of(accelerator),
             gather,

@@ -7,7 +7,9 @@ import pytest
 
 pytest.importorskip("trl")
 
-from support.trl_runs import Stop, make
+from star_dss_trl import StarDSSTrainer
+from support.models import tiny_llama
+from support.trl_runs import Stop, arguments, make, prompt_completion
 from transformers import TrainerCallback
 
 from star_dss_plugin import StarDSSError
@@ -52,6 +54,29 @@ def test_a_part_of_the_training_set_trains_and_is_what_is_said(tmp_path, tokeniz
     trainer.train()
     assert "4 responses scored" in capsys.readouterr().out
     assert json.loads((tmp_path / "out/star_dss.json").read_text())["data"]["train"]["rows"] == 4
+
+
+@pytest.mark.parametrize("scored", [True, False])
+def test_evaluation_rows_train_only_if_the_guard_read_them(tmp_path, tokenizer, scored):
+    # Other answers, or the rows would be those of the training set.
+    evaluation = prompt_completion().map(
+        lambda row: {"completion": [{"role": "assistant", "content": "a bad word it is"}]}
+    )
+    trainer = StarDSSTrainer(
+        tiny_llama(len(tokenizer)),
+        args=arguments(tmp_path, score_eval=scored),
+        train_dataset=prompt_completion(),
+        eval_dataset=evaluation,
+        processing_class=tokenizer,
+    )
+    trainer.train_dataset = trainer.eval_dataset
+    if scored:
+        trainer.train()
+        assert trainer.state.global_step == 3
+        return
+    with pytest.raises(DataError, match="Row 0 of the training set is not one that was scored"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 class Edits(TrainerCallback):
