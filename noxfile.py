@@ -37,13 +37,13 @@ def install(session: nox.Session, constraints: str, *what: str) -> None:
 
 
 def pytest(session: nox.Session, *arguments: str) -> None:
-    """Runs tests as `make test` does."""
+    """Run tests as `make test` does."""
     session.run("python", "-m", "pytest", "-q", *arguments, env=ENVIRONMENT)
 
 
 @nox.session(name="core")
 def core(session: nox.Session) -> None:
-    """The core alone: no extra is installed, and tests that need TRL or another are skipped."""
+    """Test the core alone: no extra is installed, and tests that need one are skipped."""
     install(session, "newest", "-e", ".", "hypothesis", "pytest")
     session.run(
         "python",
@@ -56,14 +56,14 @@ def core(session: nox.Session) -> None:
 
 @nox.session(name="trl-1.9")
 def oldest_trl(session: nox.Session) -> None:
-    """The oldest supported TRL, with transformers 5.16 (Axolotl 0.19 pins both)."""
+    """Test the oldest supported TRL, with transformers 5.16 (Axolotl 0.19 pins both)."""
     install(session, "axolotl-0.19", "-e", ".[test]")
     pytest(session, *session.posargs)
 
 
 @nox.session(name="newest")
 def newest(session: nox.Session) -> None:
-    """The newest TRL and transformers that were tested."""
+    """Test the newest supported TRL and transformers."""
     install(session, "newest", "-e", ".[test]")
     pytest(session, *session.posargs)
 
@@ -95,7 +95,7 @@ def ahead(session: nox.Session) -> None:
 
 @nox.session(name="lowest")
 def lowest(session: nox.Session) -> None:
-    """The lowest version of every dependency that is declared (constraints/lowest.txt)."""
+    """Test the lowest version of every declared dependency (constraints/lowest.txt)."""
     install(session, "lowest", "-e", ".[ray,report,server,trl]", "hypothesis", "pytest")
     # What old versions use of their own dependencies is deprecated by now.
     quiet = ("-W", "ignore::DeprecationWarning", "-W", "ignore::FutureWarning")
@@ -104,7 +104,7 @@ def lowest(session: nox.Session) -> None:
 
 @nox.session(name="wheel")
 def wheel(session: nox.Session) -> None:
-    """What would be published, outside of the source tree: the core alone, then with TRL."""
+    """Test the wheel outside of the source tree: the core alone, then with TRL."""
     built = Path(session.create_tmp()).resolve() / "dist"
     shutil.rmtree(built, ignore_errors=True)
     session.install("--quiet", "build", "twine")
@@ -172,7 +172,7 @@ def extras(session: nox.Session) -> None:
 
 @nox.session(name="docs")
 def docs(session: nox.Session) -> None:
-    """The documentation's site, in docs/_build; any warning is an error."""
+    """Build the documentation in docs/_build; any warning is an error."""
     install(session, "newest", "-e", ".[docs]")
     session.run("sphinx-build", "-W", "--keep-going", "-q", "docs", "docs/_build", env=ENVIRONMENT)
 

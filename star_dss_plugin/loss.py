@@ -193,7 +193,7 @@ def star_dss_loss(
     threshold: float = 0.5,
     num_items_in_batch: Tensor | int | None = None,
 ) -> ShapedLoss:
-    """The STAR-DSS loss for a training loop of your own (paper, Eq. 3).
+    """Compute the STAR-DSS loss for a custom training loop (paper, Eq. 3).
 
     Args:
         logits: (batch, seq, vocab), any floating dtype, with gradients.

@@ -55,7 +55,7 @@ def aligned_start() -> tuple[Any, PreTrainedTokenizerBase]:
 
 
 def run(output: Path, *, steps: int = 13, prompt_count: int = 20) -> dict[str, Any]:
-    """Runs the demonstration; writes `report.md`, `results.json` and `scores.html` to `output`.
+    """Run the demonstration; write `report.md`, `results.json` and `scores.html` to `output`.
 
     Args:
         output: Folder of the report.
@@ -118,7 +118,7 @@ def run(output: Path, *, steps: int = 13, prompt_count: int = 20) -> dict[str, A
 
 
 def _split(rows: list[dict[str, Any]]) -> tuple[Dataset, Dataset]:
-    """What is trained on, and benign rows that are not."""
+    """Return the training rows, and benign rows that are held out."""
     benign = [i for i, row in enumerate(rows) if row["label"] == 1]
     kept = set(benign[::_HELD_OUT])
     return (

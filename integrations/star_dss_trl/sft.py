@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[Any, StarDSSConfig, Any, Any]:
-    """The arguments of the script, of training, of the model and of the data mixture.
+    """Parse the arguments of the script, of training, of the model and of the data mixture.
 
     Raises:
         ConfigError: The command line or the YAML is not valid.
@@ -89,7 +89,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Any, StarDSSConfig, Any, A
 
 
 def _unknown_options(given: Sequence[str], known: Sequence[str]) -> ConfigError:
-    """The error for what the parser did not take, with the nearest option of each."""
+    """Return the error for unknown arguments, with the nearest option of each."""
     names = [text[2:].split("=")[0] for text in given if text.startswith("--")] or given
     near = {name: nearest(name, known, most=1) for name in names}
     said = [f"{n!r} (did you mean {m[0]!r}?)" if m else repr(n) for n, m in near.items()]
@@ -128,7 +128,7 @@ def load_data(script_args: Any, mixture_args: Any) -> DatasetDict | dict[str, Da
 def used_splits(
     dataset: DatasetDict | dict[str, Dataset], script_args: Any, training_args: StarDSSConfig
 ) -> tuple[Dataset, Dataset | None]:
-    """What is trained on, and what is evaluated on, if anything is.
+    """Return the training split, and the evaluation split if there is one.
 
     Raises:
         ConfigError: The data has no such split.

@@ -79,7 +79,7 @@ class StarDSSTrainer(StarDSSMixin, SFTTrainer):  # type: ignore[misc]
         return super()._prepare_dataset(dataset, processing_class, args, packing, *rest)
 
     def pack(self, dataset: Dataset, *, evaluation: bool) -> Dataset:
-        """Joins scored rows as TRL joins rows, scores with their tokens."""
+        """Pack scored rows as TRL packs rows, scores with their tokens."""
         args: Any = self.args
         packing = args.packing
         if evaluation and args.eval_packing is not None:

@@ -64,7 +64,7 @@ def source_messages(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
 
 
 def _checked(column: str, messages: Any) -> list[dict[str, Any]]:
-    """The messages of a column, each of which has a role, and text or typed parts for content."""
+    """Return the messages of a column; each has a role, and text or typed parts for content."""
     if not isinstance(messages, list):
         raise DataError(
             f"{column!r} is a {type(messages).__name__}; it must be a text or a list of messages "
@@ -125,7 +125,7 @@ def _chatml(message: Any) -> Any:
 
 
 def _short(value: Any) -> str:
-    """A value as an error shows it: its kind, and its beginning."""
+    """Return a value as an error shows it: its type, and its beginning."""
     return f"{type(value).__name__} {shortened(value)}"
 
 
@@ -143,7 +143,7 @@ def _text_message(message: Mapping[str, Any]) -> Message:
 
 
 def template_arguments(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What a row gives to its chat template beside its messages.
+    """Return what a row gives to its chat template beside its messages.
 
     Raises:
         DataError: It would give the template itself, or another argument of `apply_chat_template`:

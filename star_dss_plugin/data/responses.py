@@ -150,6 +150,6 @@ def _response(
 
 
 def _merge_empty(tokens: list[int], prefix_ends: list[int]) -> tuple[list[int], list[int]]:
-    """Joins chunks that add no text (tokens that decode to nothing) to the chunk after them."""
+    """Join chunks that add no text (tokens that decode to nothing) to the chunk after them."""
     keep = [i for i, (a, b) in enumerate(pairwise([*prefix_ends, -1])) if a != b]
     return [tokens[i] for i in keep], [prefix_ends[i] for i in keep]

@@ -37,7 +37,7 @@ _ZIPPED = (
 
 
 def check_checkpoint(asked: str | os.PathLike[str] | bool, output_dir: str) -> None:
-    """Stops a run that would resume from something else than a whole checkpoint.
+    """Refuse to resume from anything but a complete checkpoint.
 
     Reads headers and small files only: what is missing or cut off is found, a flipped bit is not.
 
@@ -83,7 +83,7 @@ def _advice(whole: Path | None) -> str:
 
 
 def _newest_whole(output_dir: Path, without: Path | None = None) -> Path | None:
-    """The checkpoint with the highest step that lacks nothing."""
+    """Return the complete checkpoint with the highest step."""
     found = {}
     for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
@@ -94,7 +94,7 @@ def _newest_whole(output_dir: Path, without: Path | None = None) -> Path | None:
 
 
 def _lacking(folder: Path) -> str | None:
-    """What of a checkpoint is missing or cut off; None if nothing is."""
+    """Return which part of a checkpoint is missing or cut off; None if it is complete."""
     names = {path.name for path in folder.iterdir() if path.is_file()}
     if missing := _missing(folder, names):
         return f"{missing} is missing"
@@ -110,7 +110,7 @@ def _lacking(folder: Path) -> str | None:
 
 
 def _missing(folder: Path, names: set[str]) -> str | None:
-    """A file that must be there, judged by the others."""
+    """Return a missing file that the other files require."""
     if _STATE not in names:
         return _STATE
     # DeepSpeed, FSDP and several adapters have folders of their own, which the trainer judges.

@@ -60,7 +60,7 @@ class TokenMetrics:
         weights: TokenWeights,
         kl_slopes: Tensor | None = None,
     ) -> None:
-        """Adds one batch. All tensors are shifted and of shape (batch, seq − 1).
+        """Add one batch. All tensors are shifted and of shape (batch, seq − 1).
 
         Args:
             mode: "train" or "eval".
@@ -97,11 +97,11 @@ class TokenMetrics:
             self._sums[mode] = sums + self._sums.get(mode, torch.zeros_like(sums))
 
     def drop(self, mode: str) -> None:
-        """Starts a mode anew."""
+        """Reset the sums of a mode."""
         self._sums.pop(mode, None)
 
     def pop(self, mode: str, accelerator: Any) -> dict[str, float]:
-        """The means of a mode over all ranks, and starts anew; empty if nothing was added."""
+        """Return the means of a mode over all ranks and reset it; empty if nothing was added."""
         sums = self._sums.pop(mode, None)
         if sums is None:
             return {}

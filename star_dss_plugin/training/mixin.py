@@ -57,13 +57,13 @@ class StarDSSMixin(_Base):
     """Whether `pack` joins rows, so that the trainer's own packing is not used."""
 
     def pack(self, dataset: Dataset, *, evaluation: bool) -> Dataset:
-        """Joins scored rows, where the trainer is told to; `seq_lengths` then says where."""
+        """Pack scored rows where the trainer is told to; `seq_lengths` says where they join."""
         return dataset
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """The base class's, from a checkpoint that is whole.
+        """Train as the base class does, and resume only from a complete checkpoint.
 
         Raises:
             CheckpointError: It is not; see `check_checkpoint`.
@@ -73,7 +73,7 @@ class StarDSSMixin(_Base):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """The base class's, unless the run had reached its last step when it was checkpointed.
+        """Run the base class's epoch, unless the resumed run had reached its last step.
 
         transformers (5.16 to 5.23) looks at max_steps after a step only, and trains one too many.
         """
@@ -107,7 +107,7 @@ class StarDSSMixin(_Base):
         return super().get_test_dataloader(self._scored_late(test_dataset))
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """The base class's; its metrics are those of this evaluation or prediction alone."""
+        """Run the base class's loop with the metrics of this evaluation or prediction alone."""
         if self.star_dss_state is not None:
             self.star_dss_state.metrics.drop("eval")
         return super().evaluation_loop(*args, **kwargs)
@@ -142,7 +142,7 @@ class StarDSSMixin(_Base):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The shaped loss; outputs, metrics and signature are those of the base class."""
+        """Return the shaped loss; outputs, metrics and signature are those of the base class."""
         state = self.star_dss_state
         if state is None:
             return super().compute_loss(
@@ -212,14 +212,14 @@ class StarDSSMixin(_Base):
             state.outputs_unread = False
 
     def base_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """What the base class alone would train with on a batch: its mean over the batch."""
+        """Return the base class's own loss of a batch: its mean over the batch."""
         bare = {name: value for name, value in inputs.items() if name not in TOKEN_COLUMNS}
         loss = super().compute_loss(model, bare)
         assert isinstance(loss, Tensor)
         return loss
 
     def _policy(self, model: nn.Module) -> Any:
-        """The trained model without what accelerate and the compiler wrap it in."""
+        """Return the trained model without the wrappers of accelerate and the compiler."""
         return self.accelerator.unwrap_model(model, keep_torch_compile=False)
 
     def _mode(self) -> str:
@@ -366,7 +366,7 @@ class StarDSSMixin(_Base):
     def _with_auxiliary_loss(
         self, loss: Tensor, outputs: Any, num_items_in_batch: Tensor | int | None
     ) -> Tensor:
-        """Keeps a mixture-of-experts model's load-balancing loss."""
+        """Add a mixture-of-experts model's load-balancing loss."""
         auxiliary = getattr(outputs, "aux_loss", None)
         if auxiliary is None:
             return loss
@@ -383,7 +383,7 @@ class StarDSSMixin(_Base):
         return shaped
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The base class's, and a section on how the loss was shaped."""
+        """Write the base class's card, and a section on how the loss was shaped."""
         super().create_model_card(*args, **kwargs)
         if self.star_dss_state is not None and self.is_world_process_zero():
             add_section(Path(str(self.args.output_dir)))

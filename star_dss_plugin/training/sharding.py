@@ -2,8 +2,8 @@
 
 Before the first step a rank may hold the whole model (FSDP, ZeRO-1 and -2), a part of each
 parameter (ZeRO-3, whose parameters are partitioned as they load), or no values at all (FSDP with
-`cpu_ram_efficient_loading`, where each machine's first rank alone reads the weights; the others hold
-parameters without values or, up to transformers 5.16 at least, zeros).
+`cpu_ram_efficient_loading`, where each machine's first rank alone reads the weights; the others
+hold parameters without values or, up to transformers 5.16 at least, zeros).
 """
 
 from __future__ import annotations
