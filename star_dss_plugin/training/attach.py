@@ -158,10 +158,11 @@ def _set_up(
     if reference.kind == "precomputed":
         reference.model = None
     trainer.data_collator = TokenColumnsCollator(trainer.data_collator, rows)
-    # Our loss is normalised over the optimizer batch; the Trainer must count its tokens
-    # (model_accepts_loss_kwargs) and must not divide again (transformers >= 5.19: the other one).
+    # The loss is divided by the tokens of the optimizer batch, which the Trainer must count. It
+    # must not divide again, unless a subclass counts none: transformers >= 5.19 decides that at
+    # each step if the second one is None, older versions always do.
     trainer.model_accepts_loss_kwargs = True
-    trainer.loss_is_scaled_for_ga = True
+    trainer.loss_is_scaled_for_ga = None
     trainer._signature_columns = None
     trainer.star_dss_state = StarDSSState(
         options,
