@@ -27,13 +27,20 @@ from star_dss_plugin.training.known_rows import KnownRows
 from star_dss_plugin.training.mixin import StarDSSMixin
 from star_dss_plugin.training.prepare import DatasetSummary, prepare_dataset
 from star_dss_plugin.training.reference import Reference, choose_reference
-from star_dss_plugin.training.reference_column import add_reference_logps, has_reference_logps
+from star_dss_plugin.training.reference_column import (
+    add_reference_logps,
+    has_reference_logps,
+    reference_means,
+)
 from star_dss_plugin.training.sharding import Ranks, runnable
 from star_dss_plugin.training.state import StarDSSState
 
 __all__ = ["attach", "set_up"]
 
 logger = logging.getLogger(__name__)
+
+_REFERENCES_APART = 0.05
+"""Nats: by how much mean log-probabilities of one model may differ between ranks."""
 
 
 def attach(trainer: Trainer, options: StarDSSOptions | None = None, **changes: Any) -> Trainer:
@@ -144,6 +151,9 @@ def _set_up(
             trainer, options, tokenizer, shaping, reference, ranks, dataset, name
         )
         ranks.agree({f"scored {name} data": rows.add(dataset, trainable=trainable)})
+        if reference.kind == "precomputed":
+            means = reference_means(dataset)
+            ranks.agree_about(f"reference of the {name} data", means, within=_REFERENCES_APART)
         return dataset
 
     train = prepare(trainer.train_dataset, "train")

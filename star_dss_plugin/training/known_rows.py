@@ -41,16 +41,17 @@ class KnownRows:
                 count as safe unseen (`score_eval=False`).
 
         Returns:
-            A digest of the whole, in order.
+            A digest of the whole, in order, but for the reference: its last bits depend on how rows
+            were padded, which may differ from rank to rank.
         """
         found = _digests(dataset)
         self._digests = np.union1d(self._digests, found)
         if trainable:
             self._trainable = np.union1d(self._trainable, found)
-        return hashlib.sha256(found.tobytes()).hexdigest()
+        return _without_reference(dataset)
 
     def digest(self, dataset: Dataset) -> str:
-        """Return a digest of a training set, all of whose rows must be known, and trainable.
+        """Return what `add` returns of a training set whose rows are all known and trainable.
 
         Raises:
             DataError: One is not.
@@ -59,7 +60,7 @@ class KnownRows:
         unknown = np.flatnonzero(~np.isin(found, self._trainable))
         if len(unknown):
             raise _unknown(f"Row {unknown[0]} of the training set")
-        return hashlib.sha256(found.tobytes()).hexdigest()
+        return _without_reference(dataset)
 
     def check(self, row: Mapping[str, Any]) -> None:
         """Check one row of a batch.
@@ -77,6 +78,11 @@ def _digests(dataset: Dataset) -> np.ndarray[Any, Any]:
     columns = [name for name in _COLUMNS if name in dataset.column_names]
     plain = dataset.with_format("numpy").select_columns(columns)
     return np.fromiter((_digest(row) for row in plain), np.uint64, len(plain))
+
+
+def _without_reference(dataset: Dataset) -> str:
+    columns = [name for name in dataset.column_names if name != REF_COLUMN]
+    return hashlib.sha256(_digests(dataset.select_columns(columns)).tobytes()).hexdigest()
 
 
 def _digest(row: Mapping[str, Any]) -> int:

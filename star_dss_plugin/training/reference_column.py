@@ -32,7 +32,7 @@ from star_dss_plugin.training.head import from_logits
 from star_dss_plugin.training.reference import Reference
 from star_dss_plugin.training.sharding import Ranks
 
-__all__ = ["add_reference_logps", "has_reference_logps"]
+__all__ = ["add_reference_logps", "has_reference_logps", "reference_means"]
 
 _BATCH_TOKENS = 2048
 """Padded tokens per forward pass: their logits are what needs memory."""
@@ -53,6 +53,20 @@ def has_reference_logps(
         return False
     content = _content(dataset, shaping)
     return bool(known == {"model": reference.fingerprint, "content": content})
+
+
+def reference_means(dataset: Dataset) -> list[float]:
+    """Return the mean log-probability of each of 64 parts of the column, by which ranks compare it.
+
+    Equal models differ in last bits, which depend on padding; other models by more than that.
+    """
+    column = dataset.with_format("numpy").select_columns([REF_COLUMN])
+    totals, counts = np.zeros(64), np.zeros(64)
+    for i, row in enumerate(column):
+        totals[i % 64] += row[REF_COLUMN].sum(dtype=np.float64)
+        counts[i % 64] += np.count_nonzero(row[REF_COLUMN])
+    means: list[float] = (totals / np.maximum(counts, 1)).tolist()
+    return means
 
 
 def _content(dataset: Dataset, shaping: Shaping) -> str:

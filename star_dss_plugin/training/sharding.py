@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -191,9 +191,29 @@ class Ranks:
             values = [one.get(name) for one in given]
             other = next((i for i, value in enumerate(values) if value != values[0]), 0)
             if other:
-                raise StarDSSError(
-                    f"Training was stopped before the weights changed: rank {other} of this run "
-                    f"does not have the same {name} as rank 0, so they would train towards "
-                    "different losses. Give every process the same configuration, the same files "
-                    "and the same packages; a stale copy on one machine is the usual cause."
-                )
+                raise _apart(name, other)
+
+    def agree_about(self, name: str, values: Sequence[float], within: float) -> None:
+        """Compare numbers over all ranks that need not be equal; every rank must call this.
+
+        Args:
+            name: What the numbers are of, for the error.
+            values: Equally many on every rank.
+            within: How far two of them may be apart.
+
+        Raises:
+            StarDSSError: They are further apart; on every rank.
+        """
+        given = self.gather(list(values))
+        for other, found in enumerate(given):
+            if any(abs(a - b) > within for a, b in zip(given[0], found, strict=True)):
+                raise _apart(name, other)
+
+
+def _apart(name: str, other: int) -> StarDSSError:
+    return StarDSSError(
+        f"Training was stopped before the weights changed: rank {other} of this run does not have "
+        f"the same {name} as rank 0, so they would train towards different losses. Give every "
+        "process the same configuration, the same files and the same packages; a stale copy on one "
+        "machine is the usual cause."
+    )

@@ -86,6 +86,8 @@ CASES = {
     "trl-other-option": {"differs": "chunk_size"},
     "trl-other-rows": {"differs": "rows"},
     "trl-other-scores": {"differs": "scores"},
+    "plain-other-model": {"plain": True, "differs": "model"},
+    "plain-other-adapter": {"plain": True, "lora": True, "differs": "seed"},
     "trl-resumed": {"resume": True},
     "plain-resumed": {"plain": True, "resume": True},
 }
@@ -199,7 +201,11 @@ def make_trainer(kind, folder, ranks, case, changes):
     model = AutoModelForCausalLM.from_pretrained(source) if early else None
     args = TrainingArguments(**options)
     model = model or AutoModelForCausalLM.from_pretrained(source)
+    if differs == "model":
+        model.lm_head.weight.data.mul_(1.5)
     if lora:
+        if differs == "seed":
+            set_seed(2)
         model = get_peft_model(model, lora_config())
         model.enable_input_require_grads()
     rows = data.map(lambda row: tokens_of(row, tokenizer), remove_columns=data.column_names)
@@ -261,7 +267,7 @@ def train(kind, folder, ranks, name):
         "kl": [line["star_dss/kl"] for line in trainer.state.log_history if "star_dss/kl" in line],
         "shaped": trainer.star_dss_state.shaped,
     }
-    if ranks > 1:
+    if ranks > 1 and kind != "ddp":
         found["sharded"] = proof_of_sharding(kind, trainer)
     if kind != "fsdp1":  # its save_model crashes on gloo, with and without this project
         final = Path(folder) / f"{kind}-{name}-{ranks}-final"

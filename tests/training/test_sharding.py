@@ -109,8 +109,21 @@ def test_ranks_that_differ_are_stopped_on_all_of_them(tmp_path):
         "trl-other-option": "the same option chunk_size",
         "trl-other-rows": "the same train data",
         "trl-other-scores": "the same scored train data",
+        "plain-other-model": "the same reference of the train data",
     }
     results, _ = launch(tmp_path, "ddp", tuple(cases))
     for found in results:
         for name, words in cases.items():
             assert words in found[name].get("error", ""), (name, found[name])
+
+
+def test_adapters_that_begin_with_other_values_on_each_rank_train(tmp_path):
+    """They change nothing yet, and DDP takes those of rank 0; yet the model is another one."""
+    sharded_runs.model_folder(tmp_path, False)
+    name = "plain-other-adapter"
+    results, _ = launch(tmp_path, "ddp", (name,))
+    alone = sharded_runs.train("ddp", tmp_path, 1, name)
+    for found in results:
+        assert "error" not in found[name], found[name]["error"]
+        assert max(found[name]["kl"]) > 1e-7
+    assert apart(results[0][name]["logs"], alone["logs"]) < CLOSE
