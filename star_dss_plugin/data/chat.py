@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from star_dss_plugin.data.decoding import special_ids, token_boundaries
+from star_dss_plugin.data.decoding import added_tokens, special_ids, token_boundaries
 from star_dss_plugin.errors import DataError
 
 __all__ = ["ChatTokenizer", "Encoded"]
@@ -126,7 +126,7 @@ class ChatTokenizer:
     @cached_property
     def added(self) -> re.Pattern[str]:
         """Match any added token that is not white space: `<|im_end|>`, `<think>`, …"""
-        texts = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
+        texts = {str(token) for token in added_tokens(self.tokenizer).values()}
         texts |= {str(token) for token in self.tokenizer.all_special_tokens}
         wanted = sorted((t for t in texts if t.strip()), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, wanted)) or r"(?!)")

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase
 
-__all__ = ["REPLACEMENT", "decode", "special_ids", "token_boundaries"]
+__all__ = ["REPLACEMENT", "added_tokens", "decode", "special_ids", "token_boundaries"]
 
 _OVERLAP = 8
 """Boundaries back from which tokens are decoded again, so that a decoder sees a token's left
@@ -219,10 +219,16 @@ def _cuts_replacement(
     )
 
 
+def added_tokens(tokenizer: PreTrainedTokenizerBase) -> Mapping[int, Any]:
+    """Return the tokens that were added to a tokenizer's vocabulary, by id.
+
+    Tokenizers of mistral-common add none: their control tokens are part of the vocabulary.
+    """
+    added: Any = tokenizer.added_tokens_decoder  # mistral-common's: a method, not implemented
+    return added if isinstance(added, Mapping) else {}
+
+
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Return the ids of the tokenizer's control tokens."""
-    named = frozenset(tokenizer.all_special_ids)
-    added: Any = tokenizer.added_tokens_decoder
-    if not isinstance(added, Mapping):  # mistral-common has a method that is not implemented:
-        return named  # all of its control tokens have names
-    return named | {i for i, token in added.items() if token.special}
+    added = added_tokens(tokenizer)
+    return frozenset(tokenizer.all_special_ids) | {i for i, t in added.items() if t.special}
