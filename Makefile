@@ -29,10 +29,12 @@ test-core: $(VENV)/.ready
 # browser and the benchmarks are the same whatever TRL is installed, and take minutes: `make test` has them.
 SAME_WITH_ANY_TRL = tests/scoring/test_shards.py tests/scoring/test_shards_ray.py tests/evaluate/test_capability.py \
 	tests/report/test_report_page.py tests/project/test_benchmarks.py
+# Sharded runs take minutes, and are tested with the newest accelerate.
+SHARDED = tests/training/test_sharding.py tests/integrations/trl/test_trl_launch.py
 test-axolotl: export AXOLOTL_DO_NOT_TRACK = 1
 test-axolotl: $(AXOLOTL_VENV)/.ready
 	OMP_NUM_THREADS=1 $(AXOLOTL_VENV)/bin/python -m pytest $(PYTEST_FLAGS) --ignore tests/integrations/axolotl \
-		$(SAME_WITH_ANY_TRL:%=--ignore %)
+		$(SAME_WITH_ANY_TRL:%=--ignore %) $(SHARDED:%=--ignore %)
 	OMP_NUM_THREADS=1 $(AXOLOTL_VENV)/bin/python -m pytest $(PYTEST_FLAGS) tests/integrations/axolotl
 
 # The core and TRL are the same as in the other environments: only what imports Axolotl is run.

@@ -109,7 +109,7 @@ def lay_out(
     """
     text = chat.render(messages, **arguments)
     for empty in (True, False):
-        marked, marks, opening = _marked(messages, arguments, empty)
+        marked, marks, opening = _marked(messages, arguments, empty, _minds_tags(chat))
         form = json.dumps([opening, marked, arguments], default=repr, ensure_ascii=False)
         if form not in chat.scaffolds:
             if len(chat.scaffolds) >= _SCAFFOLDS:
@@ -124,7 +124,7 @@ def lay_out(
 
 
 def _marked(
-    messages: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any], empty: bool
+    messages: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any], empty: bool, tags: bool
 ) -> tuple[list[dict[str, Any]], list[_Mark], str]:
     """Put marks in place of what is said.
 
@@ -132,6 +132,7 @@ def _marked(
         messages: The conversation.
         arguments: Of the template; they must not look like marks either.
         empty: Whether a content that says nothing gets a mark too.
+        tags: Whether the template looks for tags of thought in a content.
 
     Returns:
         The conversation with marks, what each mark stands for, and how marks begin.
@@ -139,7 +140,9 @@ def _marked(
     opening = _OPEN
     while True:
         marks: list[_Mark] = []
-        marked = [_marked_message(k, m, marks, opening, empty) for k, m in enumerate(messages)]
+        marked = [
+            _marked_message(k, m, marks, opening, empty, tags) for k, m in enumerate(messages)
+        ]
         shown = json.dumps([marked, dict(arguments)], default=repr, ensure_ascii=False)
         if shown.count(opening) == len(marks):
             return marked, marks, opening
@@ -147,7 +150,7 @@ def _marked(
 
 
 def _marked_message(
-    k: int, message: Mapping[str, Any], marks: list[_Mark], opening: str, empty: bool
+    k: int, message: Mapping[str, Any], marks: list[_Mark], opening: str, empty: bool, tags: bool
 ) -> dict[str, Any]:
     def mark(text: str, lead: str = "", trail: str = "", call: int | None = None) -> str:
         marks.append(_Mark(k, text, lead, trail, call))
@@ -156,7 +159,8 @@ def _marked_message(
     def of_text(text: str, empty: bool) -> str:
         if not text.strip():
             return text + mark("", text) if empty else text
-        pieces = _TAGS.split(text) if "<" in text or "[" in text else [text]
+        # To a template that knows no such tags they are words like any other.
+        pieces = _TAGS.split(text) if tags and ("<" in text or "[" in text) else [text]
         made = []
         for i, piece in enumerate(pieces):
             body = piece.strip()
@@ -320,19 +324,24 @@ def _layout(
         begin = _begin(chat, text, left, group[0])
         words = _words(chat, text, group, begin, right, messages[k])
         content_only = all(mark.call is None for _, _, mark in group)
-        whole = content_only and len(group) == expected[k] and not _reasons(messages[k])
+        whole = content_only and len(group) == expected[k] and not _reasons(chat, messages[k])
         calls = group[-1][2].call is not None
         turns.append(Turn(k, begin, tuple(words), whole, right, calls))
     spans = tuple(zip(generated[::2], generated[1::2], strict=True)) if generated else None
     return Layout(text, tuple(turns), tuple(others), spans)
 
 
-def _reasons(message: Mapping[str, Any]) -> bool:
+def _minds_tags(chat: ChatTokenizer) -> bool:
+    """Return whether the template looks for tags of thought in what a turn says."""
+    return bool(_TAGS.search(chat.source))
+
+
+def _reasons(chat: ChatTokenizer, message: Mapping[str, Any]) -> bool:
     """Return whether a message says something beside its content, or marks parts of it."""
     content = message.get("content")
     if any(isinstance(message.get(n), str) and message[n].strip() for n in _SPOKEN[:-1]):
         return True
-    return isinstance(content, str) and bool(_TAGS.search(content))
+    return isinstance(content, str) and _minds_tags(chat) and bool(_TAGS.search(content))
 
 
 def _begin(chat: ChatTokenizer, text: str, left: int, place: tuple[int, int, _Mark]) -> int:

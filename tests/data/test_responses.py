@@ -324,3 +324,13 @@ def test_no_trained_token_is_no_response(tokenizer):
 )
 def test_runs(labels, found):
     assert runs(labels) == found
+
+
+def test_tags_of_thought_are_words_to_a_template_that_knows_none(tokenizer):
+    """Were they left out, text that closes a thought and gives a verdict would go unseen."""
+    said = "<think>\n</think><score>no"
+    row = labelled(
+        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": said}], tokenizer
+    )
+    (response,) = find_responses(row, ChatTokenizer(tokenizer), tokens, 5)
+    assert response.request.text == said
