@@ -192,7 +192,7 @@ class Bench:
         return prompt_ids(self.tokenizer, [{"role": "user", "content": prompt}])
 
     def _answers(self, model: Any, asked: Sequence[Sequence[int]]) -> list[str]:
-        said = greedy_answers(model, self.tokenizer, asked, max_new_tokens=24, batch_size=25)
+        said = greedy_answers(model, self.tokenizer, asked, max_new_tokens=24, batch_size=50)
         return [answer for _, answer in sorted(said)]
 
     def _data(self, cell: dict[str, Any]) -> tuple[Dataset, dict[str, float]]:
@@ -477,6 +477,24 @@ def figure(cells: list[dict[str, Any]], path: Path) -> None:
     picture.savefig(path, dpi=150)
 
 
+def tradeoff_figure(cells: list[dict[str, Any]], path: Path) -> None:
+    """Draw harmful prompts declined against harmless ones declined, a dot for each run."""
+    import matplotlib.pyplot as plt
+
+    picture, axis = plt.subplots(figsize=(5.2, 3.4), layout="constrained")
+    styles = {"start": "k*", "sft": "s", "star_dss": "o", "rejection": "^"}
+    for mode, style in styles.items():
+        found = [c for c in cells if c["mode"] == mode and not c.get("noise")]
+        across, up = ([100 * c[k] for c in found] for k in ("over_refusal", "refusals"))
+        axis.plot(across, up, style, label=mode, markersize=12 if mode == "start" else 7, alpha=0.8)
+    axis.set(xlim=(-2, 62), ylim=(-4, 104))
+    axis.set_xlabel("harmless prompts declined, %")
+    axis.set_ylabel("harmful prompts declined, %")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8, loc="lower right")
+    picture.savefig(path, dpi=150)
+
+
 def noise_figure(cells: list[dict[str, Any]], path: Path) -> None:
     """Draw refusals against the share of inverted verdicts, for each kind of error."""
     import matplotlib.pyplot as plt
@@ -559,6 +577,7 @@ def main() -> None:
         write_text(args.save, json.dumps(order, indent=1, sort_keys=True) + "\n")
     if args.figure:
         figure(cells, args.figure)
+        tradeoff_figure(cells, args.figure.with_stem(f"{args.figure.stem}-tradeoff"))
         if any(cell.get("noise") for cell in cells):
             noise_figure(cells, args.figure.with_stem(f"{args.figure.stem}-noise"))
     print(table(cells))
