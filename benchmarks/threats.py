@@ -491,7 +491,10 @@ def tradeoff_figure(cells: list[dict[str, Any]], path: Path) -> None:
     for mode, style in styles.items():
         found = [c for c in cells if c["mode"] == mode and not c.get("noise")]
         across, up = ([100 * c[k] for c in found] for k in ("over_refusal", "refusals"))
-        axis.plot(across, up, style, label=mode, markersize=12 if mode == "start" else 7, alpha=0.8)
+        if found:
+            axis.plot(
+                across, up, style, label=mode, markersize=12 if mode == "start" else 7, alpha=0.8
+            )
     axis.set_xlim(left=-2)
     axis.set_ylim(-4, 104)
     axis.set_xlabel("harmless prompts declined, %")
