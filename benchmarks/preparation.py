@@ -26,8 +26,8 @@ from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.responses import find_responses
 from star_dss_plugin.data.row_responses import RowOptions, read_responses
 from star_dss_plugin.data.tokenization import tokenize_row
-from star_dss_plugin.guards.demo.smollm2 import load_smollm2
 from star_dss_plugin.segmenters import tokens
+from star_dss_plugin.smollm2 import load_smollm2
 
 ROUNDS = 5
 HOW = RowOptions(tokens, 5)
@@ -45,7 +45,7 @@ def best(work: Callable[[], Any]) -> float:
 
 def words() -> list[str]:
     """Return words of the demonstration's data."""
-    return files("star_dss_trl").joinpath("demo_assets", "demo_mix.jsonl").read_text().split()
+    return files("star_dss_plugin.data").joinpath("assets", "demo_mix.jsonl").read_text().split()
 
 
 def conversations(count: int, seed: int = 0) -> list[list[dict[str, str]]]:

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
-from star_dss_plugin.guards.demo.smollm2 import load_smollm2
+from star_dss_plugin.smollm2 import load_smollm2
 
 OPEN = ("MIT", "Apache-2.0", "CC-BY-4.0")
 SEED = 5

@@ -180,6 +180,7 @@ class LossOptions:
             ConfigError: What was given, why it cannot work and what to change.
         """
         from star_dss_plugin.logprobs import KL_ESTIMATORS
+        from star_dss_plugin.smollm2 import SMOLLM2
 
         _check_kinds(self, LossOptions)
         self.shaping()
@@ -189,8 +190,9 @@ class LossOptions:
         at_least("kl_warmup_steps", self.kl_warmup_steps, 0, integer=True)
         at_least("unsafe_lookahead", self.unsafe_lookahead, 0, integer=True)
         probability("threshold", self.threshold)
-        if self.reference not in REFERENCES and not _looks_like_a_model(self.reference):
-            raise unknown_name("reference", self.reference, [*REFERENCES, "<a model id or folder>"])
+        known = (*REFERENCES, SMOLLM2)
+        if self.reference not in known and not _looks_like_a_model(self.reference):
+            raise unknown_name("reference", self.reference, [*known, "<a model id or folder>"])
 
     def shaping(self) -> Shaping:
         """Return how scores become weights: the weight map of `loss_type`, with λ and τ.

@@ -25,12 +25,13 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from star_dss_plugin.data.columns import SCORES_COLUMN
 from star_dss_plugin.data.writing import write_text
 from star_dss_plugin.evaluate.generation import answers_to
-from star_dss_plugin.evaluate.models import DEMO_MODEL, load_whole_model
+from star_dss_plugin.evaluate.models import load_whole_model
 from star_dss_plugin.evaluate.refusal import is_refusal
 from star_dss_plugin.logprobs import IGNORE_INDEX, token_logprobs
 from star_dss_plugin.report.page import render_page
 from star_dss_plugin.report.reading import read_scored
 from star_dss_plugin.scoring.scorer import score_dataset
+from star_dss_plugin.smollm2 import SMOLLM2
 from star_dss_trl.config import StarDSSConfig
 from star_dss_trl.trainer import StarDSSTrainer
 
@@ -51,7 +52,7 @@ def aligned_start() -> tuple[Any, PreTrainedTokenizerBase]:
     which is merged, so that the result is a plain model with something to lose.
     """
     with as_file(files("star_dss_trl").joinpath("demo_assets", _ADAPTER)) as folder:
-        return load_whole_model(str(folder), base=DEMO_MODEL)
+        return load_whole_model(str(folder), base=SMOLLM2)
 
 
 def run(output: Path, *, steps: int = 13, prompt_count: int = 20) -> dict[str, Any]:
@@ -73,7 +74,7 @@ def run(output: Path, *, steps: int = 13, prompt_count: int = 20) -> dict[str, A
         style="yellow",
     )
     start, tokenizer = aligned_start()
-    mixture, held_out = _split(_packaged("star_dss_trl", "demo_assets", "demo_mix.jsonl"))
+    mixture, held_out = _split(_packaged("star_dss_plugin.data", "assets", "demo_mix.jsonl"))
     scored = score_dataset(mixture, tokenizer, guard="demo", max_length=_MAX_LENGTH)
     data = read_scored(scored, tokenizer)
     write_text(output / "scores.html", render_page(data, name="demo_mix.jsonl", blur=True))

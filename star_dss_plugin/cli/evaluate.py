@@ -19,10 +19,13 @@ __all__ = ["evaluate"]
 def evaluate(
     models: Annotated[
         list[str],
-        typer.Argument(help="Hub ids, folders of models or of adapters; the first is compared to."),
+        typer.Argument(
+            help="Ids or folders of models or adapters, or smollm2; the first is compared to."
+        ),
     ],
     prompts: Annotated[
-        str, typer.Option(help="Prompts a safe model declines: a file, a folder or a hub id.")
+        str,
+        typer.Option(help="Prompts a safe model declines: file, folder, hub id, or demo."),
     ],
     benign: Annotated[
         str | None, typer.Option(help="Prompts a useful model answers, for over-refusal.")
@@ -58,15 +61,14 @@ def evaluate(
 
     Writes results.json, answers.html (side by side) and the answers themselves.
     """
-    from star_dss_plugin.data.reading import read_dataset
     from star_dss_plugin.data.writing import write_text
     from star_dss_plugin.evaluate.comparison import compare
     from star_dss_plugin.evaluate.page import render_comparison
-    from star_dss_plugin.evaluate.prompts import BENIGN, HARMFUL, read_prompts
+    from star_dss_plugin.evaluate.prompts import BENIGN, HARMFUL, load_prompts
 
-    asked = read_prompts(read_dataset(prompts, split), HARMFUL, limit=limit)
+    asked = load_prompts(prompts, HARMFUL, split=split, limit=limit)
     if benign is not None:
-        asked += read_prompts(read_dataset(benign, split), BENIGN, limit=limit)
+        asked += load_prompts(benign, BENIGN, split=split, limit=limit)
     found = compare(
         models,
         asked,

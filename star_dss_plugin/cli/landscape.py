@@ -28,9 +28,12 @@ __all__ = ["landscape"]
 
 
 def landscape(
-    model: Annotated[str, typer.Argument(help="Id or folder of a model or a PEFT adapter.")],
+    model: Annotated[
+        str, typer.Argument(help="Id or folder of a model or an adapter, or smollm2.")
+    ],
     prompts: Annotated[
-        str, typer.Option(help="What ought to be refused: .jsonl or .parquet, column prompt.")
+        str,
+        typer.Option(help="What ought to be refused: a file with the column prompt, or demo."),
     ],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for the results; a killed run goes on.")
@@ -70,7 +73,6 @@ def landscape(
     Nothing is written to the models. See docs/landscape.md.
     """
     from star_dss_plugin.data.fingerprints import content_key
-    from star_dss_plugin.data.reading import read_dataset
     from star_dss_plugin.data.writing import write_text
     from star_dss_plugin.evaluate import landscape as space
     from star_dss_plugin.evaluate.generation import answers_to
@@ -78,7 +80,7 @@ def landscape(
     from star_dss_plugin.evaluate.landscape_points import PointsFile, put_together
     from star_dss_plugin.evaluate.models import load_whole_model
     from star_dss_plugin.evaluate.moved_weights import MovedWeights
-    from star_dss_plugin.evaluate.prompts import HARMFUL, read_prompts
+    from star_dss_plugin.evaluate.prompts import HARMFUL, load_prompts
     from star_dss_plugin.models import find_device, weights_digest
 
     if figure:
@@ -93,7 +95,7 @@ def landscape(
         samples = space.toward_line(steps, beyond)
     else:
         samples = space.random_lines(directions, steps, radius)
-    asked = [p.messages for p in read_prompts(read_dataset(prompts), HARMFUL, limit=limit)]
+    asked = [p.messages for p in load_prompts(prompts, HARMFUL, limit=limit)]
     place = find_device(device)
     judged = _judge(judge, threshold, device)
 

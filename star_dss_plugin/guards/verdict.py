@@ -32,6 +32,7 @@ from star_dss_plugin.models import (
     resolve_dtype,
     weights_fingerprint,
 )
+from star_dss_plugin.smollm2 import resolve_model
 from star_dss_plugin.validation import probability
 
 __all__ = ["VerdictGuard"]
@@ -106,7 +107,7 @@ class VerdictGuard(Guard):
         probability("controversial_weight", controversial_weight)
         self.name = name or model
         self.min_label_mass = min_label_mass
-        self._source = model
+        self._source = resolve_model(model)
         self._hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         self._controversial_weight = controversial_weight
         self._self_check = self_check
@@ -115,9 +116,9 @@ class VerdictGuard(Guard):
         self._choice.check_installed()
         self._device = default_device(device)
         self._dtype = resolve_dtype(dtype, self._device)
-        self._weights = Weights(model, revision, trust_remote_code, self._dtype)
+        self._weights = Weights(self._source, revision, trust_remote_code, self._dtype)
         self._engine: Engine | None = None
-        config, tokenizer = load_config(self.name, model, **self._hub)
+        config, tokenizer = load_config(self.name, self._source, **self._hub)
         asked = policies(template_kwargs)
         templates = [
             GuardTemplate(
@@ -153,7 +154,7 @@ class VerdictGuard(Guard):
             "kind": "verdict",
             "version": 2,
             "model": model,
-            "weights": weights_fingerprint(model, config),
+            "weights": weights_fingerprint(self._source, config),
             "template": hashlib.sha256(self._template.source.encode()).hexdigest(),
             "template_kwargs": [dict(policy) for policy in asked],
             "prefill": prefill,

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from star_dss_plugin.errors import ConfigError, StarDSSError
 from star_dss_plugin.models import UNLOADABLE, is_peft, model_fingerprint, read_model
 from star_dss_plugin.options import REFERENCES
+from star_dss_plugin.smollm2 import resolve_model
 from star_dss_plugin.training.head import Projection, can_project, from_logits
 from star_dss_plugin.training.sharding import Ranks
 
@@ -265,7 +266,7 @@ def _load_named(name: str, policy: nn.Module, tokenizer: PreTrainedTokenizerBase
     parameter = next(policy.parameters())
     try:
         # Without a word here transformers would ask on the terminal whether to run a model's code.
-        theirs = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        theirs = AutoTokenizer.from_pretrained(resolve_model(name), trust_remote_code=False)
         model = read_model(
             AutoModelForCausalLM, name, dtype=parameter.dtype, trust_remote_code=False
         )

