@@ -18,8 +18,6 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from rich.console import Console
-from rich.table import Table
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from star_dss_plugin.data.columns import SCORES_COLUMN
@@ -32,6 +30,7 @@ from star_dss_plugin.report.page import render_page
 from star_dss_plugin.report.reading import read_scored
 from star_dss_plugin.scoring.scorer import score_dataset
 from star_dss_plugin.smollm2 import SMOLLM2
+from star_dss_plugin.tables import Sheet, terminal
 from star_dss_trl.config import StarDSSConfig
 from star_dss_trl.trainer import StarDSSTrainer
 
@@ -67,7 +66,7 @@ def run(output: Path, *, steps: int = 13, prompt_count: int = 20) -> dict[str, A
         What `results.json` holds.
     """
     started = time.monotonic()
-    console = Console()
+    console = terminal()
     console.print(
         "The guard of this demonstration is a linear probe on a 135M model. It shows how it all "
         "works and protects nobody: use a real guard for real data.",
@@ -237,11 +236,9 @@ def _rows(results: dict[str, Any], harmful: Sequence[int]) -> Iterable[tuple[str
         )
 
 
-def _table(results: dict[str, Any], harmful: Sequence[int]) -> Table:
-    table = Table(*_HEADINGS, title="What changed (demonstration guard, 135M model)")
-    for row in _rows(results, harmful):
-        table.add_row(*row)
-    return table
+def _table(results: dict[str, Any], harmful: Sequence[int]) -> Sheet:
+    rows = list(_rows(results, harmful))
+    return Sheet(_HEADINGS, rows, title="What changed (demonstration guard, 135M model)")
 
 
 def _report(results: dict[str, Any], scored: Dataset, harmful: Sequence[int]) -> str:

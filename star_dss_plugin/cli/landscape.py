@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from tqdm.auto import tqdm
 
 from star_dss_plugin.cli import options as option
 from star_dss_plugin.errors import ConfigError
+from star_dss_plugin.tables import Sheet, terminal
 from star_dss_plugin.visible import visible_line
 
 if TYPE_CHECKING:
@@ -67,6 +65,7 @@ def landscape(
     dtype: option.Dtype = "auto",
     figure: Annotated[bool, typer.Option(help="Draw landscape.png; extra 'report'.")] = True,
     quiet: option.Quiet = False,
+    as_json: option.Json = False,
 ) -> None:
     """Measure attack success around a model (VISAGE), or between two models.
 
@@ -113,7 +112,7 @@ def landscape(
     file = PointsFile(output / "points.jsonl", bound, len(asked))
     places = list(dict.fromkeys(sample.place for sample in samples))
     missing = [one for one in places if one not in file.known]
-    typer.echo(
+    terminal(stderr=as_json).print(
         f"{len(samples)} points ({len(places)} distinct), {len(places) - len(missing)} of them "
         f"known, {len(asked)} prompts each, judged by {visible_line(judged.name)}"
     )
@@ -155,26 +154,28 @@ def landscape(
     write_text(output / "landscape.json", results + "\n")
     if figure:
         write_landscape({Path(model).name: found}, output / "landscape.png")
-    _show(found, model, output)
+    if as_json:
+        typer.echo(results)
+    else:
+        _show(found, model, output)
 
 
 def _show(found: Landscape, model: str, output: Path) -> None:
-    console = Console()
+    console = terminal()
     if len(found.curves[0].points[0].at) == 1:
-        table = Table("α", title=Text(f"attack success rate, %: {visible_line(model)}"))
-        for curve in found.curves:
-            table.add_column(curve.name, justify="right")
-        rows = zip(*(curve.points for curve in found.curves), strict=True)
-        for row in rows:
-            table.add_row(f"{row[0].at[0]:+.3f}", *(f"{p.attack_success:.1f}" for p in row))
+        rows = [
+            (f"{row[0].at[0]:+.3f}", *(f"{p.attack_success:.1f}" for p in row))
+            for row in zip(*(curve.points for curve in found.curves), strict=True)
+        ]
         if found.visage is not None:
-            table.add_section()
-            table.add_row("VISAGE", *(f"{curve.visage:.1f}" for curve in found.curves))
-        console.print(table)
+            rows.append(("VISAGE", *(f"{curve.visage:.1f}" for curve in found.curves)))
+        headings = ("α", *(curve.name for curve in found.curves))
+        title = f"attack success rate, %: {visible_line(model)}"
+        console.print(Sheet(headings, rows, title=title))
     if found.centre is not None:
-        typer.echo(f"the model itself: attack success rate {found.centre:.1f} %")
+        console.print(f"the model itself: attack success rate {found.centre:.1f} %")
     if found.visage is not None:
-        typer.echo(
+        console.print(
             f"VISAGE {found.visage:.1f}: the mean margin over the {found.points_below} of "
             f"{found.points} points where not every attack succeeds"
         )

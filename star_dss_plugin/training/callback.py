@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
-from rich.console import Console
 from transformers import TrainerCallback
 
 from star_dss_plugin.data.columns import SCORES_COLUMN
 from star_dss_plugin.data.writing import write_text
+from star_dss_plugin.tables import terminal
 from star_dss_plugin.training.host_checks import check_trainer
 from star_dss_plugin.training.loss_check import check_loss
 from star_dss_plugin.training.plain import not_in_effect
@@ -130,4 +130,4 @@ class StarDSSCallback(TrainerCallback):
         train = active.summaries["train"]
         table = summary_table(state.log_history, train, active.options.loss_type)
         if table is not None:
-            Console().print(table)
+            terminal().print(table)

@@ -10,12 +10,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-from rich.text import Text
-
 from star_dss_plugin._version import __version__
 from star_dss_plugin.data.writing import write_text
 from star_dss_plugin.plugins import load_plugins
+from star_dss_plugin.tables import Sheet
 from star_dss_plugin.training.prepare import DatasetSummary
 from star_dss_plugin.visible import code, visible_line
 
@@ -29,7 +27,7 @@ _PREFIX = "star_dss/"
 
 def summary_table(
     log_history: Sequence[Mapping[str, Any]], train: DatasetSummary, loss_type: str
-) -> Table | None:
+) -> Sheet | None:
     """Return the loss and every `star_dss/` metric, at the first and the last logged step.
 
     Args:
@@ -49,21 +47,16 @@ def summary_table(
         return None
     first, last = lines[0], lines[-1]
     names = dict.fromkeys(name for line in lines for name in line if name.startswith(_PREFIX))
-    table = Table(
-        title=Text(
-            f"STAR-DSS: loss_type={loss_type}, guard={visible_line(train.guard)}, "
-            f"{train.responses} responses, {train.below_threshold} of "
-            f"{train.trained_tokens} tokens below the threshold"
-        ),
-        title_justify="left",
+    return Sheet(
+        ("metric", *(f"step {line.get('step', '?')}" for line in (first, last))),
+        [
+            (name, *("-" if v is None else f"{v:.4g}" for v in (first.get(name), last.get(name))))
+            for name in ("loss", *names)
+        ],
+        title=f"STAR-DSS: loss_type={loss_type}, guard={visible_line(train.guard)}, "
+        f"{train.responses} responses, {train.below_threshold} of "
+        f"{train.trained_tokens} tokens below the threshold",
     )
-    table.add_column("metric")
-    for line in (first, last):
-        table.add_column(f"step {line.get('step', '?')}", justify="right")
-    for name in ("loss", *names):
-        values = (line.get(name) for line in (first, last))
-        table.add_row(name, *("-" if v is None else f"{v:.4g}" for v in values))
-    return table
 
 
 _PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft")
