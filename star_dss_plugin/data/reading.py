@@ -21,10 +21,20 @@ from star_dss_plugin.data.rows import unreadable
 from star_dss_plugin.errors import DataError, StarDSSError
 from star_dss_plugin.validation import not_a_file
 
-__all__ = ["DEMO", "check_readable", "in_file", "packaged", "read_dataset", "read_splits"]
+__all__ = [
+    "DEMO",
+    "DEMO_MEANS",
+    "check_readable",
+    "in_file",
+    "packaged",
+    "read_dataset",
+    "read_splits",
+]
 
 DEMO = "demo"
 """The name of the data that comes with the package, in place of a file, a folder or an id."""
+DEMO_MEANS = "the data that comes with the package"
+"""What the name stands for, in a few words."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
@@ -34,7 +44,7 @@ def read_dataset(source: str, split: str = "train", *, config: str | None = None
 
     Args:
         source: Name of the file or folder, as it is; "demo": the conversations that come with the
-            package; else the id of a data set on the hub.
+            package, unless there is a file of that name; else the id of a data set on the hub.
         split: Which split of a folder or of the hub.
         config: Which configuration of a data set on the hub.
 
@@ -101,22 +111,19 @@ def in_file(source: str) -> Iterator[None]:
 
 
 def packaged(package: str, name: str) -> Dataset:
-    """Return the rows of a .jsonl file that comes with the package, for the name "demo".
+    """Return the rows of a .jsonl file that comes with the package.
 
     Args:
         package: The package with the folder `assets`.
         name: The file in that folder.
-
-    Raises:
-        ConfigError: There is a file or folder called "demo", and that one could be meant.
     """
-    not_a_file(DEMO, "the data that comes with the package")
     with as_file(files(package).joinpath("assets", name)) as path:
         return json_dataset([path])
 
 
 def _load(source: str, path: Path, split: str, config: str | None) -> Dataset:
     if source == DEMO:
+        not_a_file(DEMO, DEMO_MEANS)
         return packaged("star_dss_plugin.data", "demo_mix.jsonl")
     if config is not None and path.exists():
         raise DataError(
