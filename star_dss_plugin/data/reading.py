@@ -26,6 +26,7 @@ __all__ = [
     "DEMO_MEANS",
     "check_readable",
     "in_file",
+    "is_saved",
     "packaged",
     "read_dataset",
     "read_splits",
@@ -96,7 +97,7 @@ def _splits(source: str, path: Path, config: str | None) -> Iterable[str]:
         return load_dataset_builder(source, name=config).info.splits or {}
     if not path.is_dir() or is_sharded(path):
         return ()
-    return (saved_splits(path) or ()) if _is_saved(path) else file_splits(path)
+    return (saved_splits(path) or ()) if is_saved(path) else file_splits(path)
 
 
 @contextlib.contextmanager
@@ -140,7 +141,7 @@ def _load(source: str, path: Path, split: str, config: str | None) -> Dataset:
     if path.is_dir():
         if is_sharded(path):
             return load_scored(path)
-        return load_saved(path, split) if _is_saved(path) else load_files(path, split)
+        return load_saved(path, split) if is_saved(path) else load_files(path, split)
     if path.exists():
         raise DataError(f"{source} is a pipe or a device. Write the rows to a file.")
     if path.suffix in FORMATS or not _HUB_ID.fullmatch(source):
@@ -151,7 +152,7 @@ def _load(source: str, path: Path, split: str, config: str | None) -> Dataset:
     return _from_hub(source, split, config)
 
 
-def _is_saved(path: Path) -> bool:
+def is_saved(path: Path) -> bool:
     """Tell whether a folder was written by `save_to_disk` (as `star-dss score` does)."""
     return any((path / name).exists() for name in ("state.json", "dataset_dict.json"))
 

@@ -110,14 +110,9 @@ def _run(output: Path, console: Console, steps: int, prompt_count: int) -> dict[
             found: dict[str, Any] = {}
             if loss_type is not None:
                 with stages.stage(f"finetune: {LABELS[name]}", steps) as advance:
+                    model, _ = aligned_start()
                     model, found["log"] = finetuned(
-                        aligned_start()[0],
-                        tokenizer,
-                        rows,
-                        loss_type,
-                        steps,
-                        output / name,
-                        advance,
+                        model, tokenizer, rows, loss_type, steps, output / name, advance
                     )
             model.eval()
             asked = len(rows) + len(tasks) + len(prompts)
@@ -129,7 +124,8 @@ def _run(output: Path, console: Console, steps: int, prompt_count: int) -> dict[
     write_text(output / "report.md", report(results, rows))
     write_text(output / "index.html", page(results, prompts))
     console.print()
-    console.print(picture(results, plain=not console.is_terminal))
+    drawn = console.is_terminal and console.encoding.startswith("utf")
+    console.print(picture(results, plain=not drawn))
     console.print(story(results))
     console.print(f"\n{results['seconds']} s. Answers side by side, and the scores:")
     console.print(f"  {output / 'index.html'}", soft_wrap=True)

@@ -36,7 +36,7 @@ def only_in(log: Path) -> Iterator[TextIO]:
         shown.flush()
         sys.stderr.flush()
         if _descriptor(shown) == 1:
-            copy = os.fdopen(os.dup(1), "w", encoding=shown.encoding, errors=shown.errors)
+            copy = os.fdopen(os.dup(1), "w", encoding=shown.encoding, errors="replace")
             shown = undo.enter_context(copy)
         # Below Python: C code, and handlers that keep the streams they have found.
         for number in (1, 2):
