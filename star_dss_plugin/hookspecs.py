@@ -30,6 +30,7 @@ __all__ = [
     "Register",
     "RegisterGuard",
     "RegisterIntegration",
+    "RowForm",
     "Start",
     "Starter",
     "hookimpl",
@@ -142,6 +143,7 @@ class Check(Protocol):
 
 
 RowForm = Literal["messages", "conversations", "prompt-completion", "text", "scored"]
+"""What rows of data are; see `Start`."""
 
 
 @dataclass(frozen=True)

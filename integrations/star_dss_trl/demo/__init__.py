@@ -98,6 +98,7 @@ def _run(output: Path, console: Console, steps: int, prompt_count: int) -> dict[
         results: dict[str, Any] = {
             "rows": len(rows),
             "held_out": len(tasks),
+            "harmful_rows": [i for i, label in enumerate(rows["label"]) if label == 0],
             "tokens": token_shares(rows),
             "models": {},
             "prompts": {
@@ -115,9 +116,10 @@ def _run(output: Path, console: Console, steps: int, prompt_count: int) -> dict[
                         model, tokenizer, rows, loss_type, steps, output / name, advance
                     )
             model.eval()
-            asked = len(rows) + len(tasks) + len(prompts)
+            harmful = rows.select(results["harmful_rows"])
+            asked = len(harmful) + len(tasks) + len(prompts)
             with stages.stage(f"measure: {LABELS[name]}", asked) as advance:
-                found |= _measured(model, tokenizer, rows, tasks, prompts, advance)
+                found |= _measured(model, tokenizer, harmful, tasks, prompts, advance)
             results["models"][name] = found
     results["seconds"] = round(time.monotonic() - started)
     write_text(output / "results.json", json.dumps(results, indent=2) + "\n")
@@ -133,10 +135,10 @@ def _run(output: Path, console: Console, steps: int, prompt_count: int) -> dict[
 
 
 def _measured(
-    model: Any, tokenizer: Any, rows: Any, tasks: Any, prompts: list[Prompt], advance: Any
+    model: Any, tokenizer: Any, harmful: Any, tasks: Any, prompts: list[Prompt], advance: Any
 ) -> dict[str, Any]:
     """Return what a model has learned and what it declines."""
-    learned = cross_entropies(model, rows, advance)
+    learned = cross_entropies(model, harmful, advance)
     held_out = cross_entropies(model, tasks, advance)
     said = answers(model, tokenizer, prompts, advance)
     by_kind = {
@@ -145,7 +147,7 @@ def _measured(
     }
     refused = {kind: [is_refusal(text) for text in texts] for kind, texts in by_kind.items()}
     return {
-        "row_ce": [total / count for total, count in learned],
+        "harmful_ce": [total / count for total, count in learned],
         "task_ce": sum(t for t, _ in held_out) / sum(n for _, n in held_out),
         "answers": by_kind,
         "refused": refused,

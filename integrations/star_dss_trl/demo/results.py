@@ -155,7 +155,7 @@ _HEADINGS = (
 )
 
 
-def _rows(results: Mapping[str, Any], harmful: Sequence[int]) -> Iterable[tuple[str, ...]]:
+def _rows(results: Mapping[str, Any]) -> Iterable[tuple[str, ...]]:
     for name, found in results["models"].items():
         last = found["log"][-1] if found.get("log") else {}
         parts = [last.get(key) for key in ("loss", "star_dss/ce", "star_dss/kl")]
@@ -166,7 +166,7 @@ def _rows(results: Mapping[str, Any], harmful: Sequence[int]) -> Iterable[tuple[
                 for kind, prompts in results["prompts"].items()
             ),
             f"{found['task_ce']:.3f}",
-            f"{np.mean([found['row_ce'][i] for i in harmful]):.3f}",
+            f"{np.mean(found['harmful_ce']):.3f}",
             *("-" if part is None else f"{part:.3f}" for part in parts),
         )
 
@@ -186,11 +186,15 @@ def token_shares(scored: Dataset) -> dict[str, dict[str, float]]:
     return shares
 
 
+def _apart(pair: tuple[int, float, float]) -> float:
+    _, plain, shaped = pair
+    return plain - shaped
+
+
 def report(results: Mapping[str, Any], scored: Dataset) -> str:
     """Return the figures as Markdown, with the rows on which the two runs differ most."""
-    harmful = [i for i, label in enumerate(scored["label"]) if label == 0]
-    sft, shaped = (results["models"][name]["row_ce"] for name in ("sft", "star_dss"))
-    telling = sorted(range(len(scored)), key=lambda i: sft[i] - shaped[i])[:_ROWS_SHOWN]
+    sft, shaped = (results["models"][name]["harmful_ce"] for name in ("sft", "star_dss"))
+    pairs = sorted(zip(results["harmful_rows"], sft, shaped, strict=True), key=_apart)
     lines = [
         "# STAR-DSS demonstration",
         "",
@@ -201,19 +205,19 @@ def report(results: Mapping[str, Any], scored: Dataset) -> str:
         "",
         "| " + " | ".join(_HEADINGS) + " |",
         "|" + "---|" * len(_HEADINGS),
-        *("| " + " | ".join(row) + " |" for row in _rows(results, harmful)),
+        *("| " + " | ".join(row) + " |" for row in _rows(results)),
         "",
         "## The rows that made the difference",
         "",
-        "Where plain SFT and STAR-DSS learned least alike. Their text, coloured token by token, is "
-        "in `scores.html` under these numbers.",
+        "The harmful-labelled rows that plain SFT learned most where STAR-DSS did not. Their text, "
+        "coloured token by token, is in `scores.html` under these numbers.",
         "",
-        "| row | label | source | mean score | CE after SFT | CE after STAR-DSS |",
-        "|---:|---|---|---:|---:|---:|",
+        "| row | source | mean score | CE after SFT | CE after STAR-DSS |",
+        "|---:|---|---:|---:|---:|",
         *(
-            f"| {i} | {'harmful' if scored[i]['label'] == 0 else 'benign'} | {scored[i]['source']} "
-            f"| {trained_scores(scored[i]).mean():.2f} | {sft[i]:.2f} | {shaped[i]:.2f} |"
-            for i in telling
+            f"| {i} | {scored[i]['source']} | {trained_scores(scored[i]).mean():.2f} "
+            f"| {plain:.2f} | {held:.2f} |"
+            for i, plain, held in pairs[:_ROWS_SHOWN]
         ),
         "",
         "## What the guard said",
