@@ -124,7 +124,7 @@ def page(results: Mapping[str, Any], prompts: Sequence[Prompt]) -> str:
     ]
     judge(models, sets)
     front = Front(
-        "the demonstration",
+        "What the demonstration found",
         [
             "One small model that declines harmful requests, finetuned on a mixture of useful and "
             "harmful conversations: once as usual, once with STAR-DSS.",
