@@ -27,6 +27,7 @@ from star_dss_plugin.engines.shared_prefix.attention import KeysValues, Pass, Pr
 from star_dss_plugin.engines.shared_prefix.savings import LastLayer, OneDnnLinear
 from star_dss_plugin.engines.shared_prefix.tree import Tail, Tree, batched, common_length, grow
 from star_dss_plugin.engines.shared_prefix.trial import fixed_rope_length, why_not
+from star_dss_plugin.engines.shared_prompts import SharedPrompts
 from star_dss_plugin.errors import DataError, GuardError
 
 __all__ = ["LocalEngine"]
@@ -76,13 +77,15 @@ class LocalEngine:
         self, groups: Sequence[Sequence[Sequence[int]]], label_ids: Sequence[int]
     ) -> list[Tensor]:
         """See `Engine.label_logprobs`."""
-        for number, group in enumerate(groups):
-            for index, prompt in enumerate(group):
-                if len(prompt) == 0:
-                    raise DataError(
-                        f"Prompt {index} of group {number} is empty. Give it at least one token."
-                    )
-        longest = max((len(prompt) for group in groups for prompt in group), default=0)
+        shared = [SharedPrompts.of(group) for group in groups]
+        lengths = [prompts.lengths() for prompts in shared]
+        for number, of_group in enumerate(lengths):
+            if 0 in of_group:
+                raise DataError(
+                    f"Prompt {of_group.index(0)} of group {number} is empty. Give it at least one "
+                    "token."
+                )
+        longest = max((most for of_group in lengths for most in of_group), default=0)
         with self._lock:
             reason = self._plain_path_reason
             if reason is None and longest > self._fixed_rope_length:
@@ -91,7 +94,7 @@ class LocalEngine:
                 self._warned.add(reason)
                 kind = self._config.model_type
                 logger.warning("A %s model runs without shared prefixes, slower: %s.", kind, reason)
-            return self._compute(groups, label_ids, whole=bool(reason))
+            return self._compute(shared, label_ids, whole=bool(reason))
 
     def close(self) -> None:
         """See `Engine.close`."""
@@ -135,13 +138,16 @@ class LocalEngine:
 
     def _whole(self, trees: dict[int, Tree]) -> Iterator[tuple[list[Tail], Tensor]]:
         """Yield batches of whole prompts and their log-probabilities (the plain path)."""
-        prompts = [
-            Tail(t.group, t.row, 0, tree.trunk[: t.shared] + t.tokens)
-            for tree in trees.values()
-            for t in tree.tails
-        ]
-        prompts.sort(key=lambda t: len(t.tokens))
-        yield from self._in_batches(prompts, self._whole_logprobs)
+        tails = [tail for tree in trees.values() for tail in tree.tails]
+        tails.sort(key=_prompt_length)
+
+        def logprobs(batch: list[Tail]) -> Tensor:
+            # Written out only now: all prompts of a long response do not fit into memory.
+            return self._whole_logprobs(
+                [trees[t.group].trunk[: t.shared] + t.tokens for t in batch]
+            )
+
+        yield from self._in_batches(tails, logprobs, _prompt_length)
 
     def _shared(
         self, trees: dict[int, Tree], head_length: int
@@ -171,7 +177,7 @@ class LocalEngine:
             def logprobs(batch: list[Tail], trunks: dict[int, KeysValues] = trunks) -> Tensor:
                 return self._tail_logprobs(batch, head_length, head, trunks)
 
-            yield from self._in_batches(tails, logprobs)
+            yield from self._in_batches(tails, logprobs, lambda tail: len(tail.tokens))
 
     def _run_head(self, tokens: tuple[int, ...]) -> KeysValues:
         """Return keys and values of the head; an unchanged head is not computed again."""
@@ -241,9 +247,9 @@ class LocalEngine:
             prefixes = []
         return self._forward(ids, Pass(position, real, prefixes)).float().log_softmax(-1)
 
-    def _whole_logprobs(self, batch: list[Tail]) -> Tensor:
+    def _whole_logprobs(self, batch: Sequence[tuple[int, ...]]) -> Tensor:
         """Return log-probabilities after B whole prompts, shape (B, vocabulary)."""
-        ids, real = self._padded([t.tokens for t in batch], left=False)
+        ids, real = self._padded(batch, left=False)
         ends = real.sum(1) - 1
         columns, which = ends.unique(return_inverse=True)
         inputs: dict[str, Any] = {"attention_mask": real.long()}
@@ -292,13 +298,16 @@ class LocalEngine:
         return ids.to(self.model.device), real.to(self.model.device)
 
     def _in_batches(
-        self, tails: list[Tail], run: Callable[[list[Tail]], Tensor]
+        self,
+        tails: list[Tail],
+        run: Callable[[list[Tail]], Tensor],
+        size: Callable[[Tail], int],
     ) -> Iterator[tuple[list[Tail], Tensor]]:
-        """Run tails in their order, as many at a time as the token budget allows."""
+        """Run tails in their order, as many of some size as the token budget allows at a time."""
         left = tails
         while left:
-            batch = left[next(batched([len(t.tokens) for t in left], self._budget))]
-            if max(len(t.tokens) + t.shared for t in batch) > self._fixed_rope_length:
+            batch = left[next(batched([size(t) for t in left], self._budget))]
+            if max(map(_prompt_length, batch)) > self._fixed_rope_length:
                 batch = batch[:1]
             try:
                 logprobs = run(batch)
@@ -344,6 +353,11 @@ class LocalEngine:
     def _warn_of_dense(self, reason: str) -> None:
         kind = self._config.model_type
         logger.warning("A %s model runs without FlexAttention, slower: %s.", kind, reason)
+
+
+def _prompt_length(tail: Tail) -> int:
+    """Return the number of tokens of a tail's whole prompt."""
+    return tail.shared + len(tail.tokens)
 
 
 def _head_length(trees: Sequence[Tree]) -> int:

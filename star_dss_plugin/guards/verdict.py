@@ -213,7 +213,8 @@ class VerdictGuard(Guard):
 
     def explained(self, request: PrefixRequest) -> dict[str, str]:
         shown = {}
-        for i, (prompt, *_) in enumerate(self._prompts.of(0, request)):
+        for i, prompts in enumerate(self._prompts.of(0, request)):
+            prompt = prompts[0]
             which = f" {i + 1}" if len(self._prompts.templates) > 1 else ""
             shown[f"prompt{which}"] = self._template.decode(prompt)
             shown[f"verdict position{which}"] = f"behind token {len(prompt)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from star_dss_plugin.errors import DataError
 from star_dss_plugin.guards.attempts import attempts
 from star_dss_plugin.guards.base import Guard
 from star_dss_plugin.guards.combined import leaves
+from star_dss_plugin.visible import visible_line
 
 __all__ = ["ROWS_NAMED", "attempt_notes", "label_mass", "member_notes", "merged", "remarks"]
 
@@ -135,6 +137,10 @@ def _remarks(provenance: Mapping[str, Any]) -> list[str]:
         f"({kind}), first in rows {', '.join(str(int(row)) for row in what['rows'])}"
         for kind, what in provenance.get("attempts", {}).items()
     ]
+    said += [
+        f"{int(count)} rows train nothing, because {visible_line(str(why))}"
+        for why, count in provenance.get("untrained_rows", {}).items()
+    ]
     if truncated := provenance.get("truncated_contexts", 0):
         said.append(f"{int(truncated)} conversations did not fit the guard, which read their ends")
     if errors := provenance.get("guard_errors", 0):
@@ -170,7 +176,14 @@ _SUMS = (
 )
 
 
-_MERGED = ("mean_prefix_score", "label_mass", "attempts", "members", "disagreement")
+_MERGED = (
+    "mean_prefix_score",
+    "label_mass",
+    "attempts",
+    "untrained_rows",
+    "members",
+    "disagreement",
+)
 
 
 def merged(notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -198,6 +211,9 @@ def merged(notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     prefixes = [note["prefixes"] for note in full]
     total = {name: sum(note[name] for note in notes) for name in _SUMS}
     found = {**first, **total, **_mean_of(full, prefixes), "attempts": _attempts(notes)}
+    found["untrained_rows"] = dict(
+        sorted(sum((Counter(note.get("untrained_rows", {})) for note in notes), Counter()).items())
+    )
     if "members" in full[0]:
         found["members"] = {
             name: _mean_of([note["members"][name] for note in full], prefixes)

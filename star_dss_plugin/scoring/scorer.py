@@ -28,6 +28,7 @@ from datasets import Dataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from star_dss_plugin._version import __version__
+from star_dss_plugin.data.bound_rows import bind_rows
 from star_dss_plugin.data.cache import default_cache_dir
 from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.columns import SCORES_COLUMN, with_column
@@ -128,7 +129,8 @@ def score_dataset(
         max_length,
         assistant_only_loss,
     )
-    dataset, responses = read_responses(dataset, chat, how, needed=not part, num_proc=num_proc)
+    read = read_responses(dataset, chat, how, needed=not part, num_proc=num_proc)
+    dataset, responses, untrained = read
     rows = [
         _Row(len(labels), found, [_key(r.request) for r in found])
         for labels, found in zip(dataset.with_format(None)["labels"], responses, strict=True)
@@ -159,12 +161,15 @@ def score_dataset(
     provenance = _provenance(asked, options, rows, trajectories)
     keys = [key for row in rows for key in row.keys]
     provenance |= notes | member_notes(asking.members, keys)
+    provenance["untrained_rows"] = untrained
     provenance["guard_errors"] = sum(key in asking.failed for key in keys)
     provenance["tokenizer"] = str(tokenizer.name_or_path)  # reports decode tokens with it
     scored = _with_columns(dataset, rows, trajectories, provenance)
+    columns = [SCORES_COLUMN]
     for name, found in (asking.members if per_guard else {}).items():
-        column = _columns(rows, found)
-        scored = with_column(scored, f"{SCORES_COLUMN}_{name}", column, List(Value("float32")))
+        columns.append(f"{SCORES_COLUMN}_{name}")
+        scored = with_column(scored, columns[-1], _columns(rows, found), List(Value("float32")))
+    bind_rows(scored, columns)
     return scored
 
 

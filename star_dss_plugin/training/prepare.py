@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, List, Value
 
+from star_dss_plugin.data.bound_rows import check_bound
 from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.columns import SCORES_COLUMN, with_column
 from star_dss_plugin.data.provenance import provenances_of
@@ -108,6 +109,7 @@ def prepare_dataset(
                 name,
                 SCORES_COLUMN,
             )
+        check_bound(dataset, name)
         # Whoever scored it trained responses only; labels made since then may train all tokens.
         dataset = only_responses(dataset, chat)
         dataset = _fit_scores(dataset, name, *truncation)
