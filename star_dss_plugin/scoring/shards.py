@@ -37,7 +37,13 @@ from star_dss_plugin.models import load_tokenizer
 from star_dss_plugin.options import ScoringOptions
 from star_dss_plugin.scoring.cached_trajectories import none_scored
 from star_dss_plugin.scoring.guard_statistics import merged
-from star_dss_plugin.scoring.scorer import guard_of, score_dataset, versions
+from star_dss_plugin.scoring.scorer import (
+    PoolRows,
+    guard_of,
+    pool_rows,
+    score_dataset,
+    versions,
+)
 from star_dss_plugin.validation import at_least
 
 __all__ = ["Job", "ShardScorer", "bar", "begin", "finish", "score_shards"]
@@ -99,6 +105,11 @@ class Job:
     def shards(self) -> int:
         """The number of shards."""
         return -(-self.rows // self.shard_rows)
+
+    @property
+    def learns(self) -> bool:
+        """Whether shards need what the first one learns for all."""
+        return bool(self.options["trajectory"] == "probed")
 
     def path(self, index: int) -> Path:
         """Return the file of a shard."""
@@ -237,6 +248,7 @@ class ShardScorer:
                 chat_template=job.chat_template,
                 num_proc=job.num_proc,
                 part=True,
+                pool=self._pool(start),
                 progress=False,
             )
         except StarDSSError as error:
@@ -245,6 +257,21 @@ class ShardScorer:
             raise
         write_shard(with_attention_mask(scored), path)
         shutil.rmtree(begun, ignore_errors=True)
+
+    def _pool(self, start: int) -> PoolRows | None:
+        """Return what the probe is learned from: rows of all shards, and a cache beside theirs.
+
+        Whoever scores the first shard fills that cache.
+        """
+        if not self.job.learns:
+            return None
+        # A shard's rows count from its first one, and whoever reports an error adds that.
+        places = [row - start for row in self._pool_rows]
+        return PoolRows(self._dataset.select(self._pool_rows), places, self.job.begun / "probe")
+
+    @cached_property
+    def _pool_rows(self) -> list[int]:
+        return pool_rows(self._dataset, ScoringOptions(**self.job.options))
 
     def close(self) -> None:
         """Free the guard."""

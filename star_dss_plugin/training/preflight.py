@@ -80,7 +80,7 @@ def estimate(
         calls += len(response.chunk_ends)
         once += response.end
         alone += sum(response.chunk_ends)
-    most = "at most " if options.trajectory == "adaptive" else ""
+    most = "" if options.trajectory == "exact" else "at most "
     said = f"{len(dataset)} rows, {responses} responses ({raw} without messages): "
     name, _ = parse_guard(options.guard)
     info = GuardInfo() if name is None else load_plugins().guard_info(name)
