@@ -129,7 +129,7 @@ def score_dataset(
     else:
         loaded = None
     # Whoever trains with these scores looks at them from there; else 0.5 is what divides them.
-    threshold = float(getattr(options, "threshold", 0.5))
+    threshold = getattr(options, "threshold", 0.5)
     options = (options or ScoringOptions()).scoring(**changes)
     options.validate()
     if loaded is None and options.guard is None:

@@ -33,6 +33,7 @@ from star_dss_plugin.data.reading import read_dataset
 from star_dss_plugin.data.writing import write_text
 from star_dss_plugin.errors import ConfigError, DataError, StarDSSError
 from star_dss_plugin.guards.base import Guard
+from star_dss_plugin.guards.probing.guard import probing
 from star_dss_plugin.models import load_tokenizer
 from star_dss_plugin.options import ScoringOptions
 from star_dss_plugin.scoring.cached_trajectories import none_scored
@@ -171,6 +172,9 @@ def begin(
         raise DataError(f"{data} already has a {SCORES_COLUMN!r} column. Remove it to score again.")
     tokens = words_of(load_tokenizer(tokenizer))
     options.validate()
+    guard = guard_of(options)
+    if options.trajectory == "probed":
+        probing(guard, options.probe_sample, options.probe_tolerance, 0.5)
     # Workers may run in other folders.
     data = str(Path(data).absolute()) if Path(data).exists() else data
     job = Job(
@@ -182,7 +186,7 @@ def begin(
         shard_rows,
         sample_of(dataset),
         tokens,
-        guard_of(options).identity,
+        guard.identity,
         asdict(options),
         per_guard,
         max_length,

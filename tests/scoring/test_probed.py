@@ -7,13 +7,15 @@ import pytest
 from datasets import Dataset
 from support.guards import WordGuard
 from support.probed import PROBED, ROWS, exact, learnable, probed, talks, trained
+from support.verdict_guards import describe
 from transformers import AutoModelForCausalLM
 
-from star_dss_plugin import GuardError, inspect_row, load_guard, provenance_of
+from star_dss_plugin import ConfigError, GuardError, inspect_row, load_guard, provenance_of
 from star_dss_plugin.data.columns import ASKED_COLUMN, SCORES_COLUMN
 from star_dss_plugin.data.reading import read_dataset
 from star_dss_plugin.guards.probing import guard as probing_guard
 from star_dss_plugin.guards.verdict import VerdictGuard
+from star_dss_plugin.options import StarDSSOptions
 from star_dss_plugin.report.page import render_page
 from star_dss_plugin.report.reading import read_scored
 from star_dss_plugin.scoring import shards
@@ -21,6 +23,7 @@ from star_dss_plugin.scoring.guard_statistics import remarks
 from star_dss_plugin.scoring.probed import drawn, stratified
 from star_dss_plugin.scoring.ranks import Share
 from star_dss_plugin.scoring.scorer import score_dataset
+from star_dss_plugin.training.preflight import check_options
 
 
 @pytest.fixture(scope="module")
@@ -293,8 +296,8 @@ def data(tmp_path):
     return path
 
 
-def begun(data, output, guard, **changes):
-    model = guard["model"]
+def begun(data, output, guard, model=None, **changes):
+    model = model or guard["model"]
     options = {**PROBED, "shard_rows": 15, **changes}
     return shards.begin(str(data), model, output, guard=guard, **options)
 
@@ -419,3 +422,13 @@ def test_marks_that_are_damaged_are_refused(tokenizer, guard):
     wrong = found.remove_columns(ASKED_COLUMN).add_column(ASKED_COLUMN, [[True]] * len(found))
     with pytest.raises(Exception, match="does not hold true or false"):
         read_scored(wrong, tokenizer)
+
+
+def test_a_guard_that_cannot_be_probed_is_refused_before_a_job_begins(data, model_dir, tmp_path):
+    one, other = (describe(model_dir, prefill=prefill) for prefill in ("a:", "b:"))
+    both = {"guards": [one, other], "calibration": {"temperature": 2.0, "threshold": 0.5}}
+    with pytest.raises(ConfigError, match="Calibrate each guard by itself"):
+        begun(data, tmp_path / "out", both, str(model_dir))
+    found = check_options(StarDSSOptions(guard=both, trajectory="probed"))
+    assert "Calibrate each guard by itself" in " ".join(found.problems)
+    assert not (tmp_path / "out.incomplete").exists()
