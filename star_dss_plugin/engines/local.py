@@ -14,7 +14,7 @@ import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from star_dss_plugin.engines.shared_prefix.attention import KeysValues, Pass, Prefix, running
+from star_dss_plugin.engines.shared_prefix.recording import blocks_of, recording
 from star_dss_plugin.engines.shared_prefix.savings import LastLayer, OneDnnLinear
 from star_dss_plugin.engines.shared_prefix.tree import Tail, Tree, batched, common_length, grow
 from star_dss_plugin.engines.shared_prefix.trial import fixed_rope_length, why_not
@@ -96,6 +97,86 @@ class LocalEngine:
                 logger.warning("A %s model runs without shared prefixes, slower: %s.", kind, reason)
             return self._compute(shared, label_ids, whole=bool(reason))
 
+    @property
+    def blocks(self) -> int:
+        """Return how many blocks the decoder has; raise a GuardError if they cannot be read."""
+        return len(blocks_of(self.model))
+
+    def states(
+        self,
+        sequences: Sequence[Sequence[int]],
+        positions: Sequence[Sequence[int]],
+        blocks: Sequence[int],
+    ) -> list[Tensor]:
+        """Return hidden states at some positions of token sequences, from one causal pass.
+
+        What all sequences begin with runs once, and blocks above the last one asked for do not run.
+
+        Args:
+            sequences: Token ids, each at least one.
+            positions: For each sequence the positions, from 0, that are read.
+            blocks: Numbers of blocks, from 0 and without the last one, behind which they are read.
+
+        Returns:
+            Per sequence a float32 tensor on the CPU, (positions, blocks, size).
+        """
+        with self._lock:
+            whole = self._plain_path_reason is not None or (
+                max(map(len, sequences), default=0) > self._fixed_rope_length
+            )
+            training = [module for module in self.model.modules() if module.training]
+            self.model.train(False)
+            try:
+                with self._computing():
+                    return self._states(sequences, positions, blocks, whole)
+            finally:
+                for module in training:
+                    module.training = True
+
+    def _states(
+        self,
+        sequences: Sequence[Sequence[int]],
+        positions: Sequence[Sequence[int]],
+        blocks: Sequence[int],
+        whole: bool,
+    ) -> list[Tensor]:
+        rows = [tuple(sequence) for sequence in sequences]
+        # A position that is read does not belong to the head.
+        first = min((min(read) for read in positions), default=0)
+        start = 0 if whole or len(rows) < 2 else min(common_length(rows), first)
+        head = self._run_head(rows[0][:start]) if start else {}
+        found: dict[int, Tensor] = {}
+        left = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
+        while left:
+            run = left[next(batched([len(rows[i]) - start for i in left], self._budget))]
+            if len(rows[run[-1]]) > self._fixed_rope_length:
+                run = run[:1]
+            try:
+                with recording(self.model, blocks) as kept:
+                    self._run_rows([rows[i][start:] for i in run], start, head, whole)
+            except torch.OutOfMemoryError:
+                self._halve(len(run))
+                continue
+            for row, i in enumerate(run):
+                at = [position - start for position in positions[i]]
+                found[i] = torch.stack([kept[b][row, at].float().cpu() for b in blocks], dim=1)
+            left = left[len(run) :]
+        return [found[i] for i in range(len(rows))]
+
+    def _run_rows(
+        self, rows: Sequence[Sequence[int]], start: int, head: KeysValues, whole: bool
+    ) -> None:
+        """Run rows behind a head of `start` tokens, without keeping anything."""
+        ids, real = self._padded(rows, left=False)
+        if whole:
+            last = {"logits_to_keep": 1} if "logits_to_keep" in self._parameters else {}
+            self.model(ids, attention_mask=real.long(), use_cache=False, **last)
+            self.computed_tokens += ids.numel()
+            return
+        position = (start + torch.arange(ids.shape[1], device=ids.device)).expand_as(ids)
+        depths = torch.full((len(rows),), start, device=ids.device)
+        self._forward(ids, Pass(position, real, [Prefix([head], start, depths)] if head else []))
+
     def close(self) -> None:
         """See `Engine.close`."""
         self._head = ((), {})
@@ -118,12 +199,7 @@ class LocalEngine:
         training = [module for module in self.model.modules() if module.training]
         self.model.train(False)
         try:
-            device = self.model.device.type
-            with (
-                torch.inference_mode(),
-                torch.autocast(device, enabled=False),  # compute in the guard's dtype
-                OneDnnLinear() if device == "cpu" else nullcontext(),
-            ):
+            with self._computing():
                 path = self._whole(trees) if whole else self._shared(trees, head)
                 for batch, logprobs in path:
                     picked = logprobs[:, list(label_ids)].cpu()
@@ -135,6 +211,17 @@ class LocalEngine:
         return [
             rows[i][list(trees[i].row_of)] if i in trees else rows[i] for i in range(len(groups))
         ]
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Compute in the guard's dtype, without gradients, by the fastest kernels."""
+        device = self.model.device.type
+        with (
+            torch.inference_mode(),
+            torch.autocast(device, enabled=False),
+            OneDnnLinear() if device == "cpu" else nullcontext(),
+        ):
+            yield
 
     def _whole(self, trees: dict[int, Tree]) -> Iterator[tuple[list[Tail], Tensor]]:
         """Yield batches of whole prompts and their log-probabilities (the plain path)."""

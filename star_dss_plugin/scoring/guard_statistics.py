@@ -145,12 +145,27 @@ def _remarks(provenance: Mapping[str, Any]) -> list[str]:
         said.append(f"{int(truncated)} conversations did not fit the guard, which read their ends")
     if errors := provenance.get("guard_errors", 0):
         said.append(f"{int(errors)} responses could not be scored and count as unsafe")
+    for probe in provenance.get("probes", []):
+        said.append(_of_probe(probe))
     if apart := provenance.get("disagreement"):
         said.append(
             f"the guards' scores are {apart['mean']:.3f} apart on average; "
             f"{apart['opposite']:.1%} of the prefixes are safe to one and unsafe to another"
         )
     return said
+
+
+def _of_probe(probe: Mapping[str, Any]) -> str:
+    """Say what a probe has learned of a guard, or why it was not used."""
+    name = visible_line(str(probe["guard"]))
+    if why := probe["fell_back"]:
+        return f"trajectory='probed' was not used for {name}, all scores are exact: {why}"
+    return (
+        f"most scores of {name} are those of a probe that learned from "
+        f"{int(probe['responses'])} responses: {float(probe['coverage']):.1%} of its scores for "
+        f"held-out responses lie within {float(probe['tolerance'])} of the guard's, the mean "
+        f"difference is {float(probe['mean']):.4f}"
+    )
 
 
 def label_mass(found: Mapping[str, Trajectory], keys: Sequence[str]) -> dict[str, float] | None:
@@ -177,6 +192,7 @@ _SUMS = (
 
 
 _MERGED = (
+    "probed_prefixes",
     "mean_prefix_score",
     "label_mass",
     "attempts",
@@ -210,6 +226,8 @@ def merged(notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         )
     prefixes = [note["prefixes"] for note in full]
     total = {name: sum(note[name] for note in notes) for name in _SUMS}
+    if "probed_prefixes" in notes[0]:
+        total["probed_prefixes"] = sum(note["probed_prefixes"] for note in notes)
     found = {**first, **total, **_mean_of(full, prefixes), "attempts": _attempts(notes)}
     found["untrained_rows"] = dict(
         sorted(sum((Counter(note.get("untrained_rows", {})) for note in notes), Counter()).items())

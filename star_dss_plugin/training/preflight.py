@@ -14,6 +14,7 @@ from star_dss_plugin.data.columns import SCORES_COLUMN
 from star_dss_plugin.data.row_responses import RowOptions, read_responses
 from star_dss_plugin.errors import StarDSSError
 from star_dss_plugin.guards.base import announced
+from star_dss_plugin.guards.probing.guard import probing
 from star_dss_plugin.guards.spec import parse_guard
 from star_dss_plugin.hookspecs import Findings, GuardInfo
 from star_dss_plugin.options import StarDSSOptions
@@ -31,6 +32,9 @@ def check_options(options: StarDSSOptions) -> Findings:
         if options.guard is not None:
             guard = guard_of(options)
             assert guard.identity
+            if options.trajectory == "probed":
+                how = (options.probe_sample, options.probe_tolerance, options.threshold)
+                guard = probing(guard, *how)
             found.notes.append(f"guard: {announced(guard.name, guard.demonstration)}")
     except StarDSSError as error:
         found.problems.append(str(error))
@@ -82,7 +86,7 @@ def estimate(
         calls += len(response.chunk_ends)
         once += response.end
         alone += sum(response.chunk_ends)
-    most = "at most " if options.trajectory == "adaptive" else ""
+    most = "" if options.trajectory == "exact" else "at most "
     untrained = "".join(
         f", {count} rows train nothing because {why}" for why, count in found.untrained.items()
     )

@@ -174,6 +174,10 @@ class GuardTemplate:
         """Return the text of tokens, control tokens included."""
         return str(self._tokenizer.decode(list(ids)))
 
+    def content_ids(self, text: str) -> list[int]:
+        """Return the ids of a text, none of which is a control token."""
+        return self._content.ids(text)
+
     def label_ids(self, spellings: Sequence[str]) -> list[int]:
         """Return the sorted first tokens of the given verdicts right behind the prompt."""
         _, tail = self._split_last(self.render(_PROBE))
