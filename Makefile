@@ -29,7 +29,8 @@ test-core: $(VENV)/.ready
 # browser and the benchmarks are the same whatever TRL is installed, and take minutes: `make test` has them.
 SAME_WITH_ANY_TRL = tests/scoring/test_shards.py tests/scoring/test_shards_ray.py tests/evaluate/test_capability.py \
 	tests/report/test_report_page.py tests/project/test_benchmarks.py
-# Sharded runs take minutes, and are tested with the newest accelerate.
+# Sharded runs take minutes, and are tested with the newest accelerate. With this one those with FSDP pass, too
+# (by hand: .venv-axolotl/bin/python -m pytest tests/training/test_sharding.py -k fsdp).
 SHARDED = tests/training/test_sharding.py tests/integrations/trl/test_trl_launch.py
 test-axolotl: export AXOLOTL_DO_NOT_TRACK = 1
 test-axolotl: $(AXOLOTL_VENV)/.ready
