@@ -9,13 +9,22 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, List, Value
 
-__all__ = ["REF_COLUMN", "SCORES_COLUMN", "TOKEN_COLUMNS", "with_attention_mask", "with_column"]
+__all__ = [
+    "REF_COLUMN",
+    "SCORES_COLUMN",
+    "TEXT_COLUMN",
+    "TOKEN_COLUMNS",
+    "with_attention_mask",
+    "with_column",
+]
 
 SCORES_COLUMN = "star_scores"
 """The STAR score s_t of every token of `input_ids`: float32 in [0, 1], 1.0 outside responses."""
 REF_COLUMN = "ref_logps"
 """log π_ref(y_t) of every token of `input_ids`: float32, 0.0 where it is not needed."""
 TOKEN_COLUMNS = (SCORES_COLUMN, REF_COLUMN)
+TEXT_COLUMN = "star_text"
+"""A row that a collator tokenizes, as text: its number, tokens, labels and `star_scores`."""
 
 
 def with_column(dataset: Dataset, name: str, column: Sequence[Any], feature: Any) -> Dataset:
