@@ -186,14 +186,14 @@ def undecoded(dataset: Dataset) -> Iterator[dict[str, Any]]:
 
 
 def _closed(feature: Any) -> Any:
-    """Return a feature with decoding switched off, at any depth."""
+    """Return a feature whose images, sounds and videos stay as they are stored, at any depth."""
     if isinstance(feature, List | LargeList):
         feature = copy(feature)
         feature.feature = _closed(feature.feature)
         return feature
     if isinstance(feature, dict):
         return {name: _closed(value) for name, value in feature.items()}
-    if getattr(feature, "decode", False):
+    if getattr(feature, "decode", False) and not isinstance(feature, Json):
         feature = copy(feature)
         feature.decode = False
     return feature

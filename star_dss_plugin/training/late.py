@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor
 
 from star_dss_plugin.data.alignment import Alignment
@@ -16,7 +15,7 @@ from star_dss_plugin.logprobs import IGNORE_INDEX
 from star_dss_plugin.training.collation import TokenColumnsCollator
 from star_dss_plugin.training.known_rows import KnownRows
 
-__all__ = ["LateCollator", "is_raw", "scored_collator", "text_of_row"]
+__all__ = ["LateCollator", "scored_collator", "text_of_row"]
 
 Collator = Callable[[list[Any]], Mapping[str, Any]]
 
@@ -100,8 +99,3 @@ def text_of_row(row: Mapping[str, Any]) -> Mapping[str, Any]:
     if "labels" not in text:
         raise _unscored(f"A row of the training set (it has {', '.join(row)})")
     return text
-
-
-def is_raw(dataset: Any) -> bool:
-    """Tell whether a data set has no tokens yet."""
-    return isinstance(dataset, Dataset) and "input_ids" not in dataset.column_names

@@ -9,6 +9,7 @@ from transformers import (
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     Idefics3Processor,
+    PreTrainedTokenizerFast,
 )
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
@@ -90,19 +91,22 @@ def smolvlm():
 
 def gemma3():
     """Gemma 3's shape: soft tokens with line feeds around them, and token types."""
-    tokenizer = make_tokenizer()
+    words = make_tokenizer()
     turns = ["<start_of_turn>", "<end_of_turn>", "<bos>"]
-    tokenizer.add_special_tokens({"additional_special_tokens": turns})
-    tokenizer.bos_token, tokenizer.eos_token = "<bos>", "<end_of_turn>"
-    names = {
-        "boi_token": "<start_of_image>",
-        "eoi_token": "<end_of_image>",
-        "image_token": "<image_soft_token>",
-    }
-    tokenizer.add_tokens(list(names.values()), special_tokens=True)
-    for name, token in names.items():
-        setattr(tokenizer, name, token)
-        setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
+    words.add_special_tokens({"additional_special_tokens": turns})
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words.backend_tokenizer,
+        bos_token="<bos>",
+        eos_token="<end_of_turn>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens={
+            "boi_token": "<start_of_image>",
+            "eoi_token": "<end_of_image>",
+            "image_token": "<image_soft_token>",
+        },
+        chat_template=GEMMA,
+        clean_up_tokenization_spaces=False,
+    )
     processor = Gemma3Processor(
         Gemma3ImageProcessorPil(size={"height": 16, "width": 16}),
         tokenizer,
