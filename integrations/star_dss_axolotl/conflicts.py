@@ -28,10 +28,6 @@ _REFUSED: dict[str, tuple[str, str]] = {
         "Remove it",
     ),
     "trainer_cls": ("Axolotl takes one trainer class, and STAR-DSS brings it", "Remove it"),
-    "batch_flattening": (
-        "it joins rows in a collator that leaves their scores behind",
-        "Set batch_flattening: false; sample_packing: true is supported",
-    ),
     "streaming": (_STREAMS, "Set streaming: false"),
     "pretraining_dataset": (_STREAMS, "Use datasets"),
     "use_pose": ("it moves positions, for which no reference is computed", "Set use_pose: false"),

@@ -91,8 +91,6 @@ REFUSED = [
     {"trainer_cls": "transformers.Trainer"},
     {"relora": True, "star_dss": {"guard": "test-words", "reference": "adapter"}},
     {"relora": True, "star_dss": {"guard": "test-words", "kl_estimator": "full"}},
-    {"batch_flattening": True},
-    {"batch_flattening": "auto"},
     {"streaming": True},
     {"pretraining_dataset": "text"},
     {"skip_prepare_dataset": True},
