@@ -10,22 +10,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import Dataset, DatasetInfo, Features, Json, LargeList, List, Value
+from datasets import Dataset, Features, Json, List, Value
 from transformers import ProcessorMixin
 
 from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.columns import SCORES_COLUMN, TEXT_COLUMN
 from star_dss_plugin.data.conversations import MEDIA
 from star_dss_plugin.data.decoding import added_tokens
+from star_dss_plugin.data.media import undecoded
 from star_dss_plugin.data.rows import check_trained, in_row
 from star_dss_plugin.data.tokenization import tokenize_row
 from star_dss_plugin.errors import DataError
 
-__all__ = ["MediaRows", "media_tokens", "undecoded", "with_text_column"]
+__all__ = ["MediaRows", "media_tokens", "with_text_column"]
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class MediaRows:
         conversations: list[dict[str, Any]] = []
         ids, labels = [], []
         counts: list[int] = []
-        for i, row in enumerate(undecoded(dataset)):
+        for i, row in enumerate(map(dict, undecoded(dataset))):
             conversation, count = in_row(i, self._conversation, row)
             made = in_row(
                 i,
@@ -173,30 +173,6 @@ def _bare(part: Mapping[str, Any]) -> dict[str, Any]:
     if part.get("type") in MEDIA:
         return {"type": part["type"]}
     return {key: value for key, value in part.items() if value is not None}
-
-
-def undecoded(dataset: Dataset) -> Iterator[dict[str, Any]]:
-    """Yield rows without opening a file that they name or decoding an image."""
-    closed = Features({name: _closed(feature) for name, feature in dataset.features.items()})
-    # The same table under other features: to cast a column would be to copy all images.
-    yield from map(
-        dict,
-        Dataset(dataset.data, DatasetInfo(features=closed), indices_table=dataset._indices),
-    )
-
-
-def _closed(feature: Any) -> Any:
-    """Return a feature whose images, sounds and videos stay as they are stored, at any depth."""
-    if isinstance(feature, List | LargeList):
-        feature = copy(feature)
-        feature.feature = _closed(feature.feature)
-        return feature
-    if isinstance(feature, dict):
-        return {name: _closed(value) for name, value in feature.items()}
-    if getattr(feature, "decode", False) and not isinstance(feature, Json):
-        feature = copy(feature)
-        feature.decode = False
-    return feature
 
 
 def with_text_column(dataset: Dataset, scored: Dataset) -> Dataset:

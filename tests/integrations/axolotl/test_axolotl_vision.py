@@ -1,8 +1,12 @@
 """Rows with images in Axolotl: `processor_type`, whose collator tokenizes."""
 
+import copy
+import re
+
 import pytest
 import torch
 from axolotl.processing_strategies import ProcessingStrategy
+from axolotl.utils.chat_templates.base import _CHAT_TEMPLATES
 from axolotl.utils.collators.mm_chat import MultiModalChatDataCollator
 from axolotl_runs import (
     ANSWERS,
@@ -20,7 +24,10 @@ from datasets import Dataset
 from star_dss_axolotl.media import media_rows
 from support.vision_models import gemma3, picture, smolvlm
 
+from star_dss_plugin.data.alignment import Alignment
+from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.columns import SCORES_COLUMN
+from star_dss_plugin.data.media_rows import MediaRows
 from star_dss_plugin.errors import DataError
 
 MEDIA = {
@@ -158,3 +165,52 @@ def test_a_collator_without_role_boundaries_trains_answers_alone():
 
 def test_any_other_collator_is_no_such_one():
     assert media_rows(torch.stack) is None
+
+
+TEMPLATES = {
+    "gemma3": "<start_of_image>",
+    "gemma3n": "<image_soft_token>",
+    "gemma4": "<|image|>",
+    "llama3_2_vision": "<|image|>",
+    "llama4": "<|image|>",
+    "llava": "<image>",
+    "mistral_v7_tekken": "[IMG]",
+    "pixtral": "[IMG]",
+    "qwen2_vl": "<|image_pad|>",
+    "qwen3_5": "<|image_pad|>",
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_answers_are_found_in_the_templates_that_configurations_name(tokenizer, template):
+    """With Axolotl's templates: answers train, whatever number of tokens an image has."""
+    tokenizer = copy.deepcopy(tokenizer)
+    source = _CHAT_TEMPLATES[template]
+    signs = {sign for sign in re.findall(r"</?\|?\w+\|?>|\[/?[A-Z_]+\]", source)}
+    tokenizer.add_special_tokens({"additional_special_tokens": sorted(signs | set(ENDS))})
+    ends = [end for end in ENDS if end in source]
+    tokenizer.eos_token = ends[0] if ends else tokenizer.eos_token
+    chat_tokenizer = ChatTokenizer(tokenizer, source)
+    image = tokenizer.convert_tokens_to_ids(TEMPLATES[template])
+    reader = MediaRows(chat_tokenizer, frozenset([image]), lambda row: row)
+    question = [{"type": "text", "text": "who is lazy?"}, {"type": "image"}]
+    messages = [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": [{"type": "text", "text": "the dog"}]},
+        {"role": "user", "content": [{"type": "text", "text": "and?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "it's bad"}]},
+    ]
+    text = reader.text_rows(Dataset.from_list([{"messages": messages}]), "train")[0]
+    ids, labels = text["input_ids"], text["labels"]
+    assert image in ids or template == "mistral_v7_tekken"
+    said = [label for label in labels if label != -100]
+    assert re.fullmatch(r"\s*(\S+\s+)?the dog.*it's bad\S*\s*", tokenizer.decode(said), re.DOTALL)
+    assert "lazy" not in tokenizer.decode(said)
+    known = {**text, SCORES_COLUMN: [0.5 if label != -100 else 1.0 for label in labels]}
+    long = [token for one in ids for token in [one] * (7 if one == image else 1)]
+    found, scores = Alignment(chat_tokenizer, frozenset([image])).lay(known, long, long)
+    assert [label for label in found if label != -100] == said
+    assert sum(score == 0.5 for score in scores) == len(said)
+
+
+ENDS = ("<end_of_turn>", "<turn|>", "<|eot|>", "<|eot_id|>", "<|im_end|>")

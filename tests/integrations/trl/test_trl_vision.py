@@ -1,14 +1,23 @@
 """Vision-language data in TRL: scored as text before training, laid onto the collator's tokens."""
 
+import subprocess
+import sys
+
 import pytest
+
+pytest.importorskip("trl")
+
 import torch
 from datasets import Dataset
 from peft import LoraConfig
 from star_dss_trl import StarDSSTrainer
 from support.guards import WordGuard
-from support.trl_runs import ANSWERS, PROMPTS, arguments, history, lora_config
+from support.paths import TESTS
+from support.trl_runs import ANSWERS, PROMPTS, Stop, arguments, history, lora_config
 from support.vision_models import MAKE, gemma3, picture, smolvlm
+from trl import SFTConfig, SFTTrainer
 
+from star_dss_plugin import attach
 from star_dss_plugin.data.columns import SCORES_COLUMN
 from star_dss_plugin.errors import ConfigError, DataError
 
@@ -269,3 +278,53 @@ def test_adapters_on_both_towers_train(tmp_path):
     trainer = make(tmp_path, gemma3(), talks(), config)
     trainer.train()
     assert len(history(trainer)) == 3
+
+
+def test_attach_says_who_trains_on_images(tmp_path):
+    model, processor = smolvlm()
+    args = arguments(tmp_path, SFTConfig, max_length=None)
+    trainer = SFTTrainer(model, args, train_dataset=talks(), processing_class=processor)
+    with pytest.raises(DataError, match="Rows with images need StarDSSTrainer"):
+        attach(trainer, guard="test-words")
+
+
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path):
+    whole = make(tmp_path / "whole", smolvlm(), talks(), max_steps=4)
+    whole.train()
+    steps = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    first = make(tmp_path / "parts", smolvlm(), talks(), **steps)
+    first.add_callback(Stop())
+    first.train()
+    second = make(tmp_path / "parts", smolvlm(), talks(), **steps)
+    second.train(resume_from_checkpoint=True)
+    assert numbers(second) == pytest.approx(numbers(whole), abs=1e-5)
+
+
+RANK = """
+import sys, warnings
+from pathlib import Path
+sys.path[:0] = {paths!r}
+from support.guards import WordsPlugin
+from star_dss_plugin.plugins import Origin, load_plugins
+load_plugins().register(WordsPlugin(), Origin("tests", "star-dss-tests", "0"))
+from test_trl_vision import make, numbers, smolvlm, talks
+trainer = make(
+    Path(sys.argv[1]), smolvlm(), talks(), per_device_train_batch_size=2, dataloader_num_workers=1
+)
+trainer.train()
+if trainer.is_world_process_zero():
+    print("NUMBERS", *numbers(trainer))
+"""
+
+
+def test_two_ranks_with_workers_train_as_one_process(tmp_path):
+    alone = make(tmp_path / "alone", smolvlm(), talks())
+    alone.train()
+    script = tmp_path / "rank.py"
+    script.write_text(RANK.format(paths=[str(TESTS), str(TESTS / "integrations" / "trl")]))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *launch, str(script), str(tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("NUMBERS")]
+    assert list(map(float, line.split()[1:])) == pytest.approx(numbers(alone), abs=1e-5)
