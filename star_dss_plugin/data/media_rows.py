@@ -68,6 +68,11 @@ class MediaRows:
         Raises:
             DataError: A row cannot be read, with its number.
         """
+        if SCORES_COLUMN in dataset.column_names:
+            raise DataError(
+                f"The {name} data set brings {SCORES_COLUMN}, one score for each token, and its "
+                "rows get their tokens in the data collator. Remove the column, and set a guard."
+            )
         conversations: list[dict[str, Any]] = []
         ids, labels = [], []
         counts: list[int] = []

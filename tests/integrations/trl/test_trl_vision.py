@@ -9,7 +9,7 @@ pytest.importorskip("trl")
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from star_dss_trl import StarDSSTrainer
 from support.guards import WordGuard
 from support.paths import TESTS
@@ -328,3 +328,21 @@ def test_two_ranks_with_workers_train_as_one_process(tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("NUMBERS")]
     assert list(map(float, line.split()[1:])) == pytest.approx(numbers(alone), abs=1e-5)
+
+
+def test_an_adapter_of_the_vision_tower_that_was_trained_is_no_fresh_one(tmp_path):
+    """Words alone do not pass through it, so the trained adapter would look like a new one."""
+    model, processor = gemma3()
+    config = LoraConfig(r=4, target_modules=r".*vision_tower.*q_proj")
+    model = get_peft_model(model, config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    trainer = make(tmp_path, (model, processor), talks())
+    assert trainer.star_dss_state.reference.kind == "copy"
+
+
+def test_scores_of_tokens_that_are_not_there_are_refused(tmp_path):
+    data = talks().add_column("star_scores", [[1.0]] * 8)
+    with pytest.raises(DataError, match="brings star_scores"):
+        make(tmp_path, smolvlm(), data)
