@@ -12,7 +12,6 @@ __all__ = ["conflicts", "packing_leaks"]
 _STREAMS = "rows are scored before training, and these are not there yet"
 _OWN_LOSS = "it trains with a loss of its own, which STAR-DSS would replace"
 _SPLIT = "it splits a response over several devices or sequences"
-_VISION = "what a guard would judge beside the text, an image or a sound, no guard reads yet"
 
 # One line to each setting: to support one, delete its line.
 _REFUSED: dict[str, tuple[str, str]] = {
@@ -29,15 +28,9 @@ _REFUSED: dict[str, tuple[str, str]] = {
         "Remove it",
     ),
     "trainer_cls": ("Axolotl takes one trainer class, and STAR-DSS brings it", "Remove it"),
-    "batch_flattening": (
-        "it joins rows in a collator that leaves their scores behind",
-        "Set batch_flattening: false; sample_packing: true is supported",
-    ),
     "streaming": (_STREAMS, "Set streaming: false"),
     "pretraining_dataset": (_STREAMS, "Use datasets"),
-    "skip_prepare_dataset": ("there are no tokens to score then", "Remove it"),
     "use_pose": ("it moves positions, for which no reference is computed", "Set use_pose: false"),
-    "processor_type": (_VISION, "Remove it and train on text"),
 }
 _PARALLEL = {
     "context_parallel_size": _SPLIT,
@@ -105,6 +98,7 @@ def _conflicts(cfg: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
             "without packs it takes no collator but Axolotl's own, which would not carry scores",
             "Set sample_packing: true, or balance_labels: false",
         )
+    yield from _media_conflicts(cfg)
     for plugin in cfg.get("plugins") or ():
         package = str(plugin).removeprefix("axolotl.integrations.").split(".")[0]
         if package in _PLUGINS:
@@ -113,6 +107,26 @@ def _conflicts(cfg: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         for i, dataset in enumerate(cfg.get(key) or ()):
             if isinstance(dataset, Mapping):
                 yield from _dataset_conflicts(f"{key}[{i}]", dataset)
+
+
+def _media_conflicts(cfg: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Find what does not go with Axolotl's collator for images and sounds, which tokenizes."""
+    processor = cfg.get("processor_type")
+    if cfg.get("skip_prepare_dataset") and not processor:
+        why = "there are no tokens to score then, and no processor that makes them later"
+        yield f"skip_prepare_dataset: {shortened(cfg['skip_prepare_dataset'])}", why, "Remove it"
+    if not processor:
+        return
+    what = f"processor_type: {shortened(processor)}"
+    if not cfg.get("skip_prepare_dataset"):
+        why = "the collator that makes tokens of images reads messages, which are gone by then"
+        yield f"{what} on prepared data", why, "Set skip_prepare_dataset: true"
+    if cfg.get("remove_unused_columns") is not False:
+        why = "messages and images are columns that the model does not use, and would be removed"
+        yield f"{what} without these columns", why, "Set remove_unused_columns: false"
+    if cfg.get("sample_packing"):
+        why = "rows that the collator tokenizes have no lengths to pack them by"
+        yield f"{what} and sample_packing", why, "Set sample_packing: false"
 
 
 def _reference_is_adapter(cfg: Mapping[str, Any]) -> bool:

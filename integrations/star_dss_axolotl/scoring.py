@@ -27,7 +27,8 @@ def score(
     """Return a data set of Axolotl's with `star_scores`; as it is where nothing is to be scored.
 
     Args:
-        dataset: As Axolotl's loader returns it (`input_ids` and `labels`), or None.
+        dataset: As Axolotl's loader returns it: with `input_ids` and `labels`, raw where the
+            collator tokenizes (the trainer has it scored then), or None.
         cfg: Axolotl's configuration.
         tokenizer: The one that made the tokens.
         options: The run's options.
@@ -43,6 +44,9 @@ def score(
             f"Axolotl loaded the {name} data as a {type(dataset).__name__}, and STAR-DSS scores "
             "data before training. Remove streaming and pretraining_dataset."
         )
+    raw = cfg.get("processor_type") and "input_ids" not in dataset.column_names
+    if raw:
+        return dataset
     if SCORES_COLUMN in dataset.column_names:
         return without_marks(dataset)
     chat, inverses = readers(cfg, tokenizer)

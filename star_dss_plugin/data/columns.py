@@ -13,6 +13,7 @@ __all__ = [
     "ASKED_COLUMN",
     "REF_COLUMN",
     "SCORES_COLUMN",
+    "TEXT_COLUMN",
     "TOKEN_COLUMNS",
     "with_attention_mask",
     "with_column",
@@ -28,6 +29,8 @@ ASKED_COLUMN = "star_asked"
 is there with `trajectory="probed"` alone, for reports; training leaves it out.
 """
 TOKEN_COLUMNS = (SCORES_COLUMN, REF_COLUMN)
+TEXT_COLUMN = "star_text"
+"""A row that a collator tokenizes, as text: its number, tokens, labels and `star_scores`."""
 
 
 def with_column(dataset: Dataset, name: str, column: Sequence[Any], feature: Any) -> Dataset:

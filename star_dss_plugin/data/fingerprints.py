@@ -9,6 +9,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from star_dss_plugin.data.media import undecoded
 from star_dss_plugin.data.requests import PrefixRequest
 
 __all__ = ["content_key", "request_key", "row_keys", "sample_of", "words_of"]
@@ -44,7 +45,7 @@ _SAMPLE = 64
 
 def sample_of(dataset: Dataset) -> str:
     """Return a hash over column names and some rows from all over a data set."""
-    rows = dataset.with_format(None)
+    rows = undecoded(dataset)  # images as they are stored: objects differ from process to process
     some = range(0, len(rows), max(1, len(rows) // _SAMPLE))
     return content_key(list(rows.column_names), [repr(rows[i]) for i in some])
 

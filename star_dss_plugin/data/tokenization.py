@@ -18,6 +18,7 @@ from star_dss_plugin.data.conversations import (
     conversation_of,
     source_messages,
     template_arguments,
+    text_of,
 )
 from star_dss_plugin.data.layout import Layout, Turn, generated_spans, lay_out
 from star_dss_plugin.data.rendered import is_rendered, parsed_prompt
@@ -286,7 +287,7 @@ def _conversation(
 def _speaking(source: list[dict[str, Any]], first: int) -> int:
     """Return how many assistant turns from message `first` on say something."""
     return sum(
-        m["role"] == "assistant" and bool(m.get("content") or m.get("tool_calls"))
+        m["role"] == "assistant" and bool(text_of(m.get("content")) or m.get("tool_calls"))
         for m in source[first:]
     )
 

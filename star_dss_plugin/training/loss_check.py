@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN
+from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN, TOKEN_COLUMNS
 from star_dss_plugin.errors import StarDSSError
 from star_dss_plugin.logprobs import IGNORE_INDEX
+from star_dss_plugin.training.late import text_of_row
 from star_dss_plugin.training.plain import (
     Plain,
     head_watched,
@@ -118,7 +119,8 @@ def _base_beyond_cross_entropy(
     """
     auxiliary = _has_auxiliary_loss(trainer)
     length = batch["labels"].shape[1]
-    if trainer._host_wants_loss_alone() and length > _WINDOW and not auxiliary:
+    words_alone = set(batch) <= {"input_ids", "labels", "attention_mask", *TOKEN_COLUMNS}
+    if trainer._host_wants_loss_alone() and length > _WINDOW and words_alone and not auxiliary:
         first = int((batch["labels"][0, 1:] != IGNORE_INDEX).nonzero()[0])
         part = slice(first, first + _WINDOW)
         batch = {name: batch[name][:1, part] for name in ("input_ids", "labels")}
@@ -180,11 +182,17 @@ def _shortest_row(dataset: Any) -> Mapping[str, Any]:
     if there are some: those are what the model as it starts is compared with.
     """
     rows = (dataset[i] for i in range(len(dataset)))
-    trained = (r for r in rows if any(label != IGNORE_INDEX for label in r["labels"][1:]))
+    trained = (
+        row
+        for row in rows
+        if any(label != IGNORE_INDEX for label in text_of_row(row)["labels"][1:])
+    )
     found = list(itertools.islice(trained, 32))
     if not found:
         raise StarDSSError("No row has a trained token: every label is -100. Check the data.")
-    return min(found, key=lambda r: (not any(r.get(REF_COLUMN, ())), len(r["input_ids"])))
+    return min(
+        found, key=lambda r: (not any(r.get(REF_COLUMN, ())), len(text_of_row(r)["input_ids"]))
+    )
 
 
 _STEPS = "current_gradient_accumulation_steps"

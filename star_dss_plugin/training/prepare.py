@@ -93,7 +93,8 @@ def prepare_dataset(
         raise DataError(
             f"The {name} data set lacks {' and '.join(missing)} (it has "
             f"{', '.join(dataset.column_names)}). STAR-DSS needs tokenized text with labels: let "
-            "the trainer prepare it, or tokenize it with `star-dss score`."
+            "the trainer prepare it, or tokenize it with `star-dss score`. Rows with images need "
+            "StarDSSTrainer (TRL) or the plugin (Axolotl)."
         )
     if "seq_lengths" in dataset.column_names and SCORES_COLUMN not in dataset.column_names:
         raise DataError(
