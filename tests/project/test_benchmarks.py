@@ -10,6 +10,8 @@ import pytest
 from support.models import needs_smollm2
 from support.paths import ROOT
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("trl")
 
 BENCHMARKS = ROOT / "benchmarks"

@@ -14,6 +14,8 @@ pytest.importorskip("peft")
 from support import sharded_runs
 from support.paths import ROOT
 
+pytestmark = pytest.mark.slow
+
 CLOSE = 1e-5
 TRL = ("trl", "trl-lora", "trl-adapter-full", "trl-adapter-rare", "trl-checkpointing")
 PLAIN = ("plain", "plain-adapter-full", "plain-adapter-rare")
