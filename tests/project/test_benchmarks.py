@@ -14,6 +14,8 @@ from support.paths import ROOT
 
 from star_dss_plugin.data.requests import Trajectory
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("trl")
 
 BENCHMARKS = ROOT / "benchmarks"

@@ -16,6 +16,8 @@ import pytest
 from support.models import needs_smollm2
 from support.paths import ROOT
 
+pytestmark = pytest.mark.slow
+
 pytestmark = needs_smollm2
 
 ELSEWHERE = {

@@ -20,6 +20,8 @@ from support.shards import ROWS, SHARD_ROWS, SHARDS, asked, begin, contents, in_
 from star_dss_plugin import ConfigError, GuardError
 from star_dss_plugin.scoring import shards
 
+pytestmark = pytest.mark.slow
+
 # On Ray
 
 

@@ -17,6 +17,8 @@ from support import sharded_runs
 from support.paths import ROOT
 from support.sharded_runs import CLOSE, apart, weights_apart
 
+pytestmark = pytest.mark.slow
+
 TRL = ("trl", "trl-lora", "trl-adapter-full", "trl-adapter-rare", "trl-checkpointing")
 PLAIN = ("plain", "plain-adapter-full", "plain-adapter-rare")
 RUNS = {
