@@ -217,7 +217,7 @@ def pool_rows(dataset: Dataset, options: ScoringOptions) -> list[int]:
 
 def _pool(rows: PoolRows, chat: ChatTokenizer, how: RowOptions) -> Pool:
     """Return the responses of a pool's rows."""
-    _, read = read_responses(rows.dataset, chat, how, needed=False)
+    read = read_responses(rows.dataset, chat, how, needed=False).responses
     found = [_Row(0, one, [request_key(r.request) for r in one]) for one in read]
     places = {key: rows.places[i] for key, i in _first_rows(found).items()}
     return Pool(_unique_requests(found), places, rows.root)
