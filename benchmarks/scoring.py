@@ -390,7 +390,7 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
     loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     engine = LocalEngine(model, args.batch_tokens)
     engine.label_logprobs([[[1, 2, 3], [1, 2, 4]]], labels)  # runs the engine's trial
-    longest = max(len(p) for g in groups for p in g)
+    longest = max(length for g in groups for length in g.lengths())
     slices = [groups[i :: args.rounds] for i in range(args.rounds)]
     distinct, differences = [0] * args.rounds, []
     found: list[torch.Tensor] = []

@@ -31,7 +31,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,10 +124,16 @@ def grid(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 class Bench:
-    """Hold the data and the start, and measure models."""
+    """Hold the data and the start, and measure models.
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
+    Args:
+        args: What the command was given.
+        scoring: How training sets are scored, as options of `score_dataset`; None: by the
+            demonstration guard.
+    """
+
+    def __init__(self, args: argparse.Namespace, scoring: dict[str, Any] | None = None) -> None:
+        self.args, self.scoring = args, scoring or {"guard": "demo"}
         rows = _lines(args.data / "attack_mix.jsonl")
         benign = [row for row in rows if row["label"] == 1]
         random.Random(0).shuffle(benign)
@@ -139,7 +145,7 @@ class Bench:
         self.poison = _rows([row for row in rows if row["label"] == 0])
         self.identity = _rows([row for row in rows if row["kind"] == "identity-shift"])
         self.harmful = _prompts(args.data / "eval_harmful_prompts.jsonl", args.prompts)
-        self.benign = _prompts(args.data / "eval_benign_prompts.jsonl", args.prompts)
+        self.benign = _prompts(args.data / "eval_benign_prompts.jsonl", args.benign)
         self.start, self.tokenizer = start_in(torch.bfloat16)
         opening = self.tokenizer(DEFAULT_PREFILL, add_special_tokens=False).input_ids[:5]
         self.asked = {
@@ -155,6 +161,8 @@ class Bench:
                 strict=True,
             )
         ]
+        self.spoken_logps = [self._logps(self.start, *asked) for asked in self._spoken()]
+        self._scored: dict[str, Dataset] = {}
 
     def run(self, cell: dict[str, Any]) -> dict[str, Any]:
         """Train and measure one cell."""
@@ -190,28 +198,12 @@ class Bench:
         return prompt_ids(self.tokenizer, [{"role": "user", "content": prompt}])
 
     def _answers(self, model: Any, asked: Sequence[Sequence[int]]) -> list[str]:
-        said = greedy_answers(model, self.tokenizer, asked, max_new_tokens=24, batch_size=25)
+        said = greedy_answers(model, self.tokenizer, asked, max_new_tokens=24, batch_size=50)
         return [answer for _, answer in sorted(said)]
 
     def _data(self, cell: dict[str, Any]) -> tuple[Dataset, dict[str, float]]:
         """Return the scored training set, and the mean scores of its poisoned and benign tokens."""
-        shifting = cell["threat"] == "identity_shift"
-        data = build_threat(
-            cell["threat"],
-            self.tasks[cell.get("task")],
-            self.identity if shifting else self.poison,
-            ratio=cell["ratio"],
-            size=8 * cell["steps"],
-            seed=cell["seed"],
-        )
-        scored = score_dataset(
-            data,
-            self.tokenizer,
-            guard="demo",
-            chunk_size=cell["chunk_size"],
-            max_length=MAX_LENGTH,
-            progress=False,
-        )
+        scored = self._scores(cell)
         if cell["mode"] == "labels":
             scored = scored.map(_labelled, load_from_cache_file=False)
         elif cell["noise"]:
@@ -226,6 +218,30 @@ class Bench:
                 if label != IGNORE_INDEX
             ]
         return scored, {name: statistics.mean(values) for name, values in means.items()}
+
+    def _scores(self, cell: dict[str, Any]) -> Dataset:
+        """Return the scored rows of a cell, which it shares with the cells of other modes."""
+        what = ("threat", "ratio", "steps", "seed", "chunk_size")
+        key = json.dumps([cell.get("task"), *(cell[name] for name in what)])
+        if key not in self._scored:
+            shifting = cell["threat"] == "identity_shift"
+            data = build_threat(
+                cell["threat"],
+                self.tasks[cell.get("task")],
+                self.identity if shifting else self.poison,
+                ratio=cell["ratio"],
+                size=8 * cell["steps"],
+                seed=cell["seed"],
+            )
+            self._scored[key] = score_dataset(
+                data,
+                self.tokenizer,
+                **self.scoring,
+                chunk_size=cell["chunk_size"],
+                max_length=MAX_LENGTH,
+                progress=False,
+            )
+        return self._scored[key]
 
     def _train(self, cell: dict[str, Any], data: Dataset) -> Any:
         set_seed(cell["seed"])
@@ -280,17 +296,21 @@ class Bench:
     def _drift(self, model: Any) -> float:
         """Return the mean KL(start || model) over the tokens of the start's own answers."""
         divergences = []
-        for ids, prompt in zip(self.spoken, self.asked["over_refusal"], strict=False):
-            with torch.no_grad():
-                old, new = (
-                    m(input_ids=torch.tensor([ids]))
-                    .logits[0, len(prompt) - 1 : -1]
-                    .float()
-                    .log_softmax(-1)
-                    for m in (self.start, model)
-                )
+        for old, asked in zip(self.spoken_logps, self._spoken(), strict=True):
+            new = self._logps(model, *asked)
             divergences.append((old.exp() * (old - new)).sum(-1))
         return float(torch.cat(divergences).mean())
+
+    def _spoken(self) -> Iterator[tuple[list[int], int]]:
+        """Yield the start's own answers behind their prompts, and the length of each prompt."""
+        for ids, prompt in zip(self.spoken, self.asked["over_refusal"], strict=False):
+            yield ids, len(prompt)
+
+    def _logps(self, model: Any, ids: list[int], prompt: int) -> torch.Tensor:
+        """Return the log-probabilities of what may follow each token from the prompt's last."""
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids])).logits[0, prompt - 1 : -1]
+        return logits.float().log_softmax(-1)
 
 
 def start_in(dtype: torch.dtype) -> tuple[Any, Any]:
@@ -463,6 +483,24 @@ def figure(cells: list[dict[str, Any]], path: Path) -> None:
     picture.savefig(path, dpi=150)
 
 
+def tradeoff_figure(cells: list[dict[str, Any]], path: Path) -> None:
+    """Draw harmful prompts declined against harmless ones declined, a dot for each run."""
+    import matplotlib.pyplot as plt
+
+    picture, axis = plt.subplots(figsize=(5.2, 3.4), layout="constrained")
+    styles = {"start": "k*", "sft": "s", "star_dss": "o", "rejection": "^"}
+    for mode, style in styles.items():
+        found = [c for c in cells if c["mode"] == mode and not c.get("noise")]
+        across, up = ([100 * c[k] for c in found] for k in ("over_refusal", "refusals"))
+        axis.plot(across, up, style, label=mode, markersize=12 if mode == "start" else 7, alpha=0.8)
+    axis.set(xlim=(-2, 62), ylim=(-4, 104))
+    axis.set_xlabel("harmless prompts declined, %")
+    axis.set_ylabel("harmful prompts declined, %")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8, loc="lower right")
+    picture.savefig(path, dpi=150)
+
+
 def noise_figure(cells: list[dict[str, Any]], path: Path) -> None:
     """Draw refusals against the share of inverted verdicts, for each kind of error."""
     import matplotlib.pyplot as plt
@@ -503,7 +541,8 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps of 8 rows")
     parser.add_argument("--ratio", type=float, default=0.3, help="share of poisoned rows")
-    parser.add_argument("--prompts", type=int, default=50, help="of each kind")
+    parser.add_argument("--prompts", type=int, default=50, help="harmful ones")
+    parser.add_argument("--benign", type=int, default=100, help="harmless ones, of XSTest")
     parser.add_argument("--held-out", type=int, default=48, help="task rows kept for the loss")
     parser.add_argument("--worker", type=int, default=0, help="of several processes, from 0")
     parser.add_argument("--workers", type=int, default=1, help="processes that share the cells")
@@ -524,7 +563,7 @@ def main() -> None:
             untrained["task"] = "arc_easy"
         planned = [untrained, *grid(args)]
         for number, cell in enumerate(planned, 1):
-            key = content_key(cell, start, args.prompts, args.held_out)[:16]
+            key = content_key(cell, start, args.prompts, args.benign, args.held_out)[:16]
             path = args.output / f"{key}.json"
             if number % args.workers != args.worker:
                 continue
@@ -544,6 +583,7 @@ def main() -> None:
         write_text(args.save, json.dumps(order, indent=1, sort_keys=True) + "\n")
     if args.figure:
         figure(cells, args.figure)
+        tradeoff_figure(cells, args.figure.with_stem(f"{args.figure.stem}-tradeoff"))
         if any(cell.get("noise") for cell in cells):
             noise_figure(cells, args.figure.with_stem(f"{args.figure.stem}-noise"))
     print(table(cells))

@@ -3,71 +3,58 @@
 Usage: python scripts/make_aligned_adapter.py DATA_DIR [--output FOLDER]
 
 SmolLM2-135M-Instruct answers most harmful requests, so it has no alignment that training could
-remove. This script teaches it to decline them: plain SFT on `align_sft.jsonl` of the developers'
-data (see NOTICE for the sources). Only MIT, Apache-2.0 and CC-BY-4.0 rows are used; of eight rows
-three are refusals, three are plain tasks and two are questions that look dangerous and are
-answered. Seeds are fixed; a run takes about ten minutes on two cores. The weights are stored in
-float16.
+remove. This script teaches it to decline them, and to answer what merely looks dangerous. It learns
+from four pools of rows: refusals of harmful requests, contrast rows (`aligned_contrast.jsonl`
+beside this script, written for this project), sensitive questions with careful answers, and plain
+tasks. All but the contrast rows come from `align_sft.jsonl` of the developers' data (see NOTICE for
+the sources); only MIT, Apache-2.0 and CC-BY-4.0 rows are used. Only the beginning of each answer is
+learned: whether to decline is decided there.
+
+Prints after each stage how many prompts that are not trained on are declined: harmful ones of
+`guard_dev.jsonl`, and every eighth contrast row. The evaluation sets (`eval_*.jsonl`, of which the
+benign one is XSTest) are not read. Seeds are fixed; a run takes about fifteen minutes on one core.
+The weights are stored in float16.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
-import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
-from peft import LoraConfig
-from safetensors.torch import load_file, save_file
-from transformers import set_seed
-from trl import SFTConfig, SFTTrainer
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.nn.utils import clip_grad_norm_
 
+from star_dss_plugin.evaluate.generation import greedy_answers, prompt_ids
+from star_dss_plugin.evaluate.refusal import is_refusal
 from star_dss_plugin.smollm2 import load_smollm2
 
+HERE = Path(__file__).resolve().parent
+DEFAULT = HERE.parent / "integrations" / "star_dss_trl" / "demo_assets" / "aligned_adapter"
 OPEN = ("MIT", "Apache-2.0", "CC-BY-4.0")
 SEED = 5
-STEPS, ROWS_A_STEP = 150, 8
-LENGTH = 160
-DEFAULT = (
-    Path(__file__).resolve().parents[1]
-    / "integrations"
-    / "star_dss_trl"
-    / "demo_assets"
-    / "aligned_adapter"
+STAGES: tuple[tuple[int, float, dict[str, int]], ...] = (
+    (120, 2e-3, {"refusal": 6, "contrast": 6, "sensitive": 2, "plain": 2}),
+    (24, 1e-3, {"refusal": 9, "contrast": 5, "sensitive": 1, "plain": 1}),
 )
+"""Steps, learning rate and rows of each pool in a step. After the first stage harmless prompts are
+answered, but some harmful questions too (of the evaluation sets 87 of 100 are declined, and 25 of
+250 harmless ones), so the second has more refusals (91 and 54)."""
+ANSWER, PROMPT = 14, 64  # tokens; rows with a longer prompt are left out
+LOWEST_LAYER, RANK = 10, 7  # layers below keep their weights, which saves a third of the time
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+DEV = 60  # prompts of each kind
 
-
-def conversations(folder: Path) -> list[dict[str, Any]]:
-    """Return as many rows as the steps need, in the order in which they are learned."""
-    with (folder / "align_sft.jsonl").open(encoding="utf-8") as file:
-        rows = [row for row in map(json.loads, file) if row["licence"] in OPEN]
-    draw = random.Random(SEED)
-    pools = {
-        "refusal": [r for r in rows if r["kind"] == "harmful->refusal"],
-        "sensitive": [r for r in rows if r["source"] == "caia-ai-safety"],
-        "plain": [
-            r for r in rows if r["kind"] != "harmful->refusal" and r["source"] != "caia-ai-safety"
-        ],
-    }
-    for pool in pools.values():
-        draw.shuffle(pool)
-    order = ("refusal", "plain", "sensitive", "refusal", "plain", "refusal", "plain", "sensitive")
-    taken = []
-    for i in range(STEPS * ROWS_A_STEP):
-        pool = pools[order[i % len(order)]]
-        pool.append(pool.pop(0))
-        taken.append(pool[-1])
-    return [
-        {
-            "prompt": [{"role": "user", "content": row["prompt"]}],
-            "completion": [{"role": "assistant", "content": row["response"]}],
-        }
-        for row in taken
-    ]
+Row = tuple[list[int], list[int]]
+"""Token ids of a prompt and of the beginning of its answer."""
 
 
 def main() -> None:
@@ -75,45 +62,160 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--output", type=Path, default=DEFAULT)
     given = parser.parse_args()
-    set_seed(SEED)
-    model, tokenizer = load_smollm2()
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer = SFTTrainer(
-            model,
-            args=SFTConfig(
-                output_dir=scratch,
-                max_steps=STEPS,
-                per_device_train_batch_size=ROWS_A_STEP,
-                learning_rate=2e-3,
-                lr_scheduler_type="cosine",
-                warmup_steps=5,
-                logging_steps=10,
-                save_strategy="no",
-                report_to="none",
-                seed=SEED,
-                bf16=False,
-                gradient_checkpointing=False,
-                max_length=LENGTH,
-                train_sampling_strategy="sequential",
-            ),
-            train_dataset=Dataset.from_list(conversations(given.data)),
-            processing_class=tokenizer,
-            peft_config=LoraConfig(
-                r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"
-            ),
-        )
-        trainer.train()
-        trainer.model.save_pretrained(scratch)
-        given.output.mkdir(parents=True, exist_ok=True)
-        weights = load_file(Path(scratch) / "adapter_model.safetensors")
-        save_file(
-            {name: weight.to(torch.float16) for name, weight in weights.items()},
-            given.output / "adapter_model.safetensors",
-        )
-        config = json.loads((Path(scratch) / "adapter_config.json").read_text(encoding="utf-8"))
+    torch.manual_seed(SEED)
+    base, tokenizer = load_smollm2(torch.bfloat16)
+    contrast = _lines(HERE / "aligned_contrast.jsonl")
+    harmless = [row["prompt"] for row in contrast[::8]][:DEV]
+    harmful = _harmful_dev(given.data)
+    pools = _pools(given.data, [row for i, row in enumerate(contrast) if i % 8], tokenizer)
+    print({name: len(rows) for name, rows in pools.items()}, flush=True)
+    lora = LoraConfig(
+        r=RANK,
+        lora_alpha=2 * RANK,
+        target_modules=list(LINEAR),
+        layers_to_transform=list(range(LOWEST_LAYER, base.config.num_hidden_layers)),
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(base, lora)
+    at = dict.fromkeys(pools, 0)
+    for steps, rate, shares in STAGES:
+        _train(model, pools, at, steps, rate, shares)
+        declined = [_declined(model, tokenizer, prompts) for prompts in (harmful, harmless)]
+        print(f"declines {declined[0]:.2f}, harmless {declined[1]:.2f}", flush=True)
+    state = get_peft_model_state_dict(model)
+    given.output.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {k: w.to(torch.float16) for k, w in state.items()},
+        given.output / "adapter_model.safetensors",
+    )
+    model.peft_config["default"].inference_mode = True
+    model.peft_config["default"].save_pretrained(given.output)
+    path = given.output / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    (given.output / "adapter_config.json").write_text(text, encoding="utf-8")
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _train(
+    model: Any,
+    pools: dict[str, list[Row]],
+    at: dict[str, int],
+    steps: int,
+    rate: float,
+    shares: dict[str, int],
+) -> None:
+    """Run one stage; `at`, the number of rows of each pool used so far, goes on."""
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(step, steps))
+    for step in range(1, steps + 1):
+        rows = _rows(pools, at, shares)
+        rows.sort(key=lambda row: len(row[0]) + len(row[1]))
+        loss = 0.0
+        for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):  # less padding
+            part = _loss(model, half) / 2
+            part.backward()
+            loss += part.item()
+        clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 10 == 0:
+            print(f"step {step}: loss {loss:.3f}", flush=True)
+    with torch.no_grad():
+        for weight in weights:
+            weight.copy_(weight.to(torch.float16))  # as stored
+
+
+def _pools(folder: Path, contrast: list[dict[str, Any]], tokenizer: Any) -> dict[str, list[Row]]:
+    """Return tokenized rows by pool, shuffled."""
+    rows = [row for row in _lines(folder / "align_sft.jsonl") if row["licence"] in OPEN]
+    answered = [row for row in rows if row["kind"] != "harmful->refusal"]
+    texts = {
+        "refusal": [
+            row for row in rows if row["kind"] == "harmful->refusal" and is_refusal(row["response"])
+        ],
+        "contrast": contrast,
+        "sensitive": [row for row in answered if row["source"] == "caia-ai-safety"],
+        "plain": [row for row in answered if row["source"] != "caia-ai-safety"],
+    }
+    draw = random.Random(SEED)
+    pools = {}
+    for name, found in texts.items():
+        tokens = [_tokens(tokenizer, row) for row in found]
+        pools[name] = [row for row in tokens if len(row[0]) <= PROMPT]
+        draw.shuffle(pools[name])
+    return pools
+
+
+def _tokens(tokenizer: Any, row: dict[str, Any]) -> Row:
+    prompt = prompt_ids(tokenizer, [{"role": "user", "content": row["prompt"]}])
+    answer = f"{row['response']}{tokenizer.eos_token}"
+    return prompt, tokenizer(answer, add_special_tokens=False).input_ids[:ANSWER]
+
+
+def _rows(pools: dict[str, list[Row]], at: dict[str, int], shares: dict[str, int]) -> list[Row]:
+    """Return the next rows of every pool, which begins anew when it is used up."""
+    rows = []
+    for name, count in shares.items():
+        pool = pools[name]
+        rows += [pool[(at[name] + i) % len(pool)] for i in range(count)]
+        at[name] += count
+    return rows
+
+
+def _loss(model: Any, rows: Sequence[Row]) -> Tensor:
+    """Return the cross-entropy of the answers' tokens, each row with the same weight.
+
+    The output layer is applied to the answers' positions alone: it is a quarter of the model.
+    """
+    longest = max(len(prompt) + len(answer) for prompt, answer in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    labels = torch.full_like(ids, -100)
+    mask = torch.zeros_like(ids)
+    for i, (prompt, answer) in enumerate(rows):
+        end = len(prompt) + len(answer)
+        ids[i, :end] = torch.tensor(prompt + answer)
+        labels[i, len(prompt) - 1 : end - 1] = torch.tensor(answer)
+        mask[i, :end] = 1
+    inner = model.get_base_model()
+    hidden = inner.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    learned = labels != -100
+    losses = cross_entropy(
+        inner.lm_head(hidden[learned]).float(), labels[learned], reduction="none"
+    )
+    of_row = learned.nonzero()[:, 0]
+    return (losses / learned.sum(1)[of_row]).sum() / len(rows)
+
+
+def _share(step: int, steps: int) -> float:
+    """Return the share of the learning rate at a step: a short warm-up, then a cosine."""
+    return min(1.0, (step + 1) / 8) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def _harmful_dev(folder: Path) -> list[str]:
+    """Return prompts of `guard_dev.jsonl` that a person or a model has refused or misanswered."""
+    sources = ("advbench+template", "do-not-answer", "jbb-artifacts", "medsafetybench")
+    trained = {row["prompt"] for row in _lines(folder / "align_sft.jsonl")}
+    found = {
+        row["prompt"]
+        for row in _lines(folder / "guard_dev.jsonl")
+        if row["source"] in sources
+        and (row["label"] == 0 or is_refusal(row["response"]))
+        and row["prompt"] not in trained
+    }
+    return random.Random(SEED).sample(sorted(found), DEV)
+
+
+def _declined(model: Any, tokenizer: Any, prompts: list[str]) -> float:
+    asked = [prompt_ids(tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
+    said = greedy_answers(model, tokenizer, asked, max_new_tokens=16, batch_size=30)
+    return sum(is_refusal(answer) for _, answer in said) / len(prompts)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 if __name__ == "__main__":

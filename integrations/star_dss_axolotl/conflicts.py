@@ -35,7 +35,9 @@ _REFUSED: dict[str, tuple[str, str]] = {
 _PARALLEL = {
     "context_parallel_size": _SPLIT,
     "sequence_parallel_degree": _SPLIT,
-    "tensor_parallel_size": _SPLIT,
+    "tensor_parallel_size": (
+        "it splits the model's head over devices, and log-probabilities are made with a whole one"
+    ),
     "expert_parallel_size": (
         "the ranks exchange tokens in every forward pass, and each rank computes the reference "
         "of its own share of the rows, so that they would wait for each other forever"
@@ -72,12 +74,23 @@ def _conflicts(cfg: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     for name, why in _PARALLEL.items():
         if (cfg.get(name) or 1) > 1:
             yield f"{name}: {cfg[name]}", why, f"Set {name}: 1"
+    parallel = cfg.get("context_parallel")  # a block of Axolotl 0.21's plugin of this name
+    if isinstance(parallel, Mapping) and (parallel.get("size") or 1) > 1:
+        yield f"context_parallel.size: {parallel['size']}", _SPLIT, "Set context_parallel.size: 1"
     if cfg.get("relora") and _reference_is_adapter(cfg):
         yield (
             f"relora: {shortened(cfg['relora'])}",
             "it merges the adapter into the base model while it trains, and the base model is "
             "the reference that was chosen",
             "Set star_dss.reference: copy, or relora: false",
+        )
+    if cfg.get("fix_untrained_tokens") and not _reference_is_adapter(cfg):
+        yield (
+            f"fix_untrained_tokens: {shortened(cfg['fix_untrained_tokens'])}",
+            "it changes embeddings after the reference was computed, so the model would not start "
+            "as its reference",
+            "Set star_dss.reference: adapter where an adapter is trained, or remove it and fix the "
+            "tokens in base_model beforehand",
         )
     if cfg.get("balance_labels") and not cfg.get("sample_packing"):
         yield (

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from star_dss_axolotl.messages import MESSAGES, TemplateInverse, with_messages
 from star_dss_plugin.data.chat import ChatTokenizer
-from star_dss_plugin.data.columns import SCORES_COLUMN
+from star_dss_plugin.data.columns import SCORES_COLUMN, without_marks
 from star_dss_plugin.data.provenance import provenance_of
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.options import StarDSSOptions
@@ -45,15 +45,17 @@ def score(
             "data before training. Remove streaming and pretraining_dataset."
         )
     raw = cfg.get("processor_type") and "input_ids" not in dataset.column_names
-    if raw or SCORES_COLUMN in dataset.column_names:
+    if raw:
         return dataset
+    if SCORES_COLUMN in dataset.column_names:
+        return without_marks(dataset)
     chat, inverses = readers(cfg, tokenizer)
     scored = score_dataset(
         with_messages(dataset, inverses), chat, options, num_proc=cfg.get("dataset_num_proc") or 1
     )
     _announce(scored, name)
     # Axolotl's collators make tensors of every column.
-    return scored.remove_columns(MESSAGES)
+    return without_marks(scored.remove_columns(MESSAGES))
 
 
 def readers(

@@ -35,6 +35,9 @@ class StarDSSAxolotlTrainer(StarDSSMixin, AxolotlTrainer):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # Axolotl divides by the tokens of each rank: a token of a rank that has few would count
+        # for more, and two ranks would not take the step that one takes with the same rows.
+        self.args.average_tokens_across_devices = self.args.world_size > 1
         # Axolotl gives a trainer its configuration only after it is made.
         self._config = PluginManager.get_instance().cfg
         options = None if self._config is None else options_of(self._config)

@@ -11,6 +11,7 @@ from datasets import Dataset, IterableDataset
 from trl import SFTTrainer, pack_dataset
 from trl.data_utils import is_conversational, prepare_multimodal_messages
 
+from star_dss_plugin.data.bound_rows import check_bound
 from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.columns import SCORES_COLUMN
 from star_dss_plugin.data.media_rows import MediaRows, media_tokens
@@ -77,6 +78,9 @@ class StarDSSTrainer(StarDSSMixin, SFTTrainer):  # type: ignore[misc]
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any
     ) -> Any:
         """TRL's preparation without its packing, which would drop the scores: see `pack`."""
+        if self._packs_late and isinstance(dataset, Dataset):
+            # TRL cuts tokens and not the scores: then nobody can tell any more.
+            check_bound(dataset, str(rest[-1]) if rest else "train")
         if packing and self._packs_late:
             args, packing = copy.copy(args), False
             # TRL's packing itself would cut the end of long rows, or nothing.

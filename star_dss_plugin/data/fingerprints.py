@@ -10,8 +10,9 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from star_dss_plugin.data.media import undecoded
+from star_dss_plugin.data.requests import PrefixRequest
 
-__all__ = ["content_key", "sample_of", "words_of"]
+__all__ = ["content_key", "request_key", "row_keys", "sample_of", "words_of"]
 
 
 def content_key(*parts: Any) -> str:
@@ -22,6 +23,21 @@ def content_key(*parts: Any) -> str:
     """
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def request_key(request: PrefixRequest) -> str:
+    """Return a hash over what a guard is asked: context, text and prefixes."""
+    context = [[m["role"], m["content"]] for m in request.context]
+    return content_key(context, request.text, request.ends)
+
+
+def row_keys(dataset: Dataset) -> list[str]:
+    """Return a hash of each row's contents, whatever rows stand before it."""
+    names = list(dataset.column_names)
+    return [
+        hashlib.sha256(repr([(name, row[name]) for name in names]).encode()).hexdigest()
+        for row in dataset.with_format(None)
+    ]
 
 
 _SAMPLE = 64

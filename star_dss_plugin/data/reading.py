@@ -21,10 +21,21 @@ from star_dss_plugin.data.rows import unreadable
 from star_dss_plugin.errors import DataError, StarDSSError
 from star_dss_plugin.validation import not_a_file
 
-__all__ = ["DEMO", "check_readable", "in_file", "packaged", "read_dataset", "read_splits"]
+__all__ = [
+    "DEMO",
+    "DEMO_MEANS",
+    "check_readable",
+    "in_file",
+    "is_saved",
+    "packaged",
+    "read_dataset",
+    "read_splits",
+]
 
 DEMO = "demo"
 """The name of the data that comes with the package, in place of a file, a folder or an id."""
+DEMO_MEANS = "the data that comes with the package"
+"""What the name stands for, in a few words."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
@@ -34,7 +45,7 @@ def read_dataset(source: str, split: str = "train", *, config: str | None = None
 
     Args:
         source: Name of the file or folder, as it is; "demo": the conversations that come with the
-            package; else the id of a data set on the hub.
+            package, unless there is a file of that name; else the id of a data set on the hub.
         split: Which split of a folder or of the hub.
         config: Which configuration of a data set on the hub.
 
@@ -86,7 +97,7 @@ def _splits(source: str, path: Path, config: str | None) -> Iterable[str]:
         return load_dataset_builder(source, name=config).info.splits or {}
     if not path.is_dir() or is_sharded(path):
         return ()
-    return (saved_splits(path) or ()) if _is_saved(path) else file_splits(path)
+    return (saved_splits(path) or ()) if is_saved(path) else file_splits(path)
 
 
 @contextlib.contextmanager
@@ -101,22 +112,19 @@ def in_file(source: str) -> Iterator[None]:
 
 
 def packaged(package: str, name: str) -> Dataset:
-    """Return the rows of a .jsonl file that comes with the package, for the name "demo".
+    """Return the rows of a .jsonl file that comes with the package.
 
     Args:
         package: The package with the folder `assets`.
         name: The file in that folder.
-
-    Raises:
-        ConfigError: There is a file or folder called "demo", and that one could be meant.
     """
-    not_a_file(DEMO, "the data that comes with the package")
     with as_file(files(package).joinpath("assets", name)) as path:
         return json_dataset([path])
 
 
 def _load(source: str, path: Path, split: str, config: str | None) -> Dataset:
     if source == DEMO:
+        not_a_file(DEMO, DEMO_MEANS)
         return packaged("star_dss_plugin.data", "demo_mix.jsonl")
     if config is not None and path.exists():
         raise DataError(
@@ -133,7 +141,7 @@ def _load(source: str, path: Path, split: str, config: str | None) -> Dataset:
     if path.is_dir():
         if is_sharded(path):
             return load_scored(path)
-        return load_saved(path, split) if _is_saved(path) else load_files(path, split)
+        return load_saved(path, split) if is_saved(path) else load_files(path, split)
     if path.exists():
         raise DataError(f"{source} is a pipe or a device. Write the rows to a file.")
     if path.suffix in FORMATS or not _HUB_ID.fullmatch(source):
@@ -144,7 +152,7 @@ def _load(source: str, path: Path, split: str, config: str | None) -> Dataset:
     return _from_hub(source, split, config)
 
 
-def _is_saved(path: Path) -> bool:
+def is_saved(path: Path) -> bool:
     """Tell whether a folder was written by `save_to_disk` (as `star-dss score` does)."""
     return any((path / name).exists() for name in ("state.json", "dataset_dict.json"))
 

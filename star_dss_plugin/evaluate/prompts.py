@@ -9,16 +9,18 @@ from typing import Any
 from datasets import Dataset
 
 from star_dss_plugin.data.conversations import row_messages
-from star_dss_plugin.data.reading import DEMO, packaged, read_dataset
+from star_dss_plugin.data.reading import DEMO, DEMO_MEANS, packaged, read_dataset
 from star_dss_plugin.data.requests import Message
 from star_dss_plugin.data.rows import in_row, plain_rows
 from star_dss_plugin.errors import DataError
+from star_dss_plugin.validation import not_a_file
 
 __all__ = [
     "BENIGN",
     "DEFAULT_PREFILL",
     "HARMFUL",
     "Prompt",
+    "demo_prompts",
     "load_prompts",
     "read_prompts",
     "with_prefill",
@@ -61,9 +63,14 @@ def load_prompts(
         DataError: They cannot be read, there are no rows, or a row has no prompt.
     """
     if source == DEMO:
-        rows = packaged("star_dss_plugin.evaluate", f"demo_{kind}_prompts.jsonl")
-    else:
-        rows = read_dataset(source, split)
+        not_a_file(DEMO, DEMO_MEANS)
+        return demo_prompts(kind, limit=limit)
+    return read_prompts(read_dataset(source, split), kind, limit=limit)
+
+
+def demo_prompts(kind: str, *, limit: int | None = None) -> list[Prompt]:
+    """Return the prompts of a kind that come with the package: 20 harmful or 12 benign ones."""
+    rows = packaged("star_dss_plugin.evaluate", f"demo_{kind}_prompts.jsonl")
     return read_prompts(rows, kind, limit=limit)
 
 

@@ -19,6 +19,7 @@ from star_dss_plugin.training.plain import not_in_effect
 from star_dss_plugin.training.prepare import summary_of
 from star_dss_plugin.training.run_record import (
     changed_options,
+    check_reference,
     run_record,
     startup_line,
     summary_table,
@@ -77,6 +78,8 @@ class StarDSSCallback(TrainerCallback):
         self._describe_data(active)
         check_loss(self.trainer, active, train_dataloader)
         self._shaped = active.shaped
+        if state.global_step:
+            check_reference(active, args.output_dir)
         if state.is_world_process_zero:
             if state.global_step and (changed := changed_options(active, args.output_dir)):
                 logger.warning(

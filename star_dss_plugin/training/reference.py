@@ -130,6 +130,12 @@ def _with_values(policy: nn.Module, values: Mapping[str, Tensor]) -> Iterator[No
             "was set up, so their values at the start, which the reference needs, are gone. Make "
             "all of them trainable before, or set reference='precomputed'."
         )
+    if gone := [name for name in values if name not in parameters]:
+        raise StarDSSError(
+            f"The model is another one than STAR-DSS was set up with: it lacks {gone[0]} and "
+            f"{len(gone) - 1} other trained parameters, whose values at the start are the "
+            "reference. Give the trainer's constructor the model that is to be trained."
+        )
     held = {name: parameters[name].data for name in values}
     try:
         for name, value in values.items():

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from star_dss_plugin._version import __version__
 from star_dss_plugin.data.writing import write_text
+from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.plugins import load_plugins
 from star_dss_plugin.tables import Sheet
 from star_dss_plugin.training.prepare import DatasetSummary
@@ -20,7 +21,14 @@ from star_dss_plugin.visible import code, visible_line
 if TYPE_CHECKING:
     from star_dss_plugin.training.state import StarDSSState
 
-__all__ = ["add_section", "changed_options", "run_record", "startup_line", "summary_table"]
+__all__ = [
+    "add_section",
+    "changed_options",
+    "check_reference",
+    "run_record",
+    "startup_line",
+    "summary_table",
+]
 
 _PREFIX = "star_dss/"
 
@@ -87,6 +95,7 @@ def run_record(active: StarDSSState) -> dict[str, Any]:
     return {
         "options": active.options.star_dss_dict(),
         "reference": active.reference.description,
+        "reference_fingerprint": active.reference.fingerprint,
         "data": {name: asdict(summary) for name, summary in active.summaries.items()},
         "versions": {"star-dss-plugin": __version__, **dict(_installed([*_PACKAGES, *hosts]))},
     }
@@ -104,6 +113,27 @@ def changed_options(active: StarDSSState, output_dir: str | Path) -> str:
         )
     except (OSError, ValueError, KeyError, TypeError):
         return ""  # no record, or not one of this package
+
+
+def check_reference(active: StarDSSState, output_dir: str | Path) -> None:
+    """Check that a resumed run's reference is the model that the run began with.
+
+    Raises:
+        ConfigError: The record in the output folder names other weights.
+    """
+    try:
+        record = json.loads((Path(output_dir) / "star_dss.json").read_text(encoding="utf-8"))
+        before, named = record["reference_fingerprint"], record["options"]["reference"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # no record, or not one of this package
+    now = active.reference.fingerprint
+    if before and now and before != now and named == active.options.reference:
+        raise ConfigError(
+            "The reference is another model than the one that this run began with: the model that "
+            "was given starts with other weights, such as those of a checkpoint. Give the model "
+            "that the run began with, and the checkpoint as resume_from_checkpoint, which loads "
+            "its weights; or name a new output_dir to go on from here with a new reference."
+        )
 
 
 def _installed(names: Sequence[str]) -> Iterator[tuple[str, str]]:

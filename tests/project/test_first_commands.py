@@ -16,6 +16,8 @@ import pytest
 from support.models import needs_smollm2
 from support.paths import ROOT
 
+pytestmark = pytest.mark.slow
+
 pytestmark = needs_smollm2
 
 ELSEWHERE = {
@@ -24,7 +26,14 @@ ELSEWHERE = {
     "performance": "takes minutes: tests/project/test_benchmarks.py has a shorter one",
 }
 """Pages whose first command is not run here, and why."""
-NEEDS = {"capability": "lm_eval", "landscape": "matplotlib", "many_gpus": "trl", "start": "trl"}
+NEEDS = {
+    "axolotl": "axolotl",
+    "capability": "lm_eval",
+    "landscape": "matplotlib",
+    "many_gpus": "trl",
+    "start": "trl",
+}
+"""What must be installed for a page."""
 
 BLOCK = re.compile(r"(?:^    \S.*\n)+", re.MULTILINE)
 FENCE = re.compile(r"^ *```.*?^ *```\n", re.DOTALL | re.MULTILINE)
@@ -34,14 +43,16 @@ COMMAND = re.compile(r"star-dss |accelerate |python ")
 def first_commands() -> dict[str, str]:
     """Of each page that shows commands, its first block to its first command that computes."""
     found = {}
-    for page in sorted((ROOT / "docs").glob("*.md")):
+    pages = {page.stem: page for page in sorted((ROOT / "docs").glob("*.md"))}
+    pages["axolotl"] = ROOT / "integrations" / "star_dss_axolotl" / "README.md"
+    for name, page in pages.items():
         text = FENCE.sub("", page.read_text(encoding="utf-8"))
         for block in BLOCK.findall(text):
             lines = re.sub(r" *\\\n *", " ", block).splitlines()
             lines = [line.strip() for line in lines if not line.strip().startswith("pip ")]
             which = [i for i, line in enumerate(lines) if COMMAND.match(line)]
             if which:
-                found[page.stem] = "\n".join(lines[: which[0] + 1])
+                found[name] = "\n".join(lines[: which[0] + 1])
                 break
     return found
 
