@@ -21,6 +21,7 @@ from axolotl_runs import (
     trainer_of,
 )
 from datasets import Dataset
+from star_dss_axolotl.check import check
 from star_dss_axolotl.media import media_rows
 from support.vision_models import gemma3, picture, smolvlm
 
@@ -214,3 +215,10 @@ def test_answers_are_found_in_the_templates_that_configurations_name(tokenizer, 
 
 
 ENDS = ("<end_of_turn>", "<turn|>", "<|eot|>", "<|eot_id|>", "<|im_end|>")
+
+
+def test_check_says_that_there_are_no_tokens_to_count_yet(tmp_path, gemma_dir):
+    config = vision(tmp_path, gemma_dir)
+    found = check(tmp_path / "config.yaml", config, data=True)
+    assert found.problems == []
+    assert "train data: 8 rows, tokenized in the collator" in found.notes
