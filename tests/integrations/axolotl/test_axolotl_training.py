@@ -2,8 +2,11 @@
 
 import json
 
-import axolotl.utils.schemas.config
 import pytest
+
+pytest.importorskip("axolotl", reason="needs Axolotl: make test-axolotl")
+
+import axolotl.utils.schemas.config
 import torch
 from axolotl_runs import (
     LORA,

@@ -4,6 +4,9 @@ import copy
 import re
 
 import pytest
+
+pytest.importorskip("axolotl", reason="needs Axolotl: make test-axolotl")
+
 import torch
 from axolotl.processing_strategies import ProcessingStrategy
 from axolotl.utils.chat_templates.base import _CHAT_TEMPLATES
