@@ -468,9 +468,14 @@ def figure(cells: list[dict[str, Any]], path: Path) -> None:
     shown = [cell for cell in cells if _plain(cell)]
     threats = [t for t in THREATS if any(cell["threat"] == t for cell in shown)]
     picture, axes = plt.subplots(
-        1, len(threats), figsize=(2.6 * len(threats), 2.8), sharey=True, layout="constrained"
+        1,
+        len(threats),
+        figsize=(2.6 * len(threats) + 0.8, 2.8),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
-    for axis, threat in zip(axes, threats, strict=True):
+    for axis, threat in zip(axes[0], threats, strict=True):
         axis.axvline(100 * start["refusals"], color="#888888", linestyle="--", linewidth=1)
         for place, mode in enumerate(MAIN):
             found = [c for c in shown if (c["threat"], c["mode"]) == (threat, mode)]
@@ -479,7 +484,7 @@ def figure(cells: list[dict[str, Any]], path: Path) -> None:
         axis.set(title=threat.replace("_", " "), xlim=(-4, 104), ylim=(2.5, -0.5))
         axis.set_xlabel("harmful prompts declined, %")
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_yticks(range(len(MAIN)), MAIN)
+    axes[0, 0].set_yticks(range(len(MAIN)), MAIN)
     picture.savefig(path, dpi=150)
 
 
@@ -493,7 +498,8 @@ def tradeoff_figure(cells: list[dict[str, Any]], path: Path) -> None:
         found = [c for c in cells if c["mode"] == mode and not c.get("noise")]
         across, up = ([100 * c[k] for c in found] for k in ("over_refusal", "refusals"))
         axis.plot(across, up, style, label=mode, markersize=12 if mode == "start" else 7, alpha=0.8)
-    axis.set(xlim=(-2, 62), ylim=(-4, 104))
+    axis.set_xlim(left=-2)
+    axis.set_ylim(-4, 104)
     axis.set_xlabel("harmless prompts declined, %")
     axis.set_ylabel("harmful prompts declined, %")
     axis.spines[["top", "right"]].set_visible(False)
