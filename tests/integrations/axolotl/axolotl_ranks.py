@@ -24,12 +24,7 @@ def main(kind, results, *configs):
     torch.distributed.init_process_group("gloo")
     from support import sharded_runs
 
-    if kind.startswith("zero"):
-        import deepspeed
-
-        deepspeed.ops.__compatible_ops__.clear()  # or its communication would be compiled
-    else:
-        sharded_runs.shard_on_cpus()
+    sharded_runs.shard_on_cpus()
     use_cpus(kind)
     found = {}
     for config in configs:

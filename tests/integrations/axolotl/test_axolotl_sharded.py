@@ -1,6 +1,5 @@
-"""FSDP and DeepSpeed on two gloo ranks, started by Axolotl, take the steps of one process."""
+"""FSDP on two gloo ranks, started by Axolotl, takes the steps of one process."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -8,7 +7,6 @@ import sys
 
 import pytest
 from axolotl_runs import LORA, _light, configuration, trained, write_config  # noqa: F401
-from support import sharded_runs
 from support.paths import ROOT, TESTS
 from support.sharded_runs import CLOSE, apart, weights_apart
 
@@ -46,18 +44,14 @@ RUNS = {
 }
 
 
-def sharding(kind, folder):
+def sharding(kind):
     """Return what a configuration says to shard the model."""
-    if kind.startswith("fsdp2"):
-        return {
-            "fsdp_version": 2,
-            "fsdp_config": {**FSDP2, "cpu_ram_efficient_loading": kind == "fsdp2-meta"},
-        }
     if kind == "fsdp1":
         return {"fsdp": ["full_shard", "auto_wrap"], "fsdp_config": FSDP1}
-    path = folder / f"{kind}.json"
-    path.write_text(json.dumps(sharded_runs.deepspeed_config(int(kind[4]))))
-    return {"deepspeed": str(path)}
+    return {
+        "fsdp_version": 2,
+        "fsdp_config": {**FSDP2, "cpu_ram_efficient_loading": kind == "fsdp2-meta"},
+    }
 
 
 def case(folder, model_dir, name, ranks, **changes):
@@ -85,7 +79,7 @@ def launch(folder, model_dir, site, kind):
     configs = []
     for name in RUNS[kind]:
         shared = folder / ("full" if name in ("stopped", "resumed") else name)
-        changes = sharding(kind, folder) | {"output_dir": str(folder / name)}
+        changes = sharding(kind) | {"output_dir": str(folder / name)}
         if name == "resumed":
             changes["resume_from_checkpoint"] = str(folder / "stopped" / "checkpoint-2")
         config = write_config(shared, case(shared, model_dir, name, 2, **changes))
@@ -99,7 +93,6 @@ def launch(folder, model_dir, site, kind):
         ],
         env={
             **os.environ,
-            **({"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"} if kind.startswith("zero") else {}),
             "PYTHONPATH": os.pathsep.join(map(str, path)),
             "OMP_NUM_THREADS": "1",
             "STAR_DSS_CACHE": str(folder / "star-dss-cache"),
@@ -125,8 +118,6 @@ def alone(folder, model_dir, name):
 
 @pytest.mark.parametrize("kind", RUNS)
 def test_two_ranks_take_the_steps_of_one_process(tmp_path, model_dir, site, kind):
-    if kind.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("needs DeepSpeed (pip install deepspeed)")
     (found, second), done = launch(tmp_path, model_dir, site, kind)
     twins = {}
     for name in RUNS[kind]:
