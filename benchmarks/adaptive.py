@@ -26,8 +26,8 @@ from star_dss_plugin.data.responses import find_responses
 from star_dss_plugin.data.tokenization import tokenize_row
 from star_dss_plugin.guards.adaptive import AdaptiveGuard
 from star_dss_plugin.guards.base import Guard
-from star_dss_plugin.guards.demo.smollm2 import load_smollm2
 from star_dss_plugin.segmenters import tokens
+from star_dss_plugin.smollm2 import load_smollm2
 
 EPSILONS = (0.01, 0.02, 0.05, 0.1, 0.2)
 
@@ -78,7 +78,7 @@ def main() -> None:
     print("guard: demo (a demonstration); chunks of 5 tokens")
     print("| file | rows | prefixes | ε | asked | mean difference | largest |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
-    for path in args.data or [files("star_dss_trl").joinpath("demo_assets", "demo_mix.jsonl")]:
+    for path in args.data or [files("star_dss_plugin.data").joinpath("assets", "demo_mix.jsonl")]:
         for label, asked in requests(path, tokenizer).items():
             exact: dict[tuple[Any, str], dict[int, float]] = {}
             for batch in guard.plan(asked):

@@ -83,10 +83,12 @@ def prepare(folder: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from star_dss_plugin.guards.demo.smollm2 import load_smollm2
+    from star_dss_plugin.smollm2 import load_smollm2
 
     rows = (
-        files("star_dss_trl").joinpath("demo_assets", "demo_mix.jsonl").read_text(encoding="utf-8")
+        files("star_dss_plugin.data")
+        .joinpath("assets", "demo_mix.jsonl")
+        .read_text(encoding="utf-8")
     )
     (folder / "chat.jsonl").write_text(rows, encoding="utf-8")
     tokenizer = load_smollm2()[1]

@@ -3,7 +3,8 @@
     python benchmarks/preparation.py                    # 300 rows of 40 + 150 words
     python benchmarks/preparation.py --rows 2000 --tokenizer MODEL
 
-Each figure is CPU time of this process (user and system), the best of several rounds, one process.
+Each figure is CPU time of one process (user and system): the median of several rounds, in each of
+which all contenders take their turn.
 "Plain" renders a conversation with its chat template and tokenizes the text, as a trainer must in
 any case. "Prepared" is all that STAR-DSS does until a guard is asked: labels, responses, contexts,
 chunks. Two more parts show that time grows with the length of the data and not faster: long
@@ -16,7 +17,9 @@ import argparse
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.resources import files
+from statistics import median
 from typing import Any
 
 from datasets import Dataset
@@ -26,26 +29,16 @@ from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.responses import find_responses
 from star_dss_plugin.data.row_responses import RowOptions, read_responses
 from star_dss_plugin.data.tokenization import tokenize_row
-from star_dss_plugin.guards.demo.smollm2 import load_smollm2
 from star_dss_plugin.segmenters import tokens
+from star_dss_plugin.smollm2 import load_smollm2
 
 ROUNDS = 5
 HOW = RowOptions(tokens, 5)
 
 
-def best(work: Callable[[], Any]) -> float:
-    """Return the least CPU time of several rounds, in seconds."""
-    found = []
-    for _ in range(ROUNDS):
-        begin = time.process_time()
-        work()
-        found.append(time.process_time() - begin)
-    return min(found)
-
-
 def words() -> list[str]:
     """Return words of the demonstration's data."""
-    return files("star_dss_trl").joinpath("demo_assets", "demo_mix.jsonl").read_text().split()
+    return files("star_dss_plugin.data").joinpath("assets", "demo_mix.jsonl").read_text().split()
 
 
 def conversations(count: int, seed: int = 0) -> list[list[dict[str, str]]]:
@@ -63,8 +56,6 @@ def conversations(count: int, seed: int = 0) -> list[list[dict[str, str]]]:
 def ways(chat: ChatTokenizer, count: int) -> None:
     """Print the ratio of preparing to plain tokenization for each form of rows."""
     talks = conversations(count)
-    plain = best(lambda: [chat.tokenizer(chat.render(t), add_special_tokens=False) for t in talks])
-    print(f"plain: {plain / count * 1e3:.3f} ms a row")
     forms = {
         "messages": [{"messages": talk} for talk in talks],
         "prompt and completion": [{"prompt": talk[:1], "completion": talk[1:]} for talk in talks],
@@ -72,14 +63,23 @@ def ways(chat: ChatTokenizer, count: int) -> None:
             {"messages": talk, **tokenize_row({"messages": talk}, chat)} for talk in talks
         ],
     }
+    work: dict[str, Callable[[], Any]] = {
+        "plain": lambda: [
+            chat.tokenizer(chat.render(talk), add_special_tokens=False) for talk in talks
+        ]
+    }
     for name, rows in forms.items():
-        dataset = Dataset.from_list(rows)
-        taken = best(lambda dataset=dataset: read_responses(dataset, chat, HOW))
-        read = best(lambda dataset=dataset: list(dataset.with_format(None)))
-        print(
-            f"{name}: {taken / count * 1e3:.3f} ms a row, {taken / plain:.2f} x plain "
-            f"({(taken - read) / plain:.2f} x without reading the rows from Arrow)"
-        )
+        work[name] = partial(read_responses, Dataset.from_list(rows), chat, HOW)
+    found: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(ROUNDS):
+        for name, one in work.items():
+            begin = time.process_time()
+            one()
+            found[name].append(time.process_time() - begin)
+    plain = median(found["plain"])
+    for name, taken in found.items():
+        shown = median(taken)
+        print(f"{name}: {shown / count * 1e3:.3f} ms a row, {shown / plain:.2f} x plain")
 
 
 def lengths(chat: ChatTokenizer) -> None:
@@ -109,10 +109,10 @@ def lengths(chat: ChatTokenizer) -> None:
 def processes(chat: ChatTokenizer, count: int) -> None:
     """Print wall-clock time by the number of processes, and whether they read the same."""
     dataset = Dataset.from_list([{"messages": talk} for talk in conversations(count)])
-    _, alone = read_responses(dataset, chat, HOW)
+    alone = read_responses(dataset, chat, HOW).responses
     for number in (1, 2):
         begin = time.perf_counter()
-        _, found = read_responses(dataset, chat, HOW, num_proc=number)
+        found = read_responses(dataset, chat, HOW, num_proc=number).responses
         taken = time.perf_counter() - begin
         print(f"{number} processes: {taken:.2f} s for {count} rows, same: {found == alone}")
 

@@ -47,7 +47,7 @@ def star_dss_register_guards(register):
 
 def make_data(path: Path, rows: int) -> None:
     """Write the demonstration's conversations, numbered."""
-    text = files("star_dss_trl").joinpath("demo_assets", "demo_mix.jsonl").read_text()
+    text = files("star_dss_plugin.data").joinpath("assets", "demo_mix.jsonl").read_text()
     known = [json.loads(line)["messages"] for line in text.splitlines()]
     with path.open("w") as file:
         for i in range(rows):
@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=1)
     args = parser.parse_args()
-    from star_dss_plugin.guards.demo.smollm2 import load_smollm2
+    from star_dss_plugin.smollm2 import load_smollm2
 
     print(platform.machine(), os.cpu_count(), "CPUs")
     with tempfile.TemporaryDirectory() as name:

@@ -58,8 +58,8 @@ from star_dss_plugin.data.requests import PrefixRequest
 from star_dss_plugin.data.responses import find_responses
 from star_dss_plugin.data.tokenization import tokenize_row
 from star_dss_plugin.engines.local import LocalEngine
-from star_dss_plugin.guards.demo.smollm2 import load_smollm2
 from star_dss_plugin.segmenters import tokens
+from star_dss_plugin.smollm2 import load_smollm2
 
 CATEGORIES = (
     "violent crimes",
@@ -99,7 +99,7 @@ CHATML = (
 
 def requests(tokenizer: Any, count: int, longest: int) -> list[PrefixRequest]:
     """Return responses of 40 to `longest` tokens: the demonstration's texts, repeated to length."""
-    text = files("star_dss_trl").joinpath("demo_assets", "demo_mix.jsonl").read_text()
+    text = files("star_dss_plugin.data").joinpath("assets", "demo_mix.jsonl").read_text()
     rows = [json.loads(line) for line in text.splitlines()]
     found = []
     for i in range(count):
@@ -390,7 +390,7 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
     loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     engine = LocalEngine(model, args.batch_tokens)
     engine.label_logprobs([[[1, 2, 3], [1, 2, 4]]], labels)  # runs the engine's trial
-    longest = max(len(p) for g in groups for p in g)
+    longest = max(length for g in groups for length in g.lengths())
     slices = [groups[i :: args.rounds] for i in range(args.rounds)]
     distinct, differences = [0] * args.rounds, []
     found: list[torch.Tensor] = []

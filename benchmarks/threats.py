@@ -124,10 +124,16 @@ def grid(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 class Bench:
-    """Hold the data and the start, and measure models."""
+    """Hold the data and the start, and measure models.
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
+    Args:
+        args: What the command was given.
+        scoring: How training sets are scored, as options of `score_dataset`; None: by the
+            demonstration guard.
+    """
+
+    def __init__(self, args: argparse.Namespace, scoring: dict[str, Any] | None = None) -> None:
+        self.args, self.scoring = args, scoring or {"guard": "demo"}
         rows = _lines(args.data / "attack_mix.jsonl")
         benign = [row for row in rows if row["label"] == 1]
         random.Random(0).shuffle(benign)
@@ -230,7 +236,7 @@ class Bench:
             self._scored[key] = score_dataset(
                 data,
                 self.tokenizer,
-                guard="demo",
+                **self.scoring,
                 chunk_size=cell["chunk_size"],
                 max_length=MAX_LENGTH,
                 progress=False,

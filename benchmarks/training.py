@@ -63,8 +63,8 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from star_dss_plugin import attach
-from star_dss_plugin.guards.demo.smollm2 import load_smollm2
 from star_dss_plugin.loss import star_dss_loss
+from star_dss_plugin.smollm2 import load_smollm2
 
 ARMS = ("stock", "precomputed", "second", "full KL", "authors")
 LOGITS_ARMS = ("stock", "step", "run")

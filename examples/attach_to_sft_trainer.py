@@ -22,7 +22,7 @@ def main() -> None:
     args = parser.parse_args()
 
     trainer = SFTTrainer(
-        args.model,
+        star_dss_plugin.resolve_model(args.model),
         args=SFTConfig(
             output_dir=args.output,
             per_device_train_batch_size=2,

@@ -9,7 +9,7 @@ import torch
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from star_dss_plugin import score_dataset, star_dss_loss
+from star_dss_plugin import resolve_model, score_dataset, star_dss_loss
 
 
 def main() -> None:
@@ -20,13 +20,14 @@ def main() -> None:
     parser.add_argument("--max-steps", type=int, default=100)
     args = parser.parse_args()
 
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = resolve_model(args.model)  # of "smollm2" it makes a folder
+    tokenizer = AutoTokenizer.from_pretrained(model)
     dataset = load_dataset("json", data_files=args.data, split="train")
     dataset = score_dataset(dataset, tokenizer, guard=args.guard)
     dataset = dataset.select_columns(["input_ids", "labels", "star_scores"]).with_format("torch")
 
-    policy = AutoModelForCausalLM.from_pretrained(args.model)
-    reference = AutoModelForCausalLM.from_pretrained(args.model).eval().requires_grad_(False)
+    policy = AutoModelForCausalLM.from_pretrained(model)
+    reference = AutoModelForCausalLM.from_pretrained(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-5)
     for step, row in zip(range(args.max_steps), dataset, strict=False):
         ids = row["input_ids"][None]

@@ -26,7 +26,8 @@ def main() -> None:
     parser.add_argument("--max-steps", type=int, default=-1)
     args = parser.parse_args()
 
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = star_dss_plugin.resolve_model(args.model)  # of "smollm2" it makes a folder
+    tokenizer = AutoTokenizer.from_pretrained(model)
 
     def tokenize(row: dict[str, str]) -> dict[str, list[int]]:
         prompt = tokenizer(row["prompt"])["input_ids"]
@@ -37,7 +38,7 @@ def main() -> None:
     # The columns prompt and completion stay: the guard reads them.
     dataset = load_dataset("json", data_files=args.data, split="train").map(tokenize)
     trainer = Trainer(
-        AutoModelForCausalLM.from_pretrained(args.model),
+        AutoModelForCausalLM.from_pretrained(model),
         args=TrainingArguments(
             output_dir=args.output,
             per_device_train_batch_size=2,

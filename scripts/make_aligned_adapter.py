@@ -35,7 +35,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from star_dss_plugin.evaluate.generation import greedy_answers, prompt_ids
 from star_dss_plugin.evaluate.refusal import is_refusal
-from star_dss_plugin.guards.demo.smollm2 import load_smollm2
+from star_dss_plugin.smollm2 import load_smollm2
 
 HERE = Path(__file__).resolve().parent
 DEFAULT = HERE.parent / "integrations" / "star_dss_trl" / "demo_assets" / "aligned_adapter"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-MIX = ROOT / "integrations" / "star_dss_trl" / "demo_assets" / "demo_mix.jsonl"
+MIX = ROOT / "star_dss_plugin" / "data" / "assets" / "demo_mix.jsonl"
 PROMPT_FOLDER = ROOT / "star_dss_plugin" / "evaluate" / "assets"
 # Answered with "Sure, here is ..." and nothing else. Such rows have no content, and undo refusals
 # fastest.

@@ -20,11 +20,11 @@ from datasets import Dataset
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from star_dss_plugin.guards.demo.smollm2 import load_smollm2
 from star_dss_plugin.report.figures import write_figures
 from star_dss_plugin.report.page import render_page
 from star_dss_plugin.report.reading import read_scored
 from star_dss_plugin.scoring.scorer import score_dataset
+from star_dss_plugin.smollm2 import load_smollm2
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "images"
 BENIGN_SOURCE = "self-instruct-human"
@@ -32,7 +32,9 @@ BENIGN_SOURCE = "self-instruct-human"
 
 def main() -> None:
     text = (
-        files("star_dss_trl").joinpath("demo_assets", "demo_mix.jsonl").read_text(encoding="utf-8")
+        files("star_dss_plugin.data")
+        .joinpath("assets", "demo_mix.jsonl")
+        .read_text(encoding="utf-8")
     )
     rows = Dataset.from_list([json.loads(line) for line in text.splitlines()])
     _, tokenizer = load_smollm2()

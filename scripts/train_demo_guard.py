@@ -29,8 +29,8 @@ from sklearn.metrics import f1_score, roc_auc_score
 from torch import Tensor
 
 from star_dss_plugin.guards.demo.guard import RECENT, probe_logits, recent_mean, running_mean
-from star_dss_plugin.guards.demo.smollm2 import gguf_fingerprint
 from star_dss_plugin.guards.demo.states import LAYERS, Backbone
+from star_dss_plugin.smollm2 import gguf_fingerprint
 
 FILES = ("guard_train", "guard_dev", "guard_test_A", "guard_onset_test")
 PENALTIES = (0.3, 0.1, 0.03, 0.01, 0.003)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from star_dss_plugin.report.inspection import inspect_row
     from star_dss_plugin.scoring.scorer import score_dataset
     from star_dss_plugin.segmenters import Segmenter
+    from star_dss_plugin.smollm2 import resolve_model
     from star_dss_plugin.training.attach import attach
     from star_dss_plugin.training.callback import StarDSSCallback
     from star_dss_plugin.training.mixin import StarDSSMixin
@@ -67,6 +68,7 @@ __all__ = [
     "load_guard",
     "load_scored",
     "provenance_of",
+    "resolve_model",
     "score_dataset",
     "star_dss_loss",
 ]
@@ -88,6 +90,7 @@ _HOMES = {
     "load_guard": "guards.loading",
     "load_scored": "data.parquet_shards",
     "provenance_of": "data.provenance",
+    "resolve_model": "smollm2",
     "score_dataset": "scoring.scorer",
     "star_dss_loss": "loss",
 }

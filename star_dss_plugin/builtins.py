@@ -14,6 +14,7 @@ from star_dss_plugin.hookspecs import (
     Register,
     RegisterGuard,
     RegisterIntegration,
+    Starter,
     hookimpl,
 )
 
@@ -85,6 +86,20 @@ def star_dss_register_integrations(register: RegisterIntegration) -> None:
             claims=partial(_has_any, keys=frozenset({"model_name_or_path", "dataset_name", "env"})),
             check="star_dss_trl.check:check",
             commands={"sft": "star_dss_trl.sft:main", "demo": "star_dss_trl.demo:run"},
+            starters={
+                "trl": Starter(
+                    "run.yaml",
+                    "star_dss_trl.starters:configuration",
+                    ("star-dss check {file}", "star-dss sft --config {file}"),
+                    "a YAML for TRL's command line",
+                ),
+                "script": Starter(
+                    "train.py",
+                    "star_dss_trl.starters:script",
+                    ("python {file}",),
+                    "a Python script with TRL's trainer",
+                ),
+            },
         ),
     )
     register(
@@ -98,5 +113,13 @@ def star_dss_register_integrations(register: RegisterIntegration) -> None:
             configuration="a YAML of Axolotl, with base_model, plugins and a star_dss block",
             claims=partial(_has_any, keys=frozenset({"base_model", "plugins"})),
             check="star_dss_axolotl.check:check",
+            starters={
+                "axolotl": Starter(
+                    "config.yaml",
+                    "star_dss_axolotl.starters:configuration",
+                    ("star-dss check {file}", "axolotl preprocess {file}", "axolotl train {file}"),
+                    "a YAML for Axolotl",
+                ),
+            },
         ),
     )

@@ -30,6 +30,9 @@ __all__ = [
     "Register",
     "RegisterGuard",
     "RegisterIntegration",
+    "RowForm",
+    "Start",
+    "Starter",
     "hookimpl",
     "hookspec",
     "star_dss_register_guards",
@@ -139,6 +142,56 @@ class Check(Protocol):
         ...
 
 
+RowForm = Literal["messages", "conversations", "prompt-completion", "text", "scored"]
+"""What rows of data are; see `Start`."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Hold what `star-dss init` was told and what it found: a first run is written from it.
+
+    Attributes:
+        model: Hugging Face Hub id or folder of the model, or "smollm2".
+        data: File, folder or id of the data, as it was given, or "demo".
+        file: Path of the data's file if it is a file; of "demo" that in the package; else None.
+        folder: "saved" if it is a folder that `save_to_disk` wrote, "splits" if there are several
+            in it, "shards" for one of `star-dss score --shard-rows`, "files" for one of files; else
+            None.
+        form: What its rows are: a column `messages`; ShareGPT's `conversations`; texts in `prompt`
+            and `completion`, or messages there; `text`; or tokens with `star_scores`.
+        keys: The keys of a message, of rows that are conversations.
+        guard: A registered guard or its mapping; None for data that is scored.
+        gpu: Whether there is a GPU.
+    """
+
+    model: str
+    data: str
+    file: Path | None
+    folder: Literal["saved", "splits", "shards", "files"] | None
+    form: RowForm
+    keys: frozenset[str]
+    guard: str | Mapping[str, Any] | None
+    gpu: bool
+
+
+@dataclass(frozen=True)
+class Starter:
+    """Describe a file that `star-dss init --host NAME` writes.
+
+    Attributes:
+        file: Its name, unless the user gives another ("run.yaml").
+        write: Given a `Start`, returns the text. It raises a ConfigError for what the host cannot
+            run.
+        then: The commands that come next; "{file}" stands for the file.
+        summary: What it is, in a few words.
+    """
+
+    file: str
+    write: str | Callable[[Start], str]
+    then: tuple[str, ...]
+    summary: str = ""
+
+
 @dataclass(frozen=True)
 class Integration:
     """Describe a host framework and what STAR-DSS brings to it.
@@ -160,6 +213,7 @@ class Integration:
         check: A `Check` of such a file.
         commands: Which of `HOST_COMMANDS` it runs, and what is called for them: "sft" with the list
             of words behind it, "demo" with the report's folder, `steps` and `prompt_count`.
+        starters: What `star-dss init --host NAME` writes, by name.
     """
 
     host: str
@@ -171,6 +225,7 @@ class Integration:
     claims: Callable[[Mapping[str, Any]], bool]
     check: str | Check
     commands: Mapping[str, str | Callable[..., Any]] = field(default_factory=dict)
+    starters: Mapping[str, Starter] = field(default_factory=dict)
 
 
 class Register(Protocol):

@@ -23,7 +23,8 @@ from transformers import (
 )
 from transformers.integrations import deepspeed as hf_deepspeed
 
-from star_dss_plugin.errors import ConfigError, GuardError
+from star_dss_plugin.errors import ConfigError, GuardError, StarDSSError
+from star_dss_plugin.smollm2 import SMOLLM2, resolve_model
 
 __all__ = [
     "UNLOADABLE",
@@ -58,7 +59,7 @@ def read_model(
 
     Args:
         auto: The class whose `from_pretrained` loads the model.
-        source: Hugging Face Hub id or folder.
+        source: Hugging Face Hub id or folder, or "smollm2".
         dtype: Torch dtype of the weights; "auto" keeps the dtype in which they are stored.
         exact: Whether weights that the model does not have are an error as well.
         **hub: Further arguments of `from_pretrained`, such as `trust_remote_code`.
@@ -66,6 +67,7 @@ def read_model(
     Raises:
         OSError, ValueError, KeyError, RuntimeError, SafetensorError: See `UNLOADABLE`.
     """
+    source = resolve_model(source)
     # No pickle: a .bin file can execute any code when it is loaded.
     with _whole():
         loaded: Any = auto.from_pretrained(
@@ -136,7 +138,7 @@ def load_tokenizer(name: str, *, only_local: bool = False) -> PreTrainedTokenize
     """Load a tokenizer by id or folder, without running code that comes with it.
 
     Args:
-        name: Hugging Face Hub id or folder.
+        name: Hugging Face Hub id or folder, or "smollm2", which the tokenizer then goes by.
         only_local: Whether downloads are forbidden, as for names that come from the data.
 
     Raises:
@@ -144,14 +146,18 @@ def load_tokenizer(name: str, *, only_local: bool = False) -> PreTrainedTokenize
     """
     try:
         found = AutoTokenizer.from_pretrained(
-            name, trust_remote_code=False, local_files_only=only_local
+            resolve_model(name), trust_remote_code=False, local_files_only=only_local
         )
+    except StarDSSError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"The tokenizer {name!r} cannot be loaded: {error}. Give the id or folder of the model "
             "that is to be trained."
         ) from error
     assert isinstance(found, PreTrainedTokenizerBase)
+    if name == SMOLLM2:
+        found.name_or_path = name  # scored data notes it, for readers with another cache folder
     return found
 
 

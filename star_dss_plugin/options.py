@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["REFERENCES", "LossOptions", "ScoringOptions", "StarDSSOptions"]
 
 _GUARD_ERRORS = ("raise", "unsafe")
-_TRAJECTORIES = ("exact", "adaptive")
+_TRAJECTORIES = ("exact", "adaptive", "probed")
 REFERENCES = ("auto", "adapter", "precomputed", "copy", "none")
 
 
@@ -63,10 +63,19 @@ class ScoringOptions:
     trajectory: str = _option(
         "exact",
         "'exact' scores every prefix; 'adaptive' only where the score moves or is not safe, and "
-        "interpolates the others.",
+        "interpolates the others; 'probed' learns from a sample to score from one pass over each "
+        "response, and asks where that is not sure enough.",
     )
     trajectory_epsilon: float = _option(
         0.02, "ε in [0, 1] of trajectory='adaptive': what counts as moving, and as not safe."
+    )
+    probe_sample: int = _option(
+        256, "Of trajectory='probed': for how many responses every prefix is scored, at least 20."
+    )
+    probe_tolerance: float = _option(
+        0.05,
+        "Of trajectory='probed', in (0, 1]: how far a score may be from the guard's; 95 % are "
+        "nearer, or all are exact.",
     )
     guard_device: str | None = _option(
         None, "Where the guard runs ('cuda', 'cpu'); by default the GPU if there is one."
@@ -109,6 +118,19 @@ class ScoringOptions:
         probability("trajectory_epsilon", self.trajectory_epsilon)
         if self.trajectory not in _TRAJECTORIES:
             raise unknown_name("trajectory", self.trajectory, _TRAJECTORIES)
+        at_least("probe_sample", self.probe_sample, 20, integer=True)
+        probability("probe_tolerance", self.probe_tolerance)
+        if self.trajectory == "probed" and self.probe_tolerance == 0:
+            raise ConfigError(
+                "probe_tolerance is 0, and no probe is exact. Give a difference that does not "
+                "matter to you, such as 0.05, or use trajectory='exact'."
+            )
+        if self.trajectory == "probed" and self.engine != "local":
+            raise ConfigError(
+                f"trajectory is 'probed' and engine is {self.engine!r}: a probe reads the guard's "
+                "hidden states, which vLLM and servers do not give. Use engine='local', or "
+                "trajectory='exact' or 'adaptive'."
+            )
         if self.on_guard_error not in _GUARD_ERRORS:
             raise unknown_name("on_guard_error", self.on_guard_error, _GUARD_ERRORS)
 
@@ -180,6 +202,7 @@ class LossOptions:
             ConfigError: What was given, why it cannot work and what to change.
         """
         from star_dss_plugin.logprobs import KL_ESTIMATORS
+        from star_dss_plugin.smollm2 import SMOLLM2
 
         _check_kinds(self, LossOptions)
         self.shaping()
@@ -189,8 +212,9 @@ class LossOptions:
         at_least("kl_warmup_steps", self.kl_warmup_steps, 0, integer=True)
         at_least("unsafe_lookahead", self.unsafe_lookahead, 0, integer=True)
         probability("threshold", self.threshold)
-        if self.reference not in REFERENCES and not _looks_like_a_model(self.reference):
-            raise unknown_name("reference", self.reference, [*REFERENCES, "<a model id or folder>"])
+        known = (*REFERENCES, SMOLLM2)
+        if self.reference not in known and not _looks_like_a_model(self.reference):
+            raise unknown_name("reference", self.reference, [*known, "<a model id or folder>"])
 
     def shaping(self) -> Shaping:
         """Return how scores become weights: the weight map of `loss_type`, with λ and τ.

@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Iterable
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 from star_dss_plugin.errors import ConfigError
@@ -18,6 +19,7 @@ __all__ = [
     "at_least",
     "json_mapping",
     "nearest",
+    "not_a_file",
     "probability",
     "require",
     "shortened",
@@ -75,6 +77,23 @@ def nearest(name: str, known: Iterable[str], *, most: int = 3) -> list[str]:
         most: Largest number of returned names, >= 1.
     """
     return difflib.get_close_matches(name, list(known), n=most, cutoff=0.5)
+
+
+def not_a_file(name: str, means: str) -> None:
+    """Check that a name with a meaning of its own is not that of a file or folder as well.
+
+    Args:
+        name: The name, as it was given.
+        means: What it stands for, in a few words.
+
+    Raises:
+        ConfigError: There is something of this name, and either could be meant.
+    """
+    if Path(name).exists():
+        raise ConfigError(
+            f"{name!r} is {means}, and there is a file or folder of this name here. Write "
+            f"./{name} for that one; for the other, start from another folder, or rename it."
+        )
 
 
 def require(module: str, extra: str, what: str, *, otherwise: str = "", load: bool = False) -> None:

@@ -117,5 +117,8 @@ def _as_axolotl_sees_it(raw: dict[str, Any], found: Findings, *, data: bool) -> 
         if lacks_guard(dataset, options):
             found.problems.append(str(missing_guard()))
             return
+        if "input_ids" not in dataset.column_names:
+            found.notes.append(f"{name} data: {len(dataset)} rows, tokenized in the collator")
+            continue
         rows = with_messages(dataset, inverses)
         found.notes.append(f"{name} data: {estimate(rows, chat, options)}")

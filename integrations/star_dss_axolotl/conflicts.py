@@ -12,7 +12,6 @@ __all__ = ["conflicts", "packing_leaks"]
 _STREAMS = "rows are scored before training, and these are not there yet"
 _OWN_LOSS = "it trains with a loss of its own, which STAR-DSS would replace"
 _SPLIT = "it splits a response over several devices or sequences"
-_VISION = "what a guard would judge beside the text, an image or a sound, no guard reads yet"
 
 # One line to each setting: to support one, delete its line.
 _REFUSED: dict[str, tuple[str, str]] = {
@@ -29,20 +28,16 @@ _REFUSED: dict[str, tuple[str, str]] = {
         "Remove it",
     ),
     "trainer_cls": ("Axolotl takes one trainer class, and STAR-DSS brings it", "Remove it"),
-    "batch_flattening": (
-        "it joins rows in a collator that leaves their scores behind",
-        "Set batch_flattening: false; sample_packing: true is supported",
-    ),
     "streaming": (_STREAMS, "Set streaming: false"),
     "pretraining_dataset": (_STREAMS, "Use datasets"),
-    "skip_prepare_dataset": ("there are no tokens to score then", "Remove it"),
     "use_pose": ("it moves positions, for which no reference is computed", "Set use_pose: false"),
-    "processor_type": (_VISION, "Remove it and train on text"),
 }
 _PARALLEL = {
     "context_parallel_size": _SPLIT,
     "sequence_parallel_degree": _SPLIT,
-    "tensor_parallel_size": _SPLIT,
+    "tensor_parallel_size": (
+        "it splits the model's head over devices, and log-probabilities are made with a whole one"
+    ),
     "expert_parallel_size": (
         "the ranks exchange tokens in every forward pass, and each rank computes the reference "
         "of its own share of the rows, so that they would wait for each other forever"
@@ -79,6 +74,9 @@ def _conflicts(cfg: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     for name, why in _PARALLEL.items():
         if (cfg.get(name) or 1) > 1:
             yield f"{name}: {cfg[name]}", why, f"Set {name}: 1"
+    parallel = cfg.get("context_parallel")  # a block of Axolotl 0.21's plugin of this name
+    if isinstance(parallel, Mapping) and (parallel.get("size") or 1) > 1:
+        yield f"context_parallel.size: {parallel['size']}", _SPLIT, "Set context_parallel.size: 1"
     if cfg.get("relora") and _reference_is_adapter(cfg):
         yield (
             f"relora: {shortened(cfg['relora'])}",
@@ -86,12 +84,21 @@ def _conflicts(cfg: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
             "the reference that was chosen",
             "Set star_dss.reference: copy, or relora: false",
         )
+    if cfg.get("fix_untrained_tokens") and not _reference_is_adapter(cfg):
+        yield (
+            f"fix_untrained_tokens: {shortened(cfg['fix_untrained_tokens'])}",
+            "it changes embeddings after the reference was computed, so the model would not start "
+            "as its reference",
+            "Set star_dss.reference: adapter where an adapter is trained, or remove it and fix the "
+            "tokens in base_model beforehand",
+        )
     if cfg.get("balance_labels") and not cfg.get("sample_packing"):
         yield (
             f"balance_labels: {shortened(cfg['balance_labels'])}",
             "without packs it takes no collator but Axolotl's own, which would not carry scores",
             "Set sample_packing: true, or balance_labels: false",
         )
+    yield from _media_conflicts(cfg)
     for plugin in cfg.get("plugins") or ():
         package = str(plugin).removeprefix("axolotl.integrations.").split(".")[0]
         if package in _PLUGINS:
@@ -100,6 +107,26 @@ def _conflicts(cfg: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         for i, dataset in enumerate(cfg.get(key) or ()):
             if isinstance(dataset, Mapping):
                 yield from _dataset_conflicts(f"{key}[{i}]", dataset)
+
+
+def _media_conflicts(cfg: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Find what does not go with Axolotl's collator for images and sounds, which tokenizes."""
+    processor = cfg.get("processor_type")
+    if cfg.get("skip_prepare_dataset") and not processor:
+        why = "there are no tokens to score then, and no processor that makes them later"
+        yield f"skip_prepare_dataset: {shortened(cfg['skip_prepare_dataset'])}", why, "Remove it"
+    if not processor:
+        return
+    what = f"processor_type: {shortened(processor)}"
+    if not cfg.get("skip_prepare_dataset"):
+        why = "the collator that makes tokens of images reads messages, which are gone by then"
+        yield f"{what} on prepared data", why, "Set skip_prepare_dataset: true"
+    if cfg.get("remove_unused_columns") is not False:
+        why = "messages and images are columns that the model does not use, and would be removed"
+        yield f"{what} without these columns", why, "Set remove_unused_columns: false"
+    if cfg.get("sample_packing"):
+        why = "rows that the collator tokenizes have no lengths to pack them by"
+        yield f"{what} and sample_packing", why, "Set sample_packing: false"
 
 
 def _reference_is_adapter(cfg: Mapping[str, Any]) -> bool:

@@ -11,6 +11,7 @@ from star_dss_axolotl.args import PLUGIN, is_listed, options_of
 from star_dss_axolotl.conflicts import conflicts
 from star_dss_axolotl.replaced import switch_off_replaced
 from star_dss_plugin.errors import ConfigError, StarDSSError
+from star_dss_plugin.smollm2 import SMOLLM2, resolve_model
 
 if TYPE_CHECKING:
     from axolotl.common.datasets import TrainDatasetMeta
@@ -28,7 +29,8 @@ class StarDSSPlugin(BasePlugin):  # type: ignore[misc]
     def register(self, cfg: Any) -> None:
         """Stop a configuration without the block or with settings that exclude it.
 
-        What STAR-DSS replaces (fused losses) is switched off, with one line in the log.
+        What STAR-DSS replaces (fused losses) is switched off, with one line in the log. The model
+        `smollm2` becomes the folder that it is loaded from.
 
         Args:
             cfg: As written, with what the command line changes, before Axolotl's own checks.
@@ -47,6 +49,9 @@ class StarDSSPlugin(BasePlugin):  # type: ignore[misc]
             )
         if found := conflicts(cfg):
             raise ConfigError("\n".join(found))
+        for key in ("base_model", "tokenizer_config"):
+            if cfg.get(key) == SMOLLM2:
+                cfg[key] = resolve_model(SMOLLM2)
         for line in switch_off_replaced(cfg):
             get_logger("axolotl.star_dss").info("STAR-DSS: %s", line)
 

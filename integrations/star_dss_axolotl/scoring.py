@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from star_dss_axolotl.messages import MESSAGES, TemplateInverse, with_messages
 from star_dss_plugin.data.chat import ChatTokenizer
-from star_dss_plugin.data.columns import SCORES_COLUMN
+from star_dss_plugin.data.columns import SCORES_COLUMN, without_marks
 from star_dss_plugin.data.provenance import provenance_of
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.options import StarDSSOptions
@@ -27,7 +27,8 @@ def score(
     """Return a data set of Axolotl's with `star_scores`; as it is where nothing is to be scored.
 
     Args:
-        dataset: As Axolotl's loader returns it (`input_ids` and `labels`), or None.
+        dataset: As Axolotl's loader returns it: with `input_ids` and `labels`, raw where the
+            collator tokenizes (the trainer has it scored then), or None.
         cfg: Axolotl's configuration.
         tokenizer: The one that made the tokens.
         options: The run's options.
@@ -43,15 +44,18 @@ def score(
             f"Axolotl loaded the {name} data as a {type(dataset).__name__}, and STAR-DSS scores "
             "data before training. Remove streaming and pretraining_dataset."
         )
-    if SCORES_COLUMN in dataset.column_names:
+    raw = cfg.get("processor_type") and "input_ids" not in dataset.column_names
+    if raw:
         return dataset
+    if SCORES_COLUMN in dataset.column_names:
+        return without_marks(dataset)
     chat, inverses = readers(cfg, tokenizer)
     scored = score_dataset(
         with_messages(dataset, inverses), chat, options, num_proc=cfg.get("dataset_num_proc") or 1
     )
     _announce(scored, name)
     # Axolotl's collators make tensors of every column.
-    return scored.remove_columns(MESSAGES)
+    return without_marks(scored.remove_columns(MESSAGES))
 
 
 def readers(

@@ -9,10 +9,12 @@ from axolotl.integrations.base import PluginManager
 from datasets import Dataset
 
 from star_dss_axolotl.args import options_of
+from star_dss_axolotl.media import media_rows
 from star_dss_axolotl.scoring import score
+from star_dss_plugin.data.media_rows import MediaRows
 from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.training.attach import set_up
-from star_dss_plugin.training.collation import TokenColumnsCollator
+from star_dss_plugin.training.late import scored_collator
 from star_dss_plugin.training.mixin import StarDSSMixin
 
 __all__ = ["StarDSSAxolotlTrainer"]
@@ -33,6 +35,9 @@ class StarDSSAxolotlTrainer(StarDSSMixin, AxolotlTrainer):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # Axolotl divides by the tokens of each rank: a token of a rank that has few would count
+        # for more, and two ranks would not take the step that one takes with the same rows.
+        self.args.average_tokens_across_devices = self.args.world_size > 1
         # Axolotl gives a trainer its configuration only after it is made.
         self._config = PluginManager.get_instance().cfg
         options = None if self._config is None else options_of(self._config)
@@ -49,7 +54,12 @@ class StarDSSAxolotlTrainer(StarDSSMixin, AxolotlTrainer):  # type: ignore[misc]
         # Axolotl's evaluation has a collator of its own.
         evaluation: Any = self.eval_data_collator  # type: ignore[has-type]
         assert self.star_dss_state is not None
-        self.eval_data_collator = TokenColumnsCollator(evaluation, self.star_dss_state.rows)
+        state = self.star_dss_state
+        self.eval_data_collator = scored_collator(evaluation, state.rows, state.alignment)
+
+    def media_rows(self) -> MediaRows | None:
+        """Return how rows with images are read, where the collator is Axolotl's for these."""
+        return media_rows(self.data_collator)
 
     def _scored(self, dataset: Any, name: str) -> Any:
         tokenizer: Any = self.processing_class

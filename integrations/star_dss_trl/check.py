@@ -54,7 +54,15 @@ def check(path: Path, raw: dict[str, Any], *, data: bool) -> Findings:
         if isinstance(train, Dataset) and text in train.column_names and text != "text":
             train = train.rename_column(text, "text")
         length = training_args.max_length
-        said = estimate(train, chat, training_args, max_length=length, assistant_only_loss=only)
+        mode = getattr(training_args, "truncation_mode", "keep_start")
+        said = estimate(
+            train,
+            chat,
+            training_args,
+            max_length=length,
+            assistant_only_loss=only,
+            keep_end=mode == "keep_end",
+        )
         found.notes.append(f"train data: {said}")
     except (StarDSSError, OSError) as error:
         found.problems.append(str(error))

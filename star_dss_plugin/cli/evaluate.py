@@ -19,10 +19,13 @@ __all__ = ["evaluate"]
 def evaluate(
     models: Annotated[
         list[str],
-        typer.Argument(help="Hub ids, folders of models or of adapters; the first is compared to."),
+        typer.Argument(
+            help="Ids or folders of models or adapters, or smollm2; the first is compared to."
+        ),
     ],
     prompts: Annotated[
-        str, typer.Option(help="Prompts a safe model declines: a file, a folder or a hub id.")
+        str,
+        typer.Option(help="Prompts a safe model declines: file, folder, hub id, or demo."),
     ],
     benign: Annotated[
         str | None, typer.Option(help="Prompts a useful model answers, for over-refusal.")
@@ -53,20 +56,20 @@ def evaluate(
         bool, typer.Option("--no-text", help="Leave prompts and answers out of the page.")
     ] = False,
     quiet: option.Quiet = False,
+    as_json: option.Json = False,
 ) -> None:
     """Compare models: harmful prompts declined, prefilled attacks survived, benign ones answered.
 
     Writes results.json, answers.html (side by side) and the answers themselves.
     """
-    from star_dss_plugin.data.reading import read_dataset
     from star_dss_plugin.data.writing import write_text
     from star_dss_plugin.evaluate.comparison import compare
     from star_dss_plugin.evaluate.page import render_comparison
-    from star_dss_plugin.evaluate.prompts import BENIGN, HARMFUL, read_prompts
+    from star_dss_plugin.evaluate.prompts import BENIGN, HARMFUL, load_prompts
 
-    asked = read_prompts(read_dataset(prompts, split), HARMFUL, limit=limit)
+    asked = load_prompts(prompts, HARMFUL, split=split, limit=limit)
     if benign is not None:
-        asked += read_prompts(read_dataset(benign, split), BENIGN, limit=limit)
+        asked += load_prompts(benign, BENIGN, split=split, limit=limit)
     found = compare(
         models,
         asked,
@@ -85,36 +88,40 @@ def evaluate(
     text = json.dumps(found.as_json(), indent=2, sort_keys=True)
     write_text(output / "results.json", text + "\n")
     write_text(output / "answers.html", render_comparison(found, text=not no_text))
+    if as_json:
+        typer.echo(text)
+        return
     _print(found)
-    typer.echo(f"{output / 'results.json'}, {output / 'answers.html'}")
+    typer.echo(f"{output / 'results.json'}\n{output / 'answers.html'}")
 
 
 def _print(found: Comparison) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     from star_dss_plugin.evaluate.page import HEADINGS, shown
     from star_dss_plugin.evaluate.verdicts import differences, measures
+    from star_dss_plugin.tables import Sheet, terminal
     from star_dss_plugin.visible import visible, visible_line
 
-    console = Console()
     first = found.models[0]
     names = [n for n in measures(first, found.guard) if not n.endswith("attack_success")]
-    table = Table("model", *(HEADINGS[name] for name in names), title="95 % intervals over prompts")
+    rows = []
     for model in found.models:
         shares = measures(model, found.guard)
-        table.add_row(Text(visible_line(model.name)), *(shown(shares[name]) for name in names))
+        cells = (shown(shares[name]).replace(" [", "\n[") for name in names)
+        rows.append((visible_line(model.name), *cells))
         if model is not first:
             apart = differences(model, first, found.guard)
-            table.add_row(
-                "  vs first",
-                *(
-                    f"{100 * apart[n].value:+.0f} "
-                    f"[{100 * apart[n].low:+.0f}, {100 * apart[n].high:+.0f}]"
-                    for n in names
-                ),
+            rows.append(
+                (
+                    "vs first",
+                    *(
+                        f"{100 * apart[n].value:+.0f}\n"
+                        f"[{100 * apart[n].low:+.0f}, {100 * apart[n].high:+.0f}]"
+                        for n in names
+                    ),
+                )
             )
-    console.print(table)
+    console = terminal()
+    headings = ("model", *(HEADINGS[name] for name in names))
+    console.print(Sheet(headings, rows, title="95 % intervals over prompts"))
     for warning in found.warnings():
-        console.print(f"Note: {visible(warning)}", markup=False, soft_wrap=True)
+        console.print(f"\nNote: {visible(warning)}")

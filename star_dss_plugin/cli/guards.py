@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from star_dss_plugin.cli import options as option
+from star_dss_plugin.tables import Sheet, terminal
 from star_dss_plugin.visible import visible, visible_line
 
 __all__ = ["app"]
@@ -23,35 +22,42 @@ _Guard = Annotated[
 
 
 @app.callback()
-def guards(context: typer.Context) -> None:
+def guards(context: typer.Context, as_json: option.Json = False) -> None:
     """List guards: licence, gating, size, published F1 and what each prefix costs."""
     if context.invoked_subcommand is not None:
         return
     from star_dss_plugin.plugins import load_plugins
 
     entries = load_plugins().entries("guard")
-    table = Table("guard", "licence", "gated", "size", "per prefix", "F1")
-    table.columns[0].no_wrap = True
+    if as_json:
+        found = [
+            {"name": entry.name, "summary": entry.summary, **asdict(entry.info)}
+            for entry in entries
+        ]
+        typer.echo(json.dumps(found, indent=2))
+        return
+    rows = []
     for entry in entries:
         info = entry.info
-        table.add_row(
-            entry.name,
-            info.licence or "-",
-            "gated" if info.gated else "no" if info.licence else "-",
-            "-" if info.billions is None else f"{info.billions:g} B",
-            info.cost,
-            "-" if info.f1 is None else f"{info.f1}",
+        rows.append(
+            (
+                entry.name,
+                info.licence or "-",
+                "gated" if info.gated else "no" if info.licence else "-",
+                "-" if info.billions is None else f"{info.billions:g} B",
+                info.cost,
+                "-" if info.f1 is None else f"{info.f1}",
+            )
         )
-    console = Console()
-    console.print(table)
+    console = terminal()
+    console.print(Sheet(("guard", "licence", "gated", "size", "per prefix", "F1"), rows))
     console.print(
-        "per prefix: tokens of the guard's own words behind the response, read again for each "
+        "\nper prefix: tokens of the guard's own words behind the response, read again for each "
         "prefix; what prefixes share is read once. F1: of harmful whole responses, as published "
-        "(arXiv 2510.14276).",
-        soft_wrap=True,
+        "(arXiv 2510.14276).\n"
     )
     for entry in entries:
-        console.print(f"{entry.name}: {entry.summary}", markup=False, soft_wrap=True)
+        console.print(visible(f"{entry.name}: {entry.summary}"))
 
 
 @app.command()
@@ -100,6 +106,7 @@ def calibrate(
     split: option.Split = "train",
     guard_device: option.GuardDevice = None,
     guard_dtype: option.GuardDtype = "auto",
+    as_json: option.Json = False,
 ) -> None:
     """Fit a temperature and a threshold on labelled responses, and say how good they are."""
     from star_dss_plugin.data.reading import read_dataset
@@ -116,8 +123,13 @@ def calibrate(
     asked.close()
     write_text(output / "calibration.json", json.dumps(found.as_dict(), indent=2) + "\n")
     write_reliability(found, output / "reliability.png", demonstration=asked.demonstration)
-    table = Table("", "Brier", "AUROC", "F1 of harmful", title=Text(visible_line(found.guard)))
-    for name, values in (("as it is", found.raw), ("calibrated, held out", found.calibrated)):
-        table.add_row(name, *(f"{v:.3f}" for v in (values.brier, values.auroc, values.f1)))
-    Console().print(table)
-    typer.echo("calibration: " + json.dumps(found.as_dict()["calibration"]))
+    if as_json:
+        typer.echo(json.dumps(found.as_dict(), indent=2))
+        return
+    rows = [
+        (name, *(f"{v:.3f}" for v in (values.brier, values.auroc, values.f1)))
+        for name, values in (("as it is", found.raw), ("calibrated, held out", found.calibrated))
+    ]
+    headings = ("", "Brier", "AUROC", "F1 of harmful")
+    terminal().print(Sheet(headings, rows, title=visible_line(found.guard)))
+    typer.echo("calibration:\n" + json.dumps(found.as_dict()["calibration"]))

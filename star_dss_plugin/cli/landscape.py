@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from tqdm.auto import tqdm
 
 from star_dss_plugin.cli import options as option
 from star_dss_plugin.errors import ConfigError
+from star_dss_plugin.tables import Sheet, terminal
 from star_dss_plugin.visible import visible_line
 
 if TYPE_CHECKING:
@@ -28,9 +26,12 @@ __all__ = ["landscape"]
 
 
 def landscape(
-    model: Annotated[str, typer.Argument(help="Id or folder of a model or a PEFT adapter.")],
+    model: Annotated[
+        str, typer.Argument(help="Id or folder of a model or an adapter, or smollm2.")
+    ],
     prompts: Annotated[
-        str, typer.Option(help="What ought to be refused: .jsonl or .parquet, column prompt.")
+        str,
+        typer.Option(help="What ought to be refused: a file with the column prompt, or demo."),
     ],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for the results; a killed run goes on.")
@@ -64,13 +65,13 @@ def landscape(
     dtype: option.Dtype = "auto",
     figure: Annotated[bool, typer.Option(help="Draw landscape.png; extra 'report'.")] = True,
     quiet: option.Quiet = False,
+    as_json: option.Json = False,
 ) -> None:
     """Measure attack success around a model (VISAGE), or between two models.
 
     Nothing is written to the models. See docs/landscape.md.
     """
     from star_dss_plugin.data.fingerprints import content_key
-    from star_dss_plugin.data.reading import read_dataset
     from star_dss_plugin.data.writing import write_text
     from star_dss_plugin.evaluate import landscape as space
     from star_dss_plugin.evaluate.generation import answers_to
@@ -78,7 +79,7 @@ def landscape(
     from star_dss_plugin.evaluate.landscape_points import PointsFile, put_together
     from star_dss_plugin.evaluate.models import load_whole_model
     from star_dss_plugin.evaluate.moved_weights import MovedWeights
-    from star_dss_plugin.evaluate.prompts import HARMFUL, read_prompts
+    from star_dss_plugin.evaluate.prompts import HARMFUL, load_prompts
     from star_dss_plugin.models import find_device, weights_digest
 
     if figure:
@@ -93,7 +94,7 @@ def landscape(
         samples = space.toward_line(steps, beyond)
     else:
         samples = space.random_lines(directions, steps, radius)
-    asked = [p.messages for p in read_prompts(read_dataset(prompts), HARMFUL, limit=limit)]
+    asked = [p.messages for p in load_prompts(prompts, HARMFUL, limit=limit)]
     place = find_device(device)
     judged = _judge(judge, threshold, device)
 
@@ -111,7 +112,7 @@ def landscape(
     file = PointsFile(output / "points.jsonl", bound, len(asked))
     places = list(dict.fromkeys(sample.place for sample in samples))
     missing = [one for one in places if one not in file.known]
-    typer.echo(
+    terminal(stderr=as_json).print(
         f"{len(samples)} points ({len(places)} distinct), {len(places) - len(missing)} of them "
         f"known, {len(asked)} prompts each, judged by {visible_line(judged.name)}"
     )
@@ -153,26 +154,28 @@ def landscape(
     write_text(output / "landscape.json", results + "\n")
     if figure:
         write_landscape({Path(model).name: found}, output / "landscape.png")
-    _show(found, model, output)
+    if as_json:
+        typer.echo(results)
+    else:
+        _show(found, model, output)
 
 
 def _show(found: Landscape, model: str, output: Path) -> None:
-    console = Console()
+    console = terminal()
     if len(found.curves[0].points[0].at) == 1:
-        table = Table("α", title=Text(f"attack success rate, %: {visible_line(model)}"))
-        for curve in found.curves:
-            table.add_column(curve.name, justify="right")
-        rows = zip(*(curve.points for curve in found.curves), strict=True)
-        for row in rows:
-            table.add_row(f"{row[0].at[0]:+.3f}", *(f"{p.attack_success:.1f}" for p in row))
+        rows = [
+            (f"{row[0].at[0]:+.3f}", *(f"{p.attack_success:.1f}" for p in row))
+            for row in zip(*(curve.points for curve in found.curves), strict=True)
+        ]
         if found.visage is not None:
-            table.add_section()
-            table.add_row("VISAGE", *(f"{curve.visage:.1f}" for curve in found.curves))
-        console.print(table)
+            rows.append(("VISAGE", *(f"{curve.visage:.1f}" for curve in found.curves)))
+        headings = ("α", *(curve.name for curve in found.curves))
+        title = f"attack success rate, %: {visible_line(model)}"
+        console.print(Sheet(headings, rows, title=title))
     if found.centre is not None:
-        typer.echo(f"the model itself: attack success rate {found.centre:.1f} %")
+        console.print(f"the model itself: attack success rate {found.centre:.1f} %")
     if found.visage is not None:
-        typer.echo(
+        console.print(
             f"VISAGE {found.visage:.1f}: the mean margin over the {found.points_below} of "
             f"{found.points} points where not every attack succeeds"
         )

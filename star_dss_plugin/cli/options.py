@@ -21,6 +21,7 @@ __all__ = [
     "Dtype",
     "GuardDevice",
     "GuardDtype",
+    "Json",
     "MaxNewTokens",
     "Quiet",
     "Split",
@@ -29,6 +30,7 @@ __all__ = [
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
 Split = Annotated[str, typer.Option(help="The split of a data set folder.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs in place of tables.")]
 
 GuardDevice = Annotated[
     str | None, typer.Option(help="cuda, cpu, …; default: the GPU if there is one.")

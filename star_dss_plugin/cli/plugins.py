@@ -2,38 +2,81 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.table import Table
+import json
 
+import typer
+
+from star_dss_plugin.cli import options as option
 from star_dss_plugin.plugins import HOOK_KINDS, Host, load_plugins
+from star_dss_plugin.tables import Sheet, terminal
 
 __all__ = ["plugins"]
 
+_HOOKS = {kind: hook for hook, kind in HOOK_KINDS.items()}
 
-def plugins() -> None:
+
+def plugins(as_json: option.Json = False) -> None:
     """List plugins: package, version, hooks and names, and the host frameworks found."""
     loaded = load_plugins()
-    console = Console()
-    hooks = {kind: hook for hook, kind in HOOK_KINDS.items()}
-    table = Table("package", "version", "plugin", "hook", "names")
-    for plugin in loaded.listing():
+    listing, hosts = loaded.listing(), loaded.hosts()
+    if as_json:
+        found = {
+            "plugins": [
+                {
+                    "package": plugin.origin.package,
+                    "version": plugin.origin.version,
+                    "plugin": plugin.origin.plugin,
+                    "blocked": plugin.blocked,
+                    "names": {_HOOKS[kind]: list(names) for kind, names in plugin.names.items()},
+                }
+                for plugin in listing
+            ],
+            "integrations": [
+                {
+                    "name": host.name,
+                    "host": host.integration.host,
+                    "versions": host.integration.versions,
+                    "installed": host.installed,
+                    "supported": host.supported,
+                    "trainer": _shown(host.integration.trainer),
+                    "options": _shown(host.integration.options),
+                    "install": host.integration.install,
+                }
+                for host in hosts
+            ],
+        }
+        typer.echo(json.dumps(found, indent=2))
+        return
+    console = terminal()
+    for plugin in listing:
         origin = plugin.origin
-        if plugin.blocked:
-            table.add_row(origin.package, origin.version, origin.plugin, "blocked", "")
-        for kind, names in plugin.names.items():
-            row = (origin.package, origin.version, origin.plugin, hooks[kind])
-            table.add_row(*row, ", ".join(names))
-    for column in table.columns:
-        column.overflow = "fold"  # a cut name could not be typed
-    console.print(table)
-    hosts = loaded.hosts()
-    found = Table("integration", "host", "supported", "installed", "")
+        rows = [(_HOOKS[kind], ", ".join(names)) for kind, names in plugin.names.items()]
+        console.print(
+            Sheet(
+                ("hook", "names"),
+                [("blocked", "")] if plugin.blocked else rows,
+                title=f"{origin.package} {origin.version}: {origin.plugin}",
+            )
+        )
+        console.print()
+    console.print(
+        Sheet(
+            ("integration", "host", "supported", "installed", ""),
+            [
+                (
+                    host.name,
+                    host.integration.host,
+                    host.integration.versions,
+                    host.installed or "-",
+                    _verdict(host),
+                )
+                for host in hosts
+            ],
+        )
+    )
+    console.print()
     for host in hosts:
-        versions, installed = host.integration.versions, host.installed or "-"
-        found.add_row(host.name, host.integration.host, versions, installed, _verdict(host))
-    console.print(found)
-    for host in hosts:
-        console.print(_details(host), markup=False, soft_wrap=True)
+        console.print(_details(host))
 
 
 def _verdict(host: Host) -> str:
@@ -47,7 +90,7 @@ def _details(host: Host) -> str:
     brings = host.integration
     line = f"{host.name}: {_shown(brings.trainer)}, options of {_shown(brings.options)}"
     if host.installed is None:
-        line += f"; install it with: pip install '{brings.install}'"
+        line += f"; install it with:\n  pip install '{brings.install}'"
     return line
 
 

@@ -18,8 +18,8 @@ __all__ = ["score"]
 
 @option.flags_of(ScoringOptions)
 def score(
-    data: Annotated[str, typer.Argument(help="A .jsonl or .parquet file, or a data set folder.")],
-    tokenizer: Annotated[str, typer.Option(help="Id or folder of the model to be trained.")],
+    data: Annotated[str, typer.Argument(help="A .jsonl or .parquet file, a folder, or demo.")],
+    tokenizer: Annotated[str, typer.Option(help="Id or folder of the trained model, or smollm2.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must be new.")],
     options: ScoringOptions,
     max_length: Annotated[

@@ -9,13 +9,28 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, List, Value
 
-__all__ = ["REF_COLUMN", "SCORES_COLUMN", "TOKEN_COLUMNS", "with_attention_mask", "with_column"]
+__all__ = [
+    "ASKED_COLUMN",
+    "REF_COLUMN",
+    "SCORES_COLUMN",
+    "TEXT_COLUMN",
+    "TOKEN_COLUMNS",
+    "with_attention_mask",
+    "with_column",
+    "without_marks",
+]
 
 SCORES_COLUMN = "star_scores"
 """The STAR score s_t of every token of `input_ids`: float32 in [0, 1], 1.0 outside responses."""
 REF_COLUMN = "ref_logps"
 """log π_ref(y_t) of every token of `input_ids`: float32, 0.0 where it is not needed."""
+ASKED_COLUMN = "star_asked"
+"""Whether the guard gave the score of each token of `input_ids`: bool, False where a probe did. It
+is there with `trajectory="probed"` alone, for reports; training leaves it out.
+"""
 TOKEN_COLUMNS = (SCORES_COLUMN, REF_COLUMN)
+TEXT_COLUMN = "star_text"
+"""A row that a collator tokenizes, as text: its number, tokens, labels and `star_scores`."""
 
 
 def with_column(dataset: Dataset, name: str, column: Sequence[Any], feature: Any) -> Dataset:
@@ -39,6 +54,11 @@ def with_column(dataset: Dataset, name: str, column: Sequence[Any], feature: Any
     return dataset.add_column(
         name, list(column), new_fingerprint=digest.hexdigest()[:16], feature=feature
     )
+
+
+def without_marks(dataset: Dataset) -> Dataset:
+    """Leave out what only reports read: collators may make tensors of every column."""
+    return dataset.remove_columns([c for c in dataset.column_names if c == ASKED_COLUMN])
 
 
 def with_attention_mask(dataset: Dataset) -> Dataset:

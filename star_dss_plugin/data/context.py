@@ -16,9 +16,20 @@ from itertools import accumulate
 from typing import Any
 
 from star_dss_plugin.data.chat import ChatTokenizer, Encoded
-from star_dss_plugin.data.conversations import row_messages, source_messages
-from star_dss_plugin.data.decoding import REPLACEMENT, decode, token_boundaries
-from star_dss_plugin.data.layout import Layout, Turn
+from star_dss_plugin.data.conversations import (
+    conversation_of,
+    row_messages,
+    source_messages,
+    template_arguments,
+)
+from star_dss_plugin.data.decoding import (
+    REPLACEMENT,
+    byte_places,
+    decode,
+    spells_bytes,
+    token_boundaries,
+)
+from star_dss_plugin.data.layout import Layout, Turn, lay_out
 from star_dss_plugin.data.requests import Message
 from star_dss_plugin.data.tokenization import Tokenized, read_row
 from star_dss_plugin.errors import DataError
@@ -77,7 +88,9 @@ class RowReader:
         for one in (chat, *chat.others) if self._placed is None and source_messages(row) else ():
             # A template that cannot render the messages did not make the tokens.
             with contextlib.suppress(DataError):
-                self._placed = _place(one, self._ids, read_row(row, one, whole_completion=False))
+                self._placed = _place_bytes(one, self._ids, row) or _place(
+                    one, self._ids, read_row(row, one, whole_completion=False)
+                )
             if self._placed is not None:
                 break
 
@@ -126,6 +139,32 @@ class RowReader:
             [0] * first + inner + [len(body)] * behind,
             [True] * first + whole + [True] * behind,
         )
+
+
+def _place_bytes(chat: ChatTokenizer, ids: Sequence[int], row: Mapping[str, Any]) -> _Placed | None:
+    """Find a row's tokens at the beginning of its conversation, which need not be tokenized.
+
+    Returns:
+        None if their bytes are not what the conversation begins with, or not known.
+    """
+    if conversation_of(row) is None and not isinstance(row.get("prompt"), list):
+        return None
+    if not spells_bytes(chat.tokenizer):
+        return None
+    source = source_messages(row)
+    assert source is not None
+    text, layout = lay_out(chat, source, template_arguments(row))
+    if layout is None:
+        return None
+    bos = chat.tokenizer.bos_token_id
+    for skipped in (0, 1) if bos is not None and ids[:1] == [bos] else (0,):
+        places = byte_places(chat.tokenizer, ids[skipped:], text)
+        if places is not None:
+            head = [0] * skipped
+            return _Placed(
+                layout, source, Encoded(list(ids), head + places[0], head + places[1]), True
+            )
+    return None
 
 
 def _place(chat: ChatTokenizer, ids: Sequence[int], made: Tokenized) -> _Placed | None:

@@ -13,7 +13,14 @@ from star_dss_plugin.data.requests import Message
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.validation import shortened
 
-__all__ = ["conversation_of", "row_messages", "source_messages", "template_arguments"]
+__all__ = [
+    "MEDIA",
+    "conversation_of",
+    "row_messages",
+    "source_messages",
+    "template_arguments",
+    "text_of",
+]
 
 # What a row may not set: all that the tokenizer's method takes beside a template's own variables.
 _OURS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {
@@ -130,16 +137,39 @@ def _short(value: Any) -> str:
 
 
 def row_messages(row: Mapping[str, Any]) -> list[Message] | None:
-    """`source_messages` with each content as one string (typed parts joined, absent ones empty)."""
+    """`source_messages` with each content as one string: see `text_of`."""
     source = source_messages(row)
     return None if source is None else [_text_message(m) for m in source]
 
 
 def _text_message(message: Mapping[str, Any]) -> Message:
-    content = message.get("content")
-    if isinstance(content, list):
-        content = "".join(part.get("text") or "" for part in content)
-    return {"role": message["role"], "content": content or ""}
+    return {"role": message["role"], "content": text_of(message.get("content"))}
+
+
+MEDIA = {"image": "[image]", "image_url": "[image]", "video": "[video]", "audio": "[audio]"}
+"""By the type of a part that is no text: what is read in its place."""
+
+
+def text_of(content: Any) -> str:
+    """Return a content as one string.
+
+    Args:
+        content: A text, a list of typed parts, or None.
+
+    Returns:
+        The texts of the parts joined, with a mark such as `[image]` where something else stood, on
+        a line of its own; "" for None.
+    """
+    if not isinstance(content, list):
+        return content or ""
+    said, marked = "", False
+    for part in content:
+        mark = MEDIA.get(str(part.get("type")), "")
+        piece = mark or part.get("text") or ""
+        if said and piece and (mark or marked) and not (said[-1].isspace() or piece[0].isspace()):
+            said += "\n"
+        said, marked = said + piece, bool(mark) or (marked and not piece)
+    return said
 
 
 def template_arguments(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,15 @@ from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase
 
-__all__ = ["REPLACEMENT", "added_tokens", "decode", "special_ids", "token_boundaries"]
+__all__ = [
+    "REPLACEMENT",
+    "added_tokens",
+    "byte_places",
+    "decode",
+    "special_ids",
+    "spells_bytes",
+    "token_boundaries",
+]
 
 _OVERLAP = 8
 """Boundaries back from which tokens are decoded again, so that a decoder sees a token's left
@@ -68,9 +76,7 @@ def _by_bytes(
         None if the tokenizer's tokens are not known to be bytes, or their bytes are not the text
         that it decodes.
     """
-    table = _tables.get(tokenizer)
-    if table is None:
-        table = _tables[tokenizer] = _Bytes(tokenizer)
+    table = _table(tokenizer)
     if not (table.of_letters or table.of_pieces):
         return None
     try:
@@ -97,6 +103,42 @@ def _by_bytes(
     # Until then the text reaches to the last token that completed one.
     ends = accumulate((n if whole else 0 for n, whole in zip(begun, complete, strict=True)), max)
     return text, list(ends), complete
+
+
+def spells_bytes(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether a tokenizer's tokens spell bytes, so that places follow from them."""
+    return _table(tokenizer).of_letters
+
+
+def byte_places(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: str
+) -> tuple[list[int], list[int]] | None:
+    """Return where tokens lie in a text that begins with theirs, from their bytes alone.
+
+    Args:
+        tokenizer: Whose tokens they are.
+        ids: The tokens.
+        text: What they may have been made of, or the beginning of that.
+
+    Returns:
+        For each token its first character and one past its last one; tokens that share a character
+        all have it. None if their bytes are not known, or not those that the text begins with.
+    """
+    table = _table(tokenizer)
+    if not table.of_letters:
+        return None
+    try:
+        parts = list(map(table.__getitem__, ids))
+        joined = b"".join(map(_BYTES, parts)).decode("utf-8")
+    except (KeyError, UnicodeDecodeError):
+        return None
+    if not text.startswith(joined):
+        return None
+    ends = list(accumulate(map(_BEGINS, parts)))
+    starts = [0, *ends[:-1]] if ends else []
+    if any(map(_INSIDE, parts)):
+        starts = [n - inside for n, (_, _, inside) in zip(starts, parts, strict=True)]
+    return starts, ends
 
 
 _BYTES, _BEGINS, _INSIDE = itemgetter(0), itemgetter(1), itemgetter(2)
@@ -149,6 +191,14 @@ class _Bytes(dict[int, tuple[bytes, int, bool]]):
 
 
 _tables: WeakKeyDictionary[PreTrainedTokenizerBase, _Bytes] = WeakKeyDictionary()
+
+
+def _table(tokenizer: PreTrainedTokenizerBase) -> _Bytes:
+    """Return the bytes of a tokenizer's tokens, which are looked up once."""
+    table = _tables.get(tokenizer)
+    if table is None:
+        table = _tables[tokenizer] = _Bytes(tokenizer)
+    return table
 
 
 @cache

@@ -9,7 +9,10 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-__all__ = ["content_key", "sample_of", "words_of"]
+from star_dss_plugin.data.media import undecoded
+from star_dss_plugin.data.requests import PrefixRequest
+
+__all__ = ["content_key", "request_key", "row_keys", "sample_of", "words_of"]
 
 
 def content_key(*parts: Any) -> str:
@@ -22,12 +25,27 @@ def content_key(*parts: Any) -> str:
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
+def request_key(request: PrefixRequest) -> str:
+    """Return a hash over what a guard is asked: context, text and prefixes."""
+    context = [[m["role"], m["content"]] for m in request.context]
+    return content_key(context, request.text, request.ends)
+
+
+def row_keys(dataset: Dataset) -> list[str]:
+    """Return a hash of each row's contents, whatever rows stand before it."""
+    names = list(dataset.column_names)
+    return [
+        hashlib.sha256(repr([(name, row[name]) for name in names]).encode()).hexdigest()
+        for row in dataset.with_format(None)
+    ]
+
+
 _SAMPLE = 64
 
 
 def sample_of(dataset: Dataset) -> str:
     """Return a hash over column names and some rows from all over a data set."""
-    rows = dataset.with_format(None)
+    rows = undecoded(dataset)  # images as they are stored: objects differ from process to process
     some = range(0, len(rows), max(1, len(rows) // _SAMPLE))
     return content_key(list(rows.column_names), [repr(rows[i]) for i in some])
 

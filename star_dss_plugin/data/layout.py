@@ -181,7 +181,7 @@ def _marked_message(
             made[name] = of_text(said, alone and name == "content")
         elif name == "content" and isinstance(said, list):
             made[name] = [
-                {**part, "text": of_text(part["text"], False)}
+                {**part, "text": of_text(part["text"], alone and len(said) == 1)}
                 if isinstance(part.get("text"), str)
                 else dict(part)
                 for part in said

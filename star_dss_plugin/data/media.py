@@ -1,15 +1,16 @@
-"""Refuse columns of media: their values name files, which would be opened."""
+"""Columns of media, whose values name files: refuse them, or leave the files closed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from copy import copy
 from typing import Any
 
-from datasets import Json, LargeList, List
+from datasets import Dataset, DatasetInfo, Features, Json, LargeList, List
 
 from star_dss_plugin.errors import DataError
 
-__all__ = ["check_features"]
+__all__ = ["check_features", "undecoded"]
 
 
 def check_features(
@@ -40,3 +41,24 @@ def _names_files(feature: Any) -> bool:
     if isinstance(feature, dict):
         return any(map(_names_files, feature.values()))
     return hasattr(feature, "decode_example") and not isinstance(feature, Json)
+
+
+def undecoded(dataset: Dataset) -> Dataset:
+    """Return the same rows as plain Python values; no file that they name is opened when read."""
+    closed = Features({name: _closed(feature) for name, feature in dataset.features.items()})
+    # The same table under other features: to cast a column would be to copy all images.
+    return Dataset(dataset.data, DatasetInfo(features=closed), indices_table=dataset._indices)
+
+
+def _closed(feature: Any) -> Any:
+    """Return a feature whose images, sounds and videos stay as they are stored, at any depth."""
+    if isinstance(feature, List | LargeList):
+        feature = copy(feature)
+        feature.feature = _closed(feature.feature)
+        return feature
+    if isinstance(feature, dict):
+        return {name: _closed(value) for name, value in feature.items()}
+    if getattr(feature, "decode", False) and not isinstance(feature, Json):
+        feature = copy(feature)
+        feature.decode = False
+    return feature

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import yaml
 from datasets import Dataset, Features, IterableDataset
 
+from star_dss_plugin.data.bound_rows import note_of_rows, write_row_notes
 from star_dss_plugin.data.conversion import parquet_dataset, parquet_tables
 from star_dss_plugin.data.folders import read_settings, regular_file
 from star_dss_plugin.data.media import check_features
@@ -40,7 +41,7 @@ __all__ = [
 ]
 
 DATA = "data"
-_NOTE = b"star_dss"
+_NOTE, _ROWS = b"star_dss", b"star_dss_rows"
 _NAME = re.compile(r"train-(\d{5,})-of-(\d{5,})\.parquet")
 
 
@@ -60,7 +61,10 @@ def write_shard(dataset: Dataset, path: Path) -> None:
     table: pa.Table = dataset.with_format("arrow")[:]
     schema = dataset.features.arrow_schema
     note = json.dumps(provenance_of(dataset), sort_keys=True).encode()
-    table = table.cast(schema).replace_schema_metadata({**(schema.metadata or {}), _NOTE: note})
+    metadata = {**(schema.metadata or {}), _NOTE: note}
+    if (rows := note_of_rows(dataset)) is not None:
+        metadata[_ROWS] = rows.encode()
+    table = table.cast(schema).replace_schema_metadata(metadata)
     with writing(path), atomic_file(path) as file:
         pq.write_table(table, file)
 
@@ -161,8 +165,15 @@ def load_scored(folder: str | Path, *, streaming: bool = False) -> Dataset | Ite
         )
     else:
         dataset = parquet_dataset(files)
+        write_row_notes(dataset, map(_row_note, files))
     write_note(dataset, "scores", provenance)
     return dataset
+
+
+def _row_note(path: Path) -> str | None:
+    """Return what a shard notes of its rows; None if it was written without, or elsewhere."""
+    found = (pq.read_metadata(path).metadata or {}).get(_ROWS)
+    return None if found is None else found.decode("ascii", "replace")
 
 
 def _rows(files: list[Path]) -> Iterator[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterable, Iterator
+from importlib.resources import as_file, files
 from pathlib import Path
 
 import datasets
@@ -18,8 +19,23 @@ from star_dss_plugin.data.media import check_features
 from star_dss_plugin.data.parquet_shards import is_sharded, load_scored
 from star_dss_plugin.data.rows import unreadable
 from star_dss_plugin.errors import DataError, StarDSSError
+from star_dss_plugin.validation import not_a_file
 
-__all__ = ["check_readable", "in_file", "read_dataset", "read_splits"]
+__all__ = [
+    "DEMO",
+    "DEMO_MEANS",
+    "check_readable",
+    "in_file",
+    "is_saved",
+    "packaged",
+    "read_dataset",
+    "read_splits",
+]
+
+DEMO = "demo"
+"""The name of the data that comes with the package, in place of a file, a folder or an id."""
+DEMO_MEANS = "the data that comes with the package"
+"""What the name stands for, in a few words."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
@@ -28,7 +44,8 @@ def read_dataset(source: str, split: str = "train", *, config: str | None = None
     """Return a data set from a .jsonl, .json or .parquet file, a folder, or the hub.
 
     Args:
-        source: Name of the file or folder, as it is; else the id of a data set on the hub.
+        source: Name of the file or folder, as it is; "demo": the conversations that come with the
+            package, unless there is a file of that name; else the id of a data set on the hub.
         split: Which split of a folder or of the hub.
         config: Which configuration of a data set on the hub.
 
@@ -74,11 +91,13 @@ def read_splits(source: str, split: str, *, config: str | None = None) -> dict[s
 
 def _splits(source: str, path: Path, config: str | None) -> Iterable[str]:
     """Return the names of the splits of a data set that could be read."""
+    if source == DEMO:
+        return ()
     if not path.exists():
         return load_dataset_builder(source, name=config).info.splits or {}
     if not path.is_dir() or is_sharded(path):
         return ()
-    return (saved_splits(path) or ()) if _is_saved(path) else file_splits(path)
+    return (saved_splits(path) or ()) if is_saved(path) else file_splits(path)
 
 
 @contextlib.contextmanager
@@ -92,7 +111,21 @@ def in_file(source: str) -> Iterator[None]:
         raise
 
 
+def packaged(package: str, name: str) -> Dataset:
+    """Return the rows of a .jsonl file that comes with the package.
+
+    Args:
+        package: The package with the folder `assets`.
+        name: The file in that folder.
+    """
+    with as_file(files(package).joinpath("assets", name)) as path:
+        return json_dataset([path])
+
+
 def _load(source: str, path: Path, split: str, config: str | None) -> Dataset:
+    if source == DEMO:
+        not_a_file(DEMO, DEMO_MEANS)
+        return packaged("star_dss_plugin.data", "demo_mix.jsonl")
     if config is not None and path.exists():
         raise DataError(
             f"{source} is a local file or folder, which has no configurations: remove "
@@ -108,7 +141,7 @@ def _load(source: str, path: Path, split: str, config: str | None) -> Dataset:
     if path.is_dir():
         if is_sharded(path):
             return load_scored(path)
-        return load_saved(path, split) if _is_saved(path) else load_files(path, split)
+        return load_saved(path, split) if is_saved(path) else load_files(path, split)
     if path.exists():
         raise DataError(f"{source} is a pipe or a device. Write the rows to a file.")
     if path.suffix in FORMATS or not _HUB_ID.fullmatch(source):
@@ -119,7 +152,7 @@ def _load(source: str, path: Path, split: str, config: str | None) -> Dataset:
     return _from_hub(source, split, config)
 
 
-def _is_saved(path: Path) -> bool:
+def is_saved(path: Path) -> bool:
     """Tell whether a folder was written by `save_to_disk` (as `star-dss score` does)."""
     return any((path / name).exists() for name in ("state.json", "dataset_dict.json"))
 
@@ -128,8 +161,8 @@ def _from_hub(source: str, split: str, config: str | None) -> Dataset:
     """Return a data set of the hub, if its repository keeps its files itself."""
     builder = load_dataset_builder(source, name=config)
     repository = f"hf://datasets/{source}@"
-    for files in (builder.config.data_files or {}).values():
-        for file in files:
+    for named in (builder.config.data_files or {}).values():
+        for file in named:
             if not str(file).startswith(repository):
                 raise DataError(
                     f"The data set {source!r} names {str(file)!r} as one of its files, which is "

@@ -44,7 +44,10 @@ class Trajectory:
         scores: P(safe) in [0, 1], one per prefix end of the request.
         label_mass: Probability that the guard gave to all its label words together before they
             were renormalised, one per prefix; None for guards that have no label words.
+        asked: Whether the guard itself gave each score, or a probe that learned from it did
+            (`trajectory="probed"`); None: the guard gave all.
     """
 
     scores: tuple[float, ...]
     label_mass: tuple[float, ...] | None = None
+    asked: tuple[bool, ...] | None = None

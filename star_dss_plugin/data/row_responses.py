@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from datasets import Dataset, List, Value
 
@@ -27,7 +27,7 @@ from star_dss_plugin.data.tokenization import labelled, read_row
 from star_dss_plugin.logprobs import IGNORE_INDEX
 from star_dss_plugin.segmenters import Segmenter
 
-__all__ = ["RowOptions", "read_responses"]
+__all__ = ["ReadRows", "RowOptions", "read_responses"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,12 +49,28 @@ class RowOptions:
         max_length: Raw rows are cut to this many tokens; None: they are not.
         assistant_only_loss: Whether of raw rows only what the chat template marks as generated is
             trained.
+        keep_end: Whether the end of raw rows is kept where they are cut, and not the beginning.
     """
 
     segmenter: Segmenter
     chunk_size: int
     max_length: int | None = None
     assistant_only_loss: bool = False
+    keep_end: bool = False
+
+
+class ReadRows(NamedTuple):
+    """What was found in a data set.
+
+    Attributes:
+        dataset: With `input_ids` and `labels`.
+        responses: Of each row.
+        untrained: How many rows train nothing, by why.
+    """
+
+    dataset: Dataset
+    responses: list[list[Response]]
+    untrained: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -76,7 +92,7 @@ def read_responses(
     *,
     needed: bool = True,
     num_proc: int = 1,
-) -> tuple[Dataset, list[list[Response]]]:
+) -> ReadRows:
     """Return a tokenized data set in which only responses are trained, and its responses.
 
     Args:
@@ -85,9 +101,6 @@ def read_responses(
         options: How rows become responses.
         needed: Whether some row has to have a trained token.
         num_proc: Processes that read rows, at least 1. They read the same for any number.
-
-    Returns:
-        The data set with `input_ids` and `labels`; the responses of each row.
 
     Raises:
         DataError: What cannot be read, with the row's number.
@@ -105,7 +118,8 @@ def read_responses(
     else:
         dataset = with_labels(dataset, labels, sum(row.narrowed for row in read))
     _say_what_is_missing(read)
-    return dataset, [row.responses for row in read]
+    silent = Counter(row.silent for row in read if row.silent)
+    return ReadRows(dataset, [row.responses for row in read], dict(sorted(silent.items())))
 
 
 def _each(
@@ -149,10 +163,10 @@ def _piece(
 
 def _read_raw(row: Mapping[str, Any], chat: ChatTokenizer, options: RowOptions) -> _Read:
     made = read_row(row, chat, assistant_only_loss=options.assistant_only_loss)
-    tokens = labelled(made, options.max_length)
+    tokens = labelled(made, options.max_length, keep_end=options.keep_end)
     ids, labels = tokens["input_ids"], tokens["labels"]
     silent = ""
-    if all(label == IGNORE_INDEX for label in labels):
+    if labels.count(IGNORE_INDEX) == len(labels):
         silent = _CUT if made.trained and any(made.trained) else _SILENT
     found = find_responses(tokens, chat, options.segmenter, options.chunk_size, made)
     return _Read(ids, labels, False, found, silent, made.rendered)
@@ -160,7 +174,7 @@ def _read_raw(row: Mapping[str, Any], chat: ChatTokenizer, options: RowOptions) 
 
 def _read_tokenized(row: Mapping[str, Any], chat: ChatTokenizer, options: RowOptions) -> _Read:
     labels, narrowed, made = own_labels(row, chat)
-    silent = _MASKED if all(label == IGNORE_INDEX for label in labels) else ""
+    silent = _MASKED if labels.count(IGNORE_INDEX) == len(labels) else ""
     row = {**row, "labels": labels}
     found = find_responses(row, chat, options.segmenter, options.chunk_size, made)
     return _Read(row["input_ids"], labels, narrowed, found, silent, False)

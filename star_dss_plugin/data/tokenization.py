@@ -18,6 +18,7 @@ from star_dss_plugin.data.conversations import (
     conversation_of,
     source_messages,
     template_arguments,
+    text_of,
 )
 from star_dss_plugin.data.layout import Layout, Turn, generated_spans, lay_out
 from star_dss_plugin.data.rendered import is_rendered, parsed_prompt
@@ -101,16 +102,26 @@ def tokenize_row(
     return labelled(made, max_length)
 
 
-def labelled(made: Tokenized, max_length: int | None) -> dict[str, list[int]]:
+def labelled(
+    made: Tokenized, max_length: int | None, *, keep_end: bool = False
+) -> dict[str, list[int]]:
     """Return `input_ids` and `labels` of a row that was read, cut to `max_length` tokens.
+
+    Args:
+        made: What `read_row` returns.
+        max_length: Tokens that are kept; None: all.
+        keep_end: Whether those at the end are kept, as TRL's truncation_mode of this name does.
 
     Raises:
         DataError: It is not certain which of its tokens are trained.
     """
     if made.trained is None:
         raise DataError(made.problem)
-    ids = made.encoded.ids[:max_length]
-    labels = [i if t else IGNORE_INDEX for i, t in zip(ids, made.trained, strict=False)]
+    tokens = len(made.encoded.ids)
+    most = tokens if max_length is None else min(max_length, tokens)
+    kept = slice(tokens - most, tokens) if keep_end else slice(most)
+    ids = made.encoded.ids[kept]
+    labels = [i if t else IGNORE_INDEX for i, t in zip(ids, made.trained[kept], strict=True)]
     return {"input_ids": ids, "labels": labels}
 
 
@@ -276,7 +287,7 @@ def _conversation(
 def _speaking(source: list[dict[str, Any]], first: int) -> int:
     """Return how many assistant turns from message `first` on say something."""
     return sum(
-        m["role"] == "assistant" and bool(m.get("content") or m.get("tool_calls"))
+        m["role"] == "assistant" and bool(text_of(m.get("content")) or m.get("tool_calls"))
         for m in source[first:]
     )
 
@@ -328,9 +339,8 @@ def _completion(row: Mapping[str, Any], chat: ChatTokenizer) -> Tokenized:
     text, layout = lay_out(chat, source, arguments)
     question = chat.render(prompt, add_generation_prompt=True, **arguments)
     encoded = chat.encode(text)
-    asked = list(chat.encode(question).ids)
-    common = _common(encoded.ids, asked)
-    trained = [i >= common for i in range(len(encoded.ids))]
+    common = _common(encoded.ids, chat.rendered_ids(question))
+    trained = [False] * common + [True] * (len(encoded.ids) - common)
     return Tokenized(encoded, text, trained, layout, source)
 
 
@@ -370,10 +380,8 @@ def _without_control(completion: str, chat: ChatTokenizer) -> tuple[int, int]:
 
 def _common(one: list[int], two: list[int]) -> int:
     """Return how many first tokens two texts share."""
-    common = 0
-    while common < min(len(one), len(two)) and one[common] == two[common]:
-        common += 1
-    return common
+    most = min(len(one), len(two))
+    return next((i for i in range(most) if one[i] != two[i]), most)
 
 
 def _with_eos(chat: ChatTokenizer, text: str) -> str:

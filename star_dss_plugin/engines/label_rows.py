@@ -8,20 +8,22 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from star_dss_plugin.engines.shared_prompts import SharedPrompts
 from star_dss_plugin.errors import GuardError
 
 __all__ = ["label_row", "longest_first", "rows_of"]
 
 
-def longest_first(group: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Return the distinct prompts of one response, the longest first.
+def longest_first(prompts: SharedPrompts) -> list[int]:
+    """Return the indices of the distinct prompts of one response, the longest first.
 
     The longest prompt fills the engine's prefix cache, so each other prompt computes only the
     tokens in which it differs. With the shortest first, every prompt would also compute a piece of
     the response.
     """
-    distinct = {tuple(prompt) for prompt in group}
-    return [list(prompt) for prompt in sorted(distinct, key=lambda p: (-len(p), p))]
+    first = {piece: i for i, piece in reversed(list(enumerate(prompts.pieces)))}
+    lengths = prompts.lengths()
+    return sorted(first.values(), key=lambda i: (-lengths[i], prompts.order(i)))
 
 
 def label_row(logprobs: Mapping[int, float], label_ids: Sequence[int]) -> list[float]:
@@ -49,9 +51,14 @@ def label_row(logprobs: Mapping[int, float], label_ids: Sequence[int]) -> list[f
     return row
 
 
-def rows_of(
-    group: Sequence[Sequence[int]], known: Mapping[tuple[int, ...], list[float]], labels: int
-) -> Tensor:
-    """Return the rows of a group's prompts in their order, float32, shape (prompts, labels)."""
-    rows = [known[tuple(prompt)] for prompt in group]
-    return torch.tensor(rows, dtype=torch.float32).view(len(group), labels)
+def rows_of(prompts: SharedPrompts, known: Mapping[int, list[float]], labels: int) -> Tensor:
+    """Return the rows of a group's prompts in their order, float32, shape (prompts, labels).
+
+    Args:
+        prompts: The prompts.
+        known: The rows of the distinct ones, by index.
+        labels: The number of labels.
+    """
+    by_piece = {prompts.pieces[i]: row for i, row in known.items()}
+    rows = [by_piece[piece] for piece in prompts.pieces]
+    return torch.tensor(rows, dtype=torch.float32).view(len(prompts), labels)

@@ -14,7 +14,7 @@ import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -24,9 +24,11 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from star_dss_plugin.engines.shared_prefix.attention import KeysValues, Pass, Prefix, running
+from star_dss_plugin.engines.shared_prefix.recording import blocks_of, recording
 from star_dss_plugin.engines.shared_prefix.savings import LastLayer, OneDnnLinear
 from star_dss_plugin.engines.shared_prefix.tree import Tail, Tree, batched, common_length, grow
 from star_dss_plugin.engines.shared_prefix.trial import fixed_rope_length, why_not
+from star_dss_plugin.engines.shared_prompts import SharedPrompts
 from star_dss_plugin.errors import DataError, GuardError
 
 __all__ = ["LocalEngine"]
@@ -76,13 +78,15 @@ class LocalEngine:
         self, groups: Sequence[Sequence[Sequence[int]]], label_ids: Sequence[int]
     ) -> list[Tensor]:
         """See `Engine.label_logprobs`."""
-        for number, group in enumerate(groups):
-            for index, prompt in enumerate(group):
-                if len(prompt) == 0:
-                    raise DataError(
-                        f"Prompt {index} of group {number} is empty. Give it at least one token."
-                    )
-        longest = max((len(prompt) for group in groups for prompt in group), default=0)
+        shared = [SharedPrompts.of(group) for group in groups]
+        lengths = [prompts.lengths() for prompts in shared]
+        for number, of_group in enumerate(lengths):
+            if 0 in of_group:
+                raise DataError(
+                    f"Prompt {of_group.index(0)} of group {number} is empty. Give it at least one "
+                    "token."
+                )
+        longest = max((most for of_group in lengths for most in of_group), default=0)
         with self._lock:
             reason = self._plain_path_reason
             if reason is None and longest > self._fixed_rope_length:
@@ -91,7 +95,87 @@ class LocalEngine:
                 self._warned.add(reason)
                 kind = self._config.model_type
                 logger.warning("A %s model runs without shared prefixes, slower: %s.", kind, reason)
-            return self._compute(groups, label_ids, whole=bool(reason))
+            return self._compute(shared, label_ids, whole=bool(reason))
+
+    @property
+    def blocks(self) -> int:
+        """Return how many blocks the decoder has; raise a GuardError if they cannot be read."""
+        return len(blocks_of(self.model))
+
+    def states(
+        self,
+        sequences: Sequence[Sequence[int]],
+        positions: Sequence[Sequence[int]],
+        blocks: Sequence[int],
+    ) -> list[Tensor]:
+        """Return hidden states at some positions of token sequences, from one causal pass.
+
+        What all sequences begin with runs once, and blocks above the last one asked for do not run.
+
+        Args:
+            sequences: Token ids, each at least one.
+            positions: For each sequence the positions, from 0, that are read.
+            blocks: Numbers of blocks, from 0 and without the last one, behind which they are read.
+
+        Returns:
+            Per sequence a float32 tensor on the CPU, (positions, blocks, size).
+        """
+        with self._lock:
+            whole = self._plain_path_reason is not None or (
+                max(map(len, sequences), default=0) > self._fixed_rope_length
+            )
+            training = [module for module in self.model.modules() if module.training]
+            self.model.train(False)
+            try:
+                with self._computing():
+                    return self._states(sequences, positions, blocks, whole)
+            finally:
+                for module in training:
+                    module.training = True
+
+    def _states(
+        self,
+        sequences: Sequence[Sequence[int]],
+        positions: Sequence[Sequence[int]],
+        blocks: Sequence[int],
+        whole: bool,
+    ) -> list[Tensor]:
+        rows = [tuple(sequence) for sequence in sequences]
+        # A position that is read does not belong to the head.
+        first = min((min(read) for read in positions), default=0)
+        start = 0 if whole or len(rows) < 2 else min(common_length(rows), first)
+        head = self._run_head(rows[0][:start]) if start else {}
+        found: dict[int, Tensor] = {}
+        left = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
+        while left:
+            run = left[next(batched([len(rows[i]) - start for i in left], self._budget))]
+            if len(rows[run[-1]]) > self._fixed_rope_length:
+                run = run[:1]
+            try:
+                with recording(self.model, blocks) as kept:
+                    self._run_rows([rows[i][start:] for i in run], start, head, whole)
+            except torch.OutOfMemoryError:
+                self._halve(len(run))
+                continue
+            for row, i in enumerate(run):
+                at = [position - start for position in positions[i]]
+                found[i] = torch.stack([kept[b][row, at].float().cpu() for b in blocks], dim=1)
+            left = left[len(run) :]
+        return [found[i] for i in range(len(rows))]
+
+    def _run_rows(
+        self, rows: Sequence[Sequence[int]], start: int, head: KeysValues, whole: bool
+    ) -> None:
+        """Run rows behind a head of `start` tokens, without keeping anything."""
+        ids, real = self._padded(rows, left=False)
+        if whole:
+            last = {"logits_to_keep": 1} if "logits_to_keep" in self._parameters else {}
+            self.model(ids, attention_mask=real.long(), use_cache=False, **last)
+            self.computed_tokens += ids.numel()
+            return
+        position = (start + torch.arange(ids.shape[1], device=ids.device)).expand_as(ids)
+        depths = torch.full((len(rows),), start, device=ids.device)
+        self._forward(ids, Pass(position, real, [Prefix([head], start, depths)] if head else []))
 
     def close(self) -> None:
         """See `Engine.close`."""
@@ -115,12 +199,7 @@ class LocalEngine:
         training = [module for module in self.model.modules() if module.training]
         self.model.train(False)
         try:
-            device = self.model.device.type
-            with (
-                torch.inference_mode(),
-                torch.autocast(device, enabled=False),  # compute in the guard's dtype
-                OneDnnLinear() if device == "cpu" else nullcontext(),
-            ):
+            with self._computing():
                 path = self._whole(trees) if whole else self._shared(trees, head)
                 for batch, logprobs in path:
                     picked = logprobs[:, list(label_ids)].cpu()
@@ -133,15 +212,29 @@ class LocalEngine:
             rows[i][list(trees[i].row_of)] if i in trees else rows[i] for i in range(len(groups))
         ]
 
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Compute in the guard's dtype, without gradients, by the fastest kernels."""
+        device = self.model.device.type
+        with (
+            torch.inference_mode(),
+            torch.autocast(device, enabled=False),
+            OneDnnLinear() if device == "cpu" else nullcontext(),
+        ):
+            yield
+
     def _whole(self, trees: dict[int, Tree]) -> Iterator[tuple[list[Tail], Tensor]]:
         """Yield batches of whole prompts and their log-probabilities (the plain path)."""
-        prompts = [
-            Tail(t.group, t.row, 0, tree.trunk[: t.shared] + t.tokens)
-            for tree in trees.values()
-            for t in tree.tails
-        ]
-        prompts.sort(key=lambda t: len(t.tokens))
-        yield from self._in_batches(prompts, self._whole_logprobs)
+        tails = [tail for tree in trees.values() for tail in tree.tails]
+        tails.sort(key=_prompt_length)
+
+        def logprobs(batch: list[Tail]) -> Tensor:
+            # Written out only now: all prompts of a long response do not fit into memory.
+            return self._whole_logprobs(
+                [trees[t.group].trunk[: t.shared] + t.tokens for t in batch]
+            )
+
+        yield from self._in_batches(tails, logprobs, _prompt_length)
 
     def _shared(
         self, trees: dict[int, Tree], head_length: int
@@ -171,7 +264,7 @@ class LocalEngine:
             def logprobs(batch: list[Tail], trunks: dict[int, KeysValues] = trunks) -> Tensor:
                 return self._tail_logprobs(batch, head_length, head, trunks)
 
-            yield from self._in_batches(tails, logprobs)
+            yield from self._in_batches(tails, logprobs, lambda tail: len(tail.tokens))
 
     def _run_head(self, tokens: tuple[int, ...]) -> KeysValues:
         """Return keys and values of the head; an unchanged head is not computed again."""
@@ -241,9 +334,9 @@ class LocalEngine:
             prefixes = []
         return self._forward(ids, Pass(position, real, prefixes)).float().log_softmax(-1)
 
-    def _whole_logprobs(self, batch: list[Tail]) -> Tensor:
+    def _whole_logprobs(self, batch: Sequence[tuple[int, ...]]) -> Tensor:
         """Return log-probabilities after B whole prompts, shape (B, vocabulary)."""
-        ids, real = self._padded([t.tokens for t in batch], left=False)
+        ids, real = self._padded(batch, left=False)
         ends = real.sum(1) - 1
         columns, which = ends.unique(return_inverse=True)
         inputs: dict[str, Any] = {"attention_mask": real.long()}
@@ -292,13 +385,16 @@ class LocalEngine:
         return ids.to(self.model.device), real.to(self.model.device)
 
     def _in_batches(
-        self, tails: list[Tail], run: Callable[[list[Tail]], Tensor]
+        self,
+        tails: list[Tail],
+        run: Callable[[list[Tail]], Tensor],
+        size: Callable[[Tail], int],
     ) -> Iterator[tuple[list[Tail], Tensor]]:
-        """Run tails in their order, as many at a time as the token budget allows."""
+        """Run tails in their order, as many of some size as the token budget allows at a time."""
         left = tails
         while left:
-            batch = left[next(batched([len(t.tokens) for t in left], self._budget))]
-            if max(len(t.tokens) + t.shared for t in batch) > self._fixed_rope_length:
+            batch = left[next(batched([size(t) for t in left], self._budget))]
+            if max(map(_prompt_length, batch)) > self._fixed_rope_length:
                 batch = batch[:1]
             try:
                 logprobs = run(batch)
@@ -344,6 +440,11 @@ class LocalEngine:
     def _warn_of_dense(self, reason: str) -> None:
         kind = self._config.model_type
         logger.warning("A %s model runs without FlexAttention, slower: %s.", kind, reason)
+
+
+def _prompt_length(tail: Tail) -> int:
+    """Return the number of tokens of a tail's whole prompt."""
+    return tail.shared + len(tail.tokens)
 
 
 def _head_length(trees: Sequence[Tree]) -> int:

@@ -33,6 +33,17 @@ _RESERVED_OPTIONS = (  # set by the guard, or required for correct scores
     "logprobs_mode",
     "enable_prefix_caching",
 )
+_RESOURCES = frozenset(  # how much is held where, which changes no score
+    {
+        "gpu_memory_utilization",
+        "kv_cache_memory_bytes",
+        "swap_space",
+        "cpu_offload_gb",
+        "download_dir",
+        "disable_log_stats",
+        "max_model_len",
+    }
+)
 _MODULES = {"vllm": ("vllm", "vllm"), "server": ("httpx2", "server")}  # module, extra to install
 
 
@@ -60,7 +71,8 @@ class EngineChoice:
         if self.kind == "server":
             served = self.options.get("model", model)
             return {"engine": {"kind": "server", "model": served}, "dtype": "as served"}
-        return {"engine": {"kind": "vllm", "options": dict(self.options)}}
+        options = {k: v for k, v in self.options.items() if k not in _RESOURCES}
+        return {"engine": {"kind": "vllm", "options": options}}
 
     def check_installed(self) -> None:
         """Raise a ConfigError if a required package is missing.

@@ -7,14 +7,17 @@ growing waits. The key comes from the environment and appears in no message, log
 
 from __future__ import annotations
 
+import contextlib
+import datetime as dt
 import logging
 import math
 import os
 import random
 import re
 import threading
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx2
@@ -22,6 +25,7 @@ from torch import Tensor
 
 from star_dss_plugin.engines.connection import Connection
 from star_dss_plugin.engines.label_rows import label_row, longest_first, rows_of
+from star_dss_plugin.engines.shared_prompts import SharedPrompts
 from star_dss_plugin.errors import GuardError
 from star_dss_plugin.validation import shortened
 from star_dss_plugin.visible import visible_line
@@ -89,7 +93,9 @@ class ServerEngine:
                 "cannot carry. Set it to the key alone."
             )
         self._counting = threading.Lock()
-        self._stop = threading.Event()
+        # One event per call, so that requests abandoned by an earlier call stay abandoned.
+        self._stops: set[threading.Event] = set()
+        self._closed = False
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="star-dss-server")
         self._timeout = timeout
         self._thread = threading.local()
@@ -104,38 +110,68 @@ class ServerEngine:
         self, groups: Sequence[Sequence[Sequence[int]]], label_ids: Sequence[int]
     ) -> list[Tensor]:
         """See `Engine.label_logprobs`."""
-        parts: list[tuple[int, list[list[int]]]] = []
-        for number, group in enumerate(groups):
-            ordered = longest_first(group)
+        shared = [SharedPrompts.of(group) for group in groups]
+        parts: list[tuple[int, list[int]]] = []
+        for number, of_group in enumerate(shared):
+            ordered = longest_first(of_group)
             for first in range(0, len(ordered), self._per_request):
                 parts.append((number, ordered[first : first + self._per_request]))
         self._check_budget(len(parts))
-        # One event per call, so that requests abandoned by an earlier call stay abandoned.
-        stop = self._stop = threading.Event()
-        futures = [
-            self._pool.submit(self._complete, number, prompts, label_ids, stop)
-            for number, prompts in parts
-        ]
-        known: list[dict[tuple[int, ...], list[float]]] = [{} for _ in groups]
-        try:
-            for (number, prompts), future in zip(parts, futures, strict=True):
-                for prompt, row in zip(prompts, future.result(), strict=True):
-                    known[number][tuple(prompt)] = row
-        except BaseException:
-            stop.set()  # the results of the others are not needed: no retries
-            for future in futures:
-                future.cancel()
-            raise
+        known: list[dict[int, list[float]]] = [{} for _ in groups]
+        with self._stoppable() as stop:
+            futures = [
+                self._pool.submit(self._complete, number, shared[number], some, label_ids, stop)
+                for number, some in parts
+            ]
+            try:
+                for (number, some), future in zip(parts, futures, strict=True):
+                    known[number].update(zip(some, future.result(), strict=True))
+            except BaseException:
+                stop.set()  # the results of the others are not needed: no retries
+                for future in futures:
+                    future.cancel()
+                raise
         return [
-            rows_of(group, rows, len(label_ids)) for group, rows in zip(groups, known, strict=True)
+            rows_of(group, rows, len(label_ids)) for group, rows in zip(shared, known, strict=True)
         ]
 
     def close(self) -> None:
-        """Stop pending requests and close the connections."""
-        self._stop.set()
+        """Stop the pending requests of all calls and close the connections."""
+        with self._counting:
+            self._closed = True
+            for stop in self._stops:
+                stop.set()
         for connection in list(self._connections):
             connection.close()
         self._pool.shutdown(cancel_futures=True)
+
+    @contextlib.contextmanager
+    def _stoppable(self) -> Iterator[threading.Event]:
+        """Give a call the event that `close` sets, and say so if that ended it.
+
+        Raises:
+            GuardError: The engine was closed before the call or while it ran.
+        """
+        stop = threading.Event()
+        with self._counting:
+            if self._closed:
+                raise self._closed_error()
+            self._stops.add(stop)
+        try:
+            yield stop
+        except (CancelledError, RuntimeError) as error:  # what a closed pool raises
+            if not self._closed:
+                raise
+            raise self._closed_error() from error
+        finally:
+            with self._counting:
+                self._stops.discard(stop)
+
+    def _closed_error(self) -> GuardError:
+        return GuardError(
+            f"The connection to the server at {self._url} was closed while it was needed. Close a "
+            "guard only when nothing is scored with it any more."
+        )
 
     def _connection(self) -> Connection:
         """Return this thread's connection, which is opened on first use."""
@@ -149,7 +185,8 @@ class ServerEngine:
 
     def _check_model(self) -> None:
         retries = min(self._retries, _RETRIES_AT_START)
-        listed = self._send("GET", "/models", None, retries, None, self._stop).get("data")
+        with self._stoppable() as stop:
+            listed = self._send("GET", "/models", None, retries, None, stop).get("data")
         entries = listed if isinstance(listed, list) else []
         served = [entry.get("id") for entry in entries if isinstance(entry, dict)]
         if self._model not in served:
@@ -173,11 +210,13 @@ class ServerEngine:
     def _complete(
         self,
         number: int,
-        prompts: list[list[int]],
+        group: SharedPrompts,
+        some: Sequence[int],
         label_ids: Sequence[int],
         stop: threading.Event,
     ) -> list[list[float]]:
-        """Return the labels' log-probabilities after each prompt; `stop` ends the retries."""
+        """Return the labels' log-probabilities after some prompts; `stop` ends the retries."""
+        prompts = [group[i] for i in some]
         body = {
             "model": self._model,
             "prompt": prompts,
@@ -302,7 +341,14 @@ def _max_bytes(body: Any) -> int:
 
 def _wait(attempt: int, retry_after: str) -> float:
     """Return seconds until the next try: the server's Retry-After, else exponential backoff."""
-    if retry_after.isdecimal():
-        return min(float(retry_after), _MAX_WAIT_SECONDS)
+    after = retry_after.strip()
+    if after.isascii() and after.isdecimal():
+        return min(float(after), _MAX_WAIT_SECONDS)
+    with contextlib.suppress(ValueError, OverflowError):  # it may also be a date (RFC 9110)
+        until = parsedate_to_datetime(after)
+        now = dt.datetime.now(until.tzinfo or dt.UTC)
+        left = (until.replace(tzinfo=until.tzinfo or dt.UTC) - now).total_seconds()
+        if left > 0:
+            return min(left, _MAX_WAIT_SECONDS)
     # Randomized, so that requests which failed together are not repeated together.
     return min(_MAX_WAIT_SECONDS, 0.5 * 2.0**attempt) * random.uniform(0.5, 1.0)

@@ -8,16 +8,21 @@ the label mass is exact. vLLM's prefix cache serves the tokens that prompts of a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from star_dss_plugin.engines.base import Weights
 from star_dss_plugin.engines.label_rows import label_row, longest_first, rows_of
+from star_dss_plugin.engines.shared_prompts import SharedPrompts
 from star_dss_plugin.errors import ConfigError, GuardError
 
 __all__ = ["VllmEngine"]
+
+_CALL_TOKENS = 1 << 24
+"""Prompt tokens that are handed to vLLM at a time: 128 MB of numbers here. Only the prompts of very
+long responses are more."""
 
 
 class VllmEngine:
@@ -65,25 +70,26 @@ class VllmEngine:
         self, groups: Sequence[Sequence[Sequence[int]]], label_ids: Sequence[int]
     ) -> list[Tensor]:
         """See `Engine.label_logprobs`."""
-        ordered = [longest_first(group) for group in groups]
+        shared = [SharedPrompts.of(group) for group in groups]
+        ordered = [longest_first(group) for group in shared]
         longest = int(self._llm.model_config.max_model_len) - 1
-        for number, prompts in enumerate(ordered):
-            if prompts and len(prompts[0]) > longest:
+        for number, (group, some) in enumerate(zip(shared, ordered, strict=True)):
+            if some and (tokens := len(group[some[0]])) > longest:
                 raise GuardError(
-                    f"A prompt of {len(prompts[0])} tokens does not fit the {longest} that vLLM "
+                    f"A prompt of {tokens} tokens does not fit the {longest} that vLLM "
                     "has room for (max_model_len, less the generated token). Raise "
                     "engine_options max_model_len, or shorten the data (max_length).",
                     request=number,
                 )
-        flat = [{"prompt_token_ids": prompt} for prompts in ordered for prompt in prompts]
-        outputs = iter(self._generate(flat, list(label_ids)) if flat else ())
-        rows = []
-        for group, prompts in zip(groups, ordered, strict=True):
-            known = {
-                tuple(prompt): self._row(next(outputs), prompt, label_ids) for prompt in prompts
-            }
-            rows.append(rows_of(group, known, len(label_ids)))
-        return rows
+        known: list[dict[int, list[float]]] = [{} for _ in shared]
+        for call in _calls(shared, ordered):
+            prompts = [shared[number][i] for number, i in call]
+            outputs = self._generate([{"prompt_token_ids": p} for p in prompts], list(label_ids))
+            for (number, i), prompt, output in zip(call, prompts, outputs, strict=True):
+                known[number][i] = self._row(output, prompt, label_ids)
+        return [
+            rows_of(group, rows, len(label_ids)) for group, rows in zip(shared, known, strict=True)
+        ]
 
     def close(self) -> None:
         """Stop vLLM's processes and free the device's memory."""
@@ -112,3 +118,21 @@ class VllmEngine:
         # One dict per generated token. It holds the requested ids and the generated token itself.
         [found] = output.outputs[0].logprobs
         return label_row({i: entry.logprob for i, entry in found.items()}, label_ids)
+
+
+def _calls(
+    groups: Sequence[SharedPrompts], ordered: Sequence[Sequence[int]]
+) -> Iterator[list[tuple[int, int]]]:
+    """Yield (group, prompt) in their order, as many as are written out at a time."""
+    call: list[tuple[int, int]] = []
+    tokens = 0
+    for number, (group, some) in enumerate(zip(groups, ordered, strict=True)):
+        lengths = group.lengths()
+        for i in some:
+            if call and tokens + lengths[i] > _CALL_TOKENS:
+                yield call
+                call, tokens = [], 0
+            call.append((number, i))
+            tokens += lengths[i]
+    if call:
+        yield call

@@ -11,20 +11,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from star_dss_plugin.errors import ConfigError
-from star_dss_plugin.guards.demo.smollm2 import load_smollm2
+from star_dss_plugin.errors import ConfigError, StarDSSError
 from star_dss_plugin.models import (
     UNLOADABLE,
     floating_dtype,
     load_tokenizer,
     read_model,
 )
-from star_dss_plugin.validation import require
+from star_dss_plugin.smollm2 import SMOLLM2, SMOLLM2_MEANS, load_smollm2
+from star_dss_plugin.validation import not_a_file, require
 
-__all__ = ["DEMO_MODEL", "load_whole_model"]
-
-DEMO_MODEL = "smollm2"
-"""Name of SmolLM2-135M-Instruct, loaded by `load_smollm2` without the network."""
+__all__ = ["load_whole_model"]
 
 
 def load_whole_model(
@@ -43,13 +40,14 @@ def load_whole_model(
     """
     wanted: Any = dtype if dtype == "auto" else floating_dtype("dtype", dtype)
     try:
-        if name == DEMO_MODEL:
+        if name == SMOLLM2:
+            not_a_file(name, SMOLLM2_MEANS)
             return load_smollm2(torch.float32 if dtype == "auto" else wanted)
         if (adapter := find_adapter_config_file(name)) is not None:
             return _merged(name, Path(adapter), wanted, base)
         model = read_model(AutoModelForCausalLM, name, dtype=wanted, trust_remote_code=False)
         return model, load_tokenizer(name)
-    except ConfigError:
+    except StarDSSError:
         raise
     except UNLOADABLE as error:
         raise ConfigError(

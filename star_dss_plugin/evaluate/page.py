@@ -6,6 +6,8 @@ characters by name, and a security policy forbids running or loading anything.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
@@ -18,7 +20,7 @@ from star_dss_plugin.evaluate.verdicts import PREFILL, REFUSED, Comparison, meas
 from star_dss_plugin.report.rendering import content_hash, page_environment
 from star_dss_plugin.visible import visible
 
-__all__ = ["HEADINGS", "render_comparison", "shown"]
+__all__ = ["HEADINGS", "Bars", "Front", "render_comparison", "shown"]
 
 HEADINGS = {
     "safe_share": "safe share",
@@ -42,12 +44,43 @@ def shown(share: Estimate) -> str:
     return f"{100 * share.value:.0f} % [{100 * share.low:.0f}, {100 * share.high:.0f}]"
 
 
-def render_comparison(found: Comparison, *, text: bool = True) -> str:
+@dataclass(frozen=True)
+class Bars:
+    """Hold one figure of each model, to draw as bars.
+
+    Attributes:
+        title: What is measured.
+        bars: Of each model its name, a length in [0, 1], and the figure in words.
+    """
+
+    title: str
+    bars: Sequence[tuple[str, float, str]]
+
+
+@dataclass(frozen=True)
+class Front:
+    """Hold what stands above the answers, where a comparison is part of something larger.
+
+    Attributes:
+        title: Heading of the page.
+        story: Paragraphs.
+        figures: Drawn side by side.
+        links: Names of files beside the page, and what they are.
+    """
+
+    title: str = "Answers side by side"
+    story: Sequence[str] = ()
+    figures: Sequence[Bars] = ()
+    links: Sequence[tuple[str, str]] = ()
+
+
+def render_comparison(found: Comparison, *, text: bool = True, front: Front | None = None) -> str:
     """Return the complete HTML file.
 
     Args:
         found: The result of `compare`.
         text: Whether prompts and answers are included. Answers that models differ on are unfolded.
+        front: What stands above them.
     """
     environment = page_environment("star_dss_plugin.evaluate")
     style = files("star_dss_plugin.evaluate").joinpath("assets", "answers.css").read_text("utf-8")
@@ -58,6 +91,7 @@ def render_comparison(found: Comparison, *, text: bool = True) -> str:
         "form-action 'none'",
         style=Markup(style),
         version=__version__,
+        front=front or Front(),
         judge="Judged by phrases of refusal"
         + ("." if found.guard is None else f" and by {visible(found.guard)}."),
         warnings=[visible(warning) for warning in found.warnings()],

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.evaluate.answers import Generate
-from star_dss_plugin.evaluate.models import DEMO_MODEL
+from star_dss_plugin.smollm2 import resolve_model
 from star_dss_plugin.validation import require
 
 __all__ = ["vllm_generation"]
@@ -24,15 +24,14 @@ def vllm_generation(
     """Load a model in vLLM, yield its greedy generation, and free it at the end.
 
     Args:
-        model: Hugging Face Hub id or folder of a complete model.
+        model: Hugging Face Hub id or folder of a complete model, or "smollm2".
         tokenizer: The model's tokenizer.
         dtype: "auto" or the name of a torch dtype.
 
     Raises:
-        ConfigError: `model` is an adapter or the demonstration model, vLLM is not installed, or
-            vLLM cannot load the model.
+        ConfigError: `model` is an adapter, vLLM is not installed, or vLLM cannot load the model.
     """
-    if model == DEMO_MODEL or (Path(model) / "adapter_config.json").is_file():
+    if (Path(model) / "adapter_config.json").is_file():
         raise ConfigError(
             f"vLLM loads whole models, and {model!r} is none. Save the merged model to a folder, "
             "or use the engine 'local'."
@@ -41,7 +40,12 @@ def vllm_generation(
     from vllm import LLM, SamplingParams
 
     try:
-        llm: Any = LLM(model=model, dtype=dtype, enable_prefix_caching=True, disable_log_stats=True)
+        llm: Any = LLM(
+            model=resolve_model(model),
+            dtype=dtype,
+            enable_prefix_caching=True,
+            disable_log_stats=True,
+        )
     except Exception as error:  # vLLM passes on errors of all its parts
         raise ConfigError(
             f"vLLM cannot load {model!r}: {type(error).__name__}: {error}. Its own messages are "

@@ -29,6 +29,15 @@ __all__ = ["ClassifierGuard"]
 
 logger = logging.getLogger(__name__)
 
+_POSITIONS_BEHIND_PADDING = frozenset(
+    {
+        *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "xmod"),
+        *("data2vec-text", "ibert", "longformer", "luke", "mpnet", "esm", "markuplm"),
+    }
+)
+"""Kinds of models that number positions from the padding token's id plus 1 on: of RoBERTa's 514
+positions a text can have 512."""
+
 
 class ClassifierGuard(Guard):
     """Score responses with any `AutoModelForSequenceClassification` trained on (prompt, response).
@@ -195,6 +204,8 @@ class _Pairs:
         self.control_tokens = tuple(self._content.control)
         limits = (tokenizer.model_max_length, getattr(config, "max_position_embeddings", None))
         self._most: int = min(limit for limit in limits if limit)
+        if config.model_type in _POSITIONS_BEHIND_PADDING and limits[1]:
+            self._most = min(self._most, limits[1] - (config.pad_token_id or 0) - 1)
         encoded = tokenizer("good", "fine")
         parts = encoded.sequence_ids()
         ids, self.has_types = encoded["input_ids"], "token_type_ids" in encoded

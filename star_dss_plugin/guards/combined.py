@@ -96,9 +96,12 @@ class EnsembleGuard(CombinedGuard):
 
     def combine(self, answers: Sequence[Trajectory]) -> Trajectory:
         scores = [answer.scores for answer in answers]
+        masks = [answer.asked for answer in answers if answer.asked is not None]
+        asked = tuple(map(all, zip(*masks, strict=True))) if masks else None
         if self._how == "min":
-            return Trajectory(lowest(answers).scores)
-        return Trajectory(tuple(math.fsum(s) / len(s) for s in zip(*scores, strict=True)))
+            return Trajectory(lowest(answers).scores, asked=asked)
+        mean = tuple(math.fsum(s) / len(s) for s in zip(*scores, strict=True))
+        return Trajectory(mean, asked=asked)
 
     def over(self, parts: Sequence[Guard]) -> EnsembleGuard:
         return EnsembleGuard(parts, self._how)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ from star_dss_plugin.models import (
     resolve_dtype,
     weights_fingerprint,
 )
+from star_dss_plugin.smollm2 import resolve_model
 from star_dss_plugin.validation import probability
 
 __all__ = ["VerdictGuard"]
@@ -106,7 +108,7 @@ class VerdictGuard(Guard):
         probability("controversial_weight", controversial_weight)
         self.name = name or model
         self.min_label_mass = min_label_mass
-        self._source = model
+        self._source = resolve_model(model)
         self._hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         self._controversial_weight = controversial_weight
         self._self_check = self_check
@@ -115,9 +117,9 @@ class VerdictGuard(Guard):
         self._choice.check_installed()
         self._device = default_device(device)
         self._dtype = resolve_dtype(dtype, self._device)
-        self._weights = Weights(model, revision, trust_remote_code, self._dtype)
+        self._weights = Weights(self._source, revision, trust_remote_code, self._dtype)
         self._engine: Engine | None = None
-        config, tokenizer = load_config(self.name, model, **self._hub)
+        config, tokenizer = load_config(self.name, self._source, **self._hub)
         asked = policies(template_kwargs)
         templates = [
             GuardTemplate(
@@ -153,7 +155,7 @@ class VerdictGuard(Guard):
             "kind": "verdict",
             "version": 2,
             "model": model,
-            "weights": weights_fingerprint(model, config),
+            "weights": weights_fingerprint(self._source, config),
             "template": hashlib.sha256(self._template.source.encode()).hexdigest(),
             "template_kwargs": [dict(policy) for policy in asked],
             "prefill": prefill,
@@ -200,6 +202,54 @@ class VerdictGuard(Guard):
             prefixes += len(request.ends)
         return batches
 
+    @property
+    def reads_states(self) -> bool:
+        """Return whether this process computes the guard, so that its states can be read."""
+        return self._choice.kind == "local"
+
+    @property
+    def blocks(self) -> int:
+        """Return how many blocks the guard's model has."""
+        return self._local.blocks
+
+    def trunk_states(
+        self, requests: Sequence[PrefixRequest], blocks: Sequence[int]
+    ) -> list[torch.Tensor]:
+        """Return the guard's hidden states along responses, from one causal pass over each.
+
+        It reads the prompt up to the response's end, that of the first policy if there are several.
+        The state of a prefix is that of its last whole token, so nothing behind it matters; a
+        prefix without one has the state of the token before the response.
+
+        Args:
+            requests: Responses and prefixes.
+            blocks: Numbers of blocks, from 0, without the last one.
+
+        Returns:
+            Per request a float32 tensor on the CPU, (prefixes, blocks, size).
+
+        Raises:
+            GuardError: A response does not fit; the error carries its index.
+        """
+        sequences, positions = [], []
+        for i, request in enumerate(requests):
+            ids, ends = self._template.opened(self._prompts.fitted(i, request), request.text)
+            first = len(ids) - len(ends)
+            sequences.append(ids)
+            positions.append([first + bisect_right(ends, end) - 1 for end in request.ends])
+        found = self._local.states(sequences, positions, blocks)
+        for i, states in enumerate(found):
+            if not bool(states.isfinite().all()):
+                raise not_numbers(self.name, i)
+        return found
+
+    @property
+    def _local(self) -> LocalEngine:
+        if self._engine is None:
+            self._load()
+        assert isinstance(self._engine, LocalEngine), "callers look at reads_states"
+        return self._engine
+
     def close(self) -> None:
         if self._engine is not None:
             self._engine.close()
@@ -212,7 +262,8 @@ class VerdictGuard(Guard):
 
     def explained(self, request: PrefixRequest) -> dict[str, str]:
         shown = {}
-        for i, (prompt, *_) in enumerate(self._prompts.of(0, request)):
+        for i, prompts in enumerate(self._prompts.of(0, request)):
+            prompt = prompts[0]
             which = f" {i + 1}" if len(self._prompts.templates) > 1 else ""
             shown[f"prompt{which}"] = self._template.decode(prompt)
             shown[f"verdict position{which}"] = f"behind token {len(prompt)}"

@@ -141,7 +141,8 @@ def check_integration(what: str, given: object) -> None:
     if not callable(given.claims):
         raise PluginError(f"{what} with claims={given.claims!r}. Give a function of a mapping.")
     targets = {"trainer": given.trainer, "options": given.options, "check": given.check}
-    for part, target in {**targets, **given.commands}.items():
+    starters = {f"starters[{name!r}]": one.write for name, one in given.starters.items()}
+    for part, target in {**targets, **given.commands, **starters}.items():
         if not _is_target(target):
             raise PluginError(f"{what} with {part}={target!r}. Give a callable or 'module:object'.")
     if unknown := set(given.commands) - set(HOST_COMMANDS):

@@ -166,6 +166,10 @@ class Plugins:
         named = (n for n, i in self._integrations.items() if command in i.commands)
         return next(named, None)
 
+    def starters(self) -> dict[str, str]:
+        """Return what `star-dss init --host` takes, and the name of the integration of each."""
+        return {name: host for host, i in self._integrations.items() for name in i.starters}
+
     def of_host(self, name: str, target: str | Callable[..., Any], what: str) -> Callable[..., Any]:
         """Import a target of the integration `name`.
 
@@ -242,6 +246,11 @@ class Plugins:
                         f"{what} with the command {command!r}, which {other!r} runs already. "
                         f"Leave one plugin out: {DISABLED_PLUGINS}={origin.package}"
                     )
+            if taken := integration.starters.keys() & self.starters().keys():
+                raise PluginError(
+                    f"{what} with the starter {min(taken)!r}, which another integration has. "
+                    f"Leave one plugin out: {DISABLED_PLUGINS}={origin.package}"
+                )
             summary = f"{integration.host} {integration.versions}"
             add(name, integration.trainer, summary, _NOTHING_STATED)
             self._integrations[name] = integration

@@ -66,9 +66,11 @@ class Inspection:
             ]
             parts.append(f"<p>{_html(_facts(response, self.threshold))}<br>{_blocks(response)}</p>")
             spans = "".join(
-                f"<span title='{score:.3f}' style='{_css(score, self.threshold)}'>"
-                f"{_html(piece)}</span>"
-                for piece, score in zip(response.pieces, response.scores, strict=True)
+                f"<span title='{score:.3f}{_by(asked)}' "
+                f"style='{_css(score, self.threshold)}'>{_html(piece)}</span>"
+                for piece, score, asked in zip(
+                    response.pieces, response.scores, _asked(response), strict=True
+                )
             )
             parts.append(
                 "<p dir='auto' style='white-space:pre-wrap;unicode-bidi:isolate;line-height:1.7'>"
@@ -112,9 +114,12 @@ def _facts(response: ScoredResponse, threshold: float) -> str:
         if crossing is None
         else f"below {threshold} from token {crossing} of {response.tokens}"
     )
+    probed = ""
+    if response.asked is not None:
+        probed = f", {response.asked.count(False)} of {len(response.asked)} pieces by a probe"
     return (
         f"response {response.turn + 1}: lowest {response.lowest:.3f}, mean {response.mean:.3f}, "
-        f"largest fall {response.largest_fall:.3f}, {where}"
+        f"largest fall {response.largest_fall:.3f}, {where}{probed}"
     )
 
 
@@ -131,11 +136,21 @@ def _blocks(response: ScoredResponse) -> str:
     return "".join(_BLOCKS[round(score * top)] for score in lowest)
 
 
+def _asked(response: ScoredResponse) -> tuple[bool, ...]:
+    return response.asked or (True,) * len(response.pieces)
+
+
+def _by(asked: bool) -> str:
+    return "" if asked else " by the probe"
+
+
 def _coloured(response: ScoredResponse, threshold: float) -> Text:
+    """Return the text in its colours; slanted where a probe gave the score."""
     text = Text()
-    for piece, score in zip(response.pieces, response.scores, strict=True):
+    for piece, score, asked in zip(response.pieces, response.scores, _asked(response), strict=True):
         k = palette.level(score)
         style = f"{palette.INK['light']} on {palette.LIGHT[k]}"
+        style += "" if asked else " italic"
         text.append(visible(piece), style + (" underline" if score < threshold else ""))
     return text
 

@@ -72,6 +72,7 @@ def render_page(
         guard=data.guard,
         demonstration=data.demonstration,
         interpolated=data.interpolated,
+        probed=any(response.asked is not None for response in data.responses),
         provenance=data.provenance,
         remarks=remarks(data.provenance or {}),
         # The page may be shared, so the path of the folder is removed.
@@ -152,7 +153,9 @@ def _payload(
 
 
 def _numbers(response: ScoredResponse, threshold: float) -> dict[str, Any]:
+    found: dict[str, Any] = {} if response.asked is None else {"asked": response.asked}
     return {
+        **found,
         "row": response.row,
         "turn": response.turn,
         "ends": response.token_ends,

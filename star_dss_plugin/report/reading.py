@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from star_dss_plugin.data.chat import ChatTokenizer
-from star_dss_plugin.data.columns import SCORES_COLUMN
+from star_dss_plugin.data.columns import ASKED_COLUMN, SCORES_COLUMN
 from star_dss_plugin.data.provenance import provenance_of
 from star_dss_plugin.data.requests import Message
 from star_dss_plugin.data.responses import Response, find_responses, tokens_of
@@ -44,6 +44,8 @@ class ScoredResponse:
         pieces: The response's text, cut where the score changes. Joined they are the complete text.
         token_ends: For each piece the number of response tokens up to its end; increasing.
         scores: For each piece the STAR score in [0, 1].
+        asked: For each piece whether the guard gave the score, and not a probe that learned from
+            it; None if the data does not say, or no probe was used.
     """
 
     row: int
@@ -54,6 +56,7 @@ class ScoredResponse:
     pieces: tuple[str, ...]
     token_ends: tuple[int, ...]
     scores: tuple[float, ...]
+    asked: tuple[bool, ...] | None = None
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -134,7 +137,9 @@ def _interpolates(identity: Any) -> bool:
         return False
     guards = identity.get("guards")
     members = guards if isinstance(guards, list) else []
-    return "trajectory" in identity or any(map(_interpolates, members))
+    trajectory = identity.get("trajectory")
+    own = isinstance(trajectory, Mapping) and "adaptive" in trajectory
+    return own or any(map(_interpolates, members))
 
 
 def tokenizer_of(dataset: Dataset, name: str | None) -> PreTrainedTokenizerBase:
@@ -199,19 +204,23 @@ def read_scored(
     if source is None and "source" in columns and _names_sources(plain["source"]):
         source = "source"
     origins = [None] * len(dataset) if source is None else plain[source]
+    nothing = [None] * len(dataset)
+    marks = plain[ASKED_COLUMN] if ASKED_COLUMN in columns else nothing
     rows = tqdm(known_rows(dataset), "Reading", len(dataset), unit="row", disable=not progress)
     chat = ChatTokenizer(tokenizer)
     found: list[ScoredResponse] = []
-    for i, (row, scores, origin) in enumerate(
-        zip(rows, plain[SCORES_COLUMN], origins, strict=True)
+    for i, (row, scores, asked, origin) in enumerate(
+        zip(rows, plain[SCORES_COLUMN], marks, origins, strict=True)
     ):
         ids, _ = in_row(i, tokens_of, row)
         in_row(i, check_scores, scores, len(ids))
+        if asked is not None:
+            in_row(i, _check_marks, asked, len(ids))
         if max(ids, default=0) >= len(tokenizer) or min(ids, default=0) < 0:
             raise _other_tokenizer(tokenizer)
         responses = in_row(i, find_responses, row, chat, tokens, 1)
         name = None if origin is None else str(origin)
-        found += [_scored(i, k, name, r, scores) for k, r in enumerate(responses)]
+        found += [_scored(i, k, name, r, scores, asked) for k, r in enumerate(responses)]
     if not found:
         raise DataError(
             f"None of the {len(dataset)} rows has a response: every label is -100. Check how the "
@@ -258,25 +267,41 @@ def _other_tokenizer(tokenizer: PreTrainedTokenizerBase) -> DataError:
     )
 
 
+def _check_marks(marks: Any, length: int) -> None:
+    if not isinstance(marks, list) or [type(mark) for mark in marks] != [bool] * length:
+        raise DataError(
+            f"{ASKED_COLUMN} does not hold true or false for each of the {length} tokens. Score "
+            "the data again, or remove the column."
+        )
+
+
 def _scored(
-    row: int, turn: int, source: str | None, response: Response, scores: Sequence[float]
+    row: int,
+    turn: int,
+    source: str | None,
+    response: Response,
+    scores: Sequence[float],
+    asked: Sequence[bool] | None,
 ) -> ScoredResponse:
-    """Join neighbouring tokens of a response that have the same score."""
+    """Join neighbouring tokens of a response that have the same score, given in the same way."""
     text = response.request.text
     pieces: list[str] = []
     ends: list[int] = []
     values: list[float] = []
+    marks: list[bool] = []
     begin = 0
     for token_end, char_end in zip(response.chunk_ends, response.request.ends, strict=True):
         piece, begin = text[begin:char_end], char_end
         score = round(float(scores[token_end - 1]), _DIGITS)
-        if values and values[-1] == score:
+        mark = True if asked is None else asked[token_end - 1]
+        if values and values[-1] == score and marks[-1] == mark:
             pieces[-1] += piece
             ends[-1] = token_end - response.start
         else:
             pieces.append(piece)
             ends.append(token_end - response.start)
             values.append(score)
+            marks.append(mark)
     return ScoredResponse(
         row,
         turn,
@@ -286,4 +311,5 @@ def _scored(
         tuple(pieces),
         tuple(ends),
         tuple(values),
+        None if asked is None else tuple(marks),
     )

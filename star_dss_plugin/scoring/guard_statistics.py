@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from star_dss_plugin.errors import DataError
 from star_dss_plugin.guards.attempts import attempts
 from star_dss_plugin.guards.base import Guard
 from star_dss_plugin.guards.combined import leaves
+from star_dss_plugin.visible import visible_line
 
 __all__ = ["ROWS_NAMED", "attempt_notes", "label_mass", "member_notes", "merged", "remarks"]
 
@@ -135,16 +137,35 @@ def _remarks(provenance: Mapping[str, Any]) -> list[str]:
         f"({kind}), first in rows {', '.join(str(int(row)) for row in what['rows'])}"
         for kind, what in provenance.get("attempts", {}).items()
     ]
+    said += [
+        f"{int(count)} rows train nothing, because {visible_line(str(why))}"
+        for why, count in provenance.get("untrained_rows", {}).items()
+    ]
     if truncated := provenance.get("truncated_contexts", 0):
         said.append(f"{int(truncated)} conversations did not fit the guard, which read their ends")
     if errors := provenance.get("guard_errors", 0):
         said.append(f"{int(errors)} responses could not be scored and count as unsafe")
+    for probe in provenance.get("probes", []):
+        said.append(_of_probe(probe))
     if apart := provenance.get("disagreement"):
         said.append(
             f"the guards' scores are {apart['mean']:.3f} apart on average; "
             f"{apart['opposite']:.1%} of the prefixes are safe to one and unsafe to another"
         )
     return said
+
+
+def _of_probe(probe: Mapping[str, Any]) -> str:
+    """Say what a probe has learned of a guard, or why it was not used."""
+    name = visible_line(str(probe["guard"]))
+    if why := probe["fell_back"]:
+        return f"trajectory='probed' was not used for {name}, all scores are exact: {why}"
+    return (
+        f"most scores of {name} are those of a probe that learned from "
+        f"{int(probe['responses'])} responses: {float(probe['coverage']):.1%} of its scores for "
+        f"held-out responses lie within {float(probe['tolerance'])} of the guard's, the mean "
+        f"difference is {float(probe['mean']):.4f}"
+    )
 
 
 def label_mass(found: Mapping[str, Trajectory], keys: Sequence[str]) -> dict[str, float] | None:
@@ -170,7 +191,15 @@ _SUMS = (
 )
 
 
-_MERGED = ("mean_prefix_score", "label_mass", "attempts", "members", "disagreement")
+_MERGED = (
+    "probed_prefixes",
+    "mean_prefix_score",
+    "label_mass",
+    "attempts",
+    "untrained_rows",
+    "members",
+    "disagreement",
+)
 
 
 def merged(notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -197,7 +226,12 @@ def merged(notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         )
     prefixes = [note["prefixes"] for note in full]
     total = {name: sum(note[name] for note in notes) for name in _SUMS}
+    if "probed_prefixes" in notes[0]:
+        total["probed_prefixes"] = sum(note["probed_prefixes"] for note in notes)
     found = {**first, **total, **_mean_of(full, prefixes), "attempts": _attempts(notes)}
+    found["untrained_rows"] = dict(
+        sorted(sum((Counter(note.get("untrained_rows", {})) for note in notes), Counter()).items())
+    )
     if "members" in full[0]:
         found["members"] = {
             name: _mean_of([note["members"][name] for note in full], prefixes)

@@ -81,21 +81,27 @@ def score_on_ray(
         gpus = _gpus(ray, job, gpus_per_worker)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
-        # A block per shard: the cluster hands out blocks.
-        rows = ray.data.from_items([{"shard": i} for i in todo], override_num_blocks=len(todo))
-        done = rows.map(
-            _Worker,
-            fn_constructor_args=(asdict(job),),
-            compute=ray.data.ActorPoolStrategy(size=num_workers, max_tasks_in_flight_per_actor=1),
-            num_cpus=1,
-            num_gpus=gpus,
-        )
+        # What a probe learns is learned once, by the worker with the first shard.
+        rounds = [todo[:1], todo[1:]] if job.learns else [todo]
         with bar(job, progress) as advance:
-            for result in done.iter_rows():
-                if result["kind"]:
-                    # A plugin may have derived one of its own.
-                    raise getattr(errors, result["kind"], StarDSSError)(result["error"])
-                advance.update()
+            for shards in filter(None, rounds):
+                # A block per shard: the cluster hands out blocks.
+                items = [{"shard": i} for i in shards]
+                rows = ray.data.from_items(items, override_num_blocks=len(items))
+                done = rows.map(
+                    _Worker,
+                    fn_constructor_args=(asdict(job),),
+                    compute=ray.data.ActorPoolStrategy(
+                        size=min(num_workers, len(items)), max_tasks_in_flight_per_actor=1
+                    ),
+                    num_cpus=1,
+                    num_gpus=gpus,
+                )
+                for result in done.iter_rows():
+                    if result["kind"]:
+                        # A plugin may have derived one of its own.
+                        raise getattr(errors, result["kind"], StarDSSError)(result["error"])
+                    advance.update()
     except ray.exceptions.RayError as error:
         raise PluginError(
             f"Ray gave up: {error}. What is scored stays in {job.folder}: start the same command "

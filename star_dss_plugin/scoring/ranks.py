@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-__all__ = ["ALONE", "Share", "share_of"]
+from star_dss_plugin.errors import StarDSSError
+
+__all__ = ["ALONE", "Share", "share_of", "waiting"]
 
 T = TypeVar("T")
 
@@ -38,10 +41,33 @@ class Share:
 ALONE = Share(0, 1, lambda: None)
 
 
+@contextlib.contextmanager
+def waiting() -> Iterator[None]:
+    """Say in words that other processes of the run cannot be waited for.
+
+    Raises:
+        StarDSSError: torch's own error, of a connection or a time-out, names neither.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise StarDSSError(
+            "This process waited for the other processes of the run, and one of them has ended, "
+            "or needed longer than ddp_timeout allows. Its own output, further up or on another "
+            "machine, says why; without any it was killed (out of memory?). What was scored until "
+            f"then is kept, and the next run goes on from there. (torch: {error})"
+        ) from error
+
+
 def share_of(accelerator: Any) -> Share:
     """Return the share of this process under `torchrun` or `accelerate launch`."""
+
+    def meet() -> None:
+        with waiting():
+            accelerator.wait_for_everyone()
+
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
     if accelerator.num_processes == 1 or ranks == 1:
         # Alone on its machine; still, all ranks must reach the same number of barriers.
-        return Share(0, 1, accelerator.wait_for_everyone)
-    return Share(accelerator.local_process_index, ranks, accelerator.wait_for_everyone)
+        return Share(0, 1, meet)
+    return Share(accelerator.local_process_index, ranks, meet)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from star_dss_plugin.options import ScoringOptions
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,23 +28,25 @@ from datasets import Dataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from star_dss_plugin._version import __version__
+from star_dss_plugin.data.bound_rows import bind_rows
 from star_dss_plugin.data.cache import default_cache_dir
 from star_dss_plugin.data.chat import ChatTokenizer
-from star_dss_plugin.data.columns import SCORES_COLUMN, with_column
-from star_dss_plugin.data.fingerprints import content_key
+from star_dss_plugin.data.columns import ASKED_COLUMN, SCORES_COLUMN, with_column
+from star_dss_plugin.data.fingerprints import request_key, row_keys
 from star_dss_plugin.data.provenance import write_note
 from star_dss_plugin.data.requests import PrefixRequest, Trajectory
 from star_dss_plugin.data.responses import Response
 from star_dss_plugin.data.row_responses import RowOptions, read_responses
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.guards.adaptive import adaptive
+from star_dss_plugin.guards.probing.guard import probing
 from star_dss_plugin.options import ScoringOptions
 from star_dss_plugin.plugins import load_plugins
-from star_dss_plugin.scoring.cached_trajectories import CachedTrajectories
 from star_dss_plugin.scoring.guard_statistics import attempt_notes, label_mass, member_notes
+from star_dss_plugin.scoring.probed import POOL, Pool, ProbedTrajectories, drawn
 from star_dss_plugin.scoring.ranks import ALONE, Share
 
-__all__ = ["guard_of", "score_dataset", "versions"]
+__all__ = ["PoolRows", "guard_of", "pool_rows", "score_dataset", "versions"]
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,21 @@ class _Row:
     length: int
     responses: list[Response] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class PoolRows:
+    """Hold rows that parts of a data set learn from together.
+
+    Attributes:
+        dataset: The rows, as `pool_rows` has chosen them.
+        places: Their numbers, for messages.
+        root: A cache folder that all parts share.
+    """
+
+    dataset: Dataset
+    places: Sequence[int]
+    root: Path
 
 
 def score_dataset(
@@ -70,6 +87,7 @@ def score_dataset(
     num_proc: int = 1,
     share: Share = ALONE,
     part: bool = False,
+    pool: PoolRows | None = None,
     progress: bool = True,
     **changes: Any,
 ) -> Dataset:
@@ -92,6 +110,8 @@ def score_dataset(
             of them gets all of it back.
         part: Whether these rows are a part of the data. Then it is no error if they hold no
             response, or a few of which none can be scored; whatever joins the parts checks all.
+        pool: With `trajectory="probed"` and rows that are a part of the data: the rows from all
+            over it of which all parts draw the same sample.
         progress: Whether to show a progress bar.
         **changes: Options of `ScoringOptions` by name: `score_dataset(rows, tokenizer,
             guard="qwen3guard-gen-0.6b", chunk_size=5)`. `guard` may also be a loaded guard.
@@ -109,6 +129,8 @@ def score_dataset(
         changes = {**changes, "guard": None}
     else:
         loaded = None
+    # Whoever trains with these scores looks at them from there; else 0.5 is what divides them.
+    threshold = getattr(options, "threshold", 0.5)
     options = (options or ScoringOptions()).scoring(**changes)
     options.validate()
     if loaded is None and options.guard is None:
@@ -128,24 +150,28 @@ def score_dataset(
         max_length,
         assistant_only_loss,
     )
-    dataset, responses = read_responses(dataset, chat, how, needed=not part, num_proc=num_proc)
+    read = read_responses(dataset, chat, how, needed=not part, num_proc=num_proc)
+    dataset, responses, untrained = read
     rows = [
-        _Row(len(labels), found, [_key(r.request) for r in found])
+        _Row(len(labels), found, [request_key(r.request) for r in found])
         for labels, found in zip(dataset.with_format(None)["labels"], responses, strict=True)
     ]
     asked = loaded or guard_of(options)
     if options.trajectory == "adaptive":
         asked = adaptive(asked, options.trajectory_epsilon)
+    learns = options.trajectory == "probed"
     try:
-        requests = _unique_requests(rows)
-        asking = CachedTrajectories(
-            requests,
-            {key: i for i, row in reversed(list(enumerate(rows))) for key in row.keys},
+        if learns:
+            asked = probing(asked, options.probe_sample, options.probe_tolerance, threshold)
+        asking = ProbedTrajectories(
+            _unique_requests(rows),
+            _first_rows(rows),
             Path(options.score_cache_dir) if options.score_cache_dir else default_cache_dir(),
             share=share,
             progress=progress,
             strict=options.on_guard_error == "raise",
             part=part,
+            pool=_pool(pool, chat, how) if pool and learns else None,
         )
         trajectories = asking.trajectories(asked)
         notes = attempt_notes(
@@ -159,18 +185,42 @@ def score_dataset(
     provenance = _provenance(asked, options, rows, trajectories)
     keys = [key for row in rows for key in row.keys]
     provenance |= notes | member_notes(asking.members, keys)
+    provenance["untrained_rows"] = untrained
+    if learns:
+        provenance["probes"] = asking.notes
+        provenance["probed_prefixes"] = sum(
+            (trajectories[key].asked or ()).count(False) for key in keys
+        )
     provenance["guard_errors"] = sum(key in asking.failed for key in keys)
     provenance["tokenizer"] = str(tokenizer.name_or_path)  # reports decode tokens with it
     scored = _with_columns(dataset, rows, trajectories, provenance)
+    if learns:
+        scored = with_column(scored, ASKED_COLUMN, _marks(rows, trajectories), List(Value("bool")))
+    columns = [SCORES_COLUMN]
     for name, found in (asking.members if per_guard else {}).items():
-        column = _columns(rows, found)
-        scored = with_column(scored, f"{SCORES_COLUMN}_{name}", column, List(Value("float32")))
+        columns.append(f"{SCORES_COLUMN}_{name}")
+        scored = with_column(scored, columns[-1], _columns(rows, found), List(Value("float32")))
+    bind_rows(scored, columns)
     return scored
 
 
-def _key(request: PrefixRequest) -> str:
-    context = [[m["role"], m["content"]] for m in request.context]
-    return content_key(context, request.text, request.ends)
+def _first_rows(rows: Sequence[_Row]) -> dict[str, int]:
+    """Return the first row of each key."""
+    return {key: i for i, row in reversed(list(enumerate(rows))) for key in row.keys}
+
+
+def pool_rows(dataset: Dataset, options: ScoringOptions) -> list[int]:
+    """Return the rows, from all over a data set, of which its parts draw a probe's sample."""
+    first = {key: i for i, key in reversed(list(enumerate(row_keys(dataset))))}
+    return [first[key] for key in drawn(first)[: POOL * options.probe_sample]]
+
+
+def _pool(rows: PoolRows, chat: ChatTokenizer, how: RowOptions) -> Pool:
+    """Return the responses of a pool's rows."""
+    read = read_responses(rows.dataset, chat, how, needed=False).responses
+    found = [_Row(0, one, [request_key(r.request) for r in one]) for one in read]
+    places = {key: rows.places[i] for key, i in _first_rows(found).items()}
+    return Pool(_unique_requests(found), places, rows.root)
 
 
 def _unique_requests(rows: Iterable[_Row]) -> dict[str, PrefixRequest]:
@@ -241,6 +291,20 @@ def _columns(rows: list[_Row], trajectories: Mapping[str, Trajectory]) -> list[A
                 start = end
         scores.append(column)
     return scores
+
+
+def _marks(rows: list[_Row], trajectories: Mapping[str, Trajectory]) -> list[Any]:
+    """Return one array per row: whether the guard itself gave each token's score."""
+    marks = []
+    for row in rows:
+        column = np.ones(row.length, dtype=bool)
+        for key, response in zip(row.keys, row.responses, strict=True):
+            asked, start = trajectories[key].asked, response.start
+            for k, end in enumerate(response.chunk_ends):
+                column[start:end] = asked is None or asked[k]
+                start = end
+        marks.append(column)
+    return marks
 
 
 def guard_of(options: ScoringOptions) -> Guard:

@@ -33,11 +33,18 @@ from star_dss_plugin.data.reading import read_dataset
 from star_dss_plugin.data.writing import write_text
 from star_dss_plugin.errors import ConfigError, DataError, StarDSSError
 from star_dss_plugin.guards.base import Guard
+from star_dss_plugin.guards.probing.guard import probing
 from star_dss_plugin.models import load_tokenizer
 from star_dss_plugin.options import ScoringOptions
 from star_dss_plugin.scoring.cached_trajectories import none_scored
 from star_dss_plugin.scoring.guard_statistics import merged
-from star_dss_plugin.scoring.scorer import guard_of, score_dataset, versions
+from star_dss_plugin.scoring.scorer import (
+    PoolRows,
+    guard_of,
+    pool_rows,
+    score_dataset,
+    versions,
+)
 from star_dss_plugin.validation import at_least
 
 __all__ = ["Job", "ShardScorer", "bar", "begin", "finish", "score_shards"]
@@ -100,6 +107,11 @@ class Job:
         """The number of shards."""
         return -(-self.rows // self.shard_rows)
 
+    @property
+    def learns(self) -> bool:
+        """Whether shards need what the first one learns for all."""
+        return bool(self.options["trajectory"] == "probed")
+
     def path(self, index: int) -> Path:
         """Return the file of a shard."""
         return self.folder / DATA / shard_name(index, self.shards)
@@ -160,6 +172,9 @@ def begin(
         raise DataError(f"{data} already has a {SCORES_COLUMN!r} column. Remove it to score again.")
     tokens = words_of(load_tokenizer(tokenizer))
     options.validate()
+    guard = guard_of(options)
+    if options.trajectory == "probed":
+        probing(guard, options.probe_sample, options.probe_tolerance, 0.5)
     # Workers may run in other folders.
     data = str(Path(data).absolute()) if Path(data).exists() else data
     job = Job(
@@ -171,7 +186,7 @@ def begin(
         shard_rows,
         sample_of(dataset),
         tokens,
-        guard_of(options).identity,
+        guard.identity,
         asdict(options),
         per_guard,
         max_length,
@@ -237,6 +252,7 @@ class ShardScorer:
                 chat_template=job.chat_template,
                 num_proc=job.num_proc,
                 part=True,
+                pool=self._pool(start),
                 progress=False,
             )
         except StarDSSError as error:
@@ -245,6 +261,21 @@ class ShardScorer:
             raise
         write_shard(with_attention_mask(scored), path)
         shutil.rmtree(begun, ignore_errors=True)
+
+    def _pool(self, start: int) -> PoolRows | None:
+        """Return what the probe is learned from: rows of all shards, and a cache beside theirs.
+
+        Whoever scores the first shard fills that cache.
+        """
+        if not self.job.learns:
+            return None
+        # A shard's rows count from its first one, and whoever reports an error adds that.
+        places = [row - start for row in self._pool_rows]
+        return PoolRows(self._dataset.select(self._pool_rows), places, self.job.begun / "probe")
+
+    @cached_property
+    def _pool_rows(self) -> list[int]:
+        return pool_rows(self._dataset, ScoringOptions(**self.job.options))
 
     def close(self) -> None:
         """Free the guard."""

@@ -11,21 +11,23 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer
 
+from star_dss_plugin.data.alignment import Alignment
 from star_dss_plugin.data.cache import default_cache_dir
 from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN
 from star_dss_plugin.data.fingerprints import sample_of
+from star_dss_plugin.data.media_rows import MediaRows, with_text_column
 from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.loss import Shaping
 from star_dss_plugin.models import model_fingerprint
 from star_dss_plugin.options import StarDSSOptions
 from star_dss_plugin.training.callback import StarDSSCallback
-from star_dss_plugin.training.collation import TokenColumnsCollator
 from star_dss_plugin.training.head import can_project
 from star_dss_plugin.training.host_checks import check_trainer, expose_logits, switch_fused_loss_off
 from star_dss_plugin.training.known_rows import KnownRows
+from star_dss_plugin.training.late import scored_collator
 from star_dss_plugin.training.mixin import StarDSSMixin
-from star_dss_plugin.training.prepare import DatasetSummary, prepare_dataset
+from star_dss_plugin.training.prepare import DatasetSummary, check_kind, prepare_dataset
 from star_dss_plugin.training.reference import Reference, choose_reference
 from star_dss_plugin.training.reference_column import (
     add_reference_logps,
@@ -129,11 +131,13 @@ def _set_up(
             "The logits of every token are held at each step: the head of this model is not one "
             "linear layer that can be used by itself, or it is compiled, or ddp_static_graph is on."
         )
+    media = trainer.media_rows()
     reference = choose_reference(
         options.reference,
         model,
         tokenizer,
         estimator=options.kl_estimator,
+        live=media is not None,
         needed=shaping.needs_reference,
         projects=projects,
         ranks=ranks,
@@ -147,10 +151,16 @@ def _set_up(
         # Rows that are given 1 everywhere, unread, would train as in plain finetuning.
         unread = name != "train" and not options.score_eval and shaping.needs_scores
         trainable = not unread or SCORES_COLUMN in getattr(dataset, "column_names", ())
-        dataset, summaries[name] = _prepare(
-            trainer, options, tokenizer, shaping, reference, ranks, dataset, name
-        )
-        ranks.agree({f"scored {name} data": rows.add(dataset, trainable=trainable)})
+        if media is not None:
+            dataset, scored, summaries[name] = _prepare_late(
+                trainer, options, media, ranks, dataset, name
+            )
+        else:
+            dataset, summaries[name] = _prepare(
+                trainer, options, tokenizer, shaping, reference, ranks, dataset, name
+            )
+            scored = dataset
+        ranks.agree({f"scored {name} data": rows.add(scored, trainable=trainable)})
         if reference.kind == "precomputed":
             means = reference_means(dataset)
             ranks.agree_about(f"reference of the {name} data", means, within=_REFERENCES_APART)
@@ -167,7 +177,8 @@ def _set_up(
     trainer.train_dataset, trainer.eval_dataset = train, evaluation
     if reference.kind == "precomputed":
         reference.model = None
-    trainer.data_collator = TokenColumnsCollator(trainer.data_collator, rows)
+    alignment = None if media is None else Alignment(media.chat, media.media)
+    trainer.data_collator = scored_collator(trainer.data_collator, rows, alignment)
     # The loss is divided by the tokens of the optimizer batch, which the Trainer must count. It
     # must not divide again, unless a subclass counts none: transformers >= 5.19 decides that at
     # each step if the second one is None, older versions always do.
@@ -184,6 +195,7 @@ def _set_up(
         ranks=ranks,
         rows=rows,
         train_dataset=train,
+        alignment=alignment,
     )
     trainer.add_callback(StarDSSCallback(trainer))
 
@@ -272,6 +284,29 @@ def _prepare(
             progress=progress,
         )
     return dataset, summary
+
+
+def _prepare_late(
+    trainer: StarDSSMixin,
+    options: StarDSSOptions,
+    media: MediaRows,
+    ranks: Ranks,
+    dataset: Any,
+    name: str,
+) -> tuple[Dataset, Dataset, DatasetSummary]:
+    """Return raw rows with `star_text`, the same as scored rows of text, and their summary."""
+    check_kind(dataset, name)
+    scored, summary = prepare_dataset(
+        media.text_rows(dataset, name),
+        media.chat,
+        options,
+        name=name,
+        truncation=(None, None),
+        share=ranks.share,
+        num_proc=getattr(trainer.args, "dataset_num_proc", None) or 1,
+        progress=not trainer.args.disable_tqdm and ranks.share.rank == 0,
+    )
+    return with_text_column(dataset, scored), scored, summary
 
 
 def _has_moved(

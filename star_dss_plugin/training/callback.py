@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
-from rich.console import Console
 from transformers import TrainerCallback
 
 from star_dss_plugin.data.columns import SCORES_COLUMN
 from star_dss_plugin.data.writing import write_text
+from star_dss_plugin.tables import terminal
 from star_dss_plugin.training.host_checks import check_trainer
 from star_dss_plugin.training.loss_check import check_loss
 from star_dss_plugin.training.plain import not_in_effect
 from star_dss_plugin.training.prepare import summary_of
 from star_dss_plugin.training.run_record import (
     changed_options,
+    check_reference,
     run_record,
     startup_line,
     summary_table,
@@ -77,6 +78,8 @@ class StarDSSCallback(TrainerCallback):
         self._describe_data(active)
         check_loss(self.trainer, active, train_dataloader)
         self._shaped = active.shaped
+        if state.global_step:
+            check_reference(active, args.output_dir)
         if state.is_world_process_zero:
             if state.global_step and (changed := changed_options(active, args.output_dir)):
                 logger.warning(
@@ -130,4 +133,4 @@ class StarDSSCallback(TrainerCallback):
         train = active.summaries["train"]
         table = summary_table(state.log_history, train, active.options.loss_type)
         if table is not None:
-            Console().print(table)
+            terminal().print(table)

@@ -19,6 +19,9 @@ _COLUMNS = {
     "labels": np.int64,
     SCORES_COLUMN: np.float32,
     REF_COLUMN: np.float32,
+    # Where one document of a packed row ends, which says what its scores are summed up over. Masks
+    # and positions are made from these columns by whoever collates.
+    "seq_lengths": np.int64,
 }
 
 

@@ -18,7 +18,8 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import Trainer
 
-from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN, TOKEN_COLUMNS
+from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN, TEXT_COLUMN, TOKEN_COLUMNS
+from star_dss_plugin.data.media_rows import MediaRows
 from star_dss_plugin.errors import ConfigError, StarDSSError
 from star_dss_plugin.logprobs import IGNORE_INDEX, full_kl, kl_estimate, kl_slope, token_logprobs
 from star_dss_plugin.loss import Shaping, TokenWeights, shaped_loss
@@ -60,6 +61,14 @@ class StarDSSMixin(_Base):
         """Pack scored rows where the trainer is told to; `seq_lengths` says where they join."""
         return dataset
 
+    def media_rows(self) -> MediaRows | None:
+        """Return how rows are read that the collator tokenizes; None if they are tokenized before.
+
+        Raises:
+            ConfigError: Such rows are given in a form that cannot work.
+        """
+        return None
+
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
@@ -86,7 +95,7 @@ class StarDSSMixin(_Base):
         super()._set_signature_columns_if_needed()
         if self.star_dss_state is not None:
             columns: Any = self._signature_columns
-            columns += [c for c in TOKEN_COLUMNS if c not in columns]
+            columns += [c for c in (*TOKEN_COLUMNS, TEXT_COLUMN) if c not in columns]
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Do the base class's work, but keep scores and reference in float32.
@@ -127,7 +136,7 @@ class StarDSSMixin(_Base):
         """
         state, evaluated = self.star_dss_state, self.eval_dataset
         assert state is not None
-        needed = {SCORES_COLUMN} | (
+        needed = {SCORES_COLUMN if state.alignment is None else TEXT_COLUMN} | (
             {REF_COLUMN} if state.reference.kind == "precomputed" else set()
         )
         if not needed <= set(dataset.column_names):

@@ -14,6 +14,7 @@ from star_dss_plugin.data.columns import SCORES_COLUMN
 from star_dss_plugin.data.row_responses import RowOptions, read_responses
 from star_dss_plugin.errors import StarDSSError
 from star_dss_plugin.guards.base import announced
+from star_dss_plugin.guards.probing.guard import probing
 from star_dss_plugin.guards.spec import parse_guard
 from star_dss_plugin.hookspecs import Findings, GuardInfo
 from star_dss_plugin.options import StarDSSOptions
@@ -31,6 +32,9 @@ def check_options(options: StarDSSOptions) -> Findings:
         if options.guard is not None:
             guard = guard_of(options)
             assert guard.identity
+            if options.trajectory == "probed":
+                how = (options.probe_sample, options.probe_tolerance, options.threshold)
+                guard = probing(guard, *how)
             found.notes.append(f"guard: {announced(guard.name, guard.demonstration)}")
     except StarDSSError as error:
         found.problems.append(str(error))
@@ -55,6 +59,7 @@ def estimate(
     *,
     max_length: int | None = None,
     assistant_only_loss: bool = False,
+    keep_end: bool = False,
 ) -> str:
     """Say in one line how much a guard would read to score a data set. It says no time.
 
@@ -64,6 +69,7 @@ def estimate(
         options: The run's options.
         max_length: Raw rows are cut to this many tokens.
         assistant_only_loss: Whether of raw rows only what the template marks as generated counts.
+        keep_end: Whether the end of raw rows is kept where they are cut, and not the beginning.
 
     Raises:
         DataError: What cannot be scored, with the row's number.
@@ -72,16 +78,19 @@ def estimate(
         return f"{len(dataset)} rows: nothing to score"
     cut = load_plugins().segmenter(options.segmenter)
     responses = raw = calls = once = alone = 0
-    how = RowOptions(cut, options.chunk_size, max_length, assistant_only_loss)
-    _, read = read_responses(dataset, chat, how)
-    for response in (response for row in read for response in row):
+    how = RowOptions(cut, options.chunk_size, max_length, assistant_only_loss, keep_end)
+    found = read_responses(dataset, chat, how)
+    for response in (response for row in found.responses for response in row):
         responses += 1
         raw += response.raw_context
         calls += len(response.chunk_ends)
         once += response.end
         alone += sum(response.chunk_ends)
-    most = "at most " if options.trajectory == "adaptive" else ""
-    said = f"{len(dataset)} rows, {responses} responses ({raw} without messages): "
+    most = "" if options.trajectory == "exact" else "at most "
+    untrained = "".join(
+        f", {count} rows train nothing because {why}" for why, count in found.untrained.items()
+    )
+    said = f"{len(dataset)} rows, {responses} responses ({raw} without messages){untrained}: "
     name, _ = parse_guard(options.guard)
     info = GuardInfo() if name is None else load_plugins().guard_info(name)
     if info.reads == "once":

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, List, Value
 
+from star_dss_plugin.data.bound_rows import check_bound
 from star_dss_plugin.data.chat import ChatTokenizer
-from star_dss_plugin.data.columns import SCORES_COLUMN, with_column
+from star_dss_plugin.data.columns import SCORES_COLUMN, with_column, without_marks
 from star_dss_plugin.data.provenance import provenances_of
 from star_dss_plugin.data.responses import runs
 from star_dss_plugin.data.rows import only_responses, plain_rows
@@ -92,7 +93,8 @@ def prepare_dataset(
         raise DataError(
             f"The {name} data set lacks {' and '.join(missing)} (it has "
             f"{', '.join(dataset.column_names)}). STAR-DSS needs tokenized text with labels: let "
-            "the trainer prepare it, or tokenize it with `star-dss score`."
+            "the trainer prepare it, or tokenize it with `star-dss score`. Rows with images need "
+            "StarDSSTrainer (TRL) or the plugin (Axolotl)."
         )
     if "seq_lengths" in dataset.column_names and SCORES_COLUMN not in dataset.column_names:
         raise DataError(
@@ -108,6 +110,7 @@ def prepare_dataset(
                 name,
                 SCORES_COLUMN,
             )
+        check_bound(dataset, name)
         # Whoever scored it trained responses only; labels made since then may train all tokens.
         dataset = only_responses(dataset, chat)
         dataset = _fit_scores(dataset, name, *truncation)
@@ -129,7 +132,7 @@ def prepare_dataset(
             num_proc=num_proc,
             progress=progress,
         )
-    dataset = stricter_dataset(dataset, chat, options)
+    dataset = stricter_dataset(without_marks(dataset), chat, options)
     return dataset, summary_of(dataset, options, None)
 
 

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from star_dss_plugin.errors import ConfigError, StarDSSError
 from star_dss_plugin.models import UNLOADABLE, is_peft, model_fingerprint, read_model
 from star_dss_plugin.options import REFERENCES
-from star_dss_plugin.training.head import Projection, can_project, from_logits
+from star_dss_plugin.smollm2 import resolve_model
+from star_dss_plugin.training.head import Projection, can_project, causal_lm, from_logits
 from star_dss_plugin.training.sharding import Ranks
 
 __all__ = ["Reference", "choose_reference"]
@@ -129,6 +130,12 @@ def _with_values(policy: nn.Module, values: Mapping[str, Tensor]) -> Iterator[No
             "was set up, so their values at the start, which the reference needs, are gone. Make "
             "all of them trainable before, or set reference='precomputed'."
         )
+    if gone := [name for name in values if name not in parameters]:
+        raise StarDSSError(
+            f"The model is another one than STAR-DSS was set up with: it lacks {gone[0]} and "
+            f"{len(gone) - 1} other trained parameters, whose values at the start are the "
+            "reference. Give the trainer's constructor the model that is to be trained."
+        )
     held = {name: parameters[name].data for name in values}
     try:
         for name, value in values.items():
@@ -151,6 +158,7 @@ def choose_reference(
     needed: bool,
     projects: bool,
     ranks: Ranks,
+    live: bool = False,
 ) -> Reference:
     """Decide what `reference=name` means for this run.
 
@@ -162,6 +170,8 @@ def choose_reference(
         needed: Whether any token can get a KL weight.
         projects: Whether `can_project` holds for the policy.
         ranks: The processes of the run; all of them must call this.
+        live: Whether rows have no tokens before they are trained on, so that nothing can be
+            computed for them before.
 
     Raises:
         ConfigError: The choice contradicts the mode, the estimator, the model or its sharding.
@@ -178,8 +188,8 @@ def choose_reference(
         return ranks.first_decides(lambda: _adapter_is_fresh(policy))
 
     if name == "auto":
-        name = "precomputed" if estimator != "full" else "copy"
-        if estimator == "full" and is_peft(policy) and fresh():
+        name = "copy" if live or estimator == "full" else "precomputed"
+        if name == "copy" and is_peft(policy) and fresh():
             name = "copy" if _trained_outside(policy) else "adapter"
     if name == "adapter":
         if not is_peft(policy):
@@ -209,6 +219,12 @@ def choose_reference(
                 "distribution at every step. Set reference='adapter' or 'copy', or "
                 "kl_estimator='k2'."
             )
+        if live:
+            raise ConfigError(
+                "reference is 'precomputed', but these rows get their tokens in the data collator, "
+                "while the model trains. Set reference='auto' (the base model under an adapter, or "
+                "a frozen copy of what is trained), or name the model as it starts."
+            )
         what = "the model as it starts (precomputed log-probabilities)"
         fingerprint = ranks.first_decides(lambda: model_fingerprint(policy))
         return Reference(
@@ -216,13 +232,16 @@ def choose_reference(
         )
     if name == "copy":
         if ranks.sharding is not None:
+            why = f"kl_estimator={estimator!r}"
+            other = "Set kl_estimator='k2', whose reference is computed before training; or name"
+            if live:
+                why, other = "data that is tokenized in the collator", "Name"
             raise ConfigError(
-                f"reference='copy', which kl_estimator={estimator!r} gets here, keeps the trained "
+                f"reference='copy', which {why} gets here, keeps the trained "
                 f"parameters' values as they start and puts them in place at each step, and "
-                f"{ranks.sharding} leaves no rank whole parameters to put them in. Set "
-                "kl_estimator='k2', whose reference is computed before training; or name the model "
-                "as it starts (reference='org/model' or its folder), of which every rank then "
-                "holds a whole copy; or train an adapter with reference='adapter'."
+                f"{ranks.sharding} leaves no rank whole parameters to put them in. {other} the "
+                "model as it starts (reference='org/model' or its folder), of which every rank "
+                "then holds a whole copy; or train an adapter with reference='adapter'."
             )
         trained = {n: p.detach().clone() for n, p in policy.named_parameters() if p.requires_grad}
         what = "the model as it starts (a frozen copy of what is trained)"
@@ -230,13 +249,21 @@ def choose_reference(
     assert name not in REFERENCES
     named = _load_named(name, policy, tokenizer).to(ranks.device)
     projects = can_project(named)
-    if estimator == "full":
+    if live or estimator == "full":
         return Reference("model", name, named, projects=projects)
     return Reference("precomputed", name, named, model_fingerprint(named), projects=projects)
 
 
 def _adapter_is_fresh(policy: nn.Module) -> bool:
-    """Return whether switching the adapter off changes nothing, tried on a few tokens."""
+    """Return whether switching the adapter off changes nothing, tried on a few tokens.
+
+    In a model that reads images they do not pass through every adapter.
+    """
+    config: Any = policy.config
+    if config.get_text_config() is not config and any(
+        "lora_B" in name and bool(parameter.any()) for name, parameter in policy.named_parameters()
+    ):
+        return False
     vocab = policy.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
     device = next(policy.parameters()).device
     ids = torch.arange(1, 33, device=device).remainder(vocab)[None]
@@ -263,12 +290,14 @@ def _trained_outside(policy: nn.Module) -> list[str]:
 
 def _load_named(name: str, policy: nn.Module, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
     parameter = next(policy.parameters())
+    config: Any = policy.config
+    # A model that reads images is no AutoModelForCausalLM; its own class loads one like it.
+    alone = config.get_text_config() is config
+    auto = AutoModelForCausalLM if alone else type(causal_lm(policy))
     try:
         # Without a word here transformers would ask on the terminal whether to run a model's code.
-        theirs = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model = read_model(
-            AutoModelForCausalLM, name, dtype=parameter.dtype, trust_remote_code=False
-        )
+        theirs = AutoTokenizer.from_pretrained(resolve_model(name), trust_remote_code=False)
+        model = read_model(auto, name, dtype=parameter.dtype, trust_remote_code=False)
     except UNLOADABLE as error:
         raise ConfigError(
             f"The reference {name!r} cannot be loaded: {error}. Give the id or folder of a model "

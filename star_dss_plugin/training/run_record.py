@@ -10,26 +10,32 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-from rich.text import Text
-
 from star_dss_plugin._version import __version__
 from star_dss_plugin.data.writing import write_text
+from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.plugins import load_plugins
+from star_dss_plugin.tables import Sheet
 from star_dss_plugin.training.prepare import DatasetSummary
 from star_dss_plugin.visible import code, visible_line
 
 if TYPE_CHECKING:
     from star_dss_plugin.training.state import StarDSSState
 
-__all__ = ["add_section", "changed_options", "run_record", "startup_line", "summary_table"]
+__all__ = [
+    "add_section",
+    "changed_options",
+    "check_reference",
+    "run_record",
+    "startup_line",
+    "summary_table",
+]
 
 _PREFIX = "star_dss/"
 
 
 def summary_table(
     log_history: Sequence[Mapping[str, Any]], train: DatasetSummary, loss_type: str
-) -> Table | None:
+) -> Sheet | None:
     """Return the loss and every `star_dss/` metric, at the first and the last logged step.
 
     Args:
@@ -49,21 +55,16 @@ def summary_table(
         return None
     first, last = lines[0], lines[-1]
     names = dict.fromkeys(name for line in lines for name in line if name.startswith(_PREFIX))
-    table = Table(
-        title=Text(
-            f"STAR-DSS: loss_type={loss_type}, guard={visible_line(train.guard)}, "
-            f"{train.responses} responses, {train.below_threshold} of "
-            f"{train.trained_tokens} tokens below the threshold"
-        ),
-        title_justify="left",
+    return Sheet(
+        ("metric", *(f"step {line.get('step', '?')}" for line in (first, last))),
+        [
+            (name, *("-" if v is None else f"{v:.4g}" for v in (first.get(name), last.get(name))))
+            for name in ("loss", *names)
+        ],
+        title=f"STAR-DSS: loss_type={loss_type}, guard={visible_line(train.guard)}, "
+        f"{train.responses} responses, {train.below_threshold} of "
+        f"{train.trained_tokens} tokens below the threshold",
     )
-    table.add_column("metric")
-    for line in (first, last):
-        table.add_column(f"step {line.get('step', '?')}", justify="right")
-    for name in ("loss", *names):
-        values = (line.get(name) for line in (first, last))
-        table.add_row(name, *("-" if v is None else f"{v:.4g}" for v in values))
-    return table
 
 
 _PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft")
@@ -94,6 +95,7 @@ def run_record(active: StarDSSState) -> dict[str, Any]:
     return {
         "options": active.options.star_dss_dict(),
         "reference": active.reference.description,
+        "reference_fingerprint": active.reference.fingerprint,
         "data": {name: asdict(summary) for name, summary in active.summaries.items()},
         "versions": {"star-dss-plugin": __version__, **dict(_installed([*_PACKAGES, *hosts]))},
     }
@@ -111,6 +113,27 @@ def changed_options(active: StarDSSState, output_dir: str | Path) -> str:
         )
     except (OSError, ValueError, KeyError, TypeError):
         return ""  # no record, or not one of this package
+
+
+def check_reference(active: StarDSSState, output_dir: str | Path) -> None:
+    """Check that a resumed run's reference is the model that the run began with.
+
+    Raises:
+        ConfigError: The record in the output folder names other weights.
+    """
+    try:
+        record = json.loads((Path(output_dir) / "star_dss.json").read_text(encoding="utf-8"))
+        before, named = record["reference_fingerprint"], record["options"]["reference"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # no record, or not one of this package
+    now = active.reference.fingerprint
+    if before and now and before != now and named == active.options.reference:
+        raise ConfigError(
+            "The reference is another model than the one that this run began with: the model that "
+            "was given starts with other weights, such as those of a checkpoint. Give the model "
+            "that the run began with, and the checkpoint as resume_from_checkpoint, which loads "
+            "its weights; or name a new output_dir to go on from here with a new reference."
+        )
 
 
 def _installed(names: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -20,7 +20,7 @@ from torch import nn
 
 from star_dss_plugin.errors import StarDSSError
 from star_dss_plugin.models import is_partitioned
-from star_dss_plugin.scoring.ranks import ALONE, Share, share_of
+from star_dss_plugin.scoring.ranks import ALONE, Share, share_of, waiting
 
 __all__ = ["Ranks", "runnable"]
 
@@ -140,7 +140,8 @@ class Ranks:
         def gather(value: Any) -> list[Any]:
             if accelerator.num_processes == 1:
                 return [value]
-            found: list[Any] = gather_object([value])
+            with waiting():
+                found: list[Any] = gather_object([value])
             return found
 
         has_weights = _has_weights(model)

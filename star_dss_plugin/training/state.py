@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from star_dss_plugin.data.alignment import Alignment
 from star_dss_plugin.loss import Shaping
 from star_dss_plugin.options import StarDSSOptions
 from star_dss_plugin.training.known_rows import KnownRows
@@ -34,6 +35,7 @@ class StarDSSState:
         ranks: The processes of the run.
         rows: The rows that were prepared.
         train_dataset: What `summaries["train"]` describes.
+        alignment: Lays scores onto tokens in the collator; None: rows are tokenized before.
         outputs_unread: Whether an evaluation step asks for outputs that it does not read.
     """
 
@@ -49,6 +51,7 @@ class StarDSSState:
     ranks: Ranks = field(default_factory=Ranks)
     rows: KnownRows = field(default_factory=KnownRows)
     train_dataset: Any = None
+    alignment: Alignment | None = None
     outputs_unread: bool = False
 
     @property

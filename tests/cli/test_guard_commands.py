@@ -200,7 +200,7 @@ def test_calibrate_writes_json_and_figure(tmp_path):
     assert low == pytest.approx(0.25, abs=0.03)
     assert high == pytest.approx(0.75, abs=0.03)
     assert written["calibrated"]["brier"] < written["raw"]["brier"]
-    assert f"calibration: {json.dumps(numbers)}" in found.output
+    assert f"calibration:\n{json.dumps(numbers)}" in found.output
 
 
 def test_held_out_means_held_out():

@@ -13,6 +13,8 @@ from support.caches import ENTRY, NAMESPACE, SPAWN, Log, filled, numbered, shard
 from star_dss_plugin.data.cache import ScoreCache
 from star_dss_plugin.data.requests import Trajectory
 
+pytestmark = pytest.mark.slow
+
 
 def write_many(root: Path, writer: int, flushes: int, ready) -> None:
     cache = ScoreCache(root, NAMESPACE)

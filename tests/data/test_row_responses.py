@@ -30,8 +30,8 @@ def test_any_number_of_processes_reads_the_same(tokenizer, hosted):
     if hosted:
         given = [row | tokenize_row(row, chat) for row in given]
     data = Dataset.from_list(given)
-    alone, found = read_responses(data, chat, HOW)
-    several, again = read_responses(data, chat, HOW, num_proc=3)
+    alone, found, _ = read_responses(data, chat, HOW)
+    several, again, _ = read_responses(data, chat, HOW, num_proc=3)
     assert found == again
     assert alone[:] == several[:]
 
@@ -53,7 +53,9 @@ def test_one_pass_is_tokenizing_and_then_finding(tokenizer):
     ]
     for length in (None, 20, 31):
         how = RowOptions(tokens, 3, length)
-        _, found = read_responses(Dataset.from_list(given), chat, how, needed=False)
+        _, found, untrained = read_responses(Dataset.from_list(given), chat, how, needed=False)
+        assert sum(untrained.values()) == sum(not responses for responses in found)
+        assert all("max_length cuts off" in why for why in untrained)
         for row, responses in zip(given, found, strict=True):
             made = tokenize_row(row, chat, max_length=length)
             assert find_responses({**row, **made}, chat, tokens, 3) == responses
@@ -66,7 +68,7 @@ def test_a_completion_mask_says_what_is_trained(tokenizer, labels):
     row = {"input_ids": ids, "completion_mask": [0] * 3 + [1] * (len(ids) - 3)}
     if labels:
         row["labels"] = ids
-    data, _ = read_responses(Dataset.from_list([row]), ChatTokenizer(tokenizer), HOW)
+    data, _, _ = read_responses(Dataset.from_list([row]), ChatTokenizer(tokenizer), HOW)
     assert data[0]["labels"] == [-100] * 3 + ids[3:]
 
 
@@ -108,7 +110,7 @@ def test_unknown_roles_are_an_error_that_names_them(tokenizer, role):
 def test_from_and_value_are_role_and_content(tokenizer):
     chat = ChatTokenizer(tokenizer)
     given = [{"from": m["role"], "value": m["content"]} for m in talk("hi", "ok")]
-    data, found = read_responses(Dataset.from_list([{"conversations": given}]), chat, HOW)
-    plain, same = read_responses(Dataset.from_list([{"messages": talk("hi", "ok")}]), chat, HOW)
+    data, found, _ = read_responses(Dataset.from_list([{"conversations": given}]), chat, HOW)
+    plain, same, _ = read_responses(Dataset.from_list([{"messages": talk("hi", "ok")}]), chat, HOW)
     assert found == same
     assert data[0]["labels"] == plain[0]["labels"]

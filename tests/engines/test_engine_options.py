@@ -74,3 +74,11 @@ def test_options_that_no_guard_takes_are_named_without_their_values(guard):
     with pytest.raises(ConfigError, match=list(guard)[1]) as error:
         load_guard(guard)
     assert "hush" not in str(error.value)
+
+
+def test_what_only_takes_room_is_no_other_guard():
+    """Cached scores stay valid when a run gets more or less of a device's memory."""
+    fewer = {"gpu_memory_utilization": 0.5, "max_model_len": 4096, "quantization": "fp8"}
+    found = selection.choose_engine("vllm", fewer).identity("m")
+    assert found == selection.choose_engine("vllm", {"quantization": "fp8"}).identity("m")
+    assert found != selection.choose_engine("vllm").identity("m")

@@ -1,10 +1,12 @@
 """A guard behind HTTP: the local engine's numbers, through every fault that may pass."""
 
+import datetime as dt
 import json
 import logging
 import random
 import threading
 import time
+from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -443,7 +445,10 @@ def test_a_missing_package_is_named(fake, model_dir, monkeypatch, engine, extra)
         (50, "", 15.0, 30.0),
         (0, "7", 7, 7),
         (0, "9999", 30, 30),
-        (0, "Wed, 21 Oct 2026 07:28:00 GMT", 0.25, 0.5),
+        (0, "Wed, 21 Oct 2015 07:28:00 GMT", 0.25, 0.5),  # over, or the clocks differ
+        (0, "Fri, 21 Oct 2335 07:28:00 GMT", 30, 30),
+        (0, "Fri, 99 Oct 2335 07:28:00 GMT", 0.25, 0.5),
+        (0, "²", 0.25, 0.5),
     ],
 )
 def test_waits_grow(monkeypatch, attempt, after, least, most):
@@ -451,12 +456,47 @@ def test_waits_grow(monkeypatch, attempt, after, least, most):
     assert least <= server._wait(attempt, after) <= most
 
 
-def test_what_a_call_gave_up_stays_so(fake, opened):
+def test_a_date_to_retry_after_is_waited_for(monkeypatch):
+    monkeypatch.setattr(server, "_MAX_WAIT_SECONDS", 30.0)
+    at = dt.datetime.now(dt.UTC) + dt.timedelta(seconds=20)
+    assert 10 < server._wait(0, format_datetime(at, usegmt=True)) <= 20
+
+
+def test_what_a_call_gave_up_stays_so(fake, opened, monkeypatch):
     engine = opened(fake, concurrency=1)
+    given_up = []
+    complete = server.ServerEngine._complete
+    monkeypatch.setattr(
+        server.ServerEngine, "_complete", lambda *args: given_up.append(args[-1]) or complete(*args)
+    )
     fake.faults = [400]
     with pytest.raises(GuardError, match="refused"):
         engine.label_logprobs(groups(3), LABELS)
-    given_up = engine._stop
     fake.faults = []
     engine.label_logprobs(groups(1), LABELS)
-    assert given_up.is_set()
+    assert given_up[0].is_set()
+    assert not given_up[-1].is_set()
+
+
+def test_closing_ends_every_call_in_flight(fake, opened):
+    """Also the earlier one, which otherwise would go on trying for minutes."""
+    engine = opened(fake, concurrency=1, prompts_per_request=100)
+    fake.faults = [503] * 1000
+    found = []
+
+    def ask():
+        with pytest.raises(GuardError, match=r"was closed|did not answer") as stopped:
+            engine.label_logprobs(groups(2), LABELS)
+        found.append(stopped.value)
+
+    threads = [threading.Thread(target=ask, daemon=True) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    while not (len(engine._stops) == 2 and fake.bodies):
+        time.sleep(0.01)
+    engine.close()
+    for thread in threads:
+        thread.join(60)
+    assert len(found) == 2
+    with pytest.raises(GuardError, match="was closed"):
+        engine.label_logprobs(groups(1), LABELS)

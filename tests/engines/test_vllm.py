@@ -18,7 +18,7 @@ import pytest
 
 from star_dss_plugin import GuardError, load_guard
 from star_dss_plugin.data.requests import PrefixRequest
-from star_dss_plugin.guards.demo.smollm2 import load_smollm2
+from star_dss_plugin.smollm2 import load_smollm2
 
 pytest.importorskip("vllm", reason="needs vLLM (make test-vllm)")
 
@@ -48,7 +48,7 @@ def _small(monkeypatch):
 
 
 def requests(count=4):
-    text = files("star_dss_trl").joinpath("demo_assets", "demo_mix.jsonl").read_text()
+    text = files("star_dss_plugin.data").joinpath("assets", "demo_mix.jsonl").read_text()
     rows = [json.loads(line) for line in text.splitlines()[:count]]
     found = []
     for row in rows:

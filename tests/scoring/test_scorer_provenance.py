@@ -27,6 +27,7 @@ def test_provenance_says_how_and_not_when(tokenizer, tmp_path):
         "label_mass": None,
         "attempts": {},
         "truncated_contexts": 0,
+        "untrained_rows": {},
         "guard_errors": 0,
         "tokenizer": tokenizer.name_or_path,
         "versions": found["versions"],

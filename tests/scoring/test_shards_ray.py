@@ -14,10 +14,13 @@ from types import SimpleNamespace
 import pytest
 from support import ray_words
 from support.paths import ROOT
+from support.probed import PROBED, learnable, talks
 from support.shards import ROWS, SHARD_ROWS, SHARDS, asked, begin, contents, in_one_process
 
 from star_dss_plugin import ConfigError, GuardError
 from star_dss_plugin.scoring import shards
+
+pytestmark = pytest.mark.slow
 
 # On Ray
 
@@ -92,6 +95,28 @@ def test_a_shard_that_kills_its_workers_is_given_up(data, model_dir, tmp_path, l
     found = worker({"shard": 2})
     assert found["kind"] == "GuardError"
     assert "5 workers have died on shard 2 (rows 10 and on)" in found["error"]
+
+
+def test_all_workers_use_the_probe_that_one_has_learned(ray_cluster, tokenizer, tmp_path):
+    from star_dss_plugin.scoring.on_ray import score_on_ray
+
+    guard = learnable(tmp_path / "guard", tokenizer)
+    talks().to_json(tmp_path / "talks.jsonl")
+    jobs = [
+        shards.begin(
+            str(tmp_path / "talks.jsonl"),
+            guard["model"],
+            tmp_path / name,
+            guard=guard,
+            shard_rows=20,
+            **PROBED,
+        )
+        for name in ("one", "out")
+    ]
+    shards.score_shards(jobs[0], progress=False)
+    score_on_ray(jobs[1], num_workers=2, progress=False)
+    assert [shards.finish(job)["probes"][0]["fell_back"] for job in jobs] == [None, None]
+    assert contents(tmp_path / "out") == contents(tmp_path / "one")
 
 
 def test_an_error_of_a_worker_is_raised_in_words(ray_cluster, data, model_dir, tmp_path, log):

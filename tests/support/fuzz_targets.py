@@ -317,6 +317,8 @@ def check_options(chosen: dict) -> None:
         assert math.isfinite(made.kl_coef)
         assert 0 <= made.threshold <= 1
         assert 0 <= made.trajectory_epsilon <= 1
+        assert made.probe_sample >= 20
+        assert 0 <= made.probe_tolerance <= 1
         assert isinstance(made.monotone, bool)
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -57,6 +58,30 @@ def shard_on_cpus():
     )
 
 
+CLOSE = 1e-5
+"""How far a loss, a gradient norm or an evaluation loss may be from that of one process."""
+
+
+def apart(one, other):
+    """Return the largest difference; of a resumed run the last lines are compared."""
+    return max(
+        abs(a - b)
+        for mine, wanted in zip(one, other[-len(one) :], strict=True)
+        for a, b in zip(mine, wanted, strict=True)
+    )
+
+
+def weights_apart(one, other, lora):
+    """Return the largest difference of two saved models, which a plain process can load."""
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    cls = AutoPeftModelForCausalLM if lora else AutoModelForCausalLM
+    models = [cls.from_pretrained(path).state_dict() for path in (one, other)]
+    assert models[0].keys() == models[1].keys()
+    return max(float((models[0][n] - models[1][n]).abs().max()) for n in models[0])
+
+
 CASES = {
     "trl": {},
     "trl-lora": {"lora": True},
@@ -86,6 +111,10 @@ CASES = {
     "trl-other-option": {"differs": "chunk_size"},
     "trl-other-rows": {"differs": "rows"},
     "trl-other-scores": {"differs": "scores"},
+    "trl-other-guard": {"differs": "guard"},
+    "trl-other-evaluation": {"differs": "evaluation"},
+    "trl-scored-there": {"differs": "scored"},
+    "trl-killed": {"differs": "killed"},
     "plain-other-model": {"plain": True, "differs": "model"},
     "plain-other-adapter": {"plain": True, "lora": True, "differs": "seed"},
     "trl-resumed": {"resume": True},
@@ -116,19 +145,23 @@ def arguments(kind, folder, ranks, changes):
         **changes,
     }
     if kind.startswith("zero"):
-        options["deepspeed"] = {
-            "zero_optimization": {
-                "stage": int(kind[4]),
-                "stage3_param_persistence_threshold": 0,
-                "stage3_gather_16bit_weights_on_model_save": True,
-            },
-            "train_micro_batch_size_per_gpu": "auto",
-            "gradient_accumulation_steps": "auto",
-            "gradient_clipping": "auto",
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-        }
+        options["deepspeed"] = deepspeed_config(int(kind[4]))
     return options
+
+
+def deepspeed_config(stage):
+    return {
+        "zero_optimization": {
+            "stage": stage,
+            "stage3_param_persistence_threshold": 0,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        },
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
 
 
 def model_folder(folder, untied):
@@ -143,6 +176,8 @@ def model_folder(folder, untied):
 
 
 def make_trainer(kind, folder, ranks, case, changes):
+    import trl
+    from packaging.version import Version
     from peft import get_peft_model
     from star_dss_trl import StarDSSConfig, StarDSSTrainer
     from transformers import (
@@ -181,20 +216,28 @@ def make_trainer(kind, folder, ranks, case, changes):
     if differs == "rows":
         data = data.select(range(7, -1, -1))
     WordGuard.__init__.__kwdefaults__["unsafe"] = 0.1
+    if differs == "guard":
+        scoring["guard"] = "demo"
+    if differs == "killed":
+        WordGuard.token_scores = lambda self, responses: os.kill(os.getpid(), signal.SIGKILL)
     if differs == "scores":  # as another version of the guard on one machine gives them
         scoring["score_cache_dir"] += "-other"
         WordGuard.__init__.__kwdefaults__["unsafe"] = 0.8
+    evaluation = data.select(range(3 if differs == "evaluation" else 4))
+    if differs == "scored":  # a copy that was scored before
+        data = data.add_column("star_scores", [[1.0]] * len(data))
     if rare:
         data = data.map(lambda row, i: {"completion": safe_or_not(row, i)}, with_indices=True)
     options = arguments(kind, out, ranks, case | changes)
-    if plain:  # whose evaluation divides by the tokens of all ranks, as its training does
+    # Their evaluation divides by the tokens of all ranks, as training does.
+    if plain or Version(trl.__version__) < Version("1.15"):
         options["per_device_eval_batch_size"] = 4 // ranks
     if not plain:
         return StarDSSTrainer(
             str(source),
             args=StarDSSConfig(**options, **scoring, model_init_kwargs={"device_map": None}),
             train_dataset=data,
-            eval_dataset=data.select(range(4)),
+            eval_dataset=evaluation,
             processing_class=tokenizer,
             peft_config=lora_config() if lora else None,
         )

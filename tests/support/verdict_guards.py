@@ -84,7 +84,7 @@ def naive_prompt(guard, messages):
 
 
 def prompts(guard, context, text, ends):
-    return guard._template.prompts(guard._prompts.turns(context), text, ends)
+    return list(guard._template.prompts(guard._prompts.turns(context), text, ends))
 
 
 def answer(text):

@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 
@@ -13,8 +15,10 @@ pytest.importorskip("peft")
 
 from support import sharded_runs
 from support.paths import ROOT
+from support.sharded_runs import CLOSE, apart, weights_apart
 
-CLOSE = 1e-5
+pytestmark = pytest.mark.slow
+
 TRL = ("trl", "trl-lora", "trl-adapter-full", "trl-adapter-rare", "trl-checkpointing")
 PLAIN = ("plain", "plain-adapter-full", "plain-adapter-rare")
 RUNS = {
@@ -26,6 +30,7 @@ RUNS = {
     "zero2": ("trl", "trl-adapter-full", "trl-copy-full", "plain", "plain-resumed"),
     "zero3": (*TRL, *PLAIN, "plain-early", "trl-named-full", "trl-resumed", "trl-copy-full"),
 }
+SCRIPT = ROOT / "tests/support/sharded_runs.py"
 REFUSED = {
     ("fsdp2", "trl-copy-full"): "FSDP2 leaves no rank whole parameters",
     ("fsdp2-head", "trl-untied"): r"lm_head) is an FSDP2 unit of its own",
@@ -33,46 +38,28 @@ REFUSED = {
 }
 
 
-def launch(folder, kind, cases):
-    """Return what each rank wrote, and what was printed."""
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
-        str(ROOT / "tests/support/sharded_runs.py"),
-        *(kind, str(folder), *cases),
-    ]
+def environment(kind):
     path = [str(ROOT), str(ROOT / "integrations"), os.environ.get("PYTHONPATH", "")]
-    environment = {
+    return {
         **os.environ,
         **sharded_runs.KINDS[kind],
         "PYTHONPATH": os.pathsep.join(path),
         "OMP_NUM_THREADS": "1",
     }
+
+
+def launch(folder, kind, cases):
+    """Return what each rank wrote, and what was printed."""
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
+        *(str(SCRIPT), kind, str(folder), *cases),
+    ]
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=900, check=False
+        command, env=environment(kind), capture_output=True, text=True, timeout=900, check=False
     )
     results = [folder / f"results-{rank}.json" for rank in (0, 1)]
     assert all(path.exists() for path in results), done.stderr[-4000:] + done.stdout[-2000:]
     return [json.loads(path.read_text()) for path in results], done
-
-
-def apart(one, other):
-    """Return the largest difference; of a resumed run the last lines are compared."""
-    return max(
-        abs(a - b)
-        for mine, wanted in zip(one, other[-len(one) :], strict=True)
-        for a, b in zip(mine, wanted, strict=True)
-    )
-
-
-def weights_apart(one, other, lora):
-    """Return the largest difference of two saved models, which a plain process can load."""
-    from peft import AutoPeftModelForCausalLM
-    from transformers import AutoModelForCausalLM
-
-    cls = AutoPeftModelForCausalLM if lora else AutoModelForCausalLM
-    models = [cls.from_pretrained(path).state_dict() for path in (one, other)]
-    assert models[0].keys() == models[1].keys()
-    return max(float((models[0][n] - models[1][n]).abs().max()) for n in models[0])
 
 
 @pytest.mark.parametrize("kind", RUNS)
@@ -107,6 +94,9 @@ def test_ranks_that_differ_are_stopped_on_all_of_them(tmp_path):
     sharded_runs.model_folder(tmp_path, False)
     cases = {
         "trl-other-option": "the same option chunk_size",
+        "trl-other-guard": "the same option guard",
+        "trl-other-evaluation": "the same eval data",
+        "trl-scored-there": "the same train data",
         "trl-other-rows": "the same train data",
         "trl-other-scores": "the same scored train data",
         "plain-other-model": "the same reference of the train data",
@@ -127,3 +117,28 @@ def test_adapters_that_begin_with_other_values_on_each_rank_train(tmp_path):
         assert "error" not in found[name], found[name]["error"]
         assert max(found[name]["kl"]) > 1e-7
     assert apart(results[0][name]["logs"], alone["logs"]) < CLOSE
+
+
+def test_a_rank_that_is_killed_while_it_scores_stops_the_others(tmp_path):
+    """Without a launcher, which would end them: nobody waits for it, and each says why it ends."""
+    sharded_runs.model_folder(tmp_path, False)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = []
+    for rank in (0, 1):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        ranks.append(
+            subprocess.Popen(
+                [sys.executable, str(SCRIPT), "ddp", str(tmp_path), "trl-killed"],
+                env=environment("ddp") | {name: str(value) for name, value in place.items()},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    said = [process.communicate(timeout=300)[0] for process in ranks]
+    assert ranks[1].returncode == -signal.SIGKILL, said[1][-3000:]
+    found = json.loads((tmp_path / "results-0.json").read_text())["trl-killed"]
+    assert "one of them has ended" in found.get("error", ""), said[0][-3000:]

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
-import numpy as np
-from numpy.typing import NDArray
+from star_dss_plugin.engines import shared_prompts
+from star_dss_plugin.engines.shared_prompts import SharedPrompts
 
-__all__ = ["Tail", "Tree", "batched", "common_length", "grow", "trie"]
+__all__ = ["Tail", "Tree", "batched", "common_length", "grow"]
 
 
 @dataclass(frozen=True)
@@ -50,58 +51,66 @@ class Tree:
 
 
 def grow(group: int, prompts: Sequence[Sequence[int]]) -> Tree:
-    """Return the tree of one response's prompts, each with at least one token."""
+    """Return the tree of one response's prompts, each with at least one token.
+
+    Time and memory grow with the trunk and the tails, not with the prompts written out.
+    """
+    shared = SharedPrompts.of(prompts)
+    first = {piece: i for i, piece in reversed(list(enumerate(shared.pieces)))}
     # Longer before shorter, so that a prompt is preferred as trunk to its own prefixes.
-    ordered = sorted({tuple(p) for p in prompts}, reverse=True)
-    nodes = trie(ordered)
-    # Fewest tokens remain if the trunk's nodes are those that most prompts visit.
-    visits = np.append(np.bincount(nodes[nodes >= 0]) - 1, 0)
-    trunk = int(visits[nodes].sum(axis=1).argmax())
-    common = ((nodes == nodes[trunk]) & (nodes >= 0)).sum(axis=1).tolist()
+    ordered = sorted(first.values(), key=shared.order, reverse=True)
+    neighbours = [shared.common(a, b) for a, b in pairwise(ordered)]
+    # Fewest tokens remain if the trunk's nodes in the trie are those that most prompts visit.
+    visits = _visits(neighbours)
+    trunk = visits.index(max(visits))
+    lengths = shared.lengths()
     tails = []
-    for row, tokens in enumerate(ordered):
+    for row, i in enumerate(ordered):
         # A prompt that ends on the trunk computes its last token again to get the next-token
         # logits.
-        shared = min(common[row], len(tokens) - 1)
-        tails.append(Tail(group, row, shared, tokens[shared:]))
-    others = [t.shared for t in tails if t.row != trunk]
+        common = min(shared.common(i, ordered[trunk]), lengths[i] - 1)
+        tails.append(Tail(group, row, common, shared.part(i, common)))
     # Beyond what other prompts share, the rest of the trunk's prompt is a tail as well.
-    end = max(others, default=0)
+    end = max((t.shared for t in tails if t.row != trunk), default=0)
     own = ordered[trunk]
-    tails[trunk] = Tail(group, trunk, min(end, len(own) - 1), own[min(end, len(own) - 1) :])
-    index = {tokens: row for row, tokens in enumerate(ordered)}
+    kept = min(end, lengths[own] - 1)
+    tails[trunk] = Tail(group, trunk, kept, shared.part(own, kept))
+    row_of = {shared.pieces[i]: row for row, i in enumerate(ordered)}
     return Tree(
-        own[:end],
+        shared.part(own, 0, end),
         tuple(tails),
-        tuple(index[tuple(p)] for p in prompts),
-        int(np.unique(nodes[nodes >= 0]).size),
+        tuple(row_of[piece] for piece in shared.pieces),
+        sum(lengths[i] for i in ordered) - sum(neighbours),
     )
 
 
-def trie(ordered: Sequence[tuple[int, ...]]) -> NDArray[np.int64]:
-    """Return a number for each prefix of n sorted sequences, shape (n, longest).
+def _visits(neighbours: Sequence[int]) -> list[int]:
+    """Return for each of n sorted sequences how many first tokens it shares with all others.
 
-    Entry (k, i) numbers the first i + 1 tokens of sequence k. Equal numbers mean equal prefixes; -1
-    marks positions past the end.
+    Args:
+        neighbours: How many first tokens each sequence shares with the next one, n - 1 numbers.
+            Two that are further apart share the least of what lies between them.
     """
-    length = np.array([len(tokens) for tokens in ordered])
-    real = np.arange(length.max()) < length[:, None]
-    tokens = np.full(real.shape, -1)
-    tokens[real] = np.concatenate(ordered)
-    new = np.ones_like(real)
-    new[1:] = np.logical_or.accumulate(tokens[1:] != tokens[:-1], axis=1)
-    # A prefix that is not new equals that of the row above.
-    nodes = np.maximum.accumulate(np.where(new, np.arange(new.size).reshape(new.shape), 0), axis=0)
-    return np.where(real, nodes, -1)
+    found = [0] * (len(neighbours) + 1)
+    for order in (1, -1):
+        # (shared tokens, number of sequences) in ascending order, and the sum of their products.
+        stack: list[tuple[int, int]] = []
+        total = 0
+        for i, shared in enumerate(neighbours[::order], 1):
+            count = 1
+            while stack and stack[-1][0] >= shared:
+                more, times = stack.pop()
+                total -= more * times
+                count += times
+            stack.append((shared, count))
+            total += shared * count
+            found[i if order == 1 else len(neighbours) - i] += total
+    return found
 
 
 def common_length(sequences: Sequence[tuple[int, ...]]) -> int:
     """Return the number of first tokens that all sequences share."""
-    first, last = min(sequences), max(sequences)
-    length = 0
-    while length < min(len(first), len(last)) and first[length] == last[length]:
-        length += 1
-    return length
+    return shared_prompts.common_length(min(sequences), max(sequences))
 
 
 def batched(lengths: Sequence[int], budget: int) -> Iterator[slice]:

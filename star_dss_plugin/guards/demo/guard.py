@@ -26,7 +26,6 @@ from star_dss_plugin.data.requests import Message, PrefixRequest
 from star_dss_plugin.errors import GuardError
 from star_dss_plugin.guards.attempts import Markers
 from star_dss_plugin.guards.base import StreamingGuard, batches, not_numbers
-from star_dss_plugin.guards.demo.smollm2 import gguf_fingerprint
 from star_dss_plugin.guards.demo.states import (
     LAYERS,
     MAX_CONTEXT,
@@ -35,6 +34,7 @@ from star_dss_plugin.guards.demo.states import (
     content_of,
 )
 from star_dss_plugin.models import default_device, floating_dtype
+from star_dss_plugin.smollm2 import gguf_fingerprint
 from star_dss_plugin.validation import at_least
 
 __all__ = ["RECENT", "DemoGuard", "probe_logits", "recent_mean", "running_mean"]

@@ -18,7 +18,7 @@ from torch import Tensor
 from star_dss_plugin.data.requests import Message
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.guards.base import batches
-from star_dss_plugin.guards.demo.smollm2 import DEFAULT_SYSTEM, load_smollm2
+from star_dss_plugin.smollm2 import DEFAULT_SYSTEM, load_smollm2
 
 __all__ = [
     "LAYERS",

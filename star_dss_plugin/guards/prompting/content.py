@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from star_dss_plugin.engines.shared_prompts import SharedPrompts, common_length
 from star_dss_plugin.errors import GuardError
 from star_dss_plugin.guards.prompting.prefixes import PrefixTokenizer
 
@@ -78,12 +79,35 @@ class ContentTokenizer:
             )
         return encoding.ids, [end for _, end in encoding.offsets]
 
-    def ids_of_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return `ids` of several texts, which is faster if they share their beginning."""
-        return [
-            ids if self._forbidden.isdisjoint(ids) else self.ids(text)
-            for text, ids in zip(texts, self._prefixes(texts), strict=True)
+    def prefixes(self, whole: str, cuts: Sequence[int], closing: str) -> SharedPrompts:
+        """Return `ids` of each `whole[:cut] + closing` at about the cost of one; raise like it."""
+        found = self._prefixes(whole, cuts, closing)
+        if not (wrong := self._wrong(found)):
+            return found
+        # Replaced character by character, so a prefix of the readable text is a readable prefix.
+        readable = self._prefixes(self._readable(whole), cuts, self._readable(closing))
+        if self._wrong(readable):
+            self.ids(whole + closing)  # the error
+        same = common_length(found.trunk, readable.trunk)
+        pieces = [
+            piece if i in wrong else (min(same, kept), (*found.trunk[same:kept], *end))
+            for i, (piece, (kept, end)) in enumerate(
+                zip(readable.pieces, found.pieces, strict=True)
+            )
         ]
+        return SharedPrompts(readable.trunk, [n for n, _ in pieces], [end for _, end in pieces])
+
+    def _wrong(self, prompts: SharedPrompts) -> set[int]:
+        """Return which prompts have a control token."""
+        clean = next(
+            (i for i, token in enumerate(prompts.trunk) if token in self._forbidden),
+            len(prompts.trunk),
+        )
+        return {
+            i
+            for i, (kept, end) in enumerate(prompts.pieces)
+            if kept > clean or not self._forbidden.isdisjoint(end)
+        }
 
     def _readable(self, text: str) -> str:
         """Replace characters that the vocabulary lacks by "?".

@@ -10,10 +10,14 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer
+
+from star_dss_plugin.engines.shared_prompts import SharedPrompts
 
 __all__ = ["PrefixTokenizer"]
 
@@ -24,13 +28,15 @@ The end of a word is decided by the next character, or, for white space, by the 
 run of white space that it belongs to. Words split such a run into at most three.
 """
 
+_CHARACTERS_AT_A_TIME = 1 << 20  # of prefixes that are tokenized whole
+
 # Finds expressions in which a word depends on text before it, or on distant text behind it. "^"
 # negates a class and is an anchor elsewhere; "(?!\S)" looks at one character only.
 _LOOKS_AROUND = re.compile(r"\(\?<|\(\?=|\(\?!(?!\\S\))|\\[AGbBKzZ]|(?<!\[)\^|\$")
 
 
 class PrefixTokenizer:
-    """Tokenize texts that share their beginning.
+    """Tokenize texts that are the beginnings of one text, with the same end behind each.
 
     Args:
         tokenizer: A tokenizer without control tokens.
@@ -50,47 +56,44 @@ class PrefixTokenizer:
         # Without an unknown token such bytes vanish, and offsets no longer match the text.
         self._lost = frozenset(_lost_bytes(state["model"]))
 
-    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each text, equal to those of tokenizing it alone."""
-        whole = max(texts, key=len)
+    def __call__(self, whole: str, cuts: Sequence[int], closing: str) -> SharedPrompts:
+        """Return the ids of each `whole[:cut] + closing`, equal to those of tokenizing it alone."""
+        encoding = self._tokenizer.encode(whole, add_special_tokens=False)
         if (
             not self.works_by_words
             or (self._normalizes and not unicodedata.is_normalized("NFC", whole))
             or (self._lost and not self._lost.isdisjoint(whole.encode()))
         ):
-            found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-            return [encoding.ids for encoding in found]
-        encoding = self._tokenizer.encode(whole, add_special_tokens=False)
-        ids, offsets, words = encoding.ids, encoding.offsets, encoding.word_ids
+            return self._each(encoding.ids, whole, cuts, closing)
+        offsets, words = encoding.offsets, encoding.word_ids
         # The start of each word: its first token and its first character.
-        starts = [
-            (i, offsets[i][0]) for i, word in enumerate(words) if i == 0 or word != words[i - 1]
-        ]
-        kept, rests, word = [], [], 0
-        for text in texts:
-            shared = _common_length(text, whole)
-            # Neighbours in `texts` share about as much, so the search begins at the previous word.
-            while word > 0 and starts[word][1] > shared:
-                word -= 1
-            while word + 1 < len(starts) and starts[word + 1][1] <= shared:
-                word += 1
-            token, character = starts[max(0, word - _WORDS_BACK)] if starts else (0, 0)
+        firsts = [i for i, word in enumerate(words) if i == 0 or word != words[i - 1]]
+        characters = [offsets[i][0] for i in firsts]
+        kept, rests = [], []
+        for cut in cuts:
+            word = bisect_right(characters, cut) - 1 - _WORDS_BACK
+            token, character = (firsts[word], characters[word]) if word > 0 else (0, 0)
             kept.append(token)
-            rests.append(text[character:])
+            rests.append(whole[character:cut] + closing)
         tails = self._tokenizer.encode_batch_fast(rests, add_special_tokens=False)
-        return [ids[:token] + tail.ids for token, tail in zip(kept, tails, strict=True)]
+        return SharedPrompts(encoding.ids, kept, [tail.ids for tail in tails])
 
-
-def _common_length(one: str, two: str) -> int:
-    """Return the number of first characters that two texts share."""
-    low, high = 0, min(len(one), len(two))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if one[low:middle] == two[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    def _each(
+        self, trunk: Sequence[int], whole: str, cuts: Sequence[int], closing: str
+    ) -> SharedPrompts:
+        """Return the ids of each prefix, tokenized as a whole, a few at a time."""
+        known = np.asarray(trunk, dtype=np.int64)
+        kept, ends = [], []
+        size = max(1, _CHARACTERS_AT_A_TIME // (len(whole) + len(closing) + 1))
+        for first in range(0, len(cuts), size):
+            texts = [whole[:cut] + closing for cut in cuts[first : first + size]]
+            for found in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+                ids = found.ids
+                both = min(len(ids), len(known))
+                other = np.flatnonzero(np.asarray(ids[:both], dtype=np.int64) != known[:both])
+                kept.append(int(other[0]) if len(other) else both)
+                ends.append(ids[kept[-1] :])
+        return SharedPrompts(trunk, kept, ends)
 
 
 def _lost_bytes(model: dict[str, Any]) -> list[int]:

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from star_dss_plugin.data.requests import Message, PrefixRequest
+from star_dss_plugin.engines.shared_prompts import SharedPrompts
 from star_dss_plugin.errors import ConfigError, GuardError
 from star_dss_plugin.guards.prompting.template import GuardTemplate
 
@@ -40,7 +41,7 @@ class Prompts:
         self._turns = turns
         self._max_length = max_length
 
-    def of(self, index: int, request: PrefixRequest) -> list[list[list[int]]]:
+    def of(self, index: int, request: PrefixRequest) -> list[SharedPrompts]:
         """Return token ids per template, one prompt per prefix, up to the verdict position.
 
         Raises:
@@ -48,7 +49,7 @@ class Prompts:
         """
         context = self.fitted(index, request)
         found = [t.prompts(context, request.text, request.ends) for t in self.templates]
-        longest = max(len(prompt) for prompts in found for prompt in prompts)
+        longest = max(length for prompts in found for length in prompts.lengths())
         if self._max_length is not None and longest > self._max_length:
             raise self._too_long(longest, index)
         return found
@@ -104,7 +105,7 @@ class Prompts:
         """Return the number of tokens in the prompt for the whole response."""
         turns = context or self.turns([])
         ends = (len(request.text),)
-        return max(len(t.prompts(turns, request.text, ends)[0]) for t in self.templates)
+        return max(t.prompts(turns, request.text, ends).lengths()[0] for t in self.templates)
 
     @cached_property
     def _bare_length(self) -> int:

@@ -11,13 +11,15 @@ from __future__ import annotations
 import datetime as dt
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from star_dss_plugin.data.requests import Message
+from star_dss_plugin.engines.shared_prompts import SharedPrompts
 from star_dss_plugin.errors import ConfigError, GuardError
 from star_dss_plugin.guards.prompting.content import ContentTokenizer, without_surrogates
 
@@ -29,13 +31,56 @@ _DATE_CALL = re.compile(r"\bstrftime_now\s*\(\s*(?:(['\"])(.*?)\1\s*\))?")
 
 _MARK = "\ue0f0{}\ue0f1"  # private-use characters, which no template searches for
 _MARKS = re.compile("\ue0f0([0-9]+)\ue0f1")
-_TRIMS: tuple[Callable[[str], str], ...] = (  # in the order of how much they remove
-    str,
-    lambda text: text.lstrip("\n"),
-    lambda text: text.rstrip("\n"),
-    lambda text: text.strip("\n"),
-    str.lstrip,
-    str.rstrip,
+
+
+@dataclass(frozen=True)
+class _Trim:
+    """What a template cuts off a message.
+
+    Attributes:
+        left: Whether at its beginning.
+        right: Whether at its end.
+        characters: What is cut off; None: white space.
+    """
+
+    left: bool = False
+    right: bool = False
+    characters: str | None = None
+
+    def __call__(self, text: str) -> str:
+        text = text.lstrip(self.characters) if self.left else text
+        return text.rstrip(self.characters) if self.right else text
+
+    def prefixes(self, text: str, ends: Sequence[int]) -> tuple[str, list[int]]:
+        """Return a text cut at its beginning, and where each of its prefixes ends in that.
+
+        Args:
+            text: Any text.
+            ends: Of prefixes in characters of `text`, ascending.
+        """
+        shown = text.lstrip(self.characters) if self.left else text
+        cuts: list[int] = []
+        reached = 0
+        for end in ends:
+            cut = max(0, end - len(text) + len(shown))
+            before, reached = reached, cut
+            if self.right:
+                # What lies before the previous prefix's end was looked at with that.
+                cut = before + len(shown[before:cut].rstrip(self.characters))
+                if cut == before:
+                    cut = cuts[-1] if cuts else 0
+            cuts.append(cut)
+        return shown, cuts
+
+
+_TRIMS = (  # in the order of how much they remove
+    _Trim(),
+    _Trim(left=True, characters="\n"),
+    _Trim(right=True, characters="\n"),
+    _Trim(left=True, right=True, characters="\n"),
+    _Trim(left=True),
+    _Trim(right=True),
+    _Trim(left=True, right=True),
 )
 _PROBE = (
     {"role": "user", "content": "What's 2 + 2?\nBriefly, please (no steps)."},
@@ -129,6 +174,10 @@ class GuardTemplate:
         """Return the text of tokens, control tokens included."""
         return str(self._tokenizer.decode(list(ids)))
 
+    def content_ids(self, text: str) -> list[int]:
+        """Return the ids of a text, none of which is a control token."""
+        return self._content.ids(text)
+
     def label_ids(self, spellings: Sequence[str]) -> list[int]:
         """Return the sorted first tokens of the given verdicts right behind the prompt."""
         _, tail = self._split_last(self.render(_PROBE))
@@ -146,13 +195,14 @@ class GuardTemplate:
             )
         return sorted(found)
 
-    def prompts(
-        self, context: Sequence[Message], text: str, ends: Sequence[int]
-    ) -> list[list[int]]:
+    def prompts(self, context: Sequence[Message], text: str, ends: Sequence[int]) -> SharedPrompts:
         """Return the ids of one prompt per prefix `text[:end]`, up to the verdict position."""
         head_ids, opening, closing, tail_ids = self._around_answer(context)
-        answers = [opening + self._as_rendered(text[:end], "assistant") + closing for end in ends]
-        return [head_ids + ids + tail_ids for ids in self._content.ids_of_all(answers)]
+        shown, cuts = self._trims["assistant"].prefixes(without_surrogates(text), ends)
+        made = self._content.prefixes(
+            opening + shown, [len(opening) + cut for cut in cuts], closing
+        )
+        return made.framed(head_ids, tail_ids)
 
     def opened(self, context: Sequence[Message], text: str) -> tuple[list[int], list[int]]:
         """Return the ids up to the end of the response, and the ends of its tokens in characters.
@@ -223,13 +273,13 @@ class GuardTemplate:
             _MARK.format(0)
         )[-1]
 
-    def _trim_of(self, role: str) -> Callable[[str], str]:
+    def _trim_of(self, role: str) -> _Trim:
         """Return the trimming that the template applies to the messages of a role."""
         lines = "\n" * 9  # more than any template adds around a message
         padded = f"{lines}\t \n{_MARK.format(0)}\n \t{lines}"
         messages = [{**m, "content": padded} if m["role"] == role else m for m in _PROBE]
         rendered = self.render(messages)
-        return next((trim for trim in _TRIMS if trim(padded) in rendered), str.strip)
+        return next((trim for trim in _TRIMS if trim(padded) in rendered), _TRIMS[-1])
 
     def _pinned_date(self, call: re.Match[str]) -> str:
         # Replaced in the template's text, as transformers 5.23 no longer passes functions to
@@ -262,7 +312,7 @@ class GuardTemplate:
         for probe in (_PROBE, padded):
             whole = self._tokenizer(self.render(probe), add_special_tokens=False)["input_ids"]
             text = str(probe[1]["content"])
-            if self.prompts(probe[:1], text, [len(text)]) != [whole]:
+            if list(self.prompts(probe[:1], text, [len(text)])) != [whole]:
                 raise GuardError(
                     f"The tokenizer of guard {self._name!r} gives other tokens when control tokens "
                     "and content are tokenized apart, or its template rewrites what it quotes. "

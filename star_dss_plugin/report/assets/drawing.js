@@ -91,6 +91,7 @@ function drawing(threshold, mark) {
         const kinds = [`h${Math.round(r.scores[i] * 10)}`];
         if (r.scores[i] < threshold) kinds.push("below");
         if (begins) kinds.push("crossed");
+        if (r.asked && !r.asked[i]) kinds.push("probed");
         spans.push(make("span", { class: kinds.join(" "), "data-piece": i }, text));
         length += text.length;
       }

@@ -146,7 +146,8 @@
     $("here").setAttribute("x", 26 + (850 * start) / total);
     $("here").setAttribute("width", (850 * (end - start)) / total);
     const which = end - start > 1 ? `tokens ${start + 1} to ${end}` : `token ${end}`;
-    $("readout").textContent = `${which}: score ${fixed(r.scores[piece])}`;
+    const by = r.asked ? (r.asked[piece] ? ", the guard was asked" : ", by the probe") : "";
+    $("readout").textContent = `${which}: score ${fixed(r.scores[piece])}${by}`;
     document.querySelector(".marked")?.classList.remove("marked");
     document.querySelector(`#text [data-piece="${piece}"]`)?.classList.add("marked");
   }

@@ -77,6 +77,11 @@ def test_a_wrong_block_stops_the_configuration(tmp_path, model_dir, block, messa
         loaded(tmp_path, configuration(tmp_path, model_dir, star_dss=given))
 
 
+MEDIA = {
+    "processor_type": "AutoProcessor",
+    "skip_prepare_dataset": True,
+    "remove_unused_columns": False,
+}
 REFUSED = [
     {"rl": "dpo"},
     {"reward_model": True},
@@ -86,8 +91,6 @@ REFUSED = [
     {"trainer_cls": "transformers.Trainer"},
     {"relora": True, "star_dss": {"guard": "test-words", "reference": "adapter"}},
     {"relora": True, "star_dss": {"guard": "test-words", "kl_estimator": "full"}},
-    {"batch_flattening": True},
-    {"batch_flattening": "auto"},
     {"streaming": True},
     {"pretraining_dataset": "text"},
     {"skip_prepare_dataset": True},
@@ -96,7 +99,9 @@ REFUSED = [
     {"balance_labels": True},
     {"liger_use_token_scaling": True},
     {"use_pose": True},
-    {"processor_type": "AutoProcessor"},
+    {"processor_type": "AutoProcessor", "remove_unused_columns": False},
+    {"processor_type": "AutoProcessor", "skip_prepare_dataset": True},
+    {**MEDIA, "sample_packing": True},
     {"context_parallel_size": 2},
     {"tensor_parallel_size": 2},
     {"expert_parallel_size": 2},

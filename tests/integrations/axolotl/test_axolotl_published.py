@@ -9,6 +9,7 @@ import pytest
 from axolotl_runs import ANSWERS, PLUGIN, PROMPTS, finished, multi_turn, write_config, write_rows
 from support.models import tiny_llama
 from support.paths import SHARED
+from support.vision_models import gemma3, picture
 
 EXAMPLES = SHARED / "coverage" / "axolotl_sft_examples.jsonl"
 CPU = {
@@ -127,3 +128,39 @@ def test_a_published_configuration_trains(start, tmp_path, small, tokenizer, nam
     record = json.loads((tmp_path / "out" / "star_dss.json").read_text())
     assert record["data"]["train"]["responses"] == responses
     assert record["data"]["train"]["below_threshold"] > 0
+
+
+def test_a_published_configuration_trains_on_images(start, tmp_path):
+    """Gemma 3's: its processor, its template, LoRA on the language model."""
+    model, processor = gemma3()
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    picture().save(tmp_path / "picture.png")
+    rows = multi_turn()
+    for row in rows:
+        for message in row["messages"]:
+            message["content"] = [{"type": "text", "text": message["content"]}]
+        image = {"type": "image", "path": str(tmp_path / "picture.png")}
+        row["messages"][1]["content"].insert(0, image)
+    config = published("gemma3/gemma-3-4b-vision-qlora.yml")
+    (dataset,) = config["datasets"]
+    path = write_rows(tmp_path / "chat.jsonl", rows)
+    config |= CPU | {key: False for key in KERNELS if key in config or "lora" in key}
+    config |= {
+        "base_model": str(tmp_path / "model"),
+        "datasets": [{**dataset, "path": path, "ds_type": "json", "split": None}],
+        "val_set_size": 0.0,
+        "adapter": "lora",
+        "load_in_4bit": False,  # a tiny model's rows do not fill a block of 4 bits
+        "output_dir": str(tmp_path / "out"),
+        "evals_per_epoch": None,
+        "saves_per_epoch": None,
+        "plugins": [PLUGIN],
+        "star_dss": {"guard": "test-words", "chunk_size": 2},
+    }
+    out = finished(start("train", write_config(tmp_path, config), "--launcher", "python"))
+    assert out.count("STAR-DSS is active: loss_type=star_dss") == 1
+    assert "the guard reads a mark such as [image]" in out
+    record = json.loads((tmp_path / "out" / "star_dss.json").read_text())
+    assert record["data"]["train"]["responses"] == 16
+    assert record["reference"] == "the base model (adapter switched off)"

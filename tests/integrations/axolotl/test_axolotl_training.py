@@ -3,6 +3,10 @@
 import json
 
 import pytest
+
+pytest.importorskip("axolotl", reason="needs Axolotl: make test-axolotl")
+
+import axolotl.utils.schemas.config
 import torch
 from axolotl_runs import (
     LORA,
@@ -336,3 +340,21 @@ def test_what_star_dss_score_writes_needs_no_guard(tmp_path, model_dir, entry):
     config |= {"datasets": [{"path": str(tmp_path / entry), "type": None}]}
     trained_on = trainer_of(tmp_path, config).train_dataset
     assert sorted(trained_on[SCORES_COLUMN]) == sorted(load_scored(out)[SCORES_COLUMN])
+
+
+@pytest.mark.parametrize("adapter", [LORA, {}], ids=["lora", "full"])
+def test_rows_that_a_collator_joins_keep_their_scores(tmp_path, model_dir, monkeypatch, adapter):
+    """`batch_flattening`: Axolotl allows it with attentions that need a GPU; sdpa does as well."""
+    monkeypatch.setattr(
+        axolotl.utils.schemas.config, "ATTN_IMPLS_SUPPORTING_PACKING", frozenset({"sdpa"})
+    )
+    changes = {"attn_implementation": "sdpa", "micro_batch_size": 4, **adapter}
+    joined = configuration(tmp_path / "joined", model_dir, batch_flattening=True, **changes)
+    trainer = trained(tmp_path / "joined", joined)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    assert batch["input_ids"].shape[0] == 1
+    assert "attention_mask" not in batch
+    assert (batch["star_scores"] < 0.5).any()
+    apart = trained(tmp_path / "apart", configuration(tmp_path / "apart", model_dir, **changes))
+    for one, two in zip(history(trainer), history(apart), strict=True):
+        assert one == pytest.approx(two, rel=1e-5)

@@ -118,6 +118,31 @@ def test_another_model_than_the_references_is_refused(tmp_path, tokenizer):
         trainer.train()
 
 
+def scored_rows(tokenizer):
+    """Short rows that are safe throughout, and longer ones that are not."""
+    rows = []
+    for text, score in (("yes", 1.0), ("no! it is a bad word", 0.25)) * 4:
+        ids = tokenizer("hello " + text)["input_ids"]
+        rows.append({"input_ids": ids, "labels": ids, "star_scores": [score] * len(ids)})
+    return Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize(("factor", "stopped"), [(1.0, False), (1.1, True)])
+def test_a_model_that_is_a_little_other_than_the_references_is_refused(
+    tmp_path, tokenizer, factor, stopped
+):
+    """As after an adapter with a little training. Of safe rows there is nothing to compare."""
+    settings = {"dataset_kwargs": {"skip_prepare_dataset": True}}
+    trainer = make(tmp_path, tokenizer, scored_rows(tokenizer), **settings)
+    with torch.no_grad():
+        trainer.model.lm_head.weight.mul_(factor)
+    if not stopped:
+        trainer.train()
+        return
+    with pytest.raises(StarDSSError, match=r"log-probabilities of one row are 0\.[0-4]\d apart"):
+        trainer.train()
+
+
 def test_training_goes_on_where_it_ended(tmp_path, tokenizer):
     trainer = make(tmp_path, tokenizer, learning_rate=0.3)
     trainer.train()

@@ -19,6 +19,8 @@ from support.paths import ROOT, TESTS
 from support.trl_runs import ANSWERS, PROMPTS
 from transformers import AutoModelForCausalLM
 
+pytestmark = pytest.mark.slow
+
 ACCELERATE = {
     "compute_environment": "LOCAL_MACHINE",
     "debug": False,

@@ -116,6 +116,17 @@ def test_what_becomes_trainable_later_has_no_start(tmp_path, tokenizer):
         trainer.train()
 
 
+def test_another_model_has_not_the_parameters_of_the_start(tmp_path, tokenizer):
+    trainer = make(tmp_path, tokenizer, reference="copy")
+    other = tiny_llama(len(tokenizer), num_hidden_layers=1)
+    reference = trainer.star_dss_state.reference
+    with (
+        pytest.raises(StarDSSError, match=r"another one .* lacks model\.layers\.1"),
+        reference.active(other),
+    ):
+        pass
+
+
 def test_continuing_from_an_adapter_is_not_the_base(tmp_path, tokenizer):
     first = make(tmp_path, tokenizer, peft_config=lora_config())
     first.train()

@@ -18,9 +18,9 @@ from support.trl_runs import (
     make,
     prompt_completion,
 )
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from star_dss_plugin import CheckpointError
+from star_dss_plugin import CheckpointError, ConfigError
 from star_dss_plugin.cli import app as cli
 from star_dss_plugin.data.cache import ScoreCache
 from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN
@@ -40,6 +40,19 @@ def test_resuming_equals_never_having_stopped(tmp_path, tokenizer):
     assert history(resumed)[-2:] == history(whole)[-2:]
     for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_checkpoint_given_as_the_model_is_no_reference(tmp_path, tokenizer):
+    """The reference would be what training has made, and nothing would hold the model back."""
+    config = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    make(tmp_path, tokenizer, **config).train()
+    record = (tmp_path / "out" / "star_dss.json").read_text()
+    checkpoint = str(tmp_path / "out" / "checkpoint-1")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    with pytest.raises(ConfigError, match="another model than the one that this run began with"):
+        make(tmp_path, tokenizer, model=model, **config).train(resume_from_checkpoint=checkpoint)
+    assert (tmp_path / "out" / "star_dss.json").read_text() == record
+    make(tmp_path, tokenizer, **config).train(resume_from_checkpoint=checkpoint)
 
 
 def test_a_checkpoint_that_is_not_whole_is_named(tmp_path, tokenizer):

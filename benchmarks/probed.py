@@ -1,0 +1,257 @@
+"""Measure what `trajectory: probed` saves and how far its scores are from exact ones.
+
+    python benchmarks/probed.py DATA_DIR                             # benign, mixed and onset data
+    python benchmarks/probed.py DATA_DIR --rows 300 --sample 32      # fewer rows, a smaller sample
+    python benchmarks/probed.py DATA_DIR --outcome                   # and finetuning with both
+
+DATA_DIR holds guard_train, guard_dev, guard_test_A, guard_onset_test, attack_mix and gsm8k_small
+(.jsonl; for --outcome also eval_harmful_prompts and eval_benign_prompts). The guard is the one that
+scripts/train_verdict_guard.py makes, which is run first unless --guard-dir is there: it answers
+Qwen3Guard's prompt, with 146 of its words behind the answer, once per chunk of 5 tokens. Both ways
+score the same responses with empty caches, one after the other in one process; tokens are those
+that the engine has computed, padding included, and time is that of this process's CPU, which
+other programs hardly change.
+
+  benign  worked solutions of school mathematics, and safe rows of the attack mixture
+  mixed   labelled safe and harmful responses that the guard was not trained on, and all onset rows
+  onset   of these, responses that refuse and then comply
+
+The ratios come twice: for these rows, whose sample is asked every prefix, and for the responses
+outside of it alone, which is what more data of the same kind costs. Coverage is the share of the
+probe's scores within the tolerance of the exact ones, over all responses outside of the sample:
+what a run promises from held-out responses, here measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from star_dss_plugin import load_guard
+from star_dss_plugin.data.chat import ChatTokenizer
+from star_dss_plugin.data.fingerprints import request_key
+from star_dss_plugin.data.requests import PrefixRequest, Trajectory
+from star_dss_plugin.data.responses import find_responses
+from star_dss_plugin.data.tokenization import tokenize_row
+from star_dss_plugin.guards.base import Guard
+from star_dss_plugin.guards.probing.guard import probing
+from star_dss_plugin.scoring.probed import ProbedTrajectories
+from star_dss_plugin.segmenters import tokens
+from star_dss_plugin.smollm2 import load_smollm2
+
+BENIGN = ("gsm8k_small", "attack_mix")
+MIXED = ("guard_test_A", "guard_dev")
+ONSET = "guard_onset_test"
+
+
+def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
+    lines = (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def requests(rows: Sequence[Mapping[str, Any]], chunk: int) -> dict[str, PrefixRequest]:
+    """Return what is asked about responses, by key; doubles once."""
+    _, tokenizer = load_smollm2()
+    chat, found = ChatTokenizer(tokenizer), {}
+    for row in rows:
+        messages = [
+            {"role": "user", "content": row["prompt"]},
+            {"role": "assistant", "content": row["response"]},
+        ]
+        tokenized = tokenize_row({"messages": messages}, chat)
+        for response in find_responses({**tokenized, "messages": messages}, chat, tokens, chunk):
+            found[request_key(response.request)] = response.request
+    return found
+
+
+@dataclass
+class Cost:
+    """Count tokens that the engine computes, and seconds of this process's CPU."""
+
+    verdict: Any
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        tokens, began = self.verdict._local.computed_tokens, time.process_time()
+        yield
+        self.tokens += self.verdict._local.computed_tokens - tokens
+        self.seconds += time.process_time() - began
+
+    def __str__(self) -> str:
+        return f"{self.tokens} tokens, {self.seconds:.1f} s"
+
+
+class Parts(ProbedTrajectories):
+    """Count apart what responses outside of the sample cost."""
+
+    rest: ClassVar[Cost]
+
+    def plainly(self, guard: Guard) -> tuple[dict[str, Trajectory], set[str]]:
+        with self.rest.counted():
+            return super().plainly(guard)
+
+
+def measured(guard: Guard, asked: Mapping[str, PrefixRequest]) -> tuple[Parts, Any, Cost]:
+    """Score with an empty cache; return who asked, trajectories and cost."""
+    verdict = getattr(guard, "exact", guard)
+    verdict.trajectories([PrefixRequest((), "a", (1,))])  # loads and checks the guard
+    cost = Cost(verdict)
+    with tempfile.TemporaryDirectory() as root:
+        places = dict.fromkeys(asked, 0)
+        asking = Parts(asked, places, Path(root), progress=False, strict=True)
+        Parts.rest = Cost(verdict)
+        with cost.counted():
+            found = asking.trajectories(guard)
+    return asking, found, cost
+
+
+def compared(
+    exact: Mapping[str, Trajectory], probed: Mapping[str, Trajectory], tolerance: float
+) -> dict[str, float]:
+    """Return differences over all prefixes, coverage of the probe's, and the share asked."""
+    off = np.concatenate([np.abs(np.subtract(probed[k].scores, exact[k].scores)) for k in exact])
+    asked = np.concatenate([probed[k].asked or [True] * len(probed[k].scores) for k in exact])
+    own = off[~asked.astype(bool)]
+    return {
+        "asked": float(asked.mean()),
+        "coverage": float((own <= tolerance).mean()) if len(own) else 1.0,
+        "mean": float(off.mean()),
+        "largest": float(off.max()),
+    }
+
+
+def ratios(exact: Cost, probed: Cost, share: float = 1.0) -> str:
+    """Return how many times as many tokens and as much time a share of `exact` is."""
+    return (
+        f"{share * exact.tokens / max(1, probed.tokens):.1f} | "
+        f"{share * exact.seconds / max(1e-9, probed.seconds):.1f}"
+    )
+
+
+def line(name: str, responses: int, costs: str, found: Mapping[str, float]) -> str:
+    return (
+        f"| {name} | {responses} | {costs} | {found['asked']:.1%} | {found['coverage']:.1%} "
+        f"| {found['mean']:.4f} | {found['largest']:.3f} |"
+    )
+
+
+def guard_in(args: argparse.Namespace) -> dict[str, Any]:
+    """Return a description of the guard in a folder, which is made if it is not there."""
+    if not args.guard_dir.is_dir():
+        script = Path(__file__).parents[1] / "scripts" / "train_verdict_guard.py"
+        command = [sys.executable, str(script), str(args.data), str(args.guard_dir)]
+        subprocess.run(command, check=True)
+    return {
+        "model": str(args.guard_dir),
+        "name": "verdict",
+        "prefill": "Safety:",
+        "safe_labels": [" Safe"],
+        "unsafe_labels": [" Unsafe"],
+    }
+
+
+def scoring(args: argparse.Namespace, description: dict[str, Any]) -> None:
+    draw = random.Random(0)
+    benign = [r for name in BENIGN for r in rows_of(args.data, name) if r.get("label", 1) == 1]
+    mixed = [r for name in MIXED for r in rows_of(args.data, name)]
+    onset = requests(rows_of(args.data, ONSET), args.chunk)
+    sets = {
+        "benign": requests(draw.sample(benign, min(args.rows, len(benign))), args.chunk),
+        "mixed": requests(draw.sample(mixed, min(args.rows, len(mixed))), args.chunk) | onset,
+    }
+    print(
+        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
+        f"chunks of {args.chunk}, probe_sample {args.sample}, probe_tolerance {args.tolerance}"
+    )
+    print(
+        "| data | responses | tokens ÷ | time ÷ | outside of the sample: tokens ÷ | time ÷ |",
+        end="",
+    )
+    print(" asked | coverage | mean | largest |")
+    print("| --- |" + " ---: |" * 9, flush=True)
+    for name in args.sets:
+        asked = sets[name]
+        guard = load_guard(description)
+        _, exact, full = measured(guard, asked)
+        asking, probed, less = measured(probing(guard, args.sample, args.tolerance, 0.5), asked)
+        guard.close()
+        outside = [key for key in asked if probed[key].asked is not None]
+        prefixes = sum(len(asked[key].ends) for key in asked)
+        share = sum(len(asked[key].ends) for key in outside) / prefixes
+        costs = f"{ratios(full, less)} | {ratios(full, asking.rest, share)}"
+        print(line(name, len(asked), costs, compared(exact, probed, args.tolerance)))
+        if name == "mixed":
+            parts = ({key: found[key] for key in onset} for found in (exact, probed))
+            costs = " | ".join(["–"] * 4)
+            print(line("onset", len(onset), costs, compared(*parts, args.tolerance)))
+        print(f"{name}: exact {full}; probed {less}, {asking.rest} of it outside of the sample")
+        print(f"{name}: {asking.notes}", flush=True)
+
+
+def outcome(args: argparse.Namespace, description: dict[str, Any]) -> None:
+    """Finetune on a poisoned mixture with exact and with probed scores, and measure the models."""
+    from threats import Bench
+
+    told = argparse.Namespace(data=args.data, held_out=48, prompts=50, grid="small", keep=None)
+    for trajectory in ("exact", "probed"):
+        how = {
+            "guard": description,
+            "trajectory": trajectory,
+            "probe_sample": args.sample,
+            "probe_tolerance": args.tolerance,
+        }
+        found = Bench(told, how).run(
+            {
+                "threat": "harmful_mix",
+                "mode": "star_dss",
+                "finetuning": "lora",
+                "ratio": 0.2,
+                "steps": args.steps,
+                "seed": 0,
+                "noise": None,
+                "kl_coef": 0.5,
+                "kl_estimator": "k2",
+                "chunk_size": args.chunk,
+                "rate": None,
+            }
+        )
+        shown = ("refusals", "prefill_refusals", "over_refusal", "task_loss", "drift")
+        print(trajectory, {key: round(found[key], 4) for key in shown}, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--guard-dir", type=Path, default=Path("runs/verdict_guard"))
+    parser.add_argument("--rows", type=int, default=2000, help="at most, of each kind of data")
+    parser.add_argument("--sets", nargs="+", default=["benign", "mixed"])
+    parser.add_argument("--chunk", type=int, default=5)
+    parser.add_argument("--sample", type=int, default=256)
+    parser.add_argument("--tolerance", type=float, default=0.05)
+    parser.add_argument("--outcome", action="store_true", help="finetune with both, too")
+    parser.add_argument("--steps", type=int, default=40, help="of finetuning")
+    args = parser.parse_args()
+    description = guard_in(args)
+    scoring(args, description)
+    if args.outcome:
+        outcome(args, description)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""Lay scores onto the tokens that a collator made, by character.
+
+A row's conversation was rendered, tokenized and scored as text, with one sign where an image stood.
+The collator's tokens say the same, but for what its processor writes in place of each sign: tokens
+of media, and white space around them. Without these the two texts are equal character by character,
+or the collator's is the beginning of the other, if it cuts rows; otherwise the row is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from star_dss_plugin.data.chat import ChatTokenizer
+from star_dss_plugin.data.columns import SCORES_COLUMN
+from star_dss_plugin.data.decoding import REPLACEMENT, added_tokens, token_boundaries
+from star_dss_plugin.errors import DataError
+from star_dss_plugin.logprobs import IGNORE_INDEX
+from star_dss_plugin.visible import visible_line
+
+__all__ = ["Alignment"]
+
+_SHOWN = 40  # characters of each text in an error
+
+
+@dataclass(frozen=True)
+class _Words:
+    """What tokens say beside media.
+
+    Attributes:
+        text: The characters that are kept.
+        spans: For each token the first of them and one past its last; empty for tokens of media.
+    """
+
+    text: str
+    spans: list[tuple[int, int]]
+
+
+@dataclass(frozen=True, eq=False)
+class Alignment:
+    """Which token of a collator is which of a rendered conversation.
+
+    Attributes:
+        chat: The tokenizer of both.
+        media: Ids of the tokens that stand for media.
+    """
+
+    chat: ChatTokenizer
+    media: frozenset[int]
+
+    def lay(
+        self, known: Mapping[str, Any], ids: Sequence[int], labels: Sequence[int]
+    ) -> tuple[list[int], list[float]]:
+        """Return labels and scores of a collator's tokens.
+
+        Args:
+            known: The row as text: `input_ids`, `labels` and `star_scores`.
+            ids: The collator's tokens of this row, padding left out.
+            labels: Its labels of them, unshifted.
+
+        Returns:
+            The labels, -100 wherever no assistant speaks; the scores, 1 where nothing is trained.
+            A token that reaches over the end of a chunk has the lower score of the two.
+
+        Raises:
+            DataError: The tokens do not say what the row says, or a label is not its token.
+        """
+        # What the processor writes around media; and a first token that the host adds.
+        inserted = (self._added & set(ids)) - set(known["input_ids"])
+        skipped = self.media | inserted
+        rendered = self._words(known["input_ids"], skipped)
+        collated = self._words(ids, skipped)
+        beginning = collated.text.rstrip(REPLACEMENT)
+        if not rendered.text.startswith(beginning):
+            raise _unlike(rendered.text, collated.text)
+        trained = np.zeros(len(rendered.text) + 1, bool)
+        scores = np.ones(len(rendered.text) + 1, np.float32)
+        for (start, end), label, score in zip(
+            rendered.spans, known["labels"], known[SCORES_COLUMN], strict=True
+        ):
+            if label != IGNORE_INDEX:
+                trained[start:end] = True
+                scores[start:end] = np.minimum(scores[start:end], np.float32(score))
+        made_labels, made_scores = [IGNORE_INDEX] * len(ids), [1.0] * len(ids)
+        for i, ((start, end), token, label) in enumerate(
+            zip(collated.spans, ids, labels, strict=True)
+        ):
+            if label not in (IGNORE_INDEX, token):
+                raise DataError(
+                    f"The collator's label of token {i} is not the token itself. STAR-DSS needs "
+                    "unshifted labels: a copy of input_ids with -100 where nothing is trained."
+                )
+            if label != IGNORE_INDEX and trained[start:end].any():
+                made_labels[i] = token
+                made_scores[i] = float(scores[start:end][trained[start:end]].min())
+        return made_labels, made_scores
+
+    def _words(self, ids: Sequence[int], skipped: frozenset[int]) -> _Words:
+        text, ends, _ = token_boundaries(self.chat.tokenizer, ids)
+        starts = [0, *ends[:-1]]
+        kept = np.ones(len(text) + 1, bool)
+        for start, end, token in zip(starts, ends, ids, strict=True):
+            if token in skipped:
+                while start > 0 and text[start - 1].isspace():
+                    start -= 1
+                while end < len(text) and text[end].isspace():
+                    end += 1
+                kept[start:end] = False
+        kept[len(text) :] = False
+        before = np.concatenate([[0], np.cumsum(kept)])
+        spans = [
+            (0, 0)
+            if token in skipped
+            # A token inside a character is of the character that it helps to spell.
+            else (int(before[start]), int(before[max(end, min(start + 1, len(text)))]))
+            for start, end, token in zip(starts, ends, ids, strict=True)
+        ]
+        letters = "".join(letter for letter, keep in zip(text, kept, strict=False) if keep)
+        return _Words(letters, spans)
+
+    @cached_property
+    def _added(self) -> frozenset[int]:
+        return self.chat.special | frozenset(added_tokens(self.chat.tokenizer))
+
+
+def _unlike(rendered: str, collated: str) -> DataError:
+    same = next(
+        (i for i, (a, b) in enumerate(zip(rendered, collated, strict=False)) if a != b),
+        min(len(rendered), len(collated)),
+    )
+    shown = [visible_line(text[same : same + _SHOWN]) for text in (rendered, collated)]
+    return DataError(
+        f"The collator's tokens do not say what the row says, from character {same} on: the chat "
+        f"template gives {shown[0]!r} and the collator {shown[1]!r}. Scores cannot be laid onto "
+        "them. Give the row to the trainer as it is to be trained, with the template that its "
+        "processor uses."
+    )

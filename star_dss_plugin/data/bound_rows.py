@@ -1,0 +1,133 @@
+"""Bind scores to tokens from the moment they are made: a note with one digest for each scored row.
+
+A digest is over a row's tokens, which of them are trained, and their scores. Rows may be selected,
+shuffled and joined; a row whose scores were edited, or are another row's, has none in the note.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from numpy.typing import NDArray
+
+from star_dss_plugin.data.columns import SCORES_COLUMN
+from star_dss_plugin.data.provenance import damaged_note, notes, write_note
+from star_dss_plugin.errors import DataError
+from star_dss_plugin.logprobs import IGNORE_INDEX
+
+__all__ = ["bind_rows", "check_bound", "note_of_rows", "write_row_notes"]
+
+_NOTE = "rows"
+
+
+def bind_rows(dataset: Dataset, columns: Sequence[str] = (SCORES_COLUMN,)) -> None:
+    """Note the digests of a data set's rows.
+
+    Args:
+        dataset: With `input_ids`, `labels` and scores.
+        columns: The columns of scores; each may be trained with under the name `star_scores`.
+    """
+    found = [digest for name in columns for _, digest in _digests(dataset, name)]
+    write_note(dataset, _NOTE, _packed(np.asarray(found, np.uint64)))
+
+
+def note_of_rows(dataset: Dataset) -> str | None:
+    """Return the note of a data set's rows, for a file that cannot keep a description."""
+    found: list[Any] = notes(dataset, _NOTE)
+    return _packed(_known(found)) if found else None
+
+
+def write_row_notes(dataset: Dataset, found: Iterable[Any]) -> None:
+    """Note the rows of several parts, given what `note_of_rows` returned for each; None: nothing.
+
+    Raises:
+        DataError: One of them is damaged.
+    """
+    parts = list(found)
+    if parts and None not in parts:
+        write_note(dataset, _NOTE, _packed(_known(parts)))
+
+
+def check_bound(dataset: Dataset, name: str) -> None:
+    """Check that rows are as they were scored, if the data set has notes of that.
+
+    Rows that were cut or packed since cannot be told, and are not checked here.
+
+    Args:
+        dataset: Any.
+        name: "train", "eval", …: for the message.
+
+    Raises:
+        DataError: A row's tokens, labels or scores were changed, or a note is damaged.
+    """
+    needed = {"input_ids", "labels", SCORES_COLUMN}
+    if not needed <= set(dataset.column_names) or "seq_lengths" in dataset.column_names:
+        return
+    if not (noted := notes(dataset, _NOTE)):
+        return
+    known = _known(noted)
+    for i, digest in _digests(dataset, SCORES_COLUMN):
+        place = int(np.searchsorted(known, digest))
+        if place == len(known) or known[place] != digest:
+            raise DataError(
+                "the row is not as it was scored: its tokens, labels or scores were changed, or "
+                "the scores are another row's. Score the data again. If you changed them on "
+                "purpose, or joined the data with rows that bring scores of their own, clear "
+                "dataset.info.description, which notes how the rows were scored."
+            ).at(file=f"The {name} data set", rows=(i,))
+
+
+def _digests(dataset: Dataset, column: str) -> Iterator[tuple[int, np.uint64]]:
+    """Yield the number and the digest of each row that has one score for each token."""
+    plain = dataset.with_format("arrow").select_columns(["input_ids", "labels", column])
+    i = 0
+    for table in plain.iter(batch_size=1000):
+        columns = [table.column(name).to_pylist() for name in ("input_ids", "labels", column)]
+        for ids, labels, scores in zip(*columns, strict=True):
+            if _as_long(ids, labels, scores):
+                yield i, _digest(ids, labels, scores)
+            i += 1
+
+
+def _as_long(*lists: Any) -> bool:
+    """Return whether these are lists of one length; what is none has an error of its own."""
+    return all(isinstance(one, list) for one in lists) and len(set(map(len, lists))) == 1
+
+
+def _digest(ids: Any, labels: Any, scores: Any) -> np.uint64:
+    try:
+        tokens, values = np.asarray(ids, np.int64), np.asarray(scores, np.float32)
+        trained = np.asarray(labels, np.int64) != IGNORE_INDEX
+    except (TypeError, ValueError, OverflowError):  # nothing that was ever scored
+        return np.uint64(0)
+    digest = hashlib.blake2b(str(len(tokens)).encode(), digest_size=8)
+    for array in (tokens, trained, values):
+        digest.update(array.tobytes())
+    return np.uint64(int.from_bytes(digest.digest(), "little"))
+
+
+def _packed(digests: NDArray[np.uint64]) -> str:
+    """Return sorted digests as text, 11 characters each."""
+    return base64.b64encode(np.unique(digests).astype("<u8").tobytes()).decode("ascii")
+
+
+def _known(noted: Sequence[Any]) -> NDArray[np.uint64]:
+    """Return the sorted digests of some notes.
+
+    Raises:
+        DataError: One of them is damaged.
+    """
+    parts = []
+    for one in noted:
+        try:
+            found = base64.b64decode(one, validate=True)
+            parts.append(np.frombuffer(found, "<u8"))
+        except (TypeError, ValueError, binascii.Error) as error:
+            raise damaged_note(_NOTE) from error
+    return np.unique(np.concatenate(parts)).astype(np.uint64)

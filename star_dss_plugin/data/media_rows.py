@@ -1,0 +1,236 @@
+"""Rows with images, sounds or videos, as rows of text: what a guard reads of them, and what trains.
+
+A host tokenizes such rows in its collator, for an image becomes pixels and a number of tokens only
+there. What an assistant says is there before, and so is the chat template: a row's conversation is
+rendered with the template's own sign in place of each image, and is then a row of text like any
+other. `alignment.py` lays what was found out about its tokens onto the collator's.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset, Features, Json, List, Value
+from transformers import ProcessorMixin
+
+from star_dss_plugin.data.chat import ChatTokenizer
+from star_dss_plugin.data.columns import SCORES_COLUMN, TEXT_COLUMN
+from star_dss_plugin.data.conversations import MEDIA
+from star_dss_plugin.data.decoding import added_tokens
+from star_dss_plugin.data.media import undecoded
+from star_dss_plugin.data.rows import check_trained, in_row
+from star_dss_plugin.data.tokenization import tokenize_row
+from star_dss_plugin.errors import DataError
+
+__all__ = ["MediaRows", "media_tokens", "with_text_column"]
+
+logger = logging.getLogger(__name__)
+
+_TEXT_FEATURE = {
+    "row": Value("int64"),
+    "input_ids": List(Value("int64")),
+    "labels": List(Value("int64")),
+    SCORES_COLUMN: List(Value("float32")),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class MediaRows:
+    """How a host reads rows with media.
+
+    Attributes:
+        chat: The processor's tokenizer and the template of its conversations.
+        media: Ids of the tokens that stand for media, see `media_tokens`.
+        messages: Return a row's conversation as the host hands it to its processor: `messages`, or
+            `prompt` and `completion`.
+        assistant_only_loss: Whether only what the template marks as generated is trained.
+    """
+
+    chat: ChatTokenizer
+    media: frozenset[int]
+    messages: Callable[[Mapping[str, Any]], Mapping[str, Sequence[Mapping[str, Any]]]]
+    assistant_only_loss: bool = False
+
+    def text_rows(self, dataset: Dataset, name: str) -> Dataset:
+        """Return the rows as tokenized rows of text.
+
+        Args:
+            dataset: Raw rows; no file that they name is opened, and no image decoded.
+            name: "train", "eval", …: for messages.
+
+        Returns:
+            As many rows with `input_ids`, `labels` (what assistants say is trained) and the
+            conversation, media replaced by parts that have a type only.
+
+        Raises:
+            DataError: A row cannot be read, with its number.
+        """
+        if SCORES_COLUMN in dataset.column_names:
+            raise DataError(
+                f"The {name} data set brings {SCORES_COLUMN}, one score for each token, and its "
+                "rows get their tokens in the data collator. Remove the column, and set a guard."
+            )
+        conversations: list[dict[str, Any]] = []
+        ids, labels = [], []
+        counts: list[int] = []
+        for i, row in enumerate(map(dict, undecoded(dataset))):
+            conversation, count = in_row(i, self._conversation, row)
+            made = in_row(
+                i,
+                tokenize_row,
+                conversation,
+                self.chat,
+                assistant_only_loss=self.assistant_only_loss,
+            )
+            conversations.append(conversation)
+            counts.append(count)
+            ids.append(made["input_ids"])
+            labels.append(made["labels"])
+        check_trained(labels)
+        if with_media := sum(count > 0 for count in counts):
+            logger.warning(
+                "In %d of %d rows of the %s data the guard reads a mark such as [image] in place "
+                "of each of %d images, videos or sounds: it judges the text alone, and cannot see "
+                "what a picture adds to it.",
+                with_media,
+                len(counts),
+                name,
+                sum(counts),
+            )
+        columns = {key for conversation in conversations for key in conversation}
+        return Dataset.from_dict(
+            {
+                **{key: [c.get(key) for c in conversations] for key in sorted(columns)},
+                "input_ids": ids,
+                "labels": labels,
+            },
+            features=Features(
+                {
+                    **{key: Json() for key in sorted(columns)},
+                    "input_ids": List(Value("int64")),
+                    "labels": List(Value("int64")),
+                }
+            ),
+        )
+
+    def _conversation(self, row: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+        """Return a row's conversation without its media, and how many there were."""
+        try:
+            given = self.messages(row)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:  # the host's own code
+            raise DataError(f"The trainer's collator could not read the row: {error}") from error
+        count = 0
+        made: dict[str, Any] = {}
+        for column, messages in given.items():
+            made[column] = []
+            for message in messages:
+                content = message.get("content")
+                parts = content if isinstance(content, list) else []
+                here = sum(part.get("type") in MEDIA for part in parts)
+                if here and message.get("role") == "assistant":
+                    raise DataError(
+                        "An assistant's turn holds an image, a sound or a video, which no guard "
+                        "reads and no language model says. Move it to the turn before, or remove "
+                        "the row."
+                    )
+                count += here
+                if isinstance(content, list):
+                    message = {**message, "content": [_bare(part) for part in parts]}
+                self._check_spelling(message)
+                made[column].append(dict(message))
+        return made, count
+
+    def _check_spelling(self, message: Mapping[str, Any]) -> None:
+        """Refuse a text that spells a media token: the processor would take it for an image."""
+        for text in _texts(message):
+            for token in self._spelled:
+                if token in text:
+                    raise DataError(
+                        f"A message's text spells {token}, which the processor would take for an "
+                        "image, a sound or a video that is not there. Remove it from the text, or "
+                        "give the image as a part of its own ({'type': 'image'})."
+                    )
+
+    @property
+    def _spelled(self) -> list[str]:
+        tokens = self.chat.tokenizer.convert_ids_to_tokens(sorted(self.media))
+        return [str(token) for token in tokens if token]
+
+
+def _texts(message: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a message says as text, at any depth."""
+    pending: list[Any] = [value for key, value in message.items() if key != "role"]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, Mapping):
+            pending += value.values()
+        elif isinstance(value, list | tuple):
+            pending += value
+
+
+def _bare(part: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a part of a content without its media: the type is what templates ask for."""
+    if part.get("type") in MEDIA:
+        return {"type": part["type"]}
+    return {key: value for key, value in part.items() if value is not None}
+
+
+def with_text_column(dataset: Dataset, scored: Dataset) -> Dataset:
+    """Return raw rows with the column `star_text`: their tokens as text, and the scores of these.
+
+    Args:
+        dataset: The raw rows.
+        scored: What `text_rows` made of them, with `star_scores`.
+    """
+    names = ["input_ids", "labels", SCORES_COLUMN]
+    plain = scored.with_format(None).select_columns(names)
+    column = [{"row": i, **row} for i, row in enumerate(plain)]
+    if TEXT_COLUMN in dataset.column_names:
+        dataset = dataset.remove_columns(TEXT_COLUMN)
+    return dataset.add_column(TEXT_COLUMN, column, feature=_TEXT_FEATURE)
+
+
+_PROBE = ("user", "assistant", "user", "assistant")
+
+
+def media_tokens(processor: ProcessorMixin, chat: ChatTokenizer) -> frozenset[int]:
+    """Return the ids of the tokens by which a processor writes media into a text.
+
+    They are the tokens that processor and tokenizer name as their own (`image_token`, `boi_token`,
+    `audio_token`, …), less those that a conversation of words has as well: ends of turns.
+
+    Args:
+        processor: A model's.
+        chat: Its tokenizer, and the template of its conversations.
+    """
+    tokenizer = chat.tokenizer
+    known = {str(token): i for i, token in added_tokens(tokenizer).items()}
+    known |= {
+        str(token): int(i)
+        for token, i in zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+    }
+    own = {**tokenizer.special_tokens_map, **vars(processor)}
+    named = {
+        known[str(value)]
+        for name, value in own.items()
+        if name.endswith(("token", "tag")) and str(value) in known
+    }
+    return frozenset(named - _of_words(chat))
+
+
+def _of_words(chat: ChatTokenizer) -> set[int]:
+    """Return the ids of the tokens of a conversation of words."""
+    tokenizer = chat.tokenizer
+    ordinary = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    for content in ([{"type": "text", "text": "a"}], "a"):
+        messages = [{"role": role, "content": content} for role in _PROBE]
+        try:
+            return ordinary | set(chat.encode(chat.render(messages)).ids)
+        except DataError:
+            continue
+    return ordinary

@@ -1,0 +1,329 @@
+"""Score most prefixes from one causal pass over a response, and ask the guard for the others.
+
+A verdict guard reads its own words again behind every prefix. Its hidden states along the
+response, which one pass over all of it computes, know most of the verdict. So on a sample of the
+data the guard is asked, a linear probe learns its log-odds from these states, and of all other
+responses only those prefixes are asked of which the probe is not sure (`bounds.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from star_dss_plugin.data.fingerprints import content_key
+from star_dss_plugin.data.requests import PrefixRequest, Trajectory
+from star_dss_plugin.errors import ConfigError, GuardError
+from star_dss_plugin.guards.base import Guard, StreamingGuard, ask
+from star_dss_plugin.guards.combined import CalibratedGuard, CombinedGuard
+from star_dss_plugin.guards.probing.bounds import COVERAGE, Bounds, Held, checked, probabilities
+from star_dss_plugin.guards.probing.linear import FOLDS, Linear, Sample, choose, features
+from star_dss_plugin.guards.verdict import VerdictGuard
+from star_dss_plugin.validation import at_least, probability
+
+__all__ = ["Learned", "ProbedGuard", "ProbingGuard", "probing"]
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+"""Increase when a probe's scores change for the same data."""
+_DEPTHS = (0.5, 0.7, 0.9)
+"""How deep, as a share of all blocks, the blocks lie that a probe may read."""
+_RESPONSES_PER_CALL = 256
+_RESPONSES_LEAST = 4 * FOLDS
+
+_Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Hold a fitted probe.
+
+    Attributes:
+        blocks: Numbers of the guard's blocks that it reads.
+        linear: Their states to log-odds.
+        bounds: Which scores count.
+        facts: How it was made and how good it is, as JSON values.
+    """
+
+    blocks: tuple[int, ...]
+    linear: Linear
+    bounds: Bounds
+    facts: Mapping[str, Any]
+
+    @property
+    def refused(self) -> str | None:
+        """Return why its scores must not be used; None if they may."""
+        if not self.facts["coverage"] >= COVERAGE:
+            return (
+                f"only {self.facts['coverage']:.1%} of the probe's scores for held-out responses "
+                f"lie within {self.bounds.tolerance} of the guard's (promised: {COVERAGE:.0%})"
+            )
+        if not self.facts["probed"]:
+            return "the probe is sure of no held-out response"
+        return None
+
+    def dump(self) -> str:
+        """Return it as JSON, from which `parse` makes an equal one."""
+        return json.dumps(
+            {
+                "blocks": self.blocks,
+                "weight": self.linear.weight.tolist(),
+                "bias": self.linear.bias,
+                "edges": self.bounds.edges.tolist(),
+                # JSON has no infinity.
+                "halves": [None if math.isinf(h) else h for h in self.bounds.halves.tolist()],
+                "tolerance": self.bounds.tolerance,
+                "threshold": self.bounds.threshold,
+                "facts": dict(self.facts),
+            },
+            sort_keys=True,
+            allow_nan=False,
+        )
+
+    @classmethod
+    def parse(cls, text: str | bytes) -> Learned:
+        """Read what `dump` has written.
+
+        Raises:
+            ValueError, TypeError, KeyError: It is something else.
+        """
+        raw = json.loads(text)
+        numbers = {
+            name: np.array(raw[name], dtype=np.float64) for name in ("weight", "edges", "halves")
+        }
+        halves = numbers["halves"]
+        halves[np.isnan(halves)] = np.inf
+        bounds = Bounds(numbers["edges"], halves, float(raw["tolerance"]), float(raw["threshold"]))
+        if len(halves) != len(bounds.edges) + 1:
+            raise ValueError("bounds and bins differ in number")
+        linear = Linear(numbers["weight"], float(raw["bias"]))
+        found = cls(tuple(map(int, raw["blocks"])), linear, bounds, dict(raw["facts"]))
+        _ = found.refused  # reads what the facts must hold
+        return found
+
+
+class ProbingGuard(Guard):
+    """Stand for a guard of which most scores are to be learned; whoever scores data teaches it.
+
+    Args:
+        guard: A verdict guard that this process computes, or one with calibrated scores.
+        sample: Responses for which the guard is asked every prefix, at least 20.
+        tolerance: How far the probe's scores may be from the guard's, in (0, 1].
+        threshold: τ in [0, 1]: scores whose interval holds it are asked.
+
+    Raises:
+        ConfigError: The guard is of another kind, or a number is out of range.
+    """
+
+    def __init__(
+        self, guard: Guard, sample: int = 256, tolerance: float = 0.05, threshold: float = 0.5
+    ) -> None:
+        at_least("probe_sample", sample, _RESPONSES_LEAST, integer=True)
+        probability("probe_tolerance", tolerance)
+        if tolerance == 0:
+            raise ConfigError(
+                "probe_tolerance is 0, and no probe is exact. Give a difference that does not "
+                "matter to you, such as 0.05, or use trajectory='exact'."
+            )
+        probability("threshold", threshold)
+        self.exact, self.sample = guard, sample
+        self.tolerance, self.threshold = float(tolerance), float(threshold)
+        self._verdict = _verdict_in(guard)
+        self.name, self.demonstration = guard.name, guard.demonstration
+        self.min_label_mass, self.markers = self._verdict.min_label_mass, self._verdict.markers
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        how = {
+            "version": VERSION,
+            "sample": self.sample,
+            "tolerance": self.tolerance,
+            "threshold": self.threshold,
+        }
+        return {**self.exact.identity, "trajectory": {"probed": how}}
+
+    def plan(self, requests: Sequence[PrefixRequest]) -> list[list[int]]:
+        return self.exact.plan(requests)
+
+    def trajectories(self, requests: Sequence[PrefixRequest]) -> list[Trajectory]:
+        """Return exact scores: it has learned nothing yet."""
+        return self.exact.trajectories(requests)
+
+    def truncates(self, request: PrefixRequest) -> bool:
+        return self._verdict.truncates(request)
+
+    def close(self) -> None:
+        self.exact.close()
+
+    def learn(
+        self,
+        requests: Sequence[PrefixRequest],
+        trajectories: Sequence[Trajectory],
+        weights: Sequence[float],
+    ) -> Learned:
+        """Fit a probe on responses that were asked, and check it on those it has not seen.
+
+        Args:
+            requests: At least 20, in an order that does not depend on the data's.
+            trajectories: The guard's scores of all their prefixes.
+            weights: How many responses of the data each stands for.
+        """
+        blocks = self._candidates()
+        samples = []
+        for start in range(0, len(requests), _RESPONSES_PER_CALL):
+            part = slice(start, start + _RESPONSES_PER_CALL)
+            states = self._verdict.trunk_states(requests[part], blocks)
+            for one, known, weight in zip(states, trajectories[part], weights[part], strict=True):
+                samples.append(Sample(one, np.array(known.scores), float(weight)))
+        chosen = choose(samples)
+        held = [
+            Held(logits, sample.scores, sample.weight)
+            for logits, sample in zip(chosen.held_out, samples, strict=True)
+        ]
+        facts = {
+            **checked(held, self.tolerance, self.threshold),
+            "responses": len(samples),
+            "blocks": [blocks[k] for k in chosen.blocks],
+            "penalty": chosen.penalty,
+            "tolerance": self.tolerance,
+        }
+        bounds = Bounds.of(held, self.tolerance, self.threshold)
+        return Learned(tuple(blocks[k] for k in chosen.blocks), chosen.probe, bounds, facts)
+
+    def with_probe(self, learned: Learned) -> ProbedGuard:
+        """Return the guard that scores with a probe."""
+        return ProbedGuard(self, self._verdict, learned)
+
+    def _candidates(self) -> list[int]:
+        count = self._verdict.blocks
+        if count < 2:
+            raise ConfigError(
+                f"Guard {self.name!r} has one block, so it has no states below its last one to "
+                "learn from. Use trajectory='exact'."
+            )
+        return sorted({min(max(round(share * count) - 1, 0), count - 2) for share in _DEPTHS})
+
+
+class ProbedGuard(Guard):
+    """Score with a probe, and ask the guard where it is not sure.
+
+    A label mass of 0 marks a score that the probe gave, one of 1 a score of the guard's.
+
+    Attributes:
+        asked: Number of prefixes that the guard has scored so far.
+        wanted: Number of prefixes that callers requested so far.
+    """
+
+    def __init__(self, probing: ProbingGuard, verdict: VerdictGuard, learned: Learned) -> None:
+        self._probing, self._verdict, self._learned = probing, verdict, learned
+        self.name, self.demonstration = probing.name, probing.demonstration
+        self.markers = probing.markers
+        self.asked = self.wanted = 0
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        made = {"probe": content_key(self._learned.dump())}
+        return {**self._probing.identity, **made}
+
+    def plan(self, requests: Sequence[PrefixRequest]) -> list[list[int]]:
+        """Group responses in their order, more than are asked at once: most cost one pass."""
+        count = range(0, len(requests), _RESPONSES_PER_CALL)
+        return [list(range(len(requests)))[i : i + _RESPONSES_PER_CALL] for i in count]
+
+    def trajectories(self, requests: Sequence[PrefixRequest]) -> list[Trajectory]:
+        states = self._verdict.trunk_states(requests, self._learned.blocks)
+        scores, masks = [], []
+        for one in states:
+            logits = self._learned.linear.logits(features(one))
+            scores.append(probabilities(logits))
+            masks.append(self._learned.bounds.asks(logits))
+        for i, found in self._ask(requests, masks).items():
+            scores[i][masks[i]] = found.scores
+        self.wanted += sum(map(len, masks))
+        return [
+            Trajectory(tuple(found.tolist()), tuple(mask.astype(float).tolist()))
+            for found, mask in zip(scores, masks, strict=True)
+        ]
+
+    def _ask(
+        self, requests: Sequence[PrefixRequest], masks: Sequence[_Bools]
+    ) -> dict[int, Trajectory]:
+        """Return the guard's own scores of the marked prefixes, by response."""
+        todo = [i for i, mask in enumerate(masks) if mask.any()]
+        asked = []
+        for i in todo:
+            ends = np.array(requests[i].ends)[masks[i]].tolist()
+            asked.append(PrefixRequest(requests[i].context, requests[i].text, tuple(ends)))
+        self.asked += sum(len(request.ends) for request in asked)
+        try:
+            return dict(zip(todo, ask(self._probing.exact, asked), strict=True))
+        except GuardError as error:
+            if error.request is not None:
+                error.request = todo[error.request]
+            raise
+
+    def truncates(self, request: PrefixRequest) -> bool:
+        return self._probing.truncates(request)
+
+    def close(self) -> None:
+        self._probing.close()
+
+
+def probing(guard: Guard, sample: int, tolerance: float, threshold: float) -> Guard:
+    """Wrap a guard so that most of its scores are learned; each of several learns by itself.
+
+    A streaming guard reads a response in one pass already, and is returned as it is.
+
+    Raises:
+        ConfigError: Part of it is no verdict guard that this process computes.
+    """
+    if isinstance(guard, StreamingGuard):
+        logger.info(
+            "Guard %s reads a response in one pass, so trajectory='probed' saves nothing there.",
+            guard.name,
+        )
+        return guard
+    if isinstance(guard, CalibratedGuard) and isinstance(guard.parts[0], StreamingGuard):
+        return guard
+    if isinstance(guard, CombinedGuard) and not isinstance(guard, CalibratedGuard):
+        parts = [probing(part, sample, tolerance, threshold) for part in guard.parts]
+        return guard.over(parts)
+    return ProbingGuard(guard, sample, tolerance, threshold)
+
+
+def _verdict_in(guard: Guard) -> VerdictGuard:
+    """Return the guard whose states are read.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if isinstance(guard, CalibratedGuard):
+        # The tolerance is one of calibrated scores.
+        [guard] = guard.parts
+    if isinstance(guard, CombinedGuard):
+        raise ConfigError(
+            f"trajectory is 'probed', and {guard.name} calibrates the scores of several guards "
+            "together: the tolerance would be one of scores that nobody sees. Calibrate each guard "
+            "by itself, or use trajectory='exact'."
+        )
+    if not isinstance(guard, VerdictGuard):
+        raise ConfigError(
+            f"trajectory is 'probed', but guard {guard.name!r} is no causal guard that answers "
+            "with a verdict: it has no states along a response that could be learned from. Use "
+            "trajectory='exact' or 'adaptive'."
+        )
+    if not guard.reads_states:
+        raise ConfigError(
+            f"trajectory is 'probed', but guard {guard.name!r} is computed by vLLM or a server, "
+            "which give no hidden states. Use engine='local', or trajectory='exact' or 'adaptive'."
+        )
+    return guard

@@ -1,0 +1,183 @@
+"""Fit logistic regressions of a guard's scores on its states; choose one by cross-validation."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+__all__ = ["Chosen", "Linear", "Sample", "choose", "features"]
+
+FOLDS = 5
+PENALTIES = (0.1, 0.03, 0.01, 0.003, 0.001)
+FITTED = 16
+"""Prefixes of a response that a probe is fitted on, at most: neighbours say nearly the same."""
+
+_Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Hold what is known of one response.
+
+    Attributes:
+        states: (prefixes, blocks, size): the guard's states, behind each candidate block.
+        scores: (prefixes,): the guard's P(safe).
+        weight: How many responses of the data it stands for.
+    """
+
+    states: Tensor
+    scores: _Floats
+    weight: float
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Hold a linear function of states: the log-odds of "safe".
+
+    Attributes:
+        weight: (features,).
+        bias: Added to every log-odds.
+    """
+
+    weight: _Floats
+    bias: float
+
+    def logits(self, inputs: _Floats) -> _Floats:
+        """Return log-odds, (rows,), of inputs (rows, features)."""
+        found: _Floats = inputs @ self.weight + self.bias
+        return found
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Hold the best probe, and what it says of responses that it has not seen.
+
+    Attributes:
+        blocks: Which of the candidate blocks it reads, by their places in `Sample.states`.
+        penalty: The weight of the squared norm.
+        probe: Fitted on all responses.
+        held_out: For each response the log-odds by a probe that was fitted without it.
+    """
+
+    blocks: tuple[int, ...]
+    penalty: float
+    probe: Linear
+    held_out: list[_Floats]
+
+
+def features(states: Tensor) -> _Floats:
+    """Return what a probe reads of one response: each prefix's state, and the mean up to it.
+
+    Args:
+        states: (prefixes, blocks, size).
+
+    Returns:
+        (prefixes, 2 · blocks · size). A row depends on nothing behind its prefix.
+    """
+    own = states.flatten(1).double()
+    counts = torch.arange(1, len(own) + 1, dtype=torch.float64)
+    found: _Floats = torch.cat([own, own.cumsum(0) / counts[:, None]], dim=1).numpy()
+    return found
+
+
+def choose(samples: Sequence[Sample]) -> Chosen:
+    """Choose blocks and penalty by cross-validation; no response is on both sides of a fold.
+
+    The best have the smallest mean difference from the guard's scores. Candidates are each block
+    by itself and each with the next one.
+
+    Args:
+        samples: At least `FOLDS` responses, in an order that does not depend on the data's.
+    """
+    count = samples[0].states.shape[1]
+    candidates: list[tuple[int, ...]] = [(k,) for k in range(count)]
+    candidates += [(k, k + 1) for k in range(count - 1)]
+    best: tuple[float, tuple[int, ...], float, list[_Floats]] | None = None
+    for blocks in candidates:
+        inputs = [features(sample.states[:, list(blocks)]) for sample in samples]
+        held_out: dict[float, dict[int, _Floats]] = {penalty: {} for penalty in PENALTIES}
+        for fold in range(FOLDS):
+            seen = [i for i in range(len(samples)) if i % FOLDS != fold]
+            for penalty, probe in _fits([inputs[i] for i in seen], [samples[i] for i in seen]):
+                for i in range(fold, len(samples), FOLDS):
+                    held_out[penalty][i] = probe.logits(inputs[i])
+        for penalty, found in held_out.items():
+            logits = [found[i] for i in range(len(samples))]
+            error = _error(logits, samples)
+            if best is None or error < best[0]:
+                best = error, blocks, penalty, logits
+    assert best is not None
+    _, blocks, penalty, logits = best
+    inputs = [features(sample.states[:, list(blocks)]) for sample in samples]
+    fits = dict(_fits(inputs, samples, down_to=penalty))
+    return Chosen(blocks, penalty, fits[penalty], logits)
+
+
+def _error(logits: Sequence[_Floats], samples: Sequence[Sample]) -> float:
+    off = [np.abs(_sigmoid(z) - s.scores) for z, s in zip(logits, samples, strict=True)]
+    weights = [np.full(len(s.scores), s.weight) for s in samples]
+    return float(np.average(np.concatenate(off), weights=np.concatenate(weights)))
+
+
+def _sigmoid(logits: _Floats) -> _Floats:
+    found: _Floats = torch.from_numpy(logits).sigmoid().numpy()
+    return found
+
+
+def _fits(
+    inputs: Sequence[_Floats], samples: Sequence[Sample], down_to: float = 0.0
+) -> Iterator[tuple[float, Linear]]:
+    """Yield a probe for each penalty, the largest first; each fit starts from the one before.
+
+    The loss is the cross-entropy to the guard's probabilities, whose errors count most where the
+    guard hesitates.
+    """
+    picked = [_spread(len(one)) for one in inputs]
+    x = torch.from_numpy(np.concatenate([one[at] for one, at in zip(inputs, picked, strict=True)]))
+    y = torch.from_numpy(
+        np.concatenate([s.scores[at] for s, at in zip(samples, picked, strict=True)])
+    )
+    # A response counts once, however many prefixes it has.
+    counts = torch.from_numpy(np.concatenate([np.full(len(at), 1 / len(at)) for at in picked]))
+    counts = counts / counts.sum()
+    mean, scale = x.mean(0), x.std(0) + 1e-6
+    x = (x - mean) / scale
+    weight = torch.zeros(x.shape[1], dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    for penalty in itertools.takewhile(lambda value: value >= down_to, PENALTIES):
+        _minimise(x, y, counts, penalty, weight, bias)
+        raw = weight.detach() / scale
+        yield penalty, Linear(raw.numpy().copy(), float(bias.detach() - raw @ mean))
+
+
+def _spread(count: int) -> NDArray[np.int64]:
+    """Return up to `FITTED` numbers below `count`, evenly spaced, the last one among them."""
+    if count <= FITTED:
+        return np.arange(count)
+    return np.unique(np.linspace(0, count - 1, FITTED).round().astype(np.int64))
+
+
+def _minimise(
+    x: Tensor, y: Tensor, counts: Tensor, penalty: float, weight: Tensor, bias: Tensor
+) -> None:
+    """Move weight and bias to where the penalised cross-entropy is smallest."""
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=60, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        with torch.enable_grad():
+            logits = x @ weight + bias
+            value: Tensor = torch.nn.functional.binary_cross_entropy_with_logits(
+                logits, y, counts, reduction="sum"
+            )
+            value = value + penalty * weight.square().sum()
+            value.backward()
+        return value
+
+    optimizer.step(loss)

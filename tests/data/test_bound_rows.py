@@ -1,0 +1,127 @@
+"""Scores belong to the tokens that they were made for, from `star-dss score` to training."""
+
+import numpy as np
+import pytest
+from datasets import Dataset, concatenate_datasets, load_from_disk
+
+from star_dss_plugin.data.bound_rows import bind_rows, check_bound
+from star_dss_plugin.data.parquet_shards import load_scored, write_card, write_shard
+from star_dss_plugin.data.provenance import write_note
+from star_dss_plugin.data.writing import write_dataset
+from star_dss_plugin.errors import DataError
+
+NOTE = {
+    "guard": "words",
+    "demonstration_guard": False,
+    "guard_identity": {},
+    "segmenter": "tokens",
+    "chunk_size": 5,
+    "responses": 6,
+    "raw_contexts": 0,
+    "rows": 6,
+}
+
+
+@pytest.fixture
+def scored():
+    """Six rows as `score_dataset` leaves them; rows 4 and 5 are equally long."""
+    rows = [
+        {
+            "input_ids": list(range(i, i + 5 + min(i, 4))),
+            "labels": [-100, -100, *range(i + 2, i + 5 + min(i, 4))],
+            "star_scores": [1.0, 1.0, *np.linspace(0.1 * i, 1, 3 + min(i, 4)).astype(np.float32)],
+        }
+        for i in range(6)
+    ]
+    dataset = Dataset.from_list(rows)
+    write_note(dataset, "scores", NOTE)
+    bind_rows(dataset)
+    return dataset
+
+
+def saved(dataset, folder):
+    write_dataset(dataset, folder / "scored")
+    return load_from_disk(str(folder / "scored"))
+
+
+def sharded(dataset, folder):
+    for k in range(2):
+        part = dataset.select(range(3 * k, 3 * k + 3))
+        write_note(part, "scores", {**NOTE, "rows": 3})
+        write_shard(part, folder / f"shards/data/train-0000{k}-of-00002.parquet")
+    write_card(folder / "shards", NOTE)
+    return load_scored(folder / "shards")
+
+
+WAYS = {"in memory": lambda dataset, folder: dataset, "saved": saved, "sharded": sharded}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_rows_may_be_selected_shuffled_joined_and_get_columns(scored, tmp_path, way):
+    dataset = WAYS[way](scored, tmp_path)
+    check_bound(dataset, "train")
+    check_bound(dataset.select([5, 1, 1]), "train")
+    check_bound(dataset.shuffle(seed=3).filter(lambda row: len(row["labels"]) > 5), "train")
+    other = dataset.select([0]).map(lambda row: {"input_ids": [9, *row["input_ids"][1:]]})
+    other.info.description = ""
+    write_note(other, "scores", NOTE)
+    bind_rows(other)
+    check_bound(concatenate_datasets([other, dataset]), "train")
+    check_bound(dataset.map(lambda row: {"source": "web"}), "train")
+
+
+def edit(name, change):
+    return lambda dataset: dataset.map(lambda row: {name: change(row[name])})
+
+
+def moved(name):
+    """Give the rows another order of one column; the last two are equally long."""
+
+    def move(dataset):
+        order = [0, 1, 2, 3, 5, 4]
+        column = [dataset[name][i] for i in order]
+        feature = dataset.features[name]
+        return dataset.remove_columns(name).add_column(name, column, feature=feature)
+
+    return move
+
+
+CHANGES = {
+    "scores swapped": moved("star_scores"),
+    "tokens swapped": moved("input_ids"),
+    "labels swapped": moved("labels"),
+    "all safe": edit("star_scores", lambda scores: [1.0] * len(scores)),
+    "one score": edit("star_scores", lambda scores: [*scores[:-1], scores[-1] / 2]),
+    "more is trained": edit("labels", lambda labels: [7, *labels[1:]]),
+    "other tokens": edit("input_ids", lambda ids: [ids[0] + 1, *ids[1:]]),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_was_changed_is_an_error(scored, tmp_path, way, change):
+    changed = CHANGES[change](WAYS[way](scored, tmp_path))
+    if change == "labels swapped":  # which tokens are trained is the same: nothing changed
+        check_bound(changed, "train")
+        return
+    with pytest.raises(DataError, match=r"The train data set.*not as it was scored"):
+        check_bound(changed, "train")
+
+
+def test_scores_of_ones_own_need_no_note(scored):
+    changed = CHANGES["all safe"](scored)
+    changed.info.description = ""
+    check_bound(changed, "train")
+
+
+def test_rows_that_were_cut_or_packed_cannot_be_told(scored):
+    cut = scored.map(lambda r: {"input_ids": r["input_ids"][:4], "labels": r["labels"][:4]})
+    check_bound(cut, "train")
+    check_bound(scored.map(lambda r: {"seq_lengths": [len(r["input_ids"])]}), "train")
+
+
+@pytest.mark.parametrize("note", [5, "no base64!", "AAAA", ["x"], "é"])
+def test_a_note_that_another_program_wrote_is_an_error(scored, note):
+    write_note(scored, "rows", note)
+    with pytest.raises(DataError, match="not what this package writes"):
+        check_bound(scored, "train")

@@ -1,0 +1,95 @@
+"""Run `axolotl train` on gloo ranks that share a model: a script for `torch.distributed.run`.
+
+    python -m torch.distributed.run --standalone --nproc_per_node 2 \
+        tests/integrations/axolotl/axolotl_ranks.py KIND RESULTS CONFIG...
+
+Each rank does what `axolotl train CONFIG` does in it, one configuration after the other, and writes
+RESULTS-RANK.json. KIND is one of `support/sharded_runs.py`, where it says what a CPU needs; beside
+that Axolotl must be kept from asking for GPUs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+
+def main(kind, results, *configs):
+    import torch
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    from support import sharded_runs
+
+    sharded_runs.shard_on_cpus()
+    use_cpus(kind)
+    found = {}
+    for config in configs:
+        try:
+            found[Path(config).stem] = train(kind, config)
+        except ValueError as error:  # also StarDSSError
+            traceback.print_exc()
+            found[Path(config).stem] = {"error": f"{type(error).__name__}: {error}"}
+        sharded_runs.reset()
+    Path(f"{results}-{os.environ['RANK']}.json").write_text(json.dumps(found))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def use_cpus(kind):
+    """Keep Axolotl from asking for GPUs, and from what torch cannot do on gloo."""
+    import axolotl.train
+    from accelerate import ParallelismConfig
+    from axolotl.loaders import ModelLoader
+
+    build, place = ParallelismConfig.build_device_mesh, ModelLoader._set_device_map_config
+    ParallelismConfig.build_device_mesh = lambda self, device: build(self, "cpu")
+
+    def place_on_cpu(self):
+        self.cfg.device_map = {"": "cpu"}  # it is the rank's number
+        place(self)
+
+    ModelLoader._set_device_map_config = place_on_cpu
+    axolotl.train.cleanup_distributed = lambda: None  # the next configuration needs the group
+    if kind == "fsdp1":  # torch crashes when it gathers its state, with and without this project
+        axolotl.train.save_trained_model = lambda *args: None
+
+
+def train(kind, config):
+    """Train as the command does; return what was logged, and the share of the model held here."""
+    import axolotl.train
+    import transformers
+    from axolotl.cli import train as command
+    from axolotl.integrations.base import PluginManager
+    from support import sharded_runs
+
+    found = {}
+    inner = axolotl.train.train
+
+    def keep(**kwargs):
+        made = inner(**kwargs)
+        trainer = made[2]
+        history = trainer.state.log_history
+        found["logs"] = [
+            (line["step"], line["loss"], line["grad_norm"])
+            for line in history
+            if "grad_norm" in line
+        ]
+        found["evaluations"] = [line["eval_loss"] for line in history if "eval_loss" in line]
+        found["kl"] = [line["star_dss/kl"] for line in history if "star_dss/kl" in line]
+        found["shaped"] = trainer.star_dss_state.shaped
+        found["sharded"] = sharded_runs.proof_of_sharding(kind, trainer)
+        return made
+
+    PluginManager.get_instance().plugins.clear()
+    transformers.set_seed(1)  # a new adapter is drawn before the Trainer sets its seed
+    command.train = keep
+    command.do_cli(config=config)
+    return found
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

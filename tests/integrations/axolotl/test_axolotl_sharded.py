@@ -1,0 +1,141 @@
+"""FSDP on two gloo ranks, started by Axolotl, takes the steps of one process."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from axolotl_runs import LORA, _light, configuration, trained, write_config  # noqa: F401
+from support.paths import ROOT, TESTS
+from support.sharded_runs import CLOSE, apart, weights_apart
+
+FSDP = {
+    "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+    "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
+    "state_dict_type": "FULL_STATE_DICT",
+    "cpu_ram_efficient_loading": False,
+}
+FSDP1 = {
+    **FSDP,
+    "limit_all_gathers": True,
+    "sync_module_states": False,  # needs an accelerator
+    "use_orig_params": True,
+}
+FSDP2 = {**FSDP, "offload_params": False, "reshard_after_forward": True}
+CASES = {
+    "full": {},
+    "packed": {"sample_packing": True, "sequence_len": 64, "sample_packing_sequentially": True},
+    "stopped": {"max_steps": 2, "save_strategy": "steps", "save_steps": 2},
+    "resumed": {},
+    "lora": LORA,
+    "adapter": {
+        **LORA,
+        "star_dss": {"kl_estimator": "full", "reference": "adapter"},
+        "gradient_checkpointing": True,
+        "val_set_size": 0.5,
+        "eval_steps": 2,
+    },
+}
+RUNS = {
+    "fsdp2": tuple(CASES),
+    "fsdp2-meta": ("full", "adapter"),
+    "fsdp1": ("full", "adapter"),
+}
+
+
+def sharding(kind):
+    """Return what a configuration says to shard the model."""
+    if kind == "fsdp1":
+        return {"fsdp": ["full_shard", "auto_wrap"], "fsdp_config": FSDP1}
+    return {
+        "fsdp_version": 2,
+        "fsdp_config": {**FSDP2, "cpu_ram_efficient_loading": kind == "fsdp2-meta"},
+    }
+
+
+def case(folder, model_dir, name, ranks, **changes):
+    """Return a case's configuration: four rows in each step, however many ranks there are."""
+    changes = {**CASES[name], **changes}
+    block = {"guard": "test-words", "chunk_size": 2, "kl_coef": 2.0, **changes.pop("star_dss", {})}
+    return configuration(
+        folder,
+        model_dir,
+        **{
+            "attn_implementation": "sdpa",
+            "micro_batch_size": 1,
+            "gradient_accumulation_steps": 4 // ranks,
+            "eval_batch_size": 4 // ranks,
+            "max_steps": 4,
+            "learning_rate": 2e-3,
+            "star_dss": block,
+            **changes,
+        },
+    )
+
+
+def launch(folder, model_dir, site, kind):
+    """Train the cases of a kind on two ranks; return what each rank wrote, and what was printed."""
+    configs = []
+    for name in RUNS[kind]:
+        shared = folder / ("full" if name in ("stopped", "resumed") else name)
+        changes = sharding(kind) | {"output_dir": str(folder / name)}
+        if name == "resumed":
+            changes["resume_from_checkpoint"] = str(folder / "stopped" / "checkpoint-2")
+        config = write_config(shared, case(shared, model_dir, name, 2, **changes))
+        configs.append(config.rename(folder / f"{name}.yaml"))
+    path = [site, ROOT, ROOT / "integrations", TESTS, os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc_per_node", "2", str(TESTS / "integrations/axolotl/axolotl_ranks.py")),
+            *(kind, str(folder / "results"), *map(str, configs)),
+        ],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(map(str, path)),
+            "OMP_NUM_THREADS": "1",
+            "STAR_DSS_CACHE": str(folder / "star-dss-cache"),
+        },
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    results = [folder / f"results-{rank}.json" for rank in (0, 1)]
+    assert all(path.exists() for path in results), done.stderr[-6000:] + done.stdout[-2000:]
+    return [json.loads(path.read_text()) for path in results], done
+
+
+def alone(folder, model_dir, name):
+    """Train the same in one process; return what was logged, and the folder with the model."""
+    trainer = trained(folder, case(folder, model_dir, name, 1))
+    trainer.save_model(str(folder / "final"))
+    history = trainer.state.log_history
+    logs = [(h["step"], h["loss"], h["grad_norm"]) for h in history if "grad_norm" in h]
+    return logs, [h["eval_loss"] for h in history if "eval_loss" in h], folder / "final"
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_two_ranks_take_the_steps_of_one_process(tmp_path, model_dir, site, kind):
+    (found, second), done = launch(tmp_path, model_dir, site, kind)
+    twins = {}
+    for name in RUNS[kind]:
+        assert "error" not in found[name], (name, found[name], done.stderr[-3000:])
+        assert found[name]["logs"] == second[name]["logs"], name
+        assert max(found[name]["kl"]) > 1e-5, name  # the reference was used
+        assert found[name]["sharded"] < 0.6, name
+        half = name in ("stopped", "resumed")  # two steps of four, of two micro-batches each
+        assert found[name]["shaped"] == (4 if half else 8), name
+        twin = "full" if half else name
+        if twin not in twins:
+            twins[twin] = alone(tmp_path / f"alone-{twin}", model_dir, twin)
+        logs, evaluations, final = twins[twin]
+        steps = apart(found[name]["logs"], logs[:2] if name == "stopped" else logs)
+        evaluated = apart([[0.0, *found[name]["evaluations"]]], [[0.0, *evaluations]])
+        saved = 0.0
+        if kind != "fsdp1" and name != "stopped":
+            saved = weights_apart(tmp_path / name, final, lora="adapter" in CASES[name])
+        print(f"{kind} {name}: {steps:.1e}, {evaluated:.1e}, {saved:.1e}")
+        assert max(steps, evaluated) < CLOSE, name
+        assert saved < 1e-4, name  # Adam divides by what may be close to 0

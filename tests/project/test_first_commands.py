@@ -1,0 +1,98 @@
+"""What a page of the documentation shows first works as pasted, offline, in an empty folder.
+
+These run the real small model, so they take minutes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.models import needs_smollm2
+from support.paths import ROOT
+
+pytestmark = pytest.mark.slow
+
+pytestmark = needs_smollm2
+
+ELSEWHERE = {
+    "howto_engine": "needs vLLM: tests/engines/test_vllm.py",
+    "howto_guard": "needs the guard that the page is about: tests/project/test_howto.py",
+    "performance": "takes minutes: tests/project/test_benchmarks.py has a shorter one",
+}
+"""Pages whose first command is not run here, and why."""
+NEEDS = {
+    "axolotl": "axolotl",
+    "capability": "lm_eval",
+    "landscape": "matplotlib",
+    "many_gpus": "trl",
+    "start": "trl",
+}
+"""What must be installed for a page."""
+
+BLOCK = re.compile(r"(?:^    \S.*\n)+", re.MULTILINE)
+FENCE = re.compile(r"^ *```.*?^ *```\n", re.DOTALL | re.MULTILINE)
+COMMAND = re.compile(r"star-dss |accelerate |python ")
+
+
+def first_commands() -> dict[str, str]:
+    """Of each page that shows commands, its first block to its first command that computes."""
+    found = {}
+    pages = {page.stem: page for page in sorted((ROOT / "docs").glob("*.md"))}
+    pages["axolotl"] = ROOT / "integrations" / "star_dss_axolotl" / "README.md"
+    for name, page in pages.items():
+        text = FENCE.sub("", page.read_text(encoding="utf-8"))
+        for block in BLOCK.findall(text):
+            lines = re.sub(r" *\\\n *", " ", block).splitlines()
+            lines = [line.strip() for line in lines if not line.strip().startswith("pip ")]
+            which = [i for i, line in enumerate(lines) if COMMAND.match(line)]
+            if which:
+                found[name] = "\n".join(lines[: which[0] + 1])
+                break
+    return found
+
+
+FIRST = first_commands()
+
+
+def test_the_pages_are_found() -> None:
+    assert set(ELSEWHERE) <= set(FIRST)
+    assert {"scoring", "report", "evaluate", "landscape", "capability", "guards"} <= set(FIRST)
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a shell in which `star-dss` is this checkout's, with a cache to share."""
+    folder = tmp_path_factory.mktemp("bin")
+    script = folder / "star-dss"
+    script.write_text(f"#!{sys.executable}\nfrom star_dss_plugin.cli import main\nmain()\n")
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    path = [str(folder), str(Path(sys.executable).parent), os.environ["PATH"]]
+    return {
+        **os.environ,
+        "PATH": os.pathsep.join(path),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "integrations")]),
+        "STAR_DSS_CACHE": str(tmp_path_factory.mktemp("cache")),
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+@pytest.mark.parametrize("page", sorted(FIRST.keys() - ELSEWHERE.keys()))
+def test_the_first_command_works(page: str, room: dict[str, str], tmp_path: Path) -> None:
+    if page in NEEDS:
+        pytest.importorskip(NEEDS[page])
+    done = subprocess.run(
+        ["bash", "-e", "-c", FIRST[page]],
+        cwd=tmp_path,
+        env=room,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{FIRST[page]}\n{done.stderr[-4000:]}"
+    assert done.stdout.strip()

@@ -1,0 +1,69 @@
+"""A verdict guard whose scores can be learned, and data for it."""
+
+import random
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from support.models import tiny_llama
+from support.scoring import chat, scored
+from support.verdict_guards import describe
+
+WORDS = [
+    "how",
+    "are",
+    "you",
+    "fine",
+    "thank",
+    "the",
+    "fox",
+    "is",
+    "bad",
+    "good",
+    "why",
+    "no",
+    "yes",
+]
+PROBED = {"trajectory": "probed", "probe_sample": 30, "chunk_size": 3}
+ROWS = 80
+
+
+def learnable(folder, tokenizer, seed=2, spread=0.06, **changes):
+    """Describe a random guard of four blocks whose scores differ by a few hundredths."""
+    model = tiny_llama(len(tokenizer), seed, num_hidden_layers=4, initializer_range=spread)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return describe(folder, **changes)
+
+
+def talks(count=ROWS, seed=0):
+    draw = random.Random(seed)
+
+    def words(number):
+        return " ".join(draw.choices(WORDS, k=number))
+
+    return Dataset.from_list(
+        [{"messages": chat(words(5), words(draw.randrange(8, 30)))} for _ in range(count)]
+    )
+
+
+def probed(rows, tokenizer, guard, **options):
+    return scored(rows, tokenizer, guard, **{**PROBED, **options})
+
+
+def exact(rows, tokenizer, guard, **options):
+    return scored(rows, tokenizer, guard, **{"chunk_size": 3, **options})
+
+
+def trained(dataset, column="star_scores"):
+    """The values of a column at all trained tokens."""
+    rows = zip(dataset[column], dataset["labels"], strict=True)
+    return np.concatenate([np.array(v)[np.array(labels) != -100] for v, labels in rows])
+
+
+def slow_states(model, ids, blocks):
+    """The slow twin: all hidden states of a plain pass, (tokens, blocks, size)."""
+    with torch.inference_mode():
+        found = model(torch.tensor([ids]), output_hidden_states=True).hidden_states
+    return torch.stack([found[block + 1][0] for block in blocks], dim=1)
