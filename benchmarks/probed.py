@@ -3,6 +3,7 @@
     python benchmarks/probed.py DATA_DIR                             # benign, mixed and onset data
     python benchmarks/probed.py DATA_DIR --rows 300 --sample 32      # fewer rows, a smaller sample
     python benchmarks/probed.py DATA_DIR --outcome                   # and finetuning with both
+    python benchmarks/probed.py DATA_DIR --count                     # tokens counted, not computed
 
 DATA_DIR holds guard_train, guard_dev, guard_test_A, guard_onset_test, attack_mix and gsm8k_small
 (.jsonl; for --outcome also eval_harmful_prompts and eval_benign_prompts). The guard is the one that
@@ -20,6 +21,9 @@ The ratios come twice: for these rows, whose sample is asked every prefix, and f
 outside of it alone, which is what more data of the same kind costs. Coverage is the share of the
 probe's scores within the tolerance of the exact ones, over all responses outside of the sample:
 what a run promises from held-out responses, here measured.
+
+--count needs no guard, only its tokenizer and template: it counts the tokens that each way would
+compute, for the share of prefixes that are asked, and says how much data it takes to save so much.
 """
 
 from __future__ import annotations
@@ -47,9 +51,11 @@ from star_dss_plugin.data.fingerprints import request_key
 from star_dss_plugin.data.requests import PrefixRequest, Trajectory
 from star_dss_plugin.data.responses import find_responses
 from star_dss_plugin.data.tokenization import tokenize_row
+from star_dss_plugin.engines.shared_prefix.tree import grow
 from star_dss_plugin.guards.base import Guard
 from star_dss_plugin.guards.probing.guard import probing
-from star_dss_plugin.scoring.probed import ProbedTrajectories
+from star_dss_plugin.guards.prompting.template import GuardTemplate
+from star_dss_plugin.scoring.probed import POOL, ProbedTrajectories
 from star_dss_plugin.segmenters import tokens
 from star_dss_plugin.smollm2 import load_smollm2
 
@@ -166,15 +172,64 @@ def guard_in(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def scoring(args: argparse.Namespace, description: dict[str, Any]) -> None:
+def counted(args: argparse.Namespace) -> None:
+    """Print how many times fewer tokens `probed` computes, by data, sample and prefixes asked."""
+    template = args.template or (
+        args.data.resolve().parent / "guards" / "qwen3guard_gen" / "chat_template.jinja"
+    )
+    _, tokenizer = load_smollm2()
+    prompts = GuardTemplate(
+        tokenizer,
+        name="verdict",
+        chat_template=template.read_text(encoding="utf-8"),
+        template_kwargs={},
+        prefill="Safety:",
+    )
+    # What all prompts begin with runs once.
+    one, other = (prompts.opened([{"role": "user", "content": c}], c)[0] for c in ("a", "b"))
+    head = next(i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    shares, counts = (0.0, 0.02, 0.05, 0.1, 0.2), (1_000, 10_000, 100_000)
+    print(f"Qwen3Guard's template, SmolLM2's tokenizer, probe_sample {args.sample}")
+    print("| data | tokens in one | responses |" + "".join(f" {s:.0%} asked |" for s in shares))
+    for name, asked in sets_of(args).items():
+        whole, once, length, prefixes = 0, 0, 0, 0
+        for request in asked.values():
+            group = prompts.prompts(list(request.context), request.text, request.ends)
+            trunk, _ = prompts.opened(list(request.context), request.text)
+            whole += grow(0, group).distinct - head
+            once += len(trunk) - head
+            length += len(trunk) - len(prompts.opened(list(request.context), "")[0])
+            prefixes += len(request.ends)
+        exact, trunk_tokens, own = (n / len(asked) for n in (whole, once, length))
+        each = prefixes / len(asked)
+        tail = (exact - trunk_tokens) / each
+        for count in counts:
+            cells = []
+            for share in shares:
+                sample = args.sample * exact + POOL * args.sample * (trunk_tokens + tail)
+                # A response of which prefixes are asked is read again for them.
+                again = trunk_tokens * (1 - (1 - share) ** each)
+                rest = (count - args.sample) * (trunk_tokens + share * each * tail + again)
+                cells.append(f"{count * exact / (sample + rest):.1f}")
+            print(f"| {name} | {own:.0f} | {count:,} | " + " | ".join(cells) + " |", flush=True)
+
+
+def sets_of(args: argparse.Namespace) -> dict[str, dict[str, PrefixRequest]]:
+    """Return what is asked about benign and mixed data, and about the onset rows in it."""
     draw = random.Random(0)
     benign = [r for name in BENIGN for r in rows_of(args.data, name) if r.get("label", 1) == 1]
     mixed = [r for name in MIXED for r in rows_of(args.data, name)]
     onset = requests(rows_of(args.data, ONSET), args.chunk)
-    sets = {
+    return {
         "benign": requests(draw.sample(benign, min(args.rows, len(benign))), args.chunk),
         "mixed": requests(draw.sample(mixed, min(args.rows, len(mixed))), args.chunk) | onset,
+        "onset": onset,
     }
+
+
+def scoring(args: argparse.Namespace, description: dict[str, Any]) -> None:
+    sets = sets_of(args)
+    onset = sets["onset"]
     print(
         f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
         f"chunks of {args.chunk}, probe_sample {args.sample}, probe_tolerance {args.tolerance}"
@@ -245,8 +300,13 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=256)
     parser.add_argument("--tolerance", type=float, default=0.05)
     parser.add_argument("--outcome", action="store_true", help="finetune with both, too")
+    parser.add_argument("--count", action="store_true", help="count tokens, compute nothing")
+    parser.add_argument("--template", type=Path, help="with --count; default: beside the data")
     parser.add_argument("--steps", type=int, default=40, help="of finetuning")
     args = parser.parse_args()
+    if args.count:
+        counted(args)
+        return
     description = guard_in(args)
     scoring(args, description)
     if args.outcome:
