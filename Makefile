@@ -10,7 +10,7 @@ PYTEST_FLAGS ?= -q
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-slow test-all test-core test-axolotl test-axolotl-newest test-vllm lint docs clean
+.PHONY: demo test test-slow test-all test-core test-axolotl test-axolotl-sharded test-axolotl-newest test-vllm lint docs clean
 
 demo: $(VENV)/.demo-ready
 	$(VENV)/bin/star-dss demo
@@ -45,12 +45,17 @@ test-axolotl: export AXOLOTL_DO_NOT_TRACK = 1
 test-axolotl: $(AXOLOTL_VENV)/.ready
 	OMP_NUM_THREADS=1 $(AXOLOTL_VENV)/bin/python -m pytest $(PYTEST_FLAGS) --ignore tests/integrations/axolotl \
 		$(SAME_WITH_ANY_TRL:%=--ignore %) $(SHARDED:%=--ignore %)
-	OMP_NUM_THREADS=1 $(AXOLOTL_VENV)/bin/python -m pytest $(PYTEST_FLAGS) tests/integrations/axolotl
+	OMP_NUM_THREADS=1 $(AXOLOTL_VENV)/bin/python -m pytest $(PYTEST_FLAGS) -m 'not slow' tests/integrations/axolotl
+
+# Not part of CI: Axolotl on two processes, with FSDP.
+test-axolotl-sharded: export AXOLOTL_DO_NOT_TRACK = 1
+test-axolotl-sharded: $(AXOLOTL_VENV)/.ready
+	OMP_NUM_THREADS=1 $(AXOLOTL_VENV)/bin/python -m pytest $(PYTEST_FLAGS) -m slow tests/integrations/axolotl
 
 # The core and TRL are the same as in the other environments: only what imports Axolotl is run.
 test-axolotl-newest: export AXOLOTL_DO_NOT_TRACK = 1
 test-axolotl-newest: $(AXOLOTL_NEWEST_VENV)/.ready
-	OMP_NUM_THREADS=1 $(AXOLOTL_NEWEST_VENV)/bin/python -m pytest $(PYTEST_FLAGS) tests/integrations/axolotl
+	OMP_NUM_THREADS=1 $(AXOLOTL_NEWEST_VENV)/bin/python -m pytest $(PYTEST_FLAGS) -m 'not slow' tests/integrations/axolotl
 
 # Not part of CI: vLLM is large, and its build for CPUs takes minutes to install and to start.
 test-vllm: $(VLLM_VENV)/.ready

@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset
 from trl import SFTTrainer, pack_dataset
 from trl.data_utils import is_conversational, prepare_multimodal_messages
 
-from star_dss_plugin.data.bound_rows import check_bound
+from star_dss_plugin.data.bound_rows import check_bound, unbind_rows
 from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.columns import SCORES_COLUMN
 from star_dss_plugin.data.media_rows import MediaRows, media_tokens
@@ -109,6 +109,7 @@ class StarDSSTrainer(StarDSSMixin, SFTTrainer):  # type: ignore[misc]
         # Written anew, so that all columns lie in the same pieces, which TRL's packing relies on.
         columns = columns.map(lambda rows: rows, batched=True)
         packed = pack_dataset(columns, args.max_length, args.packing_strategy)
+        unbind_rows(packed)
         if args.shuffle_dataset:
             packed = packed.shuffle(seed=args.seed)
         return packed

@@ -17,11 +17,18 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from star_dss_plugin.data.columns import SCORES_COLUMN
-from star_dss_plugin.data.provenance import damaged_note, notes, write_note
+from star_dss_plugin.data.provenance import damaged_note, notes, remove_note, write_note
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.logprobs import IGNORE_INDEX
 
-__all__ = ["bind_rows", "check_bound", "note_of_rows", "write_row_notes"]
+__all__ = [
+    "bind_rows",
+    "check_bound",
+    "note_of_rows",
+    "rebind_rows",
+    "unbind_rows",
+    "write_row_notes",
+]
 
 _NOTE = "rows"
 
@@ -35,6 +42,17 @@ def bind_rows(dataset: Dataset, columns: Sequence[str] = (SCORES_COLUMN,)) -> No
     """
     found = [digest for name in columns for _, digest in _digests(dataset, name)]
     write_note(dataset, _NOTE, _packed(np.asarray(found, np.uint64)))
+
+
+def rebind_rows(dataset: Dataset) -> None:
+    """Note the digests of rows that were checked and then changed here; own scores have none."""
+    if notes(dataset, _NOTE):
+        bind_rows(dataset)
+
+
+def unbind_rows(dataset: Dataset) -> None:
+    """Forget the digests: rows were joined, or somebody changes scores on purpose."""
+    remove_note(dataset, _NOTE)
 
 
 def note_of_rows(dataset: Dataset) -> str | None:

@@ -21,6 +21,7 @@ __all__ = [
     "provenance_of",
     "provenances_of",
     "read_note",
+    "remove_note",
     "write_note",
 ]
 
@@ -59,10 +60,17 @@ def read_note(dataset: Dataset, name: str) -> Any:
 
 def write_note(dataset: Dataset, name: str, value: Any) -> None:
     """Note a JSON value under a name, in place of what was noted there."""
+    remove_note(dataset, name)
+    lines = (dataset.info.description or "").splitlines()
+    dataset.info.description = "\n".join([*lines, describe(name, value)])
+
+
+def remove_note(dataset: Dataset, name: str) -> None:
+    """Remove what is noted under a name."""
     mark = f"{_MARK}{name}: "
     lines = (dataset.info.description or "").splitlines()
     kept = [line for line in lines if not line.startswith(mark)]
-    dataset.info.description = "\n".join([*kept, describe(name, value)])
+    dataset.info.description = "\n".join(kept)
 
 
 def describe(name: str, value: Any) -> str:

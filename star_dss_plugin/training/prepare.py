@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, List, Value
 
-from star_dss_plugin.data.bound_rows import check_bound
+from star_dss_plugin.data.bound_rows import check_bound, rebind_rows
 from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.columns import SCORES_COLUMN, with_column, without_marks
 from star_dss_plugin.data.provenance import provenances_of
@@ -110,9 +110,9 @@ def prepare_dataset(
                 name,
                 SCORES_COLUMN,
             )
-        check_bound(dataset, name)
         # Whoever scored it trained responses only; labels made since then may train all tokens.
         dataset = only_responses(dataset, chat)
+        check_bound(dataset, name)
         dataset = _fit_scores(dataset, name, *truncation)
     elif not asks_guard(options, name):
         # The same tokens are trained as in the modes that read scores.
@@ -133,6 +133,7 @@ def prepare_dataset(
             progress=progress,
         )
     dataset = stricter_dataset(without_marks(dataset), chat, options)
+    rebind_rows(dataset)
     return dataset, summary_of(dataset, options, None)
 
 

@@ -201,7 +201,7 @@ def test_typed_content_is_text(tokenizer):
         },
         {"role": "assistant", "content": [{"type": "text", "text": "fine"}]},
     ]
-    assert contexts(row, tokenizer, template) == before_each_answer(messages)
+    assert contexts(row, tokenizer, template) == [[("user", "how are\n[image] you?")]]
 
 
 # Contexts that nobody knows

@@ -16,9 +16,7 @@ import pytest
 from support.models import needs_smollm2
 from support.paths import ROOT
 
-pytestmark = pytest.mark.slow
-
-pytestmark = needs_smollm2
+pytestmark = [pytest.mark.slow, needs_smollm2]
 
 ELSEWHERE = {
     "howto_engine": "needs vLLM: tests/engines/test_vllm.py",

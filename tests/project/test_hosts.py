@@ -337,7 +337,7 @@ def test_options_that_cannot_be_set_are_noted(path, use):
 
 
 def test_the_core_names_hosts_only_where_they_are_registered():
-    """Docstrings may; an extra that brings PEFT is called trl, and `score` takes TRL's template."""
+    """Docstrings may; an extra that brings PEFT is called trl; `score` and `init` name them."""
     package, found = ROOT / "star_dss_plugin", set()
     hosts = "|".join(host.integration.host for host in load_plugins().hosts())
     for file in sorted(package.rglob("*.py")):
@@ -353,7 +353,7 @@ def test_the_core_names_hosts_only_where_they_are_registered():
                 named = re.search(rf"\b(star_dss_)?({hosts})\b", node.value)
                 if named and node not in described:
                     found.add(str(file.relative_to(package)))
-    assert found == {"builtins.py", "cli/score.py", "evaluate/models.py"}
+    assert found == {"builtins.py", "cli/init.py", "cli/score.py", "evaluate/models.py"}
 
 
 @pytest.mark.parametrize("name", load_plugins().names("integration"))

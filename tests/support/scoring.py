@@ -10,6 +10,7 @@ from datasets import Dataset
 from star_dss_plugin import (
     score_dataset,
 )
+from star_dss_plugin.data.bound_rows import unbind_rows
 from star_dss_plugin.data.requests import Trajectory
 from star_dss_plugin.data.responses import runs
 from star_dss_plugin.guards.base import Guard, StreamingGuard
@@ -113,3 +114,9 @@ def tokenized(tokenizer, row):
 
 
 QUESTION = "<|im_start|>user\nhow are you?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def unbound(dataset):
+    """Forget the digests of scored rows, as somebody does who changes scores on purpose."""
+    unbind_rows(dataset)
+    return dataset

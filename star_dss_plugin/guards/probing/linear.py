@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Chosen", "Linear", "Sample", "choose", "features"]
+__all__ = ["FOLDS", "Chosen", "Linear", "Sample", "choose", "features"]
 
 FOLDS = 5
 PENALTIES = (0.1, 0.03, 0.01, 0.003, 0.001)

@@ -5,6 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("axolotl", reason="needs Axolotl: make test-axolotl")
+
 import yaml
 from support.commands import run_command
 from support.starts import FORMS, HOSTILE, write_rows

@@ -10,6 +10,8 @@ from axolotl_runs import LORA, _light, configuration, trained, write_config  # n
 from support.paths import ROOT, TESTS
 from support.sharded_runs import CLOSE, apart, weights_apart
 
+pytestmark = pytest.mark.slow
+
 FSDP = {
     "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
     "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",

@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("trl")
 from star_dss_trl import StarDSSTrainer
 from support.models import tiny_llama
+from support.scoring import unbound
 from support.trl_runs import (
     arguments,
     make,
@@ -57,7 +58,7 @@ def test_errors_before_the_first_step(tmp_path, tokenizer):
 )
 def test_scores_that_make_it_plain_finetuning_are_said(tmp_path, tokenizer, score, loss_type, said):
     scored = make(tmp_path, tokenizer).train_dataset.remove_columns("ref_logps")
-    safe = scored.map(lambda r: {SCORES_COLUMN: [score] * len(r[SCORES_COLUMN])})
+    safe = unbound(scored.map(lambda r: {SCORES_COLUMN: [score] * len(r[SCORES_COLUMN])}))
     trainer = make(tmp_path, tokenizer, safe, guard=None, loss_type=loss_type)
     assert ("this is plain finetuning" in startup_line(trainer.star_dss_state)) is said
 
@@ -67,7 +68,7 @@ def test_bad_star_scores_are_refused(tmp_path, tokenizer):
     short = scored.map(lambda r: {SCORES_COLUMN: r[SCORES_COLUMN][:-1]})
     with pytest.raises(DataError, match="The train data set: Row 0: the row has .* star_scores"):
         make(tmp_path, tokenizer, short, guard=None)
-    wild = scored.map(lambda r: {SCORES_COLUMN: [1.5] * len(r[SCORES_COLUMN])})
+    wild = unbound(scored.map(lambda r: {SCORES_COLUMN: [1.5] * len(r[SCORES_COLUMN])}))
     with pytest.raises(DataError, match=r"star_score of 1.5"):
         make(tmp_path, tokenizer, wild, guard=None)
 
