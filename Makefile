@@ -34,17 +34,12 @@ CORE = $(wildcard tests/test_*.py) tests/data tests/guards tests/cli/test_cli.py
 test-core: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_FLAGS) $(CORE) --ignore tests/guards/test_demo_guard.py
 
-# In two processes: Axolotl patches transformers and torch wherever it is imported. Ray, lm-eval, the
-# browser and the benchmarks are the same whatever TRL is installed, and take minutes: `make test` has them.
-SAME_WITH_ANY_TRL = tests/scoring/test_shards.py tests/scoring/test_shards_ray.py tests/evaluate/test_capability.py \
-	tests/report/test_report_page.py tests/project/test_benchmarks.py
-# Sharded runs take minutes, and are tested with the newest accelerate. With this one those with FSDP pass, too
+# In two processes: Axolotl patches transformers and torch wherever it is imported. The slow tests are the same
+# whatever TRL is installed, or want the newest accelerate; of the sharded ones those with FSDP pass with this one, too
 # (by hand: .venv-axolotl/bin/python -m pytest tests/training/test_sharding.py -k fsdp).
-SHARDED = tests/training/test_sharding.py tests/integrations/trl/test_trl_launch.py
 test-axolotl: export AXOLOTL_DO_NOT_TRACK = 1
 test-axolotl: $(AXOLOTL_VENV)/.ready
-	OMP_NUM_THREADS=1 $(AXOLOTL_VENV)/bin/python -m pytest $(PYTEST_FLAGS) --ignore tests/integrations/axolotl \
-		$(SAME_WITH_ANY_TRL:%=--ignore %) $(SHARDED:%=--ignore %)
+	OMP_NUM_THREADS=1 $(AXOLOTL_VENV)/bin/python -m pytest $(PYTEST_FLAGS) -m 'not slow' --ignore tests/integrations/axolotl
 	OMP_NUM_THREADS=1 $(AXOLOTL_VENV)/bin/python -m pytest $(PYTEST_FLAGS) -m 'not slow' tests/integrations/axolotl
 
 # Not part of CI: Axolotl on two processes, with FSDP.
