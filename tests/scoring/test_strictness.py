@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from star_dss_plugin import ConfigError, DataError
+from star_dss_plugin.data.provenance import describe, provenance_of
 from star_dss_plugin.loss import Shaping
 from star_dss_plugin.options import StarDSSOptions
 from star_dss_plugin.scoring.strictness import stricter_scores
@@ -155,6 +156,18 @@ def test_prepared_data_is_not_lowered_twice(tmp_path, tokenizer):
         make(tmp_path, tokenizer, first.train_dataset)
 
 
+def test_scored_data_that_a_trainer_cut_can_be_given_to_another(tmp_path, tokenizer):
+    pytest.importorskip("trl")
+    from support.trl_runs import make
+
+    scored = make(tmp_path, tokenizer).train_dataset
+    most = max(map(len, scored["input_ids"])) - 1
+    first = make(tmp_path, tokenizer, scored, max_length=most)
+    assert max(map(len, first.train_dataset["star_scores"])) == most
+    again = make(tmp_path, tokenizer, first.train_dataset, max_length=most)
+    assert list(scores_by_chunk(again)) == list(scores_by_chunk(first))
+
+
 def test_a_column_of_unknown_chunks_cannot_be_lowered(tmp_path, tokenizer):
     pytest.importorskip("trl")
     from support.trl_runs import make
@@ -171,6 +184,9 @@ def test_other_chunks_than_those_that_were_scored_are_refused(tmp_path, tokenize
 
     scored = make(tmp_path, tokenizer).train_dataset
     later = scored.map(lambda row: {"labels": _one_less(row["labels"])})
+    with pytest.raises(DataError, match="not as it was scored"):
+        make(tmp_path, tokenizer, later, monotone=True)
+    later.info.description = describe("scores", provenance_of(later))  # shards read by others
     with pytest.raises(DataError, match="not cut as they were"):
         make(tmp_path, tokenizer, later, monotone=True)
     joined = concatenate_datasets([scored, make(tmp_path, tokenizer, chunk_size=3).train_dataset])
