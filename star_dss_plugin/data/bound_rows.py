@@ -22,10 +22,10 @@ from star_dss_plugin.errors import DataError
 from star_dss_plugin.logprobs import IGNORE_INDEX
 
 __all__ = [
+    "bind_anew",
     "bind_rows",
     "check_bound",
     "note_of_rows",
-    "rebind_rows",
     "unbind_rows",
     "write_row_notes",
 ]
@@ -44,10 +44,12 @@ def bind_rows(dataset: Dataset, columns: Sequence[str] = (SCORES_COLUMN,)) -> No
     write_note(dataset, _NOTE, _packed(np.asarray(found, np.uint64)))
 
 
-def rebind_rows(dataset: Dataset) -> None:
-    """Note the digests of rows that were checked and then changed here; own scores have none."""
-    if notes(dataset, _NOTE):
-        bind_rows(dataset)
+def bind_anew(dataset: Dataset) -> None:
+    """Note the digests of rows that this package itself has cut or changed, if any are noted."""
+    if noted := notes(dataset, _NOTE):
+        found = [digest for _, digest in _digests(dataset, SCORES_COLUMN)]
+        known = np.concatenate([_known(noted), np.asarray(found, np.uint64)])
+        write_note(dataset, _NOTE, _packed(known))
 
 
 def unbind_rows(dataset: Dataset) -> None:
@@ -121,8 +123,11 @@ def _as_long(*lists: Any) -> bool:
 def _digest(ids: Any, labels: Any, scores: Any) -> np.uint64:
     try:
         tokens, values = np.asarray(ids, np.int64), np.asarray(scores, np.float32)
-        trained = np.asarray(labels, np.int64) != IGNORE_INDEX
+        targets = np.asarray(labels, np.int64)
     except (TypeError, ValueError, OverflowError):  # nothing that was ever scored
+        return np.uint64(0)
+    trained = targets != IGNORE_INDEX
+    if not np.array_equal(targets[trained], tokens[trained]):
         return np.uint64(0)
     digest = hashlib.blake2b(str(len(tokens)).encode(), digest_size=8)
     for array in (tokens, trained, values):

@@ -52,7 +52,8 @@ def tokens_of(row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
     """`input_ids` and `labels` of a row.
 
     Raises:
-        DataError: One of them is no list of integers, or they differ in length.
+        DataError: One of them is no list of integers, they differ in length, or a label is not its
+            token.
     """
     ids, labels = _integers(row, "input_ids"), _integers(row, "labels")
     if len(ids) != len(labels):
@@ -63,6 +64,12 @@ def tokens_of(row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
     if ids and not (min(ids) >= 0 and max(ids) < _IDS):
         wrong = [i for i in ids if not 0 <= i < _IDS]
         raise DataError(f"input_ids holds {wrong[0]}, which is no token of any tokenizer.")
+    for start, end in runs(labels):
+        if labels[start:end] != ids[start:end]:
+            raise DataError(
+                f"The labels at tokens {start} to {end} are not the input's own tokens. STAR-DSS "
+                "needs unshifted labels: a copy of input_ids with -100 where nothing is trained."
+            )
     return ids, labels
 
 
@@ -111,20 +118,8 @@ def find_responses(
     reader = RowReader(chat, ids, row, made)
     return [
         _response(reader.read(start, end), start, end, segmenter, chunk_size)
-        for start, end in _own_runs(ids, labels)
+        for start, end in runs(labels)
     ]
-
-
-def _own_runs(ids: Sequence[int], labels: Sequence[int]) -> list[tuple[int, int]]:
-    """Return the runs of trained tokens; raise a DataError if a label is not its token."""
-    found = runs(labels)
-    for start, end in found:
-        if labels[start:end] != ids[start:end]:
-            raise DataError(
-                f"The labels at tokens {start} to {end} are not the input's own tokens. STAR-DSS "
-                "needs unshifted labels: a copy of input_ids with -100 where nothing is trained."
-            )
-    return found
 
 
 def _response(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, List, Value
 
-from star_dss_plugin.data.bound_rows import check_bound, rebind_rows
+from star_dss_plugin.data.bound_rows import bind_anew, check_bound
 from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.columns import SCORES_COLUMN, with_column, without_marks
 from star_dss_plugin.data.provenance import provenances_of
@@ -110,10 +110,12 @@ def prepare_dataset(
                 name,
                 SCORES_COLUMN,
             )
+        given = dataset
         # Whoever scored it trained responses only; labels made since then may train all tokens.
         dataset = only_responses(dataset, chat)
         check_bound(dataset, name)
         dataset = _fit_scores(dataset, name, *truncation)
+        changed = dataset is not given
     elif not asks_guard(options, name):
         # The same tokens are trained as in the modes that read scores.
         dataset = only_responses(dataset, chat)
@@ -132,8 +134,11 @@ def prepare_dataset(
             num_proc=num_proc,
             progress=progress,
         )
-    dataset = stricter_dataset(without_marks(dataset), chat, options)
-    rebind_rows(dataset)
+        changed = False
+    bare = without_marks(dataset)
+    dataset = stricter_dataset(bare, chat, options)
+    if changed or dataset is not bare:
+        bind_anew(dataset)  # so that the result can be given to another trainer
     return dataset, summary_of(dataset, options, None)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from datasets import Dataset, concatenate_datasets, load_from_disk
 
-from star_dss_plugin.data.bound_rows import bind_rows, check_bound
+from star_dss_plugin.data.bound_rows import bind_anew, bind_rows, check_bound
 from star_dss_plugin.data.parquet_shards import load_scored, write_card, write_shard
 from star_dss_plugin.data.provenance import write_note
 from star_dss_plugin.data.writing import write_dataset
@@ -93,6 +93,7 @@ CHANGES = {
     "all safe": edit("star_scores", lambda scores: [1.0] * len(scores)),
     "one score": edit("star_scores", lambda scores: [*scores[:-1], scores[-1] / 2]),
     "more is trained": edit("labels", lambda labels: [7, *labels[1:]]),
+    "other tokens are trained": edit("labels", lambda labels: [*labels[:-1], labels[-1] + 1]),
     "other tokens": edit("input_ids", lambda ids: [ids[0] + 1, *ids[1:]]),
 }
 
@@ -101,11 +102,23 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_was_changed_is_an_error(scored, tmp_path, way, change):
     changed = CHANGES[change](WAYS[way](scored, tmp_path))
-    if change == "labels swapped":  # which tokens are trained is the same: nothing changed
-        check_bound(changed, "train")
-        return
     with pytest.raises(DataError, match=r"The train data set.*not as it was scored"):
         check_bound(changed, "train")
+
+
+def test_what_this_package_cut_is_noted_anew(scored):
+    names = ("input_ids", "labels", "star_scores")
+    cut = scored.map(lambda row: {name: row[name][:4] for name in names})
+    with pytest.raises(DataError, match="not as it was scored"):
+        check_bound(cut, "train")
+    bind_anew(cut)
+    check_bound(cut, "train")
+    check_bound(scored, "train")
+    with pytest.raises(DataError, match="not as it was scored"):
+        check_bound(CHANGES["one score"](cut), "train")
+    cut.info.description = ""
+    bind_anew(cut)
+    assert not cut.info.description
 
 
 def test_scores_of_ones_own_need_no_note(scored):

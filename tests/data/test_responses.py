@@ -188,8 +188,7 @@ def test_typed_content_is_text(tokenizer):
         "{%- for part in m.content %}{{- part.text or '' }}{%- endfor %}{{- '<|im_end|>\n' }}"
         "{%- endfor %}"
     )
-    messages = chat("u:how are you?", "a:fine")
-    row = labelled(messages, tokenizer)
+    row = labelled(chat("u:how are you?", "a:fine"), tokenizer)
     row["messages"] = [
         {
             "role": "user",
@@ -201,6 +200,7 @@ def test_typed_content_is_text(tokenizer):
         },
         {"role": "assistant", "content": [{"type": "text", "text": "fine"}]},
     ]
+    # The template shows no image; that one was given is said all the same.
     assert contexts(row, tokenizer, template) == [[("user", "how are\n[image] you?")]]
 
 

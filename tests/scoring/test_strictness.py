@@ -156,6 +156,18 @@ def test_prepared_data_is_not_lowered_twice(tmp_path, tokenizer):
         make(tmp_path, tokenizer, first.train_dataset)
 
 
+def test_scored_data_that_a_trainer_cut_can_be_given_to_another(tmp_path, tokenizer):
+    pytest.importorskip("trl")
+    from support.trl_runs import make
+
+    scored = make(tmp_path, tokenizer).train_dataset
+    most = max(map(len, scored["input_ids"])) - 1
+    first = make(tmp_path, tokenizer, scored, max_length=most)
+    assert max(map(len, first.train_dataset["star_scores"])) == most
+    again = make(tmp_path, tokenizer, first.train_dataset, max_length=most)
+    assert list(scores_by_chunk(again)) == list(scores_by_chunk(first))
+
+
 def test_a_column_of_unknown_chunks_cannot_be_lowered(tmp_path, tokenizer):
     pytest.importorskip("trl")
     from support.trl_runs import make
@@ -171,7 +183,10 @@ def test_other_chunks_than_those_that_were_scored_are_refused(tmp_path, tokenize
     from support.trl_runs import make
 
     scored = make(tmp_path, tokenizer).train_dataset
-    later = unbound(scored.map(lambda row: {"labels": _one_less(row["labels"])}))
+    later = scored.map(lambda row: {"labels": _one_less(row["labels"])})
+    with pytest.raises(DataError, match="not as it was scored"):
+        make(tmp_path, tokenizer, later, monotone=True)
+    unbound(later)  # as shards that others read
     with pytest.raises(DataError, match="not cut as they were"):
         make(tmp_path, tokenizer, later, monotone=True)
     joined = concatenate_datasets([scored, make(tmp_path, tokenizer, chunk_size=3).train_dataset])
