@@ -120,7 +120,7 @@ class MediaRows:
         """Return a row's conversation without its media, and how many there were."""
         try:
             given = self.messages(row)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:  # the host's own code
+        except (ValueError, TypeError, LookupError, AttributeError) as error:  # the host's own code
             raise DataError(f"The trainer's collator could not read the row: {error}") from error
         count = 0
         made: dict[str, Any] = {}

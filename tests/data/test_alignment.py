@@ -3,11 +3,13 @@
 import re
 
 import pytest
+from datasets import Dataset
 from support.models import tokenized
 
 from star_dss_plugin.data.alignment import Alignment
 from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.conversations import text_of
+from star_dss_plugin.data.media_rows import MediaRows
 from star_dss_plugin.errors import DataError
 
 
@@ -117,3 +119,10 @@ def test_shifted_labels_are_refused(tokenizer, align):
 )
 def test_what_is_no_text_leaves_a_mark(content, text):
     assert text_of(content) == text
+
+
+def test_a_row_that_the_hosts_collator_cannot_read_is_named(tokenizer):
+    """Axolotl takes the first image of an empty list."""
+    rows = MediaRows(ChatTokenizer(tokenizer), frozenset(), lambda row: row["images"][0])
+    with pytest.raises(DataError, match="^Row 0: The trainer's collator could not read the row"):
+        rows.text_rows(Dataset.from_list([{"images": []}]), "train")
