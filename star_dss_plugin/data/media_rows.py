@@ -226,7 +226,8 @@ def media_tokens(processor: ProcessorMixin, chat: ChatTokenizer) -> frozenset[in
 def _of_words(chat: ChatTokenizer) -> set[int]:
     """Return the ids of the tokens of a conversation of words."""
     tokenizer = chat.tokenizer
-    ordinary = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    names = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
+    ordinary = {getattr(tokenizer, f"{name}_token_id") for name in names}
     for content in ([{"type": "text", "text": "a"}], "a"):
         messages = [{"role": role, "content": content} for role in _PROBE]
         try:

@@ -52,6 +52,8 @@ def read_dataset(source: str, split: str = "train", *, config: str | None = None
     Raises:
         DataError: It cannot be read; the reason is in the message.
     """
+    if not source.strip():
+        raise DataError("No data is named. Give a file, a folder, or the id of a data set.")
     try:
         found = _load(source, Path(source), split, config)
         check_readable(found, source)

@@ -127,6 +127,10 @@ def rows(*given):
             "Rename 'instruction' to 'prompt' and 'output' to 'completion'.",
         ),
         ({"prompt": "a", "response": "b"}, "Rename 'response' to 'completion'."),
+        (
+            {"instruction": "a", "input": "c", "output": "b"},
+            "What 'input' holds belongs to the question: join the two first.",
+        ),
         ({"a": 1}, "The columns are 'a', and no run can tell"),
         (
             {"messages": [{"role": "human", "content": "a"}]},
@@ -158,6 +162,23 @@ def test_wrong_answers_are_named_with_the_nearest_right_one(room, monkeypatch, t
         assert init(monkeypatch, *words) == 2
         assert said in " ".join(capsys.readouterr().err.split())
     assert not Path("run.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [
+        ("--model", "", "No model is named"),
+        ("--model", " ", "No model is named"),
+        ("--model", "rows.jsonl", "is a file"),
+        ("--data", "", "No data is named"),
+    ],
+)
+def test_names_that_name_nothing_are_refused(flag, value, said, room, monkeypatch, capsys):
+    Path("rows.jsonl").write_text('{"prompt": "hello", "completion": " hi"}\n')
+    given = {"--host": "script", "--model": "model", "--data": "rows.jsonl", "--guard": "demo"}
+    line = [word for pair in ({**given, flag: value}).items() for word in pair]
+    assert run_command(monkeypatch, "init", *line) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_without_a_terminal_all_that_is_missing_is_named(room, monkeypatch, capsys):
