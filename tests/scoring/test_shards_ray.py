@@ -32,8 +32,8 @@ def ray_cluster(tmp_path_factory):
     site = plugin_site(tmp_path_factory.mktemp("site"))
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = search_path(site)
-    # The paths of sockets are short: 107 characters.
-    folder = tempfile.mkdtemp(prefix="ray-", dir=tmp_path_factory.getbasetemp())
+    # The paths of sockets are short: 107 characters, which pytest's folders may fill alone.
+    folder = tempfile.mkdtemp(prefix="ray-")
     ray.init(
         address="local",
         num_cpus=2,
@@ -43,6 +43,7 @@ def ray_cluster(tmp_path_factory):
     )
     yield
     ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
     os.environ.pop("PYTHONPATH")
     if before is not None:
         os.environ["PYTHONPATH"] = before
