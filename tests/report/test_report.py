@@ -125,7 +125,12 @@ def test_what_cannot_be_shown_is_said(scored, tokenizer):
             ),
             tokenizer,
         )
-    large = scored.map(lambda r: {"input_ids": [10**6] * len(r["input_ids"])})
+    large = scored.map(
+        lambda r: {
+            "input_ids": [10**6] * len(r["input_ids"]),
+            "labels": [i if i == -100 else 10**6 for i in r["labels"]],
+        }
+    )
     with pytest.raises(DataError, match="not those of the tokenizer"):
         read_scored(large, tokenizer)
     none = scored.map(lambda r: {"labels": [-100] * len(r["labels"])})
