@@ -13,7 +13,13 @@ from tokenizers import processors
 from transformers import AutoTokenizer
 
 from star_dss_plugin.data.chat import ChatTokenizer
-from star_dss_plugin.data.tokenization import assistant_labels, needs_assistant_labels, tokenize_row
+from star_dss_plugin.data.tokenization import (
+    assistant_labels,
+    labelled,
+    needs_assistant_labels,
+    read_row,
+    tokenize_row,
+)
 
 TRIMMED = GENERATION.replace("m.content", "m.content|trim")
 
@@ -293,3 +299,15 @@ def test_template_arguments_of_the_row(tokenizer):
     assert tokenizer.decode(made["input_ids"]).startswith("foxlazy\n<|im_start|>user")
     assert spoken(made, tokenizer) == ["fine<|im_end|>"]
     assert assistant_labels(row | made, ChatTokenizer(tokenizer, template)) == made["labels"]
+
+
+def test_rows_are_cut_at_the_end_that_is_named(tokenizer):
+    row = {"prompt": "how are you?", "completion": " i am fine, thank you."}
+    made = read_row(row, ChatTokenizer(tokenizer))
+    whole = labelled(made, None)
+    assert labelled(made, len(whole["input_ids"]) + 1, keep_end=True) == whole
+    for length in (1, 3):
+        last = labelled(made, length, keep_end=True)
+        assert last == {name: column[-length:] for name, column in whole.items()}
+        first = labelled(made, length)
+        assert first == {name: column[:length] for name, column in whole.items()}
