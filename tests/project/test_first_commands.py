@@ -19,6 +19,7 @@ from support.paths import ROOT
 pytestmark = [pytest.mark.slow, needs_smollm2]
 
 ELSEWHERE = {
+    "evidence": "trains for an hour on data that is not shipped",
     "howto_engine": "needs vLLM: tests/engines/test_vllm.py",
     "howto_guard": "needs the guard that the page is about: tests/project/test_howto.py",
     "performance": "takes minutes: tests/project/test_benchmarks.py has a shorter one",
