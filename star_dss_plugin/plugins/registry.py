@@ -186,10 +186,11 @@ class Plugins:
         except Exception as error:
             host = self.host(name)
             why = "cannot be imported" if host.installed else "is not installed"
-            raise PluginError(
-                f"{what} needs {host.integration.host}, which {why} here. {_describe(error)} "
-                f"Install it with: pip install '{host.integration.install}'"
-            ) from error
+            said = f"{what} needs {host.integration.host}, which {why} here. {_describe(error)}"
+            install = f"pip install '{host.integration.install}'"
+            if install not in said:  # an integration may say so itself
+                said += f" Install it with: {install}"
+            raise PluginError(said) from error
 
     def listing(self) -> list[PluginInfo]:
         """Return all plugins in the order in which they were loaded, then the blocked ones."""

@@ -320,6 +320,17 @@ def test_a_part_that_cannot_be_imported_is_an_error_with_the_cause(path, use, pa
     assert "No module named 'absent_module'" in str(error.value)
 
 
+def test_how_to_install_a_host_is_said_once(path, use, tmp_path, monkeypatch):
+    (tmp_path / "speaking_host.py").write_text(
+        "raise RuntimeError(\"Install it with its needs: pip install 'my-package[all]'\")\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    use(registered(integration(install="my-package[all]", check="speaking_host:check")))
+    with pytest.raises(PluginError) as error:
+        check_config(path, data=False)
+    assert str(error.value).count("pip install 'my-package[all]'") == 1
+
+
 def test_a_version_that_was_not_tested_is_noted(path, use):
     use(registered(integration(versions="<1")))
     (note,) = check_config(path, data=False).notes
