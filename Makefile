@@ -42,7 +42,7 @@ test-axolotl: $(AXOLOTL_VENV)/.ready
 	OMP_NUM_THREADS=1 $(AXOLOTL_VENV)/bin/python -m pytest $(PYTEST_FLAGS) -m 'not slow' --ignore tests/integrations/axolotl
 	OMP_NUM_THREADS=1 $(AXOLOTL_VENV)/bin/python -m pytest $(PYTEST_FLAGS) -m 'not slow' tests/integrations/axolotl
 
-# Not part of CI: Axolotl on two processes, with FSDP.
+# Not part of CI: Axolotl on two processes, with FSDP and DeepSpeed.
 test-axolotl-sharded: export AXOLOTL_DO_NOT_TRACK = 1
 test-axolotl-sharded: $(AXOLOTL_VENV)/.ready
 	OMP_NUM_THREADS=1 $(AXOLOTL_VENV)/bin/python -m pytest $(PYTEST_FLAGS) -m slow tests/integrations/axolotl

@@ -125,6 +125,7 @@ def slow_score(guard, folder, text):
         from transformers import Llama4ForConditionalGeneration
 
         model = Llama4ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        model = model.language_model  # transformers 5.24's forward of the whole fails
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     scores = []

@@ -24,6 +24,12 @@ def main(kind, results, *configs):
     torch.distributed.init_process_group("gloo")
     from support import sharded_runs
 
+    if kind.startswith("zero"):
+        os.environ.update(sharded_runs.KINDS[kind])
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__.clear()  # or its communication would be compiled
+    # Without a GPU accelerate would count one process, and each rank would train every row.
     sharded_runs.shard_on_cpus()
     use_cpus(kind)
     found = {}
@@ -61,6 +67,7 @@ def use_cpus(kind):
 def train(kind, config):
     """Train as the command does; return what was logged, and the share of the model held here."""
     import axolotl.train
+    import axolotl.utils.distributed
     import transformers
     from axolotl.cli import train as command
     from axolotl.integrations.base import PluginManager
@@ -84,6 +91,7 @@ def train(kind, config):
         found["sharded"] = sharded_runs.proof_of_sharding(kind, trainer)
         return made
 
+    axolotl.utils.distributed.distributed_state = None  # as in a process that begins
     PluginManager.get_instance().plugins.clear()
     transformers.set_seed(1)  # a new adapter is drawn before the Trainer sets its seed
     command.train = keep

@@ -4,8 +4,11 @@ These tests have a folder, and in `make test-axolotl` a process, of their own: A
 transformers and torch where it is imported.
 """
 
+import importlib.util
 import json
 import os
+import subprocess
+import sys
 
 os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
 
@@ -20,6 +23,8 @@ from axolotl.cli.config import load_cfg
 from axolotl.common.datasets import load_datasets
 from axolotl.integrations.base import PluginManager
 from axolotl.train import setup_model_and_trainer
+from support import sharded_runs
+from support.paths import ROOT, TESTS
 
 PLUGIN = "star_dss_axolotl.StarDSSPlugin"
 PROMPTS = ["how are you?", "is this bad?", "1 + 1 =", "hello world. who is lazy?"] * 2
@@ -152,6 +157,40 @@ def finished(process):
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out[-6000:]
     return out
+
+
+def zero_file(folder, kind):
+    """Write DeepSpeed's configuration of a kind (`zero2`); return its path."""
+    path = folder / f"{kind}.json"
+    path.write_text(json.dumps(sharded_runs.deepspeed_config(int(kind[4]))))
+    return str(path)
+
+
+def on_two_ranks(folder, site, kind, configs):
+    """Train configurations on two ranks; return what each rank wrote, and what was printed."""
+    if kind.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("needs DeepSpeed (pip install 'star-dss-plugin[test]')")
+    path = [site, ROOT, ROOT / "integrations", TESTS, os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc_per_node", "2", str(TESTS / "integrations/axolotl/axolotl_ranks.py")),
+            *(kind, str(folder / "results"), *map(str, configs)),
+        ],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(map(str, path)),
+            "OMP_NUM_THREADS": "1",
+            "STAR_DSS_CACHE": str(folder / "star-dss-cache"),
+        },
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    results = [folder / f"results-{rank}.json" for rank in (0, 1)]
+    assert all(path.exists() for path in results), done.stderr[-6000:] + done.stdout[-2000:]
+    return [json.loads(path.read_text()) for path in results], done
 
 
 def history(trainer):

@@ -103,6 +103,8 @@ REFUSED = [
     {"processor_type": "AutoProcessor", "skip_prepare_dataset": True},
     {**MEDIA, "sample_packing": True},
     {"context_parallel_size": 2},
+    {"context_parallel": {"size": 2}},
+    {"sequence_parallel_degree": 2},
     {"tensor_parallel_size": 2},
     {"expert_parallel_size": 2},
     {"plugins": [PLUGIN, "axolotl.integrations.kd.KDPlugin"]},

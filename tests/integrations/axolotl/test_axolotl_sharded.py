@@ -1,13 +1,15 @@
-"""FSDP on two gloo ranks, started by Axolotl, takes the steps of one process."""
-
-import json
-import os
-import subprocess
-import sys
+"""FSDP and DeepSpeed on two gloo ranks, started by Axolotl, take the steps of one process."""
 
 import pytest
-from axolotl_runs import LORA, _light, configuration, trained, write_config  # noqa: F401
-from support.paths import ROOT, TESTS
+from axolotl_runs import (
+    LORA,
+    _light,  # noqa: F401
+    configuration,
+    on_two_ranks,
+    trained,
+    write_config,
+    zero_file,
+)
 from support.sharded_runs import CLOSE, apart, weights_apart
 
 pytestmark = pytest.mark.slow
@@ -43,17 +45,21 @@ RUNS = {
     "fsdp2": tuple(CASES),
     "fsdp2-meta": ("full", "adapter"),
     "fsdp1": ("full", "adapter"),
+    "zero2": ("full", "lora"),
+    "zero3": ("full", "stopped", "resumed", "adapter"),
 }
 
 
-def sharding(kind):
+def sharding(kind, folder):
     """Return what a configuration says to shard the model."""
+    if kind.startswith("fsdp2"):
+        return {
+            "fsdp_version": 2,
+            "fsdp_config": {**FSDP2, "cpu_ram_efficient_loading": kind == "fsdp2-meta"},
+        }
     if kind == "fsdp1":
         return {"fsdp": ["full_shard", "auto_wrap"], "fsdp_config": FSDP1}
-    return {
-        "fsdp_version": 2,
-        "fsdp_config": {**FSDP2, "cpu_ram_efficient_loading": kind == "fsdp2-meta"},
-    }
+    return {"deepspeed": zero_file(folder, kind)}
 
 
 def case(folder, model_dir, name, ranks, **changes):
@@ -81,32 +87,12 @@ def launch(folder, model_dir, site, kind):
     configs = []
     for name in RUNS[kind]:
         shared = folder / ("full" if name in ("stopped", "resumed") else name)
-        changes = sharding(kind) | {"output_dir": str(folder / name)}
+        changes = sharding(kind, folder) | {"output_dir": str(folder / name)}
         if name == "resumed":
             changes["resume_from_checkpoint"] = str(folder / "stopped" / "checkpoint-2")
         config = write_config(shared, case(shared, model_dir, name, 2, **changes))
         configs.append(config.rename(folder / f"{name}.yaml"))
-    path = [site, ROOT, ROOT / "integrations", TESTS, os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc_per_node", "2", str(TESTS / "integrations/axolotl/axolotl_ranks.py")),
-            *(kind, str(folder / "results"), *map(str, configs)),
-        ],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(map(str, path)),
-            "OMP_NUM_THREADS": "1",
-            "STAR_DSS_CACHE": str(folder / "star-dss-cache"),
-        },
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    results = [folder / f"results-{rank}.json" for rank in (0, 1)]
-    assert all(path.exists() for path in results), done.stderr[-6000:] + done.stdout[-2000:]
-    return [json.loads(path.read_text()) for path in results], done
+    return on_two_ranks(folder, site, kind, configs)
 
 
 def alone(folder, model_dir, name):
