@@ -65,12 +65,13 @@ def in_row(i: int, function: Any, *args: Any, **kwargs: Any) -> Any:
         raise
 
 
-def only_responses(dataset: Dataset, chat: ChatTokenizer) -> Dataset:
+def only_responses(dataset: Dataset, chat: ChatTokenizer, *, needed: bool = True) -> Dataset:
     """Take the turns that are not an assistant's out of the labels, where they were trained.
 
     Args:
         dataset: With `input_ids` and `labels`.
         chat: The tokenizer and the template that made the tokens.
+        needed: Whether some row has to have a trained token.
 
     Raises:
         DataError: No row has a trained token, or the assistant's turns cannot be found.
@@ -80,7 +81,8 @@ def only_responses(dataset: Dataset, chat: ChatTokenizer) -> Dataset:
         labels, narrowed, _ = in_row(i, own_labels, row, chat)
         changed += narrowed
         column.append(labels)
-    check_trained(column)
+    if needed:
+        check_trained(column)
     return with_labels(dataset, column, changed)
 
 

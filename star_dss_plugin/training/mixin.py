@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset
+from accelerate.data_loader import IterableDatasetShard
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -109,11 +110,27 @@ class StarDSSMixin(_Base):
             prepared |= {name: inputs[name].to(self.args.device) for name in columns}
         return prepared
 
+    def get_train_dataloader(self) -> Any:
+        return self._divided(super().get_train_dataloader(), self.train_dataset)
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        return super().get_eval_dataloader(self._scored_late(eval_dataset))
+        dataset = self._scored_late(eval_dataset)
+        loader = super().get_eval_dataloader(dataset)
+        if isinstance(dataset, str):
+            dataset = self.eval_dataset[dataset]  # type: ignore[index]
+        return self._divided(loader, self.eval_dataset if dataset is None else dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
-        return super().get_test_dataloader(self._scored_late(test_dataset))
+        dataset = self._scored_late(test_dataset)
+        return self._divided(super().get_test_dataloader(dataset), dataset)
+
+    def _divided(self, loader: Any, dataset: Any) -> Any:
+        """Tell a stream whether its loader gives each process a part of it to read."""
+        for stream in [] if self.star_dss_state is None else self.star_dss_state.streams:
+            if stream.dataset is dataset:
+                alone = self.accelerator.num_processes == 1
+                stream.together = alone or isinstance(loader.dataset, IterableDatasetShard)
+        return loader
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Run the base class's loop with the metrics of this evaluation or prediction alone."""
@@ -123,19 +140,22 @@ class StarDSSMixin(_Base):
 
     def _scored_late(self, dataset: Any) -> Any:
         """Scores a data set that was handed to `evaluate` or `predict` directly."""
-        if self.star_dss_state is None or not isinstance(dataset, Dataset):
+        kinds = Dataset | IterableDataset
+        if self.star_dss_state is None or not isinstance(dataset, kinds):
             return dataset
         if self._is_own(dataset):
             return dataset
         return self.star_dss_state.prepare(dataset, "eval")
 
-    def _is_own(self, dataset: Dataset) -> bool:
+    def _is_own(self, dataset: Dataset | IterableDataset) -> bool:
         """Whether it is one of the data sets that were prepared when STAR-DSS was set up.
 
         One that took its place since lacks the columns.
         """
         state, evaluated = self.star_dss_state, self.eval_dataset
         assert state is not None
+        if isinstance(dataset, IterableDataset):
+            return any(dataset is stream.dataset for stream in state.streams)
         needed = {SCORES_COLUMN if state.alignment is None else TEXT_COLUMN} | (
             {REF_COLUMN} if state.reference.kind == "precomputed" else set()
         )
