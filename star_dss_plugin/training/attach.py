@@ -163,6 +163,8 @@ def _set_up(
             read_in_this_process(trainer)
             stream = prepare_stream(trainer, options, tokenizer, kept, rows, ranks, dataset, name)
             summaries[name] = stream.begin()
+            if name == "train":
+                stream.dataset = trainer.pack_stream(stream.dataset, options.stream_buffer)
             streams.append(stream)
             return stream.dataset
         # Rows that are given 1 everywhere, unread, would train as in plain finetuning.

@@ -190,8 +190,9 @@ def _shortest_row(dataset: Any, buffer: int) -> Mapping[str, Any]:
     """
     if isinstance(dataset, IterableDatasetShard):
         dataset = dataset.dataset  # so that all processes read, and score, the same rows
-    if isinstance(dataset, IterableDataset):
-        rows = iter(dataset)
+    if isinstance(dataset, IterableDataset | torch.utils.data.IterableDataset):
+        packs = (item if isinstance(item, list) else [item] for item in dataset)
+        rows = itertools.chain.from_iterable(packs)
         found = list(_trained(itertools.islice(rows, buffer), _FEW)) or list(_trained(rows, 1))
     else:
         found = list(_trained((dataset[i] for i in range(len(dataset))), _FEW))

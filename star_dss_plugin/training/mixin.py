@@ -19,6 +19,7 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import Trainer
 
+from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN, TEXT_COLUMN, TOKEN_COLUMNS
 from star_dss_plugin.data.media_rows import MediaRows
 from star_dss_plugin.errors import ConfigError, StarDSSError
@@ -61,6 +62,19 @@ class StarDSSMixin(_Base):
     def pack(self, dataset: Dataset, *, evaluation: bool) -> Dataset:
         """Pack scored rows where the trainer is told to; `seq_lengths` says where they join."""
         return dataset
+
+    def conversations(self, rows: Dataset, chat: ChatTokenizer) -> tuple[Dataset, ChatTokenizer]:
+        """Return rows of a stream with their messages, and the templates that made their tokens."""
+        return rows, chat
+
+    def pack_stream(self, stream: IterableDataset, buffer: int) -> Any:
+        """Return what the trainer reads of a scored stream, if its packs are no rows themselves.
+
+        Args:
+            stream: Rows with scores.
+            buffer: How many of them are scored together.
+        """
+        return stream
 
     def media_rows(self) -> MediaRows | None:
         """Return how rows are read that the collator tokenizes; None if they are tokenized before.

@@ -78,7 +78,7 @@ class ScoredStream:
         ranks: The processes of the run.
 
     Attributes:
-        dataset: The same stream with `star_scores`; reading it scores it.
+        dataset: The same stream with `star_scores`, or packs of its rows; reading it scores it.
         summary: Of what was read in the longest pass so far; None before the first.
         seconds: Time that reading and scoring took, of all passes.
         together: Whether all processes read the same rows now, and share out their scoring; else
@@ -105,7 +105,7 @@ class ScoredStream:
         plain = dataset.with_format(None)
         # Otherwise the columns of a buffer stay beside the packed rows that are made of it.
         columns = plain.column_names or list(next(iter(plain), {}))
-        self.dataset = plain.map(
+        self.dataset: Any = plain.map(
             self._scored,
             with_indices=True,
             batched=True,

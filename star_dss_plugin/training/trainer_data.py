@@ -116,9 +116,11 @@ def prepare_stream(
     def score(buffer: Dataset, share: Share) -> tuple[Dataset, DatasetSummary]:
         buffer = buffer.remove_columns([c for c in buffer.column_names if c == REF_COLUMN])
         scored = SCORES_COLUMN in buffer.column_names
+        columns = {*buffer.column_names, "labels", SCORES_COLUMN}
+        buffer, read_with = trainer.conversations(buffer, chat)
         buffer, summary = prepare_dataset(
             buffer,
-            chat,
+            read_with,
             options,
             name=name,
             truncation=truncation,
@@ -127,6 +129,8 @@ def prepare_stream(
             guard=kept.get() if asks_guard(options, name) and not scored else None,
             part=True,
         )
+        # Some collators make tensors of every column.
+        buffer = buffer.remove_columns([c for c in buffer.column_names if c not in columns])
         packed = trainer.pack(buffer, evaluation=name != "train")
         return packed, replace(summary, streamed=True)
 
