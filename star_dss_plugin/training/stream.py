@@ -12,9 +12,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pyarrow as pa
 import torch
 from datasets import Dataset, DatasetInfo, IterableDataset
 
+from star_dss_plugin.data.columns import ASKED_COLUMN, REF_COLUMN, SCORES_COLUMN
+from star_dss_plugin.data.rows import SAYING
 from star_dss_plugin.errors import ConfigError, DataError, StarDSSError
 from star_dss_plugin.guards.base import Guard
 from star_dss_plugin.options import StarDSSOptions
@@ -29,6 +32,9 @@ __all__ = ["KeptGuard", "ScoredStream", "check_stream", "read_in_this_process"]
 logger = logging.getLogger(__name__)
 
 Score = Callable[[Dataset, Share], tuple[Dataset, DatasetSummary]]
+
+_READ = (*SAYING, SCORES_COLUMN, REF_COLUMN, ASKED_COLUMN, "seq_lengths")
+"""Columns that scoring reads or makes; the others of a row are only handed on."""
 
 _FORM = ("data.rows", "data.row_responses", "training.prepare")
 """Modules that say of what form rows are: the same of each buffer."""
@@ -146,12 +152,12 @@ class ScoredStream:
 
     def _scored(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         started = time.monotonic()
-        info = DatasetInfo(description=self._description)
+        share = self._ranks.share if self.together else ALONE
+        read = {name: values for name, values in batch.items() if name in _READ}
         try:
             # A guard takes no random numbers away from the training that it interrupts.
             with torch.random.fork_rng(_devices()), self._said.quiet():
-                share = self._ranks.share if self.together else ALONE
-                dataset, summary = self._score(Dataset.from_dict(batch, info=info), share)
+                dataset, summary = self._score(self._table(read), share)
         except StarDSSError as error:
             error.counted_from(indices[0]).at(file=f"The {self.name} stream")
             raise
@@ -163,7 +169,24 @@ class ScoredStream:
             self.summary = self._pass
         self.seconds += time.monotonic() - started
         found: dict[str, list[Any]] = dataset.with_format(None)[:]
-        return found
+        packed = len(dataset) != len(indices) or "seq_lengths" in found
+        others = {name: values for name, values in batch.items() if name not in _READ}
+        return found if packed else {**others, **found}
+
+    def _table(self, rows: dict[str, list[Any]]) -> Dataset:
+        """Return the rows of a buffer as a data set.
+
+        Raises:
+            DataError: They differ in form.
+        """
+        info = DatasetInfo(description=self._description)
+        try:
+            return Dataset.from_dict(rows, info=info)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+            raise DataError(
+                f"rows that are read together differ in form: {error}. Give a column values of "
+                "one type, with map, before the trainer gets the stream."
+            ).at(rows=range(len(next(iter(rows.values()), [])))) from error
 
 
 def _devices() -> list[int]:

@@ -293,6 +293,26 @@ def test_what_a_stream_cannot_go_with_is_refused(tmp_path, tokenizer, name):
         make(tmp_path, tokenizer, prompt_completion().to_iterable_dataset(), **changes)
 
 
+def test_only_what_is_read_must_have_one_form(tmp_path, tokenizer):
+    def rows():
+        for i, row in enumerate(prompt_completion()):
+            yield {**row, "meta": i if i % 2 else {"source": str(i)}}
+
+    def talks():
+        yield {
+            "messages": [{"role": "assistant", "content": "one"}],
+            "input_ids": [1],
+            "labels": [1],
+        }
+        yield {"messages": "two", "input_ids": [1], "labels": [1]}
+
+    trainer = make(tmp_path, tokenizer, IterableDataset.from_generator(rows), **IN_ORDER)
+    trainer.train()
+    assert [row["meta"] for row in trainer.train_dataset][:2] == [{"source": "0"}, 1]
+    with pytest.raises(DataError, match="The train stream: Row 0, 1: rows .* differ in form"):
+        make(tmp_path, tokenizer, IterableDataset.from_generator(talks))
+
+
 def test_a_stream_that_trains_nothing_is_refused(tmp_path, tokenizer):
     rows = [{"input_ids": [1, 2, 3], "labels": [-100] * 3}] * 4
     stream = Dataset.from_list(rows).to_iterable_dataset()
