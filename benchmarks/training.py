@@ -3,6 +3,7 @@
     python benchmarks/training.py lora
     python benchmarks/training.py full
     python benchmarks/training.py logits
+    python benchmarks/training.py stream
     python benchmarks/training.py lora --shape 1b --device cuda --dtype bfloat16 --length 2048
 
 SmolLM2-135M-Instruct (or with --shape 1b a random Llama-3.2-1B), random tokens with random scores,
@@ -26,11 +27,18 @@ model with 131,072 words, rows of 2,048 tokens of which half are trained.
   stock        one training step
   step         one STAR-DSS step, alone: what applying the head in chunks needs
   run          `train()` and an evaluation: the check before the first step, the step, the rest
+
+`stream` takes the CPU time of whole LoRA runs over 32 rows of the demonstration's data with its
+guard: loading the guard, scoring, training; nothing is cached before. The reference is the base
+model at each step in both.
+  before       all rows are scored, then the model trains
+  stream       rows are scored 8 at a time, as they come
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -63,6 +71,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from star_dss_plugin import attach
+from star_dss_plugin.data.reading import read_dataset
 from star_dss_plugin.loss import star_dss_loss
 from star_dss_plugin.smollm2 import load_smollm2
 
@@ -265,6 +274,41 @@ def logits_memory(arm: str, args: argparse.Namespace) -> float:
     return peak(args)
 
 
+def streamed(streams: bool, args: argparse.Namespace) -> float:
+    """Return the CPU seconds of a whole run, with a stream or with data scored before it."""
+    model, tokenizer = model_of(args), tokenizer_of(args)
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    steps = 32 // args.batch
+    data = read_dataset("demo").shuffle(seed=0).select(range(args.batch * steps))
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
+        begin = time.process_time()
+        with contextlib.redirect_stdout(nowhere):
+            trainer = StarDSSTrainer(
+                model,
+                args=StarDSSConfig(
+                    output_dir=folder,
+                    score_cache_dir=folder,
+                    per_device_train_batch_size=args.batch,
+                    max_steps=steps,
+                    guard="demo",
+                    reference="adapter",
+                    stream_buffer=8,
+                    train_sampling_strategy="sequential",
+                    report_to="none",
+                    use_cpu=args.device == "cpu",
+                    bf16=False,
+                    disable_tqdm=True,
+                    gradient_checkpointing=args.checkpointing,
+                    save_strategy="no",
+                ),
+                train_dataset=data.to_iterable_dataset() if streams else data,
+                processing_class=tokenizer,
+                peft_config=lora,
+            )
+            trainer.train()
+        return time.process_time() - begin
+
+
 def peak(args: argparse.Namespace) -> float:
     """GiB at this process's peak so far."""
     if args.device == "cuda":
@@ -317,7 +361,7 @@ def peaks_of(arms: Iterable[str]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("finetuning", choices=("lora", "full", "logits"))
+    parser.add_argument("finetuning", choices=("lora", "full", "logits", "stream"))
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--batch", type=int, default=4)
@@ -344,6 +388,13 @@ def main() -> None:
         print("| --- | ---: | ---: | ---: |")
         for arm, gib in peaks.items():
             print(f"| {arm} | {gib:.2f} | {gib / peaks['stock']:.2f} | {gib / peaks['step']:.2f} |")
+        return
+    if args.finetuning == "stream":
+        rounds = range(args.rounds - 1)
+        runs = [[streamed(kind, args) for kind in (False, True)] for _ in rounds]
+        before, stream = (statistics.median(one) for one in zip(*runs, strict=True))
+        ratio = statistics.median(as_read / column for column, as_read in runs)
+        print(f"CPU time: before {before:.1f} s, stream {stream:.1f} s, ratio {ratio:.2f}")
         return
     found = times(args)
     peaks = peaks_of(args.arms)

@@ -177,6 +177,11 @@ class LossOptions:
         "Whether evaluation data is scored too; if not, every token of it counts as safe (unless "
         "it came with scores).",
     )
+    stream_buffer: int = _option(
+        512,
+        "n >= 1: of a data set that is a stream, n rows are read and scored together, whenever "
+        "training needs more.",
+    )
     kl_warmup_steps: int = _option(
         0, "n >= 0: λ grows linearly to kl_coef over the first n optimizer steps."
     )
@@ -209,6 +214,7 @@ class LossOptions:
         if self.kl_estimator not in KL_ESTIMATORS:
             raise unknown_name("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
         at_least("kl_coef", self.kl_coef, 0)
+        at_least("stream_buffer", self.stream_buffer, 1, integer=True)
         at_least("kl_warmup_steps", self.kl_warmup_steps, 0, integer=True)
         at_least("unsafe_lookahead", self.unsafe_lookahead, 0, integer=True)
         probability("threshold", self.threshold)

@@ -6,14 +6,23 @@ from pathlib import Path
 from typing import Any
 
 from axolotl.integrations.base import load_plugin
+from datasets import IterableDataset
 
 from star_dss_axolotl.args import PLUGIN, StarDSSBlock, is_listed, options_of
 from star_dss_axolotl.conflicts import conflicts
 from star_dss_axolotl.messages import with_messages
 from star_dss_axolotl.scoring import readers
+from star_dss_axolotl.streams import load_stream
+from star_dss_plugin.errors import StarDSSError
 from star_dss_plugin.guards.spec import missing_guard
 from star_dss_plugin.hookspecs import Findings
-from star_dss_plugin.training.preflight import check_options, estimate, lacks_guard
+from star_dss_plugin.training.preflight import (
+    check_options,
+    describe_stream,
+    estimate,
+    lacks_guard,
+)
+from star_dss_plugin.training.stream import check_stream
 from star_dss_plugin.validation import nearest
 
 __all__ = ["check"]
@@ -104,7 +113,8 @@ def _as_axolotl_sees_it(raw: dict[str, Any], found: Findings, *, data: bool) -> 
         normalize_config(cfg)
         normalize_cfg_datasets(cfg)
         plugin_set_cfg(cfg)
-        loaded, tokenizer = load_datasets(cfg=cfg), load_tokenizer(cfg)
+        loaded = load_stream(cfg) if cfg.streaming else load_datasets(cfg=cfg)
+        tokenizer = load_tokenizer(cfg)
     except Exception as error:  # whatever stops Axolotl would stop the run
         found.problems.append(f"Axolotl refuses it: {type(error).__name__}: {error}")
         return
@@ -113,6 +123,13 @@ def _as_axolotl_sees_it(raw: dict[str, Any], found: Findings, *, data: bool) -> 
     chat, inverses = readers(cfg, tokenizer)
     for name, dataset in (("train", loaded.train_dataset), ("eval", loaded.eval_dataset)):
         if dataset is None:
+            continue
+        if isinstance(dataset, IterableDataset):
+            try:
+                check_stream(name, options)
+                found.notes.append(f"{name} data: {describe_stream(dataset, options)}")
+            except StarDSSError as error:
+                found.problems.append(str(error))
             continue
         if lacks_guard(dataset, options):
             found.problems.append(str(missing_guard()))

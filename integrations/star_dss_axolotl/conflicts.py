@@ -9,7 +9,6 @@ from star_dss_plugin.validation import shortened
 
 __all__ = ["conflicts", "packing_leaks"]
 
-_STREAMS = "rows are scored before training, and these are not there yet"
 _OWN_LOSS = "it trains with a loss of its own, which STAR-DSS would replace"
 _SPLIT = "it splits a response over several devices or sequences"
 
@@ -28,8 +27,10 @@ _REFUSED: dict[str, tuple[str, str]] = {
         "Remove it",
     ),
     "trainer_cls": ("Axolotl takes one trainer class, and STAR-DSS brings it", "Remove it"),
-    "streaming": (_STREAMS, "Set streaming: false"),
-    "pretraining_dataset": (_STREAMS, "Use datasets"),
+    "pretraining_dataset": (
+        "its texts are joined and cut where they are tokenized, so that no response is left whole",
+        "Use datasets, with streaming: true for a stream",
+    ),
     "use_pose": ("it moves positions, for which no reference is computed", "Set use_pose: false"),
 }
 _PARALLEL = {
@@ -99,6 +100,14 @@ def _conflicts(cfg: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
             "Set sample_packing: true, or balance_labels: false",
         )
     yield from _media_conflicts(cfg)
+    accelerator = cfg.get("accelerator_config")
+    dispatches = isinstance(accelerator, Mapping) and accelerator.get("dispatch_batches")
+    if cfg.get("streaming") and dispatches:
+        yield (
+            "streaming and accelerator_config.dispatch_batches",
+            "each process reads and scores its rows itself",
+            "Remove dispatch_batches",
+        )
     for plugin in cfg.get("plugins") or ():
         package = str(plugin).removeprefix("axolotl.integrations.").split(".")[0]
         if package in _PLUGINS:
@@ -124,6 +133,9 @@ def _media_conflicts(cfg: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     if cfg.get("remove_unused_columns") is not False:
         why = "messages and images are columns that the model does not use, and would be removed"
         yield f"{what} without these columns", why, "Set remove_unused_columns: false"
+    if cfg.get("streaming"):
+        why = "rows that the collator tokenizes are scored before training"
+        yield f"{what} and streaming", why, "Set streaming: false"
     if cfg.get("sample_packing"):
         why = "rows that the collator tokenizes have no lengths to pack them by"
         yield f"{what} and sample_packing", why, "Set sample_packing: false"
@@ -135,7 +147,9 @@ def _reference_is_adapter(cfg: Mapping[str, Any]) -> bool:
     if not isinstance(block, Mapping):
         return False
     reference = block.get("reference") or "auto"
-    return reference == "adapter" or (reference == "auto" and block.get("kl_estimator") == "full")
+    live = cfg.get("streaming") or cfg.get("processor_type") or block.get("kl_estimator") == "full"
+    trained = cfg.get("adapter") or cfg.get("relora")
+    return reference == "adapter" or bool(reference == "auto" and live and trained)
 
 
 def _dataset_conflicts(where: str, dataset: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:

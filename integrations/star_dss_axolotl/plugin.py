@@ -77,8 +77,9 @@ class StarDSSPlugin(BasePlugin):  # type: ignore[misc]
         from axolotl.loaders import load_tokenizer
 
         from star_dss_axolotl.scoring import score
+        from star_dss_axolotl.streams import load_stream
 
-        loaded = load_datasets(cfg=cfg)
+        loaded = load_stream(cfg) if cfg.streaming else load_datasets(cfg=cfg)
         tokenizer = load_tokenizer(cfg)
         loaded.train_dataset = score(loaded.train_dataset, cfg, tokenizer, options, "train")
         loaded.eval_dataset = score(loaded.eval_dataset, cfg, tokenizer, options, "eval")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from star_dss_axolotl.messages import MESSAGES, TemplateInverse, with_messages
@@ -27,8 +27,8 @@ def score(
     """Return a data set of Axolotl's with `star_scores`; as it is where nothing is to be scored.
 
     Args:
-        dataset: As Axolotl's loader returns it: with `input_ids` and `labels`, raw where the
-            collator tokenizes (the trainer has it scored then), or None.
+        dataset: As Axolotl's loader returns it: with `input_ids` and `labels`; raw where the
+            collator tokenizes, or a stream (the trainer has these scored later); or None.
         cfg: Axolotl's configuration.
         tokenizer: The one that made the tokens.
         options: The run's options.
@@ -37,12 +37,12 @@ def score(
     Raises:
         StarDSSError: The data cannot be scored.
     """
-    if dataset is None or not asks_guard(options, name):
+    if dataset is None or isinstance(dataset, IterableDataset) or not asks_guard(options, name):
         return dataset
     if not isinstance(dataset, Dataset):
         raise DataError(
-            f"Axolotl loaded the {name} data as a {type(dataset).__name__}, and STAR-DSS scores "
-            "data before training. Remove streaming and pretraining_dataset."
+            f"Axolotl loaded the {name} data as a {type(dataset).__name__}, whose rows cannot be "
+            "scored. Remove what loads it (pretraining_dataset, a plugin)."
         )
     raw = cfg.get("processor_type") and "input_ids" not in dataset.column_names
     if raw:

@@ -6,11 +6,14 @@ from typing import Any
 
 from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.integrations.base import PluginManager
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from star_dss_axolotl.args import options_of
 from star_dss_axolotl.media import media_rows
-from star_dss_axolotl.scoring import score
+from star_dss_axolotl.messages import TemplateInverse, with_messages
+from star_dss_axolotl.scoring import readers, score
+from star_dss_axolotl.streams import PackedStream, fitting
+from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.media_rows import MediaRows
 from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.training.attach import set_up
@@ -35,6 +38,7 @@ class StarDSSAxolotlTrainer(StarDSSMixin, AxolotlTrainer):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._readers: tuple[ChatTokenizer, list[TemplateInverse]] | None = None
         # Axolotl divides by the tokens of each rank: a token of a rank that has few would count
         # for more, and two ranks would not take the step that one takes with the same rows.
         self.args.average_tokens_across_devices = self.args.world_size > 1
@@ -48,6 +52,8 @@ class StarDSSAxolotlTrainer(StarDSSMixin, AxolotlTrainer):  # type: ignore[misc]
                 "the block."
             )
         self._options = options
+        if self._packs(self.train_dataset):
+            self.train_dataset = fitting(self.train_dataset, self.args)
         self.train_dataset = self._scored(self.train_dataset, "train")
         self.eval_dataset = self._scored(self.eval_dataset, "eval")
         set_up(self, options)
@@ -56,6 +62,30 @@ class StarDSSAxolotlTrainer(StarDSSMixin, AxolotlTrainer):  # type: ignore[misc]
         assert self.star_dss_state is not None
         state = self.star_dss_state
         self.eval_data_collator = scored_collator(evaluation, state.rows, state.alignment)
+
+    def _packs(self, dataset: Any) -> bool:
+        """Whether a data set is a stream whose rows are to be packed."""
+        arguments: Any = self.args
+        return isinstance(dataset, IterableDataset) and bool(arguments.sample_packing)
+
+    def conversations(self, rows: Dataset, chat: ChatTokenizer) -> tuple[Dataset, ChatTokenizer]:
+        """Return rows with the messages that their tokens say, and Axolotl's templates."""
+        if self._readers is None:
+            tokenizer: Any = self.processing_class
+            self._readers = readers(self._config, tokenizer)
+        chat, inverses = self._readers
+        return with_messages(rows, inverses), chat
+
+    def pack_stream(self, stream: IterableDataset, buffer: int) -> Any:
+        """Return packs of a stream's scored rows where `sample_packing` asks for them."""
+        return PackedStream(stream, self.args, buffer) if self._packs(stream) else stream
+
+    def _get_dataloader(
+        self, dataset: Any, description: str, batch_size: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        if isinstance(dataset, PackedStream):
+            batch_size = dataset.batch_size
+        return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
 
     def media_rows(self) -> MediaRows | None:
         """Return how rows with images are read, where the collator is Axolotl's for these."""

@@ -5,14 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import IterableDataset
 
 from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.errors import StarDSSError
 from star_dss_plugin.guards.spec import missing_guard
 from star_dss_plugin.hookspecs import Findings
 from star_dss_plugin.models import load_tokenizer
-from star_dss_plugin.training.preflight import check_options, estimate, lacks_guard
+from star_dss_plugin.training.preflight import (
+    check_options,
+    describe_stream,
+    estimate,
+    lacks_guard,
+)
+from star_dss_plugin.training.stream import check_stream
 from star_dss_trl.sft import load_data, parse, used_splits
 from star_dss_trl.templates import training_template
 from star_dss_trl.trainer import refuse_early
@@ -45,13 +51,19 @@ def check(path: Path, raw: dict[str, Any], *, data: bool) -> Findings:
             return found
         splits = load_data(script_args, mixture_args)
         train, _ = used_splits(splits, script_args, training_args)
+        if isinstance(train, IterableDataset):
+            check_stream("train", training_args)
+            if training_args.max_steps <= 0:
+                found.problems.append("The data is a stream, which has no length. Set max_steps.")
+            found.notes.append(f"train data: {describe_stream(train, training_args)}")
+            return found
         if lacks_guard(train, training_args):
             raise missing_guard()
         tokenizer = load_tokenizer(model_args.model_name_or_path)
         only = bool(getattr(training_args, "assistant_only_loss", False))
         chat = ChatTokenizer(tokenizer, training_template(tokenizer) if only else None)
         text = training_args.dataset_text_field
-        if isinstance(train, Dataset) and text in train.column_names and text != "text":
+        if text in train.column_names and text != "text":
             train = train.rename_column(text, "text")
         length = training_args.max_length
         mode = getattr(training_args, "truncation_mode", "keep_start")

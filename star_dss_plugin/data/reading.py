@@ -10,7 +10,7 @@ from pathlib import Path
 
 import datasets
 import pyarrow as pa
-from datasets import Dataset, load_dataset_builder
+from datasets import Dataset, DatasetBuilder, IterableDataset, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError
 
 from star_dss_plugin.data.conversion import json_dataset, parquet_dataset
@@ -30,6 +30,7 @@ __all__ = [
     "packaged",
     "read_dataset",
     "read_splits",
+    "read_streams",
 ]
 
 DEMO = "demo"
@@ -54,10 +55,17 @@ def read_dataset(source: str, split: str = "train", *, config: str | None = None
     """
     if not source.strip():
         raise DataError("No data is named. Give a file, a folder, or the id of a data set.")
-    try:
+    with _explained(source):
         found = _load(source, Path(source), split, config)
         check_readable(found, source)
         return found
+
+
+@contextlib.contextmanager
+def _explained(source: str) -> Iterator[None]:
+    """Turn what readers raise into an error that says what cannot be read."""
+    try:
+        yield
     except StarDSSError:
         raise
     except Exception as error:  # readers raise whatever their formats raise
@@ -89,6 +97,29 @@ def read_splits(source: str, split: str, *, config: str | None = None) -> dict[s
     first = read_dataset(source, split, config=config)
     others = [name for name in _splits(source, Path(source), config) if name != split]
     return {split: first} | {n: read_dataset(source, n, config=config) for n in others}
+
+
+def read_streams(
+    source: str, split: str, *, config: str | None = None
+) -> dict[str, IterableDataset]:
+    """Return all splits as streams: of the hub, and of scored shards, only what is used is read.
+
+    Args:
+        source: As for `read_dataset`.
+        split: As for `read_splits`.
+        config: As for `read_dataset`.
+
+    Raises:
+        DataError: As `read_dataset`.
+    """
+    path = Path(source)
+    if is_sharded(path):
+        return {split: load_scored(path, streaming=True)}
+    if source == DEMO or path.exists():
+        found = read_splits(source, split, config=config)
+        return {name: dataset.to_iterable_dataset() for name, dataset in found.items()}
+    with _explained(source):
+        return dict(_hub_builder(source, config).as_streaming_dataset())
 
 
 def _splits(source: str, path: Path, config: str | None) -> Iterable[str]:
@@ -146,12 +177,11 @@ def _load(source: str, path: Path, split: str, config: str | None) -> Dataset:
         return load_saved(path, split) if is_saved(path) else load_files(path, split)
     if path.exists():
         raise DataError(f"{source} is a pipe or a device. Write the rows to a file.")
-    if path.suffix in FORMATS or not _HUB_ID.fullmatch(source):
-        raise DataError(
-            f"{source} cannot be read: there is no file or folder of this name, and it is no id of "
-            "a data set on the hub (such as 'name' or 'owner/name')."
-        )
-    return _from_hub(source, split, config)
+    builder = _hub_builder(source, config)
+    builder.download_and_prepare()
+    found = builder.as_dataset(split=split)
+    assert isinstance(found, Dataset)
+    return found
 
 
 def is_saved(path: Path) -> bool:
@@ -159,8 +189,13 @@ def is_saved(path: Path) -> bool:
     return any((path / name).exists() for name in ("state.json", "dataset_dict.json"))
 
 
-def _from_hub(source: str, split: str, config: str | None) -> Dataset:
-    """Return a data set of the hub, if its repository keeps its files itself."""
+def _hub_builder(source: str, config: str | None) -> DatasetBuilder:
+    """Return what reads a data set of the hub, if its repository keeps its files itself."""
+    if Path(source).suffix in FORMATS or not _HUB_ID.fullmatch(source):
+        raise DataError(
+            f"{source} cannot be read: there is no file or folder of this name, and it is no id of "
+            "a data set on the hub (such as 'name' or 'owner/name')."
+        )
     builder = load_dataset_builder(source, name=config)
     repository = f"hf://datasets/{source}@"
     for named in (builder.config.data_files or {}).values():
@@ -172,10 +207,7 @@ def _from_hub(source: str, split: str, config: str | None) -> Dataset:
                     "that file yourself if you trust it, and name it."
                 )
     check_features(builder.info.features or {}, source)
-    builder.download_and_prepare()
-    found = builder.as_dataset(split=split)
-    assert isinstance(found, Dataset)
-    return found
+    return builder
 
 
 def _cause(error: BaseException) -> str:

@@ -24,6 +24,7 @@ from star_dss_plugin.errors import DataError, StarDSSError
 from star_dss_plugin.logprobs import IGNORE_INDEX
 
 __all__ = [
+    "SAYING",
     "check_trained",
     "in_row",
     "known_rows",
@@ -37,7 +38,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_COLUMNS = (
+SAYING = (
     "input_ids",
     "labels",
     "messages",
@@ -49,11 +50,12 @@ _COLUMNS = (
     "completion_mask",
     "assistant_masks",
 )
+"""Columns of tokenized rows that say what was said, and which of it is trained."""
 
 
 def known_rows(dataset: Dataset) -> Iterator[dict[str, Any]]:
     """Yield the rows as plain Python values, with the columns that say what was said."""
-    return plain_rows(dataset, [c for c in _COLUMNS if c in dataset.column_names])
+    return plain_rows(dataset, [c for c in SAYING if c in dataset.column_names])
 
 
 def in_row(i: int, function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -65,12 +67,13 @@ def in_row(i: int, function: Any, *args: Any, **kwargs: Any) -> Any:
         raise
 
 
-def only_responses(dataset: Dataset, chat: ChatTokenizer) -> Dataset:
+def only_responses(dataset: Dataset, chat: ChatTokenizer, *, needed: bool = True) -> Dataset:
     """Take the turns that are not an assistant's out of the labels, where they were trained.
 
     Args:
         dataset: With `input_ids` and `labels`.
         chat: The tokenizer and the template that made the tokens.
+        needed: Whether some row has to have a trained token.
 
     Raises:
         DataError: No row has a trained token, or the assistant's turns cannot be found.
@@ -80,7 +83,8 @@ def only_responses(dataset: Dataset, chat: ChatTokenizer) -> Dataset:
         labels, narrowed, _ = in_row(i, own_labels, row, chat)
         changed += narrowed
         column.append(labels)
-    check_trained(column)
+    if needed:
+        check_trained(column)
     return with_labels(dataset, column, changed)
 
 

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 from accelerate.utils import DynamoBackend
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer
 
 from star_dss_plugin.data.alignment import Alignment
-from star_dss_plugin.data.cache import default_cache_dir
-from star_dss_plugin.data.chat import ChatTokenizer
-from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN
+from star_dss_plugin.data.columns import SCORES_COLUMN
 from star_dss_plugin.data.fingerprints import sample_of
-from star_dss_plugin.data.media_rows import MediaRows, with_text_column
 from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.loss import Shaping
-from star_dss_plugin.models import model_fingerprint
 from star_dss_plugin.options import StarDSSOptions
 from star_dss_plugin.training.callback import StarDSSCallback
 from star_dss_plugin.training.head import can_project
@@ -27,15 +22,18 @@ from star_dss_plugin.training.host_checks import check_trainer, expose_logits, s
 from star_dss_plugin.training.known_rows import KnownRows
 from star_dss_plugin.training.late import scored_collator
 from star_dss_plugin.training.mixin import StarDSSMixin
-from star_dss_plugin.training.prepare import DatasetSummary, check_kind, prepare_dataset
-from star_dss_plugin.training.reference import Reference, choose_reference
-from star_dss_plugin.training.reference_column import (
-    add_reference_logps,
-    has_reference_logps,
-    reference_means,
-)
+from star_dss_plugin.training.prepare import DatasetSummary
+from star_dss_plugin.training.reference import choose_reference
+from star_dss_plugin.training.reference_column import reference_means
 from star_dss_plugin.training.sharding import Ranks, runnable
 from star_dss_plugin.training.state import StarDSSState
+from star_dss_plugin.training.stream import (
+    KeptGuard,
+    ScoredStream,
+    check_stream,
+    read_in_this_process,
+)
+from star_dss_plugin.training.trainer_data import prepare_raw, prepare_rows, prepare_stream
 
 __all__ = ["attach", "set_up"]
 
@@ -132,31 +130,52 @@ def _set_up(
             "linear layer that can be used by itself, or it is compiled, or ddp_static_graph is on."
         )
     media = trainer.media_rows()
+    live = "data that is tokenized in the collator" if media is not None else ""
+    for name, dataset in _data_sets(trainer).items():
+        if isinstance(dataset, IterableDataset):
+            check_stream(name, options, raw=media is not None)
+            live = "a data set that is a stream"
     reference = choose_reference(
         options.reference,
         model,
         tokenizer,
         estimator=options.kl_estimator,
-        live=media is not None,
+        live=live,
         needed=shaping.needs_reference,
         projects=projects,
         ranks=ranks,
     )
     summaries: dict[str, DatasetSummary] = {}
-    rows = KnownRows()
+    rows, kept, streams = KnownRows(), KeptGuard(options), list[ScoredStream]()
 
     def prepare(dataset: Any, name: str) -> Any:
         if dataset is None:
             return None
+        if isinstance(dataset, IterableDataset):
+            check_stream(name, options, raw=media is not None)
+            if reference.kind == "precomputed":
+                raise ConfigError(
+                    f"The {name} data set is a stream, and the reference of this run was computed "
+                    "before training, for which a stream's rows were not there. Set "
+                    "reference='copy' (or 'adapter'), or pass the stream to the trainer's "
+                    "constructor as eval_dataset."
+                )
+            read_in_this_process(trainer)
+            stream = prepare_stream(trainer, options, tokenizer, kept, rows, ranks, dataset, name)
+            summaries[name] = stream.begin()
+            if name == "train":
+                stream.dataset = trainer.pack_stream(stream.dataset, options.stream_buffer)
+            streams.append(stream)
+            return stream.dataset
         # Rows that are given 1 everywhere, unread, would train as in plain finetuning.
         unread = name != "train" and not options.score_eval and shaping.needs_scores
         trainable = not unread or SCORES_COLUMN in getattr(dataset, "column_names", ())
         if media is not None:
-            dataset, scored, summaries[name] = _prepare_late(
+            dataset, scored, summaries[name] = prepare_raw(
                 trainer, options, media, ranks, dataset, name
             )
         else:
-            dataset, summaries[name] = _prepare(
+            dataset, summaries[name] = prepare_rows(
                 trainer, options, tokenizer, shaping, reference, ranks, dataset, name
             )
             scored = dataset
@@ -195,6 +214,8 @@ def _set_up(
         ranks=ranks,
         rows=rows,
         train_dataset=train,
+        streams=streams,
+        kept=kept,
         alignment=alignment,
     )
     trainer.add_callback(StarDSSCallback(trainer))
@@ -207,16 +228,19 @@ def _facts(trainer: Trainer, options: StarDSSOptions) -> dict[str, Any]:
         for name, value in options.star_dss_dict().items()
         if name != "score_cache_dir"  # each machine may have its own
     }
-    evaluation = trainer.eval_dataset
-    sets = {"train": trainer.train_dataset} | (
-        evaluation if isinstance(evaluation, dict) else {"eval": evaluation}
-    )
-    for name, dataset in sets.items():
+    for name, dataset in _data_sets(trainer).items():
         if isinstance(dataset, Dataset):
             facts[f"{name} data"] = (len(dataset), sample_of(dataset))
         else:
             facts[f"{name} data"] = type(dataset).__name__
     return facts
+
+
+def _data_sets(trainer: Trainer) -> dict[str, Any]:
+    """Return a trainer's data sets, by name."""
+    evaluation = trainer.eval_dataset
+    several = evaluation if isinstance(evaluation, dict) else {"eval": evaluation}
+    return {"train": trainer.train_dataset} | several
 
 
 def _tokenizer(trainer: Trainer) -> PreTrainedTokenizerBase:
@@ -229,93 +253,3 @@ def _tokenizer(trainer: Trainer) -> PreTrainedTokenizerBase:
             "processing_class=tokenizer to the trainer."
         )
     return found
-
-
-def _prepare(
-    trainer: StarDSSMixin,
-    options: StarDSSOptions,
-    tokenizer: PreTrainedTokenizerBase,
-    shaping: Shaping,
-    reference: Reference,
-    ranks: Ranks,
-    dataset: Any,
-    name: str,
-) -> tuple[Dataset, DatasetSummary]:
-    """Return a data set with `star_scores` and, where they are needed, `ref_logps`."""
-    args, policy = trainer.args, trainer.model
-    assert policy is not None
-    if reference.kind != "precomputed" and isinstance(dataset, Dataset):
-        dataset = dataset.remove_columns([c for c in dataset.column_names if c == REF_COLUMN])
-    progress = not args.disable_tqdm and ranks.share.rank == 0
-    dataset, summary = prepare_dataset(
-        dataset,
-        # TRL keeps the template that made the tokens, which need not be the tokenizer's own.
-        ChatTokenizer(tokenizer, getattr(trainer, "chat_template", None)),
-        options,
-        name=name,
-        truncation=(getattr(args, "max_length", None), getattr(args, "truncation_mode", None)),
-        share=ranks.share,
-        num_proc=getattr(args, "dataset_num_proc", None) or 1,
-        progress=progress,
-    )
-    # What is packed is scored: by then nobody can tell where a document's messages were.
-    with args.main_process_first(desc=f"STAR-DSS packing of {name}"):
-        dataset = trainer.pack(dataset, evaluation=name != "train")
-    # All ranks compute it where one must: they wait for each other.
-    if reference.kind == "precomputed" and not all(
-        ranks.gather(has_reference_logps(dataset, reference, shaping))
-    ):
-        if reference.model is None and _has_moved(trainer, policy, reference, ranks):
-            raise ConfigError(
-                f"The {name} data set came after training had started, when the reference "
-                "(the model as it starts, or a named one) is gone. Pass it to the trainer's "
-                "constructor as eval_dataset, or set reference='copy' (or 'adapter')."
-            )
-        dataset = add_reference_logps(
-            dataset,
-            reference,
-            policy,
-            shaping,
-            pad_token_id=int(tokenizer.pad_token_id or 0),
-            cache_dir=Path(options.score_cache_dir or default_cache_dir()),
-            autocast=trainer.accelerator.autocast,
-            precision=str(trainer.accelerator.mixed_precision),
-            ranks=ranks,
-            progress=progress,
-        )
-    return dataset, summary
-
-
-def _prepare_late(
-    trainer: StarDSSMixin,
-    options: StarDSSOptions,
-    media: MediaRows,
-    ranks: Ranks,
-    dataset: Any,
-    name: str,
-) -> tuple[Dataset, Dataset, DatasetSummary]:
-    """Return raw rows with `star_text`, the same as scored rows of text, and their summary."""
-    check_kind(dataset, name)
-    scored, summary = prepare_dataset(
-        media.text_rows(dataset, name),
-        media.chat,
-        options,
-        name=name,
-        truncation=(None, None),
-        share=ranks.share,
-        num_proc=getattr(trainer.args, "dataset_num_proc", None) or 1,
-        progress=not trainer.args.disable_tqdm and ranks.share.rank == 0,
-    )
-    return with_text_column(dataset, scored), scored, summary
-
-
-def _has_moved(
-    trainer: StarDSSMixin, policy: nn.Module, reference: Reference, ranks: Ranks
-) -> bool:
-    """Return whether the trained model is not the reference any more.
-
-    Once a model is sharded it can no longer be told, nor be called on one rank.
-    """
-    if ranks.sharding is not None and trainer.accelerator._models:
-        return True
-    return ranks.first_decides(lambda: model_fingerprint(policy)) != reference.fingerprint

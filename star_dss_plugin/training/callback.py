@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import TrainerCallback
 
 from star_dss_plugin.data.columns import SCORES_COLUMN
 from star_dss_plugin.data.writing import write_text
+from star_dss_plugin.errors import DataError
 from star_dss_plugin.tables import terminal
 from star_dss_plugin.training.host_checks import check_trainer
 from star_dss_plugin.training.loss_check import check_loss
 from star_dss_plugin.training.plain import not_in_effect
 from star_dss_plugin.training.prepare import summary_of
 from star_dss_plugin.training.run_record import (
+    add_section,
     changed_options,
     check_reference,
     run_record,
     startup_line,
+    stream_line,
     summary_table,
 )
 
@@ -55,6 +59,7 @@ class StarDSSCallback(TrainerCallback):
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self._shaped = 0
+        self._began = self._waited = 0.0
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any
@@ -89,18 +94,26 @@ class StarDSSCallback(TrainerCallback):
                 )
             # Printed and not logged: a run must say this whatever its log level is.
             print(startup_line(active), flush=True)  # noqa: T201
-            record = json.dumps(run_record(active), indent=2, sort_keys=True)
-            write_text(Path(args.output_dir) / "star_dss.json", record + "\n")
+            _write_record(active, args.output_dir)
+        self._began = time.monotonic()
+        self._waited = sum(stream.seconds for stream in active.streams)
 
     def _describe_data(self, active: StarDSSState) -> None:
         """Sum the training set up again if it is not the one that was prepared.
 
         Raises:
-            StarDSSError: It has rows that were not prepared, or is another one on other ranks.
+            StarDSSError: It has rows that were not prepared, is another one on other ranks, or is
+                a stream.
         """
         dataset: Any = self.trainer.train_dataset
         if dataset is active.train_dataset:
             return
+        if isinstance(dataset, IterableDataset):
+            raise DataError(
+                "The training set is a stream that took the place of the one that STAR-DSS was "
+                "set up with, so nobody scores it. Give it to the trainer's constructor, or call "
+                "attach after the last change."
+            )
         if not isinstance(dataset, Dataset) or SCORES_COLUMN not in dataset.column_names:
             return  # the check of a batch says what it lacks
         active.ranks.agree({"training rows": active.rows.digest(dataset)})
@@ -126,11 +139,34 @@ class StarDSSCallback(TrainerCallback):
         self._shaped = active.shaped
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Print the run's first and last metrics."""
+        """Print the run's first and last metrics, and what it has read of a stream."""
         active: StarDSSState | None = getattr(self.trainer, "star_dss_state", None)
-        if active is None or not state.is_world_process_zero:
+        if active is None:
+            return
+        self._sum_up_stream(active, args.output_dir, state.is_world_process_zero)
+        if active.kept is not None:
+            active.kept.close()
+        if not state.is_world_process_zero:
             return
         train = active.summaries["train"]
         table = summary_table(state.log_history, train, active.options.loss_type)
         if table is not None:
             terminal().print(table)
+
+    def _sum_up_stream(self, active: StarDSSState, output_dir: str, first: bool) -> None:
+        """Print and record what was read of a training set that is a stream."""
+        stream = next((one for one in active.streams if one.dataset is active.train_dataset), None)
+        if stream is None:
+            return
+        active.summaries["train"] = stream.read()
+        if first:
+            waited = sum(one.seconds for one in active.streams) - self._waited
+            took = time.monotonic() - self._began
+            print(stream_line(active.summaries["train"], waited, took), flush=True)  # noqa: T201
+            _write_record(active, output_dir)
+            add_section(Path(output_dir))
+
+
+def _write_record(active: StarDSSState, output_dir: str) -> None:
+    record = json.dumps(run_record(active), indent=2, sort_keys=True)
+    write_text(Path(output_dir) / "star_dss.json", record + "\n")

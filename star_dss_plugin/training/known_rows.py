@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +26,10 @@ _COLUMNS = {
 }
 
 
+_PASSING = 64
+"""Buffers of streams: more than lie between the scoring of a row and its batch."""
+
+
 class KnownRows:
     """Hold a digest of every row that was prepared: of tokens, labels, scores and reference.
 
@@ -34,6 +39,7 @@ class KnownRows:
     def __init__(self) -> None:
         self._digests: np.ndarray[Any, Any] = np.zeros(0, np.uint64)
         self._trainable = self._digests
+        self._passing: deque[frozenset[int]] = deque(maxlen=_PASSING)
 
     def add(self, dataset: Dataset, *, trainable: bool = True) -> str:
         """Remember a prepared data set's rows.
@@ -51,6 +57,15 @@ class KnownRows:
         self._digests = np.union1d(self._digests, found)
         if trainable:
             self._trainable = np.union1d(self._trainable, found)
+        return _without_reference(dataset)
+
+    def pass_by(self, dataset: Dataset) -> str:
+        """Remember a buffer of a stream until the batches that are made of it have gone by.
+
+        Returns:
+            What `add` does.
+        """
+        self._passing.append(frozenset(_digests(dataset).tolist()))
         return _without_reference(dataset)
 
     def digest(self, dataset: Dataset) -> str:
@@ -71,7 +86,10 @@ class KnownRows:
         Raises:
             DataError: It is not known.
         """
-        digest = np.uint64(_digest(row))
+        found = _digest(row)
+        if any(found in buffer for buffer in self._passing):
+            return
+        digest = np.uint64(found)
         place = int(np.searchsorted(self._digests, digest))
         if place == len(self._digests) or self._digests[place] != digest:
             raise _unknown("A row of a batch")

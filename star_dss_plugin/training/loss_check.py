@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.data_loader import IterableDatasetShard
+from datasets import IterableDataset
 from torch import Tensor, nn
 
 from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN, TOKEN_COLUMNS
@@ -44,7 +46,7 @@ def check_loss(trainer: Any, active: StarDSSState, dataloader: Any) -> None:
         StarDSSError: They differ, or the trainer's batches or outputs lack what the loss needs.
     """
     policy = trainer._policy(trainer.model)
-    row = _shortest_row(dataloader.dataset)
+    row = _shortest_row(dataloader.dataset, active.options.stream_buffer)
     batch = dataloader.collate_fn([row])
     if SCORES_COLUMN not in batch:
         raise not_in_effect(
@@ -175,24 +177,40 @@ def _has_auxiliary_loss(trainer: Any) -> bool:
     return bool(getattr(config, "output_router_logits", False))
 
 
-def _shortest_row(dataset: Any) -> Mapping[str, Any]:
+_FEW = 32
+"""Rows among which the shortest is sought."""
+
+
+def _shortest_row(dataset: Any, buffer: int) -> Mapping[str, Any]:
     """Return the shortest of the first few rows with trained tokens: it takes the least memory.
 
     A row without any would prove nothing, nor would one without the reference's log-probabilities
-    if there are some: those are what the model as it starts is compared with.
+    if there are some: those are what the model as it starts is compared with. Of a stream no more
+    is read than the buffer that is scored already, if one of its rows will do.
     """
-    rows = (dataset[i] for i in range(len(dataset)))
-    trained = (
-        row
-        for row in rows
-        if any(label != IGNORE_INDEX for label in text_of_row(row)["labels"][1:])
-    )
-    found = list(itertools.islice(trained, 32))
+    if isinstance(dataset, IterableDatasetShard):
+        dataset = dataset.dataset  # so that all processes read, and score, the same rows
+    if isinstance(dataset, IterableDataset | torch.utils.data.IterableDataset):
+        packs = (item if isinstance(item, list) else [item] for item in dataset)
+        rows = itertools.chain.from_iterable(packs)
+        found = list(_trained(itertools.islice(rows, buffer), _FEW)) or list(_trained(rows, 1))
+    else:
+        found = list(_trained((dataset[i] for i in range(len(dataset))), _FEW))
     if not found:
         raise StarDSSError("No row has a trained token: every label is -100. Check the data.")
     return min(
         found, key=lambda r: (not any(r.get(REF_COLUMN, ())), len(text_of_row(r)["input_ids"]))
     )
+
+
+def _trained(rows: Iterable[Mapping[str, Any]], most: int) -> Iterator[Mapping[str, Any]]:
+    """Yield the first rows that have a trained token."""
+    trained = (
+        row
+        for row in rows
+        if any(label != IGNORE_INDEX for label in text_of_row(row)["labels"][1:])
+    )
+    return itertools.islice(trained, most)
 
 
 _STEPS = "current_gradient_accumulation_steps"

@@ -14,10 +14,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset
+from accelerate.data_loader import IterableDatasetShard
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import Trainer
 
+from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN, TEXT_COLUMN, TOKEN_COLUMNS
 from star_dss_plugin.data.media_rows import MediaRows
 from star_dss_plugin.errors import ConfigError, StarDSSError
@@ -60,6 +62,19 @@ class StarDSSMixin(_Base):
     def pack(self, dataset: Dataset, *, evaluation: bool) -> Dataset:
         """Pack scored rows where the trainer is told to; `seq_lengths` says where they join."""
         return dataset
+
+    def conversations(self, rows: Dataset, chat: ChatTokenizer) -> tuple[Dataset, ChatTokenizer]:
+        """Return rows of a stream with their messages, and the templates that made their tokens."""
+        return rows, chat
+
+    def pack_stream(self, stream: IterableDataset, buffer: int) -> Any:
+        """Return what the trainer reads of a scored stream, if its packs are no rows themselves.
+
+        Args:
+            stream: Rows with scores.
+            buffer: How many of them are scored together.
+        """
+        return stream
 
     def media_rows(self) -> MediaRows | None:
         """Return how rows are read that the collator tokenizes; None if they are tokenized before.
@@ -109,11 +124,27 @@ class StarDSSMixin(_Base):
             prepared |= {name: inputs[name].to(self.args.device) for name in columns}
         return prepared
 
+    def get_train_dataloader(self) -> Any:
+        return self._divided(super().get_train_dataloader(), self.train_dataset)
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        return super().get_eval_dataloader(self._scored_late(eval_dataset))
+        dataset = self._scored_late(eval_dataset)
+        loader = super().get_eval_dataloader(dataset)
+        if isinstance(dataset, str):
+            dataset = self.eval_dataset[dataset]  # type: ignore[index]
+        return self._divided(loader, self.eval_dataset if dataset is None else dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
-        return super().get_test_dataloader(self._scored_late(test_dataset))
+        dataset = self._scored_late(test_dataset)
+        return self._divided(super().get_test_dataloader(dataset), dataset)
+
+    def _divided(self, loader: Any, dataset: Any) -> Any:
+        """Tell a stream whether its loader gives each process a part of it to read."""
+        for stream in [] if self.star_dss_state is None else self.star_dss_state.streams:
+            if stream.dataset is dataset:
+                alone = self.accelerator.num_processes == 1
+                stream.together = alone or isinstance(loader.dataset, IterableDatasetShard)
+        return loader
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Run the base class's loop with the metrics of this evaluation or prediction alone."""
@@ -123,19 +154,22 @@ class StarDSSMixin(_Base):
 
     def _scored_late(self, dataset: Any) -> Any:
         """Scores a data set that was handed to `evaluate` or `predict` directly."""
-        if self.star_dss_state is None or not isinstance(dataset, Dataset):
+        kinds = Dataset | IterableDataset
+        if self.star_dss_state is None or not isinstance(dataset, kinds):
             return dataset
         if self._is_own(dataset):
             return dataset
         return self.star_dss_state.prepare(dataset, "eval")
 
-    def _is_own(self, dataset: Dataset) -> bool:
+    def _is_own(self, dataset: Dataset | IterableDataset) -> bool:
         """Whether it is one of the data sets that were prepared when STAR-DSS was set up.
 
         One that took its place since lacks the columns.
         """
         state, evaluated = self.star_dss_state, self.eval_dataset
         assert state is not None
+        if isinstance(dataset, IterableDataset):
+            return any(dataset is stream.dataset for stream in state.streams)
         needed = {SCORES_COLUMN if state.alignment is None else TEXT_COLUMN} | (
             {REF_COLUMN} if state.reference.kind == "precomputed" else set()
         )

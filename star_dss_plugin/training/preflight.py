@@ -7,7 +7,7 @@ here.
 
 from __future__ import annotations
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.columns import SCORES_COLUMN
@@ -15,13 +15,13 @@ from star_dss_plugin.data.row_responses import RowOptions, read_responses
 from star_dss_plugin.errors import StarDSSError
 from star_dss_plugin.guards.base import announced
 from star_dss_plugin.guards.probing.guard import probing
-from star_dss_plugin.guards.spec import parse_guard
+from star_dss_plugin.guards.spec import missing_guard, parse_guard
 from star_dss_plugin.hookspecs import Findings, GuardInfo
 from star_dss_plugin.options import StarDSSOptions
 from star_dss_plugin.plugins import load_plugins
 from star_dss_plugin.scoring.scorer import guard_of
 
-__all__ = ["check_options", "estimate", "lacks_guard"]
+__all__ = ["check_options", "describe_stream", "estimate", "lacks_guard"]
 
 
 def check_options(options: StarDSSOptions) -> Findings:
@@ -50,6 +50,28 @@ def lacks_guard(dataset: Dataset, options: StarDSSOptions) -> bool:
     """Tell whether a data set would have to be scored and no guard is named."""
     reads = options.shaping().needs_scores
     return reads and options.guard is None and SCORES_COLUMN not in dataset.column_names
+
+
+def describe_stream(dataset: IterableDataset, options: StarDSSOptions) -> str:
+    """Say in one line how a stream would be scored; its first row is read.
+
+    Args:
+        dataset: Its rows, raw or tokenized.
+        options: The run's options.
+
+    Raises:
+        StarDSSError: It would have to be scored and no guard is named.
+    """
+    if SCORES_COLUMN in next(iter(dataset), {}):
+        return "a stream that brings its scores: nothing to score"
+    if not options.shaping().needs_scores:
+        return "a stream, of which no score is read"
+    if options.guard is None:
+        raise missing_guard()
+    return (
+        f"a stream, scored {options.stream_buffer} rows at a time while the model waits; how much "
+        "the guard would read cannot be counted before"
+    )
 
 
 def estimate(

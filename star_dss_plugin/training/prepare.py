@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import NoneType
 from typing import Any
 
@@ -18,7 +18,7 @@ from star_dss_plugin.data.provenance import provenances_of
 from star_dss_plugin.data.responses import runs
 from star_dss_plugin.data.rows import only_responses, plain_rows
 from star_dss_plugin.errors import DataError
-from star_dss_plugin.guards.base import announced
+from star_dss_plugin.guards.base import Guard, announced
 from star_dss_plugin.logprobs import IGNORE_INDEX
 from star_dss_plugin.options import StarDSSOptions
 from star_dss_plugin.scoring.ranks import ALONE, Share
@@ -49,6 +49,7 @@ class DatasetSummary:
         mean_score: Mean score of the trained tokens.
         guard: Who scored it.
         provenance: How, if that is known.
+        streamed: Whether these are rows that a stream gave, and there may be more.
     """
 
     rows: int
@@ -58,6 +59,20 @@ class DatasetSummary:
     mean_score: float
     guard: str
     provenance: dict[str, Any] | None
+    streamed: bool = False
+
+    def plus(self, more: DatasetSummary) -> DatasetSummary:
+        """Return the summary of these rows and of more of the same data set."""
+        tokens = self.trained_tokens + more.trained_tokens
+        total = sum(one.mean_score * one.trained_tokens for one in (self, more))
+        return replace(
+            self,
+            rows=self.rows + more.rows,
+            responses=self.responses + more.responses,
+            trained_tokens=tokens,
+            below_threshold=self.below_threshold + more.below_threshold,
+            mean_score=total / tokens if tokens else 1.0,
+        )
 
 
 def prepare_dataset(
@@ -70,6 +85,8 @@ def prepare_dataset(
     share: Share = ALONE,
     num_proc: int = 1,
     progress: bool,
+    guard: Guard | None = None,
+    part: bool = False,
 ) -> tuple[Dataset, DatasetSummary]:
     """Scores a tokenized data set, unless it is scored already, and checks the scores.
 
@@ -83,6 +100,8 @@ def prepare_dataset(
         share: This process's part of the scoring.
         num_proc: Processes that render and tokenize rows.
         progress: Whether to show a progress bar.
+        guard: The guard that the options name, if it is loaded; it stays so.
+        part: Whether there are more rows elsewhere, so that none of these need be trained.
 
     Raises:
         StarDSSError: The data set cannot be used.
@@ -112,13 +131,13 @@ def prepare_dataset(
             )
         given = dataset
         # Whoever scored it trained responses only; labels made since then may train all tokens.
-        dataset = only_responses(dataset, chat)
+        dataset = only_responses(dataset, chat, needed=not part)
         check_bound(dataset, name)
         dataset = _fit_scores(dataset, name, *truncation)
         changed = dataset is not given
     elif not asks_guard(options, name):
         # The same tokens are trained as in the modes that read scores.
-        dataset = only_responses(dataset, chat)
+        dataset = only_responses(dataset, chat, needed=not part)
         plain = dataset.with_format(None)
         ones = [np.ones(len(ids), dtype=np.float32) for ids in plain["input_ids"]]
         dataset = with_column(dataset, SCORES_COLUMN, ones, List(Value("float32")))
@@ -132,7 +151,9 @@ def prepare_dataset(
             options,
             share=share,
             num_proc=num_proc,
+            part=part,
             progress=progress,
+            guard=guard or options.guard,
         )
         changed = False
     bare = without_marks(dataset)
@@ -150,13 +171,13 @@ def check_kind(dataset: Any, name: str) -> None:
         name: "train", "eval", …: for messages.
 
     Raises:
-        DataError: It is a stream, or no data set of the library `datasets`.
+        DataError: It is not one of the library `datasets` whose rows are there.
     """
     if not isinstance(dataset, Dataset):
         raise DataError(
-            f"The {name} data set is a {type(dataset).__name__}. STAR-DSS scores a data set before "
-            "training, which needs a datasets.Dataset: not a streaming or a torch one. Convert it, "
-            "or score it with `star-dss score` and load the result."
+            f"The {name} data set is a {type(dataset).__name__}. STAR-DSS scores rows of a "
+            "datasets.Dataset, or of a datasets.IterableDataset as they come: not of a torch one. "
+            "Convert it, or score it with `star-dss score` and load the result."
         )
 
 
@@ -246,5 +267,6 @@ def summary_of(dataset: Dataset, options: StarDSSOptions, guard: str | None) -> 
         tokens += len(scores)
         below += int((scores < options.threshold).sum())
         total += float(scores.sum())
-    # `only_responses` has seen to it that there is a trained token.
-    return DatasetSummary(len(dataset), responses, tokens, below, total / tokens, guard, provenance)
+    # Without a trained token, which a part of the data may be, nothing is unsafe.
+    mean = total / tokens if tokens else 1.0
+    return DatasetSummary(len(dataset), responses, tokens, below, mean, guard, provenance)

@@ -158,7 +158,7 @@ def choose_reference(
     needed: bool,
     projects: bool,
     ranks: Ranks,
-    live: bool = False,
+    live: str = "",
 ) -> Reference:
     """Decide what `reference=name` means for this run.
 
@@ -170,8 +170,8 @@ def choose_reference(
         needed: Whether any token can get a KL weight.
         projects: Whether `can_project` holds for the policy.
         ranks: The processes of the run; all of them must call this.
-        live: Whether rows have no tokens before they are trained on, so that nothing can be
-            computed for them before.
+        live: What kind of data has rows that are not there, or have no tokens, before they are
+            trained on, so that nothing can be computed for them before; "" if there is none.
 
     Raises:
         ConfigError: The choice contradicts the mode, the estimator, the model or its sharding.
@@ -235,7 +235,7 @@ def choose_reference(
             why = f"kl_estimator={estimator!r}"
             other = "Set kl_estimator='k2', whose reference is computed before training; or name"
             if live:
-                why, other = "data that is tokenized in the collator", "Name"
+                why, other = live, "Name"
             raise ConfigError(
                 f"reference='copy', which {why} gets here, keeps the trained "
                 f"parameters' values as they start and puts them in place at each step, and "

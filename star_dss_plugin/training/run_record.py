@@ -27,6 +27,7 @@ __all__ = [
     "check_reference",
     "run_record",
     "startup_line",
+    "stream_line",
     "summary_table",
 ]
 
@@ -75,17 +76,49 @@ def startup_line(active: StarDSSState) -> str:
     options, train = active.options, active.summaries["train"]
     share = train.below_threshold / train.trained_tokens
     # Right if the data is that safe; also what a broken guard or a made-up column looks like.
+    so_far = " so far" if train.streamed else ""
     plain = (
-        " Every score is 1, so this is plain finetuning: check the guard, or where the star_scores "
-        "column comes from."
+        f" Every score{so_far} is 1, so this is plain finetuning: check the guard, or where the "
+        "star_scores column comes from."
     )
     return (
         f"STAR-DSS is active: loss_type={options.loss_type} (kl_coef={options.kl_coef}, "
         f"kl_estimator={options.kl_estimator}), guard={visible_line(train.guard)}, "
-        f"reference={active.reference.description}; {train.responses} responses scored, "
-        f"{train.below_threshold} of {train.trained_tokens} trained tokens ({share:.1%}) below "
-        f"{options.threshold}, mean score {train.mean_score:.3f}."
+        f"reference={active.reference.description}; {_streamed(active)}{train.responses} responses "
+        f"scored, {train.below_threshold} of {train.trained_tokens} trained tokens ({share:.1%}) "
+        f"below {options.threshold}, mean score {train.mean_score:.3f}."
         + (plain if active.shaping.needs_scores and train.mean_score == 1 else "")
+    )
+
+
+def _streamed(active: StarDSSState) -> str:
+    """Return what there is to say of a training set that is a stream, before its first rows."""
+    train = active.summaries["train"]
+    if not train.streamed:
+        return ""
+    said = "the training data is a stream"
+    if active.kept is not None and active.kept.loaded:
+        said += (
+            f", scored {active.options.stream_buffer} rows at a time, for which training waits "
+            "and the guard stays in memory (scored beforehand, it would not)"
+        )
+    return f"{said}; of its first {train.rows} rows: "
+
+
+def stream_line(train: DatasetSummary, seconds: float, of: float) -> str:
+    """Return the line on what a run has read of a stream.
+
+    Args:
+        train: Of all that was read.
+        seconds: How long reading and scoring took this process.
+        of: How long the run took.
+    """
+    return (
+        f"STAR-DSS has read {train.rows} rows of the stream: {train.responses} responses scored, "
+        f"{train.below_threshold} of {train.trained_tokens} trained tokens "
+        f"({train.below_threshold / train.trained_tokens:.1%}) below the threshold, mean score "
+        f"{train.mean_score:.3f}. Training waited {seconds:.1f} s of {of:.1f} s for that "
+        f"({seconds / of:.0%})."
     )
 
 
@@ -143,14 +176,14 @@ def _installed(names: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def add_section(output_dir: Path) -> None:
-    """Append the section to README.md in the output folder, if there is one without it."""
+    """Append the section to README.md in the output folder, if there is one; or renew it."""
     card, record = output_dir / "README.md", output_dir / "star_dss.json"
     if not card.is_file() or not record.is_file():
         return
-    text = card.read_text(encoding="utf-8")
-    if _HEADING not in text:
-        section = _section(json.loads(record.read_text(encoding="utf-8")))
-        write_text(card, f"{text.rstrip()}\n\n{section}")
+    section = _section(json.loads(record.read_text(encoding="utf-8")))
+    before, heading, after = card.read_text(encoding="utf-8").partition(f"{_HEADING}\n")
+    _, other, rest = after.partition("\n## ") if heading else ("", "", "")
+    write_text(card, f"{before.rstrip()}\n\n{section}{other}{rest}")
 
 
 _HEADING = "## STAR-DSS"
@@ -173,6 +206,7 @@ def _section(run: dict[str, Any]) -> str:
     options, train = run["options"], run["data"]["train"]
     shaped = _SHAPED.get(options["loss_type"], "a plugin decides what a score does to the loss")
     share = train["below_threshold"] / train["trained_tokens"]
+    stream = f" in {train['rows']} rows of a stream" if train["streamed"] else ""
     return f"""{_HEADING}
 
 Finetuned with star-dss-plugin ([STAR-DSS](https://arxiv.org/abs/2505.17196)), for which a guard
@@ -183,7 +217,7 @@ model scores every prefix of every response. With `{options["loss_type"]}`, {sha
 | loss | `{options["loss_type"]}`, λ = {options["kl_coef"]}, estimator `{options["kl_estimator"]}` |
 | guard | {code(train["guard"])}, one score per {options["chunk_size"]} {options["segmenter"]} |
 | reference | {code(run["reference"])} |
-| data | {train["responses"]} responses, {train["trained_tokens"]} trained tokens |
+| data | {train["responses"]} responses, {train["trained_tokens"]} trained tokens{stream} |
 | below τ = {options["threshold"]} | {share:.1%} of the trained tokens (mean score \
 {train["mean_score"]:.3f}) |
 """

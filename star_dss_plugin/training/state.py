@@ -14,6 +14,7 @@ from star_dss_plugin.training.metrics import TokenMetrics
 from star_dss_plugin.training.prepare import DatasetSummary
 from star_dss_plugin.training.reference import Reference
 from star_dss_plugin.training.sharding import Ranks
+from star_dss_plugin.training.stream import KeptGuard, ScoredStream
 
 __all__ = ["StarDSSState"]
 
@@ -35,6 +36,8 @@ class StarDSSState:
         ranks: The processes of the run.
         rows: The rows that were prepared.
         train_dataset: What `summaries["train"]` describes.
+        streams: Streams that are scored as they are read.
+        kept: The guard that scores them.
         alignment: Lays scores onto tokens in the collator; None: rows are tokenized before.
         outputs_unread: Whether an evaluation step asks for outputs that it does not read.
     """
@@ -51,6 +54,8 @@ class StarDSSState:
     ranks: Ranks = field(default_factory=Ranks)
     rows: KnownRows = field(default_factory=KnownRows)
     train_dataset: Any = None
+    streams: list[ScoredStream] = field(default_factory=list)
+    kept: KeptGuard | None = None
     alignment: Alignment | None = None
     outputs_unread: bool = False
 

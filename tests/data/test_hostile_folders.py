@@ -15,7 +15,7 @@ from datasets import Dataset, DatasetDict
 from star_dss_plugin.data import reading
 from star_dss_plugin.data.folders import check_folder
 from star_dss_plugin.data.parquet_shards import load_scored
-from star_dss_plugin.data.reading import read_dataset, read_splits
+from star_dss_plugin.data.reading import read_dataset, read_splits, read_streams
 from star_dss_plugin.errors import DataError
 
 SECRET = "the text of another file"
@@ -308,6 +308,9 @@ class Builder:
     def as_dataset(self, split):
         return Dataset.from_list([{"text": split}])
 
+    def as_streaming_dataset(self):
+        return {"train": self.as_dataset("train").to_iterable_dataset()}
+
 
 @pytest.mark.parametrize(
     "file",
@@ -318,9 +321,14 @@ def test_a_repository_names_only_its_own_files(monkeypatch, file):
     for builder, fine in ((Builder(own), True), (Builder(own, file), False)):
         monkeypatch.setattr(reading, "load_dataset_builder", lambda *a, b=builder, **k: b)
         if fine:
+            streams = read_streams("owner/name", "train")
+            assert [list(stream) for stream in streams.values()] == [[{"text": "train"}]]
+            assert not builder.prepared  # nothing is downloaded as a whole
             assert read_dataset("owner/name")["text"][0] == "train"
         else:
             refused("owner/name", "not in its repository")
+            with pytest.raises(DataError, match="not in its repository"):
+                read_streams("owner/name", "train")
         assert builder.prepared is fine
 
 

@@ -6,11 +6,11 @@ import sys
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from star_dss_plugin import DataError, score_dataset
 from star_dss_plugin.cli import app as cli
-from star_dss_plugin.data.reading import read_dataset
+from star_dss_plugin.data.reading import read_dataset, read_streams
 
 TEXT = b'{"text": "hi"}\n'
 
@@ -127,3 +127,18 @@ def test_an_error_about_a_row_names_the_file_too(monkeypatch, capsys, tmp_path, 
     with pytest.raises(SystemExit):
         cli.main()
     assert f"{path}: Row 2: messages[1].role is NoneType None" in capsys.readouterr().err
+
+
+def test_files_and_folders_are_read_as_streams_too(tmp_path):
+    rows = [{"text": f"row {i}"} for i in range(4)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "many").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "many" / f"{split}.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    found = read_streams(str(tmp_path / "a.jsonl"), "train")
+    assert isinstance(found["train"], IterableDataset)
+    assert list(found["train"]) == rows
+    assert set(read_streams(str(tmp_path / "many"), "train")) == {"train", "test"}
+    for name in ("nothing.jsonl", "../x"):
+        with pytest.raises(DataError, match="there is no file or folder of this name"):
+            read_streams(name, "train")

@@ -63,21 +63,25 @@ def test_example_runs(script, kind, data, model_dir, tmp_path, monkeypatch, caps
     assert ("STAR-DSS is active" in out) or (script == "own_loop" and "step 0: loss" in out)
 
 
-def test_the_yaml_of_star_dss_sft(data, model_dir, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name", ["sft", "streaming"])
+def test_the_yaml_of_star_dss_sft(name, data, model_dir, tmp_path, monkeypatch, capsys):
     from star_dss_trl import sft
 
-    text = (EXAMPLES / "sft.yaml").read_text()
+    text = (EXAMPLES / f"{name}.yaml").read_text()
     for key, value in (
         ("model_name_or_path", model_dir),
         ("dataset_name", data["chat"]),
+        ("max_steps", 1),
         ("guard", "test-words"),
         ("output_dir", tmp_path / "out"),
     ):
         lines = text.splitlines()
         text = "\n".join(f"{key}: {value}" if x.startswith(f"{key}:") else x for x in lines)
     config = tmp_path / "run.yaml"
-    config.write_text(text + "\nmax_steps: 1\nuse_cpu: true\nbf16: false\n")
+    steps = "" if "max_steps" in text else "max_steps: 1\n"
+    config.write_text(text + f"\n{steps}use_cpu: true\nbf16: false\n")
     sft.main(["--config", str(config), "--kl_coef", "0.25"])
     out = capsys.readouterr().out
     assert "kl_coef=0.25" in out
+    assert ("the training data is a stream" in out) == (name == "streaming")
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()

@@ -107,6 +107,11 @@ CASES = {
     # Half of the micro-batches have no token with a KL weight, and not on the same ranks.
     "plain-adapter-rare": {"plain": True, "lora": True, "reference": "adapter", "rare": True},
     "trl-adapter-rare": {"lora": True, "reference": "adapter", "rare": True},
+    # One process has the same rows as a data set, in the order in which two read the stream.
+    "trl-stream": {"lora": True, "reference": "adapter", "stream": 1},
+    "trl-stream-shards": {"lora": True, "reference": "adapter", "stream": 2},
+    "plain-stream": {"plain": True, "reference": "MODEL", "stream": 1},
+    "trl-other-stream": {"lora": True, "reference": "adapter", "stream": 1, "differs": "rows"},
     # The second rank has something else than the first.
     "trl-other-option": {"differs": "chunk_size"},
     "trl-other-rows": {"differs": "rows"},
@@ -197,6 +202,7 @@ def make_trainer(kind, folder, ranks, case, changes):
     plain, lora, rare, early = (
         case.pop(name, False) for name in ("plain", "lora", "rare", "early")
     )
+    shards = case.pop("stream", 0)
     source = model_folder(folder, case.pop("untied", False))
     set_seed(1)  # adapters begin with random values
     tokenizer = AutoTokenizer.from_pretrained(source)
@@ -228,10 +234,18 @@ def make_trainer(kind, folder, ranks, case, changes):
         data = data.add_column("star_scores", [[1.0]] * len(data))
     if rare:
         data = data.map(lambda row, i: {"completion": safe_or_not(row, i)}, with_indices=True)
+    if shards:
+        case["train_sampling_strategy"] = "sequential"
+        scoring["stream_buffer"] = 3
+    if shards > 1 and ranks == 1:
+        data = data.select([0, 4, 1, 5, 2, 6, 3, 7])
     options = arguments(kind, out, ranks, case | changes)
     # Their evaluation divides by the tokens of all ranks, as training does.
     if plain or Version(trl.__version__) < Version("1.15"):
         options["per_device_eval_batch_size"] = 4 // ranks
+    if shards and ranks > 1:
+        data = data.to_iterable_dataset(num_shards=shards)
+        evaluation = evaluation.to_iterable_dataset()
     if not plain:
         return StarDSSTrainer(
             str(source),
@@ -251,12 +265,12 @@ def make_trainer(kind, folder, ranks, case, changes):
             set_seed(2)
         model = get_peft_model(model, lora_config())
         model.enable_input_require_grads()
-    rows = data.map(lambda row: tokens_of(row, tokenizer), remove_columns=data.column_names)
+    rows = data.map(lambda row: tokens_of(row, tokenizer), remove_columns=list(next(iter(data))))
     trainer = Trainer(
         model,
         args=args,
         train_dataset=rows,
-        eval_dataset=rows.select(range(4)),
+        eval_dataset=rows.take(4),
         processing_class=tokenizer,
         data_collator=DataCollatorForSeq2Seq(tokenizer),
     )
@@ -309,6 +323,7 @@ def train(kind, folder, ranks, name):
         ],
         "kl": [line["star_dss/kl"] for line in trainer.state.log_history if "star_dss/kl" in line],
         "shaped": trainer.star_dss_state.shaped,
+        "read": trainer.star_dss_state.summaries["train"].rows,
     }
     if ranks > 1 and kind != "ddp":
         found["sharded"] = proof_of_sharding(kind, trainer)

@@ -3,7 +3,7 @@
 from datasets import Dataset
 from peft import LoraConfig
 from star_dss_trl import StarDSSConfig, StarDSSTrainer
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 from trl import SFTConfig
 
 from support.models import tiny_llama
@@ -67,8 +67,9 @@ def arguments(tmp_path, cls=StarDSSConfig, **changes):
         "gradient_checkpointing": False,
         "max_grad_norm": 1.0,
         "lr_scheduler_type": "constant",
-        "shuffle_dataset": False,
     }
+    if cls is not TrainingArguments:
+        options["shuffle_dataset"] = False
     if cls is StarDSSConfig:
         options |= {"guard": "test-words", "chunk_size": 2}
     return cls(**{**options, **changes})

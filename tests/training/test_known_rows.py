@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("trl")
 
+from datasets import Dataset
 from star_dss_trl import StarDSSTrainer
 from support.models import tiny_llama
 from support.trl_runs import Stop, arguments, make, prompt_completion
@@ -14,6 +15,7 @@ from transformers import TrainerCallback
 
 from star_dss_plugin import StarDSSError
 from star_dss_plugin.errors import DataError
+from star_dss_plugin.training.known_rows import KnownRows
 
 
 def edited(name, change):
@@ -138,3 +140,16 @@ def test_resuming_with_other_options_is_said(tmp_path, tokenizer, caplog):
         resumed = make(tmp_path, tokenizer, chunk_size=1, **settings | {"max_steps": 5})
         resumed.train(resume_from_checkpoint=True)
     assert "chunk_size=1 (was 2)" in caplog.text
+
+
+def test_rows_of_a_stream_are_known_until_their_batches_have_gone_by():
+    known = KnownRows()
+    rows = [{"input_ids": [i], "labels": [i], "star_scores": [0.5]} for i in range(66)]
+    for row in rows[:64]:
+        known.pass_by(Dataset.from_list([row]))
+    known.check(rows[0])
+    known.pass_by(Dataset.from_list([rows[64]]))
+    known.check(rows[64])
+    for gone in (rows[0], rows[65], {**rows[64], "star_scores": [0.25]}):
+        with pytest.raises(DataError, match="A row of a batch is not one that was scored"):
+            known.check(gone)

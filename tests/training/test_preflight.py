@@ -16,7 +16,7 @@ from star_dss_plugin.cli.app import app
 from star_dss_plugin.cli.check import check_config
 from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.options import StarDSSOptions
-from star_dss_plugin.training.preflight import estimate
+from star_dss_plugin.training.preflight import describe_stream, estimate
 
 runner = CliRunner()
 
@@ -131,3 +131,33 @@ def test_yaml_that_no_parser_likes(tmp_path, data, message):
     except ConfigError as error:
         said = str(error)
     assert message in said
+
+
+def test_a_stream_is_not_counted(tmp_path, model_dir):
+    config = configuration(tmp_path, model_dir, dataset_streaming=True, max_steps=2)
+    result = run(tmp_path, config)
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.output.split())
+    assert "train data: a stream, scored 512 rows at a time while the model waits" in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "Set max_steps"),
+        ({"max_steps": 2, "guard": None}, "guard"),
+        ({"max_steps": 2, "reference": "precomputed"}, "reference is 'precomputed' and the train"),
+    ],
+)
+def test_what_a_stream_needs_is_said_before(tmp_path, model_dir, changes, words):
+    config = configuration(tmp_path, model_dir, dataset_streaming=True) | changes
+    result = run(tmp_path, config)
+    assert result.exit_code == 1
+    assert words in " ".join(result.output.split())
+
+
+def test_a_stream_with_scores_has_nothing_to_score():
+    stream = Dataset.from_list([{"star_scores": [1.0]}]).to_iterable_dataset()
+    assert "brings its scores" in describe_stream(stream, StarDSSOptions())
+    rows = Dataset.from_list([{"input_ids": [1]}]).to_iterable_dataset()
+    assert "no score is read" in describe_stream(rows, StarDSSOptions(loss_type="sft"))

@@ -13,7 +13,7 @@ from support.models import tiny_llama
 from support.trl_runs import lora_config, make
 
 from star_dss_plugin import StarDSSError
-from star_dss_plugin.training import attach
+from star_dss_plugin.training import trainer_data
 from star_dss_plugin.training.sharding import Ranks, _has_weights
 
 
@@ -54,9 +54,9 @@ def test_a_rank_that_has_the_reference_computes_it_with_one_that_has_not(
     state = trainer.star_dss_state
     computed = []
     monkeypatch.setattr(
-        attach, "add_reference_logps", lambda dataset, *_, **__: computed.append(0) or dataset
+        trainer_data, "add_reference_logps", lambda dataset, *_, **__: computed.append(0) or dataset
     )
-    attach._prepare(
+    trainer_data.prepare_rows(
         trainer,
         state.options,
         tokenizer,

@@ -90,6 +90,22 @@ def test_two_ranks_take_the_steps_of_one_process(tmp_path, kind):
         assert found[name]["sharded"] < 0.6, name
 
 
+def test_two_ranks_read_a_stream_as_one_process_reads_its_rows(tmp_path):
+    """Together, or each its own part of it."""
+    sharded_runs.model_folder(tmp_path, False)
+    cases = ("trl-stream", "trl-stream-shards", "plain-stream")
+    (found, second), done = launch(tmp_path, "ddp", cases)
+    for name in cases:
+        assert "error" not in found[name], (name, found[name], done.stderr[-3000:])
+        alone = sharded_runs.train("ddp", tmp_path, 1, name)
+        steps = apart(found[name]["logs"], alone["logs"])
+        evaluations = apart(found[name]["evaluations"], alone["evaluations"])
+        print(f"ddp {name}: {steps:.1e}, {evaluations:.1e}")
+        assert max(steps, evaluations) < CLOSE, name
+        assert max(found[name]["kl"]) > 1e-5, name
+        assert found[name]["read"] == second[name]["read"] == 8, name
+
+
 def test_ranks_that_differ_are_stopped_on_all_of_them(tmp_path):
     sharded_runs.model_folder(tmp_path, False)
     cases = {
@@ -99,6 +115,7 @@ def test_ranks_that_differ_are_stopped_on_all_of_them(tmp_path):
         "trl-scored-there": "the same train data",
         "trl-other-rows": "the same train data",
         "trl-other-scores": "the same scored train data",
+        "trl-other-stream": "the same scored train data",
         "plain-other-model": "the same reference of the train data",
     }
     results, _ = launch(tmp_path, "ddp", tuple(cases))

@@ -91,7 +91,8 @@ REFUSED = [
     {"trainer_cls": "transformers.Trainer"},
     {"relora": True, "star_dss": {"guard": "test-words", "reference": "adapter"}},
     {"relora": True, "star_dss": {"guard": "test-words", "kl_estimator": "full"}},
-    {"streaming": True},
+    {"relora": True, "streaming": True},
+    {"streaming": True, "accelerator_config": {"dispatch_batches": True}},
     {"pretraining_dataset": "text"},
     {"skip_prepare_dataset": True},
     {"use_dft": True},
@@ -102,6 +103,7 @@ REFUSED = [
     {"processor_type": "AutoProcessor", "remove_unused_columns": False},
     {"processor_type": "AutoProcessor", "skip_prepare_dataset": True},
     {**MEDIA, "sample_packing": True},
+    {**MEDIA, "streaming": True},
     {"context_parallel_size": 2},
     {"context_parallel": {"size": 2}},
     {"sequence_parallel_degree": 2},
@@ -135,8 +137,8 @@ def test_a_conflict_stops_the_configuration(tmp_path, model_dir, change):
 
 
 def test_the_conflicts_are_all_listed_at_once(tmp_path, model_dir):
-    config = configuration(tmp_path, model_dir, use_eaft=True, streaming=True)
-    with pytest.raises(ConfigError, match="(?s)use_eaft: True.*streaming: True"):
+    config = configuration(tmp_path, model_dir, use_eaft=True, use_pose=True)
+    with pytest.raises(ConfigError, match="(?s)use_eaft: True.*use_pose: True"):
         loaded(tmp_path, config)
 
 

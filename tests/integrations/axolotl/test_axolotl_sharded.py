@@ -27,6 +27,11 @@ FSDP1 = {
     "use_orig_params": True,
 }
 FSDP2 = {**FSDP, "offload_params": False, "reshard_after_forward": True}
+STREAM = {
+    "streaming": True,
+    "shuffle_merged_datasets": False,
+    "curriculum_sampling": True,  # of one process, which has the same rows as a data set
+}
 CASES = {
     "full": {},
     "packed": {"sample_packing": True, "sequence_len": 64, "sample_packing_sequentially": True},
@@ -39,6 +44,14 @@ CASES = {
         "gradient_checkpointing": True,
         "val_set_size": 0.5,
         "eval_steps": 2,
+    },
+    "stream": {**LORA, **STREAM, "star_dss": {"stream_buffer": 3}},
+    "stream-packed": {
+        **STREAM,
+        "sample_packing": True,
+        "sequence_len": 64,
+        "sample_packing_sequentially": True,
+        "star_dss": {"kl_estimator": "full", "reference": "MODEL"},
     },
 }
 RUNS = {
@@ -66,6 +79,10 @@ def case(folder, model_dir, name, ranks, **changes):
     """Return a case's configuration: four rows in each step, however many ranks there are."""
     changes = {**CASES[name], **changes}
     block = {"guard": "test-words", "chunk_size": 2, "kl_coef": 2.0, **changes.pop("star_dss", {})}
+    if block.get("reference") == "MODEL":
+        block["reference"] = str(model_dir)
+    if ranks == 1:
+        changes.pop("streaming", None)
     return configuration(
         folder,
         model_dir,

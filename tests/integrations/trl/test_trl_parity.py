@@ -7,8 +7,6 @@ from star_dss_trl import StarDSSTrainer
 from support.models import tiny_llama
 from support.trl_runs import arguments, conversations
 
-from star_dss_plugin import DataError
-
 
 def build(tmp_path, tokenizer, *, eval_dataset, **changes):
     return StarDSSTrainer(
@@ -53,10 +51,3 @@ def test_arguments_may_be_given_in_the_order_of_sfttrainer(tmp_path, tokenizer):
         processing_class=tokenizer,
     )
     assert "star_scores" in trainer.train_dataset.column_names
-
-
-@pytest.mark.parametrize("name", ["eval", "held"])
-def test_a_stream_to_evaluate_on_is_refused_by_its_name(tmp_path, tokenizer, name):
-    stream = conversations().to_iterable_dataset()
-    with pytest.raises(DataError, match=f"The {name} data set is a IterableDataset"):
-        build(tmp_path, tokenizer, eval_dataset=stream if name == "eval" else {name: stream})

@@ -17,7 +17,7 @@ from support.trl_runs import arguments, history, lora_config, make, prompt_compl
 from transformers import MixtralConfig, MixtralForCausalLM
 from trl import SFTTrainer
 
-from star_dss_plugin import ConfigError, DataError
+from star_dss_plugin import ConfigError
 from star_dss_plugin.data.columns import SCORES_COLUMN
 
 
@@ -261,5 +261,3 @@ def test_what_cannot_be_shaped_is_refused(tmp_path, tokenizer):
         make(tmp_path, tokenizer, peft_config=adaptive)
     with pytest.raises(ConfigError, match="label_smoothing_factor is 0.1"):
         make(tmp_path, tokenizer, label_smoothing_factor=0.1)
-    with pytest.raises(DataError, match="IterableDataset"):
-        make(tmp_path, tokenizer, prompt_completion().to_iterable_dataset())

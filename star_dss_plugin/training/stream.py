@@ -1,0 +1,267 @@
+"""Streams: rows that are there only when the model is to be trained on them.
+
+They are read and scored a buffer at a time, as the trainer asks for them, by the ordinary scoring:
+same cache, same scores. The guard stays in memory until training ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pyarrow as pa
+import torch
+from datasets import Dataset, DatasetInfo, IterableDataset
+
+from star_dss_plugin.data.columns import ASKED_COLUMN, REF_COLUMN, SCORES_COLUMN
+from star_dss_plugin.data.rows import SAYING
+from star_dss_plugin.errors import ConfigError, DataError, StarDSSError
+from star_dss_plugin.guards.base import Guard
+from star_dss_plugin.options import StarDSSOptions
+from star_dss_plugin.scoring.ranks import ALONE, Share
+from star_dss_plugin.scoring.scorer import guard_of
+from star_dss_plugin.training.known_rows import KnownRows
+from star_dss_plugin.training.prepare import DatasetSummary
+from star_dss_plugin.training.sharding import Ranks
+
+__all__ = ["KeptGuard", "ScoredStream", "check_stream", "read_in_this_process"]
+
+logger = logging.getLogger(__name__)
+
+Score = Callable[[Dataset, Share], tuple[Dataset, DatasetSummary]]
+
+_READ = (*SAYING, SCORES_COLUMN, REF_COLUMN, ASKED_COLUMN, "seq_lengths")
+"""Columns that scoring reads or makes; the others of a row are only handed on."""
+
+_FORM = ("data.rows", "data.row_responses", "training.prepare")
+"""Modules that say of what form rows are: the same of each buffer."""
+
+
+class KeptGuard:
+    """Load a guard when it is first needed, and keep it for the buffers that follow.
+
+    Args:
+        options: Which guard, computed by what.
+    """
+
+    def __init__(self, options: StarDSSOptions) -> None:
+        self._options = options
+        self._guard: Guard | None = None
+
+    @property
+    def loaded(self) -> bool:
+        """Whether it was needed."""
+        return self._guard is not None
+
+    def get(self) -> Guard:
+        """Return the guard.
+
+        Raises:
+            StarDSSError: No guard is named, or it cannot be loaded.
+        """
+        if self._guard is None:
+            self._guard = guard_of(self._options)
+        return self._guard
+
+    def close(self) -> None:
+        """Free the guard's memory; it is loaded again if it is needed again."""
+        if self._guard is not None:
+            self._guard.close()
+
+
+class ScoredStream:
+    """Read a stream in buffers and hand its rows on with their scores.
+
+    Args:
+        dataset: A stream of tokenized rows.
+        name: "train", "eval", …: for messages.
+        rows: How many rows are read and scored together.
+        score: Returns a buffer with scores, and its summary.
+        known: Remembers the rows that were handed on.
+        ranks: The processes of the run.
+
+    Attributes:
+        dataset: The same stream with `star_scores`, or packs of its rows; reading it scores it.
+        summary: Of what was read in the longest pass so far; None before the first.
+        seconds: Time that reading and scoring took, of all passes.
+        together: Whether all processes read the same rows now, and share out their scoring; else
+            each has a part of the stream to itself.
+    """
+
+    def __init__(
+        self,
+        dataset: IterableDataset,
+        name: str,
+        rows: int,
+        score: Score,
+        known: KnownRows,
+        ranks: Ranks,
+    ) -> None:
+        self.name = name
+        self.summary: DatasetSummary | None = None
+        self.seconds = 0.0
+        self.together = True
+        self._score, self._known, self._ranks = score, known, ranks
+        self._pass: DatasetSummary | None = None
+        self._said = _SaidOnce()
+        self._description = dataset.info.description or ""
+        plain = dataset.with_format(None)
+        # Otherwise the columns of a buffer stay beside the packed rows that are made of it.
+        columns = plain.column_names or list(next(iter(plain), {}))
+        self.dataset: Any = plain.map(
+            self._scored,
+            with_indices=True,
+            batched=True,
+            batch_size=rows,
+            remove_columns=columns,
+        )
+
+    def begin(self) -> DatasetSummary:
+        """Read the first buffer and sum it up; every process must call this.
+
+        Raises:
+            StarDSSError: There is none, it trains nothing, or it cannot be scored.
+        """
+        next(iter(self.dataset), None)
+        if self.summary is None:
+            raise DataError(
+                f"The {self.name} data set is a stream that gives no row. Check what it is made "
+                "of: a filter that keeps nothing, or max_length that leaves no response."
+            )
+        if not self.summary.trained_tokens:
+            raise DataError(
+                f"None of the first {self.summary.rows} rows of the {self.name} stream has a "
+                "trained token: every label is -100. Check the columns, the chat template and "
+                "max_length (a prompt that fills it leaves no response)."
+            )
+        return self.summary
+
+    def read(self) -> DatasetSummary:
+        """Sum up what all processes have read; every process must call this."""
+        assert self.summary is not None  # `begin` comes first
+        found: list[DatasetSummary] = self._ranks.gather(self.summary)
+        if self.together:
+            return self.summary
+        total = found[0]
+        for other in found[1:]:
+            total = total.plus(other)
+        return total
+
+    def _scored(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        started = time.monotonic()
+        share = self._ranks.share if self.together else ALONE
+        read = {name: values for name, values in batch.items() if name in _READ}
+        try:
+            # A guard takes no random numbers away from the training that it interrupts.
+            with torch.random.fork_rng(_devices()), self._said.quiet():
+                dataset, summary = self._score(self._table(read), share)
+        except StarDSSError as error:
+            error.counted_from(indices[0]).at(file=f"The {self.name} stream")
+            raise
+        digest = self._known.pass_by(dataset)
+        if self.together:
+            self._ranks.agree({f"scored {self.name} data": digest})
+        self._pass = self._pass.plus(summary) if self._pass and indices[0] else summary
+        if self.summary is None or self._pass.rows >= self.summary.rows:
+            self.summary = self._pass
+        self.seconds += time.monotonic() - started
+        found: dict[str, list[Any]] = dataset.with_format(None)[:]
+        packed = len(dataset) != len(indices) or "seq_lengths" in found
+        others = {name: values for name, values in batch.items() if name not in _READ}
+        return found if packed else {**others, **found}
+
+    def _table(self, rows: dict[str, list[Any]]) -> Dataset:
+        """Return the rows of a buffer as a data set.
+
+        Raises:
+            DataError: They differ in form.
+        """
+        info = DatasetInfo(description=self._description)
+        try:
+            return Dataset.from_dict(rows, info=info)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+            raise DataError(
+                f"rows that are read together differ in form: {error}. Give a column values of "
+                "one type, with map, before the trainer gets the stream."
+            ).at(rows=range(len(next(iter(rows.values()), [])))) from error
+
+
+def _devices() -> list[int]:
+    return [torch.cuda.current_device()] if torch.cuda.is_available() else []
+
+
+class _SaidOnce(logging.Filter):
+    """Let each message on the form of rows through once: it holds for every buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        new = record.msg not in self._said
+        self._said.add(record.msg)
+        return new
+
+    @contextlib.contextmanager
+    def quiet(self) -> Iterator[None]:
+        loggers = [logging.getLogger(f"star_dss_plugin.{name}") for name in _FORM]
+        for one in loggers:
+            one.addFilter(self)
+        try:
+            yield
+        finally:
+            for one in loggers:
+                one.removeFilter(self)
+
+
+def check_stream(name: str, options: StarDSSOptions, *, raw: bool = False) -> None:
+    """Refuse what needs data that is there before training.
+
+    Args:
+        name: "train", "eval", …: for messages.
+        options: The run's options.
+        raw: Whether rows are tokenized in the data collator.
+
+    Raises:
+        StarDSSError: What was given, why it cannot work and what to change.
+    """
+    if raw:
+        raise DataError(
+            f"The {name} data set is a stream of rows that the data collator tokenizes (rows with "
+            "images), and these are scored before training. Load it with streaming=False."
+        )
+    if options.trajectory == "probed":
+        raise ConfigError(
+            f"trajectory is 'probed' and the {name} data set is a stream: a probe learns from a "
+            "sample of all the data, which nobody has of a stream. Use trajectory='exact' or "
+            "'adaptive', or score the data beforehand with star-dss score."
+        )
+    if options.reference == "precomputed" and options.shaping().needs_reference:
+        raise ConfigError(
+            f"reference is 'precomputed' and the {name} data set is a stream, for which nothing "
+            "can be computed before training. Set reference='auto' (the base model under an "
+            "adapter, or a frozen copy of what is trained), or name the model as it starts."
+        )
+
+
+def read_in_this_process(trainer: Any) -> None:
+    """Have each process of the run read its streams itself, and say where that is a change.
+
+    The data loader's workers have no guard, and what one process reads for all others would be
+    padded by it alone.
+    """
+    args = trainer.args
+    if args.dataloader_num_workers:
+        logger.warning(
+            "dataloader_num_workers is %d and taken for 0: the rows of a stream are scored in the "
+            "process that trains.",
+            args.dataloader_num_workers,
+        )
+    args.dataloader_num_workers = 0
+    args.dataloader_prefetch_factor = None
+    args.dataloader_persistent_workers = False
+    args.accelerator_config.dispatch_batches = False
+    trainer.accelerator.dataloader_config.dispatch_batches = False
