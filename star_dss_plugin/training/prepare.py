@@ -72,7 +72,36 @@ class DatasetSummary:
             trained_tokens=tokens,
             below_threshold=self.below_threshold + more.below_threshold,
             mean_score=total / tokens if tokens else 1.0,
+            provenance=_joined(self.provenance, more.provenance),
         )
+
+
+_COUNTS = (
+    "rows",
+    "responses",
+    "prefixes",
+    "trained_tokens",
+    "raw_contexts",
+    "truncated_contexts",
+    "guard_errors",
+)
+_NAMES = (
+    "guard",
+    "demonstration_guard",
+    "guard_identity",
+    "segmenter",
+    "chunk_size",
+    "tokenizer",
+    "versions",
+)
+
+
+def _joined(one: dict[str, Any] | None, more: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return what the notes on two parts of the data say of both: who scored it, and counts."""
+    if one is None or more is None:
+        return one
+    counts = {name: one[name] + more[name] for name in _COUNTS if name in one and name in more}
+    return {name: one[name] for name in _NAMES if name in one} | counts
 
 
 def prepare_dataset(

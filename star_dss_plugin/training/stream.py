@@ -169,9 +169,9 @@ class ScoredStream:
             self.summary = self._pass
         self.seconds += time.monotonic() - started
         found: dict[str, list[Any]] = dataset.with_format(None)[:]
-        packed = len(dataset) != len(indices) or "seq_lengths" in found
-        others = {name: values for name, values in batch.items() if name not in _READ}
-        return found if packed else {**others, **found}
+        if found["input_ids"] != read["input_ids"]:
+            return found  # packed: nothing else belongs to these rows
+        return {name: values for name, values in batch.items() if name not in _READ} | found
 
     def _table(self, rows: dict[str, list[Any]]) -> Dataset:
         """Return the rows of a buffer as a data set.

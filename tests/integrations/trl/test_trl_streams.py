@@ -32,6 +32,7 @@ from star_dss_plugin import ConfigError, DataError, GuardError, attach, score_da
 
 IN_ORDER = {"train_sampling_strategy": "sequential", "stream_buffer": 3}
 """A data set is read in the order of a stream; buffers do not fit batches."""
+WRAPPED = {"packing": True, "packing_strategy": "wrapped", "max_length": 32, "stream_buffer": 8}
 
 
 @pytest.fixture
@@ -77,8 +78,9 @@ def same(one, other):
         ("auto", False, {"gradient_accumulation_steps": 2}),
         ("MODEL", False, {"unsafe_lookahead": 1}),
         ("MODEL", False, {"packing": True, "max_length": 64, "stream_buffer": 8}),
+        ("auto", False, WRAPPED),
     ],
-    ids=["lora", "lora-full-kl", "copy", "named", "packed"],
+    ids=["lora", "lora-full-kl", "copy", "named", "packed", "wrapped"],
 )
 def test_a_stream_trains_as_its_rows_do(
     tmp_path, tokenizer, model_folder, rows, reference, lora, changes
@@ -98,6 +100,8 @@ def test_a_stream_trains_as_its_rows_do(
     whole = json.loads((tmp_path / "b/out/star_dss.json").read_text())["data"]["train"]
     for name in ("rows", "responses", "trained_tokens", "below_threshold"):
         assert data[name] == whole[name]
+    for name in ("guard_identity", "prefixes", "raw_contexts", "guard_errors"):
+        assert data["provenance"][name] == whole["provenance"][name]
 
 
 def test_scores_are_those_of_score_dataset_to_the_byte(tmp_path, tokenizer):
