@@ -200,7 +200,7 @@ SHARDED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHARDED)
 def test_a_published_configuration_trains_on_two_ranks(tmp_path, small, site, name):
-    """All packed: cut cross-entropy with FSDP2 and ZeRO-3, Liger with FSDP1, QLoRA with FSDP2 and ZeRO-2."""
+    """All packed: cut cross-entropy (FSDP2, ZeRO-3), Liger (FSDP1), QLoRA (FSDP2, ZeRO-2)."""
     config, kind = published(name), SHARDED[name]
     assert config["sample_packing"]
     (dataset,) = config["datasets"]
