@@ -57,6 +57,8 @@ def use_cpus(kind):
     def place_on_cpu(self):
         self.cfg.device_map = {"": "cpu"}  # it is the rank's number
         place(self)
+        if "device_map" in self.model_kwargs:  # with QLoRA and FSDP the rank's number again
+            self.model_kwargs["device_map"] = {"": "cpu"}
 
     ModelLoader._set_device_map_config = place_on_cpu
     axolotl.train.cleanup_distributed = lambda: None  # the next configuration needs the group

@@ -6,7 +6,17 @@ What differs from the published file is the model, the data, and what a CPU need
 import json
 
 import pytest
-from axolotl_runs import ANSWERS, PLUGIN, PROMPTS, finished, multi_turn, write_config, write_rows
+from axolotl_runs import (
+    ANSWERS,
+    PLUGIN,
+    PROMPTS,
+    finished,
+    multi_turn,
+    on_two_ranks,
+    write_config,
+    write_rows,
+    zero_file,
+)
 from support.models import tiny_llama
 from support.paths import SHARED
 from support.vision_models import gemma3, picture
@@ -90,6 +100,24 @@ def tokenized(folder, dataset, tokenizer):
     return {**dataset, "path": write_rows(folder / "tokens.jsonl", rows), "ds_type": "json"}
 
 
+def here(folder, config, model):
+    """Return what a CPU, the tiny model and a folder of the test change in a configuration."""
+    return {
+        **CPU,
+        **{key: False for key in KERNELS if key in config or "lora" in key},
+        "base_model": str(model),
+        "special_tokens": None,
+        "val_set_size": 0.0,
+        "evals_per_epoch": None,
+        "saves_per_epoch": None,
+        "hub_model_id": None,
+        "dataset_prepared_path": str(folder / "prepared"),
+        "output_dir": str(folder / "out"),
+        "plugins": [*config.get("plugins", ()), PLUGIN],
+        "star_dss": {"guard": "test-words", "chunk_size": 2},
+    }
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
@@ -107,20 +135,7 @@ def test_a_published_configuration_trains(start, tmp_path, small, tokenizer, nam
         data, responses = from_value(tmp_path, dataset), 16
     else:
         data, responses = tokenized(tmp_path, dataset, tokenizer), 8
-    config |= CPU | {key: False for key in KERNELS if key in config or "lora" in key}
-    config |= {
-        "base_model": str(small),
-        "special_tokens": None,
-        "datasets": [data],
-        "val_set_size": 0.0,
-        "evals_per_epoch": None,
-        "saves_per_epoch": None,
-        "hub_model_id": None,
-        "dataset_prepared_path": str(tmp_path / "prepared"),
-        "output_dir": str(tmp_path / "out"),
-        "plugins": [*config["plugins"], PLUGIN],
-        "star_dss": {"guard": "test-words", "chunk_size": 2},
-    }
+    config |= here(tmp_path, config, small) | {"datasets": [data]}
     out = finished(start("train", write_config(tmp_path, config), "--launcher", "python"))
     assert out.count(said) == 1
     assert out.count("STAR-DSS is active: loss_type=star_dss") == 1
@@ -164,3 +179,70 @@ def test_a_published_configuration_trains_on_images(start, tmp_path):
     record = json.loads((tmp_path / "out" / "star_dss.json").read_text())
     assert record["data"]["train"]["responses"] == 16
     assert record["reference"] == "the base model (adapter switched off)"
+
+
+def alpaca(folder, dataset):
+    rows = [{"instruction": p, "input": "", "output": a} for p, a in zip(PROMPTS, ANSWERS)]
+    return {**dataset, "path": write_rows(folder / "alpaca.jsonl", rows), "ds_type": "json"}
+
+
+# What else differs: the class of the tiny model's layers, and what needs a GPU; and
+# of two settings that checkpoint activations, which transformers refuses, FSDP's alone.
+SHARDED = {
+    "gpt-oss/gpt-oss-20b-fft-fsdp2.yaml": "fsdp2",
+    "llama-3/fft-8b-liger-fsdp.yaml": "fsdp1",
+    "gpt-oss/gpt-oss-20b-fft-deepspeed-zero3.yaml": "zero3",
+    "mistral/mixtral/mixtral.yml": "zero2",
+    "qwen3.5/27b-qlora-fsdp.yaml": "fsdp2",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHARDED)
+def test_a_published_configuration_trains_on_two_ranks(tmp_path, small, site, name):
+    """All packed: cut cross-entropy (FSDP2, ZeRO-3), Liger (FSDP1), QLoRA (FSDP2, ZeRO-2)."""
+    config, kind = published(name), SHARDED[name]
+    assert config["sample_packing"]
+    (dataset,) = config["datasets"]
+    fill = alpaca if dataset["type"] == "alpaca" else from_value
+    mapping = {"message_property_mappings": {"role": "from", "content": "value"}}
+    if dataset["type"] == "chat_template" and "field_messages" not in dataset:
+        dataset |= {"field_messages": "conversations", **mapping}
+    config |= here(tmp_path, config, small) | {
+        "datasets": [fill(tmp_path, dataset)],
+        "chat_template": None,
+        "eot_tokens": None,
+        "model_config": None,
+        "tokenizer_type": None,
+        "model_quantization_config": None,
+        "model_quantization_config_kwargs": None,
+        "activation_offloading": False,
+        "gradient_checkpointing": config["gradient_checkpointing"],
+    }
+    if config.get("fsdp_config", {}).get("activation_checkpointing"):
+        config |= {"gradient_checkpointing": False, "gradient_checkpointing_kwargs": None}
+    if kind.startswith("zero"):
+        config["deepspeed"] = zero_file(tmp_path, kind)
+    else:
+        changed = {
+            "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
+            "offload_params": False,  # pinned memory
+            "cpu_ram_efficient_loading": False,
+            "sync_module_states": False,
+        }
+        for key in list(config["fsdp_config"]):
+            if (value := changed.get(key.removeprefix("fsdp_"))) is not None:
+                config["fsdp_config"][key] = value
+    path = write_config(tmp_path, {key: v for key, v in config.items() if v is not None})
+    (found, second), done = on_two_ranks(tmp_path, site, kind, [path])
+    (found, second) = (one["config"] for one in (found, second))
+    assert "error" not in found, (found, done.stderr[-3000:])
+    assert found["logs"] == second["logs"]
+    assert len(found["logs"]) == 3
+    assert max(found["kl"]) > 1e-9
+    assert found["sharded"] < 0.6
+    if config["plugins"] != [PLUGIN]:
+        assert "cross_entropy switched off" in done.stdout + done.stderr
+    record = json.loads((tmp_path / "out" / "star_dss.json").read_text())
+    assert record["data"]["train"]["responses"] == (8 if fill is alpaca else 16)
+    assert record["data"]["train"]["below_threshold"] > 0
