@@ -5,7 +5,8 @@
     python benchmarks/fuzz.py jsonl --minutes 10
     python benchmarks/fuzz.py all --minutes 2      # one after the other, each in its own process
     python benchmarks/fuzz.py sizes                # 10 MB, and 2,000 turns: many minutes
-    python benchmarks/fuzz.py places --runs 1000   # folders, caches and servers; without atheris
+    python benchmarks/fuzz.py attacks --runs 1000  # of each kind of place; needs no atheris
+    python benchmarks/fuzz.py attacks --runs 1000 --kind ranks --kind servers
 
 The targets and their properties are those of tests/project/test_fuzz.py, from
 tests/support/fuzz_targets.py. atheris (`pip install atheris`) mutates the inputs: the bytes
@@ -17,6 +18,8 @@ as --again to run it alone.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import logging
 import os
 import random
@@ -45,11 +48,11 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=0, help="default: no limit")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--corpus", type=Path, help="folder of inputs that is kept and grown")
+    parser.add_argument("--kind", action="append", default=[], help="of attacks; default: all")
     parser.add_argument("--again", type=Path, help="an input to try alone")
     given = parser.parse_args()
-    if given.target == "places":
-        _places(max(1, given.runs), given.seed)
-        return
+    if given.target == "attacks":
+        sys.exit(_attack(given.kind, max(1, given.runs), given.seed))
     try:
         import atheris
     except ImportError:
@@ -70,8 +73,8 @@ def main() -> None:
     targets = TARGETS | AXOLOTL_TARGETS
     if given.target not in targets:
         sys.exit(
-            f"Targets: {', '.join([*TARGETS, 'sizes', 'all'])}; where Axolotl is installed: "
-            f"{', '.join(AXOLOTL_TARGETS)}"
+            f"Targets: {', '.join([*TARGETS, 'sizes', 'all', 'attacks'])}; where Axolotl is "
+            f"installed: {', '.join(AXOLOTL_TARGETS)}"
         )
     if given.runs < 0 and not given.minutes and given.again is None:
         sys.exit("Say how long: --runs N or --minutes N.")
@@ -118,14 +121,23 @@ def main() -> None:
         atheris.Fuzz()
 
 
-def _places(cases: int, number: int) -> None:
-    """Try so many hostile folders, cache folders and servers each, and print the outcomes."""
-    from support.fuzz_places import PLACES, count_outcomes
+def _attack(kinds: list[str], cases: int, number: int) -> int:
+    """Try so many cases of some kinds, or of all; print the outcomes, return whether one broke."""
+    from support.fuzz_attacks import ATTACKS, count_outcomes
+    from support.fuzzing import quiet, register_guard
 
-    for name, target in PLACES.items():
-        found = count_outcomes(target, cases, number)
+    register_guard()
+    quiet()
+    broken = 0
+    for name in kinds or ATTACKS:
+        with contextlib.redirect_stdout(io.StringIO()):  # start-up lines
+            found, faults = count_outcomes(ATTACKS[name], cases, number)
         outcomes = ", ".join(f"{count:,} {outcome}" for outcome, count in sorted(found.items()))
         print(f"| `{name}` | {sum(found.values()):,} | {outcomes} |", flush=True)
+        for line, count, example in faults:
+            print(f"    {count} times {line}\n    such as {example!r}", flush=True)
+            broken += count
+    return int(broken > 0)
 
 
 def _all() -> int:

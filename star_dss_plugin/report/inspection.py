@@ -13,7 +13,7 @@ from rich.text import Text
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.report import palette
 from star_dss_plugin.report.reading import ScoredData, ScoredResponse, read_scored, tokenizer_of
-from star_dss_plugin.visible import visible
+from star_dss_plugin.visible import visible, visible_line
 
 __all__ = ["Inspection", "inspect_row"]
 
@@ -37,14 +37,14 @@ class Inspection:
     threshold: float = 0.5
 
     def __rich_console__(self, console: object, options: object) -> Iterator[RenderableType]:
-        yield Text(f"Row {self.row}, guard {visible(self.data.guard)}", style="bold")
+        yield Text(f"Row {self.row}, guard {visible_line(self.data.guard)}", style="bold")
         if self.data.demonstration:
             yield Text(_DEMONSTRATION, style="bold yellow")
         for response in self.data.responses:
             yield Text()
             for message in response.context:
                 yield Text.assemble(
-                    (f"{visible(str(message['role']))}: ", "bold dim"),
+                    (f"{visible_line(str(message['role']))}: ", "bold dim"),
                     visible(str(message["content"])),
                 )
             if response.raw_context:

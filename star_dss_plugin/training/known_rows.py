@@ -110,10 +110,26 @@ def _digest(row: Mapping[str, Any]) -> int:
     digest = hashlib.blake2b(digest_size=8)
     for name, dtype in _COLUMNS.items():
         if name in row:
-            values = np.asarray(row[name], dtype)
+            values = _numbers(row[name], dtype)
             digest.update(f"{name}:{len(values)}:".encode())
             digest.update(values.tobytes())
     return int.from_bytes(digest.digest(), "little")
+
+
+def _numbers(given: Any, dtype: Any) -> np.ndarray[Any, Any]:
+    """Return a column of one row as an array.
+
+    Raises:
+        DataError: It is no list of numbers: numpy would read texts, and lists of one number each,
+            as the same numbers.
+    """
+    try:
+        values = np.asarray(given)
+        if values.ndim == 1 and values.dtype.kind in "biuf":
+            return values.astype(dtype, copy=False)
+    except ValueError:  # lists of several lengths
+        pass
+    raise _unknown("A row of a batch")
 
 
 def _unknown(which: str) -> DataError:

@@ -1,5 +1,7 @@
 """Files that hold much more than their size are refused before they are expanded."""
 
+from unittest import mock
+
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -58,6 +60,20 @@ def test_measuring_it_takes_little_memory(tmp_path):
     with pytest.raises(DataError, match="holds more than"):
         read_dataset(str(path))
     assert pool.max_memory() - peak < 100 * MB
+
+
+def test_missing_texts_are_counted_before_they_are_expanded(tmp_path):
+    """One row with a list of 17 million missing texts takes some hundred bytes."""
+    missing = pa.array([[None] * (17 * MB)], pa.list_(pa.string()))
+    path = write(tmp_path / "rows.parquet", pa.table({"text": missing}))
+    assert path.stat().st_size < 2000
+    del missing
+    pool = pa.default_memory_pool()
+    before = pool.bytes_allocated()
+    expanded = mock.patch.object(pq.ParquetFile, "iter_batches", side_effect=AssertionError)
+    with expanded, pytest.raises(DataError, match="holds more than"):
+        read_dataset(str(path))
+    assert pool.bytes_allocated() - before < MB
 
 
 def test_the_cap_can_be_raised(tmp_path, monkeypatch):

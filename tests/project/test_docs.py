@@ -205,6 +205,7 @@ def test_the_page_on_scale_names_what_exists():
         "--dtype",
         "--api-key",
         "--model",
+        "--served-model-name",
         "--rows",
         "--rounds",
     }

@@ -4,11 +4,15 @@ import ast
 import inspect
 import json
 import logging
+import os
 import sys
+from importlib.metadata import requires
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
+from packaging.requirements import Requirement
 
 import star_dss_plugin
 from star_dss_plugin import DataError, score_dataset
@@ -16,6 +20,7 @@ from star_dss_plugin.cli import app as cli
 from star_dss_plugin.guards.classifier import ClassifierGuard
 from star_dss_plugin.guards.presets import PRESETS
 from star_dss_plugin.guards.verdict import VerdictGuard
+from star_dss_plugin.scoring import on_ray
 from star_dss_plugin.training.sharding import Ranks
 
 PACKAGE = Path(star_dss_plugin.__file__).parent
@@ -117,6 +122,27 @@ def test_remote_code_is_never_the_default():
     for guard in (VerdictGuard, ClassifierGuard):
         assert inspect.signature(guard).parameters["trust_remote_code"].default is False
     assert not any("trust_remote_code" in preset.options for preset in PRESETS.values())
+
+
+HOLES = {"jinja2": "3.1.5", "filelock": "3.20.2", "ray": "2.51.9"}
+
+
+def test_versions_with_known_holes_are_not_accepted():
+    needed = [Requirement(line) for line in requires("star-dss-plugin")]
+    named = {one.name: one.specifier for one in needed if one.name in HOLES}
+    assert set(named) == set(HOLES)
+    for name, version in HOLES.items():
+        assert not named[name].contains(version), name
+
+
+@pytest.mark.parametrize(("given", "used"), [(None, "0"), ("1", "1")])
+def test_ray_reports_usage_only_if_that_is_switched_on(monkeypatch, given, used):
+    name = "RAY_USAGE_STATS_ENABLED"
+    monkeypatch.setenv(name, given or "")  # so that it is as it was afterwards
+    if given is None:
+        monkeypatch.delenv(name)
+    on_ray._connect(SimpleNamespace(init=lambda **options: None), None, 1)
+    assert os.environ[name] == used
 
 
 FULL = {"ranks": Ranks(), "estimator": "full", "needed": True, "projects": False}

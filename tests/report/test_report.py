@@ -364,6 +364,12 @@ def test_inspection_of_hostile_text(text):
     assert not re.search("[\x00\x07\x9b\u202e\ud800]|\x1b(?!\\[[0-9;]*m)", out)
 
 
+def test_a_guards_name_begins_no_line_of_an_inspection():
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(Inspection(data(response(), guard="a\nanother line"), 0))
+    assert console.export_text().startswith("Row 0, guard a␊another line\n")
+
+
 @pytest.fixture
 def folder(scored, tmp_path):
     scored.save_to_disk(str(tmp_path / "scored"))

@@ -12,7 +12,6 @@ import os
 import socket
 import tempfile
 import threading
-from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -20,7 +19,6 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict
-from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from star_dss_plugin.data.cache import ScoreCache
@@ -388,17 +386,3 @@ PLACES = {
     "cache-folders": Target(check_cache_folder, cache_folders, 40),
     "servers": Target(check_server, answers(), 60),
 }
-
-
-def count_outcomes(target, cases, number):
-    """Try so many inputs drawn from a seed; returns how often each outcome was there."""
-    found = Counter()
-
-    def check(one):
-        found[target.check(one)] += 1
-
-    some = settings(
-        max_examples=cases, deadline=None, database=None, suppress_health_check=list(HealthCheck)
-    )
-    some(seed(number)(given(target.inputs)(check)))()
-    return found

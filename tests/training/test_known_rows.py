@@ -30,11 +30,19 @@ def swapped(dataset):
     return dataset.remove_columns("star_scores").add_column("star_scores", moved)
 
 
+def replaced(dataset, change):
+    """Replace the scores by values of another type, which `map` would convert back."""
+    scores = [change(row) for row in dataset["star_scores"]]
+    return dataset.remove_columns("star_scores").add_column("star_scores", scores)
+
+
 CHANGES = {
     "all safe": edited("star_scores", lambda scores: [1.0] * len(scores)),
     "too large": edited("star_scores", lambda scores: [7.0] * len(scores)),
     "not a number": edited("star_scores", lambda scores: [float("nan")] * len(scores)),
     "permuted": swapped,
+    "texts": lambda dataset: replaced(dataset, lambda scores: list(map(str, scores))),
+    "in lists": lambda dataset: replaced(dataset, lambda scores: [[score] for score in scores]),
     "other tokens": edited("input_ids", lambda ids: [5] * len(ids)),
     "other labels": edited("labels", lambda labels: [-100, *labels[1:-1], -100]),
     "other reference": edited("ref_logps", lambda values: [x - 1 for x in values]),

@@ -1,0 +1,211 @@
+"""Ranks that were not given the same: all stop in words, or all are set up with the same.
+
+The ranks are threads of one process, each with a trainer of its own. They meet where processes
+would; one that ends lets the others find out, as a process group does.
+"""
+
+import tempfile
+import threading
+from unittest import mock
+
+from datasets import Dataset
+from hypothesis import strategies as st
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+from star_dss_plugin import attach, hookimpl
+from star_dss_plugin.data.columns import SCORES_COLUMN
+from star_dss_plugin.errors import StarDSSError
+from star_dss_plugin.plugins import Origin, load_plugins
+from star_dss_plugin.scoring.ranks import Share, waiting
+from star_dss_plugin.training.sharding import Ranks
+from support.fuzz_inputs import tokenizer
+from support.fuzz_scored import COLUMNS, scored
+from support.fuzzing import Target
+from support.guards import WordGuard
+from support.models import tiny_llama
+
+HANGS_SECONDS = 120
+"""Longer than any set-up takes: whoever waits for so long waits for ever."""
+
+
+class RankGuard(WordGuard):
+    """Scores as another version of a guard does, on the ranks that are told so."""
+
+    name = "rank-words"
+    here = threading.local()
+
+    def token_scores(self, responses):
+        unsafe = getattr(self.here, "unsafe", 0.1)
+        self.unsafe = unsafe
+        return super().token_scores(responses)
+
+    @property
+    def identity(self):
+        return {"kind": "words"}
+
+
+class RankPlugin:
+    @hookimpl
+    def star_dss_register_guards(self, register):
+        register(RankGuard.name, RankGuard, summary="a word list that differs between ranks")
+
+
+class Group:
+    """What the ranks of a run share."""
+
+    def __init__(self, size):
+        self.size = size
+        self.barrier = threading.Barrier(size, timeout=HANGS_SECONDS)
+        self.values = [None] * size
+
+    def meet(self):
+        with waiting():
+            self.barrier.wait()
+
+    def gather(self, rank, value):
+        self.values[rank] = value
+        self.meet()
+        found = list(self.values)
+        self.meet()
+        return found
+
+
+OPTIONS = {
+    "chunk_size": [1, 3],
+    "kl_coef": [0.0, 0.5],
+    "kl_estimator": ["k1", "k3"],
+    "loss_type": ["sft", "hard", "rejection", "static", "kl_only", "nll", "no such"],
+    "threshold": [0.2, 7],
+    "reference": ["copy", "none", "no such"],
+    "segmenter": ["words", "whole", "no such"],
+    "monotone": [True],
+    "unsafe_lookahead": [2],
+    "score_eval": [False],
+    "on_guard_error": ["unsafe"],
+    "trajectory": ["adaptive"],
+    "guard": [None, "demo", "no such", {"preset": "test-words", "word": "good"}],
+    "score_cache_dir": ["other"],
+    "kl_warmup_steps": [3],
+}
+ROWS = ["reversed", "fewer", "none", "other text", "column", "scored", "scored 1", "edited scores"]
+OTHER = ["weights", "guard", "no evaluation", "other evaluation", "machine", "bad row"]
+one_change = (
+    st.sampled_from([(name, value) for name, values in OPTIONS.items() for value in values])
+    | st.sampled_from([("rows", kind) for kind in ROWS])
+    | st.sampled_from([("other", kind) for kind in OTHER])
+)
+rank_changes = st.tuples(
+    st.sampled_from([2, 2, 3]),
+    st.lists(st.tuples(st.integers(0, 2), one_change), max_size=2),
+    st.booleans(),
+)
+
+
+def rows_of(kinds):
+    """Return what one rank was given as training set."""
+    rows = scored().to_list()
+    if "scored" not in kinds and "scored 1" not in kinds and "edited scores" not in kinds:
+        rows = [{k: v for k, v in row.items() if k != SCORES_COLUMN} for row in rows]
+    if "scored 1" in kinds:
+        rows = [{**row, SCORES_COLUMN: [1.0] * len(row["input_ids"])} for row in rows]
+    if "edited scores" in kinds:
+        rows[1][SCORES_COLUMN][-1] = 0.5
+    if "reversed" in kinds:
+        rows.reverse()
+    if "fewer" in kinds:
+        rows = rows[:-1]
+    if "none" in kinds:
+        rows = rows[:0]
+    if "other text" in kinds:
+        rows[0]["input_ids"][0] = 7
+    if "column" in kinds:
+        rows = [{**row, "id": i} for i, row in enumerate(rows)]
+    if "bad row" in kinds:
+        rows[2]["labels"] = rows[2]["labels"][:-1]
+    return Dataset.from_list(rows)
+
+
+def check_ranks(case):
+    """No rank trains with something else than the others, and none waits for ever."""
+    size, changes, together = case
+    if RankGuard.name not in load_plugins().names("guard"):
+        load_plugins().register(RankPlugin(), Origin("ranks", "star-dss-tests", "0"))
+    group, ends = Group(size), [None] * size
+    with tempfile.TemporaryDirectory() as folder:
+        trainers = [_trainer(folder, rank, size, changes) for rank in range(size)]
+        places = threading.local()
+
+        def of(accelerator, model):
+            rank = places.rank
+            share = Share(rank, size, group.meet) if together else Share(0, 1, group.meet)
+            return Ranks(share, lambda value: group.gather(rank, value))
+
+        def run(rank):
+            places.rank = rank
+            mine = [change for r, change in changes if r == rank]
+            RankGuard.here.unsafe = 0.8 if ("other", "guard") in mine else 0.1
+            cache = f"{folder}/cache" if together else f"{folder}/cache-{rank}"
+            if ("other", "machine") in mine or ("other", "guard") in mine:
+                cache = f"{folder}/cache-of-{rank}"
+            options = {"guard": RankGuard.name, "chunk_size": 2, "score_cache_dir": cache}
+            options |= {k: v for k, v in mine if k not in ("rows", "other")}
+            if options["score_cache_dir"] == "other":
+                options["score_cache_dir"] = f"{folder}/other"
+            try:
+                attach(trainers[rank], **options)
+                ends[rank] = "set up"
+            except BaseException as error:
+                ends[rank] = error
+                group.barrier.abort()
+
+        with mock.patch.object(Ranks, "of", of):
+            threads = [threading.Thread(target=run, args=(r,), daemon=True) for r in range(size)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(HANGS_SECONDS + 60)
+        for end in ends:
+            assert end is not None, "a rank waits for ever"
+            if end != "set up" and not isinstance(end, StarDSSError):
+                raise end
+        stopped = [end for end in ends if end != "set up"]
+        assert len(stopped) in (0, size), ends
+        if stopped:
+            # Those that only waited say so; somebody says what differs.
+            assert any("waited for the other processes" not in str(end) for end in stopped), ends
+            return "stopped"
+        _same(trainers)
+        return "set up alike"
+
+
+def _same(trainers):
+    first = trainers[0]
+    for trainer in trainers[1:]:
+        for name in COLUMNS:
+            assert list(trainer.train_dataset[name]) == list(first.train_dataset[name]), name
+        mine, its = first.star_dss_state, trainer.star_dss_state
+        assert mine.shaping == its.shaping
+        assert mine.reference.kind == its.reference.kind
+        assert mine.reference.fingerprint == its.reference.fingerprint
+
+
+def _trainer(folder, rank, size, changes):
+    mine = [change for r, change in changes if r == rank]
+    kinds = [kind for name, kind in mine if name in ("rows", "other")]
+    train = rows_of(kinds)
+    evaluation = scored().remove_columns(SCORES_COLUMN).select([0, 1])
+    if "other evaluation" in kinds:
+        evaluation = evaluation.select([1])
+    return Trainer(
+        tiny_llama(len(tokenizer()), seed="weights" in kinds),
+        args=TrainingArguments(
+            f"{folder}/out", report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True
+        ),
+        train_dataset=train,
+        eval_dataset=None if "no evaluation" in kinds else evaluation,
+        data_collator=DataCollatorForSeq2Seq(tokenizer()),
+        processing_class=tokenizer(),
+    )
+
+
+RANKS = {"ranks": Target(check_ranks, rank_changes, 12)}
