@@ -8,13 +8,15 @@ which all contenders take their turn.
 "Plain" renders a conversation with its chat template and tokenizes the text, as a trainer must in
 any case. "Prepared" is all that STAR-DSS does until a guard is asked: labels, responses, contexts,
 chunks. Two more parts show that time grows with the length of the data and not faster: long
-conversations cut to 256 tokens, and one long response; and one that processes give the same.
+conversations cut to 256 tokens, and one long response; and one that two processes give the same
+as one, with what they take by the number of rows.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import resource
 import time
 from collections.abc import Callable
 from functools import partial
@@ -107,14 +109,38 @@ def lengths(chat: ChatTokenizer) -> None:
 
 
 def processes(chat: ChatTokenizer, count: int) -> None:
-    """Print wall-clock time by the number of processes, and whether they read the same."""
-    dataset = Dataset.from_list([{"messages": talk} for talk in conversations(count)])
-    alone = read_responses(dataset, chat, HOW).responses
-    for number in (1, 2):
-        begin = time.perf_counter()
-        found = read_responses(dataset, chat, HOW, num_proc=number).responses
-        taken = time.perf_counter() - begin
-        print(f"{number} processes: {taken:.2f} s for {count} rows, same: {found == alone}")
+    """Print what two processes take by the number of rows, as multiples of what one takes.
+
+    Wall-clock time depends on what else the machine does. "CPU" is the least that it can be: what
+    the first process does alone, and half of what the two do.
+    """
+    for rows in (count // 3, count, 3 * count, 10 * count):
+        dataset = Dataset.from_list([{"messages": talk} for talk in conversations(rows)])
+        wall: dict[int, list[float]] = {1: [], 2: []}
+        least: dict[int, list[float]] = {1: [], 2: []}
+        found = {}
+        for _ in range(ROUNDS):
+            for number in wall:
+                begin, own, other = time.perf_counter(), time.process_time(), _of_children()
+                found[number] = read_responses(dataset, chat, HOW, num_proc=number)
+                wall[number].append(time.perf_counter() - begin)
+                own, other = time.process_time() - own, _of_children() - other
+                least[number].append(own + other / number)
+        ratios = [median(taken[2]) / median(taken[1]) for taken in (wall, least)]
+        same = (
+            found[1].responses == found[2].responses
+            and found[1].dataset.data.table == found[2].dataset.data.table
+        )
+        print(
+            f"{rows} rows by two processes: {ratios[0]:.2f} x the time, "
+            f"{ratios[1]:.2f} x by CPU, same: {same}"
+        )
+
+
+def _of_children() -> float:
+    """Return the CPU seconds of processes that were started and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def main() -> None:

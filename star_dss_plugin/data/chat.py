@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +20,7 @@ from star_dss_plugin.data.decoding import (
 )
 from star_dss_plugin.errors import DataError
 
-__all__ = ["ChatTokenizer", "Encoded"]
+__all__ = ["ChatTokenizer", "Encoded", "same_beginning", "whole_text"]
 
 _PROBE = "\ue0f0{}\ue0f1"  # private-use characters: no template looks for them
 
@@ -33,11 +34,14 @@ class Encoded:
         starts: First character of each token; never decreasing.
         ends: One past the last character of each token. Tokens that share a character all reach to
             its end.
+        exact: Whether each token's bytes are known to spell its characters, none of which is spread
+            over several tokens.
     """
 
     ids: list[int]
     starts: list[int]
     ends: list[int]
+    exact: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,39 +94,88 @@ class ChatTokenizer:
         Raises:
             DataError: The text holds a lone surrogate, which no tokenizer takes.
         """
-        text = _whole(text)
-        if not self.tokenizer.is_fast:
-            ids = list(self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
-            _, ends, _ = token_boundaries(self.tokenizer, ids)
-            return Encoded(ids, [0, *ends[:-1]] if ends else [], ends)
+        (found,) = self.encode_all([text], add_special_tokens=add_special_tokens)
+        return found
+
+    def encode_all(
+        self, texts: Sequence[str], *, add_special_tokens: bool = False
+    ) -> list[Encoded]:
+        """Tokenize texts as `encode` does one; several at once take less time.
+
+        Raises:
+            DataError: A text holds a lone surrogate.
+        """
+        texts = [whole_text(text) for text in texts]
+        if not self._fast:
+            return [self._one(text, add_special_tokens) for text in texts]
+        # What the tokenizer's own call does, without what it makes for models.
         backend = self.tokenizer.backend_tokenizer
-        if self._direct and backend.truncation is None and backend.padding is None:
-            # What the tokenizer's own call does, without what it makes for models.
-            if spells_bytes(self.tokenizer):
-                # Places follow from the bytes at a fraction of what the tokenizer takes for them.
-                ids = self._fast_ids(text, add_special_tokens)
-                places = byte_places(self.tokenizer, ids, text)
-                if places is not None and (places[1] or [0])[-1] == len(text):
-                    return Encoded(ids, *places)
-            found = backend.encode(text, add_special_tokens=add_special_tokens)
-            return _encoded(text, found.ids, found.offsets)
-        made = self.tokenizer(
-            text, add_special_tokens=add_special_tokens, return_offsets_mapping=True
+        if not spells_bytes(self.tokenizer):
+            batch = backend.encode_batch(texts, add_special_tokens=add_special_tokens)
+            made = zip(texts, batch, strict=True)
+            return [_encoded(text, found.ids, found.offsets) for text, found in made]
+        # Places follow from the bytes at a fraction of what the tokenizer takes for them.
+        batch = backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+        encoded = []
+        for text, found in zip(texts, batch, strict=True):
+            ids = found.ids
+            places = byte_places(self.tokenizer, ids, text)
+            if places is not None and (places[1] or [0])[-1] == len(text):
+                encoded.append(Encoded(ids, *places))
+            else:
+                again = backend.encode(text, add_special_tokens=add_special_tokens)
+                encoded.append(_encoded(text, again.ids, again.offsets))
+        return encoded
+
+    def _one(self, text: str, add_special_tokens: bool) -> Encoded:
+        """Tokenize a text by the tokenizer's own call."""
+        if self.tokenizer.is_fast:
+            made = self.tokenizer(
+                text, add_special_tokens=add_special_tokens, return_offsets_mapping=True
+            )
+            return _encoded(text, list(made["input_ids"]), made["offset_mapping"])
+        ids = list(self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+        _, ends, _ = token_boundaries(self.tokenizer, ids)
+        return Encoded(ids, [0, *ends[:-1]] if ends else [], ends)
+
+    def begins_like(self, encoded: Encoded, text: str, question: str) -> int:
+        """Return how many first tokens a text and another text share.
+
+        Args:
+            encoded: The tokens of `text`.
+            text: A rendered conversation.
+            question: What may be its beginning, up to where an answer begins.
+
+        Raises:
+            DataError: `question` holds a lone surrogate.
+        """
+        at = len(question) - len(self.header)
+        opening = self._opening if self._fast else []
+        if opening and question.endswith(self.header) and text.startswith(question):
+            # A control token parts what is before it from what is behind it: of the question, the
+            # header alone can be other tokens than in the conversation.
+            n = bisect_left(encoded.starts, at)
+            if n < len(encoded.ids) and (encoded.starts[n], encoded.ids[n]) == (at, opening[0]):
+                return n + same_beginning(encoded.ids[n : n + len(opening)], opening)
+        return same_beginning(encoded.ids, self.encode(question).ids)
+
+    @cached_property
+    def _opening(self) -> list[int]:
+        """The tokens of the header; none if it does not begin with a token that parts texts."""
+        ids = self.encode(self.header).ids
+        first = added_tokens(self.tokenizer).get(ids[0]) if ids else None
+        parts = first is not None and not (
+            first.normalized or first.lstrip or first.rstrip or first.single_word
         )
-        return _encoded(text, list(made["input_ids"]), made["offset_mapping"])
+        return ids if parts else []
 
-    def rendered_ids(self, text: str) -> list[int]:
-        """Return the tokens of a rendered conversation, as `encode` does without their places."""
-        backend = self.tokenizer.backend_tokenizer if self.tokenizer.is_fast else None
-        if backend is None or not self._direct or backend.truncation or backend.padding:
-            return self.encode(text).ids
-        return self._fast_ids(_whole(text), False)
-
-    def _fast_ids(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Return the backend's tokens of a text, for which it computes no places."""
+    @property
+    def _fast(self) -> bool:
+        """Whether the tokenizer's backend can be called in place of the tokenizer."""
+        if not self.tokenizer.is_fast:
+            return False
         backend = self.tokenizer.backend_tokenizer
-        (found,) = backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        return list(found.ids)
+        return self._direct and backend.truncation is None and backend.padding is None
 
     @cached_property
     def _direct(self) -> bool:
@@ -141,7 +194,7 @@ class ChatTokenizer:
         Raises:
             DataError: The text holds a lone surrogate.
         """
-        return list(self.tokenizer(_whole(text))["input_ids"])
+        return list(self.tokenizer(whole_text(text))["input_ids"])
 
     @cached_property
     def special(self) -> frozenset[int]:
@@ -229,7 +282,13 @@ def _common(one: str, two: str) -> str:
     return one[:n]
 
 
-def _whole(text: str) -> str:
+def same_beginning(one: Sequence[int], two: Sequence[int]) -> int:
+    """Return how many first tokens two texts share."""
+    most = min(len(one), len(two))
+    return next((i for i in range(most) if one[i] != two[i]), most)
+
+
+def whole_text(text: str) -> str:
     """Return a text that tokenizers take.
 
     Raises:

@@ -48,12 +48,13 @@ def with_column(dataset: Dataset, name: str, column: Sequence[Any], feature: Any
     if name in dataset.column_names:
         dataset = dataset.remove_columns(name)
     digest = hashlib.sha256(f"{dataset._fingerprint}:{name}:{feature}".encode())
+    made = []
     for values in column:
         array = np.asarray(values)
         digest.update(f"{array.dtype}:{array.shape}".encode() + array.tobytes())
-    return dataset.add_column(
-        name, list(column), new_fingerprint=digest.hexdigest()[:16], feature=feature
-    )
+        # Arrow takes arrays of numbers several times faster than lists.
+        made.append(array if array.dtype.kind in "biuf" else values)
+    return dataset.add_column(name, made, new_fingerprint=digest.hexdigest()[:16], feature=feature)
 
 
 def without_marks(dataset: Dataset) -> Dataset:

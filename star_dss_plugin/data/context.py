@@ -100,7 +100,7 @@ class RowReader:
         turns = placed.turns(start, end) if placed is not None else ()
         if placed is None or not turns:
             return self._raw(start, *self._bare(start, end))
-        text, ends, complete = token_boundaries(
+        text, ends, complete = placed.boundaries(start, end) or token_boundaries(
             self._chat.tokenizer, self._ids[start:end], placed.text(start, end)
         )
         said, new_ends = _joined(text, ends, placed.inside(turns, start, end, text, ends))
@@ -160,9 +160,11 @@ def _place_bytes(chat: ChatTokenizer, ids: Sequence[int], row: Mapping[str, Any]
     for skipped in (0, 1) if bos is not None and ids[:1] == [bos] else (0,):
         places = byte_places(chat.tokenizer, ids[skipped:], text)
         if places is not None:
+            starts, ends, exact = places
             head = [0] * skipped
+            exact = exact and not skipped
             return _Placed(
-                layout, source, Encoded(list(ids), head + places[0], head + places[1]), True
+                layout, source, Encoded(list(ids), head + starts, head + ends, exact), True
             )
     return None
 
@@ -182,7 +184,8 @@ def _place(chat: ChatTokenizer, ids: Sequence[int], made: Tokenized) -> _Placed 
                 first = full.starts[start] if start < len(full.starts) else 0
                 starts, ends = full.starts[cut], full.ends[cut]
                 head = [first] * skipped
-                places = Encoded(list(ids), head + starts, head + ends)
+                exact = full.exact and not skipped
+                places = Encoded(list(ids), head + starts, head + ends, exact)
                 return _Placed(made.layout, made.source, places, start == 0)
     # The same text in other tokens: hosts may tokenize it in pieces.
     text, reached, _ = token_boundaries(chat.tokenizer, ids)
@@ -211,6 +214,14 @@ class _Placed:
     def text(self, start: int, end: int) -> str:
         """Return the text that some tokens stand for."""
         return self.layout.text[self.places.starts[start] : self.places.ends[end - 1]]
+
+    def boundaries(self, start: int, end: int) -> tuple[str, list[int], list[bool]] | None:
+        """Return what `token_boundaries` does for some tokens; None if it has to be asked."""
+        if not self.places.exact:
+            return None
+        first = self.places.starts[start]
+        ends = [reached - first for reached in self.places.ends[start:end]]
+        return self.text(start, end), ends, [True] * len(ends)
 
     def turns(self, start: int, end: int) -> tuple[Turn, ...]:
         """Return the turns that some tokens are of; none if others speak in these tokens too.

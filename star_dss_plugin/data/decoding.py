@@ -112,7 +112,7 @@ def spells_bytes(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def byte_places(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: str
-) -> tuple[list[int], list[int]] | None:
+) -> tuple[list[int], list[int], bool] | None:
     """Return where tokens lie in a text that begins with theirs, from their bytes alone.
 
     Args:
@@ -122,7 +122,8 @@ def byte_places(
 
     Returns:
         For each token its first character and one past its last one; tokens that share a character
-        all have it. None if their bytes are not known, or not those that the text begins with.
+        all have it. Then whether there are no such tokens. None if their bytes are not known, or
+        not those that the text begins with.
     """
     table = _table(tokenizer)
     if not table.of_letters:
@@ -136,9 +137,10 @@ def byte_places(
         return None
     ends = list(accumulate(map(_BEGINS, parts)))
     starts = [0, *ends[:-1]] if ends else []
-    if any(map(_INSIDE, parts)):
+    shared = any(map(_INSIDE, parts))
+    if shared:
         starts = [n - inside for n, (_, _, inside) in zip(starts, parts, strict=True)]
-    return starts, ends
+    return starts, ends, not shared
 
 
 _BYTES, _BEGINS, _INSIDE = itemgetter(0), itemgetter(1), itemgetter(2)

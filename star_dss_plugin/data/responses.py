@@ -99,6 +99,8 @@ def find_responses(
     segmenter: Segmenter,
     chunk_size: int,
     made: Tokenized | None = None,
+    *,
+    checked: bool = False,
 ) -> list[Response]:
     """All responses of a tokenized row.
 
@@ -109,12 +111,13 @@ def find_responses(
         segmenter: Where chunks end.
         chunk_size: M, in the segmenter's units.
         made: What `read_row` returns for the row, if that is known.
+        checked: Whether `tokens_of` has accepted the row, or `labelled` has made it.
 
     Raises:
         DataError: `input_ids` or `labels` are no tokens, they differ in length, or a label is not
             its token.
     """
-    ids, labels = tokens_of(row)
+    ids, labels = (row["input_ids"], row["labels"]) if checked else tokens_of(row)
     reader = RowReader(chat, ids, row, made)
     return [
         _response(reader.read(start, end), start, end, segmenter, chunk_size)

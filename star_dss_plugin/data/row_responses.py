@@ -23,7 +23,7 @@ from star_dss_plugin.data.rows import (
     plain_rows,
     with_labels,
 )
-from star_dss_plugin.data.tokenization import labelled, read_row
+from star_dss_plugin.data.tokenization import Tokenized, labelled, read_rows
 from star_dss_plugin.logprobs import IGNORE_INDEX
 from star_dss_plugin.segmenters import Segmenter
 
@@ -154,21 +154,23 @@ def _forked(start: int) -> list[_Read]:
 def _piece(
     dataset: Dataset, chat: ChatTokenizer, options: RowOptions, start: int
 ) -> Iterator[_Read]:
-    raw = "input_ids" not in dataset.column_names
-    rows = plain_rows(dataset) if raw else known_rows(dataset)
-    read = _read_raw if raw else _read_tokenized
-    for i, row in enumerate(rows, start):
-        yield in_row(i, read, row, chat, options)
+    if "input_ids" in dataset.column_names:
+        for i, row in enumerate(known_rows(dataset), start):
+            yield in_row(i, _read_tokenized, row, chat, options)
+        return
+    only = options.assistant_only_loss
+    made = read_rows(plain_rows(dataset), chat, assistant_only_loss=only)
+    for i in range(start, start + len(dataset)):
+        yield in_row(i, _read_raw, in_row(i, next, made), chat, options)
 
 
-def _read_raw(row: Mapping[str, Any], chat: ChatTokenizer, options: RowOptions) -> _Read:
-    made = read_row(row, chat, assistant_only_loss=options.assistant_only_loss)
+def _read_raw(made: Tokenized, chat: ChatTokenizer, options: RowOptions) -> _Read:
     tokens = labelled(made, options.max_length, keep_end=options.keep_end)
     ids, labels = tokens["input_ids"], tokens["labels"]
     silent = ""
     if labels.count(IGNORE_INDEX) == len(labels):
         silent = _CUT if made.trained and any(made.trained) else _SILENT
-    found = find_responses(tokens, chat, options.segmenter, options.chunk_size, made)
+    found = find_responses(tokens, chat, options.segmenter, options.chunk_size, made, checked=True)
     return _Read(ids, labels, False, found, silent, made.rendered)
 
 
@@ -176,7 +178,7 @@ def _read_tokenized(row: Mapping[str, Any], chat: ChatTokenizer, options: RowOpt
     labels, narrowed, made = own_labels(row, chat)
     silent = _MASKED if labels.count(IGNORE_INDEX) == len(labels) else ""
     row = {**row, "labels": labels}
-    found = find_responses(row, chat, options.segmenter, options.chunk_size, made)
+    found = find_responses(row, chat, options.segmenter, options.chunk_size, made, checked=True)
     return _Read(row["input_ids"], labels, narrowed, found, silent, False)
 
 

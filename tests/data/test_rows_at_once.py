@@ -1,0 +1,170 @@
+"""Reading several rows at once: what is quick gives what one row alone, step by step, gives."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken
+
+sys.path.insert(0, str(Path(__file__).parent))
+from template_forms import FORMS, QUESTION, TALKS, chat_of
+from test_segments import sentencepiece_like
+
+from star_dss_plugin import DataError
+from star_dss_plugin.data import tokenization
+from star_dss_plugin.data.chat import ChatTokenizer, same_beginning
+from star_dss_plugin.data.context import _place
+from star_dss_plugin.data.decoding import token_boundaries
+from star_dss_plugin.data.tokenization import read_row, read_rows
+
+PARTS = [
+    "ok",
+    " ",
+    "\n",
+    "é",
+    "👩‍👩‍👧",
+    "e\u0301",
+    "<|im_end|>",
+    "assistant",
+    "one more",
+    "<think>",
+    "日本",
+]
+contents = st.lists(st.sampled_from(PARTS), min_size=1, max_size=6).map("".join)
+
+
+def answer(text):
+    return {"role": "assistant", "content": text}
+
+
+MIXED = [
+    {"messages": TALKS["an answer"]},
+    {"prompt": [QUESTION], "completion": [answer("four é 👩‍👩‍👧")]},
+    {"prompt": "2 + 2?", "completion": " four"},
+    {"text": "one text"},
+    {"text": "another"},
+    {"messages": [QUESTION, answer("It is four. " * 40)]},
+]
+
+
+@pytest.fixture(scope="module", params=["bytes", "bpe", "unigram"])
+def chat(request, tokenizer):
+    if request.param == "bytes":
+        return ChatTokenizer(tokenizer)
+    return ChatTokenizer(sentencepiece_like(request.param), tokenizer.chat_template)
+
+
+@pytest.mark.parametrize(("rows", "characters"), [(64, 1 << 18), (2, 1 << 18), (64, 100), (1, 1)])
+def test_rows_at_once_are_each_row(chat, monkeypatch, rows, characters):
+    alone = [read_row(row, chat) for row in MIXED]
+    monkeypatch.setattr(tokenization, "_AT_ONCE", rows)
+    monkeypatch.setattr(tokenization, "_CHARACTERS_AT_ONCE", characters)
+    assert list(read_rows(MIXED, chat)) == alone
+
+
+def test_long_rows_do_not_wait_for_each_other(chat, monkeypatch):
+    """Memory: no call gets more than the bound, and one row."""
+    most = []
+    real = ChatTokenizer.encode_all
+
+    def watched(self, texts, **kwargs):
+        most.append(sum(map(len, texts[:-1])))
+        return real(self, texts, **kwargs)
+
+    monkeypatch.setattr(ChatTokenizer, "encode_all", watched)
+    monkeypatch.setattr(tokenization, "_CHARACTERS_AT_ONCE", 1000)
+    made = list(read_rows([{"messages": [QUESTION, answer("ok " * 100)]}] * 20, chat))
+    assert len(made) == 20
+    assert 0 < max(most) < 1000
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"messages": [QUESTION, answer("half a \ud83d character")]},
+        {"prompt": "half \ud83d", "completion": "ok"},
+        {"prompt": [{"role": "user", "content": "\ud83d"}], "completion": [answer("ok")]},
+        {"messages": []},
+        {"other": "column"},
+    ],
+)
+def test_the_first_bad_row_stops_behind_the_rows_before_it(chat, bad):
+    later = {"messages": [{"role": "human", "content": "hi"}]}
+    made = read_rows([*MIXED, bad, *MIXED, later], chat)
+    before = [next(made) for _ in MIXED]
+    assert before == [read_row(row, chat) for row in MIXED]
+    with pytest.raises(DataError) as alone:
+        read_row(bad, chat)
+    with pytest.raises(DataError) as found:
+        next(made)
+    assert str(found.value) == str(alone.value)
+
+
+_CHATS: dict[str, ChatTokenizer] = {}
+
+
+@settings(max_examples=120, deadline=None)
+@given(st.sampled_from(list(FORMS)), contents, contents, st.integers(0, 12))
+def test_a_completion_begins_where_its_prompts_tokens_end(name, asked, said, cut):
+    """The slow twin tokenizes the prompt as well."""
+    chat = _CHATS.setdefault(name, chat_of(name))
+    prompt = [{"role": "user", "content": asked}]
+    text = chat.render([*prompt, answer(said)])
+    question = chat.render(prompt, add_generation_prompt=True)
+    question = question[: len(question) - cut]
+    encoded = chat.encode(text)
+    slowly = same_beginning(encoded.ids, chat.encode(question).ids)
+    assert chat.begins_like(encoded, text, question) == slowly
+
+
+def watch(monkeypatch):
+    """The texts that are tokenized."""
+    texts = []
+    real = ChatTokenizer.encode_all
+
+    def watched(self, given, **kwargs):
+        texts.extend(given)
+        return real(self, given, **kwargs)
+
+    monkeypatch.setattr(ChatTokenizer, "encode_all", watched)
+    return texts
+
+
+@pytest.mark.parametrize("way", [{}, {"lstrip": True}, {"rstrip": True}, {"normalized": True}])
+def test_a_prompt_is_not_tokenized_again_where_a_token_parts_it(monkeypatch, way):
+    name = "Llama 3: headers"
+    chat = chat_of(name)
+    backend = chat.tokenizer.backend_tokenizer
+    backend.add_special_tokens([AddedToken("<|start_header_id|>", special=True, **way)])
+    row = {"prompt": [{"role": "user", "content": "2 + 2? "}], "completion": [answer("four")]}
+    read_row(row, chat)
+    texts = watch(monkeypatch)
+    made = read_row(row, chat)
+    question = chat.render(row["prompt"], add_generation_prompt=True)
+    parts = not any(way.values())
+    assert (question in texts) is not parts
+    first = same_beginning(made.encoded.ids, chat.encode(question).ids)
+    assert made.trained == [n >= first for n in range(len(made.trained))]
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.sampled_from(list(FORMS)), st.lists(contents, min_size=2, max_size=4), st.data())
+def test_what_a_run_says_follows_from_places(name, said, data):
+    """The slow twin joins the bytes of the run's own tokens."""
+    chat = _CHATS.setdefault(name, chat_of(name))
+    roles = ["user", "assistant"] * 2
+    messages = [{"role": r, "content": c} for r, c in zip(roles, said, strict=False)]
+    made = read_row({"messages": messages}, chat, whole_completion=False)
+    count = len(made.encoded.ids)
+    placed = _place(chat, made.encoded.ids, made)
+    if placed is None:
+        return  # the template rewrites what is said
+    start = data.draw(st.integers(0, count - 1))
+    end = data.draw(st.integers(start + 1, count))
+    found = placed.boundaries(start, end)
+    shared = any(a == b for a, b in zip(made.encoded.starts, made.encoded.starts[1:], strict=False))
+    assert (found is None) == shared
+    if found is not None:
+        assert found == token_boundaries(chat.tokenizer, made.encoded.ids[start:end])
