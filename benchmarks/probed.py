@@ -17,10 +17,11 @@ other programs hardly change.
   mixed   labelled safe and harmful responses that the guard was not trained on, and all onset rows
   onset   of these, responses that refuse and then comply
 
-The ratios come twice: for these rows, whose sample is asked every prefix, and for the responses
-outside of it alone, which is what more data of the same kind costs. Coverage is the share of the
-probe's scores within the tolerance of the exact ones, over all responses outside of the sample:
-what a run promises from held-out responses, here measured.
+The ratios come twice: for these rows with what the probe is learned from, and without it, which is
+what more data of the same kind costs. All other columns are of responses outside of the sample.
+Coverage is the share of the probe's scores within the tolerance of the exact ones: what a run
+promises from held-out responses, here measured. The guard's AUROC is that of its scores of whole
+responses.
 
 --count needs no guard, only its tokenizer and template: it counts the tokens that each way would
 compute, for the share of prefixes that are asked, and says how much data it takes to save so much.
@@ -39,11 +40,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from sklearn.metrics import roc_auc_score
 
 from star_dss_plugin import load_guard
 from star_dss_plugin.data.chat import ChatTokenizer
@@ -53,14 +56,16 @@ from star_dss_plugin.data.responses import find_responses
 from star_dss_plugin.data.tokenization import tokenize_row
 from star_dss_plugin.engines.shared_prefix.tree import grow
 from star_dss_plugin.guards.base import Guard
-from star_dss_plugin.guards.probing.guard import probing
+from star_dss_plugin.guards.probing.guard import ProbingGuard, probing
+from star_dss_plugin.guards.probing.learned import Learned
 from star_dss_plugin.guards.prompting.template import GuardTemplate
-from star_dss_plugin.scoring.probed import POOL, ProbedTrajectories
+from star_dss_plugin.scoring.probed import POOL, STRIDE, Pool, ProbedTrajectories
 from star_dss_plugin.segmenters import tokens
 from star_dss_plugin.smollm2 import load_smollm2
 
 BENIGN = ("gsm8k_small", "attack_mix")
-MIXED = ("guard_test_A", "guard_dev")
+TEST = "guard_test_A"
+MIXED = (TEST, "guard_dev")
 ONSET = "guard_onset_test"
 
 
@@ -69,10 +74,15 @@ def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+@cache
+def chat_tokenizer() -> ChatTokenizer:
+    _, tokenizer = load_smollm2()
+    return ChatTokenizer(tokenizer)
+
+
 def requests(rows: Sequence[Mapping[str, Any]], chunk: int) -> dict[str, PrefixRequest]:
     """Return what is asked about responses, by key; doubles once."""
-    _, tokenizer = load_smollm2()
-    chat, found = ChatTokenizer(tokenizer), {}
+    chat, found = chat_tokenizer(), {}
     for row in rows:
         messages = [
             {"role": "user", "content": row["prompt"]},
@@ -104,9 +114,20 @@ class Cost:
 
 
 class Parts(ProbedTrajectories):
-    """Count apart what responses outside of the sample cost."""
+    """Count apart what scoring with the probe costs, and remember who is in the sample."""
 
     rest: ClassVar[Cost]
+    sample: ClassVar[set[str]]
+
+    def _fitted(
+        self,
+        guard: ProbingGuard,
+        pool: Pool,
+        sample: Mapping[str, Trajectory],
+        weights: Mapping[str, float],
+    ) -> Learned:
+        type(self).sample = set(sample)
+        return super()._fitted(guard, pool, sample, weights)
 
     def plainly(self, guard: Guard) -> tuple[dict[str, Trajectory], set[str]]:
         with self.rest.counted():
@@ -121,7 +142,7 @@ def measured(guard: Guard, asked: Mapping[str, PrefixRequest]) -> tuple[Parts, A
     with tempfile.TemporaryDirectory() as root:
         places = dict.fromkeys(asked, 0)
         asking = Parts(asked, places, Path(root), progress=False, strict=True)
-        Parts.rest = Cost(verdict)
+        Parts.rest, Parts.sample = Cost(verdict), set()
         with cost.counted():
             found = asking.trajectories(guard)
     return asking, found, cost
@@ -142,11 +163,20 @@ def compared(
     }
 
 
-def ratios(exact: Cost, probed: Cost, share: float = 1.0) -> str:
-    """Return how many times as many tokens and as much time a share of `exact` is."""
+def auroc(args: argparse.Namespace, exact: Mapping[str, Trajectory]) -> str:
+    """Return the AUROC of scores of whole responses, those of them that are in `TEST`."""
+    rows = rows_of(args.data, TEST)
+    labels = {key: row["label"] for row in rows for key in requests([row], args.chunk)}
+    keys = [key for key in exact if key in labels]
+    found = roc_auc_score([labels[key] for key in keys], [exact[key].scores[-1] for key in keys])
+    return f"the guard's AUROC on {len(keys)} responses of {TEST} is {found:.3f}"
+
+
+def ratios(exact: Cost, probed: Cost) -> str:
+    """Return how many times as many tokens and as much time `exact` takes."""
     return (
-        f"{share * exact.tokens / max(1, probed.tokens):.1f} | "
-        f"{share * exact.seconds / max(1e-9, probed.seconds):.1f}"
+        f"{exact.tokens / max(1, probed.tokens):.1f} | "
+        f"{exact.seconds / max(1e-9, probed.seconds):.1f}"
     )
 
 
@@ -206,11 +236,12 @@ def counted(args: argparse.Namespace) -> None:
         for count in counts:
             cells = []
             for share in shares:
-                sample = args.sample * exact + POOL * args.sample * (trunk_tokens + tail)
+                # Of the pool once; of the sample every fourth prefix, and its states.
+                sample = POOL * (trunk_tokens + tail) + 2 * trunk_tokens + each * tail / STRIDE
                 # A response of which prefixes are asked is read again for them.
                 again = trunk_tokens * (1 - (1 - share) ** each)
-                rest = (count - args.sample) * (trunk_tokens + share * each * tail + again)
-                cells.append(f"{count * exact / (sample + rest):.1f}")
+                rest = count * (trunk_tokens + share * each * tail + again)
+                cells.append(f"{count * exact / (args.sample * sample + rest):.1f}")
             print(f"| {name} | {own:.0f} | {count:,} | " + " | ".join(cells) + " |", flush=True)
 
 
@@ -235,7 +266,7 @@ def scoring(args: argparse.Namespace, description: dict[str, Any]) -> None:
         f"chunks of {args.chunk}, probe_sample {args.sample}, probe_tolerance {args.tolerance}"
     )
     print(
-        "| data | responses | tokens ÷ | time ÷ | outside of the sample: tokens ÷ | time ÷ |",
+        "| data | responses | tokens ÷ | time ÷ | without learning: tokens ÷ | time ÷ |",
         end="",
     )
     print(" asked | coverage | mean | largest |")
@@ -246,16 +277,18 @@ def scoring(args: argparse.Namespace, description: dict[str, Any]) -> None:
         _, exact, full = measured(guard, asked)
         asking, probed, less = measured(probing(guard, args.sample, args.tolerance, 0.5), asked)
         guard.close()
-        outside = [key for key in asked if probed[key].asked is not None]
-        prefixes = sum(len(asked[key].ends) for key in asked)
-        share = sum(len(asked[key].ends) for key in outside) / prefixes
-        costs = f"{ratios(full, less)} | {ratios(full, asking.rest, share)}"
-        print(line(name, len(asked), costs, compared(exact, probed, args.tolerance)))
+        outside = [key for key in asked if key not in Parts.sample]
+        parts = ({key: found[key] for key in outside} for found in (exact, probed))
+        costs = f"{ratios(full, less)} | {ratios(full, asking.rest)}"
+        print(line(name, len(asked), costs, compared(*parts, args.tolerance)))
         if name == "mixed":
-            parts = ({key: found[key] for key in onset} for found in (exact, probed))
+            parts = (
+                {key: found[key] for key in outside if key in onset} for found in (exact, probed)
+            )
             costs = " | ".join(["–"] * 4)
             print(line("onset", len(onset), costs, compared(*parts, args.tolerance)))
-        print(f"{name}: exact {full}; probed {less}, {asking.rest} of it outside of the sample")
+            print(auroc(args, exact))
+        print(f"{name}: exact {full}; probed {less}, {asking.rest} of it without learning")
         print(f"{name}: {asking.notes}", flush=True)
 
 

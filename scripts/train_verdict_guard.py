@@ -10,23 +10,28 @@ template is that of Qwen3Guard-Gen. OUTPUT gets the whole guard, ready to be nam
 
 Every response is judged whole, and every third one also after a part of it, since a guard that
 scores chunks reads prefixes. Prefixes of safe responses are safe; those of harmful ones weigh the
-less the shorter they are. Only MIT, Apache-2.0 and CC-BY-4.0 rows are used.
+less the shorter they are. Only MIT, Apache-2.0 and CC-BY-4.0 rows are used, and only their labels.
 
-The template's words behind the answer are three quarters of a prompt. So the guard first learns
-without them, with the verdict right behind the answer; then it learns to give the same verdicts
-behind them, from a part of the rows. The state with the best AUROC on guard_dev is kept;
-guard_test_A serves for the figures alone. Seeds are fixed.
+What makes it cheap: the adapter changes the upper blocks only, so the states below them are
+computed once and kept for all epochs. The policy, with which all prompts begin, is run once in some
+steps. And the template's words behind the answer are three quarters of the rest, so the guard first
+learns without them, with the verdict right behind the answer; then it learns to give the same
+verdicts behind them, from a part of the rows. The state with the best AUROC on guard_dev, with
+whole prompts, is kept, and written at once; guard_test_A serves for the figures alone. Seeds are
+fixed.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import hashlib
 import json
 import random
 import statistics
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,8 +45,10 @@ from peft import (
 )
 from safetensors.torch import save_file
 from sklearn.metrics import roc_auc_score
-from transformers import DynamicCache, set_seed
+from torch import Tensor
+from transformers import AttentionInterface, set_seed
 
+from star_dss_plugin.engines.shared_prefix.recording import recording
 from star_dss_plugin.guards.prompting.template import GuardTemplate
 from star_dss_plugin.smollm2 import load_smollm2
 
@@ -49,13 +56,15 @@ OPEN = ("MIT", "Apache-2.0", "CC-BY-4.0")
 PREFILL, VERDICTS = "Safety:", (" Unsafe", " Safe")
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SEED = 3
-BATCH, RATE, WARMUP = 16, 5e-4, 20
-RANK = 8
-LINEAR = ["q_proj", "v_proj", "o_proj", "down_proj"]
-QUESTION, ANSWER = 240, 480  # characters that are read of each in training
+BATCH = 16
+RATE, RATE_WHOLE = 3e-4, 2e-4  # highest, after a tenth of the steps of each kind of prompt
+RANK = 16
+LINEAR = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+QUESTION, ANSWER = 160, 320  # characters that are read of each in training
 HEAD_EVERY = 4  # steps after which the states of the policy are computed again
 CHECKS = 2  # how often the state is measured while whole prompts are learned
 MASS = 0.2  # weight of what makes it answer with one of its words at all
+ATTENTION = "verdict_training"
 
 
 class Example(NamedTuple):
@@ -66,11 +75,26 @@ class Example(NamedTuple):
     weight: float
 
 
+class Known(NamedTuple):
+    """Hold an example and its states below the blocks that learn, (tokens, size)."""
+
+    states: Tensor
+    label: int
+    weight: float
+
+
 def rows_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def examples(rows: list[dict[str, Any]], template: GuardTemplate, *, tail: bool) -> list[Example]:
+def examples(
+    rows: list[dict[str, Any]],
+    template: GuardTemplate,
+    *,
+    tail: bool,
+    question: int = QUESTION,
+    answer: int = ANSWER,
+) -> list[Example]:
     """Return prompts without their head: of whole responses, or also of parts and without a tail.
 
     Args:
@@ -78,24 +102,26 @@ def examples(rows: list[dict[str, Any]], template: GuardTemplate, *, tail: bool)
         template: Makes the prompts.
         tail: Whether the template's words stand between answer and verdict. If not, every third
             response is also judged after a part of it.
+        question: Characters that are read of each question, from its end.
+        answer: Characters that are read of each response.
     """
     draw = random.Random(SEED)
     head = len(head_of(template))
     verdict = template.content_ids(f"\n\n{PREFILL}")
     found = []
     for number, row in enumerate(rows):
-        asked = [{"role": "user", "content": row["prompt"][-QUESTION:]}]
-        answer = row["response"][:ANSWER]
+        asked = [{"role": "user", "content": row["prompt"][-question:]}]
+        text = row["response"][:answer]
         if tail:
-            (prompt,) = template.prompts(asked, answer, [len(answer)])
+            (prompt,) = template.prompts(asked, text, [len(text)])
             found.append(Example(prompt[head:], row["label"], 1.0))
             continue
-        ends = [len(answer)]
-        if number % 3 == 0 and len(answer) > 1:
-            ends.append(draw.randrange(1, len(answer)))
+        ends = [len(text)]
+        if number % 3 == 0 and len(text) > 1:
+            ends.append(draw.randrange(1, len(text)))
         for end in ends:
-            opened, _ = template.opened(asked, answer[:end])
-            weight = 1.0 if row["label"] else end / len(answer)
+            opened, _ = template.opened(asked, text[:end])
+            weight = 1.0 if row["label"] else end / len(text)
             found.append(Example(opened[head:] + verdict, row["label"], weight))
     return found
 
@@ -106,87 +132,182 @@ def head_of(template: GuardTemplate) -> list[int]:
     return one[: next(i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)]
 
 
-def batches(asked: list[Example]) -> list[list[Example]]:
+def batches(known: list[Known], draw: random.Random) -> list[list[Known]]:
     """Return batches in random order, whose prompts are about as long as each other."""
-    draw = random.Random(SEED)
-    order = draw.sample(asked, len(asked))
+    order = draw.sample(known, len(known))
     found = []
     for start in range(0, len(order), 4 * BATCH):
-        some = sorted(order[start : start + 4 * BATCH], key=lambda example: len(example.ids))
+        some = sorted(order[start : start + 4 * BATCH], key=lambda one: len(one.states))
         few = [some[i : i + BATCH] for i in range(0, len(some), BATCH)]
         found += draw.sample(few, len(few))
     return found
 
 
-class Trainer:
-    """Hold the model, and the states of what all prompts begin with."""
+@dataclass
+class Head:
+    """Hold keys and values of what all prompts begin with, by block, while a pass runs.
 
-    def __init__(self, template: GuardTemplate, model: Any) -> None:
+    A pass without any is that of the head itself, and fills them.
+    """
+
+    known: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+_head = Head()
+
+
+def _attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, scaling: float, **__: Any
+) -> tuple[Tensor, None]:
+    """Attend to the head, which is stored once for all rows, and to own tokens up to each.
+
+    With matrix products and a float32 softmax it takes a tenth of a step's time; the fused kernel
+    and its backward pass took a third of it. Shapes are those of transformers' attention interface.
+    """
+    rows, heads, length, size = query.shape
+    shared = key.shape[1]
+    groups = heads // shared
+    asked = query.reshape(rows, shared, groups * length, size) * scaling
+    own = (asked @ key.transpose(-1, -2)).reshape(rows, shared, groups, length, length)
+    later = torch.ones(length, length, dtype=torch.bool).triu(1)
+    own = own.masked_fill(later, float("-inf")).reshape(rows, shared, groups * length, length)
+    there = _head.known.get(module.layer_idx)
+    if there is None:
+        _head.known[module.layer_idx] = key, value
+        weights = own.float().softmax(-1).to(value.dtype)
+        out = weights @ value
+    else:
+        # All rows are queries of one long row.
+        folded = asked.transpose(0, 1).reshape(shared, rows * groups * length, size)
+        met = (folded @ there[0][0].transpose(-1, -2)).reshape(shared, rows, groups * length, -1)
+        scores = torch.cat([met.transpose(0, 1), own], dim=-1)
+        weights = scores.float().softmax(-1).to(value.dtype)
+        first = there[0].shape[2]
+        over = weights[..., :first].transpose(0, 1).reshape(shared, rows * groups * length, first)
+        out = (over @ there[1][0]).reshape(shared, rows, groups * length, size).transpose(0, 1)
+        out = out + weights[..., first:] @ value
+    return out.reshape(rows, heads, length, size).transpose(1, 2), None
+
+
+AttentionInterface.register(ATTENTION, _attend)
+
+
+@contextmanager
+def _attending(decoder: Any) -> Iterator[None]:
+    own, decoder.config._attn_implementation = decoder.config._attn_implementation, ATTENTION
+    try:
+        yield
+    finally:
+        decoder.config._attn_implementation = own
+
+
+class Trainer:
+    """Hold the model, of which the upper blocks learn, and the states of the head below them."""
+
+    def __init__(self, template: GuardTemplate, model: Any, frozen: int) -> None:
         self.verdicts = [i for word in VERDICTS for i in template.label_ids([word])]
-        blocks = len(model.model.layers)
-        self._head = head_of(template)
-        self._known: DynamicCache | None = None
+        self._head_ids, self._frozen = head_of(template), frozen
         config = LoraConfig(
             r=RANK,
             lora_alpha=2 * RANK,
             target_modules=LINEAR,
-            layers_to_transform=list(range(blocks // 2, blocks)),
+            layers_to_transform=list(range(frozen, len(model.model.layers))),
             task_type="CAUSAL_LM",
         )
         self.model = get_peft_model(model, config)
+        self._below: dict[int, tuple[Tensor, Tensor]] = {}
+        self._head_states = self._states([self._head_ids], 0)[0]
+        self._below = _head.known
 
-    def logits(self, batch: list[Example]) -> torch.Tensor:
+    def _states(self, prompts: Sequence[list[int]], first: int) -> list[Tensor]:
+        """Return what the blocks that do not learn make of tokens at positions from `first` on."""
+        whole, _head.known = self.model.get_base_model(), self._below
+        ids = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, prompts)), batch_first=True)
+        position = first + torch.arange(ids.shape[1])
+        with torch.no_grad(), recording(whole, [self._frozen - 1]) as kept, _attending(whole.model):
+            whole.model(ids, position_ids=position[None], use_cache=False)
+        found = kept[self._frozen - 1]
+        return [found[i, : len(prompt)].clone() for i, prompt in enumerate(prompts)]
+
+    def known(self, asked: Sequence[Example]) -> list[Known]:
+        """Return examples with their states, which no training changes."""
+        order = sorted(range(len(asked)), key=lambda i: len(asked[i].ids))
+        found: dict[int, Known] = {}
+        for start in range(0, len(order), BATCH):
+            part = order[start : start + BATCH]
+            states = self._states([asked[i].ids for i in part], len(self._head_ids))
+            for i, one in zip(part, states, strict=True):
+                found[i] = Known(one, asked[i].label, asked[i].weight)
+        return [found[i] for i in range(len(asked))]
+
+    @contextmanager
+    def _upper(self) -> Iterator[Any]:
+        """Cut the decoder down to the blocks that learn."""
+        decoder = self.model.get_base_model().model
+        blocks, decoder.layers = decoder.layers, decoder.layers[self._frozen :]
+        try:
+            with _attending(decoder):
+                yield decoder
+        finally:
+            decoder.layers = blocks
+
+    def run_head(self) -> None:
+        """Compute the head's keys and values in the blocks that learn again, without gradients."""
+        self._above = _head.known = {}
+        with torch.no_grad(), self._upper() as decoder:
+            decoder(inputs_embeds=self._head_states[None], use_cache=False)
+
+    def logits(self, batch: Sequence[Known]) -> Tensor:
         """Return the next-token logits behind each prompt, (rows, vocabulary).
 
         Rows are padded at their ends, which no real token sees. No gradient goes through the head.
         """
-        whole = self.model.get_base_model()
-        if self._known is None:
-            self._known = DynamicCache()
-            with torch.no_grad():
-                whole.model(torch.tensor([self._head]), past_key_values=self._known, use_cache=True)
-        cache = copy.deepcopy(self._known)
-        cache.batch_repeat_interleave(len(batch))
-        rows = [torch.tensor(example.ids) for example in batch]
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        states = whole.model(ids, past_key_values=cache, use_cache=True).last_hidden_state
-        last = torch.tensor([len(row) - 1 for row in rows])
-        found: torch.Tensor = whole.lm_head(states[torch.arange(len(rows)), last]).float()
-        return found
+        _head.known = self._above
+        states = torch.nn.utils.rnn.pad_sequence([one.states for one in batch], batch_first=True)
+        position = len(self._head_states) + torch.arange(states.shape[1])
+        with self._upper() as decoder:
+            found = decoder(inputs_embeds=states, position_ids=position[None], use_cache=False)
+        last = torch.tensor([len(one.states) - 1 for one in batch])
+        picked = found.last_hidden_state[torch.arange(len(batch)), last]
+        # In bfloat16 a logit of 16 has steps of an eighth, more than many verdicts differ by.
+        return F.linear(picked.float(), self.model.get_base_model().lm_head.weight.float())
 
-    def auroc(self, asked: list[Example]) -> float:
-        self._known = None
+    def auroc(self, known: Sequence[Known]) -> float:
+        """Return the AUROC of log-odds, the current state's."""
         scores: dict[int, float] = {}
-        order = sorted(range(len(asked)), key=lambda i: len(asked[i].ids))
+        order = sorted(range(len(known)), key=lambda i: len(known[i].states))
+        self.run_head()
         self.model.eval()
         with torch.no_grad():
             for start in range(0, len(order), BATCH):
                 part = order[start : start + BATCH]
-                logits = self.logits([asked[i] for i in part])[:, self.verdicts]
+                logits = self.logits([known[i] for i in part])[:, self.verdicts]
                 scores |= zip(part, (logits[:, 1] - logits[:, 0]).tolist(), strict=True)
         self.model.train()
-        labels = [example.label for example in asked]
-        return float(roc_auc_score(labels, [scores[i] for i in range(len(asked))]))
+        return float(roc_auc_score([k.label for k in known], [scores[i] for i in sorted(scores)]))
 
     def train(
-        self, short: list[Example], whole: list[Example], dev: list[Example]
-    ) -> tuple[dict[str, Any], float]:
-        """Train one pass over both kinds of prompts; return the best state and its AUROC."""
-        todo = batches(short)
-        shorter = len(todo)
-        todo += batches(whole)
+        self, todo: Sequence[list[Known]], rate: float, measured: list[Known], checks: int
+    ) -> Iterator[float]:
+        """Train one pass over batches, and yield the AUROC on what is measured several times.
+
+        Args:
+            todo: The batches.
+            rate: The highest learning rate.
+            measured: Examples that are not trained on.
+            checks: How often they are measured, evenly spread.
+        """
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, RATE, total_steps=len(todo), pct_start=WARMUP / len(todo)
+            optimizer, rate, total_steps=len(todo), pct_start=0.1
         )
-        checks = [shorter + (len(todo) - shorter) * (k + 1) // CHECKS for k in range(CHECKS)]
-        best: tuple[dict[str, Any], float] = ({}, 0.0)
+        ends = {len(todo) * k // checks for k in range(1, checks + 1)}
         began, recent = time.monotonic(), list[float]()
         self.model.train()
         for step, rows in enumerate(todo, 1):
             if step % HEAD_EVERY == 1:
-                self._known = None
+                self.run_head()
             target = torch.tensor([row.label for row in rows])
             weight = torch.tensor([row.weight for row in rows])
             logits = self.logits(rows)
@@ -200,18 +321,15 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-            recent = [*recent[-19:], verdict.item()]
+            recent = [*recent[-49:], verdict.item()]
             if step % 10 == 0:
                 seconds = (time.monotonic() - began) / step
                 found = f"verdict {statistics.mean(recent):.3f} elsewhere {elsewhere.mean():.2f}"
-                print(f"{step}/{len(todo)} {found}, {seconds:.1f} s a step", flush=True)
-            if step in checks:
-                auroc = self.auroc(dev)
+                print(f"{step}/{len(todo)} {found}, {seconds:.2f} s a step", flush=True)
+            if step in ends:
+                auroc = self.auroc(measured)
                 print(f"step {step}: AUROC on guard_dev {auroc:.4f}", flush=True)
-                if auroc > best[1]:
-                    state = get_peft_model_state_dict(self.model)
-                    best = {name: value.clone() for name, value in state.items()}, auroc
-        return best
+                yield auroc
 
 
 def first_blocks(count: int, template: Path) -> tuple[Any, Any]:
@@ -225,14 +343,30 @@ def first_blocks(count: int, template: Path) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def write(output: Path, trainer: Trainer, card: dict[str, Any]) -> dict[str, Tensor]:
+    """Write the adapter of the current state and its card; return the adapter."""
+    (output / "adapter").mkdir(parents=True, exist_ok=True)
+    (output / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    config = trainer.model.peft_config["default"].to_dict()
+    config |= {"base_model_name_or_path": BASE, "inference_mode": True}
+    text = json.dumps(config, indent=2, sort_keys=True, default=sorted) + "\n"
+    (output / "adapter" / "adapter_config.json").write_text(text, encoding="utf-8")
+    state = get_peft_model_state_dict(trainer.model)
+    kept = {name: value.detach().to(torch.float16) for name, value in state.items()}
+    save_file(kept, output / "adapter" / "adapter_model.safetensors")
+    return {name: value.clone() for name, value in kept.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--template", type=Path, help="default: beside the data, in guards/")
     parser.add_argument("--blocks", type=int, default=18, help="of SmolLM2's 30")
+    parser.add_argument("--frozen", type=int, default=10, help="of them, which do not learn")
     parser.add_argument("--rows", type=int, default=4000, help="that are learned, at most")
-    parser.add_argument("--whole", type=int, default=800, help="of them with the whole prompt")
+    parser.add_argument("--epochs", type=int, default=2, help="over them without the tail")
+    parser.add_argument("--whole", type=int, default=1200, help="of them with the whole prompt")
     parser.add_argument("--dev", type=int, default=710, help="rows that choose the state")
     parser.add_argument("--test", type=int, default=965, help="rows of the figures")
     given = parser.parse_args()
@@ -250,18 +384,21 @@ def main() -> None:
     template = GuardTemplate(
         tokenizer, name="verdict", chat_template=None, template_kwargs={}, prefill=PREFILL
     )
-    trainer = Trainer(template, model)
+    trainer = Trainer(template, model, given.frozen)
     train = data["guard_train"][: given.rows]
-    state, dev = trainer.train(
-        examples(train, template, tail=False),
-        examples(train[: given.whole], template, tail=True),
-        examples(data["guard_dev"][: given.dev], template, tail=True),
-    )
-    set_peft_model_state_dict(trainer.model, state)
+    began = time.monotonic()
+    short = trainer.known(examples(train, template, tail=False))
+    whole = trainer.known(examples(train[: given.whole], template, tail=True))
+    chosen_by = data["guard_dev"][: given.dev]
+    brief = trainer.known([e for e in examples(chosen_by, template, tail=False) if e.weight == 1])
+    dev = trainer.known(examples(chosen_by, template, tail=True))
+    print(f"{len(short)} prompts, {len(whole)} whole: {time.monotonic() - began:.0f} s", flush=True)
+    draw = random.Random(SEED)
     card = {
         "blocks": given.blocks,
+        "frozen": given.frozen,
         "rows": len(train),
-        "guard_dev": {"rows": min(given.dev, len(data["guard_dev"])), "auroc": round(dev, 4)},
+        "epochs": given.epochs,
         "data_sha256": {
             name: hashlib.sha256((given.data / f"{name}.jsonl").read_bytes()).hexdigest()
             for name in names
@@ -269,23 +406,27 @@ def main() -> None:
         "purpose": "demonstration only; protects nobody",
         "seed": SEED,
     }
+    draw = random.Random(SEED)
+    todo = [batch for _ in range(given.epochs) for batch in batches(short, draw)]
+    for _ in trainer.train(todo, RATE, brief, 2 * given.epochs):
+        pass
+    best, state = 0.0, dict[str, Tensor]()
+    for auroc in trainer.train(batches(whole, draw), RATE_WHOLE, dev, CHECKS):
+        if auroc > best:
+            best = auroc
+            card["guard_dev"] = {"rows": len(dev), "auroc": round(best, 4)}
+            state = write(given.output, trainer, card)
+    set_peft_model_state_dict(trainer.model, state)
     if given.test:
-        tested = examples(data["guard_test_A"][: given.test], template, tail=True)
+        asked = examples(
+            data["guard_test_A"][: given.test], template, tail=True, question=1000, answer=1000
+        )
+        tested = trainer.known(asked)
         card["guard_test_A"] = {"rows": len(tested), "auroc": round(trainer.auroc(tested), 4)}
     print(json.dumps(card))
-    given.output.mkdir(parents=True, exist_ok=True)
-    (given.output / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-    (given.output / "adapter").mkdir(exist_ok=True)
-    config = trainer.model.peft_config["default"].to_dict()
-    config |= {"base_model_name_or_path": BASE, "inference_mode": True}
-    text = json.dumps(config, indent=2, sort_keys=True, default=sorted) + "\n"
-    (given.output / "adapter" / "adapter_config.json").write_text(text, encoding="utf-8")
-    save_file(
-        {name: value.to(torch.float16) for name, value in state.items()},
-        given.output / "adapter" / "adapter_model.safetensors",
-    )
-    whole = trainer.model.float().merge_and_unload()
-    whole.save_pretrained(given.output)
+    write(given.output, trainer, card)
+    whole_guard = trainer.model.float().merge_and_unload()
+    whole_guard.save_pretrained(given.output)
     tokenizer.save_pretrained(given.output)
 
 

@@ -70,7 +70,7 @@ class ScoringOptions:
         0.02, "ε in [0, 1] of trajectory='adaptive': what counts as moving, and as not safe."
     )
     probe_sample: int = _option(
-        256, "Of trajectory='probed': for how many responses every prefix is scored, at least 20."
+        256, "Of trajectory='probed': from how many responses is learned, at least 20."
     )
     probe_tolerance: float = _option(
         0.05,

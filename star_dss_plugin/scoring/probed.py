@@ -1,9 +1,11 @@
-"""Trajectories by probes: a sample is asked exactly, a probe learns from it and scores the rest.
+"""Trajectories by probes: a sample is asked in part, a probe learns from it and scores the rest.
 
 The sample is drawn by the content of responses, so it does not depend on the order of the data, on
 ranks or on what is cached. A first round asks the guard once about each of a pool, at the end;
 then as many responses are taken from each band of these scores as there are, so that rare kinds are
-learned too. Each response of the sample counts for as many as its band has in the pool.
+learned too. Prefixes of one response are much alike, so of each only every fourth is asked, from a
+drawn one on: any prefix is as likely as any other, and each counts for four. Each response of the
+sample counts for as many as its band has in the pool.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +26,20 @@ from star_dss_plugin.data.requests import PrefixRequest, Trajectory
 from star_dss_plugin.data.writing import write_text
 from star_dss_plugin.guards.base import Guard
 from star_dss_plugin.guards.probing.bounds import COVERAGE
-from star_dss_plugin.guards.probing.guard import Learned, ProbingGuard
+from star_dss_plugin.guards.probing.guard import ProbingGuard
+from star_dss_plugin.guards.probing.learned import Learned
 from star_dss_plugin.scoring.cached_trajectories import CachedTrajectories
 from star_dss_plugin.scoring.ranks import ALONE
 
-__all__ = ["POOL", "Pool", "ProbedTrajectories", "drawn", "stratified"]
+__all__ = ["POOL", "STRIDE", "Pool", "ProbedTrajectories", "drawn", "places", "stratified"]
 
 logger = logging.getLogger(__name__)
 
 SEED = 0
 POOL = 2
 """The first round asks about so many times `probe_sample` responses."""
+STRIDE = 4
+"""Of a response in the sample each prefix so far from the one before is asked."""
 _BANDS = (0.05, 0.35, 0.65, 0.95)
 _MOST_BYTES = 1 << 26
 
@@ -69,7 +74,7 @@ class ProbedTrajectories(CachedTrajectories):
     def _ask(self, guard: Guard) -> tuple[dict[str, Trajectory], set[str]]:
         if not isinstance(guard, ProbingGuard):
             return super()._ask(guard)
-        learned, sample, why = self._learned(guard)
+        learned, known, why = self._learned(guard)
         facts: dict[str, Any] = dict(learned.facts) if learned else {}
         if learned is None or why:
             logger.warning(
@@ -93,12 +98,16 @@ class ProbedTrajectories(CachedTrajectories):
             100 * (1 - facts["probed"]),
         )
         self.notes.append({"guard": guard.name, **facts, "fell_back": None})
-        rest = {key: asked for key, asked in self.requests.items() if key not in sample}
-        marked, failed = replace(self, requests=rest).plainly(guard.with_probe(learned))
-        found = {key: sample[key] for key in self.requests if key in sample}
+        marked, failed = self.plainly(guard.with_probe(learned))
+        found = {}
         for key, answer in marked.items():
-            asked = tuple(mass > 0 for mass in answer.label_mass or ())
-            found[key] = Trajectory(answer.scores, None, asked or (True,) * len(answer.scores))
+            asked = [mass > 0 for mass in answer.label_mass or [1.0] * len(answer.scores)]
+            scores = list(answer.scores)
+            if key not in failed:
+                for place, end in enumerate(self.requests[key].ends):
+                    if end in known.get(key, {}):
+                        scores[place], asked[place] = known[key][end], True
+            found[key] = Trajectory(tuple(scores), None, tuple(asked))
         return found, failed
 
     def plainly(self, guard: Guard) -> tuple[dict[str, Trajectory], set[str]]:
@@ -107,8 +116,11 @@ class ProbedTrajectories(CachedTrajectories):
 
     def _learned(
         self, guard: ProbingGuard
-    ) -> tuple[Learned | None, dict[str, Trajectory], str | None]:
-        """Return a probe, the sample's exact trajectories, and why the probe is not used."""
+    ) -> tuple[Learned | None, dict[str, dict[int, float]], str | None]:
+        """Return a probe, the scores that were asked for it, and why the probe is not used.
+
+        Scores are by key and by the end of the prefix.
+        """
         pool = self.pool or Pool(self.requests, self.rows, self.root)
         keys = drawn(pool.requests)[: POOL * guard.sample]
         if len(keys) <= guard.sample:
@@ -116,14 +128,18 @@ class ProbedTrajectories(CachedTrajectories):
             return None, {}, f"{few}, and probe_sample is {guard.sample}"
         firsts = {key: _at_the_end(pool.requests[key]) for key in keys}
         ends, failed = self._exactly(guard, pool, firsts)
-        known = {key: ends[key].scores[-1] for key in keys if key not in failed}
-        weights = stratified(known, guard.sample)
-        exact, failed = self._exactly(guard, pool, {key: pool.requests[key] for key in weights})
+        last = {key: ends[key].scores[-1] for key in keys if key not in failed}
+        weights = stratified(last, guard.sample)
+        some = {key: _some(key, pool.requests[key]) for key in weights}
+        exact, failed = self._exactly(guard, pool, some)
         sample = {key: exact[key] for key in weights if key not in failed}
         if len(sample) <= guard.sample // 2:
             return None, {}, f"only {len(sample)} responses of the sample could be scored"
         learned = self._fitted(guard, pool, sample, weights)
-        return learned, sample, learned.refused
+        known = {key: {firsts[key].ends[-1]: score} for key, score in last.items()}
+        for key, answer in sample.items():
+            known[key] |= zip(some[key].ends, answer.scores, strict=True)
+        return learned, known, learned.refused
 
     def _exactly(
         self, guard: ProbingGuard, pool: Pool, requests: Mapping[str, PrefixRequest]
@@ -156,10 +172,12 @@ class ProbedTrajectories(CachedTrajectories):
         namespace = {"what": "probe", "guard": guard.identity}
         path = ScoreCache(pool.root, namespace).folder / f"{content_key(made_of)}.json"
         learned = _read(path)
+        requests = {key: pool.requests[key] for key in sample}
         told = (
-            [pool.requests[key] for key in sample],
+            list(requests.values()),
+            [places(key, len(asked.ends)) for key, asked in requests.items()],
             list(sample.values()),
-            [weights[key] for key in sample],
+            [weights[key] * min(STRIDE, len(asked.ends)) for key, asked in requests.items()],
         )
         if learned is None and self.share.rank == 0:
             learned = guard.learn(*told)
@@ -196,6 +214,17 @@ def stratified(scores: Mapping[str, float], count: int) -> dict[str, float]:
         key: len(keys) / taken[band] for band, keys in bands.items() for key in keys[: taken[band]]
     }
     return {key: weight[key] for key in scores if key in weight}
+
+
+def places(key: str, count: int) -> range:
+    """Return which of a response's prefixes are asked, at least one: drawn by the key's content."""
+    draw = int.from_bytes(hashlib.sha256(f"{SEED} start {key}".encode()).digest()[:8])
+    return range(draw % min(STRIDE, count), count, STRIDE)
+
+
+def _some(key: str, request: PrefixRequest) -> PrefixRequest:
+    ends = tuple(request.ends[place] for place in places(key, len(request.ends)))
+    return PrefixRequest(request.context, request.text, ends)
 
 
 def _at_the_end(request: PrefixRequest) -> PrefixRequest:

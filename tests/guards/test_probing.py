@@ -15,8 +15,9 @@ from star_dss_plugin.data.requests import PrefixRequest, Trajectory
 from star_dss_plugin.guards.base import Guard
 from star_dss_plugin.guards.combined import CalibratedGuard, EnsembleGuard
 from star_dss_plugin.guards.probing.bounds import COVERAGE, Bounds, Held, checked, probabilities
-from star_dss_plugin.guards.probing.guard import Learned, ProbingGuard, probing
-from star_dss_plugin.guards.probing.linear import Linear, Sample, choose, features
+from star_dss_plugin.guards.probing.guard import ProbingGuard, probing
+from star_dss_plugin.guards.probing.learned import Learned
+from star_dss_plugin.guards.probing.linear import Linear, Sample, choose, features, summaries
 from star_dss_plugin.options import ScoringOptions
 
 # States
@@ -59,7 +60,7 @@ def test_a_prefix_without_a_token_has_the_state_before_the_response(tmp_path, to
 
 def test_features_are_the_state_and_the_mean_so_far():
     states = torch.arange(12.0).view(3, 2, 2)
-    found = features(states)
+    found = features(summaries(states))
     flat = states.flatten(1).numpy()
     assert found.shape == (3, 8)
     np.testing.assert_allclose(found[:, :4], flat)
@@ -76,7 +77,7 @@ def samples(count, noise, seed=0, informative=1):
     for _ in range(count):
         states = torch.tensor(random.normal(size=(int(random.integers(3, 30)), 3, 4)))
         logits = 3 * states[:, informative, 0].numpy() + noise * random.normal(size=len(states))
-        found.append(Sample(states.float(), probabilities(logits), 1.0))
+        found.append(Sample(summaries(states.float()), probabilities(logits), 1.0))
     return found
 
 
@@ -93,7 +94,7 @@ def test_the_block_that_knows_the_score_is_chosen():
 def test_held_out_scores_come_from_probes_that_have_not_seen_them():
     """Other scores of one response change what probes say of those in other folds alone."""
     known = samples(30, 0.1)
-    changed = [*known[:7], Sample(known[7].states, 1 - known[7].scores, 1.0), *known[8:]]
+    changed = [*known[:7], Sample(known[7].inputs, 1 - known[7].scores, 1.0), *known[8:]]
     one, other = choose(known), choose(changed)
     if (one.blocks, one.penalty) == (other.blocks, other.penalty):
         np.testing.assert_allclose(one.held_out[7], other.held_out[7])
@@ -248,4 +249,4 @@ def test_one_block_is_too_few(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path)
     guard = ProbingGuard(load_guard(describe(tmp_path)), 20)
     with pytest.raises(ConfigError, match="has one block"):
-        guard.learn([request("a")] * 20, [Trajectory((0.5,))] * 20, [1.0] * 20)
+        guard.learn([request("a")] * 20, [[0]] * 20, [Trajectory((0.5,))] * 20, [1.0] * 20)

@@ -20,7 +20,7 @@ from star_dss_plugin.report.page import render_page
 from star_dss_plugin.report.reading import read_scored
 from star_dss_plugin.scoring import shards
 from star_dss_plugin.scoring.guard_statistics import remarks
-from star_dss_plugin.scoring.probed import drawn, stratified
+from star_dss_plugin.scoring.probed import POOL, STRIDE, drawn, places, stratified
 from star_dss_plugin.scoring.ranks import Share
 from star_dss_plugin.scoring.scorer import score_dataset
 from star_dss_plugin.training.preflight import check_options
@@ -43,21 +43,16 @@ def test_probed_scores_are_close_and_all_others_are_exact(tokenizer, guard):
     off = np.abs(trained(found) - trained(twin))
     asked = trained(found, ASKED_COLUMN)
     assert (off[asked] < 1e-5).all()
-    assert 0.3 < (~asked).mean() < 0.7
+    assert 0.7 < (~asked).mean() < 0.95
     assert (off[~asked] > 1e-6).mean() > 0.9
     assert (off[~asked] <= 0.05).mean() >= 0.95
-    # Some of those outside of the sample were asked, too.
-    whole = [
-        np.array(marks)[np.array(labels) != -100].all()
+    of_rows = [
+        np.array(marks)[np.array(labels) != -100]
         for marks, labels in zip(found[ASKED_COLUMN], found["labels"], strict=True)
     ]
-    assert sum(whole) >= PROBED["probe_sample"]
-    mixed = asked.sum() > sum(
-        sum(label != -100 for label in labels)
-        for labels, full in zip(found["labels"], whole, strict=True)
-        if full
-    )
-    assert mixed
+    assert sum(marks.any() for marks in of_rows) >= POOL * PROBED["probe_sample"]
+    # In some, more than every fourth and the last one: the probe was not sure.
+    assert any(marks.sum() > -(-len(marks) // STRIDE) + 1 for marks in of_rows)
     # Tokens that nobody scores count as asked.
     for marks, labels in zip(found[ASKED_COLUMN], found["labels"], strict=True):
         assert all(mark for mark, label in zip(marks, labels, strict=True) if label == -100)
@@ -192,7 +187,9 @@ def test_all_ranks_get_the_same(tokenizer, guard, tmp_path):
     alone = probed(rows, tokenizer, guard)
     for one, other in zip(alone, found[0], strict=True):
         assert one[ASKED_COLUMN] == other[ASKED_COLUMN]
-        assert one[SCORES_COLUMN] == pytest.approx(other[SCORES_COLUMN], abs=1e-4)
+        # The guard's own scores differ by rounding in other batches, and a probe of small penalty
+        # makes more of it: still far less than the tolerance.
+        assert one[SCORES_COLUMN] == pytest.approx(other[SCORES_COLUMN], abs=1e-3)
 
 
 # Falling back, in words
@@ -373,6 +370,31 @@ def test_what_is_drawn_depends_on_contents_alone():
     assert drawn(keys) != list(keys)
     few = {key: None for key in keys if int(key) % 2}
     assert drawn(few) == [key for key in drawn(keys) if key in few]
+
+
+def test_every_prefix_is_asked_as_often_as_any_other():
+    found = [places(f"{i}", 10) for i in range(4000)]
+    counts = np.bincount(np.concatenate(found), minlength=10)
+    assert counts == pytest.approx(np.full(10, 4000 / STRIDE), rel=0.12)
+    assert found == [places(f"{i}", 10) for i in range(4000)]
+    assert all(len(places(f"{i}", count)) > 0 for i in range(50) for count in (1, 2, 3))
+
+
+def test_what_the_sample_costs(tokenizer, guard, monkeypatch):
+    """Of it every fourth prefix, of the pool the last one, and what the probe is not sure of."""
+    own, wanted = VerdictGuard.trajectories, []
+    monkeypatch.setattr(
+        VerdictGuard,
+        "trajectories",
+        lambda self, requests: wanted.extend(requests) or own(self, requests),
+    )
+    probed(talks(), tokenizer, guard)
+    said = [request for request in wanted if request.text != "a"]
+    firsts, rest = said[: POOL * 30], said[POOL * 30 :]
+    assert all(request.ends == (len(request.text),) for request in firsts)
+    for request in rest[:30]:
+        places = len(request.ends)
+        assert places <= -(-len(tokenizer(request.text)["input_ids"]) // STRIDE) + 1
 
 
 def test_hidden_doubles_count_once(tokenizer, guard):

@@ -25,7 +25,8 @@ WORDS = [
     "no",
     "yes",
 ]
-PROBED = {"trajectory": "probed", "probe_sample": 30, "chunk_size": 3}
+CHUNK = 1  # so that every fourth prefix of a small sample is still enough to learn from
+PROBED = {"trajectory": "probed", "probe_sample": 30, "chunk_size": CHUNK}
 ROWS = 80
 
 
@@ -53,7 +54,7 @@ def probed(rows, tokenizer, guard, **options):
 
 
 def exact(rows, tokenizer, guard, **options):
-    return scored(rows, tokenizer, guard, **{"chunk_size": 3, **options})
+    return scored(rows, tokenizer, guard, **{"chunk_size": CHUNK, **options})
 
 
 def trained(dataset, column="star_scores"):

@@ -21,8 +21,8 @@ COVERAGE = 0.95
 """The promise: this share of the probe's scores lies within the tolerance."""
 LEVEL = 0.975
 """The quantile in each bin: higher than the promise, so that chance alone seldom breaks it."""
-_BINS, _FEWEST = 20, 60
-"""Bins at most, and prefixes in a bin at least."""
+_BINS, _FEWEST = 20, 80
+"""Bins at most, and prefixes in a bin at least: of so many that weigh alike one may be far off."""
 
 _Floats = NDArray[np.float64]
 
@@ -35,12 +35,12 @@ def probabilities(logits: _Floats) -> _Floats:
 
 @dataclass(frozen=True)
 class Held:
-    """Hold one held-out response.
+    """Hold one held-out response, or some of its prefixes.
 
     Attributes:
         logits: (prefixes,): the probe's log-odds, by a probe that has not seen it.
         scores: (prefixes,): the guard's P(safe).
-        weight: How many responses of the data it stands for.
+        weight: How many prefixes of the data each of them stands for.
     """
 
     logits: _Floats
@@ -101,7 +101,7 @@ def checked(held: Sequence[Held], tolerance: float, threshold: float) -> dict[st
     """Check bounds on responses that they were not found on: each half checks the other's.
 
     Returns:
-        Weighted by what responses stand for: `coverage`, the share of the probe's scores within
+        Weighted by what prefixes stand for: `coverage`, the share of the probe's scores within
         the tolerance; `probed`, the share of prefixes that are not asked; `mean` and `largest`
         difference of the probe's scores from the guard's. Without a probed prefix `coverage` is 1.
     """

@@ -8,11 +8,8 @@ responses only those prefixes are asked of which the probe is not sure (`bounds.
 
 from __future__ import annotations
 
-import json
 import logging
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -24,16 +21,17 @@ from star_dss_plugin.data.requests import PrefixRequest, Trajectory
 from star_dss_plugin.errors import ConfigError, GuardError
 from star_dss_plugin.guards.base import Guard, StreamingGuard, ask
 from star_dss_plugin.guards.combined import CalibratedGuard, CombinedGuard
-from star_dss_plugin.guards.probing.bounds import COVERAGE, Bounds, Held, checked, probabilities
-from star_dss_plugin.guards.probing.linear import FOLDS, Linear, Sample, choose, features
+from star_dss_plugin.guards.probing.bounds import Bounds, Held, checked, probabilities
+from star_dss_plugin.guards.probing.learned import Learned
+from star_dss_plugin.guards.probing.linear import FOLDS, Sample, choose, features, summaries
 from star_dss_plugin.guards.verdict import VerdictGuard
 from star_dss_plugin.validation import at_least, probability
 
-__all__ = ["Learned", "ProbedGuard", "ProbingGuard", "probing"]
+__all__ = ["ProbedGuard", "ProbingGuard", "probing"]
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 """Increase when a probe's scores change for the same data."""
 _DEPTHS = (0.5, 0.7, 0.9)
 """How deep, as a share of all blocks, the blocks lie that a probe may read."""
@@ -43,80 +41,12 @@ _RESPONSES_LEAST = 4 * FOLDS
 _Bools = NDArray[np.bool_]
 
 
-@dataclass(frozen=True)
-class Learned:
-    """Hold a fitted probe.
-
-    Attributes:
-        blocks: Numbers of the guard's blocks that it reads.
-        linear: Their states to log-odds.
-        bounds: Which scores count.
-        facts: How it was made and how good it is, as JSON values.
-    """
-
-    blocks: tuple[int, ...]
-    linear: Linear
-    bounds: Bounds
-    facts: Mapping[str, Any]
-
-    @property
-    def refused(self) -> str | None:
-        """Return why its scores must not be used; None if they may."""
-        if not self.facts["coverage"] >= COVERAGE:
-            return (
-                f"only {self.facts['coverage']:.1%} of the probe's scores for held-out responses "
-                f"lie within {self.bounds.tolerance} of the guard's (promised: {COVERAGE:.0%})"
-            )
-        if not self.facts["probed"]:
-            return "the probe is sure of no held-out response"
-        return None
-
-    def dump(self) -> str:
-        """Return it as JSON, from which `parse` makes an equal one."""
-        return json.dumps(
-            {
-                "blocks": self.blocks,
-                "weight": self.linear.weight.tolist(),
-                "bias": self.linear.bias,
-                "edges": self.bounds.edges.tolist(),
-                # JSON has no infinity.
-                "halves": [None if math.isinf(h) else h for h in self.bounds.halves.tolist()],
-                "tolerance": self.bounds.tolerance,
-                "threshold": self.bounds.threshold,
-                "facts": dict(self.facts),
-            },
-            sort_keys=True,
-            allow_nan=False,
-        )
-
-    @classmethod
-    def parse(cls, text: str | bytes) -> Learned:
-        """Read what `dump` has written.
-
-        Raises:
-            ValueError, TypeError, KeyError: It is something else.
-        """
-        raw = json.loads(text)
-        numbers = {
-            name: np.array(raw[name], dtype=np.float64) for name in ("weight", "edges", "halves")
-        }
-        halves = numbers["halves"]
-        halves[np.isnan(halves)] = np.inf
-        bounds = Bounds(numbers["edges"], halves, float(raw["tolerance"]), float(raw["threshold"]))
-        if len(halves) != len(bounds.edges) + 1:
-            raise ValueError("bounds and bins differ in number")
-        linear = Linear(numbers["weight"], float(raw["bias"]))
-        found = cls(tuple(map(int, raw["blocks"])), linear, bounds, dict(raw["facts"]))
-        _ = found.refused  # reads what the facts must hold
-        return found
-
-
 class ProbingGuard(Guard):
     """Stand for a guard of which most scores are to be learned; whoever scores data teaches it.
 
     Args:
         guard: A verdict guard that this process computes, or one with calibrated scores.
-        sample: Responses for which the guard is asked every prefix, at least 20.
+        sample: Responses that are learned from, at least 20.
         tolerance: How far the probe's scores may be from the guard's, in (0, 1].
         threshold: τ in [0, 1]: scores whose interval holds it are asked.
 
@@ -167,6 +97,7 @@ class ProbingGuard(Guard):
     def learn(
         self,
         requests: Sequence[PrefixRequest],
+        asked: Sequence[Sequence[int]],
         trajectories: Sequence[Trajectory],
         weights: Sequence[float],
     ) -> Learned:
@@ -174,16 +105,19 @@ class ProbingGuard(Guard):
 
         Args:
             requests: At least 20, in an order that does not depend on the data's.
-            trajectories: The guard's scores of all their prefixes.
-            weights: How many responses of the data each stands for.
+            asked: Of each the places of those prefixes, at least one, that the guard was asked.
+            trajectories: The guard's scores of these.
+            weights: How many prefixes of the data each of a response's prefixes stands for.
         """
         blocks = self._candidates()
         samples = []
         for start in range(0, len(requests), _RESPONSES_PER_CALL):
             part = slice(start, start + _RESPONSES_PER_CALL)
             states = self._verdict.trunk_states(requests[part], blocks)
-            for one, known, weight in zip(states, trajectories[part], weights[part], strict=True):
-                samples.append(Sample(one, np.array(known.scores), float(weight)))
+            told = zip(states, asked[part], trajectories[part], weights[part], strict=True)
+            for one, at, known, weight in told:
+                inputs = summaries(one)[list(at)]
+                samples.append(Sample(inputs, np.array(known.scores), float(weight)))
         chosen = choose(samples)
         held = [
             Held(logits, sample.scores, sample.weight)
@@ -243,7 +177,7 @@ class ProbedGuard(Guard):
         states = self._verdict.trunk_states(requests, self._learned.blocks)
         scores, masks = [], []
         for one in states:
-            logits = self._learned.linear.logits(features(one))
+            logits = self._learned.linear.logits(features(summaries(one)))
             scores.append(probabilities(logits))
             masks.append(self._learned.bounds.asks(logits))
         for i, found in self._ask(requests, masks).items():

@@ -11,27 +11,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["FOLDS", "Chosen", "Linear", "Sample", "choose", "features"]
+__all__ = ["FOLDS", "Chosen", "Linear", "Sample", "choose", "features", "summaries"]
 
 FOLDS = 5
 PENALTIES = (0.1, 0.03, 0.01, 0.003, 0.001)
-FITTED = 16
-"""Prefixes of a response that a probe is fitted on, at most: neighbours say nearly the same."""
 
 _Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Hold what is known of one response.
+    """Hold what is known of one response: of those of its prefixes that the guard was asked.
 
     Attributes:
-        states: (prefixes, blocks, size): the guard's states, behind each candidate block.
+        inputs: (prefixes, 2, blocks, size): `summaries` of the guard's states behind each
+            candidate block.
         scores: (prefixes,): the guard's P(safe).
-        weight: How many responses of the data it stands for.
+        weight: How many prefixes of the data each of them stands for.
     """
 
-    states: Tensor
+    inputs: Tensor
     scores: _Floats
     weight: float
 
@@ -59,7 +58,7 @@ class Chosen:
     """Hold the best probe, and what it says of responses that it has not seen.
 
     Attributes:
-        blocks: Which of the candidate blocks it reads, by their places in `Sample.states`.
+        blocks: Which of the candidate blocks it reads, by their places in `Sample.inputs`.
         penalty: The weight of the squared norm.
         probe: Fitted on all responses.
         held_out: For each response the log-odds by a probe that was fitted without it.
@@ -71,18 +70,23 @@ class Chosen:
     held_out: list[_Floats]
 
 
-def features(states: Tensor) -> _Floats:
-    """Return what a probe reads of one response: each prefix's state, and the mean up to it.
+def summaries(states: Tensor) -> Tensor:
+    """Return what a probe may read of one response: each prefix's state, and the mean up to it.
 
     Args:
-        states: (prefixes, blocks, size).
+        states: (prefixes, blocks, size), of all prefixes.
 
     Returns:
-        (prefixes, 2 · blocks · size). A row depends on nothing behind its prefix.
+        float64, (prefixes, 2, blocks, size). A row depends on nothing behind its prefix.
     """
-    own = states.flatten(1).double()
+    own = states.double()
     counts = torch.arange(1, len(own) + 1, dtype=torch.float64)
-    found: _Floats = torch.cat([own, own.cumsum(0) / counts[:, None]], dim=1).numpy()
+    return torch.stack([own, own.cumsum(0) / counts[:, None, None]], dim=1)
+
+
+def features(inputs: Tensor) -> _Floats:
+    """Return summaries, (prefixes, 2, blocks, size), as (prefixes, 2 · blocks · size)."""
+    found: _Floats = inputs.flatten(1).numpy()
     return found
 
 
@@ -95,12 +99,12 @@ def choose(samples: Sequence[Sample]) -> Chosen:
     Args:
         samples: At least `FOLDS` responses, in an order that does not depend on the data's.
     """
-    count = samples[0].states.shape[1]
+    count = samples[0].inputs.shape[2]
     candidates: list[tuple[int, ...]] = [(k,) for k in range(count)]
     candidates += [(k, k + 1) for k in range(count - 1)]
     best: tuple[float, tuple[int, ...], float, list[_Floats]] | None = None
     for blocks in candidates:
-        inputs = [features(sample.states[:, list(blocks)]) for sample in samples]
+        inputs = [features(sample.inputs[:, :, list(blocks)]) for sample in samples]
         held_out: dict[float, dict[int, _Floats]] = {penalty: {} for penalty in PENALTIES}
         for fold in range(FOLDS):
             seen = [i for i in range(len(samples)) if i % FOLDS != fold]
@@ -114,7 +118,7 @@ def choose(samples: Sequence[Sample]) -> Chosen:
                 best = error, blocks, penalty, logits
     assert best is not None
     _, blocks, penalty, logits = best
-    inputs = [features(sample.states[:, list(blocks)]) for sample in samples]
+    inputs = [features(sample.inputs[:, :, list(blocks)]) for sample in samples]
     fits = dict(_fits(inputs, samples, down_to=penalty))
     return Chosen(blocks, penalty, fits[penalty], logits)
 
@@ -138,13 +142,10 @@ def _fits(
     The loss is the cross-entropy to the guard's probabilities, whose errors count most where the
     guard hesitates.
     """
-    picked = [_spread(len(one)) for one in inputs]
-    x = torch.from_numpy(np.concatenate([one[at] for one, at in zip(inputs, picked, strict=True)]))
-    y = torch.from_numpy(
-        np.concatenate([s.scores[at] for s, at in zip(samples, picked, strict=True)])
-    )
+    x = torch.from_numpy(np.concatenate(inputs))
+    y = torch.from_numpy(np.concatenate([sample.scores for sample in samples]))
     # A response counts once, however many prefixes it has.
-    counts = torch.from_numpy(np.concatenate([np.full(len(at), 1 / len(at)) for at in picked]))
+    counts = torch.from_numpy(np.concatenate([np.full(len(one), 1 / len(one)) for one in inputs]))
     counts = counts / counts.sum()
     mean, scale = x.mean(0), x.std(0) + 1e-6
     x = (x - mean) / scale
@@ -154,13 +155,6 @@ def _fits(
         _minimise(x, y, counts, penalty, weight, bias)
         raw = weight.detach() / scale
         yield penalty, Linear(raw.numpy().copy(), float(bias.detach() - raw @ mean))
-
-
-def _spread(count: int) -> NDArray[np.int64]:
-    """Return up to `FITTED` numbers below `count`, evenly spaced, the last one among them."""
-    if count <= FITTED:
-        return np.arange(count)
-    return np.unique(np.linspace(0, count - 1, FITTED).round().astype(np.int64))
 
 
 def _minimise(
