@@ -141,7 +141,7 @@ class StarDSSMixin(_Base):
         """Tell a stream whether its loader gives each process a part of it to read."""
         for stream in [] if self.star_dss_state is None else self.star_dss_state.streams:
             if stream.dataset is dataset:
-                stream.divide(loader)
+                stream.divide(loader, self.accelerator.num_processes)
         return loader
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:

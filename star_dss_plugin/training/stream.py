@@ -144,8 +144,12 @@ class ScoredStream:
             )
         return self.summary
 
-    def divide(self, loader: Any) -> None:
+    def divide(self, loader: Any, processes: int) -> None:
         """Find out from a loader whether each process has a part of the stream to itself.
+
+        Args:
+            loader: Of this stream.
+            processes: How many the run has, on all machines.
 
         Raises:
             ConfigError: The loader does not read it in the process that trains.
@@ -157,8 +161,7 @@ class ScoredStream:
                 "data loader was changed since STAR-DSS was set up. Set dataloader_num_workers=0 "
                 "and dispatch_batches=False."
             )
-        whole = isinstance(loader.dataset, IterableDatasetShard)
-        together = self._ranks.share.ranks == 1 or whole
+        together = processes == 1 or isinstance(loader.dataset, IterableDatasetShard)
         if together != self.together:
             self.together = together
             # What was read together would count once for each process.
