@@ -20,11 +20,11 @@ from star_dss_plugin.guards.combined import CombinedGuard
 from star_dss_plugin.guards.self_check import low_label_mass
 from star_dss_plugin.scoring.ranks import ALONE, Share
 
-__all__ = ["CachedTrajectories", "none_scored"]
+__all__ = ["FEW", "CachedTrajectories", "none_scored"]
 
 logger = logging.getLogger(__name__)
 
-_FEW = 20
+FEW = 20
 """In a part of the data: so few responses, all of which failed, still say little of the guard."""
 
 
@@ -102,7 +102,7 @@ class CachedTrajectories:
         left = {key: asked for key, asked in self.requests.items() if key not in found}
         more, failed = self._fill(guard, cache, left, "")
         found |= more
-        if len(failed) > (_FEW if self.part else 0) and not found:
+        if len(failed) > (FEW if self.part else 0) and not found:
             raise none_scored(guard.name, len(failed))
         _check_label_mass(guard, found.values())
         return found | self._unsafe(failed), failed

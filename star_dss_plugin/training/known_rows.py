@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections import deque
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -26,8 +26,40 @@ _COLUMNS = {
 }
 
 
-_PASSING = 64
-"""Buffers of streams: more than lie between the scoring of a row and its batch."""
+_PASSING = 65536
+"""Rows of a stream: more than lie between the scoring of a row and its batch."""
+
+
+class _Passing:
+    """Hold the digests of the last rows of a stream, and of the first of the latest pass.
+
+    What a last batch lacks is made up of the rows of the first one, where several processes share
+    a stream out by rows.
+    """
+
+    def __init__(self) -> None:
+        self._first: set[int] = set()
+        self._last: OrderedDict[int, None] = OrderedDict()  # a set that knows its order
+
+    def __contains__(self, digest: int) -> bool:
+        return digest in self._last or digest in self._first
+
+    def __len__(self) -> int:
+        return len(self._last) + len(self._first)
+
+    def add(self, digests: Iterable[int], *, first: bool) -> None:
+        """Remember a buffer, with which a pass may begin."""
+        found = list(digests)
+        if first:
+            self._first = set()
+        if len(self._first) < _PASSING:
+            self._first.update(found)
+        for digest in found:
+            self._last[digest] = None
+            self._last.move_to_end(digest)
+        # Of the buffer before this one there may be rows that are in no batch yet.
+        while len(self._last) > max(_PASSING, 2 * len(found)):
+            self._last.popitem(last=False)
 
 
 class KnownRows:
@@ -39,7 +71,7 @@ class KnownRows:
     def __init__(self) -> None:
         self._digests: np.ndarray[Any, Any] = np.zeros(0, np.uint64)
         self._trainable = self._digests
-        self._passing: deque[frozenset[int]] = deque(maxlen=_PASSING)
+        self._passing: dict[str, _Passing] = {}
 
     def add(self, dataset: Dataset, *, trainable: bool = True) -> str:
         """Remember a prepared data set's rows.
@@ -59,13 +91,19 @@ class KnownRows:
             self._trainable = np.union1d(self._trainable, found)
         return _without_reference(dataset)
 
-    def pass_by(self, dataset: Dataset) -> str:
+    def pass_by(self, dataset: Dataset, stream: str, *, first: bool) -> str:
         """Remember a buffer of a stream until the batches that are made of it have gone by.
+
+        Args:
+            dataset: With the columns of tokens.
+            stream: Its name: an evaluation, however long, leaves the rows of training known.
+            first: Whether a pass begins with it.
 
         Returns:
             What `add` does.
         """
-        self._passing.append(frozenset(_digests(dataset).tolist()))
+        passing = self._passing.setdefault(stream, _Passing())
+        passing.add(_digests(dataset).tolist(), first=first)
         return _without_reference(dataset)
 
     def digest(self, dataset: Dataset) -> str:
@@ -87,7 +125,7 @@ class KnownRows:
             DataError: It is not known.
         """
         found = _digest(row)
-        if any(found in buffer for buffer in self._passing):
+        if any(found in passing for passing in self._passing.values()):
             return
         digest = np.uint64(found)
         place = int(np.searchsorted(self._digests, digest))

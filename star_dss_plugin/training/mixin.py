@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate.data_loader import IterableDatasetShard
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import Trainer
@@ -142,8 +141,7 @@ class StarDSSMixin(_Base):
         """Tell a stream whether its loader gives each process a part of it to read."""
         for stream in [] if self.star_dss_state is None else self.star_dss_state.streams:
             if stream.dataset is dataset:
-                alone = self.accelerator.num_processes == 1
-                stream.together = alone or isinstance(loader.dataset, IterableDatasetShard)
+                stream.divide(loader, self.accelerator.num_processes)
         return loader
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+from accelerate.data_loader import DataLoaderDispatcher, IterableDatasetShard
 from datasets import Dataset, DatasetInfo, IterableDataset
 
 from star_dss_plugin.data.columns import ASKED_COLUMN, REF_COLUMN, SCORES_COLUMN
@@ -21,6 +22,7 @@ from star_dss_plugin.data.rows import SAYING
 from star_dss_plugin.errors import ConfigError, DataError, StarDSSError
 from star_dss_plugin.guards.base import Guard
 from star_dss_plugin.options import StarDSSOptions
+from star_dss_plugin.scoring.cached_trajectories import FEW, none_scored
 from star_dss_plugin.scoring.ranks import ALONE, Share
 from star_dss_plugin.scoring.scorer import guard_of
 from star_dss_plugin.training.known_rows import KnownRows
@@ -107,16 +109,18 @@ class ScoredStream:
         self._score, self._known, self._ranks = score, known, ranks
         self._pass: DatasetSummary | None = None
         self._said = _SaidOnce()
+        self._judged = False
+        self._failed = 0
         self._description = dataset.info.description or ""
         plain = dataset.with_format(None)
         # Otherwise the columns of a buffer stay beside the packed rows that are made of it.
-        columns = plain.column_names or list(next(iter(plain), {}))
+        self._columns = plain.column_names or list(next(iter(plain), {}))
         self.dataset: Any = plain.map(
             self._scored,
             with_indices=True,
             batched=True,
             batch_size=rows,
-            remove_columns=columns,
+            remove_columns=self._columns,
         )
 
     def begin(self) -> DatasetSummary:
@@ -135,13 +139,37 @@ class ScoredStream:
             raise DataError(
                 f"None of the first {self.summary.rows} rows of the {self.name} stream has a "
                 "trained token: every label is -100. Check the columns, the chat template and "
-                "max_length (a prompt that fills it leaves no response)."
+                "max_length (a prompt that fills it leaves no response), or read more rows at "
+                "first with stream_buffer."
             )
         return self.summary
 
+    def divide(self, loader: Any, processes: int) -> None:
+        """Find out from a loader whether each process has a part of the stream to itself.
+
+        Args:
+            loader: Of this stream.
+            processes: How many the run has, on all machines.
+
+        Raises:
+            ConfigError: The loader does not read it in the process that trains.
+        """
+        if isinstance(loader, DataLoaderDispatcher) or getattr(loader, "num_workers", 0) > 0:
+            raise ConfigError(
+                f"The {self.name} stream would be read by the data loader's workers, or by one "
+                "process for all others (dispatch_batches), which have no guard: a setting of the "
+                "data loader was changed since STAR-DSS was set up. Set dataloader_num_workers=0 "
+                "and dispatch_batches=False."
+            )
+        together = processes == 1 or isinstance(loader.dataset, IterableDatasetShard)
+        if together != self.together:
+            self.together = together
+            # What was read together would count once for each process.
+            self.summary = self._pass = None
+
     def read(self) -> DatasetSummary:
         """Sum up what all processes have read; every process must call this."""
-        assert self.summary is not None  # `begin` comes first
+        assert self.summary is not None  # `begin` or the check of a batch comes first
         found: list[DatasetSummary] = self._ranks.gather(self.summary)
         if self.together:
             return self.summary
@@ -158,10 +186,11 @@ class ScoredStream:
             # A guard takes no random numbers away from the training that it interrupts.
             with torch.random.fork_rng(_devices()), self._said.quiet():
                 dataset, summary = self._score(self._table(read), share)
+            self._check_judged(summary)
         except StarDSSError as error:
             error.counted_from(indices[0]).at(file=f"The {self.name} stream")
             raise
-        digest = self._known.pass_by(dataset)
+        digest = self._known.pass_by(dataset, self.name, first=not indices[0])
         if self.together:
             self._ranks.agree({f"scored {self.name} data": digest})
         self._pass = self._pass.plus(summary) if self._pass and indices[0] else summary
@@ -170,8 +199,25 @@ class ScoredStream:
         self.seconds += time.monotonic() - started
         found: dict[str, list[Any]] = dataset.with_format(None)[:]
         if found["input_ids"] != read["input_ids"]:
-            return found  # packed: nothing else belongs to these rows
-        return {name: values for name, values in batch.items() if name not in _READ} | found
+            # Packed: nothing else belongs to these rows. What the first row of the stream lacked
+            # is not removed by itself, and must be as long as the packs.
+            late = [name for name in batch if name not in (*self._columns, *found)]
+            return {**found, **dict.fromkeys(late, [None] * len(dataset))}
+        others = {name: values for name, values in batch.items() if name not in _READ}
+        return {**others, **found}
+
+    def _check_judged(self, summary: DatasetSummary) -> None:
+        """Check that the guard can score something: one buffer may be too small to tell.
+
+        Raises:
+            GuardError: It could score none of many responses.
+        """
+        note = summary.provenance or {}
+        failed = note.get("guard_errors", 0)
+        self._judged = self._judged or failed < note.get("responses", 0)
+        self._failed += failed
+        if self._failed > FEW and not self._judged:
+            raise none_scored(summary.guard, self._failed)
 
     def _table(self, rows: dict[str, list[Any]]) -> Dataset:
         """Return the rows of a buffer as a data set.

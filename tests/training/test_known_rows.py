@@ -7,14 +7,17 @@ import pytest
 
 pytest.importorskip("trl")
 
+from accelerate.data_loader import IterableDatasetShard
 from datasets import Dataset
 from star_dss_trl import StarDSSTrainer
 from support.models import tiny_llama
-from support.trl_runs import Stop, arguments, make, prompt_completion
+from support.trl_runs import ANSWERS, PROMPTS, Stop, arguments, make, prompt_completion
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from star_dss_plugin import StarDSSError
 from star_dss_plugin.errors import DataError
+from star_dss_plugin.training import known_rows
 from star_dss_plugin.training.known_rows import KnownRows
 
 
@@ -150,14 +153,57 @@ def test_resuming_with_other_options_is_said(tmp_path, tokenizer, caplog):
     assert "chunk_size=1 (was 2)" in caplog.text
 
 
-def test_rows_of_a_stream_are_known_until_their_batches_have_gone_by():
+@pytest.fixture
+def few_pass(monkeypatch):
+    monkeypatch.setattr(known_rows, "_PASSING", 4)
+
+
+def row(i):
+    return {"input_ids": [i], "labels": [i], "star_scores": [0.5]}
+
+
+def passed_by(known, rows, stream="train", size=1):
+    for i in range(0, len(rows), size):
+        known.pass_by(Dataset.from_list(rows[i : i + size]), stream, first=not i)
+
+
+def refused(known, gone):
+    with pytest.raises(DataError, match="A row of a batch is not one that was scored"):
+        known.check(gone)
+
+
+def test_rows_of_a_stream_are_known_until_their_batches_have_gone_by(few_pass):
     known = KnownRows()
-    rows = [{"input_ids": [i], "labels": [i], "star_scores": [0.5]} for i in range(66)]
-    for row in rows[:64]:
-        known.pass_by(Dataset.from_list([row]))
-    known.check(rows[0])
-    known.pass_by(Dataset.from_list([rows[64]]))
-    known.check(rows[64])
-    for gone in (rows[0], rows[65], {**rows[64], "star_scores": [0.25]}):
-        with pytest.raises(DataError, match="A row of a batch is not one that was scored"):
-            known.check(gone)
+    rows = [row(i) for i in range(12)]
+    passed_by(known, rows)
+    for there in (*rows[:4], *rows[8:]):  # the first ones fill up a last batch
+        known.check(there)
+    for gone in (rows[4], rows[7], row(12), {**rows[11], "star_scores": [0.25]}):
+        refused(known, gone)
+    passed_by(known, [row(20)])  # another pass
+    refused(known, rows[0])
+
+
+def test_a_long_evaluation_leaves_the_rows_of_training_known(few_pass):
+    known = KnownRows()
+    passed_by(known, [row(i) for i in range(20)])
+    passed_by(known, [row(100 + i) for i in range(50)], "eval")
+    known.check(row(19))
+
+
+def test_rows_of_the_buffer_before_are_known_however_large_it_is(few_pass):
+    known = KnownRows()
+    passed_by(known, [row(i) for i in range(30)], size=10)
+    for i in range(10, 30):
+        known.check(row(i))
+
+
+def test_what_fills_up_the_last_batch_of_several_processes_is_known(tmp_path, tokenizer, few_pass):
+    rows = Dataset.from_dict({"prompt": PROMPTS * 2, "completion": ANSWERS * 2})
+    stream = rows.select(range(15)).map(lambda row, i: {"prompt": f"{i}"}, with_indices=True)
+    trainer = make(tmp_path, tokenizer, stream.to_iterable_dataset(), stream_buffer=1)
+    shard = IterableDatasetShard(
+        trainer.train_dataset, batch_size=2, num_processes=2, process_index=1
+    )
+    found = list(DataLoader(shard, batch_size=2, collate_fn=trainer.data_collator))
+    assert len(found) == 4

@@ -16,7 +16,6 @@ from support.guards import WordGuard
 from support.models import tiny_llama
 from support.trl_runs import (
     ANSWERS,
-    PROMPTS,
     Stop,
     arguments,
     conversations,
@@ -29,6 +28,7 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from star_dss_plugin import ConfigError, DataError, GuardError, attach, score_dataset
+from star_dss_plugin.training import known_rows
 
 IN_ORDER = {"train_sampling_strategy": "sequential", "stream_buffer": 3}
 """A data set is read in the order of a stream; buffers do not fit batches."""
@@ -362,13 +362,66 @@ def test_a_row_that_is_changed_on_its_way_to_the_batch_stops_the_run(tmp_path, t
         trainer.train()
 
 
-def test_rows_are_known_while_they_may_still_be_trained_on(tmp_path, tokenizer):
+def test_rows_are_known_while_they_may_still_be_trained_on(tmp_path, tokenizer, monkeypatch):
     """Digests do not grow with the stream."""
-    rows = Dataset.from_dict({"prompt": PROMPTS * 20, "completion": ANSWERS * 20})
+    monkeypatch.setattr(known_rows, "_PASSING", 6)
+    data = {"prompt": [str(i) for i in range(160)], "completion": ANSWERS * 20}
+    rows = Dataset.from_dict(data)
     trainer = trained(
         tmp_path, tokenizer, rows.to_iterable_dataset(), stream_buffer=1, max_steps=40
     )
-    assert len(trainer.star_dss_state.rows._passing) == 64
+    assert len(trainer.star_dss_state.rows._passing["train"]) == 12
+
+
+def test_a_long_evaluation_in_the_midst_of_a_buffer_stops_nothing(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(known_rows, "_PASSING", 6)
+    data = {"prompt": [str(i) for i in range(160)], "completion": ANSWERS * 20}
+    rows = Dataset.from_dict(data)
+    trainer = StarDSSTrainer(
+        tiny_llama(len(tokenizer)),
+        args=arguments(tmp_path, eval_strategy="steps", eval_steps=1, stream_buffer=16),
+        train_dataset=prompt_completion().to_iterable_dataset(),
+        eval_dataset=rows.to_iterable_dataset(),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    assert trainer.state.global_step == 3
+
+
+def test_a_guard_that_scores_nothing_stops_the_run_however_small_buffers_are(
+    tmp_path, tokenizer, monkeypatch
+):
+    def fails(self, responses):
+        raise GuardError("no such row", request=0)
+
+    monkeypatch.setattr(WordGuard, "token_scores", fails)
+    data = {"prompt": [str(i) for i in range(64)], "completion": ANSWERS * 8}
+    stream = Dataset.from_dict(data).to_iterable_dataset()
+    changes = {"stream_buffer": 2, "on_guard_error": "unsafe", "max_steps": 16}
+    trainer = make(tmp_path, tokenizer, stream, **changes)
+    with pytest.raises(GuardError, match="could not score a single one of 22 responses"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("changed", ["workers", "dispatch"])
+def test_settings_of_the_loader_that_are_changed_back_are_refused(tmp_path, tokenizer, changed):
+    trainer = make(tmp_path, tokenizer, prompt_completion().to_iterable_dataset())
+    if changed == "workers":
+        trainer.args.dataloader_num_workers = 1
+    else:
+        trainer.accelerator.dataloader_config.dispatch_batches = True
+    with pytest.raises(ConfigError, match="Set dataloader_num_workers=0 and dispatch_batches"):
+        trainer.train()
+
+
+def test_columns_that_the_first_row_lacks_do_not_disturb_packing(tmp_path, tokenizer):
+    def rows():
+        for i, row in enumerate(prompt_completion()):
+            yield row | ({"source": str(i), "weight": i} if i > 3 else {})
+
+    changes = {"packing": True, "max_length": 64, "stream_buffer": 8}
+    ours = trained(tmp_path / "a", tokenizer, IterableDataset.from_generator(rows), **changes)
+    same(ours, trained(tmp_path / "b", tokenizer, prompt_completion(), **changes))
 
 
 @pytest.mark.parametrize("mixture", [False, True])
