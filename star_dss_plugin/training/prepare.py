@@ -65,8 +65,11 @@ class DatasetSummary:
         """Return the summary of these rows and of more of the same data set."""
         tokens = self.trained_tokens + more.trained_tokens
         total = sum(one.mean_score * one.trained_tokens for one in (self, more))
+        # Some rows may have brought scores that are not of the guard that scored the others.
+        guards = dict.fromkeys((*self.guard.split(" and "), *more.guard.split(" and ")))
         return replace(
             self,
+            guard=" and ".join(guards),
             rows=self.rows + more.rows,
             responses=self.responses + more.responses,
             trained_tokens=tokens,

@@ -231,6 +231,21 @@ def test_a_stream_that_brings_scores_needs_no_guard(tmp_path, tokenizer, asked):
     assert not ours.star_dss_state.kept.loaded
 
 
+def test_scores_that_only_some_rows_bring_are_not_said_to_be_the_guards(tmp_path, tokenizer):
+    scored = score_dataset(prompt_completion(), tokenizer, guard="test-words", chunk_size=2)
+
+    def rows():
+        for i, row in enumerate(scored):
+            names = ("input_ids", "labels", *(["star_scores"] if i > 3 else []))
+            yield {name: row[name] for name in names}
+
+    stream = IterableDataset.from_generator(rows)
+    trained(tmp_path, tokenizer, stream, stream_buffer=4)
+    data = json.loads((tmp_path / "out/star_dss.json").read_text())["data"]["train"]
+    assert data["guard"] == "test-words and unknown (star_scores column given)"
+    assert data["rows"] == 8
+
+
 @pytest.mark.parametrize("score_eval", [True, False])
 def test_evaluation_data_may_be_streams(tmp_path, tokenizer, score_eval, caplog):
     rows = prompt_completion()
