@@ -129,6 +129,8 @@ def _attack(kinds: list[str], cases: int, number: int) -> int:
     register_guard()
     quiet()
     broken = 0
+    if unknown := set(kinds) - ATTACKS.keys():
+        sys.exit(f"--kind {min(unknown)}: not one of {', '.join(ATTACKS)}")
     for name in kinds or ATTACKS:
         with contextlib.redirect_stdout(io.StringIO()):  # start-up lines
             found, faults = count_outcomes(ATTACKS[name], cases, number)
