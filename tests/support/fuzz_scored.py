@@ -142,7 +142,7 @@ def as_dataset(rows, kinds, description):
             feature = List(Value(kind))
             kept = {"int64": lambda s: round(s or 0), "bool": bool, "string": str}.get(kind)
             if kept:
-                with contextlib.suppress(OverflowError, ValueError):  # of infinity and NaN
+                with contextlib.suppress(OverflowError, TypeError, ValueError):  # NaN, lists
                     for row in rows:
                         row[SCORES_COLUMN] = [kept(score) for score in row[SCORES_COLUMN]]
         elif kind == "nested":
