@@ -206,7 +206,7 @@ def _section(run: dict[str, Any]) -> str:
     options, train = run["options"], run["data"]["train"]
     shaped = _SHAPED.get(options["loss_type"], "a plugin decides what a score does to the loss")
     share = train["below_threshold"] / train["trained_tokens"]
-    stream = f" in {train['rows']} rows of a stream" if train["streamed"] else ""
+    stream = f" in {train['rows']} rows of a stream" if train.get("streamed") else ""
     return f"""{_HEADING}
 
 Finetuned with star-dss-plugin ([STAR-DSS](https://arxiv.org/abs/2505.17196)), for which a guard
