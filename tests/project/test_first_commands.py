@@ -22,6 +22,7 @@ ELSEWHERE = {
     "evidence": "trains for an hour on data that is not shipped",
     "howto_engine": "needs vLLM: tests/engines/test_vllm.py",
     "howto_guard": "needs the guard that the page is about: tests/project/test_howto.py",
+    "reference": "its YAML names data of yours: tests/project/test_examples.py runs such a one",
     "performance": "takes minutes: tests/project/test_benchmarks.py has a shorter one",
 }
 """Pages whose first command is not run here, and why."""
