@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from datasets import Dataset, IterableDataset
 from transformers import TrainerCallback
 
@@ -108,17 +109,19 @@ class StarDSSCallback(TrainerCallback):
         dataset: Any = self.trainer.train_dataset
         if dataset is active.train_dataset:
             return
-        if isinstance(dataset, IterableDataset):
+        if isinstance(dataset, IterableDataset | torch.utils.data.IterableDataset):
             raise DataError(
                 "The training set is a stream that took the place of the one that STAR-DSS was "
                 "set up with, so nobody scores it. Give it to the trainer's constructor, or call "
                 "attach after the last change."
             )
-        if not isinstance(dataset, Dataset) or SCORES_COLUMN not in dataset.column_names:
+        if not isinstance(dataset, Dataset):  # a list, or torch's Subset
+            dataset = active.rows.as_dataset(dataset)
+        if dataset is None or SCORES_COLUMN not in dataset.column_names:
             return  # the check of a batch says what it lacks
         active.ranks.agree({"training rows": active.rows.digest(dataset)})
         summary = summary_of(dataset, active.options, active.summaries["train"].guard)
-        active.summaries["train"], active.train_dataset = summary, dataset
+        active.summaries["train"], active.train_dataset = summary, self.trainer.train_dataset
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop before the weights move if a micro-batch of this step was not shaped.

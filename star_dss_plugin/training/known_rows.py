@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -117,6 +117,23 @@ class KnownRows:
         if len(unknown):
             raise _unknown(f"Row {unknown[0]} of the training set")
         return _without_reference(dataset)
+
+    def as_dataset(self, rows: Sequence[Any]) -> Dataset | None:
+        """Return known rows that are no data set as one, of tokens alone.
+
+        Returns:
+            None if they lack scores.
+
+        Raises:
+            DataError: One of them is not known.
+        """
+        found = [rows[i] for i in range(len(rows))]
+        if not all(isinstance(row, Mapping) and SCORES_COLUMN in row for row in found):
+            return None
+        for row in found:
+            self.check(row)
+        names = [name for name in _COLUMNS if all(name in row for row in found)]
+        return Dataset.from_list([{name: row[name] for name in names} for row in found])
 
     def check(self, row: Mapping[str, Any]) -> None:
         """Check one row of a batch.

@@ -12,7 +12,7 @@ from datasets import Dataset
 from star_dss_trl import StarDSSTrainer
 from support.models import tiny_llama
 from support.trl_runs import ANSWERS, PROMPTS, Stop, arguments, make, prompt_completion
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from transformers import TrainerCallback
 
 from star_dss_plugin import StarDSSError
@@ -67,6 +67,31 @@ def test_a_part_of_the_training_set_trains_and_is_what_is_said(tmp_path, tokeniz
     trainer.train()
     assert "4 responses scored" in capsys.readouterr().out
     assert json.loads((tmp_path / "out/star_dss.json").read_text())["data"]["train"]["rows"] == 4
+
+
+@pytest.mark.parametrize("kind", [list, lambda rows: Subset(rows, range(4))])
+@pytest.mark.parametrize("scored", [True, False])
+def test_evaluation_rows_in_a_list_train_only_if_the_guard_read_them(
+    tmp_path, tokenizer, scored, kind, capsys
+):
+    trainer = StarDSSTrainer(
+        tiny_llama(len(tokenizer)),
+        args=arguments(tmp_path, score_eval=scored),
+        train_dataset=prompt_completion(),
+        eval_dataset=prompt_completion().map(
+            lambda row: {"completion": [{"role": "assistant", "content": "a bad word it is"}]}
+        ),
+        processing_class=tokenizer,
+    )
+    trainer.train_dataset = kind(trainer.eval_dataset)
+    count = len(trainer.train_dataset)
+    if scored:
+        trainer.train()
+        assert f"{count} responses scored" in capsys.readouterr().out
+        return
+    with pytest.raises(DataError, match="not one that was scored when STAR-DSS was set up"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 @pytest.mark.parametrize("scored", [True, False])
