@@ -2,6 +2,7 @@
 
     python benchmarks/preparation.py                    # 300 rows of 40 + 150 words
     python benchmarks/preparation.py --rows 2000 --tokenizer MODEL
+    python benchmarks/preparation.py --tokenizer MODEL --template FILE    # a chat template (Jinja)
 
 Each figure is CPU time of one process (user and system): the median of several rounds, in each of
 which all contenders take their turn.
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from importlib.resources import files
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -148,12 +150,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rows", type=int, default=300)
     parser.add_argument("--tokenizer", help="id or folder; default: the bundled demonstration's")
+    parser.add_argument("--template", type=Path, help="a chat template's file; default: its own")
     given = parser.parse_args()
     if given.tokenizer:
         tokenizer = AutoTokenizer.from_pretrained(given.tokenizer)
     else:
         _, tokenizer = load_smollm2()
-    chat = ChatTokenizer(tokenizer)
+    template = given.template.read_text(encoding="utf-8") if given.template else None
+    chat = ChatTokenizer(tokenizer, template)
     ways(chat, given.rows)
     lengths(chat)
     processes(chat, given.rows)
