@@ -86,13 +86,10 @@ def chunk_ends(proposed: Iterable[int], boundaries: Sequence[bool]) -> tuple[int
         character moves to the token that completes it. Empty for an empty response.
     """
     length = len(boundaries)
-    legal = set()
-    for end in proposed:
-        if not 1 <= end <= length:
-            continue
-        while end < length and not boundaries[end - 1]:
-            end += 1
-        legal.add(end)
+    legal = {end for end in proposed if 1 <= end <= length}
+    if not all(boundaries):
+        complete = [n for n, whole in enumerate(boundaries, 1) if whole or n == length]
+        legal = {complete[bisect_left(complete, end)] for end in legal}
     if length:
         legal.add(length)
     return tuple(sorted(legal))

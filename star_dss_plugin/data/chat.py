@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from bisect import bisect_left
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,6 +22,8 @@ from star_dss_plugin.errors import DataError
 
 __all__ = ["ChatTokenizer", "Encoded", "same_beginning", "whole_text"]
 
+_TAILS = 1024  # that are kept at most, of this many characters each
+_TAIL = 64
 _PROBE = "\ue0f0{}\ue0f1"  # private-use characters: no template looks for them
 
 
@@ -149,25 +151,52 @@ class ChatTokenizer:
         Raises:
             DataError: `question` holds a lone surrogate.
         """
-        at = len(question) - len(self.header)
-        opening = self._opening if self._fast else []
-        if opening and question.endswith(self.header) and text.startswith(question):
-            # A control token parts what is before it from what is behind it: of the question, the
-            # header alone can be other tokens than in the conversation.
-            n = bisect_left(encoded.starts, at)
-            if n < len(encoded.ids) and (encoded.starts[n], encoded.ids[n]) == (at, opening[0]):
-                return n + same_beginning(encoded.ids[n : n + len(opening)], opening)
-        return same_beginning(encoded.ids, self.encode(question).ids)
+        parted = self._parted(encoded, text, question) if self._fast else None
+        if parted is None:
+            return same_beginning(encoded.ids, self.encode(question).ids)
+        n, rest = parted
+        own = self._tails.get(rest)
+        if own is None:
+            own = self.encode(rest).ids
+            if len(rest) <= _TAIL and len(self._tails) < _TAILS:
+                self._tails[rest] = own
+        return n + same_beginning(encoded.ids[n : n + len(own)], own)
+
+    def _parted(self, encoded: Encoded, text: str, question: str) -> tuple[int, str] | None:
+        """Find the last token of a text that parts it, and that another text has there too.
+
+        The two are the same tokens before it.
+
+        Returns:
+            Its number, and the other text from it on; None if there is none.
+        """
+        shared = len(question) if text.startswith(question) else _same(text, question)
+        for n in range(bisect_right(encoded.ends, shared) - 1, -1, -1):
+            token = self._parting.get(encoded.ids[n])
+            if token is not None and text.startswith(token, encoded.starts[n]):
+                return n, question[encoded.starts[n] :]
+        return None
 
     @cached_property
-    def _opening(self) -> list[int]:
-        """The tokens of the header; none if it does not begin with a token that parts texts."""
-        ids = self.encode(self.header).ids
-        first = added_tokens(self.tokenizer).get(ids[0]) if ids else None
-        parts = first is not None and not (
-            first.normalized or first.lstrip or first.rstrip or first.single_word
-        )
-        return ids if parts else []
+    def _parting(self) -> dict[int, str]:
+        """The added tokens that part what is before them from what is behind them, by id.
+
+        Whatever a text goes on with, it has such a token where it has its characters.
+        """
+        added = added_tokens(self.tokenizer)
+        every = [str(token) for token in added.values()]
+        return {
+            i: str(token)
+            for i, token in added.items()
+            if not (token.normalized or token.lstrip or token.rstrip or token.single_word)
+            # Of those that are part of a longer one, the longer one may take the place.
+            and sum(str(token) in other for other in every) == 1
+        }
+
+    @cached_property
+    def _tails(self) -> dict[str, list[int]]:
+        """The tokens of what templates write behind a question."""
+        return {}
 
     @property
     def _fast(self) -> bool:
@@ -240,11 +269,11 @@ class ChatTokenizer:
             return ""
         asked = asked.rpartition(_PROBE.format(0))[2]
         between = talk.partition(_PROBE.format(1))[0].rpartition(_PROBE.format(0))[2]
-        both = _common(asked, between)
+        both = asked[: _same(asked, between)]
         if asked == alone != between:  # the template knows no `add_generation_prompt`
             own = between.removeprefix(alone) if between.startswith(alone) else ""
         else:
-            shared = len(_common(alone, both))
+            shared = _same(alone, both)
             within = [m.start() for m in self.added.finditer(both) if m.start() < shared < m.end()]
             own = both[min([shared, *within]) :]
         if not own.strip() and not between[len(both) :].strip():
@@ -274,12 +303,16 @@ def _encoded(text: str, ids: list[int], offsets: Sequence[tuple[int, int]]) -> E
     return Encoded(ids, starts, ends)
 
 
-def _common(one: str, two: str) -> str:
-    """Return the longest text that both begin with."""
-    n = 0
-    while n < min(len(one), len(two)) and one[n] == two[n]:
-        n += 1
-    return one[:n]
+def _same(one: str, two: str) -> int:
+    """Return how many first characters two texts share."""
+    low, high = 0, min(len(one), len(two))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one.startswith(two[low:middle], low):
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def same_beginning(one: Sequence[int], two: Sequence[int]) -> int:

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset, List, Value
+from numpy.typing import NDArray
 
 __all__ = [
     "ASKED_COLUMN",
@@ -48,13 +50,33 @@ def with_column(dataset: Dataset, name: str, column: Sequence[Any], feature: Any
     if name in dataset.column_names:
         dataset = dataset.remove_columns(name)
     digest = hashlib.sha256(f"{dataset._fingerprint}:{name}:{feature}".encode())
-    made = []
-    for values in column:
-        array = np.asarray(values)
+    arrays = list(map(np.asarray, column))
+    for array in arrays:
         digest.update(f"{array.dtype}:{array.shape}".encode() + array.tobytes())
-        # Arrow takes arrays of numbers several times faster than lists.
-        made.append(array if array.dtype.kind in "biuf" else values)
-    return dataset.add_column(name, made, new_fingerprint=digest.hexdigest()[:16], feature=feature)
+    made = _in_one_piece(arrays)
+    return dataset.add_column(
+        name,
+        column if made is None else made,
+        new_fingerprint=digest.hexdigest()[:16],
+        feature=feature,
+    )
+
+
+def _in_one_piece(arrays: Sequence[NDArray[Any]]) -> pa.ListArray | None:
+    """Return rows of numbers as Arrow has them, at a fraction of what it takes to convert each.
+
+    Returns:
+        None if they are not all rows of one kind of numbers.
+    """
+    filled = [array for array in arrays if array.size]
+    kinds = {array.dtype for array in filled}
+    if len(kinds) != 1 or kinds.pop().kind not in "biuf" or any(a.ndim != 1 for a in arrays):
+        return None
+    offsets = np.zeros(len(arrays) + 1, np.int64)
+    np.cumsum([len(array) for array in arrays], out=offsets[1:])
+    if offsets[-1] > np.iinfo(np.int32).max:  # what Arrow's lists can count
+        return None
+    return pa.ListArray.from_arrays(offsets.astype(np.int32), np.concatenate(filled))
 
 
 def without_marks(dataset: Dataset) -> Dataset:

@@ -18,9 +18,9 @@ from typing import Any
 from star_dss_plugin.data.chat import ChatTokenizer, Encoded
 from star_dss_plugin.data.conversations import (
     conversation_of,
-    row_messages,
     source_messages,
     template_arguments,
+    text_message,
 )
 from star_dss_plugin.data.decoding import (
     REPLACEMENT,
@@ -305,7 +305,7 @@ class _Placed:
     @cached_property
     def _said(self) -> list[Message]:
         """The messages, with what stands in the text of the assistant's."""
-        said = row_messages({"messages": list(self.source)}) or []
+        said = [text_message(message) for message in self.source]
         there = {turn.message: turn for turn in self.layout.turns}
         for k, message in enumerate(said):
             if message["role"] == "assistant" and not (k in there and there[k].whole):

@@ -19,6 +19,7 @@ __all__ = [
     "row_messages",
     "source_messages",
     "template_arguments",
+    "text_message",
     "text_of",
 ]
 
@@ -139,10 +140,11 @@ def _short(value: Any) -> str:
 def row_messages(row: Mapping[str, Any]) -> list[Message] | None:
     """`source_messages` with each content as one string: see `text_of`."""
     source = source_messages(row)
-    return None if source is None else [_text_message(m) for m in source]
+    return None if source is None else [text_message(m) for m in source]
 
 
-def _text_message(message: Mapping[str, Any]) -> Message:
+def text_message(message: Mapping[str, Any]) -> Message:
+    """Return a message with its content as one string: see `text_of`."""
     return {"role": message["role"], "content": text_of(message.get("content"))}
 
 

@@ -15,6 +15,7 @@ from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 from typing import Any
 
@@ -109,8 +110,7 @@ def lay_out(
     """
     text = chat.render(messages, **arguments)
     for empty in (True, False):
-        marked, marks, opening = _marked(messages, arguments, empty, _minds_tags(chat))
-        form = json.dumps([opening, marked, arguments], default=repr, ensure_ascii=False)
+        marked, marks, opening, form = _marked(messages, arguments, empty, _minds_tags(chat.source))
         if form not in chat.scaffolds:
             if len(chat.scaffolds) >= _SCAFFOLDS:
                 chat.scaffolds.clear()
@@ -125,7 +125,7 @@ def lay_out(
 
 def _marked(
     messages: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any], empty: bool, tags: bool
-) -> tuple[list[dict[str, Any]], list[_Mark], str]:
+) -> tuple[list[dict[str, Any]], list[_Mark], str, str]:
     """Put marks in place of what is said.
 
     Args:
@@ -135,7 +135,8 @@ def _marked(
         tags: Whether the template looks for tags of thought in a content.
 
     Returns:
-        The conversation with marks, what each mark stands for, and how marks begin.
+        The conversation with marks, what each mark stands for, how marks begin, and the form:
+        conversations that have the same one share a scaffold.
     """
     opening = _OPEN
     while True:
@@ -145,7 +146,7 @@ def _marked(
         ]
         shown = json.dumps([marked, dict(arguments)], default=repr, ensure_ascii=False)
         if shown.count(opening) == len(marks):
-            return marked, marks, opening
+            return marked, marks, opening, opening + shown
         opening += _OPEN  # the data holds it: it may come from an attacker
 
 
@@ -331,9 +332,10 @@ def _layout(
     return Layout(text, tuple(turns), tuple(others), spans)
 
 
-def _minds_tags(chat: ChatTokenizer) -> bool:
-    """Return whether the template looks for tags of thought in what a turn says."""
-    return bool(_TAGS.search(chat.source))
+@cache
+def _minds_tags(template: str) -> bool:
+    """Return whether a template looks for tags of thought in what a turn says."""
+    return bool(_TAGS.search(template))
 
 
 def _reasons(chat: ChatTokenizer, message: Mapping[str, Any]) -> bool:
@@ -341,7 +343,7 @@ def _reasons(chat: ChatTokenizer, message: Mapping[str, Any]) -> bool:
     content = message.get("content")
     if any(isinstance(message.get(n), str) and message[n].strip() for n in _SPOKEN[:-1]):
         return True
-    return isinstance(content, str) and _minds_tags(chat) and bool(_TAGS.search(content))
+    return isinstance(content, str) and _minds_tags(chat.source) and bool(_TAGS.search(content))
 
 
 def _begin(chat: ChatTokenizer, text: str, left: int, place: tuple[int, int, _Mark]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from operator import ge
 from typing import Any
 
 __all__ = ["Message", "PrefixRequest", "Trajectory"]
@@ -32,7 +32,7 @@ class PrefixRequest:
         ends = self.ends
         if not ends or ends[0] < 0 or ends[-1] > len(self.text):
             raise ValueError(f"prefix ends {ends} do not lie within a text of {len(self.text)}")
-        if any(a >= b for a, b in pairwise(ends)):
+        if any(map(ge, ends, ends[1:])):
             raise ValueError(f"prefix ends must increase: {ends}")
 
 

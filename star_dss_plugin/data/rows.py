@@ -38,6 +38,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+_AT_ONCE = 64  # rows that are made Python's in one step, which takes less time
+
 SAYING = (
     "input_ids",
     "labels",
@@ -175,7 +177,9 @@ def plain_rows(dataset: Dataset, columns: Sequence[str] | None = None) -> Iterat
     if columns is not None:
         plain = plain.select_columns(list(columns))
     try:
-        yield from map(dict, plain)
+        for batch in plain.iter(_AT_ONCE):
+            names, columns = batch.keys(), batch.values()
+            yield from (dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True))
     except ValueError as error:  # UnicodeDecodeError; text that is not the JSON it should be
         raise unreadable(plain, error) from error
 

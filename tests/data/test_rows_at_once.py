@@ -105,15 +105,33 @@ def test_the_first_bad_row_stops_behind_the_rows_before_it(chat, bad):
 _CHATS: dict[str, ChatTokenizer] = {}
 
 
-@settings(max_examples=120, deadline=None)
-@given(st.sampled_from(list(FORMS)), contents, contents, st.integers(0, 12))
-def test_a_completion_begins_where_its_prompts_tokens_end(name, asked, said, cut):
+def of_pieces():
+    model = sentencepiece_like("bpe")
+    model.add_tokens([AddedToken("<|end|>", special=True), AddedToken("<think>", special=False)])
+    return ChatTokenizer(
+        model,
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}",
+    )
+
+
+@settings(max_examples=160, deadline=None)
+@given(
+    st.sampled_from([*FORMS, "pieces"]),
+    contents,
+    contents,
+    st.integers(0, 12),
+    st.sampled_from(["", " ", "<think>", "<think>\n\n</think>", "<|im_", "of pieces", "é"]),
+)
+def test_a_completion_begins_where_its_prompts_tokens_end(name, asked, said, cut, more):
     """The slow twin tokenizes the prompt as well."""
-    chat = _CHATS.setdefault(name, chat_of(name))
+    if name not in _CHATS:
+        _CHATS[name] = of_pieces() if name == "pieces" else chat_of(name)
+    chat = _CHATS[name]
     prompt = [{"role": "user", "content": asked}]
     text = chat.render([*prompt, answer(said)])
     question = chat.render(prompt, add_generation_prompt=True)
-    question = question[: len(question) - cut]
+    question = question[: len(question) - cut] + more
     encoded = chat.encode(text)
     slowly = same_beginning(encoded.ids, chat.encode(question).ids)
     assert chat.begins_like(encoded, text, question) == slowly
@@ -137,7 +155,8 @@ def test_a_prompt_is_not_tokenized_again_where_a_token_parts_it(monkeypatch, way
     name = "Llama 3: headers"
     chat = chat_of(name)
     backend = chat.tokenizer.backend_tokenizer
-    backend.add_special_tokens([AddedToken("<|start_header_id|>", special=True, **way)])
+    controls = [AddedToken(token, special=True, **way) for token in FORMS[name][0]]
+    backend.add_special_tokens(controls)
     row = {"prompt": [{"role": "user", "content": "2 + 2? "}], "completion": [answer("four")]}
     read_row(row, chat)
     texts = watch(monkeypatch)
