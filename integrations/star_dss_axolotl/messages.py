@@ -14,15 +14,10 @@ from star_dss_plugin.logprobs import IGNORE_INDEX
 __all__ = ["MESSAGES", "TemplateInverse", "with_messages"]
 
 MESSAGES = "messages"
-_FEATURE = List(
-    {
-        "role": Value("string"),
-        "content": Value("string"),
-        "reasoning_content": Value("string"),
-        "thinking": Value("string"),
-        "reasoning": Value("string"),
-        "tool_calls": Value("string"),
-    }
+_ALWAYS = ("role", "content")
+_TEXTS = (
+    *("role", "content", "reasoning_content", "thinking", "reasoning", "tool_calls"),
+    *("tool_call_id", "name"),
 )
 
 
@@ -44,12 +39,18 @@ def with_messages(dataset: Dataset, inverses: Sequence[TemplateInverse]) -> Data
         if IGNORE_INDEX in row["labels"]:
             tried = (inverse.of_tokens(row["input_ids"]) for inverse in inverses)
             found = next((messages for messages in tried if messages is not None), None)
-        column.append(None if found is None else [_columns(message) for message in found])
-    return dataset.add_column(MESSAGES, column, feature=_FEATURE)
+        column.append(None if found is None else list(map(_as_texts, found)))
+    # Templates may ask whether a message has a field: there are those that some message needs.
+    used = {field for messages in column for message in messages or () for field in message}
+    feature = List({name: Value("string") for name in _TEXTS if name in used or name in _ALWAYS})
+    filled = [
+        None if messages is None else [dict.fromkeys(feature.feature) | one for one in messages]
+        for messages in column
+    ]
+    return dataset.add_column(MESSAGES, filled, feature=feature)
 
 
-def _columns(message: dict[str, Any]) -> dict[str, Any]:
+def _as_texts(message: dict[str, Any]) -> dict[str, Any]:
     """Return a message as a column of messages holds it: calls of functions as JSON."""
-    empty = dict.fromkeys(_FEATURE.feature)
-    calls = message.get("tool_calls")
-    return empty | message | {"tool_calls": json.dumps(calls) if calls else None}
+    calls = {"tool_calls": json.dumps(message["tool_calls"])} if "tool_calls" in message else {}
+    return message | calls

@@ -9,7 +9,6 @@ conversations, else it is not used.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -19,37 +18,13 @@ from transformers import PreTrainedTokenizerBase
 
 from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.decoding import REPLACEMENT, decode
+from star_dss_plugin.data.probes import IN_CALLS, NAMES, PROBES, REASONING, pieces_of, probe
+from star_dss_plugin.data.slots import messages_of
 from star_dss_plugin.errors import DataError
 
 __all__ = ["TemplateInverse"]
 
-_MARK = re.compile("\ue0f0([0-9]+)\ue0f1")  # private use: in no template
-_THOUGHT, _CALL, _ARGUMENTS = "reasoning", "call", "arguments"
-_REASONING = ("reasoning_content", "thinking", "reasoning")
-
-# Conversations that are learned from. "thinking" is an assistant's turn with reasoning before its
-# answer, "calling" one that calls a function; "answer+call" says something before it calls.
-_PROBES = (
-    "user assistant",
-    "system user assistant",
-    "user assistant user assistant",
-    "system user assistant user assistant",
-    "developer user assistant",
-    "user thinking",
-    "system user thinking",
-    "user thinking user thinking",
-    "user assistant user thinking",
-    "user thinking user assistant",
-    "user assistant tool assistant",
-    "user assistant tool assistant user assistant",
-    "user calling tool assistant",
-    "user calling tool assistant user assistant",
-    "user assistant user calling tool assistant",
-    "user assistant user calling tool thinking",
-    "user calling tool tool assistant",
-    "user answer+call tool assistant",
-    "user calling",
-)
+_NAME = re.compile(r"[\w.$:-]*")  # of a function or an argument, which may be cut
 _KNOWN = (
     {"role": "system", "content": "Answer in one line."},
     {"role": "user", "content": "What is 2 + 2?\n\nSay it, please."},
@@ -82,9 +57,12 @@ class TemplateInverse:
         self._openings: set[tuple[str, str]] = set()  # (text, slot)
         self._between: dict[str, set[tuple[str, str]]] = defaultdict(set)  # slot: (text, next slot)
         self._closings: dict[str, set[str]] = defaultdict(set)
-        for probe in _PROBES:
-            for name in _REASONING if "thinking" in probe else _REASONING[:1]:
-                self._learn(probe.split(), name)
+        self._as_text = False  # whether the template takes arguments of calls as JSON text only
+        for kinds in map(str.split, PROBES):
+            thinks = any("thinking" in kind for kind in kinds)
+            for name in REASONING if thinks else REASONING[:1]:
+                for linked in (True, False) if "tool" in kinds else (False,):
+                    self._learn(kinds, name, linked)
         self.reliable = all(self._gives_back(_KNOWN[first:]) for first in (0, 1))
 
     def messages(self, text: str) -> list[dict[str, Any]] | None:
@@ -144,26 +122,27 @@ class TemplateInverse:
         """Return a decoded text without the space that SentencePiece puts behind added tokens."""
         return re.sub(f"({self.chat.added.pattern}) ", r"\1", text)
 
-    def _learn(self, kinds: Sequence[str], reasoning: str) -> None:
+    def _learn(self, kinds: Sequence[str], reasoning: str, linked: bool) -> None:
         """Take what the template writes around the messages of some kinds."""
-        probe, slots = _probe(kinds, reasoning)
-        try:
-            text = self.chat.render(probe)
-        except DataError:
-            return  # templates may refuse a role or an order
-        order = [int(n) for n in _MARK.findall(text)]
-        if order != list(range(len(slots))):
-            return  # a message was dropped, written twice, or moved: no way back from here
-        pieces = _MARK.split(text)[::2]
-        for i, slot in enumerate(slots):
-            if slot == _ARGUMENTS:  # the mark stands between {" and ": 0}
-                if not (pieces[i].endswith('{"') and re.match(r'": ?0\}', pieces[i + 1])):
-                    return
-                pieces[i] = pieces[i][:-2]
-                pieces[i + 1] = re.sub(r'^": ?0\}', "", pieces[i + 1])
+        text = None
+        for as_text in (False, True) if any("call" in kind for kind in kinds) else (False,):
+            made, marked = probe(kinds, reasoning, as_text=as_text, linked=linked)
+            try:
+                text = self.chat.render(made)
+            except DataError:
+                continue  # templates may refuse a role, an order, or arguments that are no text
+            self._as_text |= as_text
+            break
+        taken = None if text is None else pieces_of(text, marked)
+        if taken is None:
+            return
+        slots, pieces = taken
         self._openings.add((pieces[0], slots[0]))
         for slot, piece, following in zip(slots, pieces[1:], slots[1:], strict=False):
-            if piece:
+            # Where answers have no header, what is between two of them is the end of one.
+            header = self.chat.header
+            parts = {slot, following} != {"assistant"} or (header and header in piece)
+            if piece and parts:
                 self._between[slot].add((piece, following))
         self._closings[slots[-1]].add(pieces[-1])
 
@@ -184,19 +163,46 @@ class TemplateInverse:
     def _parse(self, text: str, *, exact: bool = True) -> list[dict[str, Any]] | None:
         # The longest opening first: it may hold a default system turn. "user" before "system":
         # where both look alike, the template makes one turn of them.
-        for opening, slot in sorted(self._openings, key=lambda o: (-len(o[0]), o[1] != "user")):
-            if text.startswith(opening):
-                slots, behind = self._slots(text, len(opening), slot)
-                said = text[: len(text) - behind]  # the template's own words may be cut
-                for reasoning in (*_REASONING, None):
-                    found = _messages(slots, reasoning)
-                    if found is None:
-                        break
-                    if not exact or self._renders(found, said):
+        # A call that cannot be told apart is read as words that the turn says.
+        for known in (True, False):
+            for opening, slot in sorted(self._openings, key=lambda o: (-len(o[0]), o[1] != "user")):
+                if text.startswith(opening):
+                    slots, behind = self._slots(text, len(opening), slot, calls=known)
+                    if any(self._overruns(*one) for one in slots):
+                        continue
+                    said = text[: len(text) - behind]  # the template's own words may be cut
+                    found = self._said(slots, said if exact else None)
+                    if found is not None:
                         return found
         return None
 
-    def _slots(self, text: str, position: int, slot: str) -> tuple[list[tuple[str, str]], int]:
+    def _overruns(self, slot: str, text: str) -> bool:
+        """Return whether what seems to stand in a slot holds what comes behind it."""
+        header = self.chat.header.strip()
+        if header and header in text:
+            return True  # of the next answer
+        if slot in NAMES:
+            return not _NAME.fullmatch(text)
+        if slot not in IN_CALLS:
+            return False
+        endings = {ending.strip() for ending in self._closings[slot]} - {""}
+        return bool(self.chat.added.search(text)) or any(ending in text for ending in endings)
+
+    def _said(
+        self, slots: Sequence[tuple[str, str]], text: str | None
+    ) -> list[dict[str, Any]] | None:
+        """Return the messages of some slots; None if there are none that give a text."""
+        calls = any(slot in IN_CALLS for slot, _ in slots)
+        for linked in (False, True) if calls else (False,):
+            for reasoning in (*REASONING, None):
+                found = messages_of(slots, reasoning, as_text=self._as_text, linked=linked)
+                if found is not None and (text is None or self._renders(found, text)):
+                    return found
+        return None
+
+    def _slots(
+        self, text: str, position: int, slot: str, *, calls: bool
+    ) -> tuple[list[tuple[str, str]], int]:
         """Return what stands in each slot from a position on, and how much follows the last."""
         found: list[tuple[str, str]] = []
         while True:
@@ -204,7 +210,7 @@ class TemplateInverse:
                 # "user" first: some templates write other roles as users.
                 (at, -len(piece), following != "user", piece, following)
                 for piece, following in self._between[slot]
-                if (at := text.find(piece, position)) >= 0
+                if (calls or following not in IN_CALLS) and (at := text.find(piece, position)) >= 0
             ]
             if not places:
                 break
@@ -227,78 +233,3 @@ class TemplateInverse:
         except DataError:
             return False
         return rendered.startswith(text) or rendered.startswith(text.rstrip(REPLACEMENT).rstrip())
-
-
-def _probe(kinds: Sequence[str], reasoning: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return a conversation of marks, and the slot of each mark."""
-    slots: list[str] = []
-
-    def mark(slot: str) -> str:
-        slots.append(slot)
-        return f"\ue0f0{len(slots) - 1}\ue0f1"
-
-    probe: list[dict[str, Any]] = []
-    for kind in kinds:
-        if kind == "thinking":
-            thought = mark(_THOUGHT)
-            probe.append({"role": "assistant", reasoning: thought, "content": mark("assistant")})
-        elif kind in ("calling", "answer+call"):
-            content = mark("assistant") if kind == "answer+call" else ""
-            call = {"name": mark(_CALL), "arguments": {mark(_ARGUMENTS): 0}}
-            calls = [{"type": "function", "id": "call00001", "function": call}]
-            probe.append({"role": "assistant", "content": content, "tool_calls": calls})
-        elif kind == "tool":
-            told = {"role": "tool", "tool_call_id": "call00001", "content": mark("tool")}
-            probe.append(told)
-        else:
-            probe.append({"role": kind, "content": mark(kind)})
-    return probe, slots
-
-
-def _messages(
-    slots: Sequence[tuple[str, str]], reasoning: str | None
-) -> list[dict[str, Any]] | None:
-    """Return the messages that some slots make.
-
-    Args:
-        slots: Kinds and texts.
-        reasoning: The field for reasoning; None: it stands in the content, between tags.
-
-    Returns:
-        None if a call's arguments are not JSON, or there is another field for no reasoning.
-    """
-    found: list[dict[str, Any]] = []
-    thinks = any(slot == _THOUGHT for slot, _ in slots)
-    if not thinks and reasoning != _REASONING[0]:
-        return None
-    pending: dict[str, Any] | None = None  # an assistant's turn that is not complete
-    for slot, text in slots:
-        if slot == _THOUGHT:
-            pending = {"role": "assistant", "content": ""}
-            pending["content" if reasoning is None else reasoning] = (
-                f"<think>\n{text}\n</think>\n\n" if reasoning is None else text
-            )
-            found.append(pending)
-        elif slot == "assistant":
-            if pending is None:
-                pending = {"role": "assistant", "content": ""}
-                found.append(pending)
-            pending["content"] += text
-            pending = pending if pending["content"] else None
-        elif slot == _CALL:
-            if not found or found[-1]["role"] != "assistant":
-                found.append({"role": "assistant", "content": ""})
-            calls = found[-1].setdefault("tool_calls", [])
-            calls.append({"type": "function", "function": {"name": text, "arguments": {}}})
-            continue
-        elif slot == _ARGUMENTS:
-            try:
-                known = json.loads(text)
-            except ValueError:
-                return None
-            found[-1]["tool_calls"][-1]["function"]["arguments"] = known
-        else:
-            found.append({"role": slot, "content": text})
-        if slot != _THOUGHT:
-            pending = None
-    return found

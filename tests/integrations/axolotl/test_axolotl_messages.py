@@ -1,17 +1,23 @@
 """The inverse of a chat template: right, or not used."""
 
+import json
+
 import pytest
 
 pytest.importorskip("axolotl", reason="needs Axolotl: make test-axolotl")
 
 from axolotl.utils.chat_templates.base import _CHAT_TEMPLATES
 from axolotl_runs import _light  # noqa: F401
+from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from star_dss_axolotl.messages import TemplateInverse
+from star_dss_axolotl.messages import TemplateInverse, with_messages
 
 from star_dss_plugin.data.chat import ChatTokenizer
+from star_dss_plugin.data.responses import find_responses
+from star_dss_plugin.data.tokenization import tokenize_row
 from star_dss_plugin.errors import DataError
+from star_dss_plugin.segmenters import tokens
 
 CONVERSATION = [
     {"role": "user", "content": "How do I whittle a spoon?"},
@@ -122,3 +128,42 @@ def test_what_was_said_comes_back(tokenizer, pairs, system):
     text = ChatTokenizer(tokenizer, tokenizer.chat_template).render(said)
     found = TemplateInverse(tokenizer, tokenizer.chat_template).messages(text)
     assert found == said
+
+
+def rain(**more):
+    calls = [
+        {"type": "function", "function": {"name": "weather", "arguments": {"city": city}}}
+        for city in ("Oslo", "Rome")
+    ]
+    return [
+        {"role": "user", "content": "Where does it rain?"},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "content": "wet"},
+        {"role": "tool", "content": "dry"},
+        {"role": "assistant", "content": "Only in Oslo.", **more},
+    ]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_5", "qwen_25", "exaone4", "jamba"])
+def test_rows_with_several_calls_have_their_messages(tokenizer, name):
+    """qwen3_5 writes calls as XML."""
+    template = _CHAT_TEMPLATES[name]
+    chat = ChatTokenizer(tokenizer, template)
+    rows = [tokenize_row({"messages": talk}, chat) for talk in (rain(), CONVERSATION)]
+    found = with_messages(Dataset.from_list(rows), [TemplateInverse(tokenizer, template)])
+    messages = [m for m in found[0]["messages"] if m["role"] != "system"]
+    assert [m["role"] for m in messages] == ["user", "assistant", "tool", "tool", "assistant"]
+    calls = [call["function"] for call in json.loads(messages[1]["tool_calls"])]
+    assert calls == [call["function"] for call in rain()[1]["tool_calls"]]
+    for row in found:
+        responses = find_responses(row, chat, tokens, 5)
+        assert responses
+        assert not any(response.raw_context for response in responses)
+    assert responses[-1].request.text.strip() == "A short one."
+
+
+def test_messages_have_the_fields_that_some_message_needs(tokenizer):
+    inverse = TemplateInverse(tokenizer, tokenizer.chat_template)
+    rows = [tokenize_row({"messages": CONVERSATION}, inverse.chat)]
+    found = with_messages(Dataset.from_list(rows), [inverse])
+    assert found["messages"][0] == CONVERSATION

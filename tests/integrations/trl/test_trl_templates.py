@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from star_dss_plugin.data.chat import ChatTokenizer
+from star_dss_plugin.data.inverse import TemplateInverse
 from star_dss_plugin.data.responses import find_responses
 from star_dss_plugin.data.tokenization import read_row, tokenize_row
 from star_dss_plugin.errors import DataError
@@ -153,3 +154,31 @@ def check_words(chat, talk, row, made, cut):
         for message in talk:
             if message["role"] == "user":
                 assert (message["content"] in before) == (message["content"] in context)
+
+
+# As JSON, as XML (Qwen3.5, GLM, Nemotron) and in channels.
+CALLING = re.compile(r"(qwen(2_5|3|3_5_\w*think|3_6|3_instruct_2507|3_vl)|glm4moe|nemotron_\w+)")
+
+
+def test_calls_of_functions_come_back_from_tokens(chat):
+    """Several in one turn; a template that cannot be inverted gives nothing or the same tokens."""
+    calls = [
+        {"type": "function", "function": {"name": "weather", "arguments": {"city": city}}}
+        for city in ("Oslo", "Rome")
+    ]
+    talk = [
+        *(user("Where does it rain?"), {**answer("Let me look."), "tool_calls": calls}),
+        *({"role": "tool", "content": "wet"}, {"role": "tool", "content": "dry"}),
+        answer("Only in Oslo."),
+    ]
+    inverse = TemplateInverse(chat.tokenizer, chat.source)
+    try:
+        ids = chat.encode(chat.render(talk)).ids
+    except DataError as error:
+        pytest.skip(str(error))
+    found = inverse.of_tokens(ids)
+    if found is not None:
+        again = chat.encode(chat.render(found)).ids
+        assert again == ids
+    if CALLING.fullmatch(Path(next(t for t in TEMPLATES if t.read_text() == chat.source)).stem):
+        assert found == talk

@@ -1,0 +1,235 @@
+"""Calls of functions come back from the tokens of a rendered conversation, or are left as words."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).parent))
+from template_forms import FORMS, chat_of
+
+from star_dss_plugin.data import inverse as module
+from star_dss_plugin.data.inverse import TemplateInverse
+from star_dss_plugin.data.probes import pieces_of, probe
+
+CHATML = "Qwen3, SmolLM3: a block of thought in the last turn"
+_OPEN = "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' + (m.content or '') }}"
+_CLOSE = (
+    "{{- '<|im_end|>\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+)
+_EACH = "{%- for call in m.tool_calls or [] %}{%- set f = call.function %}"
+# Templates of other forms than `FORMS` has, for the tokens of chatml.
+OTHERS = {
+    "XML": _OPEN
+    + _EACH
+    + "{{- '\n<tool_call>\n<function=' + f.name + '>\n' }}{%- for k, v in f.arguments.items() %}"
+    "{{- '<parameter=' + k + '>\n' + (v if v is string else v | tojson) + '\n</parameter>\n' }}"
+    "{%- endfor %}{{- '</function>\n</tool_call>' }}{%- endfor %}" + _CLOSE,
+    "JSON text, with ids": _OPEN
+    + _EACH
+    + "{%- if call.id | length != 9 %}{{ raise_exception('nine characters') }}{%- endif %}"
+    '{{- \'\n<tool_call>{"name": "\' + f.name + \'", "arguments": \' + f.arguments }}'
+    "{{- ', \"id\": \"' + call.id + '\"}</tool_call>' }}{%- endfor %}"
+    "{%- if m.role == 'tool' %}{{- ' of ' + m.tool_call_id + ' by ' + m.name }}{%- endif %}"
+    + _CLOSE,
+    "Python": _OPEN
+    + "{%- if m.tool_calls %}{{- '[' }}{%- for call in m.tool_calls %}{%- set f = call.function %}"
+    "{{- f.name + '(' }}{%- for k, v in f.arguments.items() %}{{- k + '=' }}"
+    '{%- if v is string %}{{- "\'" + v + "\'" }}{%- else %}{{- v | tojson }}{%- endif %}'
+    "{{- '' if loop.last else ', ' }}{%- endfor %}{{- ')' if loop.last else '), ' }}"
+    "{%- endfor %}{{- ']' }}{%- endif %}" + _CLOSE,
+}
+_INVERSES = {}
+
+
+def inverse_of(name):
+    if name not in _INVERSES:
+        chat = chat_of(CHATML if name in OTHERS else name)
+        _INVERSES[name] = TemplateInverse(chat.tokenizer, OTHERS.get(name, chat.chat_template))
+    return _INVERSES[name]
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def answer(text, *calls, text_arguments=False, **more):
+    made = []
+    for n, (name, arguments) in enumerate(calls):
+        given = json.dumps(arguments) if text_arguments else arguments
+        called = {"name": name, "arguments": given}
+        made.append({"type": "function", "id": f"number_{n:02d}", "function": called})
+    return {
+        "role": "assistant",
+        "content": text,
+        **more,
+        **({"tool_calls": made} if made else {}),
+    }
+
+
+def results(*texts, name="weather"):
+    return [
+        {"role": "tool", "content": text, "tool_call_id": f"number_{n:02d}", "name": name}
+        for n, text in enumerate(texts)
+    ]
+
+
+OSLO, ROME = ("weather", {"city": "Oslo"}), ("weather", {"city": "Rome", "when": "in May\nor so"})
+
+
+def talks(as_text=False):
+    how = {"text_arguments": as_text}
+    return {
+        "one": [user("Rain?"), answer("", OSLO, **how), *results("wet"), answer("It rains.")],
+        "two": [
+            *(user("Rain?"), answer("", OSLO, ROME, **how), *results("wet", "dry")),
+            answer("Only in Oslo."),
+        ],
+        "said, and two": [
+            *(user("Rain?"), answer("Let me look.", ROME, OSLO, **how), *results("dry", "wet")),
+            answer("Only in Oslo."),
+        ],
+        "no arguments": [
+            *(user("Rain?"), answer("", ("weather", {}), OSLO, **how), *results("dry", "wet")),
+            answer("Only in Oslo."),
+        ],
+        "one after the other": [
+            *(user("Rain?"), answer("", OSLO, **how), *results("wet")),
+            *(answer("", ROME, **how), *results("dry"), answer("Only in Oslo.")),
+        ],
+        "later": [
+            *(user("Hi"), answer("Hello."), user("Rain?"), answer("", OSLO, ROME, **how)),
+            *(*results("wet", "dry"), answer("Only in Oslo."), user("Thanks"), answer("Fine.")),
+        ],
+        "last": [user("Rain?"), answer("", OSLO, ROME, **how)],
+    }
+
+
+def said(messages):
+    """Roles, words, and calls with their arguments; without ids, which templates may not write."""
+    shown = []
+    for m in messages:
+        calls = []
+        for call in m.get("tool_calls", ()):
+            arguments = call["function"]["arguments"]
+            known = json.loads(arguments) if isinstance(arguments, str) else arguments
+            calls.append((call["function"]["name"], known))
+        shown.append((m["role"], m["content"], m.get("reasoning_content"), calls))
+    return shown
+
+
+MANY = (
+    *("XML", "JSON text, with ids", "Qwen 2.5", CHATML),
+    *("GLM: the next role ends a turn", "Nemotron: thought in every turn, begun by the prompt"),
+)
+
+
+@pytest.mark.parametrize("talk", talks())
+@pytest.mark.parametrize("name", MANY)
+def test_calls_come_back(name, talk):
+    inverse = inverse_of(name)
+    known = talks(as_text=name.startswith("JSON text"))[talk]
+    ids = inverse.chat.encode(inverse.chat.render(known)).ids
+    found = inverse.of_tokens(ids)
+    assert said(found) == said(known)
+    assert inverse.chat.encode(inverse.chat.render(found)).ids == ids
+
+
+@pytest.mark.parametrize("name", [CHATML, "GLM: the next role ends a turn"])
+def test_thoughts_before_calls_come_back(name):
+    inverse = inverse_of(name)
+    known = [
+        *(user("Rain?"), answer("", OSLO, ROME, reasoning_content="Both, then.")),
+        *(*results("wet", "dry"), answer("Only in Oslo.", reasoning_content="I see.")),
+    ]
+    ids = inverse.chat.encode(inverse.chat.render(known)).ids
+    assert said(inverse.of_tokens(ids)) == said(known)
+
+
+def test_ids_and_names_that_the_template_writes_come_back():
+    known = talks(as_text=True)["two"]
+    inverse = inverse_of("JSON text, with ids")
+    assert inverse.of_tokens(inverse.chat.encode(inverse.chat.render(known)).ids) == known
+
+
+def test_a_value_does_not_hold_what_comes_behind_it():
+    """Numbers stand without quotes here, and the end of such a value is not known."""
+    inverse = inverse_of("Python")
+    strings = [user("Rain?"), answer("", OSLO, OSLO), *results("wet", "wet"), answer("It rains.")]
+    ids = inverse.chat.encode(inverse.chat.render(strings)).ids
+    assert said(inverse.of_tokens(ids)) == said(strings)
+    numbers = [user("Rain?"), answer("", ("weather", {"days": 2, "city": "Oslo"}))]
+    known = [*numbers, *results("wet"), answer("It rains.")]
+    found = inverse.of_tokens(inverse.chat.encode(inverse.chat.render(known)).ids)
+    words = "[weather(days=2, city='Oslo')]"
+    assert [m["content"] for m in found] == ["Rain?", words, "wet", "It rains."]
+
+
+texts = st.text(st.sampled_from("ab \n<>/{}\"'=(),é|"), max_size=12) | st.sampled_from(
+    ["</parameter>", "</tool_call>", "<|im_end|>", "\n</parameter>\n<parameter=x>\n", '"}', "2"]
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from(MANY), st.dictionaries(st.sampled_from("ab"), texts), texts, texts, st.data()
+)
+def test_whatever_stands_in_a_call_it_renders_back_or_is_not_used(name, given_, told, asked, data):
+    inverse = inverse_of(name)
+    how = {"text_arguments": name.startswith("JSON text")}
+    known = [
+        *(user(asked), answer("", ("weather", given_), OSLO, **how), *results(told, "wet")),
+        answer("Only in Oslo."),
+    ]
+    ids = inverse.chat.encode(inverse.chat.render(known)).ids
+    found = inverse.of_tokens(ids)
+    if found is not None:
+        assert inverse.chat.encode(inverse.chat.render(found)).ids == ids
+        assert found[-1]["content"].endswith("Only in Oslo.")
+    cut = data.draw(st.integers(1, len(ids)))
+    part = inverse.of_tokens(ids[:cut])
+    for call in (c for m in part or () for c in m.get("tool_calls", ())):
+        assert not inverse.chat.added.search(json.dumps(call, ensure_ascii=False))
+
+
+@pytest.mark.parametrize("name", [n for n in FORMS if n not in MANY])
+def test_other_forms_are_right_or_not_used(name):
+    inverse = inverse_of(name)
+    for known in talks().values():
+        try:
+            ids = inverse.chat.encode(inverse.chat.render(known)).ids
+        except module.DataError:
+            continue  # the template refuses it
+        found = inverse.of_tokens(ids)
+        if found is not None:
+            assert inverse.chat.encode(inverse.chat.render(found)).ids == ids
+            assert said(found)[0] == said(known)[0]
+
+
+def test_a_probe_that_is_not_written_as_it_is_teaches_nothing():
+    made, slots = probe(["user", "thinking+answer"], "thinking", as_text=False, linked=False)
+    marks = [made[0]["content"], made[1]["thinking"], made[1]["content"]]
+    assert pieces_of("<{}|{}|{}>".format(*marks), slots) == (slots, ["<", "|", "|", ">"])
+    for wrong in ("{0}|{2}", "{0}|{2}|{1}", "{0}|{0}|{1}|{2}"):
+        assert pieces_of(wrong.format(*marks), slots) is None
+
+
+@pytest.mark.parametrize("name", ["XML", "Llama 3: headers"])
+def test_two_answers_in_a_row_are_two(name):
+    inverse = inverse_of(name)
+    known = [user("Help me?"), answer(""), answer("Sure!"), user("So?"), answer("An apple.")]
+    assert inverse.of_tokens(inverse.chat.encode(inverse.chat.render(known)).ids) == known
+
+
+def test_words_that_hold_the_next_answer_are_not_one_turn():
+    inverse = inverse_of("XML")
+    text = (
+        "<|im_start|>user\nRain?<|im_end|>\n<|im_start|>assistant\nNo.<|eot|>"
+        "<|im_start|>assistant\nYes."
+    )
+    assert inverse.reliable
+    assert inverse.messages(text) is None
