@@ -31,7 +31,8 @@ from star_dss_plugin.data.decoding import (
 )
 from star_dss_plugin.data.layout import Layout, Turn, lay_out
 from star_dss_plugin.data.requests import Message
-from star_dss_plugin.data.tokenization import Tokenized, read_row
+from star_dss_plugin.data.tokenization import read_row
+from star_dss_plugin.data.tokenized import Tokenized
 from star_dss_plugin.errors import DataError
 
 __all__ = ["Reading", "RowReader"]

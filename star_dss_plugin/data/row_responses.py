@@ -23,7 +23,8 @@ from star_dss_plugin.data.rows import (
     plain_rows,
     with_labels,
 )
-from star_dss_plugin.data.tokenization import Tokenized, labelled, read_rows
+from star_dss_plugin.data.tokenization import labelled, read_rows
+from star_dss_plugin.data.tokenized import Tokenized
 from star_dss_plugin.logprobs import IGNORE_INDEX
 from star_dss_plugin.segmenters import Segmenter
 

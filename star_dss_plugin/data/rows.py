@@ -10,16 +10,16 @@ from datasets import Dataset, List, Value
 
 from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.columns import with_column
-from star_dss_plugin.data.media import check_features
-from star_dss_plugin.data.responses import tokens_of
-from star_dss_plugin.data.tokenization import (
+from star_dss_plugin.data.host_labels import (
     MASKS,
-    Tokenized,
     assistant_labels,
     has_mask,
     needs_assistant_labels,
-    read_row,
 )
+from star_dss_plugin.data.media import check_features
+from star_dss_plugin.data.responses import tokens_of
+from star_dss_plugin.data.tokenization import read_row
+from star_dss_plugin.data.tokenized import Tokenized
 from star_dss_plugin.errors import DataError, StarDSSError
 from star_dss_plugin.logprobs import IGNORE_INDEX
 

@@ -13,13 +13,8 @@ from tokenizers import processors
 from transformers import AutoTokenizer
 
 from star_dss_plugin.data.chat import ChatTokenizer
-from star_dss_plugin.data.tokenization import (
-    assistant_labels,
-    labelled,
-    needs_assistant_labels,
-    read_row,
-    tokenize_row,
-)
+from star_dss_plugin.data.host_labels import assistant_labels, needs_assistant_labels
+from star_dss_plugin.data.tokenization import labelled, read_row, tokenize_row
 
 TRIMMED = GENERATION.replace("m.content", "m.content|trim")
 

@@ -8,7 +8,8 @@ from support.conversations import CONVERSATIONS, GENERATION, chat, spoken
 
 from star_dss_plugin import DataError
 from star_dss_plugin.data.chat import ChatTokenizer
-from star_dss_plugin.data.tokenization import assistant_labels, needs_assistant_labels, tokenize_row
+from star_dss_plugin.data.host_labels import assistant_labels, needs_assistant_labels
+from star_dss_plugin.data.tokenization import tokenize_row
 
 # Whose labels are left open
 

@@ -1,0 +1,105 @@
+"""Labels of rows that a host has tokenized: what they leave open, and what they train too much.
+
+On a conversation, TRL trains every token unless `assistant_only_loss` is set. A response is what an
+assistant says (paper, section 3), so only those tokens stay trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from star_dss_plugin.data.chat import ChatTokenizer
+from star_dss_plugin.data.conversations import conversation_of, source_messages
+from star_dss_plugin.data.tokenization import read_row
+from star_dss_plugin.data.tokenized import Tokenized
+from star_dss_plugin.errors import DataError
+from star_dss_plugin.logprobs import IGNORE_INDEX
+
+__all__ = ["MASKS", "assistant_labels", "has_mask", "needs_assistant_labels"]
+
+MASKS = ("completion_mask", "assistant_masks")
+"""Columns with 1 for trained tokens and 0 for others, as TRL writes and reads them."""
+
+
+def needs_assistant_labels(row: Mapping[str, Any]) -> bool:
+    """Return whether a tokenized row trains on turns that are not an assistant's.
+
+    True where every token of a conversation or of a prompt with its completion is trained, or a
+    completion that holds other turns than the assistant's is trained in one piece.
+    """
+    messages, completion = conversation_of(row), row.get("completion")
+    if isinstance(messages, list) or isinstance(completion, list):
+        source_messages(row)  # or an error that says what is wrong with them
+    if has_mask(row) and IGNORE_INDEX not in row["labels"]:
+        return True
+    if isinstance(messages, list):
+        others = any(m["role"] != "assistant" for m in messages)
+        return others and IGNORE_INDEX not in row["labels"]
+    if isinstance(completion, list):
+        others = any(m["role"] != "assistant" for m in completion)
+        # Several pieces: whoever made the labels (assistant_only_loss) has told the turns apart.
+        in_one_piece = _pieces(row["labels"]) == 1
+        return IGNORE_INDEX not in row["labels"] or (others and in_one_piece)
+    said = isinstance(row.get("prompt"), str) and isinstance(completion, str)
+    return said and bool(row["prompt"]) and IGNORE_INDEX not in row["labels"]
+
+
+def _pieces(labels: list[int]) -> int:
+    """Return the number of runs of trained tokens."""
+    trained = [label != IGNORE_INDEX for label in labels]
+    return sum(now and not before for before, now in zip([False, *trained], trained, strict=False))
+
+
+def assistant_labels(
+    row: Mapping[str, Any], chat: ChatTokenizer, made: Tokenized | None = None
+) -> list[int]:
+    """Return labels of a tokenized row with only its assistant turns trained.
+
+    Args:
+        row: `input_ids` (possibly truncated, at either end) and the messages they were made from.
+        chat: The tokenizer and the template that made `input_ids`.
+        made: What `read_row` returns for the row, if that is known.
+
+    Returns:
+        One label per token of `input_ids`.
+
+    Raises:
+        DataError: The row's tokens are not those of its messages.
+    """
+    given = list(row["input_ids"])
+    if has_mask(row):
+        tokens = zip(given, *(row[m] for m in MASKS if row.get(m) is not None), strict=True)
+        return [token if all(bits) else IGNORE_INDEX for token, *bits in tokens]
+    made = made or read_row(row, chat)
+    if made.trained is None:
+        raise DataError(made.problem)
+    ids, trained = made.encoded.ids, made.trained
+    for start in (0, max(0, len(ids) - len(given))):
+        kept = slice(start, start + len(given))
+        if ids[kept] == given:
+            return [i if t else IGNORE_INDEX for i, t in zip(given, trained[kept], strict=True)]
+    if made.plain:
+        raise DataError(
+            "All tokens of a prompt and its completion are trained, and they are not those of the "
+            "two texts, so the completion cannot be found in them. Set completion_only_loss=True, "
+            "or give labels that are -100 on the prompt."
+        )
+    raise DataError(
+        "All tokens of a conversation are trained, and its tokens are not those of its chat "
+        "template, so the assistant's turns cannot be found in them. Set "
+        "assistant_only_loss=True, or give prompt-completion data."
+    )
+
+
+def has_mask(row: Mapping[str, Any]) -> bool:
+    """Return whether a row's own masks say what is trained, and nothing else is needed for it.
+
+    A host that cuts rows may leave masks as long as they were; the messages tell then. A completion
+    that holds turns of others needs them too.
+    """
+    masks = [row[m] for m in MASKS if row.get(m) is not None]
+    completion = row.get("completion")
+    if isinstance(completion, list) and any(m["role"] != "assistant" for m in completion):
+        return False
+    return bool(masks) and all(len(m) == len(row["input_ids"]) for m in masks)

@@ -1,0 +1,79 @@
+"""Read rows that are plain texts: a prompt with its completion, or one text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from star_dss_plugin.data.chat import ChatTokenizer, Encoded, same_beginning, whole_text
+from star_dss_plugin.data.layout import Layout, Turn
+from star_dss_plugin.data.rendered import is_rendered, parsed_prompt
+from star_dss_plugin.data.tokenized import Plan, Tokenized
+
+__all__ = ["of_text", "of_texts"]
+
+
+def of_text(text: str, chat: ChatTokenizer) -> Plan:
+    """Read a text that is trained as a whole."""
+    whole = _with_eos(chat, text)
+    rendered = is_rendered(text, chat)
+
+    def all_of_it(encoded: Encoded) -> Tokenized:
+        trained = [True] * len(encoded.ids)
+        return Tokenized(encoded, whole, trained, None, None, rendered=rendered)
+
+    return Plan(whole, all_of_it, plain=True)
+
+
+def of_texts(prompt: str, completion: str, chat: ChatTokenizer) -> Plan:
+    """Join a prompt and a completion that are texts."""
+    text = whole_text(prompt + _with_eos(chat, completion))
+    asked = chat.ids(prompt)
+    rendered = is_rendered(prompt, chat)
+    source = parsed_prompt(prompt, chat) if rendered else [{"role": "user", "content": prompt}]
+    layout = None if source is None else _plain_layout(prompt, completion, text, source, chat)
+    if source is not None:
+        source = [*source, {"role": "assistant", "content": completion}]
+
+    def behind_the_prompt(encoded: Encoded) -> Tokenized:
+        common = same_beginning(encoded.ids, asked)
+        trained = [False] * common + [True] * (len(encoded.ids) - common)
+        unread = source is None
+        return Tokenized(encoded, text, trained, layout, source, rendered=unread, plain=True)
+
+    return Plan(text, behind_the_prompt, plain=True)
+
+
+def _plain_layout(
+    prompt: str,
+    completion: str,
+    text: str,
+    source: Sequence[Mapping[str, Any]],
+    chat: ChatTokenizer,
+) -> Layout:
+    """Return where a prompt's messages and a completion stand in their text."""
+    k = len(source)
+    inner = _without_control(completion, chat)
+    begin, end = len(prompt) + inner[0], len(prompt) + inner[1]
+    whole = inner == (0, len(completion))
+    turn = Turn(k, len(prompt), ((begin, end),), whole, len(text))
+    # What was said before is known as a whole, not where in the prompt.
+    earlier = [m for m in range(k) if source[m]["role"] == "assistant"]
+    turns = (*(Turn(m, 0, ((0, 0),), True, 0) for m in earlier), turn)
+    return Layout(text, turns, tuple((0, len(prompt), m) for m in range(k)), None)
+
+
+def _without_control(completion: str, chat: ChatTokenizer) -> tuple[int, int]:
+    """Return the part of a completion that lies within the control tokens around it."""
+    start, end = 0, len(completion)
+    while (match := chat.added.match(completion, start)) is not None and match.end() > start:
+        start = match.end()
+    stops = [match.span() for match in chat.added.finditer(completion, start)]
+    while stops and not completion[stops[-1][1] : end].strip():
+        end = stops.pop()[0]
+    return start, max(start, end)
+
+
+def _with_eos(chat: ChatTokenizer, text: str) -> str:
+    eos = str(chat.tokenizer.eos_token or "")
+    return text if text.endswith(eos) else text + eos

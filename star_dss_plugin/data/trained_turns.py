@@ -1,0 +1,133 @@
+"""Find which tokens of a rendered conversation are trained: what assistants say."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from star_dss_plugin.data.chat import ChatTokenizer, Encoded, whole_text
+from star_dss_plugin.data.conversations import template_arguments, text_of
+from star_dss_plugin.data.layout import Layout, Turn, generated_spans, lay_out
+from star_dss_plugin.data.tokenized import Plan, Tokenized
+
+__all__ = ["of_completion", "of_conversation"]
+
+_NOTHING_GENERATED = (
+    "assistant_only_loss is set, and the chat template does not say what is generated (it has no "
+    "{% generation %}). Give a template that does, or leave assistant_only_loss out: then the "
+    "assistant's turns are found by their messages."
+)
+_NOT_PLAIN = (
+    "The chat template does not render the assistant's turns as plain text (it rewrites or leaves "
+    "out what they say), so their tokens cannot be found. Set assistant_only_loss=True with a "
+    "template that has {% generation %}, or give prompt-completion data."
+)
+
+
+def of_conversation(
+    row: Mapping[str, Any],
+    source: list[dict[str, Any]],
+    chat: ChatTokenizer,
+    first: int,
+    assistant_only_loss: bool,
+) -> Plan:
+    """Render a conversation; the assistant's turns from message `first` on are trained."""
+    arguments = template_arguments(row)
+    text, layout = lay_out(chat, source, arguments)
+    generated = layout.generated if layout else generated_spans(chat, source, arguments, text)
+
+    def turns_of_it(encoded: Encoded) -> Tokenized:
+        return _turns(source, chat, first, (text, layout, encoded), generated, assistant_only_loss)
+
+    return Plan(text, turns_of_it)
+
+
+def _turns(
+    source: list[dict[str, Any]],
+    chat: ChatTokenizer,
+    first: int,
+    made: tuple[str, Layout | None, Encoded],
+    generated: Sequence[tuple[int, int]] | None,
+    assistant_only_loss: bool,
+) -> Tokenized:
+    """Find which tokens of a rendered conversation are trained."""
+    text, layout, encoded = made
+    trained = [False] * len(encoded.ids)
+    turns = [t for t in layout.turns if t.message >= first] if layout else []
+    if generated is not None:
+        begin = turns[0].begin if first and turns else 0
+        for start, end in generated:
+            if start >= begin:
+                _train(trained, encoded, start, end)
+    elif assistant_only_loss:
+        return Tokenized(encoded, text, None, layout, source, _NOTHING_GENERATED)
+    elif layout is None or len(turns) < _speaking(source, first):
+        return Tokenized(encoded, text, None, layout, source, _NOT_PLAIN)
+    for turn in turns if generated is None else ():
+        _train_turn(trained, encoded, chat, text, turn)
+    return Tokenized(encoded, text, trained, layout, source)
+
+
+def _speaking(source: list[dict[str, Any]], first: int) -> int:
+    """Return how many assistant turns from message `first` on say something."""
+    return sum(
+        m["role"] == "assistant" and bool(text_of(m.get("content")) or m.get("tool_calls"))
+        for m in source[first:]
+    )
+
+
+def _train(trained: list[bool], encoded: Encoded, start: int, end: int) -> None:
+    """Mark the tokens of some characters as trained."""
+    first, last = bisect_right(encoded.ends, start), bisect_left(encoded.starts, end)
+    trained[first:last] = [True] * (last - first)
+
+
+def _train_turn(
+    trained: list[bool],
+    encoded: Encoded,
+    chat: ChatTokenizer,
+    text: str,
+    turn: Turn,
+) -> None:
+    """Mark a turn as trained, with its end: the model must learn to stop.
+
+    The end is the first control token behind the words. Where the token that stops generation
+    stands behind others (Cohere's), it is all of them up to that one. Behind a call of a function
+    the template's own text may come first.
+    """
+    end = turn.words[-1][1]
+    _train(trained, encoded, turn.begin, end)
+    ids, starts, ends = encoded.ids, encoded.starts, encoded.ends
+    first = bisect_left(starts, end)
+    stop = None
+    for i in range(first, len(ids)):
+        if ids[i] in chat.special:
+            if stop is None or ids[i] == chat.tokenizer.eos_token_id:
+                stop = i
+            if ids[i] == chat.tokenizer.eos_token_id:
+                break
+            continue
+        said = text[starts[i] : ends[i]].strip()
+        skipped = not said or chat.added.fullmatch(said) or (turn.calls and stop is None)
+        if starts[i] >= turn.right or not skipped:
+            break
+    if stop is not None:
+        trained[first : stop + 1] = [True] * (stop + 1 - first)
+
+
+def of_completion(
+    row: Mapping[str, Any], source: list[dict[str, Any]], chat: ChatTokenizer
+) -> Plan:
+    """Render a prompt of messages and a completion that an assistant says, trained as a whole."""
+    arguments, prompt = template_arguments(row), row["prompt"]
+    text, layout = lay_out(chat, source, arguments)
+    question = chat.render(prompt, add_generation_prompt=True, **arguments)
+    whole_text(question)
+
+    def behind_the_question(encoded: Encoded) -> Tokenized:
+        common = chat.begins_like(encoded, text, question)
+        trained = [False] * common + [True] * (len(encoded.ids) - common)
+        return Tokenized(encoded, text, trained, layout, source)
+
+    return Plan(text, behind_the_question)
