@@ -34,12 +34,16 @@ CORE = $(wildcard tests/test_*.py) tests/data tests/guards tests/cli/test_cli.py
 test-core: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_FLAGS) $(CORE) --ignore tests/guards/test_demo_guard.py
 
+# What touches transformers, TRL or accelerate; the rest is the same whatever is installed. Engines and scoring are
+# tested with this transformers by `nox -s lowest`.
+OLDEST_TRL = tests/integrations/trl tests/training tests/data tests/guards tests/evaluate tests/test_smollm2.py \
+	tests/project/test_examples.py
 # In two processes: Axolotl patches transformers and torch wherever it is imported. The slow tests are the same
 # whatever TRL is installed, or want the newest accelerate; of the sharded ones those with FSDP pass with this one, too
 # (by hand: .venv-axolotl/bin/python -m pytest tests/training/test_sharding.py -k fsdp).
 test-axolotl: export AXOLOTL_DO_NOT_TRACK = 1
 test-axolotl: $(AXOLOTL_VENV)/.ready
-	OMP_NUM_THREADS=1 $(AXOLOTL_VENV)/bin/python -m pytest $(PYTEST_FLAGS) -m 'not slow' --ignore tests/integrations/axolotl
+	OMP_NUM_THREADS=1 $(AXOLOTL_VENV)/bin/python -m pytest $(PYTEST_FLAGS) -m 'not slow' $(OLDEST_TRL)
 	OMP_NUM_THREADS=1 $(AXOLOTL_VENV)/bin/python -m pytest $(PYTEST_FLAGS) -m 'not slow' tests/integrations/axolotl
 
 # Not part of CI: Axolotl on two processes, with FSDP and DeepSpeed.

@@ -1,8 +1,9 @@
 """The environments in which the package has to work: `nox -s NAME`, or `nox -l` for the list.
 
 Each session makes its environment and runs the tests in it; arguments after `--` go to pytest.
-`.ci/run` runs `wheel` and `lowest`; `make test`, `make test-axolotl` and `make test-axolotl-newest`
-are `newest`, `axolotl` and `axolotl-newest`, in environments that stay.
+`.ci/run` runs `wheel` and `lowest`. `make test`, `make test-axolotl` and `make test-axolotl-newest`
+run in environments that stay what `newest`, `axolotl` and `axolotl-newest` run here; the second
+leaves out what is the same whatever TRL is installed, and all of them what is slow.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The fixtures of all tests; what they share otherwise lies in support/."""
 
 import functools
+import gc
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,17 @@ except ImportError:  # the wheel's tests use none
 else:  # a busy machine is no failure; everything else stays as it is, also in CI
     settings.register_profile("unhurried", parent=settings.default, deadline=None)
     settings.load_profile("unhurried")
+
+
+def pytest_collection_finish():
+    # Trainers collect garbage at every turn, and each time look through all that was imported: a
+    # second. What is there now, stays.
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -41,9 +41,9 @@ def test_bfloat16_probabilities_are_near_those_in_float32() -> None:
         assert (got.exp() - expected.exp()).abs().max() <= 2e-2
 
 
-def test_a_real_model_in_bfloat16_takes_the_fast_path() -> None:
+def test_a_real_model_in_bfloat16_takes_the_fast_path(tmp_path_factory) -> None:
     """Rounding grows with depth and with the vocabulary: tiny models do not show how much."""
-    model = real_model()[0].bfloat16()
+    model = real_model(tmp_path_factory)[0].bfloat16()
     assert LocalEngine(model)._plain_path_reason is None
     model.model.layers[3].self_attn.layer_idx = 2  # two layers that write to one cache
     assert "apart" in (LocalEngine(model)._plain_path_reason or "")

@@ -3,11 +3,10 @@
 import importlib.util
 import json
 import logging
-import shutil
 
 import pytest
 import torch
-from support.models import needs_smollm2
+from support.models import converted_once, needs_smollm2, real_model
 from support.paths import SHARED
 
 from star_dss_plugin import smollm2
@@ -40,18 +39,9 @@ def asked(prompt, response):
 
 
 @pytest.fixture(scope="module")
-def model_cache(tmp_path_factory):
-    """Where the converted model is kept for the tests of this module: 538 MB, so not for longer."""
-    folder = tmp_path_factory.mktemp("smollm2")
-    yield str(folder)
-    shutil.rmtree(folder)
-
-
-@pytest.fixture(scope="module")
-def guard(model_cache):
+def guard(tmp_path_factory):
     guard = DemoGuard(device="cpu")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("STAR_DSS_CACHE", model_cache)
+    with converted_once(tmp_path_factory):
         guard.token_scores([asked("Hi", "Hello")])
     yield guard
     guard.close()
@@ -280,10 +270,9 @@ def test_what_cannot_be_read_is_an_error(guard):
         DemoGuard(batch_tokens=0)
 
 
-def test_smollm2_is_a_plain_model_that_speaks(tmp_path, monkeypatch, model_cache):
-    monkeypatch.setenv("STAR_DSS_CACHE", model_cache)
+def test_smollm2_is_a_plain_model_that_speaks(tmp_path, tmp_path_factory):
     state = torch.random.get_rng_state()
-    model, tokenizer = smollm2.load_smollm2()
+    model, tokenizer = real_model(tmp_path_factory)
     assert torch.equal(state, torch.random.get_rng_state())
     assert not getattr(model, "is_quantized", False)
     assert not hasattr(model.config, "quantization_config")
@@ -305,8 +294,8 @@ def test_smollm2_is_a_plain_model_that_speaks(tmp_path, monkeypatch, model_cache
 @pytest.mark.skipif(not DATA.exists(), reason="the demonstration data is not part of the checkout")
 def test_a_sample_of_test_rows_is_told_apart(guard):
     rows = [json.loads(line) for line in DATA.read_text(encoding="utf-8").splitlines()]
-    rows = [r for r in rows if len(r["prompt"]) + len(r["response"]) < 400][::5][:120]
-    assert len(rows) == 120
+    rows = [r for r in rows if len(r["prompt"]) + len(r["response"]) < 400][::5][:60]
+    assert len(rows) == 60
     found = guard.token_scores([asked(r["prompt"], r["response"]) for r in rows])
     safe = [f[-1][1] for f, r in zip(found, rows, strict=True) if r["label"] == 1]
     harmful = [f[-1][1] for f, r in zip(found, rows, strict=True) if r["label"] == 0]

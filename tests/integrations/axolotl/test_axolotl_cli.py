@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 from axolotl_runs import LORA, chat, configuration, finished, multi_turn, write_config
 
@@ -53,11 +55,21 @@ def test_preprocess_train_evaluate_merge(start, tmp_path_factory, model_dir):
     assert (folder / "out" / "merged" / "model.safetensors").is_file()
 
 
-def test_a_run_that_must_not_start_does_not(start, tmp_path, model_dir):
+def test_a_run_that_must_not_start_does_not(environment, tmp_path, model_dir):
     config = configuration(tmp_path, model_dir, star_dss={"guard": "test-words", "chunk_sise": 5})
-    process = start("train", write_config(tmp_path, config), "--launcher", "python")
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode != 0
+    # The program of this environment, whatever PATH says.
+    code = "from axolotl.cli.main import main; main()"
+    words = ("train", str(write_config(tmp_path, config)), "--launcher", "python")
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode != 0
+    out = done.stdout + done.stderr
     assert "chunk_sise" in out
     assert "Extra inputs are not permitted" in out
     assert not (tmp_path / "out" / "README.md").exists()

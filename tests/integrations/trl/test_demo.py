@@ -1,5 +1,6 @@
 """The demonstration, on a tiny model in place of the real one: what it prints and leaves behind."""
 
+import inspect
 import json
 import os
 import re
@@ -100,9 +101,10 @@ def test_two_at_once_in_one_folder_are_told(tmp_path):
 
 
 WRITES = """
-import logging, os, sys, warnings
+import logging, os, runpy, sys, warnings
 from pathlib import Path
-from star_dss_trl.demo.stages import only_in
+
+only_in = runpy.run_path(sys.argv[2])["only_in"]  # without its package, which imports TRL
 
 os.write(2, b"before\\n")  # behind what imports may say
 kept = logging.StreamHandler(sys.stderr)
@@ -118,7 +120,7 @@ os.write(2, b"after too\\n")
 
 def test_everything_that_is_printed_goes_to_the_log(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-c", WRITES, str(tmp_path / "log")],
+        [sys.executable, "-c", WRITES, str(tmp_path / "log"), inspect.getfile(Stages)],
         capture_output=True,
         text=True,
         check=True,

@@ -185,6 +185,7 @@ def test_a_line_of_the_users_own_takes_no_metrics(tmp_path, tokenizer):
 
 
 # While it traces TRL's fused head.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_a_compiled_model_trains_the_same(tmp_path, tokenizer, monkeypatch):
     found = []

@@ -126,6 +126,7 @@ if trainer.is_world_process_zero():
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_process_with_twice_the_accumulation(tmp_path, model_dir):
     root = ROOT
     found = {}
@@ -164,6 +165,7 @@ def test_two_ranks_equal_one_process_with_twice_the_accumulation(tmp_path, model
     torch.testing.assert_close(found[1], found[2], rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_one_rank_that_fails_stops_all(tmp_path, model_dir):
     """Before they meet."""
     root = ROOT

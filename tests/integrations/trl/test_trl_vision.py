@@ -317,6 +317,7 @@ if trainer.is_world_process_zero():
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_with_workers_train_as_one_process(tmp_path):
     alone = make(tmp_path / "alone", smolvlm(), talks())
     alone.train()
