@@ -39,10 +39,6 @@ _PARALLEL = {
     "tensor_parallel_size": (
         "it splits the model's head over devices, and log-probabilities are made with a whole one"
     ),
-    "expert_parallel_size": (
-        "the ranks exchange tokens in every forward pass, and each rank computes the reference "
-        "of its own share of the rows, so that they would wait for each other forever"
-    ),
 }
 # By the package of the plugin below axolotl.integrations. Any other plugin with a trainer is found
 # when Axolotl asks for one.

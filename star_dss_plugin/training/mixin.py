@@ -75,6 +75,10 @@ class StarDSSMixin(_Base):
         """
         return stream
 
+    def ranks_exchange_tokens(self) -> bool:
+        """Whether a forward pass waits for one of every other rank, without shards of weights."""
+        return False
+
     def media_rows(self) -> MediaRows | None:
         """Return how rows are read that the collator tokenizes; None if they are tokenized before.
 
@@ -282,8 +286,8 @@ class StarDSSMixin(_Base):
         """
         kind, held = state.reference.kind, weights.kl != 0
         if kind in ("adapter", "copy", "model"):
-            # Each rank of a sharded model gathers weights from all others: none may be left out.
-            if not state.sharded and not bool(held.any()):
+            # Each rank's pass waits for those of all others: none may be left out.
+            if not (state.sharded or state.ranks.together) and not bool(held.any()):
                 return None
 
             def function(rows: Tensor, project: Projection | None) -> Any:
