@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -171,22 +172,27 @@ def is_partitioned(model: nn.Module) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
-def _gathered(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Gather a parameter that ZeRO-3 has partitioned; complete on every rank in the context."""
-    if not hasattr(tensor, "ds_id"):
-        return contextlib.nullcontext()
-    import deepspeed
+@contextlib.contextmanager
+def _gathered(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Lend a parameter whole that ZeRO-3 has partitioned, or that is split over ranks."""
+    if isinstance(tensor, DTensor):
+        whole: torch.Tensor = tensor.full_tensor()
+        yield whole
+    elif hasattr(tensor, "ds_id"):
+        import deepspeed
 
-    gathered: contextlib.AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([tensor])
-    return gathered
+        with deepspeed.zero.GatheredParameters([tensor]):
+            yield tensor
+    else:
+        yield tensor
 
 
 def model_fingerprint(model: nn.Module) -> str:
     """Return a hash that identifies a model's weights, computed mostly on the device.
 
     It covers the configuration, the active adapters and their scaling, and the name, shape, dtype,
-    sum and 64 evenly spaced values of every parameter and buffer. ZeRO-3 partitioning
-    does not change it: one parameter is gathered at a time, so all ranks must call it.
+    sum and 64 evenly spaced values of every parameter and buffer. ZeRO-3 and tensor parallelism
+    do not change it: one parameter is gathered at a time, so all ranks must call it.
     """
     digest = hashlib.sha256()
     settings = settings_of(getattr(model, "config", None))
@@ -196,8 +202,8 @@ def model_fingerprint(model: nn.Module) -> str:
         for name, module in model.named_modules():
             if hasattr(module, "scaling"):
                 digest.update(f"{name}:{module.scaling}".encode())
-    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
-        with _gathered(tensor):
+    for name, part in sorted(model.state_dict(keep_vars=True).items()):
+        with _gathered(part) as tensor:
             digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}:".encode())
             flat = tensor.detach().reshape(-1)
             if not flat.is_floating_point():

@@ -37,11 +37,7 @@ _PARALLEL = {
     "context_parallel_size": _SPLIT,
     "sequence_parallel_degree": _SPLIT,
     "tensor_parallel_size": (
-        "it splits the model's head over devices, and log-probabilities are made with a whole one"
-    ),
-    "expert_parallel_size": (
-        "the ranks exchange tokens in every forward pass, and each rank computes the reference "
-        "of its own share of the rows, so that they would wait for each other forever"
+        "it splits the model's head over devices, which was tried with TRL alone"
     ),
 }
 # By the package of the plugin below axolotl.integrations. Any other plugin with a trainer is found

@@ -87,6 +87,11 @@ class StarDSSAxolotlTrainer(StarDSSMixin, AxolotlTrainer):  # type: ignore[misc]
             batch_size = dataset.batch_size
         return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
 
+    def ranks_exchange_tokens(self) -> bool:
+        """Whether experts are spread over ranks, which then send each other tokens."""
+        assert self.model is not None
+        return any(hasattr(module, "num_experts_global") for module in self.model.modules())
+
     def media_rows(self) -> MediaRows | None:
         """Return how rows with images are read, where the collator is Axolotl's for these."""
         return media_rows(self.data_collator)

@@ -103,7 +103,12 @@ def set_up(trainer: StarDSSMixin, options: StarDSSOptions) -> None:
     switch_fused_loss_off(trainer.args)
     model = trainer.model
     assert model is not None  # a Trainer makes it, or does not begin
-    ranks = Ranks.of(trainer.accelerator, model)
+    ranks = Ranks.of(
+        trainer.accelerator,
+        model,
+        exchange=trainer.ranks_exchange_tokens(),
+        alike=trainer.get_tp_size(),
+    )
     with runnable(model, trainer.accelerator):
         _set_up(trainer, options, tokenizer, shaping, model, ranks)
 
@@ -119,7 +124,9 @@ def _set_up(
     # Before anything that only some options do on all ranks together, where others would wait.
     ranks.agree(_facts(trainer, options))
     # Before the reference is chosen: some quantized weights change when they are first used.
-    projects = ranks.first_decides(lambda: can_project(model))
+    # A head that is split over ranks gives whole logits, but no rank has all of its weight.
+    alone = ranks.can_run and ranks.alike == 1
+    projects = alone and ranks.first_decides(lambda: can_project(model))
     # A static graph is reduced by what DDP hangs on the model's outputs; hidden states are none.
     # A compiled model calls no hook that could show them.
     compiles = trainer.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO

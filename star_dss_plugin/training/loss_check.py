@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN, TOKEN_COLUMNS
 from star_dss_plugin.errors import StarDSSError
 from star_dss_plugin.logprobs import IGNORE_INDEX
+from star_dss_plugin.training.even import no_rows
 from star_dss_plugin.training.late import text_of_row
 from star_dss_plugin.training.plain import (
     Plain,
@@ -47,6 +48,11 @@ def check_loss(trainer: Any, active: StarDSSState, dataloader: Any) -> None:
     """
     policy = trainer._policy(trainer.model)
     row = _shortest_row(dataloader.dataset, active.options.stream_buffer)
+    there = active.ranks.gather(row is not None)
+    if row is None or not all(there):
+        if any(there):
+            raise no_rows(there.index(False), "train")
+        raise StarDSSError("No row has a trained token: every label is -100. Check the data.")
     batch = dataloader.collate_fn([row])
     if SCORES_COLUMN not in batch:
         raise not_in_effect(
@@ -71,7 +77,9 @@ def check_loss(trainer: Any, active: StarDSSState, dataloader: Any) -> None:
                 reference = reference_of(active, trainer, batch, labels)
                 with head_watched(policy) as sharded_heads:
                     plain = plain_terms(active, trainer, policy, batch, reference)
-                if any(sharded_heads) and not trainer._host_wants_loss_alone():
+                # Tensor parallelism splits the head, too, and gives whole logits.
+                whole = active.ranks.alike > 1 or not any(sharded_heads)
+                if not whole and not trainer._host_wants_loss_alone():
                     raise unit_of_its_own(
                         "gives a wrong loss, with or without STAR-DSS, in trainers that read the "
                         "head's weight outside of its forward pass, as TRL's do"
@@ -181,8 +189,10 @@ _FEW = 32
 """Rows among which the shortest is sought."""
 
 
-def _shortest_row(dataset: Any, buffer: int) -> Mapping[str, Any]:
+def _shortest_row(dataset: Any, buffer: int) -> Mapping[str, Any] | None:
     """Return the shortest of the first few rows with trained tokens: it takes the least memory.
+
+    None if no row has any.
 
     A row without any would prove nothing, nor would one without the reference's log-probabilities
     if there are some: those are what the model as it starts is compared with. Of a stream no more
@@ -196,10 +206,10 @@ def _shortest_row(dataset: Any, buffer: int) -> Mapping[str, Any]:
         found = list(_trained(itertools.islice(rows, buffer), _FEW)) or list(_trained(rows, 1))
     else:
         found = list(_trained((dataset[i] for i in range(len(dataset))), _FEW))
-    if not found:
-        raise StarDSSError("No row has a trained token: every label is -100. Check the data.")
     return min(
-        found, key=lambda r: (not any(r.get(REF_COLUMN, ())), len(text_of_row(r)["input_ids"]))
+        found,
+        key=lambda r: (not any(r.get(REF_COLUMN, ())), len(text_of_row(r)["input_ids"])),
+        default=None,
     )
 
 

@@ -75,6 +75,10 @@ class StarDSSMixin(_Base):
         """
         return stream
 
+    def ranks_exchange_tokens(self) -> bool:
+        """Whether a forward pass waits for one of every other rank, without shards of weights."""
+        return False
+
     def media_rows(self) -> MediaRows | None:
         """Return how rows are read that the collator tokenizes; None if they are tokenized before.
 
@@ -124,24 +128,38 @@ class StarDSSMixin(_Base):
         return prepared
 
     def get_train_dataloader(self) -> Any:
-        return self._divided(super().get_train_dataloader(), self.train_dataset)
+        loader = super().get_train_dataloader()
+        self._divide(loader, self.train_dataset)
+        return loader  # accelerate skips what a resumed run has read in a loader of its own alone
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, *args: Any) -> Any:
+        """Take equally many batches in each process, also of parts of a stream."""
+        for stream in [] if self.star_dss_state is None else self.star_dss_state.streams:
+            if stream.dataset is self.train_dataset and stream.even is not None:
+                epoch_iterator = iter(stream.even.take(epoch_iterator, num_batches))
+        return super().get_batch_samples(epoch_iterator, num_batches, *args)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         dataset = self._scored_late(eval_dataset)
         loader = super().get_eval_dataloader(dataset)
         if isinstance(dataset, str):
             dataset = self.eval_dataset[dataset]  # type: ignore[index]
-        return self._divided(loader, self.eval_dataset if dataset is None else dataset)
+        return self._divide(loader, self.eval_dataset if dataset is None else dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         dataset = self._scored_late(test_dataset)
-        return self._divided(super().get_test_dataloader(dataset), dataset)
+        return self._divide(super().get_test_dataloader(dataset), dataset)
 
-    def _divided(self, loader: Any, dataset: Any) -> Any:
-        """Tell a stream whether its loader gives each process a part of it to read."""
+    def _divide(self, loader: Any, dataset: Any) -> Any:
+        """Tell a stream whether its loader gives each process a part of it to read.
+
+        Returns:
+            The loader, of which each process then reads equally many batches.
+        """
         for stream in [] if self.star_dss_state is None else self.star_dss_state.streams:
             if stream.dataset is dataset:
-                stream.divide(loader, self.accelerator.num_processes)
+                stream.divide(loader, self.accelerator.num_processes // self.get_tp_size())
+                return stream.even or loader
         return loader
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -282,8 +300,8 @@ class StarDSSMixin(_Base):
         """
         kind, held = state.reference.kind, weights.kl != 0
         if kind in ("adapter", "copy", "model"):
-            # Each rank of a sharded model gathers weights from all others: none may be left out.
-            if not state.sharded and not bool(held.any()):
+            # Each rank's pass waits for those of all others: none may be left out.
+            if not (state.sharded or state.ranks.together) and not bool(held.any()):
                 return None
 
             def function(rows: Tensor, project: Projection | None) -> Any:

@@ -185,10 +185,12 @@ def choose_reference(
         )
 
     def fresh() -> bool:
-        return ranks.first_decides(lambda: _adapter_is_fresh(policy))
+        decide = _adapter_is_fresh if ranks.can_run else _adapter_begins_at_zero
+        return ranks.first_decides(lambda: decide(policy))
 
     if name == "auto":
-        name = "copy" if live or estimator == "full" else "precomputed"
+        early = not live and estimator != "full" and ranks.can_run
+        name = "precomputed" if early else "copy"
         if name == "copy" and is_peft(policy) and fresh():
             name = "copy" if _trained_outside(policy) else "adapter"
     if name == "adapter":
@@ -212,6 +214,13 @@ def choose_reference(
             )
         what = "the base model (adapter switched off)"
         return Reference("adapter", what, projects=projects)
+    if name in ("precomputed", "copy") and not ranks.can_run:
+        raise ConfigError(
+            f"reference is {name!r}, for which the model is run, or its values are kept, before "
+            "training shards it. But its experts are spread over the ranks, and the first rank "
+            "alone has its other weights until then. Set cpu_ram_efficient_loading to false, or "
+            "train a new adapter with reference='adapter', or name the model as it starts."
+        )
     if name == "precomputed":
         if estimator == "full":
             raise ConfigError(
@@ -226,12 +235,13 @@ def choose_reference(
                 "a frozen copy of what is trained), or name the model as it starts."
             )
         what = "the model as it starts (precomputed log-probabilities)"
-        fingerprint = ranks.first_decides(lambda: model_fingerprint(policy))
+        fingerprint = ranks.fingerprint(policy)
         return Reference(
             "precomputed", what, fingerprint=fingerprint, projects=projects, is_start=True
         )
     if name == "copy":
-        if ranks.sharding is not None:
+        split = "tensor parallelism" if ranks.alike > 1 else ranks.sharding
+        if split is not None:
             why = f"kl_estimator={estimator!r}"
             other = "Set kl_estimator='k2', whose reference is computed before training; or name"
             if live:
@@ -239,7 +249,7 @@ def choose_reference(
             raise ConfigError(
                 f"reference='copy', which {why} gets here, keeps the trained "
                 f"parameters' values as they start and puts them in place at each step, and "
-                f"{ranks.sharding} leaves no rank whole parameters to put them in. {other} the "
+                f"{split} leaves no rank whole parameters to put them in. {other} the "
                 "model as it starts (reference='org/model' or its folder), of which every rank "
                 "then holds a whole copy; or train an adapter with reference='adapter'."
             )
@@ -277,6 +287,12 @@ def _adapter_is_fresh(policy: nn.Module) -> bool:
     finally:
         policy.train(training)
     return bool(torch.allclose(on, off, rtol=1e-3, atol=1e-3))
+
+
+def _adapter_begins_at_zero(policy: nn.Module) -> bool:
+    """Return whether switching the adapter off changes nothing, by its values alone."""
+    outer = [parameter for name, parameter in policy.named_parameters() if "lora_B" in name]
+    return bool(outer) and not any(bool(parameter.any()) for parameter in outer)
 
 
 def _trained_outside(policy: nn.Module) -> list[str]:

@@ -174,10 +174,10 @@ def add_reference_logps(
                 compute(batches, mine)
 
     def fill_together() -> None:
-        """Run equally many forward passes on every rank: each gathers weights from all others."""
+        """Run equally many forward passes on every rank: each waits for those of all others."""
         lacking = set().union(*ranks.gather({key for key in wanted if known(key) is None}))
         batches = [b for b in _batches(wanted, lengths) if not lacking.isdisjoint(b)]
-        mine = ranks.share.mine(batches)
+        mine = ranks.mine(batches)
         most = max(ranks.gather(len(mine)))
         compute([*mine, *batches[:1] * (most - len(mine))], wanted)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -19,7 +20,7 @@ from accelerate.utils import DistributedType, gather_object
 from torch import nn
 
 from star_dss_plugin.errors import StarDSSError
-from star_dss_plugin.models import is_partitioned
+from star_dss_plugin.models import is_partitioned, model_fingerprint
 from star_dss_plugin.scoring.ranks import ALONE, Share, share_of, waiting
 
 __all__ = ["Ranks", "runnable"]
@@ -120,7 +121,11 @@ class Ranks:
         gather: Returns a value of every rank, in the order of ranks; every rank must call it.
         device: Where this rank computes.
         sharding: What shards the parameters in training, as messages name it; None: nothing.
-        together: Whether every rank must run equally many forward passes (ZeRO-3).
+        together: Whether every rank must run equally many forward passes: each gathers weights
+            from all others (ZeRO-3), sends them tokens (experts that are spread over ranks), or
+            computes a part of each layer (tensor parallelism).
+        alike: How many ranks, one after the other, must run them on the same rows: those that share
+            each layer.
         first_only: Whether each machine's first rank alone has the model's weights.
         has_weights: Whether this rank has them.
     """
@@ -130,12 +135,22 @@ class Ranks:
     device: torch.device | str = "cpu"
     sharding: str | None = None
     together: bool = False
+    alike: int = 1
     first_only: bool = False
     has_weights: bool = True
 
     @classmethod
-    def of(cls, accelerator: Any, model: nn.Module) -> Ranks:
-        """Find it out for a trainer's accelerator and its unwrapped model, on every rank."""
+    def of(
+        cls, accelerator: Any, model: nn.Module, *, exchange: bool = False, alike: int = 1
+    ) -> Ranks:
+        """Find it out for a trainer's accelerator and its unwrapped model, on every rank.
+
+        Args:
+            accelerator: The trainer's.
+            model: The trained model, unwrapped.
+            exchange: Whether the ranks send each other tokens in every forward pass.
+            alike: The size of the groups of tensor parallelism.
+        """
 
         def gather(value: Any) -> list[Any]:
             if accelerator.num_processes == 1:
@@ -150,10 +165,33 @@ class Ranks:
             gather,
             accelerator.device,
             _sharding_of(accelerator),
-            together=is_partitioned(model),
+            together=exchange or alike > 1 or is_partitioned(model),
+            alike=alike,
             first_only=not all(gather(has_weights)),
             has_weights=has_weights,
         )
+
+    @property
+    def can_run(self) -> bool:
+        """Whether the model can be run before training shards it.
+
+        Not if the first rank, which alone has its weights, needs the others for a forward pass.
+        """
+        return not (self.together and self.first_only)
+
+    def fingerprint(self, model: nn.Module) -> str:
+        """Return `model_fingerprint` of a model, the same on every rank; all must call this.
+
+        Where ranks have experts of their own it covers those of all of them.
+        """
+        found = self.first_decides(lambda: model_fingerprint(model))
+        parts = list(dict.fromkeys(self.gather(found))) if self.together else [found]
+        return parts[0] if len(parts) == 1 else hashlib.sha256("".join(parts).encode()).hexdigest()
+
+    def mine(self, work: Sequence[T]) -> list[T]:
+        """Return what this rank does of work that is done with the trained model: see `alike`."""
+        groups = max(1, self.share.ranks // self.alike)
+        return list(work[self.share.rank // self.alike % groups :: groups])
 
     def first_decides(self, decide: Callable[[], T]) -> T:
         """Return what a function finds out about the model's weights, also where a rank has none.

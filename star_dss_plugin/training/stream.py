@@ -25,6 +25,7 @@ from star_dss_plugin.options import StarDSSOptions
 from star_dss_plugin.scoring.cached_trajectories import FEW, none_scored
 from star_dss_plugin.scoring.ranks import ALONE, Share
 from star_dss_plugin.scoring.scorer import guard_of
+from star_dss_plugin.training.even import EvenLoader
 from star_dss_plugin.training.known_rows import KnownRows
 from star_dss_plugin.training.prepare import DatasetSummary
 from star_dss_plugin.training.sharding import Ranks
@@ -91,6 +92,7 @@ class ScoredStream:
         seconds: Time that reading and scoring took, of all passes.
         together: Whether all processes read the same rows now, and share out their scoring; else
             each has a part of the stream to itself.
+        even: In that case, the loader by which all processes read equally many batches.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class ScoredStream:
         self.summary: DatasetSummary | None = None
         self.seconds = 0.0
         self.together = True
+        self.even: EvenLoader | None = None
         self._score, self._known, self._ranks = score, known, ranks
         self._pass: DatasetSummary | None = None
         self._said = _SaidOnce()
@@ -149,7 +152,7 @@ class ScoredStream:
 
         Args:
             loader: Of this stream.
-            processes: How many the run has, on all machines.
+            processes: How many read rows of their own, on all machines.
 
         Raises:
             ConfigError: The loader does not read it in the process that trains.
@@ -166,6 +169,7 @@ class ScoredStream:
             self.together = together
             # What was read together would count once for each process.
             self.summary = self._pass = None
+        self.even = None if together else EvenLoader(loader, self.name, self._ranks.gather)
 
     def read(self) -> DatasetSummary:
         """Sum up what all processes have read; every process must call this."""
@@ -174,7 +178,7 @@ class ScoredStream:
         if self.together:
             return self.summary
         total = found[0]
-        for other in found[1:]:
+        for other in found[self._ranks.alike :: self._ranks.alike]:
             total = total.plus(other)
         return total
 

@@ -16,7 +16,6 @@ from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN
 from star_dss_plugin.data.media_rows import MediaRows, with_text_column
 from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.loss import Shaping
-from star_dss_plugin.models import model_fingerprint
 from star_dss_plugin.options import StarDSSOptions
 from star_dss_plugin.scoring.ranks import Share
 from star_dss_plugin.training.known_rows import KnownRows
@@ -169,4 +168,4 @@ def _has_moved(
     """
     if ranks.sharding is not None and trainer.accelerator._models:
         return True
-    return ranks.first_decides(lambda: model_fingerprint(policy)) != reference.fingerprint
+    return ranks.fingerprint(policy) != reference.fingerprint

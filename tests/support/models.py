@@ -8,7 +8,13 @@ import pytest
 import torch
 from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from star_dss_plugin.errors import GuardError
 from star_dss_plugin.smollm2 import gguf_fingerprint, load_smollm2
@@ -71,6 +77,30 @@ def tiny_llama(vocab: int = 400, seed: int = 0, **changes) -> LlamaForCausalLM:
         }
     )
     return LlamaForCausalLM(config)
+
+
+def tiny_qwen3_moe(vocab: int = 400) -> Qwen3MoeForCausalLM:
+    """Four experts of which a token uses two."""
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=vocab,
+        hidden_size=32,
+        head_dim=8,
+        intermediate_size=64,
+        moe_intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        max_position_embeddings=1024,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.2,
+    )
+    return Qwen3MoeForCausalLM(config)
 
 
 def smollm2_is_here() -> bool:

@@ -19,6 +19,7 @@ import os
 import signal
 import sys
 import traceback
+from itertools import islice
 from pathlib import Path
 
 FSDP = {
@@ -41,21 +42,26 @@ KINDS = {
     # The head in a unit of its own.
     "fsdp2-head": FSDP
     | {"FSDP_VERSION": "2", "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer,Linear"},
+    # Each layer is split over the ranks, which read the same rows.
+    "tp": {},
     "zero1": {"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"},
     "zero2": {"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"},
     "zero3": {"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"},
 }
 
 
-def shard_on_cpus():
-    """Let accelerate shard over gloo as it does over NCCL."""
+def shard_on_cpus(kind="MULTI_GPU"):
+    """Let accelerate shard over gloo as it does over NCCL.
+
+    With "MULTI_CPU" it counts gloo ranks, where else a program that asks for no CPU has one.
+    """
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
 
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     PartialState._prepare_backend = lambda self, *args, **kwargs: (
         "gloo",
-        DistributedType.MULTI_GPU,
+        DistributedType[kind],
     )
 
 
@@ -98,6 +104,9 @@ CASES = {
     # ZeRO-3 partitions a model as it loads only if it is loaded after the arguments were made.
     "plain-early": {"plain": True, "early": True},
     "plain-untied": {"plain": True, "untied": True},
+    "trl-untied-named": {"untied": True, "kl_estimator": "full", "reference": "MODEL"},
+    "trl-untied-copy": {"untied": True, "kl_estimator": "full", "reference": "copy"},
+    "trl-untied-stream": {"untied": True, "reference": "MODEL", "stream": 1},
     "plain-adapter-full": {
         "plain": True,
         "lora": True,
@@ -111,6 +120,10 @@ CASES = {
     # One process has the same rows as a data set, in the order in which two read the stream.
     "trl-stream": {"lora": True, "reference": "adapter", "stream": 1},
     "trl-stream-shards": {"lora": True, "reference": "adapter", "stream": 2},
+    # The second process has a row less in each pass, and in the evaluation.
+    "trl-stream-uneven": {"lora": True, "reference": "adapter", "stream": 2, "files": [4, 3]},
+    "plain-stream-uneven": {"plain": True, "reference": "MODEL", "stream": 2, "files": [4, 3]},
+    "trl-stream-empty": {"lora": True, "reference": "adapter", "stream": 2, "files": [8, 0]},
     "plain-stream": {"plain": True, "reference": "MODEL", "stream": 1},
     "trl-other-stream": {"lora": True, "reference": "adapter", "stream": 1, "differs": "rows"},
     # The second rank has something else than the first.
@@ -203,7 +216,7 @@ def make_trainer(kind, folder, ranks, case, changes):
     plain, lora, rare, early = (
         case.pop(name, False) for name in ("plain", "lora", "rare", "early")
     )
-    shards = case.pop("stream", 0)
+    shards, files = case.pop("stream", 0), case.pop("files", None)
     source = model_folder(folder, case.pop("untied", False))
     set_seed(1)  # adapters begin with random values
     tokenizer = AutoTokenizer.from_pretrained(source)
@@ -239,18 +252,33 @@ def make_trainer(kind, folder, ranks, case, changes):
         case["train_sampling_strategy"] = "sequential"
         scoring["stream_buffer"] = 3
     if shards > 1 and ranks == 1:
-        data = data.select([0, 4, 1, 5, 2, 6, 3, 7])
+        # What lacks in the second file is read again from its beginning.
+        data = data.select([0, 4, 1, 5, 2, 6, 3, 4 if files else 7])
+    readers = 1 if kind == "tp" else ranks
     options = arguments(kind, out, ranks, case | changes)
+    options["gradient_accumulation_steps"] = 4 // readers
     # Their evaluation divides by the tokens of all ranks, as training does.
-    if plain or Version(trl.__version__) < Version("1.15"):
-        options["per_device_eval_batch_size"] = 4 // ranks
-    if shards and ranks > 1:
+    together = plain or Version(trl.__version__) < Version("1.15")
+    if together:
+        options["per_device_eval_batch_size"] = 4 // readers
+    if files:
+        options["per_device_eval_batch_size"] = 2 // ranks if together else 1
+        evaluation = data.select(range(3)) if ranks > 1 else data.select([0, 4, 2, 4])
+    if files and ranks > 1:
+        data, evaluation = from_files(data, files), from_files(evaluation, [2, 1])
+    elif shards and ranks > 1:
         data = data.to_iterable_dataset(num_shards=shards)
         evaluation = evaluation.to_iterable_dataset()
+    split = {}
+    if kind == "tp":
+        from transformers.distributed import DistributedConfig
+
+        split["distributed_config"] = DistributedConfig(tp_size=ranks, tp_plan="auto")
     if not plain:
+        loads = {} if split else {"model_init_kwargs": {"device_map": None}}
         return StarDSSTrainer(
-            str(source),
-            args=StarDSSConfig(**options, **scoring, model_init_kwargs={"device_map": None}),
+            AutoModelForCausalLM.from_pretrained(source, **split) if split else str(source),
+            args=StarDSSConfig(**options, **scoring, **loads),
             train_dataset=data,
             eval_dataset=evaluation,
             processing_class=tokenizer,
@@ -258,7 +286,7 @@ def make_trainer(kind, folder, ranks, case, changes):
         )
     model = AutoModelForCausalLM.from_pretrained(source) if early else None
     args = TrainingArguments(**options)
-    model = model or AutoModelForCausalLM.from_pretrained(source)
+    model = model or AutoModelForCausalLM.from_pretrained(source, **split)
     if differs == "model":
         model.lm_head.weight.data.mul_(1.5)
     if lora:
@@ -276,6 +304,20 @@ def make_trainer(kind, folder, ranks, case, changes):
         data_collator=DataCollatorForSeq2Seq(tokenizer),
     )
     return attach(trainer, **scoring)
+
+
+def from_files(data, sizes):
+    """Return a stream of so many files, which have so many rows."""
+    from datasets import IterableDataset
+
+    rows = iter(list(data))
+    parts = [list(islice(rows, size)) for size in sizes]
+    return IterableDataset.from_generator(rows_of, data.features, gen_kwargs={"files": parts})
+
+
+def rows_of(files):
+    for rows in files:
+        yield from rows
 
 
 def safe_or_not(row, i):
@@ -339,6 +381,9 @@ def proof_of_sharding(kind, trainer):
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
     from torch.distributed.tensor import DTensor
 
+    if kind == "tp":
+        held = [p for p in trainer.model.parameters() if isinstance(p, DTensor)]
+        return sum(p.to_local().numel() for p in held) / sum(p.numel() for p in held)
     found = str(trainer.accelerator.distributed_type).rpartition(".")[2].lower()
     expected = {"f": "fsdp", "z": "deepspeed", "d": "multi_gpu"}[kind[0]]
     assert found == expected, (found, expected)

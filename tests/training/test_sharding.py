@@ -26,6 +26,13 @@ RUNS = {
     "fsdp2-meta": ("trl", "trl-lora", "trl-adapter-full", "trl-named-full"),
     "fsdp2-head": ("plain-untied", "trl-untied"),
     "fsdp1": ("trl", "trl-lora", "trl-adapter-full", *PLAIN),
+    "tp": (
+        "trl-untied",
+        "plain-untied",
+        "trl-untied-named",
+        "trl-untied-stream",
+        "trl-untied-copy",
+    ),
     "zero1": ("trl",),
     "zero2": ("trl", "trl-adapter-full", "trl-copy-full", "plain", "plain-resumed"),
     "zero3": (*TRL, *PLAIN, "plain-early", "trl-named-full", "trl-resumed", "trl-copy-full"),
@@ -34,6 +41,7 @@ SCRIPT = ROOT / "tests/support/sharded_runs.py"
 REFUSED = {
     ("fsdp2", "trl-copy-full"): "FSDP2 leaves no rank whole parameters",
     ("fsdp2-head", "trl-untied"): r"lm_head) is an FSDP2 unit of its own",
+    ("tp", "trl-untied-copy"): "tensor parallelism leaves no rank whole parameters",
     ("zero3", "trl-copy-full"): "DeepSpeed ZeRO-3 leaves no rank whole parameters",
 }
 
@@ -85,7 +93,8 @@ def test_two_ranks_take_the_steps_of_one_process(tmp_path, kind):
             saved = weights_apart(*folders, lora="lora" in sharded_runs.CASES[name])
         print(f"{kind} {name}: {steps:.1e}, {evaluations:.1e}, {saved:.1e}")
         assert max(steps, evaluations) < CLOSE, name
-        assert saved < 1e-4, name  # Adam divides by what may be close to 0
+        # Adam divides by what may be close to 0, and sums over parts of a layer round otherwise.
+        assert saved < (1e-3 if kind == "tp" else 1e-4), name
         assert max(found[name]["kl"]) > 1e-5, name  # the reference was used
         assert found[name]["sharded"] < 0.6, name
 
@@ -93,7 +102,10 @@ def test_two_ranks_take_the_steps_of_one_process(tmp_path, kind):
 def test_two_ranks_read_a_stream_as_one_process_reads_its_rows(tmp_path):
     """Together, or each its own part of it."""
     sharded_runs.model_folder(tmp_path, False)
-    cases = ("trl-stream", "trl-stream-shards", "plain-stream")
+    cases = (
+        *("trl-stream", "trl-stream-shards", "plain-stream"),
+        *("trl-stream-uneven", "plain-stream-uneven"),
+    )
     (found, second), done = launch(tmp_path, "ddp", cases)
     for name in cases:
         assert "error" not in found[name], (name, found[name], done.stderr[-3000:])
@@ -103,7 +115,9 @@ def test_two_ranks_read_a_stream_as_one_process_reads_its_rows(tmp_path):
         print(f"ddp {name}: {steps:.1e}, {evaluations:.1e}")
         assert max(steps, evaluations) < CLOSE, name
         assert max(found[name]["kl"]) > 1e-5, name
-        assert found[name]["read"] == second[name]["read"] == 8, name
+        rows = 7 if "uneven" in name else 8
+        assert found[name]["read"] == second[name]["read"] == rows, name
+    assert "is read again until they end" in done.stderr
 
 
 def test_ranks_that_differ_are_stopped_on_all_of_them(tmp_path):
@@ -117,6 +131,7 @@ def test_ranks_that_differ_are_stopped_on_all_of_them(tmp_path):
         "trl-other-scores": "the same scored train data",
         "trl-other-stream": "the same scored train data",
         "plain-other-model": "the same reference of the train data",
+        "trl-stream-empty": "Process 1 got no row of the train stream",
     }
     results, _ = launch(tmp_path, "ddp", tuple(cases))
     for found in results:

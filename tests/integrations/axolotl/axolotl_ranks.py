@@ -31,8 +31,12 @@ def main(kind, results, *configs):
 
         deepspeed.ops.__compatible_ops__.clear()  # or its communication would be compiled
     # Without a GPU accelerate would count one process, and each rank would train every row.
-    sharded_runs.shard_on_cpus()
+    sharded_runs.shard_on_cpus("MULTI_CPU" if kind == "ep" else "MULTI_GPU")
     use_cpus(kind)
+    if kind.startswith("ep"):
+        move_tokens_on_cpus()
+    if kind == "ep":
+        log_the_norm_of_all_experts()
     found = {}
     for config in configs:
         gc.freeze()  # trainers collect garbage often, and would search all that was imported
@@ -68,6 +72,66 @@ def use_cpus(kind):
         axolotl.train.save_trained_model = lambda *args: None
 
 
+def move_tokens_on_cpus():
+    """Let Axolotl spread experts over gloo, and compute them in float32."""
+    os.environ["AXOLOTL_EP_NO_BARRIER"] = "1"  # it synchronizes GPUs
+    sys.path.insert(0, str(Path(__file__).with_name("stand_ins")))
+    import torch
+    from axolotl.integrations.expert_parallel import experts_fn, shard
+    from axolotl.monkeypatch.accelerate import fsdp2
+
+    class Like:
+        """A module, but for a few names."""
+
+        def __init__(self, module, **others):
+            self.__dict__.update(others, module=module)
+
+        def __getattr__(self, name):
+            return getattr(self.module, name)
+
+    experts_fn.torch = Like(torch, bfloat16=torch.float32)  # what it casts tokens to
+
+    def device(kind, *number):
+        return torch.device("cpu" if kind == "cuda" else kind)
+
+    shard.torch = Like(torch, device=device, cuda=Like(torch.cuda, current_device=int))
+    fsdp2.torch = Like(torch, device=device)
+
+
+def log_the_norm_of_all_experts():
+    """Without FSDP Axolotl logs, and clips by, the norm of a rank's own experts and the rest."""
+    import torch
+    from accelerate import Accelerator
+
+    def norm(self, parameters, *args, **kwargs):
+        own = {
+            id(parameter)
+            for model in self._models
+            for module in model.modules()
+            if hasattr(module, "num_experts_global")
+            for parameter in module.parameters()
+        }
+        squares = torch.zeros(2)
+        for parameter in parameters:
+            if parameter.grad is not None:
+                squares[int(id(parameter) in own)] += parameter.grad.square().sum()
+        torch.distributed.all_reduce(squares[1:])
+        return squares.sum().sqrt()
+
+    Accelerator.clip_grad_norm_ = norm
+
+
+def experts_held(model):
+    """Return the share of the experts' weights that this rank holds."""
+    shares = []
+    for module in model.modules():
+        if (whole := getattr(module, "num_experts_global", None)) is not None:
+            held = getattr(module.down_proj, "_local_tensor", module.down_proj)
+            shares.append(held.numel() / (whole * module.down_proj[0].numel()))
+    assert shares
+    return max(shares)
+
+
 def train(kind, config):
     """Train as the command does; return what was logged, and the share of the model held here."""
     import axolotl.train
@@ -92,7 +156,10 @@ def train(kind, config):
         found["evaluations"] = [line["eval_loss"] for line in history if "eval_loss" in line]
         found["kl"] = [line["star_dss/kl"] for line in history if "star_dss/kl" in line]
         found["shaped"] = trainer.star_dss_state.shaped
-        found["sharded"] = sharded_runs.proof_of_sharding(kind, trainer)
+        if kind.startswith("ep"):
+            found["sharded"] = experts_held(trainer.model)
+        else:
+            found["sharded"] = sharded_runs.proof_of_sharding(kind, trainer)
         return made
 
     axolotl.utils.distributed.distributed_state = None  # as in a process that begins

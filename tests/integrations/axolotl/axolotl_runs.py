@@ -166,15 +166,15 @@ def zero_file(folder, kind):
     return str(path)
 
 
-def on_two_ranks(folder, site, kind, configs):
-    """Train configurations on two ranks; return what each rank wrote, and what was printed."""
+def on_two_ranks(folder, site, kind, configs, ranks=2):
+    """Train configurations on two ranks, or more; return what each wrote, and what was printed."""
     if kind.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("needs DeepSpeed (pip install 'star-dss-plugin[test]')")
     path = [site, ROOT, ROOT / "integrations", TESTS, os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc_per_node", "2", str(TESTS / "integrations/axolotl/axolotl_ranks.py")),
+            *("--nproc_per_node", str(ranks), str(TESTS / "integrations/axolotl/axolotl_ranks.py")),
             *(kind, str(folder / "results"), *map(str, configs)),
         ],
         env={
@@ -188,7 +188,7 @@ def on_two_ranks(folder, site, kind, configs):
         timeout=900,
         check=False,
     )
-    results = [folder / f"results-{rank}.json" for rank in (0, 1)]
+    results = [folder / f"results-{rank}.json" for rank in range(ranks)]
     assert all(path.exists() for path in results), done.stderr[-6000:] + done.stdout[-2000:]
     return [json.loads(path.read_text()) for path in results], done
 
