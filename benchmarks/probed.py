@@ -7,11 +7,11 @@
 
 DATA_DIR holds guard_train, guard_dev, guard_test_A, guard_onset_test, attack_mix and gsm8k_small
 (.jsonl; for --outcome also eval_harmful_prompts and eval_benign_prompts). The guard is the one that
-scripts/train_verdict_guard.py makes, which is run first unless --guard-dir is there: it answers
-Qwen3Guard's prompt, with 146 of its words behind the answer, once per chunk of 5 tokens. Both ways
-score the same responses with empty caches, one after the other in one process; tokens are those
-that the engine has computed, padding included, and time is that of this process's CPU, which
-other programs hardly change.
+scripts/train_verdict_guard.py makes; without --guard-dir it is made first, which takes more than an
+hour. It answers Qwen3Guard's prompt, with 146 of its words behind the answer, once per chunk of 5
+tokens. Both ways score the same responses with empty caches, one after the other in one process;
+tokens are those that the engine has computed, padding included, and time is that of this process's
+CPU, which other programs hardly change.
 
   benign  worked solutions of school mathematics, and safe rows of the attack mixture
   mixed   labelled safe and harmful responses that the guard was not trained on, and all onset rows
@@ -191,8 +191,12 @@ def guard_in(args: argparse.Namespace) -> dict[str, Any]:
     """Return a description of the guard in a folder, which is made if it is not there."""
     if not args.guard_dir.is_dir():
         script = Path(__file__).parents[1] / "scripts" / "train_verdict_guard.py"
-        command = [sys.executable, str(script), str(args.data), str(args.guard_dir)]
-        subprocess.run(command, check=True)
+        command = [sys.executable, str(script), str(args.data)]
+        with tempfile.TemporaryDirectory() as first:
+            subprocess.run([*command, first, "--test", "0"], check=True)
+            more = ["--whole", "2400", "--passes", "2", "--rate", "4e-4"]
+            start = ["--start", f"{first}/adapter"]
+            subprocess.run([*command, str(args.guard_dir), *start, *more], check=True)
     return {
         "model": str(args.guard_dir),
         "name": "verdict",

@@ -1,12 +1,16 @@
 """Train a small guard that gives verdicts, so that what such guards cost can be measured.
 
-    python scripts/train_verdict_guard.py DATA_DIR OUTPUT [--template FILE]
+    python scripts/train_verdict_guard.py DATA_DIR FIRST
+    python scripts/train_verdict_guard.py DATA_DIR OUTPUT --start FIRST/adapter --whole 2400 \\
+        --passes 2 --rate 4e-4
 
-The first blocks of SmolLM2-135M-Instruct learn, by a LoRA adapter, to answer Qwen3Guard's prompt
-with "Safety: Safe" or "Safety: Unsafe". DATA_DIR holds guard_train, guard_dev and guard_test_A
-(.jsonl, one row per line: prompt, response, label 1 safe or 0 harmful, source, licence); the
-template is that of Qwen3Guard-Gen. OUTPUT gets the whole guard, ready to be named as a guard's
-`model`, with its figures in `card.json`, and the adapter alone in `adapter/`. It protects nobody.
+These are the two commands that made the guard of docs/performance.md; the second goes on where the
+first has ended. The first blocks of SmolLM2-135M-Instruct learn, by a LoRA adapter, to answer
+Qwen3Guard's prompt with "Safety: Safe" or "Safety: Unsafe". DATA_DIR holds guard_train, guard_dev
+and guard_test_A (.jsonl, one row per line: prompt, response, label 1 safe or 0 harmful, source,
+licence); the template is that of Qwen3Guard-Gen (`--template`). OUTPUT gets the whole guard, ready
+to be named as a guard's `model`, with its figures in `card.json`, and the adapter alone in
+`adapter/`. It protects nobody.
 
 Every response is judged whole, and every third one also after a part of it, since a guard that
 scores chunks reads prefixes. Prefixes of safe responses are safe; those of harmful ones weigh the
@@ -43,7 +47,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from transformers import AttentionInterface, set_seed
@@ -57,12 +61,12 @@ PREFILL, VERDICTS = "Safety:", (" Unsafe", " Safe")
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SEED = 3
 BATCH = 16
-RATE, RATE_WHOLE = 3e-4, 2e-4  # highest, after a tenth of the steps of each kind of prompt
+RATE = 5e-4  # highest while the tail is left out, after a tenth of the steps
 RANK = 16
 LINEAR = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 QUESTION, ANSWER = 160, 320  # characters that are read of each in training
 HEAD_EVERY = 4  # steps after which the states of the policy are computed again
-CHECKS = 2  # how often the state is measured while whole prompts are learned
+CHECKS = 4  # how often the state is measured while whole prompts are learned
 MASS = 0.2  # weight of what makes it answer with one of its words at all
 ATTENTION = "verdict_training"
 
@@ -363,10 +367,13 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--template", type=Path, help="default: beside the data, in guards/")
     parser.add_argument("--blocks", type=int, default=18, help="of SmolLM2's 30")
-    parser.add_argument("--frozen", type=int, default=10, help="of them, which do not learn")
+    parser.add_argument("--frozen", type=int, default=14, help="of them, which do not learn")
     parser.add_argument("--rows", type=int, default=4000, help="that are learned, at most")
     parser.add_argument("--epochs", type=int, default=2, help="over them without the tail")
-    parser.add_argument("--whole", type=int, default=1200, help="of them with the whole prompt")
+    parser.add_argument("--whole", type=int, default=1600, help="of them with the whole prompt")
+    parser.add_argument("--passes", type=int, default=1, help="over them with the whole prompt")
+    parser.add_argument("--rate", type=float, default=3e-4, help="highest, with the whole prompt")
+    parser.add_argument("--start", type=Path, help="an adapter to go on with, with whole prompts")
     parser.add_argument("--dev", type=int, default=710, help="rows that choose the state")
     parser.add_argument("--test", type=int, default=965, help="rows of the figures")
     given = parser.parse_args()
@@ -387,10 +394,9 @@ def main() -> None:
     trainer = Trainer(template, model, given.frozen)
     train = data["guard_train"][: given.rows]
     began = time.monotonic()
-    short = trainer.known(examples(train, template, tail=False))
+    short = [] if given.start else trainer.known(examples(train, template, tail=False))
     whole = trainer.known(examples(train[: given.whole], template, tail=True))
     chosen_by = data["guard_dev"][: given.dev]
-    brief = trainer.known([e for e in examples(chosen_by, template, tail=False) if e.weight == 1])
     dev = trainer.known(examples(chosen_by, template, tail=True))
     print(f"{len(short)} prompts, {len(whole)} whole: {time.monotonic() - began:.0f} s", flush=True)
     draw = random.Random(SEED)
@@ -399,6 +405,9 @@ def main() -> None:
         "frozen": given.frozen,
         "rows": len(train),
         "epochs": given.epochs,
+        "whole": len(whole),
+        "passes": given.passes,
+        "rate": given.rate,
         "data_sha256": {
             name: hashlib.sha256((given.data / f"{name}.jsonl").read_bytes()).hexdigest()
             for name in names
@@ -407,11 +416,18 @@ def main() -> None:
         "seed": SEED,
     }
     draw = random.Random(SEED)
-    todo = [batch for _ in range(given.epochs) for batch in batches(short, draw)]
-    for _ in trainer.train(todo, RATE, brief, 2 * given.epochs):
-        pass
     best, state = 0.0, dict[str, Tensor]()
-    for auroc in trainer.train(batches(whole, draw), RATE_WHOLE, dev, CHECKS):
+    if given.start:
+        state = load_file(given.start / "adapter_model.safetensors")
+        set_peft_model_state_dict(trainer.model, state)
+    else:
+        brief = examples(chosen_by, template, tail=False)
+        measured = trainer.known([example for example in brief if example.weight == 1])
+        todo = [batch for _ in range(given.epochs) for batch in batches(short, draw)]
+        for _ in trainer.train(todo, RATE, measured, 2 * given.epochs):
+            pass
+    todo = [batch for _ in range(given.passes) for batch in batches(whole, draw)]
+    for auroc in trainer.train(todo, given.rate, dev, CHECKS):
         if auroc > best:
             best = auroc
             card["guard_dev"] = {"rows": len(dev), "auroc": round(best, 4)}
