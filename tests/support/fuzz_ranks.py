@@ -135,7 +135,7 @@ def check_ranks(case):
         trainers = [_trainer(folder, rank, size, changes) for rank in range(size)]
         places = threading.local()
 
-        def of(accelerator, model):
+        def of(accelerator, model, **others):
             rank = places.rank
             share = Share(rank, size, group.meet) if together else Share(0, 1, group.meet)
             return Ranks(share, lambda value: group.gather(rank, value))
