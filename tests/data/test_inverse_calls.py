@@ -1,6 +1,7 @@
 """Calls of functions come back from the tokens of a rendered conversation, or are left as words."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from template_forms import FORMS, chat_of
 from star_dss_plugin.data import inverse as module
 from star_dss_plugin.data.inverse import TemplateInverse
 from star_dss_plugin.data.probes import pieces_of, probe
+from star_dss_plugin.data.tool_calls import call_spans
 
 CHATML = "Qwen3, SmolLM3: a block of thought in the last turn"
 _OPEN = "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' + (m.content or '') }}"
@@ -208,6 +210,30 @@ def test_other_forms_are_right_or_not_used(name):
         if found is not None:
             assert inverse.chat.encode(inverse.chat.render(found)).ids == ids
             assert said(found)[0] == said(known)[0]
+
+
+DEEP = '{"a": ' + "[" * 3000 + "1" + "]" * 3000 + "}"  # deeper than Python reads JSON
+
+
+@pytest.mark.parametrize("name", ["JSON text, with ids", "Qwen 2.5", "Llama 3: headers"])
+def test_arguments_too_deep_to_be_read_are_words(name):
+    inverse = inverse_of(name)
+    arguments = '{"a": "b"}' if name.startswith("JSON text") else {"a": "b"}
+    known = [user("Rain?"), answer("")]
+    called = {"name": "weather", "arguments": arguments}
+    known[1]["tool_calls"] = [{"type": "function", "id": "number_00", "function": called}]
+    rendered = inverse.chat.render(known)
+    assert said(inverse.messages(rendered)) == said(known)
+    found = inverse.messages(rendered.replace('{"a": "b"}', DEEP))
+    assert "tool_calls" not in found[1]
+    assert DEEP in found[1]["content"]
+
+
+def test_arguments_too_deep_to_be_read_end_before_the_next_control_token():
+    text = f"<c>weather {json.dumps(DEEP)}</c>"
+    place = (0, text.index("weather"), text.index("weather") + len("weather"), len(text))
+    ((start, end),) = call_spans(text, place, DEEP, re.compile("</?c>"))
+    assert text[start:end] == f"weather {json.dumps(DEEP)}"
 
 
 def test_a_probe_that_is_not_written_as_it_is_teaches_nothing():
