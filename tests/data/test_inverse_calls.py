@@ -259,3 +259,21 @@ def test_words_that_hold_the_next_answer_are_not_one_turn():
     )
     assert inverse.reliable
     assert inverse.messages(text) is None
+
+
+def test_an_answer_without_the_thought_of_the_prompt_is_no_part_of_a_result():
+    """Nemotron's template begins no thought where the answer has one already."""
+    form = "Nemotron: thought in every turn, begun by the prompt"
+    template = chat_of(form).chat_template or chat_of(form).tokenizer.chat_template
+    begins = "{%- if m.role == 'assistant' %}"
+    assert template.count(begins) == 1
+    template = template.replace(begins, begins[:-3] + " and '</think>' not in m.content %}")
+    inverse = TemplateInverse(chat_of(form).tokenizer, template)
+    known = [user("Rain?"), answer("", OSLO), *results("wet"), answer("I see.</think>It rains.")]
+    assert inverse.reliable
+    found = inverse.messages(inverse.chat.render(known))
+    assert found is None or found[-1] == known[-1]
+    plain = [user("Rain?"), answer("I see.</think>It rains."), user("So?"), answer("Yes.")]
+    found = inverse.messages(inverse.chat.render(plain))
+    assert found is None or found[-1] == plain[-1]
+    assert inverse.messages(inverse.chat.render([user("Rain?"), answer("It rains.")])) is not None
