@@ -12,12 +12,14 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.decoding import REPLACEMENT, decode
+from star_dss_plugin.data.layout import TAGS
 from star_dss_plugin.data.probes import IN_CALLS, NAMES, PROBES, REASONING, pieces_of, probe
 from star_dss_plugin.data.slots import messages_of
 from star_dss_plugin.errors import DataError
@@ -178,8 +180,7 @@ class TemplateInverse:
 
     def _overruns(self, slot: str, text: str) -> bool:
         """Return whether what seems to stand in a slot holds what comes behind it."""
-        header = self.chat.header.strip()
-        if header and header in text:
+        if self._header and self._header in text:
             return True  # of the next answer
         if slot in NAMES:
             return not _NAME.fullmatch(text)
@@ -187,6 +188,12 @@ class TemplateInverse:
             return False
         endings = {ending.strip() for ending in self._closings[slot]} - {""}
         return bool(self.chat.added.search(text)) or any(ending in text for ending in endings)
+
+    @cached_property
+    def _header(self) -> str:
+        """What stands before every answer: without a thought that headers of prompts begin."""
+        pieces = TAGS.split(self.chat.header)
+        return pieces[0].strip() or self.chat.header.strip()
 
     def _said(
         self, slots: Sequence[tuple[str, str]], text: str | None

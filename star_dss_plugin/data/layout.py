@@ -23,15 +23,15 @@ from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.tool_calls import call_spans, calls_of, named
 from star_dss_plugin.errors import DataError
 
-__all__ = ["Layout", "Turn", "generated_spans", "lay_out"]
+__all__ = ["TAGS", "Layout", "Turn", "generated_spans", "lay_out"]
 
 _OPEN, _CLOSE, _BEGIN, _END = "\ue0f0", "\ue0f1", "\ue0f2", "\ue0f3"
 _SCAFFOLDS = 2048  # kept at most, each about as long as a conversation
 _SPOKEN = ("reasoning_content", "reasoning", "thinking", "tool_plan", "content")
-# What templates look for in a content stays in its place.
-_TAGS = re.compile(
+TAGS = re.compile(
     r"(</?think>|</?thought>|</?tool_response>|\[/?THINK\]|<\|(?:START|END)_THINKING\|>)"
 )
+"""What templates look for in a content, which stays in its place."""
 _GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 
 
@@ -161,7 +161,7 @@ def _marked_message(
         if not text.strip():
             return text + mark("", text) if empty else text
         # To a template that knows no such tags they are words like any other.
-        pieces = _TAGS.split(text) if tags and ("<" in text or "[" in text) else [text]
+        pieces = TAGS.split(text) if tags and ("<" in text or "[" in text) else [text]
         made = []
         for i, piece in enumerate(pieces):
             body = piece.strip()
@@ -335,7 +335,7 @@ def _layout(
 @cache
 def _minds_tags(template: str) -> bool:
     """Return whether a template looks for tags of thought in what a turn says."""
-    return bool(_TAGS.search(template))
+    return bool(TAGS.search(template))
 
 
 def _reasons(chat: ChatTokenizer, message: Mapping[str, Any]) -> bool:
@@ -343,7 +343,7 @@ def _reasons(chat: ChatTokenizer, message: Mapping[str, Any]) -> bool:
     content = message.get("content")
     if any(isinstance(message.get(n), str) and message[n].strip() for n in _SPOKEN[:-1]):
         return True
-    return isinstance(content, str) and _minds_tags(chat.source) and bool(_TAGS.search(content))
+    return isinstance(content, str) and _minds_tags(chat.source) and bool(TAGS.search(content))
 
 
 def _begin(chat: ChatTokenizer, text: str, left: int, place: tuple[int, int, _Mark]) -> int:

@@ -38,7 +38,8 @@ def messages_of(
             name.
 
     Returns:
-        None if a call's arguments are not JSON, or there is another field for no reasoning.
+        None if a call's arguments are not JSON, or too deep to be read, or there is another field
+        for no reasoning.
     """
     if not any(slot == THOUGHT for slot, _ in slots) and reasoning != REASONING[0]:
         return None
@@ -46,7 +47,7 @@ def messages_of(
     try:
         for slot, text in slots:
             made.add(slot, text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if linked:
         _link(made.messages)

@@ -77,7 +77,7 @@ def _end_of(text: str, start: int, limit: int, arguments: Any, otherwise: int) -
             return at + len(arguments)
         try:
             known = json.loads(arguments)
-        except ValueError:
+        except (ValueError, RecursionError):
             return otherwise
     for separators in ((", ", ": "), (",", ":")):
         for ascii_only in (False, True):

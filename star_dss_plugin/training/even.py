@@ -6,6 +6,7 @@ evaluation waits for all processes: one whose part had ended earlier would leave
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 from collections.abc import Callable, Iterator
@@ -81,18 +82,29 @@ class EvenLoader:
             self._over = True
             self._close()
             return []
-        for rank, given in enumerate(counts):
-            if given == (0, 0):
-                raise no_rows(rank, self._name)
+        if (0, 0) in counts:
+            # A part has no rows, or no more of them than a resumed run skips.
+            if not found and not self._given:
+                with contextlib.suppress(StopIteration):
+                    found.append(self._repeated())
+            there = self._gather(bool(found) or self._given > 0)
+            if not all(there):
+                raise no_rows(there.index(False), self._name)
         while len(found) < most:
             found.append(self._repeated())
         self._given += len(found)
         return found
 
     def _repeated(self) -> Any:
-        """Return a batch of another pass over this process's part."""
+        """Return a batch of another pass over this process's part.
+
+        Raises:
+            StopIteration: The part gives none.
+        """
         batch = None if self._again is None else next(self._again, None)
         if batch is None:
+            self._again = iter(self.loader)
+            batch = next(self._again)
             if not self._said:
                 logger.warning(
                     "This process's part of the %s stream has ended before the others' have, and "
@@ -101,8 +113,6 @@ class EvenLoader:
                     self._name,
                 )
             self._said = True
-            self._again = iter(self.loader)
-            batch = next(self._again)
         return batch
 
     def _close(self) -> None:

@@ -1,6 +1,7 @@
 """Calls of functions come back from the tokens of a rendered conversation, or are left as words."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from template_forms import FORMS, chat_of
 from star_dss_plugin.data import inverse as module
 from star_dss_plugin.data.inverse import TemplateInverse
 from star_dss_plugin.data.probes import pieces_of, probe
+from star_dss_plugin.data.tool_calls import call_spans
 
 CHATML = "Qwen3, SmolLM3: a block of thought in the last turn"
 _OPEN = "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' + (m.content or '') }}"
@@ -210,6 +212,30 @@ def test_other_forms_are_right_or_not_used(name):
             assert said(found)[0] == said(known)[0]
 
 
+DEEP = '{"a": ' + "[" * 3000 + "1" + "]" * 3000 + "}"  # deeper than Python reads JSON
+
+
+@pytest.mark.parametrize("name", ["JSON text, with ids", "Qwen 2.5", "Llama 3: headers"])
+def test_arguments_too_deep_to_be_read_are_words(name):
+    inverse = inverse_of(name)
+    arguments = '{"a": "b"}' if name.startswith("JSON text") else {"a": "b"}
+    known = [user("Rain?"), answer("")]
+    called = {"name": "weather", "arguments": arguments}
+    known[1]["tool_calls"] = [{"type": "function", "id": "number_00", "function": called}]
+    rendered = inverse.chat.render(known)
+    assert said(inverse.messages(rendered)) == said(known)
+    found = inverse.messages(rendered.replace('{"a": "b"}', DEEP))
+    assert "tool_calls" not in found[1]
+    assert DEEP in found[1]["content"]
+
+
+def test_arguments_too_deep_to_be_read_end_before_the_next_control_token():
+    text = f"<c>weather {json.dumps(DEEP)}</c>"
+    place = (0, text.index("weather"), text.index("weather") + len("weather"), len(text))
+    ((start, end),) = call_spans(text, place, DEEP, re.compile("</?c>"))
+    assert text[start:end] == f"weather {json.dumps(DEEP)}"
+
+
 def test_a_probe_that_is_not_written_as_it_is_teaches_nothing():
     made, slots = probe(["user", "thinking+answer"], "thinking", as_text=False, linked=False)
     marks = [made[0]["content"], made[1]["thinking"], made[1]["content"]]
@@ -233,3 +259,21 @@ def test_words_that_hold_the_next_answer_are_not_one_turn():
     )
     assert inverse.reliable
     assert inverse.messages(text) is None
+
+
+def test_an_answer_without_the_thought_of_the_prompt_is_no_part_of_a_result():
+    """Nemotron's template begins no thought where the answer has one already."""
+    form = "Nemotron: thought in every turn, begun by the prompt"
+    template = chat_of(form).chat_template or chat_of(form).tokenizer.chat_template
+    begins = "{%- if m.role == 'assistant' %}"
+    assert template.count(begins) == 1
+    template = template.replace(begins, begins[:-3] + " and '</think>' not in m.content %}")
+    inverse = TemplateInverse(chat_of(form).tokenizer, template)
+    known = [user("Rain?"), answer("", OSLO), *results("wet"), answer("I see.</think>It rains.")]
+    assert inverse.reliable
+    found = inverse.messages(inverse.chat.render(known))
+    assert found is None or found[-1] == known[-1]
+    plain = [user("Rain?"), answer("I see.</think>It rains."), user("So?"), answer("Yes.")]
+    found = inverse.messages(inverse.chat.render(plain))
+    assert found is None or found[-1] == plain[-1]
+    assert inverse.messages(inverse.chat.render([user("Rain?"), answer("It rains.")])) is not None

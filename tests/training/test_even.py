@@ -64,6 +64,18 @@ def test_equal_parts_are_read_once(caplog):
     assert not caplog.records
 
 
+def test_a_part_that_a_resumed_run_has_skipped_as_a_whole_is_read_again():
+    """accelerate skips batches of each part, also where one has fewer than that."""
+
+    def resumed(loader):
+        batches = iter(loader.loader[2:])
+        return [loader.take(batches, 2) for _ in range(3)]
+
+    longer, shorter = in_each(["abcde", "x"], resumed)
+    assert longer == [["c", "d"], ["e"], []]
+    assert shorter == [["x", "x"], ["x"], []]
+
+
 def test_a_part_without_rows_stops_all():
     def refused(loader):
         with pytest.raises(DataError, match="Process 1 got no row of the train stream"):
