@@ -292,6 +292,9 @@ def scoring(args: argparse.Namespace, description: dict[str, Any]) -> None:
             costs = " | ".join(["–"] * 4)
             print(line("onset", len(onset), costs, compared(*parts, args.tolerance)))
             print(auroc(args, exact))
+        scores = np.concatenate([answer.scores for answer in exact.values()])
+        sure = np.minimum(scores, 1 - scores) <= args.tolerance
+        print(f"{name}: {sure.mean():.0%} of the guard's scores are as near to 0 or 1 as that")
         print(f"{name}: exact {full}; probed {less}, {asking.rest} of it without learning")
         print(f"{name}: {asking.notes}", flush=True)
 

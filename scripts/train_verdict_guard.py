@@ -399,7 +399,6 @@ def main() -> None:
     chosen_by = data["guard_dev"][: given.dev]
     dev = trainer.known(examples(chosen_by, template, tail=True))
     print(f"{len(short)} prompts, {len(whole)} whole: {time.monotonic() - began:.0f} s", flush=True)
-    draw = random.Random(SEED)
     card = {
         "blocks": given.blocks,
         "frozen": given.frozen,

@@ -291,7 +291,8 @@ def _adapter_is_fresh(policy: nn.Module) -> bool:
 
 def _adapter_begins_at_zero(policy: nn.Module) -> bool:
     """Return whether switching the adapter off changes nothing, by its values alone."""
-    outer = [parameter for name, parameter in policy.named_parameters() if "lora_B" in name]
+    second = ("lora_B", "lora_embedding_B")  # of the two factors; the first one is random
+    outer = [p for name, p in policy.named_parameters() if any(part in name for part in second)]
     return bool(outer) and not any(bool(parameter.any()) for parameter in outer)
 
 
