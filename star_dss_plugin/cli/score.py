@@ -71,10 +71,10 @@ def score(
     }
     if ray or shard_rows is not None:
         from star_dss_plugin.data.reading import in_file
-        from star_dss_plugin.scoring import on_ray, shards
+        from star_dss_plugin.scoring import jobs, on_ray, shards
 
         how["chat_template"] = _training_template(tokenizer) if assistant_only_loss else None
-        job = shards.begin(
+        job = jobs.begin(
             data, tokenizer, output, options, split=split, shard_rows=shard_rows or 1000, **how
         )
         with in_file(data):
@@ -88,7 +88,7 @@ def score(
                 )
             else:
                 shards.score_shards(job, progress=not quiet)
-        found = shards.finish(job)
+        found = jobs.finish(job)
     else:
         found = _score_at_once(data, split, tokenizer, output, options, progress=not quiet, **how)
     typer.echo(

@@ -14,7 +14,8 @@ from typing import Any
 from star_dss_plugin import errors
 from star_dss_plugin.data.writing import writing
 from star_dss_plugin.errors import ConfigError, GuardError, PluginError, StarDSSError
-from star_dss_plugin.scoring.shards import Job, ShardScorer, bar
+from star_dss_plugin.scoring.jobs import Job
+from star_dss_plugin.scoring.shards import ShardScorer, bar
 from star_dss_plugin.validation import at_least, require
 
 __all__ = ["score_on_ray"]

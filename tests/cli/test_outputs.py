@@ -18,7 +18,7 @@ from star_dss_plugin.data.reading import read_dataset
 from star_dss_plugin.data.writing import write_dataset, write_text
 from star_dss_plugin.evaluate.answers import AnswerFile
 from star_dss_plugin.evaluate.landscape_points import PointsFile
-from star_dss_plugin.scoring import shards
+from star_dss_plugin.scoring import jobs, shards
 
 ROWS = [
     {
@@ -154,7 +154,7 @@ def test_a_full_disk_below_datasets_is_told_from_bad_data(monkeypatch, chat, tmp
 
 
 def begun(chat, model_dir, tmp_path):
-    return shards.begin(
+    return jobs.begin(
         str(chat), str(model_dir), tmp_path / "scored", shard_rows=2, guard="test-words"
     )
 
@@ -162,7 +162,7 @@ def begun(chat, model_dir, tmp_path):
 def test_shards_go_on_when_there_is_room_again(chat, model_dir, tmp_path, monkeypatch):
     whole = begun(chat, model_dir, tmp_path / "whole")
     shards.score_shards(whole, progress=False)
-    shards.finish(whole)
+    jobs.finish(whole)
     job = begun(chat, model_dir, tmp_path)
     write, written = shards.write_shard, []
 
@@ -177,7 +177,7 @@ def test_shards_go_on_when_there_is_room_again(chat, model_dir, tmp_path, monkey
     assert job.missing() == [1, 2]
     job = begun(chat, model_dir, tmp_path)
     shards.score_shards(job, progress=False)
-    shards.finish(job)
+    jobs.finish(job)
     for a, b in zip(
         *(sorted((f / "scored" / "data").iterdir()) for f in (tmp_path, tmp_path / "whole")),
         strict=True,

@@ -85,13 +85,14 @@ def room(tmp_path, monkeypatch):
 
 def write_scored(model_dir, *, shards: bool):
     if shards:
-        from star_dss_plugin.scoring import shards as job
+        from star_dss_plugin.scoring import jobs
+        from star_dss_plugin.scoring.shards import score_shards
 
-        begun = job.begin(
+        begun = jobs.begin(
             "chat.jsonl", str(model_dir), Path("scored"), guard="test-words", shard_rows=30
         )
-        job.score_shards(begun, progress=False)
-        job.finish(begun)
+        score_shards(begun, progress=False)
+        jobs.finish(begun)
     else:
         scored = star_dss_plugin.score_dataset(
             Dataset.from_list(CHAT),

@@ -18,7 +18,7 @@ from star_dss_plugin.guards.verdict import VerdictGuard
 from star_dss_plugin.options import StarDSSOptions
 from star_dss_plugin.report.page import render_page
 from star_dss_plugin.report.reading import read_scored
-from star_dss_plugin.scoring import shards
+from star_dss_plugin.scoring import jobs, shards
 from star_dss_plugin.scoring.guard_statistics import remarks
 from star_dss_plugin.scoring.probed import POOL, STRIDE, drawn, places, stratified
 from star_dss_plugin.scoring.ranks import Share
@@ -296,7 +296,7 @@ def data(tmp_path):
 def begun(data, output, guard, model=None, **changes):
     model = model or guard["model"]
     options = {**PROBED, "shard_rows": 15, **changes}
-    return shards.begin(str(data), model, output, guard=guard, **options)
+    return jobs.begin(str(data), model, output, guard=guard, **options)
 
 
 def contents(folder):
@@ -312,7 +312,7 @@ def test_all_shards_use_one_probe(data, guard, tmp_path, monkeypatch):
     )
     job = begun(data, tmp_path / "one", guard)
     shards.score_shards(job, progress=False)
-    provenance = shards.finish(job)
+    provenance = jobs.finish(job)
     assert len(learned) == 1
     [note] = provenance["probes"]
     assert note["fell_back"] is None
@@ -326,7 +326,7 @@ def test_all_shards_use_one_probe(data, guard, tmp_path, monkeypatch):
         scorer = shards.ShardScorer(other)
         scorer(index)
         scorer.close()
-    assert shards.finish(other) == provenance
+    assert jobs.finish(other) == provenance
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 

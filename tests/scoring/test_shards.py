@@ -21,7 +21,7 @@ from star_dss_plugin import (
     star_dss_loss,
 )
 from star_dss_plugin.data.reading import read_dataset
-from star_dss_plugin.scoring import shards
+from star_dss_plugin.scoring import jobs, shards
 from star_dss_plugin.training.collation import TokenColumnsCollator
 
 # The files
@@ -67,7 +67,7 @@ def test_what_guards_of_several_said_is_merged(model_dir, tokenizer, tmp_path, l
             file.write(json.dumps({"messages": messages}) + "\n")
     letters = {"preset": "test-letters", "log": str(log)}
     guard = {"guards": [letters, "test-words"], "combine": "min"}
-    job = shards.begin(
+    job = jobs.begin(
         str(path),
         str(model_dir),
         tmp_path / "out",
@@ -76,7 +76,7 @@ def test_what_guards_of_several_said_is_merged(model_dir, tokenizer, tmp_path, l
         chunk_size=2,
     )
     shards.score_shards(job, progress=False)
-    found = shards.finish(job)
+    found = jobs.finish(job)
     twin = provenance_of(
         score_dataset(read_dataset(str(path)), tokenizer, guard=guard, chunk_size=2, progress=False)
     )
@@ -97,11 +97,11 @@ def test_label_masses_are_merged(data, model_dir, tokenizer, tmp_path):
         "self_check": False,
         "min_label_mass": 0.0,
     }
-    job = shards.begin(
+    job = jobs.begin(
         str(data), str(model_dir), tmp_path / "out", shard_rows=7, guard=guard, guard_device="cpu"
     )
     shards.score_shards(job, progress=False)
-    found = shards.finish(job)["label_mass"]
+    found = jobs.finish(job)["label_mass"]
     expected = provenance_of(
         score_dataset(
             read_dataset(str(data)), tokenizer, guard=guard, guard_device="cpu", progress=False
@@ -181,9 +181,9 @@ def test_a_shard_may_hold_no_response(data, model_dir, tokenizer, tmp_path, log,
     letters = {"preset": "test-letters", "log": str(log)}
     guard = {"guards": [letters, "test-words"]} if several else letters
     options = {"guard": guard, "chunk_size": 2, "max_length": 64, "per_guard": several}
-    job = shards.begin(str(data), str(model_dir), tmp_path / "out", shard_rows=5, **options)
+    job = jobs.begin(str(data), str(model_dir), tmp_path / "out", shard_rows=5, **options)
     shards.score_shards(job, progress=False)
-    provenance = shards.finish(job)
+    provenance = jobs.finish(job)
     twin = score_dataset(read_dataset(str(data)), tokenizer, progress=False, **options)
     found = load_scored(tmp_path / "out").remove_columns("attention_mask")
     assert found.to_list() == twin.to_list()
@@ -200,7 +200,7 @@ def test_no_response_at_all_is_an_error(data, model_dir, tmp_path, log):
     job = begin(data, model_dir, tmp_path / "out", log, max_length=64)
     shards.score_shards(job, progress=False)
     with pytest.raises(DataError, match=f"None of the {ROWS} rows has a response"):
-        shards.finish(job)
+        jobs.finish(job)
 
 
 def picky(model_dir):
@@ -226,17 +226,17 @@ def test_a_shard_of_which_nothing_can_be_scored(data, model_dir, tmp_path):
     row = json.loads(lines[0])
     row["messages"][1]["content"] = "bad good " * 600
     data.write_text("\n".join([*lines[1:], json.dumps(row)]) + "\n")
-    job = shards.begin(str(data), str(model_dir), tmp_path / "out", shard_rows=16, **options)
+    job = jobs.begin(str(data), str(model_dir), tmp_path / "out", shard_rows=16, **options)
     assert job.shards == 3
     shards.score_shards(job, progress=False)
-    found = shards.finish(job)
+    found = jobs.finish(job)
     assert found["guard_errors"] == 1
     assert found["label_mass"]["mean"] > 0
     data.write_text(json.dumps(row) + "\n")
-    job = shards.begin(str(data), str(model_dir), tmp_path / "all", **options)
+    job = jobs.begin(str(data), str(model_dir), tmp_path / "all", **options)
     shards.score_shards(job, progress=False)
     with pytest.raises(GuardError, match="could not score a single one of 1 responses"):
-        shards.finish(job)
+        jobs.finish(job)
 
 
 # Begun, and begun again
@@ -254,7 +254,7 @@ def test_a_run_goes_on_where_it_was_killed(data, model_dir, tmp_path, log):
     again = begin(data, model_dir, out, log)
     assert again.missing() == [0, 2, 3, 5, 6]
     shards.score_shards(again, progress=False)
-    shards.finish(again)
+    jobs.finish(again)
     assert sum(map(len, asked(log))) == ROWS - 2 * SHARD_ROWS
     assert contents(out) == contents(tmp_path / "whole")
 
@@ -299,11 +299,11 @@ def test_a_damaged_shard_is_made_again(data, model_dir, tmp_path, log):
     damaged = job.path(2)
     damaged.write_bytes(damaged.read_bytes()[:-30])
     with pytest.raises(DataError, match=r"train-00002-of-00007.parquet is not a whole shard"):
-        shards.finish(job)
+        jobs.finish(job)
     assert not (tmp_path / "out").exists()
     damaged.unlink()
     shards.score_shards(job, progress=False)
-    shards.finish(job)
+    jobs.finish(job)
     assert len(load_scored(tmp_path / "out")) == ROWS
 
 
@@ -338,10 +338,10 @@ def test_shards_are_never_without_their_job(data, model_dir, tmp_path, log, monk
     with monkeypatch.context() as patched:
         patched.setattr(Path, "rename", killed)
         with pytest.raises(KeyboardInterrupt):
-            shards.finish(job)
+            jobs.finish(job)
     with pytest.raises(ConfigError, match="options differ"):
         begin(data, model_dir, tmp_path / "out", log, chunk_size=3)
-    shards.finish(begin(data, model_dir, tmp_path / "out", log))
+    jobs.finish(begin(data, model_dir, tmp_path / "out", log))
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "README.md",
         "data",

@@ -18,7 +18,7 @@ from support.probed import PROBED, learnable, talks
 from support.shards import ROWS, SHARD_ROWS, SHARDS, asked, begin, contents, in_one_process
 
 from star_dss_plugin import ConfigError, GuardError
-from star_dss_plugin.scoring import shards
+from star_dss_plugin.scoring import jobs, shards
 
 pytestmark = pytest.mark.slow
 
@@ -77,7 +77,7 @@ def test_ray_makes_the_same_files(ray_cluster, data, model_dir, tmp_path, log, w
     deadly = {"die_at": "it is 17" if workers == 2 else ""}
     job = begin(data, model_dir, tmp_path / "out", log, guard_options=deadly)
     score_on_ray(job, num_workers=workers, progress=False)
-    shards.finish(job)
+    jobs.finish(job)
     assert contents(tmp_path / "out") == contents(tmp_path / "one")
     assert (log / "died").exists() == (workers == 2)
     # Each worker loads its guard once; which of them does how much is Ray's business.
@@ -104,7 +104,7 @@ def test_all_workers_use_the_probe_that_one_has_learned(ray_cluster, tokenizer, 
     guard = learnable(tmp_path / "guard", tokenizer)
     talks().to_json(tmp_path / "talks.jsonl")
     jobs = [
-        shards.begin(
+        jobs.begin(
             str(tmp_path / "talks.jsonl"),
             guard["model"],
             tmp_path / name,
@@ -116,7 +116,7 @@ def test_all_workers_use_the_probe_that_one_has_learned(ray_cluster, tokenizer, 
     ]
     shards.score_shards(jobs[0], progress=False)
     score_on_ray(jobs[1], num_workers=2, progress=False)
-    assert [shards.finish(job)["probes"][0]["fell_back"] for job in jobs] == [None, None]
+    assert [jobs.finish(job)["probes"][0]["fell_back"] for job in jobs] == [None, None]
     assert contents(tmp_path / "out") == contents(tmp_path / "one")
 
 

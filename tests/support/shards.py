@@ -1,6 +1,6 @@
 """A small job of shards, and what its guard was asked."""
 
-from star_dss_plugin.scoring import shards
+from star_dss_plugin.scoring import jobs, shards
 
 ROWS, SHARD_ROWS, SHARDS = 33, 5, 7
 
@@ -13,13 +13,13 @@ def asked(log):
 def begin(data, model_dir, output, log, **changes):
     options = {"shard_rows": SHARD_ROWS, "chunk_size": 2, **changes}
     guard = {"preset": "test-letters", "log": str(log), **options.pop("guard_options", {})}
-    return shards.begin(str(data), str(model_dir), output, guard=guard, **options)
+    return jobs.begin(str(data), str(model_dir), output, guard=guard, **options)
 
 
 def in_one_process(data, model_dir, output, log, **changes):
     job = begin(data, model_dir, output, log, **changes)
     shards.score_shards(job, progress=False)
-    return shards.finish(job)
+    return jobs.finish(job)
 
 
 def contents(folder):

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from star_dss_plugin import CheckpointError, DataError, load_scored, star_dss_loss
 from star_dss_plugin.data.columns import SCORES_COLUMN
 from star_dss_plugin.data.writing import write_dataset
-from star_dss_plugin.scoring import shards
+from star_dss_plugin.scoring import jobs, shards
 from star_dss_plugin.training.collation import TokenColumnsCollator
 
 SAFE = {"preset": "test-words", "word": "☃", "safe": 1.0}
@@ -331,9 +331,9 @@ def test_scored_data_needs_no_guard(tmp_path, model_dir):
 @pytest.mark.parametrize("entry", ["shards", "saved"])
 def test_what_star_dss_score_writes_needs_no_guard(tmp_path, model_dir, entry):
     data, out = write_rows(tmp_path / "chat.jsonl", multi_turn()), tmp_path / "shards"
-    job = shards.begin(data, str(model_dir), out, shard_rows=3, guard="test-words")
+    job = jobs.begin(data, str(model_dir), out, shard_rows=3, guard="test-words")
     shards.score_shards(job, progress=False)
-    shards.finish(job)
+    jobs.finish(job)
     if entry == "saved":
         write_dataset(load_scored(out), tmp_path / "saved")
     config = configuration(tmp_path, model_dir, star_dss={"kl_coef": 2.0})
