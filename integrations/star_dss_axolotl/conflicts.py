@@ -37,7 +37,7 @@ _PARALLEL = {
     "context_parallel_size": _SPLIT,
     "sequence_parallel_degree": _SPLIT,
     "tensor_parallel_size": (
-        "it splits the model's head over devices, which was tried with TRL alone"
+        "it splits layers over devices, which Axolotl 0.19 itself did not train when it was tried"
     ),
 }
 # By the package of the plugin below axolotl.integrations. Any other plugin with a trainer is found
