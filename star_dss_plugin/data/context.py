@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -85,6 +85,7 @@ class RowReader:
     ) -> None:
         self._chat = chat
         self._ids = list(ids)
+        self._made = made
         self._placed = None if made is None else _place(chat, self._ids, made)
         for one in (chat, *chat.others) if self._placed is None and source_messages(row) else ():
             # A template that cannot render the messages did not make the tokens.
@@ -101,17 +102,29 @@ class RowReader:
         turns = placed.turns(start, end) if placed is not None else ()
         if placed is None or not turns:
             return self._raw(start, *self._bare(start, end))
-        text, ends, complete = placed.boundaries(start, end) or token_boundaries(
-            self._chat.tokenizer, self._ids[start:end], placed.text(start, end)
-        )
-        said, new_ends = _joined(text, ends, placed.inside(turns, start, end, text, ends))
+        said, ends, complete = placed.said(self._chat, turns, start, end)
         context = placed.context(turns[0], start)
         if context is None:
-            return self._raw(start, said, new_ends, complete)
-        return Reading(context, False, placed.before(turns[0], start), said, new_ends, complete)
+            return self._raw(start, said, ends, complete)
+        return Reading(context, False, placed.before(turns[0], start), said, ends, complete)
+
+    @cached_property
+    def _reached(self) -> list[int] | None:
+        """How far the row's text reaches before each token, and behind the last one.
+
+        None where tokens have to be decoded: it is not certain what they spell.
+        """
+        if self._made is None:
+            return None
+        own = self._made.encoded
+        count = len(self._ids)
+        return [0, *own.ends[:count]] if own.exact and own.ids[:count] == self._ids else None
 
     def _raw(self, start: int, text: str, ends: list[int], complete: list[bool]) -> Reading:
-        decoded = decode(self._chat.tokenizer, self._ids[:start])
+        if self._made is not None and self._reached is not None:
+            decoded = self._made.text[: self._reached[start]]
+        else:
+            decoded = decode(self._chat.tokenizer, self._ids[:start])
         context: tuple[Message, ...] = ()
         if decoded:
             context = ({"role": "user", "content": decoded},)
@@ -133,7 +146,10 @@ class RowReader:
             cut -= 1
             if ids[cut] in special:
                 last = cut
-        body, inner, whole = token_boundaries(self._chat.tokenizer, ids[first:last])
+        known = None
+        if self._made is not None and self._reached is not None:
+            known = self._made.text[self._reached[start + first] :]
+        body, inner, whole = token_boundaries(self._chat.tokenizer, ids[first:last], known)
         behind = len(ids) - last
         return (
             body,
@@ -178,7 +194,9 @@ def _place(chat: ChatTokenizer, ids: Sequence[int], made: Tokenized) -> _Placed 
     bos = chat.tokenizer.bos_token_id
     # A host may have put the token that begins texts before what the template writes.
     for skipped in (0, 1) if bos is not None and ids[:1] == [bos] else (0,):
-        rest = ids[skipped:]
+        rest = list(ids[skipped:])
+        if rest == full.ids and not skipped:
+            return _Placed(made.layout, made.source, full, True)
         for start in (0, len(full.ids) - len(rest)):
             cut = slice(start, start + len(rest))
             if start >= 0 and full.ids[cut] == rest:
@@ -212,17 +230,19 @@ class _Placed:
     places: Encoded
     whole: bool
 
-    def text(self, start: int, end: int) -> str:
-        """Return the text that some tokens stand for."""
-        return self.layout.text[self.places.starts[start] : self.places.ends[end - 1]]
-
-    def boundaries(self, start: int, end: int) -> tuple[str, list[int], list[bool]] | None:
-        """Return what `token_boundaries` does for some tokens; None if it has to be asked."""
-        if not self.places.exact:
-            return None
-        first = self.places.starts[start]
-        ends = [reached - first for reached in self.places.ends[start:end]]
-        return self.text(start, end), ends, [True] * len(ends)
+    def said(
+        self, chat: ChatTokenizer, turns: Sequence[Turn], start: int, end: int
+    ) -> tuple[str, list[int], list[bool]]:
+        """Return what turns say in some tokens, as `Reading` has it: text, ends, complete."""
+        text, places = self.layout.text, self.places
+        first, last = places.starts[start], places.ends[end - 1]
+        if places.exact:
+            spans = _within((span for turn in turns for span in turn.words), first, last)
+            return *_joined(text, places.ends[start:end], spans), [True] * (end - start)
+        known = text[first:last]
+        decoded, ends, complete = token_boundaries(chat.tokenizer, places.ids[start:end], known)
+        spans = self._inside(turns, start, end, decoded, ends)
+        return *_joined(decoded, ends, spans), complete
 
     def turns(self, start: int, end: int) -> tuple[Turn, ...]:
         """Return the turns that some tokens are of; none if others speak in these tokens too.
@@ -237,7 +257,7 @@ class _Placed:
             return ()
         return self.layout.turns_in(starts[start], ends[end - 1])
 
-    def inside(
+    def _inside(
         self, turns: Sequence[Turn], start: int, end: int, text: str, ends: Sequence[int]
     ) -> list[tuple[int, int]]:
         """Return where some tokens' decoded text is what turns say.
@@ -253,8 +273,7 @@ class _Placed:
         spans = [span for turn in turns for span in turn.words]
         known = text if self.layout.text.startswith(text, first) else text.rstrip(REPLACEMENT)
         if self.layout.text.startswith(known, first):
-            moved = [(max(0, a - first), min(len(known), b - first)) for a, b in spans]
-            return [(a, b) for a, b in moved if a < b]
+            return _within(((a - first, b - first) for a, b in spans), 0, len(known))
         # The tokens stand for another spelling (NFC), or bring spaces of their own (SentencePiece).
         found = []
         for a, b in spans:
@@ -316,36 +335,34 @@ class _Placed:
         return said
 
 
+def _within(spans: Iterable[tuple[int, int]], first: int, last: int) -> list[tuple[int, int]]:
+    """Return the parts of spans that lie between two characters."""
+    cut = ((max(a, first), min(b, last)) for a, b in spans)
+    return [(a, b) for a, b in cut if a < b]
+
+
 def _joined(
     text: str, ends: Sequence[int], spans: Sequence[tuple[int, int]]
 ) -> tuple[str, list[int]]:
-    """Return the parts of a text that spans name, and how far they reach after each token."""
-    if len(spans) == 1:
-        ((begin, stop),) = spans
-        low, high = bisect_right(ends, begin), bisect_left(ends, stop)
-        inner = [end - begin for end in ends[low:high]] if begin else list(ends[low:high])
-        return text[begin:stop], [0] * low + inner + [stop - begin] * (len(ends) - high)
+    """Return the parts of a text that spans name, and how far they reach after each token.
+
+    Args:
+        text: Any text.
+        ends: How far it reaches after each token; never decreasing.
+        spans: In order, and none of them empty.
+    """
     parts: list[str] = []
-    # (end of a span in the text, characters that were left out before it)
-    steps: list[tuple[int, int, int]] = []
+    reached: list[int] = []
     length = 0
-    for a, b in spans:
-        if steps:
-            between = text[steps[-1][1] : a]
-            glue = _BETWEEN if between.strip() else between
-            parts.append(glue)
-            length += len(glue)
-        steps.append((a, b, length))
+    for n, (a, b) in enumerate(spans):
+        reached += [length] * (bisect_right(ends, a) - len(reached))
+        if n:
+            between = text[spans[n - 1][1] : a]
+            parts.append(_BETWEEN if between.strip() else between)
+            length += len(parts[-1])
+        moved = length - a
+        inside = ends[len(reached) : bisect_left(ends, b)]
+        reached += [end + moved for end in inside] if moved else inside
         parts.append(text[a:b])
         length += b - a
-    new: list[int] = []
-    i = 0
-    for end in ends:
-        while i + 1 < len(steps) and end > steps[i + 1][0]:
-            i += 1
-        if not steps or end <= steps[i][0]:
-            new.append(0 if not i else steps[i - 1][2] + steps[i - 1][1] - steps[i - 1][0])
-        else:
-            a, b, at = steps[i]
-            new.append(at + min(end, b) - a)
-    return "".join(parts), list(accumulate(new, max))
+    return "".join(parts), reached + [length] * (len(ends) - len(reached))

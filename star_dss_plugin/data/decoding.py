@@ -79,11 +79,10 @@ def _by_bytes(
     table = _table(tokenizer)
     if not (table.of_letters or table.of_pieces):
         return None
-    try:
-        parts = list(map(table.__getitem__, ids))
-        joined = b"".join(map(_BYTES, parts)).decode("utf-8")
-    except (KeyError, UnicodeDecodeError):
+    spelled = _spelled(table, ids)
+    if spelled is None:
         return None
+    joined, begun, inside = spelled
     # The bytes are checked against what they were made of, or else against the decoded whole.
     same = table.of_letters and known is not None and known.startswith(joined)
     text = joined if same else decode(tokenizer, ids)
@@ -93,13 +92,12 @@ def _by_bytes(
         if not table.of_pieces or joined != " " + text:
             return None
         stripped = 1
-    begun = list(accumulate(map(_BEGINS, parts)))
-    if begun and stripped:
+    if stripped:
         begun = [count - 1 for count in begun]
-    if not any(map(_INSIDE, parts)):
-        return text, begun, [True] * len(parts)
+    if not inside:
+        return text, begun, [True] * len(ids)
     # A character is complete where the next token begins another one.
-    complete = [not inside for _, _, inside in parts[1:]] + [True] * bool(parts)
+    complete = [not within for within in inside[1:]] + [True]
     # Until then the text reaches to the last token that completed one.
     ends = accumulate((n if whole else 0 for n, whole in zip(begun, complete, strict=True)), max)
     return text, list(ends), complete
@@ -128,19 +126,35 @@ def byte_places(
     table = _table(tokenizer)
     if not table.of_letters:
         return None
+    spelled = _spelled(table, ids)
+    if spelled is None or not text.startswith(spelled[0]):
+        return None
+    _, ends, inside = spelled
+    starts = [0, *ends[:-1]] if ends else []
+    if inside:
+        starts = [n - within for n, within in zip(starts, inside, strict=True)]
+    return starts, ends, not inside
+
+
+def _spelled(table: _Bytes, ids: Sequence[int]) -> tuple[str, list[int], list[bool]] | None:
+    """Return what tokens spell.
+
+    Returns:
+        The text; how many characters of it begin up to the end of each token; for each token
+        whether a character goes on in it that has begun before, empty if that is true of none.
+        None if they are not tokens of bytes, or the bytes no text.
+    """
+    try:
+        texts = list(map(table.texts.__getitem__, ids))
+        return "".join(texts), list(accumulate(map(len, texts))), []
+    except (KeyError, UnicodeDecodeError):
+        pass  # a token is none of bytes, or has a part of a character
     try:
         parts = list(map(table.__getitem__, ids))
         joined = b"".join(map(_BYTES, parts)).decode("utf-8")
     except (KeyError, UnicodeDecodeError):
         return None
-    if not text.startswith(joined):
-        return None
-    ends = list(accumulate(map(_BEGINS, parts)))
-    starts = [0, *ends[:-1]] if ends else []
-    shared = any(map(_INSIDE, parts))
-    if shared:
-        starts = [n - inside for n, (_, _, inside) in zip(starts, parts, strict=True)]
-    return starts, ends, not shared
+    return joined, list(accumulate(map(_BEGINS, parts))), list(map(_INSIDE, parts))
 
 
 _BYTES, _BEGINS, _INSIDE = itemgetter(0), itemgetter(1), itemgetter(2)
@@ -155,6 +169,7 @@ class _Bytes(dict[int, tuple[bytes, int, bool]]):
     Attributes:
         of_letters: Whether tokens spell bytes as letters (GPT-2's way).
         of_pieces: Whether tokens are pieces of text, and single bytes `<0x0A>` (SentencePiece's).
+        texts: What each token spells; a token with a part of a character is a UnicodeDecodeError.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -169,6 +184,7 @@ class _Bytes(dict[int, tuple[bytes, int, bool]]):
         self.of_pieces = kinds[:3] == ["Replace", "ByteFallback", "Fuse"] and (
             steps[0] == replace and steps[3:] in ([], [strip])
         )
+        self.texts = _Texts(self)
         # Not the tokenizer itself, which would keep itself in the table of tables.
         self._token = backend.id_to_token if backend is not None else None
 
@@ -189,6 +205,18 @@ class _Bytes(dict[int, tuple[bytes, int, bool]]):
         begins = sum(byte & 0xC0 != 0x80 for byte in found)
         inside = bool(found) and found[0] & 0xC0 == 0x80
         self[key] = found, begins, inside
+        return self[key]
+
+
+class _Texts(dict[int, str]):
+    """The whole characters that each token spells, by the bytes of the tokens."""
+
+    def __init__(self, table: _Bytes) -> None:
+        super().__init__()
+        self._table = table
+
+    def __missing__(self, key: int) -> str:
+        self[key] = self._table[key][0].decode("utf-8")
         return self[key]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.conversations import conversation_of, source_messages
 from star_dss_plugin.data.tokenization import read_row
-from star_dss_plugin.data.tokenized import Tokenized
+from star_dss_plugin.data.tokenized import Tokenized, labels_of, runs_within
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.logprobs import IGNORE_INDEX
 
@@ -78,7 +78,7 @@ def assistant_labels(
     for start in (0, max(0, len(ids) - len(given))):
         kept = slice(start, start + len(given))
         if ids[kept] == given:
-            return [i if t else IGNORE_INDEX for i, t in zip(given, trained[kept], strict=True)]
+            return labels_of(given, runs_within(trained, kept))
     if made.plain:
         raise DataError(
             "All tokens of a prompt and its completion are trained, and they are not those of the "

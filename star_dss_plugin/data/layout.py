@@ -161,7 +161,7 @@ def _marked_message(
         if not text.strip():
             return text + mark("", text) if empty else text
         # To a template that knows no such tags they are words like any other.
-        pieces = TAGS.split(text) if tags and ("<" in text or "[" in text) else [text]
+        pieces = TAGS.split(text) if tags and _has_tags(text) else [text]
         made = []
         for i, piece in enumerate(pieces):
             body = piece.strip()
@@ -338,12 +338,17 @@ def _minds_tags(template: str) -> bool:
     return bool(TAGS.search(template))
 
 
+def _has_tags(text: str) -> bool:
+    """Return whether tags of thought stand in a text."""
+    return ("<" in text or "[" in text) and bool(TAGS.search(text))
+
+
 def _reasons(chat: ChatTokenizer, message: Mapping[str, Any]) -> bool:
     """Return whether a message says something beside its content, or marks parts of it."""
     content = message.get("content")
     if any(isinstance(message.get(n), str) and message[n].strip() for n in _SPOKEN[:-1]):
         return True
-    return isinstance(content, str) and _minds_tags(chat.source) and bool(TAGS.search(content))
+    return isinstance(content, str) and _minds_tags(chat.source) and _has_tags(content)
 
 
 def _begin(chat: ChatTokenizer, text: str, left: int, place: tuple[int, int, _Mark]) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 from star_dss_plugin.data.chat import ChatTokenizer, Encoded, same_beginning, whole_text
 from star_dss_plugin.data.layout import Layout, Turn
 from star_dss_plugin.data.rendered import is_rendered, parsed_prompt
-from star_dss_plugin.data.tokenized import Plan, Tokenized
+from star_dss_plugin.data.tokenized import Plan, Tokenized, joined_runs
 
 __all__ = ["of_text", "of_texts"]
 
@@ -19,7 +19,7 @@ def of_text(text: str, chat: ChatTokenizer) -> Plan:
     rendered = is_rendered(text, chat)
 
     def all_of_it(encoded: Encoded) -> Tokenized:
-        trained = [True] * len(encoded.ids)
+        trained = joined_runs([(0, len(encoded.ids))])
         return Tokenized(encoded, whole, trained, None, None, rendered=rendered)
 
     return Plan(whole, all_of_it, plain=True)
@@ -37,7 +37,7 @@ def of_texts(prompt: str, completion: str, chat: ChatTokenizer) -> Plan:
 
     def behind_the_prompt(encoded: Encoded) -> Tokenized:
         common = same_beginning(encoded.ids, asked)
-        trained = [False] * common + [True] * (len(encoded.ids) - common)
+        trained = joined_runs([(common, len(encoded.ids))])
         unread = source is None
         return Tokenized(encoded, text, trained, layout, source, rendered=unread, plain=True)
 

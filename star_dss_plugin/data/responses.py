@@ -11,6 +11,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import eq
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,12 @@ import numpy as np
 from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.context import Reading, RowReader
 from star_dss_plugin.data.requests import PrefixRequest
-from star_dss_plugin.data.tokenized import Tokenized
+from star_dss_plugin.data.tokenized import Runs, Tokenized
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.logprobs import IGNORE_INDEX
 from star_dss_plugin.segmenters import Segmenter, chunk_ends
 
-__all__ = ["Response", "find_responses", "runs", "tokens_of"]
+__all__ = ["Response", "find_responses", "responses_in", "runs", "tokens_of"]
 
 _IDS = 2**32  # what decoders can be given
 
@@ -86,7 +87,7 @@ def _integers(row: Mapping[str, Any], column: str) -> list[int]:
     return list(found)
 
 
-def runs(labels: Sequence[int]) -> list[tuple[int, int]]:
+def runs(labels: Sequence[int]) -> Runs:
     """Maximal runs [start, end) of labels other than -100."""
     trained = np.asarray([IGNORE_INDEX, *labels, IGNORE_INDEX]) != IGNORE_INDEX
     edges = np.flatnonzero(trained[1:] != trained[:-1]).tolist()
@@ -99,8 +100,6 @@ def find_responses(
     segmenter: Segmenter,
     chunk_size: int,
     made: Tokenized | None = None,
-    *,
-    checked: bool = False,
 ) -> list[Response]:
     """All responses of a tokenized row.
 
@@ -111,17 +110,22 @@ def find_responses(
         segmenter: Where chunks end.
         chunk_size: M, in the segmenter's units.
         made: What `read_row` returns for the row, if that is known.
-        checked: Whether `tokens_of` has accepted the row, or `labelled` has made it.
 
     Raises:
         DataError: `input_ids` or `labels` are no tokens, they differ in length, or a label is not
             its token.
     """
-    ids, labels = (row["input_ids"], row["labels"]) if checked else tokens_of(row)
-    reader = RowReader(chat, ids, row, made)
+    ids, labels = tokens_of(row)
+    return responses_in(runs(labels), RowReader(chat, ids, row, made), segmenter, chunk_size)
+
+
+def responses_in(
+    trained: Runs, reader: RowReader, segmenter: Segmenter, chunk_size: int
+) -> list[Response]:
+    """Return the responses in the runs of trained tokens of one row; else as `find_responses`."""
     return [
         _response(reader.read(start, end), start, end, segmenter, chunk_size)
-        for start, end in runs(labels)
+        for start, end in trained
     ]
 
 
@@ -142,12 +146,14 @@ def _response(
     request = PrefixRequest(
         reading.context,
         reading.before + reading.text,
-        tuple(before + end for end in prefix_ends),
+        tuple(before + end for end in prefix_ends) if before else tuple(prefix_ends),
     )
     return Response(start, end, tuple(tokens), request, reading.raw)
 
 
 def _merge_empty(tokens: list[int], prefix_ends: list[int]) -> tuple[list[int], list[int]]:
     """Join chunks that add no text (tokens that decode to nothing) to the chunk after them."""
+    if not any(map(eq, prefix_ends, prefix_ends[1:])):
+        return tokens, prefix_ends
     keep = [i for i, (a, b) in enumerate(pairwise([*prefix_ends, -1])) if a != b]
     return [tokens[i] for i in keep], [prefix_ends[i] for i in keep]

@@ -13,7 +13,8 @@ from datasets import Dataset, List, Value
 
 from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.columns import with_column
-from star_dss_plugin.data.responses import Response, find_responses
+from star_dss_plugin.data.context import RowReader
+from star_dss_plugin.data.responses import Response, responses_in, runs
 from star_dss_plugin.data.rows import (
     check_trained,
     in_row,
@@ -23,9 +24,8 @@ from star_dss_plugin.data.rows import (
     plain_rows,
     with_labels,
 )
-from star_dss_plugin.data.tokenization import labelled, read_rows
-from star_dss_plugin.data.tokenized import Tokenized
-from star_dss_plugin.logprobs import IGNORE_INDEX
+from star_dss_plugin.data.tokenization import cut_row, read_rows
+from star_dss_plugin.data.tokenized import Tokenized, labels_of
 from star_dss_plugin.segmenters import Segmenter
 
 __all__ = ["ReadRows", "RowOptions", "read_responses"]
@@ -166,21 +166,19 @@ def _piece(
 
 
 def _read_raw(made: Tokenized, chat: ChatTokenizer, options: RowOptions) -> _Read:
-    tokens = labelled(made, options.max_length, keep_end=options.keep_end)
-    ids, labels = tokens["input_ids"], tokens["labels"]
-    silent = ""
-    if labels.count(IGNORE_INDEX) == len(labels):
-        silent = _CUT if made.trained and any(made.trained) else _SILENT
-    found = find_responses(tokens, chat, options.segmenter, options.chunk_size, made, checked=True)
-    return _Read(ids, labels, False, found, silent, made.rendered)
+    ids, trained = cut_row(made, options.max_length, keep_end=options.keep_end)
+    silent = "" if trained else _CUT if made.trained else _SILENT
+    reader = RowReader(chat, ids, {}, made)
+    found = responses_in(trained, reader, options.segmenter, options.chunk_size)
+    return _Read(ids, labels_of(ids, trained), False, found, silent, made.rendered)
 
 
 def _read_tokenized(row: Mapping[str, Any], chat: ChatTokenizer, options: RowOptions) -> _Read:
     labels, narrowed, made = own_labels(row, chat)
-    silent = _MASKED if labels.count(IGNORE_INDEX) == len(labels) else ""
-    row = {**row, "labels": labels}
-    found = find_responses(row, chat, options.segmenter, options.chunk_size, made, checked=True)
-    return _Read(row["input_ids"], labels, narrowed, found, silent, False)
+    trained = runs(labels)
+    reader = RowReader(chat, row["input_ids"], row, made)
+    found = responses_in(trained, reader, options.segmenter, options.chunk_size)
+    return _Read(row["input_ids"], labels, narrowed, found, "" if trained else _MASKED, False)
 
 
 def _say_what_is_missing(read: Sequence[_Read]) -> None:

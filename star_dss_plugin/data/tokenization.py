@@ -11,12 +11,11 @@ from typing import Any
 from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.conversations import conversation_of, source_messages
 from star_dss_plugin.data.plain_texts import of_text, of_texts
-from star_dss_plugin.data.tokenized import Plan, Tokenized
+from star_dss_plugin.data.tokenized import Plan, Runs, Tokenized, labels_of, runs_within
 from star_dss_plugin.data.trained_turns import of_completion, of_conversation
 from star_dss_plugin.errors import DataError
-from star_dss_plugin.logprobs import IGNORE_INDEX
 
-__all__ = ["labelled", "read_row", "read_rows", "tokenize_row"]
+__all__ = ["cut_row", "read_row", "read_rows", "tokenize_row"]
 
 _AT_ONCE = 64
 _CHARACTERS_AT_ONCE = 1 << 18
@@ -44,13 +43,14 @@ def tokenize_row(
         DataError: No such column, or a conversation whose turns cannot be found in its tokens.
     """
     made = read_row(row, chat, assistant_only_loss=assistant_only_loss)
-    return labelled(made, max_length)
+    ids, trained = cut_row(made, max_length)
+    return {"input_ids": ids, "labels": labels_of(ids, trained)}
 
 
-def labelled(
+def cut_row(
     made: Tokenized, max_length: int | None, *, keep_end: bool = False
-) -> dict[str, list[int]]:
-    """Return `input_ids` and `labels` of a row that was read, cut to `max_length` tokens.
+) -> tuple[list[int], Runs]:
+    """Return a row that was read, cut to `max_length` tokens: these, and which are trained.
 
     Args:
         made: What `read_row` returns.
@@ -64,10 +64,8 @@ def labelled(
         raise DataError(made.problem)
     tokens = len(made.encoded.ids)
     most = tokens if max_length is None else min(max_length, tokens)
-    kept = slice(tokens - most, tokens) if keep_end else slice(most)
-    ids = made.encoded.ids[kept]
-    labels = [i if t else IGNORE_INDEX for i, t in zip(ids, made.trained[kept], strict=True)]
-    return {"input_ids": ids, "labels": labels}
+    kept = slice(tokens - most, tokens) if keep_end else slice(0, most)
+    return made.encoded.ids[kept], runs_within(made.trained, kept)
 
 
 def read_rows(

@@ -9,7 +9,7 @@ from typing import Any
 from star_dss_plugin.data.chat import ChatTokenizer, Encoded, whole_text
 from star_dss_plugin.data.conversations import template_arguments, text_of
 from star_dss_plugin.data.layout import Layout, Turn, generated_spans, lay_out
-from star_dss_plugin.data.tokenized import Plan, Tokenized
+from star_dss_plugin.data.tokenized import Plan, Runs, Tokenized, joined_runs
 
 __all__ = ["of_completion", "of_conversation"]
 
@@ -53,20 +53,17 @@ def _turns(
 ) -> Tokenized:
     """Find which tokens of a rendered conversation are trained."""
     text, layout, encoded = made
-    trained = [False] * len(encoded.ids)
     turns = [t for t in layout.turns if t.message >= first] if layout else []
     if generated is not None:
         begin = turns[0].begin if first and turns else 0
-        for start, end in generated:
-            if start >= begin:
-                _train(trained, encoded, start, end)
+        found = [_tokens(encoded, start, end) for start, end in generated if start >= begin]
     elif assistant_only_loss:
         return Tokenized(encoded, text, None, layout, source, _NOTHING_GENERATED)
     elif layout is None or len(turns) < _speaking(source, first):
         return Tokenized(encoded, text, None, layout, source, _NOT_PLAIN)
-    for turn in turns if generated is None else ():
-        _train_turn(trained, encoded, chat, text, turn)
-    return Tokenized(encoded, text, trained, layout, source)
+    else:
+        found = [run for turn in turns for run in _of_turn(encoded, chat, text, turn)]
+    return Tokenized(encoded, text, joined_runs(found), layout, source)
 
 
 def _speaking(source: list[dict[str, Any]], first: int) -> int:
@@ -77,27 +74,20 @@ def _speaking(source: list[dict[str, Any]], first: int) -> int:
     )
 
 
-def _train(trained: list[bool], encoded: Encoded, start: int, end: int) -> None:
-    """Mark the tokens of some characters as trained."""
-    first, last = bisect_right(encoded.ends, start), bisect_left(encoded.starts, end)
-    trained[first:last] = [True] * (last - first)
+def _tokens(encoded: Encoded, start: int, end: int) -> tuple[int, int]:
+    """Return the run of tokens of some characters."""
+    return bisect_right(encoded.ends, start), bisect_left(encoded.starts, end)
 
 
-def _train_turn(
-    trained: list[bool],
-    encoded: Encoded,
-    chat: ChatTokenizer,
-    text: str,
-    turn: Turn,
-) -> None:
-    """Mark a turn as trained, with its end: the model must learn to stop.
+def _of_turn(encoded: Encoded, chat: ChatTokenizer, text: str, turn: Turn) -> Runs:
+    """Return which tokens of a turn are trained, with its end: the model must learn to stop.
 
     The end is the first control token behind the words. Where the token that stops generation
     stands behind others (Cohere's), it is all of them up to that one. Behind a call of a function
     the template's own text may come first.
     """
     end = turn.words[-1][1]
-    _train(trained, encoded, turn.begin, end)
+    words = _tokens(encoded, turn.begin, end)
     ids, starts, ends = encoded.ids, encoded.starts, encoded.ends
     first = bisect_left(starts, end)
     stop = None
@@ -112,8 +102,7 @@ def _train_turn(
         skipped = not said or chat.added.fullmatch(said) or (turn.calls and stop is None)
         if starts[i] >= turn.right or not skipped:
             break
-    if stop is not None:
-        trained[first : stop + 1] = [True] * (stop + 1 - first)
+    return [words] if stop is None else [words, (first, stop + 1)]
 
 
 def of_completion(
@@ -127,7 +116,7 @@ def of_completion(
 
     def behind_the_question(encoded: Encoded) -> Tokenized:
         common = chat.begins_like(encoded, text, question)
-        trained = [False] * common + [True] * (len(encoded.ids) - common)
+        trained = joined_runs([(common, len(encoded.ids))])
         return Tokenized(encoded, text, trained, layout, source)
 
     return Plan(text, behind_the_question)

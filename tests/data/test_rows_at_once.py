@@ -1,6 +1,8 @@
 """Reading several rows at once: what is quick gives what one row alone, step by step, gives."""
 
 import sys
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,7 @@ from test_segments import sentencepiece_like
 from star_dss_plugin import DataError
 from star_dss_plugin.data import tokenization
 from star_dss_plugin.data.chat import ChatTokenizer, same_beginning
-from star_dss_plugin.data.context import _place
-from star_dss_plugin.data.decoding import token_boundaries
+from star_dss_plugin.data.context import _joined, _place
 from star_dss_plugin.data.tokenization import read_row, read_rows
 
 PARTS = [
@@ -165,7 +166,7 @@ def test_a_prompt_is_not_tokenized_again_where_a_token_parts_it(monkeypatch, way
     parts = not any(way.values())
     assert (question in texts) is not parts
     first = same_beginning(made.encoded.ids, chat.encode(question).ids)
-    assert made.trained == [n >= first for n in range(len(made.trained))]
+    assert made.trained == [(first, len(made.encoded.ids))]
 
 
 @settings(max_examples=80, deadline=None)
@@ -182,8 +183,23 @@ def test_what_a_run_says_follows_from_places(name, said, data):
         return  # the template rewrites what is said
     start = data.draw(st.integers(0, count - 1))
     end = data.draw(st.integers(start + 1, count))
-    found = placed.boundaries(start, end)
-    shared = any(a == b for a, b in zip(made.encoded.starts, made.encoded.starts[1:], strict=False))
-    assert (found is None) == shared
-    if found is not None:
-        assert found == token_boundaries(chat.tokenizer, made.encoded.ids[start:end])
+    places = placed.places
+    shared = any(a == b for a, b in pairwise(places.starts))
+    assert places.exact is not shared
+    turns = placed.turns(start, end) or placed.layout.turns
+    text, ends, complete = placed.said(chat, turns, start, end)
+    slow = replace(placed, places=replace(places, exact=False))
+    assert slow.said(chat, turns, start, end) == (text, ends, complete)
+
+
+@given(st.lists(st.integers(0, 12), max_size=8), st.sets(st.integers(0, 12), max_size=6))
+def test_parts_of_a_text_are_joined_as_one_token_after_the_other_says(ends, edges):
+    text, ends, edges = "ab  cd\n\nef gh"[:12], sorted(ends), sorted(edges)
+    spans = list(zip(edges[::2], edges[1::2], strict=False))
+    joined, found = _joined(text, ends, spans)
+    gaps = [text[b:a] for (_, b), (a, _) in pairwise(spans)]
+    glue = ["", *(gap if not gap.strip() else "\n\n" for gap in gaps)][: len(spans)]
+    assert joined == "".join(g + text[a:b] for g, (a, b) in zip(glue, spans, strict=True))
+    for end, reached in zip(ends, found, strict=True):
+        begun = [(a, min(end, b), len(g)) for (a, b), g in zip(spans, glue, strict=True) if a < end]
+        assert reached == sum(b - a + g for a, b, g in begun)

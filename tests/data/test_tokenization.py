@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 
 from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.host_labels import assistant_labels, needs_assistant_labels
-from star_dss_plugin.data.tokenization import labelled, read_row, tokenize_row
+from star_dss_plugin.data.tokenization import cut_row, read_row, tokenize_row
+from star_dss_plugin.data.tokenized import labels_of
 
 TRIMMED = GENERATION.replace("m.content", "m.content|trim")
 
@@ -299,10 +300,15 @@ def test_template_arguments_of_the_row(tokenizer):
 def test_rows_are_cut_at_the_end_that_is_named(tokenizer):
     row = {"prompt": "how are you?", "completion": " i am fine, thank you."}
     made = read_row(row, ChatTokenizer(tokenizer))
-    whole = labelled(made, None)
-    assert labelled(made, len(whole["input_ids"]) + 1, keep_end=True) == whole
-    for length in (1, 3):
-        last = labelled(made, length, keep_end=True)
-        assert last == {name: column[-length:] for name, column in whole.items()}
-        first = labelled(made, length)
-        assert first == {name: column[:length] for name, column in whole.items()}
+    ids, trained = cut_row(made, None)
+    labels = labels_of(ids, trained)
+    assert (ids, labels) == (
+        made.encoded.ids,
+        tokenize_row(row, ChatTokenizer(tokenizer))["labels"],
+    )
+    assert cut_row(made, len(ids) + 1, keep_end=True) == (ids, trained)
+    for length in range(1, len(ids)):
+        last, runs = cut_row(made, length, keep_end=True)
+        assert (last, labels_of(last, runs)) == (ids[-length:], labels[-length:])
+        first, runs = cut_row(made, length)
+        assert (first, labels_of(first, runs)) == (ids[:length], labels[:length])
