@@ -79,6 +79,14 @@ def check_trainer(trainer: StarDSSMixin) -> None:
                 "CUDA_VISIBLE_DEVICES",
             ),
             (
+                bool(adapters) and trainer.get_tp_size() > 1,
+                "the model is split by tensor parallelism and trains an adapter, of whose "
+                "gradients each process then computes a part that peft (tried: 0.21) does not "
+                "add to the others', with and without STAR-DSS",
+                "Train all weights, or shard the model with FSDP or DeepSpeed in place of tensor "
+                "parallelism",
+            ),
+            (
                 parallelism is not None
                 and (
                     getattr(parallelism, "cp_enabled", False)

@@ -18,6 +18,7 @@ from typing import Any, TypeVar, cast
 import torch
 from accelerate.utils import DistributedType, gather_object
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from star_dss_plugin.errors import StarDSSError
 from star_dss_plugin.models import is_partitioned, model_fingerprint
@@ -28,8 +29,15 @@ __all__ = ["Ranks", "runnable"]
 T = TypeVar("T")
 
 
-def _sharding_of(accelerator: Any) -> str | None:
-    """Return what shards a run's parameters in training, as messages name it; None: nothing."""
+def _sharding_of(accelerator: Any, loaded: bool) -> str | None:
+    """Return what shards a run's parameters in training, as messages name it; None: nothing.
+
+    Args:
+        accelerator: The trainer's.
+        loaded: Whether transformers has sharded them as it loaded the model.
+    """
+    if loaded:
+        return "FSDP2"
     if accelerator.distributed_type == DistributedType.FSDP:
         return f"FSDP{getattr(accelerator.state.fsdp_plugin, 'fsdp_version', 1)}"
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -122,8 +130,9 @@ class Ranks:
         device: Where this rank computes.
         sharding: What shards the parameters in training, as messages name it; None: nothing.
         together: Whether every rank must run equally many forward passes: each gathers weights
-            from all others (ZeRO-3), sends them tokens (experts that are spread over ranks), or
-            computes a part of each layer (tensor parallelism).
+            from all others (ZeRO-3, or FSDP2 that transformers applied as it loaded the model),
+            sends them tokens (experts that are spread over ranks), or computes a part of each
+            layer (tensor parallelism).
         alike: How many ranks, one after the other, must run them on the same rows: those that share
             each layer.
         first_only: Whether each machine's first rank alone has the model's weights.
@@ -160,12 +169,13 @@ class Ranks:
             return found
 
         has_weights = _has_weights(model)
+        loaded = any(isinstance(module, FSDPModule) for module in model.modules())
         return cls(
             share_of(accelerator),
             gather,
             accelerator.device,
-            _sharding_of(accelerator),
-            together=exchange or alike > 1 or is_partitioned(model),
+            _sharding_of(accelerator, loaded),
+            together=exchange or alike > 1 or loaded or is_partitioned(model),
             alike=alike,
             first_only=not all(gather(has_weights)),
             has_weights=has_weights,

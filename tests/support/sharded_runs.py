@@ -44,10 +44,22 @@ KINDS = {
     | {"FSDP_VERSION": "2", "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer,Linear"},
     # Each layer is split over the ranks, which read the same rows.
     "tp": {},
+    # By two of four ranks, and by FSDP over the other two; by FSDP alone. transformers does it as
+    # it loads, without accelerate.
+    "tp-fsdp2": {},
+    "fsdp2-loaded": {},
     "zero1": {"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"},
     "zero2": {"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"},
     "zero3": {"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"},
 }
+
+# What transformers splits as it loads; a kind that is not named here has two ranks.
+SPLIT = {
+    "tp": {"tp_size": 2, "tp_plan": "auto"},
+    "tp-fsdp2": {"tp_size": 2, "fsdp_size": 2, "tp_plan": "auto"},
+    "fsdp2-loaded": {"fsdp_size": 2},
+}
+RANKS = {"tp-fsdp2": 4}
 
 
 def shard_on_cpus(kind="MULTI_GPU"):
@@ -98,12 +110,14 @@ CASES = {
     "trl-copy-full": {"kl_estimator": "full", "reference": "copy"},
     "trl-named-full": {"kl_estimator": "full", "reference": "MODEL"},
     "trl-checkpointing": {"gradient_checkpointing": True},
+    "trl-context": {"context": 2},
     "trl-packed": {"packing": True, "max_length": 64},
     "plain": {"plain": True},
     "plain-lora": {"plain": True, "lora": True},
     # ZeRO-3 partitions a model as it loads only if it is loaded after the arguments were made.
     "plain-early": {"plain": True, "early": True},
     "plain-untied": {"plain": True, "untied": True},
+    "trl-untied-lora": {"untied": True, "lora": True},
     "trl-untied-named": {"untied": True, "kl_estimator": "full", "reference": "MODEL"},
     "trl-untied-copy": {"untied": True, "kl_estimator": "full", "reference": "copy"},
     "trl-untied-stream": {"untied": True, "reference": "MODEL", "stream": 1},
@@ -254,8 +268,13 @@ def make_trainer(kind, folder, ranks, case, changes):
     if shards > 1 and ranks == 1:
         # What lacks in the second file is read again from its beginning.
         data = data.select([0, 4, 1, 5, 2, 6, 3, 4 if files else 7])
-    readers = 1 if kind == "tp" else ranks
+    readers = ranks // SPLIT.get(kind, {}).get("tp_size", 1)
+    context = case.pop("context", 1)
     options = arguments(kind, out, ranks, case | changes)
+    if context > 1:
+        from accelerate.parallelism_config import ParallelismConfig
+
+        options["parallelism_config"] = ParallelismConfig(cp_size=context)
     options["gradient_accumulation_steps"] = 4 // readers
     # Their evaluation divides by the tokens of all ranks, as training does.
     together = plain or Version(trl.__version__) < Version("1.15")
@@ -270,10 +289,10 @@ def make_trainer(kind, folder, ranks, case, changes):
         data = data.to_iterable_dataset(num_shards=shards)
         evaluation = evaluation.to_iterable_dataset()
     split = {}
-    if kind == "tp":
+    if kind in SPLIT:
         from transformers.distributed import DistributedConfig
 
-        split["distributed_config"] = DistributedConfig(tp_size=ranks, tp_plan="auto")
+        split["distributed_config"] = DistributedConfig(**SPLIT[kind])
     if not plain:
         loads = {} if split else {"model_init_kwargs": {"device_map": None}}
         return StarDSSTrainer(
@@ -381,7 +400,7 @@ def proof_of_sharding(kind, trainer):
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
     from torch.distributed.tensor import DTensor
 
-    if kind == "tp":
+    if kind in SPLIT:
         held = [p for p in trainer.model.parameters() if isinstance(p, DTensor)]
         return sum(p.to_local().numel() for p in held) / sum(p.numel() for p in held)
     found = str(trainer.accelerator.distributed_type).rpartition(".")[2].lower()
@@ -446,7 +465,7 @@ def main(kind, folder, *cases):
     for name in cases:
         gc.freeze()  # trainers collect garbage often, and would search all that was imported
         try:
-            results[name] = train(kind, folder, 2, name)
+            results[name] = train(kind, folder, int(os.environ["WORLD_SIZE"]), name)
         except ValueError as error:  # also StarDSSError
             traceback.print_exc()
             results[name] = {"error": f"{type(error).__name__}: {error}"}

@@ -58,6 +58,7 @@ RUNS = {
     "fsdp2": tuple(CASES),
     "fsdp2-meta": ("full", "adapter"),
     "fsdp1": ("full", "adapter"),
+    "zero1": ("full",),
     "zero2": ("full", "lora"),
     "zero3": ("full", "stopped", "resumed", "adapter"),
 }
