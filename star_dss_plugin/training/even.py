@@ -114,8 +114,8 @@ class EvenLoader:
                 # The run had begun with the part again before it was stopped.
                 length = sum(1 for _ in self._again)
                 self._again = iter(self.loader)
-                if length:
-                    next(itertools.islice(self._again, *[self._left_out % length] * 2), None)
+                for _ in range(self._left_out % length if length else 0):
+                    next(self._again)
                 self._left_out = 0
             batch = next(self._again)
             if not self._said:
