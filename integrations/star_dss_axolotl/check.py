@@ -10,6 +10,7 @@ from datasets import IterableDataset
 
 from star_dss_axolotl.args import PLUGIN, StarDSSBlock, is_listed, options_of
 from star_dss_axolotl.conflicts import conflicts
+from star_dss_axolotl.media import rows_of, strategy_of
 from star_dss_axolotl.messages import with_messages
 from star_dss_axolotl.scoring import readers
 from star_dss_axolotl.streams import load_stream
@@ -20,6 +21,7 @@ from star_dss_plugin.training.preflight import (
     check_options,
     describe_stream,
     estimate,
+    estimate_of_media,
     lacks_guard,
 )
 from star_dss_plugin.training.stream import check_stream
@@ -135,7 +137,12 @@ def _as_axolotl_sees_it(raw: dict[str, Any], found: Findings, *, data: bool) -> 
             found.problems.append(str(missing_guard()))
             return
         if "input_ids" not in dataset.column_names:
-            found.notes.append(f"{name} data: {len(dataset)} rows, tokenized in the collator")
+            try:
+                reader = rows_of(strategy_of(cfg, tokenizer))
+                said = estimate_of_media(dataset, name, reader, options)
+                found.notes.append(f"{name} data: {said}")
+            except StarDSSError as error:
+                found.problems.append(str(error))
             continue
         rows = with_messages(dataset, inverses)
         found.notes.append(f"{name} data: {estimate(rows, chat, options)}")

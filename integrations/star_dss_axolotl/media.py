@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from axolotl.loaders import load_processor
+from axolotl.processing_strategies import ProcessingStrategy, get_processing_strategy
+from axolotl.utils.chat_templates import get_chat_template_from_config
 from axolotl.utils.collators.mm_chat import MultiModalChatDataCollator
 from PIL import Image
 
 from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.media_rows import MediaRows, media_tokens
 
-__all__ = ["media_rows"]
+__all__ = ["media_rows", "rows_of", "strategy_of"]
 
 
 def media_rows(collator: Any) -> MediaRows | None:
@@ -22,7 +25,30 @@ def media_rows(collator: Any) -> MediaRows | None:
     """
     if not isinstance(collator, MultiModalChatDataCollator):
         return None
-    strategy = collator.processing_strategy
+    return rows_of(collator.processing_strategy)
+
+
+def strategy_of(cfg: Any, tokenizer: Any) -> ProcessingStrategy:
+    """Return how the collator of a configuration would read rows, before there is a collator.
+
+    Args:
+        cfg: Axolotl's configuration, validated.
+        tokenizer: The model's, as Axolotl loads it.
+    """
+    template = get_chat_template_from_config(cfg, tokenizer=tokenizer)
+    fields = dict.fromkeys(d["field_messages"] for d in cfg.datasets if d.get("field_messages"))
+    return get_processing_strategy(
+        load_processor(cfg, tokenizer),
+        template,
+        cfg.chat_template,
+        role_boundaries_override=cfg.role_boundaries or None,
+        field_messages=list(fields) or None,
+        model_type=cfg.model_config_type,
+    )
+
+
+def rows_of(strategy: ProcessingStrategy) -> MediaRows:
+    """Return how Axolotl's collator reads rows with media, given its processing strategy."""
     processor = strategy.processor
     chat = ChatTokenizer(processor.tokenizer, strategy.chat_template or processor.chat_template)
 
@@ -36,7 +62,10 @@ def media_rows(collator: Any) -> MediaRows | None:
         (read,) = strategy([example])
         return {"messages": read["messages"]}
 
-    return MediaRows(chat, media_tokens(processor, chat), conversation)
+    return MediaRows(chat, media_tokens(processor, chat), conversation, kinds=_KINDS)
 
+
+_KINDS = ("image", "video", "audio")
+"""What transformers' `apply_chat_template`, which Axolotl's collator calls, opens."""
 
 _NOTHING = Image.new("RGB", (1, 1))

@@ -61,7 +61,9 @@ class StarDSSAxolotlTrainer(StarDSSMixin, AxolotlTrainer):  # type: ignore[misc]
         evaluation: Any = self.eval_data_collator  # type: ignore[has-type]
         assert self.star_dss_state is not None
         state = self.star_dss_state
-        self.eval_data_collator = scored_collator(evaluation, state.rows, state.alignment)
+        self.eval_data_collator = scored_collator(
+            evaluation, state.rows, state.alignment, state.carriers
+        )
 
     def _packs(self, dataset: Any) -> bool:
         """Whether a data set is a stream whose rows are to be packed."""

@@ -16,9 +16,11 @@ from star_dss_plugin.training.preflight import (
     check_options,
     describe_stream,
     estimate,
+    estimate_of_media,
     lacks_guard,
 )
 from star_dss_plugin.training.stream import check_stream
+from star_dss_trl.media import has_images, load_processor, rows_of
 from star_dss_trl.sft import load_data, parse, used_splits
 from star_dss_trl.templates import training_template
 from star_dss_trl.trainer import refuse_early
@@ -52,15 +54,20 @@ def check(path: Path, raw: dict[str, Any], *, data: bool) -> Findings:
         splits = load_data(script_args, mixture_args)
         train, _ = used_splits(splits, script_args, training_args)
         if isinstance(train, IterableDataset):
-            check_stream("train", training_args)
+            check_stream("train", training_args, raw=has_images(train.column_names or ()))
             if training_args.max_steps <= 0:
                 found.problems.append("The data is a stream, which has no length. Set max_steps.")
             found.notes.append(f"train data: {describe_stream(train, training_args)}")
             return found
         if lacks_guard(train, training_args):
             raise missing_guard()
-        tokenizer = load_tokenizer(model_args.model_name_or_path)
         only = bool(getattr(training_args, "assistant_only_loss", False))
+        if has_images(train.column_names):
+            reader = rows_of(load_processor(model_args.model_name_or_path), None, only)
+            said = estimate_of_media(train, "train", reader, training_args)
+            found.notes.append(f"train data: {said}")
+            return found
+        tokenizer = load_tokenizer(model_args.model_name_or_path)
         chat = ChatTokenizer(tokenizer, training_template(tokenizer) if only else None)
         text = training_args.dataset_text_field
         if text in train.column_names and text != "text":

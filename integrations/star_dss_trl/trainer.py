@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from typing import Any
 
 from datasets import Dataset
 from trl import SFTTrainer, pack_dataset
-from trl.data_utils import is_conversational, prepare_multimodal_messages
 
 from star_dss_plugin.data.bound_rows import check_bound, unbind_rows
-from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.columns import SCORES_COLUMN
-from star_dss_plugin.data.media_rows import MediaRows, media_tokens
+from star_dss_plugin.data.media_rows import MediaRows
 from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.smollm2 import resolve_model
 from star_dss_plugin.training.attach import set_up
 from star_dss_plugin.training.host_checks import check_arguments, switch_fused_loss_off
 from star_dss_plugin.training.mixin import StarDSSMixin
 from star_dss_trl.config import HOST_LOSS_TYPES, StarDSSConfig
+from star_dss_trl.media import closed_to_media, rows_of
 
 __all__ = ["StarDSSTrainer", "refuse_early"]
 
@@ -76,9 +74,12 @@ class StarDSSTrainer(StarDSSMixin, SFTTrainer):  # type: ignore[misc]
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any
     ) -> Any:
         """TRL's preparation without its packing, which would drop the scores: see `pack`."""
-        if self._packs_late and isinstance(dataset, Dataset):
-            # TRL cuts tokens and not the scores: then nobody can tell any more.
-            check_bound(dataset, str(rest[-1]) if rest else "train")
+        if self._packs_late:
+            name = str(rest[-1]) if rest else "train"
+            if isinstance(dataset, Dataset):
+                # TRL cuts tokens and not the scores: then nobody can tell any more.
+                check_bound(dataset, name)
+            dataset = closed_to_media(dataset, processing_class, name)
         if packing and self._packs_late:
             args, packing = copy.copy(args), False
             # TRL's packing itself would cut the end of long rows, or nothing.
@@ -90,10 +91,8 @@ class StarDSSTrainer(StarDSSMixin, SFTTrainer):  # type: ignore[misc]
         """Return how TRL's collator for images reads rows; None for text, which TRL tokenizes."""
         if not self._is_vision_dataset:
             return None
-        processor: Any = self.processing_class
-        chat = ChatTokenizer(processor.tokenizer, self.chat_template or processor.chat_template)
         only = bool(getattr(self.args, "assistant_only_loss", False))
-        return MediaRows(chat, media_tokens(processor, chat), _conversation, only)
+        return rows_of(self.processing_class, self.chat_template, only)
 
     def pack(self, dataset: Dataset, *, evaluation: bool) -> Dataset:
         """Pack scored rows as TRL packs rows, scores with their tokens."""
@@ -111,27 +110,6 @@ class StarDSSTrainer(StarDSSMixin, SFTTrainer):  # type: ignore[misc]
         if args.shuffle_dataset:
             packed = packed.shuffle(seed=args.seed)
         return packed
-
-
-def _conversation(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row's messages as TRL's collator hands them to the processor.
-
-    Raises:
-        ValueError: They are no messages, or their signs for images are not as many as its images.
-    """
-    single = row.get("image")
-    images = row.get("images") if single is None else [single]
-    if row.get("messages") is not None:
-        return {"messages": prepare_multimodal_messages(row["messages"], images=images)}
-    if row.get("prompt") is None or row.get("completion") is None or not is_conversational(row):
-        raise ValueError(
-            f"it has {sorted(name for name in row if row[name] is not None)}, and rows with images "
-            "must be conversations: messages, or a prompt and a completion of messages"
-        )
-    return {
-        "prompt": prepare_multimodal_messages(row["prompt"], images=images),
-        "completion": prepare_multimodal_messages(row["completion"]),
-    }
 
 
 def refuse_early(args: StarDSSConfig) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,8 @@ class Alignment:
             A token that reaches over the end of a chunk has the lower score of the two.
 
         Raises:
-            DataError: The tokens do not say what the row says, or a label is not its token.
+            DataError: The tokens do not say what the row says, media were cut away, or a label is
+                not its token.
         """
         # What the processor writes around media; and a first token that the host adds.
         inserted = (self._added & set(ids)) - set(known["input_ids"])
@@ -77,6 +79,8 @@ class Alignment:
         beginning = collated.text.rstrip(REPLACEMENT)
         if not rendered.text.startswith(beginning):
             raise _unlike(rendered.text, collated.text)
+        if len(beginning) < len(rendered.text):
+            self._check_cut(known["input_ids"], rendered.spans, ids, len(beginning))
         trained = np.zeros(len(rendered.text) + 1, bool)
         scores = np.ones(len(rendered.text) + 1, np.float32)
         for (start, end), label, score in zip(
@@ -98,6 +102,30 @@ class Alignment:
                 made_labels[i] = token
                 made_scores[i] = float(scores[start:end][trained[start:end]].min())
         return made_labels, made_scores
+
+    def _check_cut(
+        self,
+        rendered: Sequence[int],
+        spans: Sequence[tuple[int, int]],
+        ids: Sequence[int],
+        length: int,
+    ) -> None:
+        """Check that a row that was cut has all of its media.
+
+        Raises:
+            DataError: The model would get an image whose place is not there, or not as long.
+        """
+        behind = accumulate((end for _, end in spans), max)
+        lost = any(
+            token in self.media and end >= length
+            for token, end in zip(rendered, behind, strict=True)
+        )
+        if lost or (ids and ids[-1] in self.media):
+            raise DataError(
+                f"The row was cut to {len(ids)} tokens by max_length, within or before an image, a "
+                "sound or a video, of which the model would get a part or none. Raise max_length, "
+                "leave it out (None), give the images a smaller size, or remove the row."
+            )
 
     def _words(self, ids: Sequence[int], skipped: frozenset[int]) -> _Words:
         text, ends, _ = token_boundaries(self.chat.tokenizer, ids)

@@ -148,7 +148,11 @@ def text_message(message: Mapping[str, Any]) -> Message:
     return {"role": message["role"], "content": text_of(message.get("content"))}
 
 
-MEDIA = {"image": "[image]", "image_url": "[image]", "video": "[video]", "audio": "[audio]"}
+MEDIA = {
+    **dict.fromkeys(("image", "image_url"), "[image]"),
+    **dict.fromkeys(("video", "video_url"), "[video]"),
+    **dict.fromkeys(("audio", "audio_url", "input_audio"), "[audio]"),
+}
 """By the type of a part that is no text: what is read in its place."""
 
 

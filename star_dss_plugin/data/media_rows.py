@@ -9,6 +9,7 @@ other. `alignment.py` lays what was found out about its tokens onto the collator
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from star_dss_plugin.data.media import undecoded
 from star_dss_plugin.data.rows import check_trained, in_row
 from star_dss_plugin.data.tokenization import tokenize_row
 from star_dss_plugin.errors import DataError
+from star_dss_plugin.validation import shortened
 
 __all__ = ["MediaRows", "media_tokens", "with_text_column"]
 
@@ -31,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 _TEXT_FEATURE = {
     "row": Value("int64"),
+    "media": List(Value("string")),
     "input_ids": List(Value("int64")),
     "labels": List(Value("int64")),
     SCORES_COLUMN: List(Value("float32")),
@@ -47,12 +50,14 @@ class MediaRows:
         messages: Return a row's conversation as the host hands it to its processor: `messages`, or
             `prompt` and `completion`.
         assistant_only_loss: Whether only what the template marks as generated is trained.
+        kinds: Types of the parts that the collator opens; any other part must be text.
     """
 
     chat: ChatTokenizer
     media: frozenset[int]
     messages: Callable[[Mapping[str, Any]], Mapping[str, Sequence[Mapping[str, Any]]]]
     assistant_only_loss: bool = False
+    kinds: tuple[str, ...] = ("image",)
 
     def text_rows(self, dataset: Dataset, name: str) -> Dataset:
         """Return the rows as tokenized rows of text.
@@ -62,8 +67,9 @@ class MediaRows:
             name: "train", "eval", …: for messages.
 
         Returns:
-            As many rows with `input_ids`, `labels` (what assistants say is trained) and the
-            conversation, media replaced by parts that have a type only.
+            As many rows with `input_ids`, `labels` (what assistants say is trained), `media` (the
+            kinds of them that a row has) and the conversation, media replaced by parts that have a
+            type only.
 
         Raises:
             DataError: A row cannot be read, with its number.
@@ -75,9 +81,9 @@ class MediaRows:
             )
         conversations: list[dict[str, Any]] = []
         ids, labels = [], []
-        counts: list[int] = []
+        media: list[list[str]] = []
         for i, row in enumerate(map(dict, undecoded(dataset))):
-            conversation, count = in_row(i, self._conversation, row)
+            conversation, kinds = in_row(i, self._conversation, row)
             made = in_row(
                 i,
                 tokenize_row,
@@ -86,62 +92,94 @@ class MediaRows:
                 assistant_only_loss=self.assistant_only_loss,
             )
             conversations.append(conversation)
-            counts.append(count)
+            media.append(kinds)
             ids.append(made["input_ids"])
             labels.append(made["labels"])
         check_trained(labels)
-        if with_media := sum(count > 0 for count in counts):
+        if counts := Counter(kind for kinds in media for kind in kinds):
+            marks = [MEDIA[kind] for kind in sorted(counts)]
             logger.warning(
-                "In %d of %d rows of the %s data the guard reads a mark such as [image] in place "
-                "of each of %d images, videos or sounds: it judges the text alone, and cannot see "
-                "what a picture adds to it.",
-                with_media,
-                len(counts),
+                "In %d of %d rows of the %s data the guard reads %s in place of what no guard "
+                "reads (%s): it judges the text alone, and cannot know what a picture or a sound "
+                "adds to it.",
+                sum(map(bool, media)),
+                len(media),
                 name,
-                sum(counts),
+                f"the mark{'s'[: len(marks) - 1]} {' and '.join(marks)}",
+                ", ".join(_count(counts[kind], kind) for kind in sorted(counts)),
             )
         columns = {key for conversation in conversations for key in conversation}
         return Dataset.from_dict(
             {
                 **{key: [c.get(key) for c in conversations] for key in sorted(columns)},
+                "media": [sorted(set(kinds)) for kinds in media],
                 "input_ids": ids,
                 "labels": labels,
             },
             features=Features(
                 {
                     **{key: Json() for key in sorted(columns)},
+                    "media": List(Value("string")),
                     "input_ids": List(Value("int64")),
                     "labels": List(Value("int64")),
                 }
             ),
         )
 
-    def _conversation(self, row: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
-        """Return a row's conversation without its media, and how many there were."""
+    def _conversation(self, row: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Return a row's conversation without its media, and the kind of each of these."""
         try:
             given = self.messages(row)
         except (ValueError, TypeError, LookupError, AttributeError) as error:  # the host's own code
             raise DataError(f"The trainer's collator could not read the row: {error}") from error
-        count = 0
+        kinds: list[str] = []
         made: dict[str, Any] = {}
         for column, messages in given.items():
             made[column] = []
             for message in messages:
                 content = message.get("content")
                 parts = content if isinstance(content, list) else []
-                here = sum(part.get("type") in MEDIA for part in parts)
+                here = [kind for kind in map(self._kind, parts) if kind]
                 if here and message.get("role") == "assistant":
                     raise DataError(
                         "An assistant's turn holds an image, a sound or a video, which no guard "
                         "reads and no language model says. Move it to the turn before, or remove "
                         "the row."
                     )
-                count += here
+                kinds += here
                 if isinstance(content, list):
                     message = {**message, "content": [_bare(part) for part in parts]}
                 self._check_spelling(message)
                 made[column].append(dict(message))
-        return made, count
+        return made, kinds
+
+    def _kind(self, part: Any) -> str | None:
+        """Return the kind of media that a part of a content is; None: it is text.
+
+        Raises:
+            DataError: It is neither text nor what the host's collator opens.
+        """
+        if not isinstance(part, Mapping):
+            raise DataError(
+                f"A part of a content is {type(part).__name__}; it must be a mapping with 'type'."
+            )
+        kind = part.get("type")
+        if kind in self.kinds:
+            return str(kind)
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise DataError(
+                f"A part of a content has the type {shortened(kind)}, of which the trainer's "
+                "collator makes neither words nor media: the model would not see it, or would see "
+                f"an empty place. It takes {', '.join(['text', *self.kinds])}. Change the part, or "
+                "remove the row."
+            )
+        named = sorted(set(MEDIA) & {key for key, value in part.items() if value is not None})
+        if named:
+            raise DataError(
+                f"A part of a content is text and has {named[0]!r} too, of which some chat "
+                "templates make a place for media. Give it as a part of its own."
+            )
+        return None
 
     def _check_spelling(self, message: Mapping[str, Any]) -> None:
         """Refuse a text that spells a media token: the processor would take it for an image."""
@@ -187,12 +225,17 @@ def with_text_column(dataset: Dataset, scored: Dataset) -> Dataset:
         dataset: The raw rows.
         scored: What `text_rows` made of them, with `star_scores`.
     """
-    names = ["input_ids", "labels", SCORES_COLUMN]
+    names = ["media", "input_ids", "labels", SCORES_COLUMN]
     plain = scored.with_format(None).select_columns(names)
     column = [{"row": i, **row} for i, row in enumerate(plain)]
     if TEXT_COLUMN in dataset.column_names:
         dataset = dataset.remove_columns(TEXT_COLUMN)
     return dataset.add_column(TEXT_COLUMN, column, feature=_TEXT_FEATURE)
+
+
+def _count(number: int, kind: str) -> str:
+    plural = "" if number == 1 or kind == "audio" else "s"
+    return f"{number} {kind}{plural}"
 
 
 _PROBE = ("user", "assistant", "user", "assistant")

@@ -20,7 +20,7 @@ from star_dss_plugin.training.callback import StarDSSCallback
 from star_dss_plugin.training.head import can_project
 from star_dss_plugin.training.host_checks import check_trainer, expose_logits, switch_fused_loss_off
 from star_dss_plugin.training.known_rows import KnownRows
-from star_dss_plugin.training.late import scored_collator
+from star_dss_plugin.training.late import Carriers, scored_collator
 from star_dss_plugin.training.mixin import StarDSSMixin
 from star_dss_plugin.training.prepare import DatasetSummary
 from star_dss_plugin.training.reference import choose_reference
@@ -137,6 +137,8 @@ def _set_up(
             "linear layer that can be used by itself, or it is compiled, or ddp_static_graph is on."
         )
     media = trainer.media_rows()
+    several = trainer.accelerator.num_processes > 1
+    carriers = Carriers() if media is not None and several else None
     live = "data that is tokenized in the collator" if media is not None else ""
     for name, dataset in _data_sets(trainer).items():
         if isinstance(dataset, IterableDataset):
@@ -181,6 +183,8 @@ def _set_up(
             dataset, scored, summaries[name] = prepare_raw(
                 trainer, options, media, ranks, dataset, name
             )
+            if carriers is not None:
+                carriers.add(dataset)
         else:
             dataset, summaries[name] = prepare_rows(
                 trainer, options, tokenizer, shaping, reference, ranks, dataset, name
@@ -204,7 +208,7 @@ def _set_up(
     if reference.kind == "precomputed":
         reference.model = None
     alignment = None if media is None else Alignment(media.chat, media.media)
-    trainer.data_collator = scored_collator(trainer.data_collator, rows, alignment)
+    trainer.data_collator = scored_collator(trainer.data_collator, rows, alignment, carriers)
     # The loss is divided by the tokens of the optimizer batch, which the Trainer must count. It
     # must not divide again, unless a subclass counts none: transformers >= 5.19 decides that at
     # each step if the second one is None, older versions always do.
@@ -224,6 +228,7 @@ def _set_up(
         streams=streams,
         kept=kept,
         alignment=alignment,
+        carriers=carriers,
     )
     trainer.add_callback(StarDSSCallback(trainer))
 

@@ -38,11 +38,16 @@ class EvenLoader:
         loader: Of this process's part.
         name: "train", "eval", …: for messages.
         gather: Returns a value of every process, in the order of ranks; each must call it.
+
+    Attributes:
+        skipped: How many batches of the next pass a resumed run leaves out.
     """
 
     def __init__(self, loader: Any, name: str, gather: Callable[[Any], list[Any]]) -> None:
         self.loader = loader
+        self.skipped = 0
         self._name, self._gather = name, gather
+        self._left_out = 0
         self._pass: Iterator[Any] | None = None
         self._over = False
         self._again: Iterator[Any] | None = None
@@ -72,6 +77,7 @@ class EvenLoader:
         """
         if batches is not self._pass:
             self._pass, self._over, self._given = batches, False, 0
+            self._left_out, self.skipped = self.skipped, 0
             self._close()
         if self._over:
             return []
@@ -104,6 +110,13 @@ class EvenLoader:
         batch = None if self._again is None else next(self._again, None)
         if batch is None:
             self._again = iter(self.loader)
+            if not self._given and self._left_out:
+                # The run had begun with the part again before it was stopped.
+                length = sum(1 for _ in self._again)
+                self._again = iter(self.loader)
+                for _ in range(self._left_out % length if length else 0):
+                    next(self._again)
+                self._left_out = 0
             batch = next(self._again)
             if not self._said:
                 logger.warning(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 
 from star_dss_plugin.data.alignment import Alignment
@@ -15,9 +16,40 @@ from star_dss_plugin.logprobs import IGNORE_INDEX
 from star_dss_plugin.training.collation import TokenColumnsCollator
 from star_dss_plugin.training.known_rows import KnownRows
 
-__all__ = ["LateCollator", "scored_collator", "text_of_row"]
+__all__ = ["Carriers", "LateCollator", "scored_collator", "text_of_row"]
 
 Collator = Callable[[list[Any]], Mapping[str, Any]]
+
+
+class Carriers:
+    """Keep a row with each kind of media, for batches that have none of it.
+
+    A batch without images does not pass through the part of the model that reads images. Where
+    several processes compute a step together, those that do pass through it would wait for this
+    one: each gathers weights, or sums gradients, with all others.
+    """
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[str, dict[str, Any]]] = []
+
+    def add(self, dataset: Dataset) -> None:
+        """Keep the shortest row of each kind of a data set with `star_text`."""
+        best: dict[str, tuple[int, int]] = {}
+        for i, row in enumerate(dataset.with_format(None).select_columns([TEXT_COLUMN])):
+            length = (len(row[TEXT_COLUMN]["input_ids"]), i)
+            for kind in row[TEXT_COLUMN]["media"]:
+                best[kind] = min(length, best.get(kind, length))
+        self._rows += [(kind, dataset[i]) for kind, (_, i) in sorted(best.items())]
+
+    def for_batch(self, features: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """Return rows with the media that a batch lacks and rows of its columns have."""
+        there = {kind for row in features for kind in row[TEXT_COLUMN]["media"]}
+        found: list[Mapping[str, Any]] = []
+        for kind, row in self._rows:
+            if kind not in there and features[0].keys() <= row.keys():
+                found.append({name: row[name] for name in features[0]})
+                there.update(row[TEXT_COLUMN]["media"])
+        return found
 
 
 class LateCollator:
@@ -30,19 +62,30 @@ class LateCollator:
         inner: The trainer's collator: one sequence for each row, of `input_ids` and `labels`.
         alignment: Lays scores onto its tokens.
         known: The rows that were prepared: any other one is an error.
+        carriers: Rows with media; they are added to batches without and train nothing. None: no
+            other process waits for this one.
     """
 
-    def __init__(self, inner: Collator, alignment: Alignment, known: KnownRows) -> None:
+    def __init__(
+        self,
+        inner: Collator,
+        alignment: Alignment,
+        known: KnownRows,
+        carriers: Carriers | None = None,
+    ) -> None:
         self.inner = inner
         self.alignment = alignment
         self.known = known
+        self.carriers = carriers
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if any(TEXT_COLUMN not in row for row in features):
             raise _unscored("A row of a batch")
         texts = [row[TEXT_COLUMN] for row in features]
+        if self.carriers is not None:
+            features = [*features, *self.carriers.for_batch(features)]
         bare = [{k: v for k, v in row.items() if k != TEXT_COLUMN} for row in features]
-        batch = dict(self.inner(bare))
+        batch = self._collated(bare, [row[TEXT_COLUMN]["row"] for row in features])
         missing = [name for name in ("input_ids", "labels") if name not in batch]
         if missing or len(batch["input_ids"]) != len(features):
             raise DataError(
@@ -67,6 +110,30 @@ class LateCollator:
             scores[i, where] = torch.tensor(found[1])
         return batch | {"labels": labels, SCORES_COLUMN: scores}
 
+    def _collated(self, rows: list[dict[str, Any]], numbers: Sequence[int]) -> dict[str, Any]:
+        """Return the inner collator's batch.
+
+        Raises:
+            DataError: The processor refuses a row (it compares the media with their places in the
+                text), with the row's number if it does so of the row alone.
+        """
+        try:
+            return dict(self.inner([dict(row) for row in rows]))
+        except (ValueError, IndexError, TypeError) as error:
+            for row, number in zip(rows, numbers, strict=True):
+                try:
+                    self.inner([dict(row)])
+                except (ValueError, IndexError, TypeError) as own:
+                    raise _refused(own).at(rows=(number,)) from own
+            raise _refused(error).at(rows=numbers) from error
+
+
+def _refused(error: Exception) -> DataError:
+    return DataError(
+        f"The data collator cannot make tokens of the row: {error} If it speaks of truncation or "
+        "of a number of tokens, max_length cuts an image: raise it, or leave it out (None)."
+    )
+
 
 def _unscored(which: str) -> DataError:
     return DataError(
@@ -81,12 +148,15 @@ def _list(row: Tensor, where: Tensor) -> list[int]:
 
 
 def scored_collator(
-    inner: Collator, known: KnownRows, alignment: Alignment | None
+    inner: Collator,
+    known: KnownRows,
+    alignment: Alignment | None,
+    carriers: Carriers | None = None,
 ) -> TokenColumnsCollator | LateCollator:
     """Return a trainer's collator with scores: of tokenized rows, or of raw ones."""
     if alignment is None:
         return TokenColumnsCollator(inner, known)
-    return LateCollator(inner, alignment, known)
+    return LateCollator(inner, alignment, known, carriers)
 
 
 def text_of_row(row: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -107,6 +107,11 @@ class StarDSSMixin(_Base):
         if self.star_dss_state is not None and self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
+        for stream in [] if self.star_dss_state is None else self.star_dss_state.streams:
+            if stream.dataset is self.train_dataset and stream.even is not None:
+                skips = not self.args.ignore_data_skip
+                left_out = kwargs.get("steps_trained_in_current_epoch", 0)
+                stream.even.skipped = left_out if skips else 0
         super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def _set_signature_columns_if_needed(self) -> None:

@@ -11,6 +11,7 @@ from datasets import Dataset, IterableDataset
 
 from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.columns import SCORES_COLUMN
+from star_dss_plugin.data.media_rows import MediaRows
 from star_dss_plugin.data.row_responses import RowOptions, read_responses
 from star_dss_plugin.errors import StarDSSError
 from star_dss_plugin.guards.base import announced
@@ -21,7 +22,7 @@ from star_dss_plugin.options import StarDSSOptions
 from star_dss_plugin.plugins import load_plugins
 from star_dss_plugin.scoring.scorer import guard_of
 
-__all__ = ["check_options", "describe_stream", "estimate", "lacks_guard"]
+__all__ = ["check_options", "describe_stream", "estimate", "estimate_of_media", "lacks_guard"]
 
 
 def check_options(options: StarDSSOptions) -> Findings:
@@ -126,3 +127,22 @@ def estimate(
         f"{said}{most}{calls} guard calls; {once} tokens of conversation where prefixes are shared "
         f"({alone} if each were read alone), and {words}"
     )
+
+
+def estimate_of_media(
+    dataset: Dataset, name: str, media: MediaRows, options: StarDSSOptions
+) -> str:
+    """Say in one line what a guard would read of rows with images, sounds or videos: their text.
+
+    Args:
+        dataset: Raw rows; no file that they name is opened.
+        name: "train", "eval", …: for messages.
+        media: How the host reads them.
+        options: The run's options.
+
+    Raises:
+        DataError: What cannot be scored, with the row's number.
+    """
+    rows = media.text_rows(dataset, name)
+    marked = sum(map(bool, rows["media"]))
+    return f"{estimate(rows, media.chat, options)}; a mark in place of media in {marked} rows"

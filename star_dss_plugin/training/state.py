@@ -10,6 +10,7 @@ from star_dss_plugin.data.alignment import Alignment
 from star_dss_plugin.loss import Shaping
 from star_dss_plugin.options import StarDSSOptions
 from star_dss_plugin.training.known_rows import KnownRows
+from star_dss_plugin.training.late import Carriers
 from star_dss_plugin.training.metrics import TokenMetrics
 from star_dss_plugin.training.prepare import DatasetSummary
 from star_dss_plugin.training.reference import Reference
@@ -39,6 +40,7 @@ class StarDSSState:
         streams: Streams that are scored as they are read.
         kept: The guard that scores them.
         alignment: Lays scores onto tokens in the collator; None: rows are tokenized before.
+        carriers: Rows with media for batches without; None: no other process waits for this one.
         outputs_unread: Whether an evaluation step asks for outputs that it does not read.
     """
 
@@ -57,6 +59,7 @@ class StarDSSState:
     streams: list[ScoredStream] = field(default_factory=list)
     kept: KeptGuard | None = None
     alignment: Alignment | None = None
+    carriers: Carriers | None = None
     outputs_unread: bool = False
 
     @property

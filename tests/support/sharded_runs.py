@@ -42,6 +42,17 @@ KINDS = {
     # The head in a unit of its own.
     "fsdp2-head": FSDP
     | {"FSDP_VERSION": "2", "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer,Linear"},
+    # The layers that read images too.
+    "fsdp2-gemma3": FSDP
+    | {
+        "FSDP_VERSION": "2",
+        "FSDP_TRANSFORMER_CLS_TO_WRAP": "Gemma3DecoderLayer,SiglipEncoderLayer",
+    },
+    "fsdp2-smolvlm": FSDP
+    | {
+        "FSDP_VERSION": "2",
+        "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer,Idefics3EncoderLayer",
+    },
     # Each layer is split over the ranks, which read the same rows.
     "tp": {},
     # By two of four ranks, and by FSDP over the other two; by FSDP alone. transformers does it as
@@ -82,9 +93,12 @@ CLOSE = 1e-5
 
 
 def apart(one, other):
-    """Return the largest difference; of a resumed run the last lines are compared."""
+    """Return the largest difference, relative where a number is above 1.
+
+    Of a resumed run the last lines are compared.
+    """
     return max(
-        abs(a - b)
+        abs(a - b) / max(1, abs(b))
         for mine, wanted in zip(one, other[-len(one) :], strict=True)
         for a, b in zip(mine, wanted, strict=True)
     )
@@ -93,9 +107,11 @@ def apart(one, other):
 def weights_apart(one, other, lora):
     """Return the largest difference of two saved models, which a plain process can load."""
     from peft import AutoPeftModelForCausalLM
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     cls = AutoPeftModelForCausalLM if lora else AutoModelForCausalLM
+    if not lora and hasattr(AutoConfig.from_pretrained(one), "vision_config"):
+        cls = AutoModelForImageTextToText
     models = [cls.from_pretrained(path).state_dict() for path in (one, other)]
     assert models[0].keys() == models[1].keys()
     return max(float((models[0][n] - models[1][n]).abs().max()) for n in models[0])
@@ -131,12 +147,30 @@ CASES = {
     # Half of the micro-batches have no token with a KL weight, and not on the same ranks.
     "plain-adapter-rare": {"plain": True, "lora": True, "reference": "adapter", "rare": True},
     "trl-adapter-rare": {"lora": True, "reference": "adapter", "rare": True},
+    # Batches of one row: half of them have no image, and those of two ranks differ in how many.
+    "trl-images": {"vision": "gemma3"},
+    "trl-images-adapter": {
+        "vision": "gemma3",
+        "lora": "all-linear",
+        "kl_estimator": "full",
+        "reference": "adapter",
+    },
+    "trl-images-tiles": {"vision": "smolvlm", "lora": "all-linear", "reference": "adapter"},
+    "trl-images-named": {"vision": "smolvlm", "reference": "MODEL"},
     # One process has the same rows as a data set, in the order in which two read the stream.
     "trl-stream": {"lora": True, "reference": "adapter", "stream": 1},
     "trl-stream-shards": {"lora": True, "reference": "adapter", "stream": 2},
     # The second process has a row less in each pass, and in the evaluation.
     "trl-stream-uneven": {"lora": True, "reference": "adapter", "stream": 2, "files": [4, 3]},
     "plain-stream-uneven": {"plain": True, "reference": "MODEL", "stream": 2, "files": [4, 3]},
+    # Stopped in the middle of a pass, and the second process in the middle of another.
+    "trl-stream-resumed": {
+        "lora": True,
+        "reference": "adapter",
+        "stream": 2,
+        "files": [6, 3],
+        "resume": True,
+    },
     "trl-stream-empty": {"lora": True, "reference": "adapter", "stream": 2, "files": [8, 0]},
     "plain-stream": {"plain": True, "reference": "MODEL", "stream": 1},
     "trl-other-stream": {"lora": True, "reference": "adapter", "stream": 1, "differs": "rows"},
@@ -208,19 +242,55 @@ def model_folder(folder, untied):
     return path
 
 
+def vision_folder(folder, name):
+    """Return the folder of a model that reads images."""
+    from support.vision_models import MAKE
+
+    path = Path(folder) / name
+    if not path.exists():
+        model, processor = MAKE[name]()
+        model.save_pretrained(path)
+        processor.save_pretrained(path)
+    return path
+
+
+def asked_about_images(rows):
+    """Return conversations; in turn one has no image, two, one and none."""
+    from support.vision_models import stripes
+
+    made = []
+    for i, row in enumerate(rows):
+        images = [stripes(i + n) for n in range((0, 2, 1, 0)[i % 4])]
+        parts = [{"type": "image", "text": None}] * len(images)
+        (asked,), (answer,) = row["prompt"], row["completion"]
+        made.append(
+            {
+                "messages": [
+                    {**asked, "content": [*parts, {"type": "text", "text": asked["content"]}]},
+                    {**answer, "content": [{"type": "text", "text": answer["content"]}]},
+                ],
+                "images": images,
+            }
+        )
+    return made
+
+
 def make_trainer(kind, folder, ranks, case, changes):
     import trl
+    from datasets import Dataset
     from packaging.version import Version
-    from peft import get_peft_model
+    from peft import LoraConfig, get_peft_model
     from star_dss_trl import StarDSSConfig, StarDSSTrainer
     from transformers import (
         AutoModelForCausalLM,
+        AutoProcessor,
         AutoTokenizer,
         DataCollatorForSeq2Seq,
         Trainer,
         TrainingArguments,
         set_seed,
     )
+    from trl.trainer import sft_trainer
 
     from star_dss_plugin import attach
     from support.guards import WordGuard
@@ -231,9 +301,11 @@ def make_trainer(kind, folder, ranks, case, changes):
         case.pop(name, False) for name in ("plain", "lora", "rare", "early")
     )
     shards, files = case.pop("stream", 0), case.pop("files", None)
-    source = model_folder(folder, case.pop("untied", False))
+    vision = case.pop("vision", None)
+    untied = case.pop("untied", False)
+    source = vision_folder(folder, vision) if vision else model_folder(folder, untied)
     set_seed(1)  # adapters begin with random values
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = (AutoProcessor if vision else AutoTokenizer).from_pretrained(source)
     out = Path(folder) / f"{kind}-{changes.pop('name')}-{ranks}"
     if case.get("reference") == "MODEL":
         case["reference"] = str(source)
@@ -262,12 +334,20 @@ def make_trainer(kind, folder, ranks, case, changes):
         data = data.add_column("star_scores", [[1.0]] * len(data))
     if rare:
         data = data.map(lambda row, i: {"completion": safe_or_not(row, i)}, with_indices=True)
+    if files:
+        data = data.select([i % len(data) for i in range(sum(files))])
     if shards:
         case["train_sampling_strategy"] = "sequential"
         scoring["stream_buffer"] = 3
     if shards > 1 and ranks == 1:
         # What lacks in the second file is read again from its beginning.
-        data = data.select([0, 4, 1, 5, 2, 6, 3, 4 if files else 7])
+        first, second = files or [4, 4]
+        pairs = [(i, first + i % second) for i in range(first)]
+        data = data.select([i for pair in pairs for i in pair])
+    if vision:
+        data = Dataset.from_list(asked_about_images(data))
+        evaluation = data.select(range(4))
+        case["max_length"] = None
     readers = ranks // SPLIT.get(kind, {}).get("tp_size", 1)
     context = case.pop("context", 1)
     options = arguments(kind, out, ranks, case | changes)
@@ -293,6 +373,11 @@ def make_trainer(kind, folder, ranks, case, changes):
         from transformers.distributed import DistributedConfig
 
         split["distributed_config"] = DistributedConfig(**SPLIT[kind])
+    adapter = lora_config() if lora else None
+    if lora == "all-linear":  # also where images are read
+        adapter = LoraConfig(r=4, target_modules=lora, exclude_modules=["lm_head"])
+        # Gemma 3's shape draws random numbers while it loads, if it is partitioned as it loads.
+        sft_trainer.get_peft_model = seeded_adapter
     if not plain:
         loads = {} if split else {"model_init_kwargs": {"device_map": None}}
         return StarDSSTrainer(
@@ -301,7 +386,7 @@ def make_trainer(kind, folder, ranks, case, changes):
             train_dataset=data,
             eval_dataset=evaluation,
             processing_class=tokenizer,
-            peft_config=lora_config() if lora else None,
+            peft_config=adapter,
         )
     model = AutoModelForCausalLM.from_pretrained(source) if early else None
     args = TrainingArguments(**options)
@@ -323,6 +408,15 @@ def make_trainer(kind, folder, ranks, case, changes):
         data_collator=DataCollatorForSeq2Seq(tokenizer),
     )
     return attach(trainer, **scoring)
+
+
+def seeded_adapter(*args, **kwargs):
+    """Return a model with an adapter that begins with the same values however it was loaded."""
+    from peft import get_peft_model
+    from transformers import set_seed
+
+    set_seed(1)
+    return get_peft_model(*args, **kwargs)
 
 
 def from_files(data, sizes):
@@ -393,6 +487,12 @@ def train(kind, folder, ranks, name):
         final = Path(folder) / f"{kind}-{name}-{ranks}-final"
         trainer.save_model(str(final))
     return found
+
+
+def counted(folder, kind, name):
+    """Return what the record of a run on two ranks says of its training data."""
+    record = Path(folder) / f"{kind}-{name}-2" / "star_dss.json"
+    return json.loads(record.read_text())["data"]["train"]
 
 
 def proof_of_sharding(kind, trainer):

@@ -1,5 +1,6 @@
 """Tiny random vision-language models and processors, made from parts: nothing is downloaded."""
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import (
@@ -10,6 +11,10 @@ from transformers import (
     Idefics3ForConditionalGeneration,
     Idefics3Processor,
     PreTrainedTokenizerFast,
+    Qwen2AudioConfig,
+    Qwen2AudioForConditionalGeneration,
+    Qwen2AudioProcessor,
+    WhisperFeatureExtractor,
 )
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
@@ -59,6 +64,13 @@ TEXT = {
 
 def picture(shade=100, size=(16, 16)):
     return Image.new("RGB", size, (shade, 255 - shade, 7))
+
+
+def stripes(phase=0, size=(16, 16)):
+    """An image whose patches differ: of equal ones a normalization has endless gradients."""
+    places = np.indices(size[::-1]).sum(axis=0)
+    bands = [127 + 120 * np.sin((phase + 1) * places / 3 + shift) for shift in range(3)]
+    return Image.fromarray(np.stack(bands, axis=-1).astype(np.uint8))
 
 
 def smolvlm():
@@ -123,6 +135,40 @@ def gemma3():
         image_token_index=tokenizer.image_token_id,
     )
     return Gemma3ForConditionalGeneration(config), processor
+
+
+def qwen2_audio():
+    """Qwen2-Audio's shape: as many tokens in place of a sound as it is long."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"]}
+    )
+    template = CHATML.replace("'image'", "'audio'").replace(
+        "<image>", "<|audio_bos|><|AUDIO|><|audio_eos|>"
+    )
+    processor = Qwen2AudioProcessor(
+        WhisperFeatureExtractor(feature_size=16, chunk_length=1), tokenizer, template
+    )
+    torch.manual_seed(0)
+    config = Qwen2AudioConfig(
+        audio_config={
+            "d_model": 16,
+            "encoder_layers": 1,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 32,
+            "num_mel_bins": 16,
+            "max_source_positions": 50,
+        },
+        text_config={
+            "model_type": "qwen2",
+            **TEXT,
+            "vocab_size": len(tokenizer),
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        audio_token_index=tokenizer.convert_tokens_to_ids("<|AUDIO|>"),
+    )
+    return Qwen2AudioForConditionalGeneration(config), processor
 
 
 MAKE = {"smolvlm": smolvlm, "gemma3": gemma3}

@@ -76,6 +76,17 @@ def test_a_part_that_a_resumed_run_has_skipped_as_a_whole_is_read_again():
     assert shorter == [["x", "x"], ["x"], []]
 
 
+def test_a_resumed_run_goes_on_in_the_midst_of_a_part_that_was_read_again():
+    def resumed(loader):
+        loader.skipped = 4
+        batches = iter(loader.loader[4:])
+        return [loader.take(batches, 1) for _ in range(3)]
+
+    longer, shorter = in_each(["abcdef", "xyz"], resumed)
+    assert longer == [["e"], ["f"], []]
+    assert shorter == [["y"], ["z"], []]
+
+
 def test_a_part_without_rows_stops_all():
     def refused(loader):
         with pytest.raises(DataError, match="Process 1 got no row of the train stream"):

@@ -175,7 +175,7 @@ def test_a_published_configuration_trains_on_images(start, tmp_path):
     }
     out = finished(start("train", write_config(tmp_path, config), "--launcher", "python"))
     assert out.count("STAR-DSS is active: loss_type=star_dss") == 1
-    assert "the guard reads a mark such as [image]" in out
+    assert "the guard reads the mark [image]" in out
     record = json.loads((tmp_path / "out" / "star_dss.json").read_text())
     assert record["data"]["train"]["responses"] == 16
     assert record["reference"] == "the base model (adapter switched off)"

@@ -2,7 +2,9 @@
 
 import copy
 import re
+import wave
 
+import numpy as np
 import pytest
 
 pytest.importorskip("axolotl", reason="needs Axolotl: make test-axolotl")
@@ -20,19 +22,24 @@ from axolotl_runs import (
     data_of,
     history,
     loaded,
+    on_two_ranks,
     trained,
     trainer_of,
+    write_config,
 )
-from datasets import Dataset
+from datasets import Dataset, Features, Json
 from star_dss_axolotl.check import check
 from star_dss_axolotl.media import media_rows
-from support.vision_models import gemma3, picture, smolvlm
+from support.sharded_runs import CLOSE, apart
+from support.vision_models import gemma3, picture, qwen2_audio, smolvlm, stripes
 
 from star_dss_plugin.data.alignment import Alignment
 from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.columns import SCORES_COLUMN
-from star_dss_plugin.data.media_rows import MediaRows
+from star_dss_plugin.data.media_rows import MediaRows, with_text_column
 from star_dss_plugin.errors import DataError
+from star_dss_plugin.training.known_rows import KnownRows
+from star_dss_plugin.training.late import LateCollator
 
 MEDIA = {
     "processor_type": "AutoProcessor",
@@ -49,7 +56,7 @@ def gemma_dir(tmp_path_factory):
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     for shade in range(3):
-        picture(40 * shade).save(folder / f"{shade}.png")
+        stripes(shade).save(folder / f"{shade}.png")
     return folder
 
 
@@ -188,16 +195,22 @@ TEMPLATES = {
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_answers_are_found_in_the_templates_that_configurations_name(tokenizer, template):
     """With Axolotl's templates: answers train, whatever number of tokens an image has."""
+    said, found = laid_beside(tokenizer, template, "image", TEMPLATES[template])
+    assert found == said
+
+
+def laid_beside(tokenizer, template, kind, sign):
+    """Return the trained tokens of a row of text, and those of its collator's tokens."""
     tokenizer = copy.deepcopy(tokenizer)
     source = _CHAT_TEMPLATES[template]
-    signs = {sign for sign in re.findall(r"</?\|?\w+\|?>|\[/?[A-Z_]+\]", source)}
+    signs = {found for found in re.findall(r"</?\|?\w+\|?>|\[/?[A-Z_]+\]", source)}
     tokenizer.add_special_tokens({"additional_special_tokens": sorted(signs | set(ENDS))})
     ends = [end for end in ENDS if end in source]
     tokenizer.eos_token = ends[0] if ends else tokenizer.eos_token
     chat_tokenizer = ChatTokenizer(tokenizer, source)
-    image = tokenizer.convert_tokens_to_ids(TEMPLATES[template])
-    reader = MediaRows(chat_tokenizer, frozenset([image]), lambda row: row)
-    question = [{"type": "text", "text": "who is lazy?"}, {"type": "image"}]
+    media = tokenizer.convert_tokens_to_ids(sign)
+    reader = MediaRows(chat_tokenizer, frozenset([media]), lambda row: row, kinds=(kind,))
+    question = [{"type": "text", "text": "who is lazy?"}, {"type": kind}]
     messages = [
         {"role": "user", "content": question},
         {"role": "assistant", "content": [{"type": "text", "text": "the dog"}]},
@@ -206,22 +219,154 @@ def test_answers_are_found_in_the_templates_that_configurations_name(tokenizer, 
     ]
     text = reader.text_rows(Dataset.from_list([{"messages": messages}]), "train")[0]
     ids, labels = text["input_ids"], text["labels"]
-    assert image in ids or template == "mistral_v7_tekken"
+    assert media in ids or template == "mistral_v7_tekken"
     said = [label for label in labels if label != -100]
     assert re.fullmatch(r"\s*(\S+\s+)?the dog.*it's bad\S*\s*", tokenizer.decode(said), re.DOTALL)
     assert "lazy" not in tokenizer.decode(said)
     known = {**text, SCORES_COLUMN: [0.5 if label != -100 else 1.0 for label in labels]}
-    long = [token for one in ids for token in [one] * (7 if one == image else 1)]
-    found, scores = Alignment(chat_tokenizer, frozenset([image])).lay(known, long, long)
-    assert [label for label in found if label != -100] == said
+    long = [token for one in ids for token in [one] * (7 if one == media else 1)]
+    found, scores = Alignment(chat_tokenizer, frozenset([media])).lay(known, long, long)
     assert sum(score == 0.5 for score in scores) == len(said)
+    return said, [label for label in found if label != -100]
 
 
 ENDS = ("<end_of_turn>", "<turn|>", "<|eot|>", "<|eot_id|>", "<|im_end|>")
 
 
-def test_check_says_that_there_are_no_tokens_to_count_yet(tmp_path, gemma_dir):
+def test_check_says_what_the_guard_would_read(tmp_path, gemma_dir):
     config = vision(tmp_path, gemma_dir)
     found = check(tmp_path / "config.yaml", config, data=True)
     assert found.problems == []
-    assert "train data: 8 rows, tokenized in the collator" in found.notes
+    (note,) = [note for note in found.notes if note.startswith("train data")]
+    trainer = trainer_of(tmp_path, config)
+    summary = trainer.star_dss_state.summaries["train"]
+    calls = summary.provenance["prefixes"]
+    assert f"8 rows, {summary.responses} responses (0 without messages): {calls} guard" in note
+    assert note.endswith("; a mark in place of media in 5 rows")
+
+
+def test_check_finds_rows_that_cannot_be_read(tmp_path, gemma_dir):
+    config = vision(tmp_path, gemma_dir, rows(gemma_dir, " <start_of_image>"))
+    (problem,) = check(tmp_path / "config.yaml", config, data=True).problems
+    assert "Row 0" in problem
+    assert "spells <start_of_image>" in problem
+
+
+def read_wave(name, sampling_rate, **_):
+    """Read a sound as transformers does, which needs a package for it."""
+    with wave.open(name) as file:
+        assert file.getframerate() == sampling_rate
+        return np.frombuffer(file.readframes(-1), np.int16).astype(np.float32) / 32768
+
+
+def heard(folder):
+    """Return conversations about sounds; in turn one has none, one and two."""
+    for n in range(2):
+        with wave.open(str(folder / f"{n}.wav"), "wb") as file:
+            file.setparams((1, 2, 16000, 0, "NONE", ""))
+            tone = np.sin(np.arange(1600 * (n + 1)) / (3 + n))
+            file.writeframes((tone * 9000).astype(np.int16).tobytes())
+    made = rows(folder)
+    for i, row in enumerate(made):
+        sounds = [{"type": "audio", "path": str(folder / f"{n}.wav")} for n in range(i % 3)]
+        row["messages"][0]["content"] = [*sounds, row["messages"][0]["content"][-1]]
+    return made
+
+
+def test_sounds_are_marks_to_the_guard_and_are_neither_trained_nor_scored(
+    tmp_path, monkeypatch, caplog
+):
+    """With Axolotl's collator and a processor of Qwen2-Audio's shape."""
+    monkeypatch.setattr("transformers.processing_utils.load_audio", read_wave)
+    model, processor = qwen2_audio()
+    collator = MultiModalChatDataCollator(
+        processor.tokenizer, ProcessingStrategy(processor, processor.chat_template)
+    )
+    read = media_rows(collator)
+    raw = Dataset.from_list(heard(tmp_path), features=Features({"messages": Json()}))
+    text = read.text_rows(raw, "train")
+    assert "In 5 of 8 rows of the train data the guard reads the mark [audio]" in caplog.text
+    assert "(7 audio)" in caplog.text
+    assert text[2]["messages"][0]["content"][:2] == [{"type": "audio"}] * 2
+    scores = [[0.5 if label != -100 else 1.0 for label in row["labels"]] for row in text]
+    scored = text.add_column(SCORES_COLUMN, scores)
+    known = KnownRows()
+    known.add(
+        with_text_column(raw, scored)
+        .flatten()
+        .rename_columns(
+            {f"star_text.{name}": name for name in ("input_ids", "labels", SCORES_COLUMN)}
+        )
+    )
+    late = LateCollator(collator, Alignment(read.chat, read.media), known)
+    batch = late(list(with_text_column(raw, scored)))
+    assert len(batch["input_features"]) == 7
+    sounds = batch["input_ids"] == processor.tokenizer.convert_tokens_to_ids("<|AUDIO|>")
+    assert sounds.sum() > 7
+    assert (batch["labels"][sounds] == -100).all()
+    assert (batch[SCORES_COLUMN][sounds] == 1).all()
+    for row, answer in enumerate(ANSWERS):
+        trained = batch["labels"][row] != -100
+        said = processor.tokenizer.decode(batch["labels"][row][trained])
+        assert said == f"{answer}<|im_end|>{answer} yes<|im_end|>"
+        assert (batch[SCORES_COLUMN][row][trained] == 0.5).all()
+    batch.pop(SCORES_COLUMN)
+    assert float(model(**batch).loss) > 0
+
+
+OTHER_MEDIA = {
+    "gemma3n": ("audio", "<audio_soft_token>"),
+    "qwen2_vl": ("video", "<|video_pad|>"),
+    "qwen3_5": ("video", "<|video_pad|>"),
+}
+
+
+@pytest.mark.parametrize("template", OTHER_MEDIA)
+def test_answers_are_found_beside_sounds_and_videos(tokenizer, template):
+    kind, sign = OTHER_MEDIA[template]
+    said, found = laid_beside(tokenizer, template, kind, sign)
+    assert found == said
+
+
+@pytest.mark.slow
+def test_two_ranks_that_share_a_model_take_the_steps_of_one_process(tmp_path, gemma_dir, site):
+    """FSDP2 of the layers that read images too; some batches of a rank have none."""
+    sharded = {
+        "fsdp_version": 2,
+        "fsdp_config": {
+            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "transformer_layer_cls_to_wrap": "Gemma3DecoderLayer,SiglipEncoderLayer",
+            "state_dict_type": "FULL_STATE_DICT",
+            "cpu_ram_efficient_loading": False,
+            "offload_params": False,
+            "reshard_after_forward": True,
+        },
+    }
+    run = {
+        **LORA,
+        "micro_batch_size": 1,
+        "max_steps": 3,
+        "learning_rate": 2e-3,
+        "star_dss": {
+            "guard": "test-words",
+            "chunk_size": 2,
+            "kl_coef": 2.0,
+            "kl_estimator": "full",
+            "reference": "adapter",
+        },
+    }
+    out = {"output_dir": str(tmp_path / "both")}
+    two = vision(tmp_path, gemma_dir, gradient_accumulation_steps=2, **run, **sharded, **out)
+    (found, second), done = on_two_ranks(tmp_path, site, "fsdp2", [write_config(tmp_path, two)])
+    (found,), (second,) = found.values(), second.values()
+    assert "error" not in found, (found, done.stderr[-3000:])
+    assert found["logs"] == second["logs"]
+    assert found["sharded"] < 0.6
+    assert max(found["kl"]) > 1e-6
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    trainer = trained(alone, vision(alone, gemma_dir, gradient_accumulation_steps=4, **run))
+    logs = [(n + 1, *numbers) for n, numbers in enumerate(history(trainer))]
+    steps = apart(found["logs"], logs)
+    print(f"fsdp2 images: {steps:.1e}")
+    assert steps < CLOSE

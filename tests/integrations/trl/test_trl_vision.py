@@ -1,5 +1,6 @@
 """Vision-language data in TRL: scored as text before training, laid onto the collator's tokens."""
 
+import json
 import subprocess
 import sys
 
@@ -8,10 +9,13 @@ import pytest
 pytest.importorskip("trl")
 
 import torch
-from datasets import Dataset
+import yaml
+from datasets import Dataset, Features, Image, Json, List
 from peft import LoraConfig, get_peft_model
 from star_dss_trl import StarDSSTrainer
+from star_dss_trl.check import check
 from support.guards import WordGuard
+from support.models import tiny_llama
 from support.paths import TESTS
 from support.trl_runs import ANSWERS, PROMPTS, Stop, arguments, history, lora_config
 from support.vision_models import MAKE, gemma3, picture, smolvlm
@@ -20,6 +24,7 @@ from trl import SFTConfig, SFTTrainer
 from star_dss_plugin import attach
 from star_dss_plugin.data.columns import SCORES_COLUMN
 from star_dss_plugin.errors import ConfigError, DataError
+from star_dss_plugin.training.late import Carriers, LateCollator
 
 
 def talk(prompt, answer, images=1):
@@ -76,6 +81,14 @@ def numbers(trainer):
     return [number for step in history(trainer) for number in step]
 
 
+@pytest.fixture
+def model_folder(tmp_path, tokenizer):
+    folder = tmp_path / "text-model"
+    tiny_llama(len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.fixture(params=sorted(MAKE))
 def name(request):
     return request.param
@@ -106,7 +119,7 @@ def test_a_run(tmp_path, capsys, caplog, name, data):
     found = history(trainer)
     assert len(found) == 3
     assert found[-1][0] < found[0][0]
-    assert "the guard reads a mark such as [image]" in caplog.text
+    assert "the guard reads the mark [image]" in caplog.text
 
 
 def test_text_rows_train_as_they_do_without_a_processor(tmp_path):
@@ -347,3 +360,193 @@ def test_scores_of_tokens_that_are_not_there_are_refused(tmp_path):
     data = talks().add_column("star_scores", [[1.0]] * 8)
     with pytest.raises(DataError, match="brings star_scores"):
         make(tmp_path, smolvlm(), data)
+
+
+OTHERS = {
+    "audio": {"type": "audio", "audio": "a.wav", "text": None},
+    "audio-url": {"type": "audio_url", "audio_url": "a.wav", "text": None},
+    "video": {"type": "video", "video": "a.mp4", "text": None},
+    "image-url": {"type": "image_url", "image_url": "a.png", "text": None},
+    "file": {"type": "file", "file": "a.pdf", "text": None},
+    "nothing": {"type": "text", "text": None},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_parts_that_the_collator_makes_nothing_of_are_refused(tmp_path, kind):
+    rows = [talk("hello", "2"), talk("is", "no")]
+    rows[1]["messages"][0]["content"].append(OTHERS[kind])
+    words = f"Row 1.*the type '{OTHERS[kind]['type']}', of which .* neither words nor media"
+    with pytest.raises(DataError, match=words):
+        make(tmp_path, smolvlm(), rows_as_they_are(rows))
+
+
+def rows_as_they_are(rows):
+    """Return rows whose parts keep their own keys, in place of all keys with None."""
+    return (
+        Dataset.from_list(
+            [{"messages": row["messages"]} for row in rows], features=Features({"messages": Json()})
+        )
+        .add_column("images", [[]] * len(rows))
+        .map(
+            lambda row, i: {"images": rows[i]["images"]},
+            with_indices=True,
+            features=Features({"messages": Json(), "images": List(Image())}),
+        )
+    )
+
+
+def test_a_text_part_that_names_an_image_too_is_refused(tmp_path):
+    rows = [talk("hello", "2"), talk("is", "no")]
+    rows[1]["messages"][0]["content"][1]["image"] = "a.png"
+    with pytest.raises(DataError, match="Row 1.*is text and has 'image' too"):
+        make(tmp_path, smolvlm(), rows_as_they_are(rows))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("kind", ["audio", "video", "image"])
+def test_media_that_trl_does_not_open_are_refused(tmp_path, kind, stream):
+    """Without a column of images TRL keeps their tokens, and drops what they stand for."""
+    rows = [talk("hello", "2", 0), talk("is", "no", 0)]
+    rows[1]["messages"][0]["content"].append({"type": kind, kind: "a.file", "text": None})
+    data = Dataset.from_list([{"messages": row["messages"]} for row in rows])
+    with pytest.raises(DataError, match=f"Row 1.*a part of type '{kind}', and TRL opens images"):
+        make(tmp_path, smolvlm(), data.to_iterable_dataset() if stream else data)
+
+
+def test_check_says_what_the_guard_would_read(tmp_path):
+    model, processor = smolvlm()
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    picture().save(tmp_path / "0.png")
+    with (tmp_path / "chat.jsonl").open("w") as file:
+        for row in talks().remove_columns("images"):
+            images = [part for part in row["messages"][0]["content"] if part["type"] == "image"]
+            row["images"] = [str(tmp_path / "0.png")] * len(images)
+            file.write(json.dumps(row) + "\n")
+    config = {
+        "model_name_or_path": str(tmp_path / "model"),
+        "dataset_name": str(tmp_path / "chat.jsonl"),
+        "output_dir": str(tmp_path / "out"),
+        "guard": "test-words",
+        "chunk_size": 2,
+        "bf16": False,
+        "use_cpu": True,
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(config))
+    found = check(path, config, data=True)
+    assert found.problems == []
+    (note,) = [note for note in found.notes if note.startswith("train data")]
+    assert note.endswith("; a mark in place of media in 6 rows")
+    trainer = make(tmp_path, (model, processor), talks())
+    summary = trainer.star_dss_state.summaries["train"]
+    calls = summary.provenance["prefixes"]
+    assert f"8 rows, 16 responses (0 without messages): {calls} guard calls" in note
+
+
+def test_check_says_that_a_model_of_text_reads_no_images(tmp_path, model_folder):
+    data = tmp_path / "chat.jsonl"
+    data.write_text(json.dumps({"messages": [], "images": ["0.png"]}) + "\n")
+    config = {
+        "model_name_or_path": model_folder,
+        "dataset_name": str(data),
+        "output_dir": str(tmp_path / "out"),
+        "guard": "test-words",
+        "bf16": False,
+        "use_cpu": True,
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    (problem,) = check(tmp_path / "run.yaml", config, data=True).problems
+    assert "has no processor" in problem
+
+
+class OtherRanks:
+    """What a run on two processes has beside its batches."""
+
+    def __init__(self, trainer):
+        self.carriers = Carriers()
+        self.carriers.add(trainer.train_dataset)
+        inner = trainer.data_collator
+        args = (inner.inner, inner.alignment, inner.known)
+        self.collator = LateCollator(*args, self.carriers)
+
+
+def test_a_batch_without_images_gets_one_where_others_wait_for_it(tmp_path, name):
+    """The row that brings it trains nothing."""
+    trainer = make(tmp_path, MAKE[name](), talks(), reference="copy")
+    collator = OtherRanks(trainer).collator
+    rows = [trainer.train_dataset[i] for i in (1, 6)]
+    plain, carried = trainer.data_collator(rows), collator(rows)
+    assert "pixel_values" not in plain
+    assert len(carried["pixel_values"])
+    assert carried["input_ids"].shape[0] == 3
+    width = plain["input_ids"].shape[1]
+    for column in ("input_ids", "labels", SCORES_COLUMN):
+        assert torch.equal(carried[column][:2, :width], plain[column])
+    assert (carried["labels"][2] == -100).all()
+    assert (carried[SCORES_COLUMN][2] == 1).all()
+    images = collator([trainer.train_dataset[i] for i in (0, 1)])
+    assert images["input_ids"].shape[0] == 2
+    losses, passed = [], []
+    for batch in (plain, carried, images):
+        trainer.model.zero_grad()
+        loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(dict(batch)))
+        loss.backward()
+        losses.append(float(loss))
+        passed.append({n for n, p in trainer.model.named_parameters() if p.grad is not None})
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    assert passed[0] < passed[1] == passed[2]
+
+
+def test_a_row_that_is_cut_within_its_images_is_refused_with_its_number(tmp_path, name):
+    """An image of many tokens fills max_length, and what is asked and answered comes after it."""
+    rows = [talk("hello", "2", 0), talk("is", "no", 3)]
+    model, processor = MAKE[name]()
+    trainer = StarDSSTrainer(
+        model,
+        args=arguments(tmp_path, max_length=24),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=processor,
+    )
+    batch_of(trainer, [0])
+    with pytest.raises(DataError, match="Row 1.*max_length"):
+        batch_of(trainer, [0, 1])
+
+
+def test_an_answer_that_the_question_holds_is_found_where_it_is_said(tmp_path, name):
+    answer = "it's bad"
+    rows = [talk(f"who said {answer} and {answer}?", answer), talk("hello", "2")]
+    trainer = make(tmp_path, MAKE[name](), Dataset.from_list(rows))
+    batch = batch_of(trainer, [0])
+    trained = batch["labels"][0] != -100
+    tokenizer = trainer.processing_class.tokenizer
+    end = "<|im_end|>" if name == "smolvlm" else "<end_of_turn>"
+    assert tokenizer.decode(batch["labels"][0][trained]) == f"{answer}{end}{answer} yes{end}"
+    first = int(trained.nonzero()[0])
+    before = tokenizer.decode(batch["input_ids"][0][:first])
+    assert before.count(answer) == 2
+
+
+def test_images_in_the_middle_of_several_turns(tmp_path, name):
+    row = talk("hello", "2", 1)
+    row["messages"][2]["content"] = [
+        {"type": "text", "text": "and "},
+        *[{"type": "image", "text": None}] * 2,
+        {"type": "text", "text": " bad?"},
+    ]
+    row["images"] = [picture(n) for n in range(3)]
+    trainer = make(tmp_path, MAKE[name](), Dataset.from_list([row, talk("is", "no", 0)]))
+    batch = batch_of(trainer, [0, 1])
+    tokenizer = trainer.processing_class.tokenizer
+    said = tokenizer.decode(batch["labels"][0][batch["labels"][0] != -100])
+    end = "<|im_end|>" if name == "smolvlm" else "<end_of_turn>"
+    assert said == f"2{end}2 yes{end}"
+    trainer.train()
+
+
+def test_an_answer_that_spells_an_image_is_refused(tmp_path, name):
+    token = {"smolvlm": "<image>", "gemma3": "<start_of_image>"}[name]
+    rows = [talk("hello", "2"), talk("is", f"it's {token}")]
+    with pytest.raises(DataError, match=f"Row 1.*spells {token}"):
+        make(tmp_path, MAKE[name](), Dataset.from_list(rows))

@@ -1,0 +1,134 @@
+"""TRL's rows with images: how its collator for them reads a row, and what it does not read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from datasets import Dataset
+from transformers import AutoProcessor, ProcessorMixin
+from trl.data_utils import is_conversational, prepare_multimodal_messages
+
+from star_dss_plugin.data.chat import ChatTokenizer
+from star_dss_plugin.data.conversations import MEDIA, conversation_of
+from star_dss_plugin.data.media import undecoded
+from star_dss_plugin.data.media_rows import MediaRows, media_tokens
+from star_dss_plugin.data.rows import in_row
+from star_dss_plugin.errors import ConfigError, DataError
+from star_dss_plugin.smollm2 import resolve_model
+
+__all__ = ["closed_to_media", "has_images", "load_processor", "rows_of"]
+
+
+def has_images(columns: Iterable[str]) -> bool:
+    """Return whether TRL takes rows with these columns for rows with images."""
+    return bool({"image", "images"} & set(columns))
+
+
+def load_processor(name: str) -> ProcessorMixin:
+    """Load what makes tokens of text and media, without running code that comes with it.
+
+    Args:
+        name: Hugging Face Hub id or folder.
+
+    Raises:
+        ConfigError: There is none, or it cannot be loaded.
+    """
+    try:
+        found = AutoProcessor.from_pretrained(resolve_model(name), trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ConfigError(
+            f"The processor of {name!r} cannot be loaded: {error}. Rows with images need a model "
+            "that reads them."
+        ) from error
+    if not isinstance(found, ProcessorMixin):  # a model of text has a tokenizer alone
+        raise ConfigError(
+            f"{name!r} has no processor: it reads text alone, and the rows hold images. Name a "
+            "model that reads them, or remove the column."
+        )
+    return found
+
+
+def rows_of(processor: Any, template: str | None, assistant_only_loss: bool) -> MediaRows:
+    """Return how TRL's collator reads rows with images.
+
+    Args:
+        processor: The model's.
+        template: The chat template that TRL uses; None: the processor's own.
+        assistant_only_loss: TRL's option.
+    """
+    chat = ChatTokenizer(processor.tokenizer, template or processor.chat_template)
+    return MediaRows(chat, media_tokens(processor, chat), _conversation, assistant_only_loss)
+
+
+def _conversation(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row's messages as TRL's collator hands them to the processor.
+
+    Raises:
+        ValueError: They are no messages, or their signs for images are not as many as its images.
+    """
+    single = row.get("image")
+    images = row.get("images") if single is None else [single]
+    if row.get("messages") is not None:
+        return {"messages": prepare_multimodal_messages(row["messages"], images=images)}
+    if row.get("prompt") is None or row.get("completion") is None or not is_conversational(row):
+        raise ValueError(
+            f"it has {sorted(name for name in row if row[name] is not None)}, and rows with images "
+            "must be conversations: messages, or a prompt and a completion of messages"
+        )
+    return {
+        "prompt": prepare_multimodal_messages(row["prompt"], images=images),
+        "completion": prepare_multimodal_messages(row["completion"]),
+    }
+
+
+def closed_to_media(dataset: Any, processor: Any, name: str) -> Any:
+    """Return rows that TRL tokenizes as text, none of which may hold media.
+
+    TRL would have the processor open them, and keep their tokens without what these stand for: the
+    model would be trained on answers about a picture or a sound that it does not get.
+
+    Args:
+        dataset: A data set or a stream, as it was given.
+        processor: What tokenizes it; a tokenizer opens nothing.
+        name: "train", "eval", …: for messages.
+
+    Returns:
+        The data set; of a stream one that checks rows when they are read.
+
+    Raises:
+        DataError: A row holds media, with its number.
+    """
+    if not isinstance(processor, ProcessorMixin):
+        return dataset
+    check = _refuses(name)
+    if isinstance(dataset, Dataset):
+        for i, row in enumerate(undecoded(dataset)):
+            in_row(i, check, row)
+        return dataset
+
+    def checked(row: dict[str, Any], i: int) -> dict[str, Any]:
+        in_row(i, check, row)
+        return row
+
+    return dataset.map(checked, with_indices=True)
+
+
+def _refuses(name: str) -> Callable[[Mapping[str, Any]], None]:
+    def check(row: Mapping[str, Any]) -> None:
+        said = [conversation_of(row), row.get("prompt"), row.get("completion")]
+        for messages in said:
+            for message in messages if isinstance(messages, list) else ():
+                content = message.get("content") if isinstance(message, Mapping) else None
+                for part in content if isinstance(content, list) else ():
+                    kind = part.get("type") if isinstance(part, Mapping) else None
+                    if kind in MEDIA:
+                        raise DataError(
+                            f"A message of the {name} data holds a part of type {kind!r}, and TRL "
+                            "opens images alone, from a column 'images' (or 'image') that the "
+                            "first row has: it would train the answer, and the model would not "
+                            "get what it is about. Put images into that column, in the order of "
+                            "their parts; train on sounds and videos with Axolotl (processor_type)."
+                        )
+
+    return check
