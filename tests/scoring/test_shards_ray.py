@@ -103,7 +103,7 @@ def test_all_workers_use_the_probe_that_one_has_learned(ray_cluster, tokenizer, 
 
     guard = learnable(tmp_path / "guard", tokenizer)
     talks().to_json(tmp_path / "talks.jsonl")
-    jobs = [
+    planned = [
         jobs.begin(
             str(tmp_path / "talks.jsonl"),
             guard["model"],
@@ -114,9 +114,9 @@ def test_all_workers_use_the_probe_that_one_has_learned(ray_cluster, tokenizer, 
         )
         for name in ("one", "out")
     ]
-    shards.score_shards(jobs[0], progress=False)
-    score_on_ray(jobs[1], num_workers=2, progress=False)
-    assert [jobs.finish(job)["probes"][0]["fell_back"] for job in jobs] == [None, None]
+    shards.score_shards(planned[0], progress=False)
+    score_on_ray(planned[1], num_workers=2, progress=False)
+    assert [jobs.finish(job)["probes"][0]["fell_back"] for job in planned] == [None, None]
     assert contents(tmp_path / "out") == contents(tmp_path / "one")
 
 
