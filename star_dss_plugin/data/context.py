@@ -39,6 +39,7 @@ __all__ = ["Reading", "RowReader"]
 
 _BETWEEN = "\n\n"
 """Stands for what a template writes between two things that an assistant says."""
+_INSTRUCTING = ("system", "developer")
 
 
 @dataclass(frozen=True)
@@ -302,7 +303,24 @@ class _Placed:
         last = self._latest[before - 1] if before else -1
         if not self.whole or last > k or k > self._missing:
             return None
-        return tuple(self._said[:k])
+        unread = {m for m, end in self._instructions.items() if m < k and not 0 < end <= first}
+        return tuple(message for m, message in enumerate(self._said[:k]) if m not in unread)
+
+    @cached_property
+    def _instructions(self) -> dict[int, int]:
+        """Where each system message ends; 0 if the template leaves it out.
+
+        Templates may drop one, or move it to a later question: the model is not shown it before.
+        """
+        found = {
+            k: 0
+            for k, message in enumerate(self._said)
+            if message["role"] in _INSTRUCTING and str(message["content"]).strip()
+        }
+        for _, end, k in reversed(self.layout.others) if found else ():
+            if k in found:
+                found[k] = end
+        return found
 
     @cached_property
     def _latest(self) -> list[int]:
@@ -316,7 +334,7 @@ class _Placed:
         missing = (
             k
             for k, message in enumerate(self._said)
-            if message["role"] not in ("assistant", "system", "developer")
+            if message["role"] not in ("assistant", *_INSTRUCTING)
             and str(message["content"]).strip()
             and k not in there
         )

@@ -163,11 +163,9 @@ class TemplateInverse:
         return found is not None and found[-answers:] == list(known)[-answers:]
 
     def _parse(self, text: str, *, exact: bool = True) -> list[dict[str, Any]] | None:
-        # The longest opening first: it may hold a default system turn. "user" before "system":
-        # where both look alike, the template makes one turn of them.
         # A call that cannot be told apart is read as words that the turn says.
         for known in (True, False):
-            for opening, slot in sorted(self._openings, key=lambda o: (-len(o[0]), o[1] != "user")):
+            for opening, slot in self._sorted_openings:
                 if text.startswith(opening):
                     slots, behind = self._slots(text, len(opening), slot, calls=known)
                     if any(self._overruns(*one) for one in slots):
@@ -178,10 +176,31 @@ class TemplateInverse:
                         return found
         return None
 
+    @cached_property
+    def _sorted_openings(self) -> list[tuple[str, str]]:
+        """The openings in the order in which they are tried.
+
+        The longest first: it may hold a default system turn. "user" before "system", where both
+        look alike: the template makes one turn of them. "system" before "developer", its newer
+        name.
+        """
+        ranks = {"user": 0, "system": 1}
+        return sorted(self._openings, key=lambda o: (-len(o[0]), ranks.get(o[1], 2), o))
+
+    @cached_property
+    def _structure(self) -> frozenset[str]:
+        """The control tokens that the template writes around messages."""
+        pieces = [piece for piece, _ in self._openings]
+        pieces += [piece for behind in self._between.values() for piece, _ in behind]
+        pieces += [piece for closings in self._closings.values() for piece in closings]
+        return frozenset(token for piece in pieces for token in self.chat.control.findall(piece))
+
     def _overruns(self, slot: str, text: str) -> bool:
         """Return whether what seems to stand in a slot holds what comes behind it."""
         if self._header and self._header in text:
             return True  # of the next answer
+        if any(token in text for token in self._structure):
+            return True  # a message that no probe has: of another role, or at another place
         if slot in NAMES:
             return not _NAME.fullmatch(text)
         if slot not in IN_CALLS:

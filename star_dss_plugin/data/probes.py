@@ -52,6 +52,8 @@ PROBES = (
     "user answer user answer",
     "system user answer user answer",
     "developer user answer",
+    "user answer system user answer",
+    "user system answer",
     "user thinking+answer",
     "system user thinking+answer",
     "user thinking+answer user thinking+answer",

@@ -137,13 +137,28 @@ TEMPLATES = {
 TALK = chat("s:be good", "u:how are you?", "a: fine, you?\n", "u:good", "a:good to hear")
 
 
+LATE = (  # as Mistral's: the instruction stands with the last question
+    "{%- for m in messages if m.role != 'system' %}{{- '<|im_start|>' + m.role + '\n' }}"
+    "{%- if loop.revindex == 2 %}{{- messages[0].content + '\n\n' }}{%- endif %}"
+    "{{- m.content + '<|im_end|>\n' }}{%- endfor %}"
+)
+
+
+def test_an_instruction_is_read_where_the_template_writes_it(tokenizer):
+    row = labelled(TALK, tokenizer, chat_template=LATE)
+    first, second = contexts(row, tokenizer, chat_template=LATE)
+    assert first == before_each_answer(TALK[1:])[0]
+    assert second == before_each_answer(TALK)[1]
+
+
 @pytest.mark.parametrize("own", [True, False], ids=["its own", "another"])
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_contexts_under_other_templates(tokenizer, template, own):
     """With the template that made the tokens; by another one nobody can tell where turns are."""
     row = labelled(TALK, tokenizer, chat_template=TEMPLATES[template])
     chat_template = TEMPLATES[template] if own else None
-    known = before_each_answer(TALK)
+    said = [m for m in TALK if template != "drops system turns" or m["role"] != "system"]
+    known = before_each_answer(said)
     same = own or template == "insists on an answer"
     assert contexts(row, tokenizer, chat_template=chat_template) == (
         known if same else ["raw"] * len(known)
