@@ -11,7 +11,7 @@ from datasets import Dataset, List, Value
 from star_dss_plugin.data.inverse import TemplateInverse
 from star_dss_plugin.logprobs import IGNORE_INDEX
 
-__all__ = ["MESSAGES", "TemplateInverse", "with_messages"]
+__all__ = ["MESSAGES", "with_messages"]
 
 MESSAGES = "messages"
 _ALWAYS = ("role", "content")

@@ -9,9 +9,10 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from star_dss_axolotl.messages import MESSAGES, TemplateInverse, with_messages
+from star_dss_axolotl.messages import MESSAGES, with_messages
 from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.columns import SCORES_COLUMN, without_marks
+from star_dss_plugin.data.inverse import TemplateInverse
 from star_dss_plugin.data.provenance import provenance_of
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.options import StarDSSOptions

@@ -10,10 +10,11 @@ from datasets import Dataset, IterableDataset
 
 from star_dss_axolotl.args import options_of
 from star_dss_axolotl.media import media_rows
-from star_dss_axolotl.messages import TemplateInverse, with_messages
+from star_dss_axolotl.messages import with_messages
 from star_dss_axolotl.scoring import readers, score
 from star_dss_axolotl.streams import PackedStream, fitting
 from star_dss_plugin.data.chat import ChatTokenizer
+from star_dss_plugin.data.inverse import TemplateInverse
 from star_dss_plugin.data.media_rows import MediaRows
 from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.training.attach import set_up

@@ -349,7 +349,7 @@ def check_yaml(data: bytes) -> None:
 
 @functools.cache
 def _inverse():
-    from star_dss_axolotl.messages import TemplateInverse
+    from star_dss_plugin.data.inverse import TemplateInverse
 
     return TemplateInverse(tokenizer(), tokenizer().chat_template)
 

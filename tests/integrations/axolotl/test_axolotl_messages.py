@@ -11,9 +11,10 @@ from axolotl_runs import _light  # noqa: F401
 from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from star_dss_axolotl.messages import TemplateInverse, with_messages
+from star_dss_axolotl.messages import with_messages
 
 from star_dss_plugin.data.chat import ChatTokenizer
+from star_dss_plugin.data.inverse import TemplateInverse
 from star_dss_plugin.data.responses import find_responses
 from star_dss_plugin.data.tokenization import tokenize_row
 from star_dss_plugin.errors import DataError
