@@ -62,9 +62,9 @@ class StarDSSMixin(_Base):
         """Pack scored rows where the trainer is told to; `seq_lengths` says where they join."""
         return dataset
 
-    def conversations(self, rows: Dataset, chat: ChatTokenizer) -> tuple[Dataset, ChatTokenizer]:
-        """Return rows of a stream with their messages, and the templates that made their tokens."""
-        return rows, chat
+    def chat_of_streams(self, chat: ChatTokenizer) -> ChatTokenizer:
+        """Return the tokenizer with the templates that may have made a stream's tokens."""
+        return chat
 
     def pack_stream(self, stream: IterableDataset, buffer: int) -> Any:
         """Return what the trainer reads of a scored stream, if its packs are no rows themselves.
