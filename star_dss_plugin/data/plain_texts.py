@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from star_dss_plugin.data.chat import ChatTokenizer, Encoded, same_beginning, whole_text
-from star_dss_plugin.data.layout import Layout, Turn
-from star_dss_plugin.data.rendered import is_rendered, parsed_prompt
+from star_dss_plugin.data.layout import Layout, Turn, lay_out
+from star_dss_plugin.data.rendered import is_rendered, parsed_chat, parsed_prompt
 from star_dss_plugin.data.tokenized import Plan, Tokenized, joined_runs
 
 __all__ = ["of_text", "of_texts"]
@@ -53,14 +53,33 @@ def _plain_layout(
 ) -> Layout:
     """Return where a prompt's messages and a completion stand in their text."""
     k = len(source)
-    inner = _without_control(completion, chat)
-    begin, end = len(prompt) + inner[0], len(prompt) + inner[1]
-    whole = inner == (0, len(completion))
-    turn = Turn(k, len(prompt), ((begin, end),), whole, len(text))
+    turn = _rendered_turn(prompt, completion, source, chat)
+    if turn is None:
+        inner = _without_control(completion, chat)
+        begin, end = len(prompt) + inner[0], len(prompt) + inner[1]
+        turn = Turn(k, len(prompt), ((begin, end),), inner == (0, len(completion)), len(text))
     # What was said before is known as a whole, not where in the prompt.
     earlier = [m for m in range(k) if source[m]["role"] == "assistant"]
     turns = (*(Turn(m, 0, ((0, 0),), True, 0) for m in earlier), turn)
     return Layout(text, turns, tuple((0, len(prompt), m) for m in range(k)), None)
+
+
+def _rendered_turn(
+    prompt: str, completion: str, source: Sequence[Mapping[str, Any]], chat: ChatTokenizer
+) -> Turn | None:
+    """Return the turn of a completion with which a rendered prompt goes on; None if it is none.
+
+    So what the template writes within an answer, as around a thought, is none of its words.
+    """
+    text = (prompt + completion).rstrip()
+    messages = parsed_chat(text, chat) if is_rendered(prompt, chat) else None
+    if messages is None or messages[:-1] != list(source):
+        return None
+    rendered, layout = lay_out(chat, messages, {})
+    turn = layout.turns[-1] if layout is not None and layout.turns else None
+    if turn is None or turn.message != len(source) or not rendered.startswith(text):
+        return None
+    return turn if len(prompt) <= turn.words[0][0] and turn.words[-1][1] <= len(text) else None
 
 
 def _without_control(completion: str, chat: ChatTokenizer) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.inverse import TemplateInverse
 
-__all__ = ["is_rendered", "parsed_prompt"]
+__all__ = ["is_rendered", "parsed_chat", "parsed_prompt"]
 
 _inverses: WeakKeyDictionary[ChatTokenizer, TemplateInverse] = WeakKeyDictionary()
 
@@ -28,10 +28,17 @@ def is_rendered(text: str, chat: ChatTokenizer) -> bool:
 
 def parsed_prompt(prompt: str, chat: ChatTokenizer) -> list[dict[str, Any]] | None:
     """Return the messages of a rendered prompt; None if the template does not render it so."""
-    if not chat.source:
-        return None
+    return _inverse(chat).question(prompt) if chat.source else None
+
+
+def parsed_chat(text: str, chat: ChatTokenizer) -> list[dict[str, Any]] | None:
+    """Return the messages of a rendered chat; None if the template does not render it so."""
+    return _inverse(chat).messages(text) if chat.source else None
+
+
+def _inverse(chat: ChatTokenizer) -> TemplateInverse:
     if chat not in _inverses:
         _inverses[chat] = TemplateInverse(
             chat.tokenizer, chat.chat_template, chat.template_arguments
         )
-    return _inverses[chat].question(prompt)
+    return _inverses[chat]

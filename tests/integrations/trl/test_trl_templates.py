@@ -14,6 +14,7 @@ from star_dss_plugin.data.tokenization import read_row, tokenize_row
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.segmenters import tokens
 
+SAID = re.compile(r"apple|Sure!|dragon|ok\b|four\.|six\.|Two and two\.|Three and three\.|Oslo")
 TEMPLATES = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
 
 
@@ -96,6 +97,25 @@ def check_words(chat, talk, row, made, cut):
         for message in talk:
             if message["role"] == "user":
                 assert (message["content"] in before) == (message["content"] in context)
+
+
+def test_a_rendered_prompt_and_its_completion_are_read_without_residue(chat):
+    for talk in (*TALKS.values(), WITH_CALLS):
+        try:
+            text = chat.render(talk)
+            prompt = chat.render(talk[:-1], add_generation_prompt=True)
+        except DataError:
+            continue
+        if not text.startswith(prompt):
+            continue
+        row = {"prompt": prompt, "completion": text[len(prompt) :]}
+        made = tokenize_row(row, chat)
+        for response in find_responses({**row, **made}, chat, tokens, 5):
+            said = response.request.text
+            assert SAID.findall(said) == SAID.findall(row["completion"])
+            if not response.raw_context:
+                assert not chat.control.search(said)
+                assert "think>" not in said
 
 
 # As JSON, as XML (Qwen3.5, GLM, Nemotron) and in channels.
