@@ -156,7 +156,7 @@ def shaped_loss(
     weights: TokenWeights,
     num_items_in_batch: Tensor | int | None = None,
 ) -> ShapedLoss:
-    """Eq. (3) from per-token quantities, all shifted and of shape (batch, seq − 1).
+    """Compute Eq. (3) from per-token quantities, all shifted and of shape (batch, seq − 1).
 
     Args:
         logps: log π_θ(y_t), with gradients.

@@ -122,13 +122,13 @@ def require(module: str, extra: str, what: str, *, otherwise: str = "", load: bo
     raise ConfigError(f"{what} needs {module}, {why}. {install}{otherwise and '. ' + otherwise}")
 
 
-def shortened(value: Any, most: int = 60) -> str:
-    """Return a value as a message shows it: its `repr`, cut behind `most` characters.
+def shortened(value: Any) -> str:
+    """Return a value as a message shows it: its `repr`, cut behind 60 characters.
 
     A `repr` has no line breaks and no control characters.
     """
     text = repr(value)
-    return text if len(text) <= most else text[:most] + "…"
+    return text if len(text) <= 60 else text[:60] + "…"
 
 
 def json_mapping(name: str, value: Any) -> Any:

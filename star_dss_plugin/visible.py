@@ -67,9 +67,9 @@ def visible_line(text: str, most: int = 200) -> str:
     return shown[:most] + "…" if len(text) > most else shown
 
 
-def code(text: str, most: int = 200) -> str:
+def code(text: str) -> str:
     """Return text as a code span of Markdown, in which nothing is markup, in a table's cell too."""
-    plain = visible_line(text, most).replace("`", "'").replace("\\", "∖").replace("|", "\\|")
+    plain = visible_line(text).replace("`", "'").replace("\\", "∖").replace("|", "\\|")
     return f"`{plain.strip() or '-'}`"
 
 

@@ -34,7 +34,7 @@ __all__ = ["load_data", "main", "parse", "used_splits"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Trains from command-line arguments (default: those of the process).
+    """Train from command-line arguments (default: those of the process).
 
     Raises:
         StarDSSError: What was given, why it cannot work and what to change.

@@ -73,7 +73,7 @@ class StarDSSTrainer(StarDSSMixin, SFTTrainer):  # type: ignore[misc]
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any
     ) -> Any:
-        """TRL's preparation without its packing, which would drop the scores: see `pack`."""
+        """Prepare rows as TRL does, without its packing, which would drop scores: see `pack`."""
         if self._packs_late:
             name = str(rest[-1]) if rest else "train"
             if isinstance(dataset, Dataset):

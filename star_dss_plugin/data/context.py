@@ -66,7 +66,7 @@ class Reading:
 
 
 class RowReader:
-    """Reads the runs of one row.
+    """Read the runs of one row.
 
     Args:
         chat: The tokenizer and the template that made the tokens.

@@ -138,7 +138,7 @@ def _short(value: Any) -> str:
 
 
 def row_messages(row: Mapping[str, Any]) -> list[Message] | None:
-    """`source_messages` with each content as one string: see `text_of`."""
+    """Return `source_messages` with each content as one string: see `text_of`."""
     source = source_messages(row)
     return None if source is None else [text_message(m) for m in source]
 

@@ -167,7 +167,7 @@ def _plain_bytes(array: pa.Array) -> int:
 
 
 class _Room:
-    """Counts what files hold, up to what they may."""
+    """Count what files hold, up to what they may."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._name = str(paths[0]) if len(paths) == 1 else str(paths[0].parent)

@@ -50,7 +50,7 @@ class Response:
 
 
 def tokens_of(row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
-    """`input_ids` and `labels` of a row.
+    """Return `input_ids` and `labels` of a row.
 
     Raises:
         DataError: One of them is no list of integers, they differ in length, or a label is not its
@@ -88,7 +88,7 @@ def _integers(row: Mapping[str, Any], column: str) -> list[int]:
 
 
 def runs(labels: Sequence[int]) -> Runs:
-    """Maximal runs [start, end) of labels other than -100."""
+    """Return the maximal runs [start, end) of labels other than -100."""
     trained = np.asarray([IGNORE_INDEX, *labels, IGNORE_INDEX]) != IGNORE_INDEX
     edges = np.flatnonzero(trained[1:] != trained[:-1]).tolist()
     return list(zip(edges[::2], edges[1::2], strict=True))
@@ -101,7 +101,7 @@ def find_responses(
     chunk_size: int,
     made: Tokenized | None = None,
 ) -> list[Response]:
-    """All responses of a tokenized row.
+    """Return all responses of a tokenized row.
 
     Args:
         row: `input_ids` and `labels`, and if known the messages (`messages`, or `prompt` and

@@ -1,10 +1,10 @@
 """Compute label probabilities with a model in this process, with each shared prefix run once.
 
 Head, trunks and tails (`tree.py`) run one after the other. Each attends to the stored keys and
-values of what precedes it (`attention.py`), at its true positions. Each query meets the same keys
-and values as in a pass over its whole prompt, so the result equals that pass up to rounding,
-however the tokenizer merges characters at a boundary. Models for which this does not hold
-(`trial.py`) get one pass per prompt, and a warning gives the reason.
+values of what precedes it (`passes.py`, `attention.py`), at its true positions. Each query meets
+the same keys and values as in a pass over its whole prompt, so the result equals that pass up to
+rounding, however the tokenizer merges characters at a boundary. Models for which this does not
+hold (`trial.py`) get one pass per prompt, and a warning gives the reason.
 """
 
 from __future__ import annotations
@@ -17,16 +17,28 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from star_dss_plugin.engines.shared_prefix.attention import KeysValues, Pass, Prefix, running
+from star_dss_plugin.engines.shared_prefix.attention import KeysValues, Pass, running
+from star_dss_plugin.engines.shared_prefix.passes import (
+    first_tokens,
+    padded,
+    rows_behind,
+    tails_behind,
+)
 from star_dss_plugin.engines.shared_prefix.recording import blocks_of, recording
 from star_dss_plugin.engines.shared_prefix.savings import LastLayer, OneDnnLinear
-from star_dss_plugin.engines.shared_prefix.tree import Tail, Tree, batched, common_length, grow
+from star_dss_plugin.engines.shared_prefix.tree import (
+    Tail,
+    Tree,
+    common_length,
+    first_batch,
+    grow,
+)
 from star_dss_plugin.engines.shared_prefix.trial import fixed_rope_length, why_not
 from star_dss_plugin.engines.shared_prompts import SharedPrompts
 from star_dss_plugin.errors import DataError, GuardError
@@ -39,6 +51,9 @@ their memory is returned to the system and allocated again in every layer.
 """
 
 logger = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
 
 
 class LocalEngine:
@@ -124,14 +139,8 @@ class LocalEngine:
             whole = self._plain_path_reason is not None or (
                 max(map(len, sequences), default=0) > self._fixed_rope_length
             )
-            training = [module for module in self.model.modules() if module.training]
-            self.model.train(False)
-            try:
-                with self._computing():
-                    return self._states(sequences, positions, blocks, whole)
-            finally:
-                for module in training:
-                    module.training = True
+            with self._computing():
+                return self._states(sequences, positions, blocks, whole)
 
     def _states(
         self,
@@ -145,37 +154,33 @@ class LocalEngine:
         first = min((min(read) for read in positions), default=0)
         start = 0 if whole or len(rows) < 2 else min(common_length(rows), first)
         head = self._run_head(rows[0][:start]) if start else {}
+
+        def run(batch: list[int]) -> dict[int, Tensor]:
+            with recording(self.model, blocks) as kept:
+                self._run_rows([rows[i][start:] for i in batch], start, head, whole)
+            return kept
+
         found: dict[int, Tensor] = {}
-        left = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
-        while left:
-            run = left[next(batched([len(rows[i]) - start for i in left], self._budget))]
-            if len(rows[run[-1]]) > self._fixed_rope_length:
-                run = run[:1]
-            try:
-                with recording(self.model, blocks) as kept:
-                    self._run_rows([rows[i][start:] for i in run], start, head, whole)
-            except torch.OutOfMemoryError:
-                self._halve(len(run))
-                continue
-            for row, i in enumerate(run):
+        ordered = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        for batch, kept in self._in_batches(
+            ordered, run, lambda i: len(rows[i]) - start, lambda i: len(rows[i])
+        ):
+            for row, i in enumerate(batch):
                 at = [position - start for position in positions[i]]
                 found[i] = torch.stack([kept[b][row, at].float().cpu() for b in blocks], dim=1)
-            left = left[len(run) :]
         return [found[i] for i in range(len(rows))]
 
     def _run_rows(
         self, rows: Sequence[Sequence[int]], start: int, head: KeysValues, whole: bool
     ) -> None:
         """Run rows behind a head of `start` tokens, without keeping anything."""
-        ids, real = self._padded(rows, left=False)
-        if whole:
-            last = {"logits_to_keep": 1} if "logits_to_keep" in self._parameters else {}
-            self.model(ids, attention_mask=real.long(), use_cache=False, **last)
-            self.computed_tokens += ids.numel()
+        if not whole:
+            self._forward(*rows_behind(rows, start, head, self.model.device))
             return
-        position = (start + torch.arange(ids.shape[1], device=ids.device)).expand_as(ids)
-        depths = torch.full((len(rows),), start, device=ids.device)
-        self._forward(ids, Pass(position, real, [Prefix([head], start, depths)] if head else []))
+        ids, real = padded(rows, self.model.device)
+        last = {"logits_to_keep": 1} if "logits_to_keep" in self._parameters else {}
+        self.model(ids, attention_mask=real.long(), use_cache=False, **last)
+        self.computed_tokens += ids.numel()
 
     def close(self) -> None:
         """See `Engine.close`."""
@@ -196,32 +201,31 @@ class LocalEngine:
         # defaults.
         counts = [len(trees[i].tails) if i in trees else 0 for i in range(len(groups))]
         rows = [torch.empty(n, len(label_ids), dtype=torch.float32, device="cpu") for n in counts]
-        training = [module for module in self.model.modules() if module.training]
-        self.model.train(False)
-        try:
-            with self._computing():
-                path = self._whole(trees) if whole else self._shared(trees, head)
-                for batch, logprobs in path:
-                    picked = logprobs[:, list(label_ids)].cpu()
-                    for tail, values in zip(batch, picked, strict=True):
-                        rows[tail.group][tail.row] = values
-        finally:
-            for module in training:
-                module.training = True
+        with self._computing():
+            for batch, logprobs in self._whole(trees) if whole else self._shared(trees, head):
+                picked = logprobs[:, list(label_ids)].cpu()
+                for tail, values in zip(batch, picked, strict=True):
+                    rows[tail.group][tail.row] = values
         return [
             rows[i][list(trees[i].row_of)] if i in trees else rows[i] for i in range(len(groups))
         ]
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
-        """Compute in the guard's dtype, without gradients, by the fastest kernels."""
+        """Compute in eval mode and the guard's dtype, without gradients, by the fastest kernels."""
         device = self.model.device.type
-        with (
-            torch.inference_mode(),
-            torch.autocast(device, enabled=False),
-            OneDnnLinear() if device == "cpu" else nullcontext(),
-        ):
-            yield
+        training = [module for module in self.model.modules() if module.training]
+        self.model.train(False)
+        try:
+            with (
+                torch.inference_mode(),
+                torch.autocast(device, enabled=False),
+                OneDnnLinear() if device == "cpu" else nullcontext(),
+            ):
+                yield
+        finally:
+            for module in training:
+                module.training = True
 
     def _whole(self, trees: dict[int, Tree]) -> Iterator[tuple[list[Tail], Tensor]]:
         """Yield batches of whole prompts and their log-probabilities (the plain path)."""
@@ -234,7 +238,7 @@ class LocalEngine:
                 [trees[t.group].trunk[: t.shared] + t.tokens for t in batch]
             )
 
-        yield from self._in_batches(tails, logprobs, _prompt_length)
+        yield from self._in_batches(tails, logprobs, _prompt_length, _prompt_length)
 
     def _shared(
         self, trees: dict[int, Tree], head_length: int
@@ -246,15 +250,12 @@ class LocalEngine:
         some = next(iter(trees.values()), None)
         head = self._run_head(some.trunk[:head_length] if some else ())
         ordered = sorted(trees.values(), key=lambda tree: len(tree.trunk))
-        while ordered:
-            lengths = [len(tree.trunk) - head_length for tree in ordered]
-            run = ordered[next(batched(lengths, self._budget))]
-            try:
-                trunks = self._run_trunks(run, head_length, head)
-            except torch.OutOfMemoryError:
-                self._halve(len(run))
-                continue
-            ordered = ordered[len(run) :]
+        for run, trunks in self._in_batches(
+            ordered,
+            lambda batch: self._run_trunks(batch, head_length, head),
+            lambda tree: len(tree.trunk) - head_length,
+            lambda tree: len(tree.trunk),
+        ):
             tails = [
                 tail
                 for tree in run
@@ -262,19 +263,20 @@ class LocalEngine:
             ]
 
             def logprobs(batch: list[Tail], trunks: dict[int, KeysValues] = trunks) -> Tensor:
-                return self._tail_logprobs(batch, head_length, head, trunks)
+                """Return log-probabilities after B tails, shape (B, vocabulary)."""
+                ids, current = tails_behind(batch, head_length, head, trunks, self.model.device)
+                return self._forward(ids, current).float().log_softmax(-1)
 
-            yield from self._in_batches(tails, logprobs, lambda tail: len(tail.tokens))
+            yield from self._in_batches(
+                tails, logprobs, lambda tail: len(tail.tokens), _prompt_length
+            )
 
     def _run_head(self, tokens: tuple[int, ...]) -> KeysValues:
         """Return keys and values of the head; an unchanged head is not computed again."""
         if self._head[0] != tokens:
             kept: KeysValues = {}
             if tokens:
-                ids = torch.tensor([tokens], device=self.model.device)
-                position = torch.arange(len(tokens), device=ids.device)[None]
-                real = torch.ones_like(ids, dtype=torch.bool)
-                self._forward(ids, Pass(position, real, kept=kept))
+                self._forward(*rows_behind([tokens], 0, {}, self.model.device, kept))
             self._head = (tokens, kept)
         return self._head[1]
 
@@ -283,60 +285,19 @@ class LocalEngine:
     ) -> dict[int, KeysValues]:
         """Return the keys and values of each tree's trunk behind the head, by group."""
         rest = [tree.trunk[head_length:] for tree in trees]
-        longest = max(map(len, rest))
         groups = [tree.tails[0].group for tree in trees]
-        if longest == 0:
+        if not any(rest):
             return {group: {} for group in groups}
-        ids, real = self._padded(rest, left=False)
-        position = (head_length + torch.arange(longest, device=ids.device)).expand_as(ids)
-        prefixes = []
-        if head:
-            depths = torch.full((len(rest),), head_length, device=ids.device)
-            prefixes = [Prefix([head], head_length, depths)]
         kept: KeysValues = {}
-        self._forward(ids, Pass(position, real, prefixes, kept))
+        self._forward(*rows_behind(rest, head_length, head, self.model.device, kept))
         return {
-            group: _first_tokens(kept, len(tokens), row)
+            group: first_tokens(kept, len(tokens), row)
             for row, (group, tokens) in enumerate(zip(groups, rest, strict=True))
         }
 
-    def _tail_logprobs(
-        self, batch: list[Tail], head_length: int, head: KeysValues, trunks: dict[int, KeysValues]
-    ) -> Tensor:
-        """Return log-probabilities after B tails, shape (B, vocabulary).
-
-        Tails of one group must be neighbours. They are padded on the left, so that all end in the
-        last column, which is the only one projected to the vocabulary.
-        """
-        ids, real = self._padded([t.tokens for t in batch], left=True)
-        shared = torch.tensor([[t.shared] for t in batch], device=ids.device)
-        length = real.sum(1, keepdim=True)
-        slot = torch.arange(ids.shape[1], device=ids.device)
-        # Padding is masked, but a table of learned positions has no negative entries.
-        position = (shared + slot - ids.shape[1] + length).clamp(min=0)
-        prefixes, first = [], 0
-        while first < len(batch):
-            group = batch[first].group
-            rows = sum(t.group == group for t in batch[first:])
-            deepest = max(t.shared for t in batch[first : first + rows])
-            parts = [part for part in (head, trunks[group]) if part]
-            parts = (
-                [_first_tokens(parts[0], deepest)]
-                if len(parts) == 1
-                else [
-                    *parts[:1],
-                    *(_first_tokens(part, deepest - head_length) for part in parts[1:]),
-                ]
-            )
-            prefixes.append(Prefix(parts, deepest, shared[first : first + rows, 0]))
-            first += rows
-        if max(t.shared for t in batch) == 0:
-            prefixes = []
-        return self._forward(ids, Pass(position, real, prefixes)).float().log_softmax(-1)
-
     def _whole_logprobs(self, batch: Sequence[tuple[int, ...]]) -> Tensor:
         """Return log-probabilities after B whole prompts, shape (B, vocabulary)."""
-        ids, real = self._padded(batch, left=False)
+        ids, real = padded(batch, self.model.device)
         ends = real.sum(1) - 1
         columns, which = ends.unique(return_inverse=True)
         inputs: dict[str, Any] = {"attention_mask": real.long()}
@@ -373,35 +334,33 @@ class LocalEngine:
             ).logits[:, -1]
         return found
 
-    def _padded(self, rows: Sequence[Sequence[int]], *, left: bool) -> tuple[Tensor, Tensor]:
-        """Return padded token ids and a mask that is False on padding, both (rows, longest)."""
-        longest = max(map(len, rows))
-        ids = torch.zeros(len(rows), longest, dtype=torch.long, device="cpu")
-        real = torch.zeros(len(rows), longest, dtype=torch.bool, device="cpu")
-        for i, tokens in enumerate(rows):
-            where = slice(longest - len(tokens), longest) if left else slice(0, len(tokens))
-            ids[i, where] = torch.tensor(tokens, dtype=torch.long, device="cpu")
-            real[i, where] = True
-        return ids.to(self.model.device), real.to(self.model.device)
-
     def _in_batches(
         self,
-        tails: list[Tail],
-        run: Callable[[list[Tail]], Tensor],
-        size: Callable[[Tail], int],
-    ) -> Iterator[tuple[list[Tail], Tensor]]:
-        """Run tails in their order, as many of some size as the token budget allows at a time."""
-        left = tails
+        items: Sequence[Item],
+        run: Callable[[list[Item]], Found],
+        computed: Callable[[Item], int],
+        length: Callable[[Item], int],
+    ) -> Iterator[tuple[list[Item], Found]]:
+        """Run items in their order, as many at a time as memory allows; yield each batch's result.
+
+        Args:
+            items: What is run.
+            run: Runs a batch of them.
+            computed: Returns the number of tokens that an item computes.
+            length: Returns the number of its tokens, with those that are stored. Items whose
+                rotary frequencies change with the batch run alone.
+        """
+        left = list(items)
         while left:
-            batch = left[next(batched([size(t) for t in left], self._budget))]
-            if max(map(_prompt_length, batch)) > self._fixed_rope_length:
+            batch = left[: first_batch([computed(item) for item in left], self._budget)]
+            if max(map(length, batch)) > self._fixed_rope_length:
                 batch = batch[:1]
             try:
-                logprobs = run(batch)
+                found = run(batch)
             except torch.OutOfMemoryError:
                 self._halve(len(batch))
                 continue
-            yield batch, logprobs
+            yield batch, found
             left = left[len(batch) :]
 
     @property
@@ -455,9 +414,3 @@ def _head_length(trees: Sequence[Tree]) -> int:
         common_length([tree.trunk for tree in trees]),
         *(tail.shared for tree in trees for tail in tree.tails),
     )
-
-
-def _first_tokens(part: KeysValues, tokens: int, row: int = 0) -> KeysValues:
-    """Return the keys and values of the first tokens of one row."""
-    rows = slice(row, row + 1)
-    return {layer: (k[rows, :, :tokens], v[rows, :, :tokens]) for layer, (k, v) in part.items()}

@@ -71,7 +71,7 @@ class Calibration:
     calibrated: Quality
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON values; `calibration` is what goes into the guard's mapping."""
+        """Return JSON values; `calibration` is what goes into the guard's mapping."""
         values = asdict(self)
         return {
             "guard": self.guard,
@@ -81,7 +81,7 @@ class Calibration:
 
 
 def labelled_rows(dataset: Dataset) -> tuple[list[list[Message]], list[int]]:
-    """Conversations and their labels (1 safe, 0 harmful); rows without a label are left out.
+    """Return conversations and their labels (1 safe, 0 harmful); rows without one are left out.
 
     Raises:
         DataError: Columns are missing, a label is neither, or there are too few of a kind.
@@ -131,7 +131,7 @@ def labelled_rows(dataset: Dataset) -> tuple[list[list[Message]], list[int]]:
 def fit_guard(
     guard: Guard, conversations: Sequence[Sequence[Message]], labels: Sequence[int]
 ) -> tuple[Calibration, list[float]]:
-    """Scores whole responses and fits; also returns the raw scores.
+    """Score whole responses and fit; return the raw scores, too.
 
     Raises:
         ConfigError: The guard is calibrated already.
@@ -166,7 +166,7 @@ def fit_guard(
 
 
 def fit(scores: Sequence[float], labels: Sequence[int]) -> tuple[float, float]:
-    """T and θ of greatest likelihood, by Newton's method on a convex function of two numbers.
+    """Return T and θ of greatest likelihood, by Newton's method on a convex function.
 
     Args:
         scores: P(safe) in [0, 1].
@@ -214,7 +214,7 @@ def fit(scores: Sequence[float], labels: Sequence[int]) -> tuple[float, float]:
 
 
 def quality(scores: Sequence[float], labels: Sequence[int]) -> Quality:
-    """Brier score, AUROC, F1 and reliability of P(safe) against labels (1 safe, 0 harmful)."""
+    """Return Brier score, AUROC, F1 and reliability of P(safe); labels are 1 safe, 0 harmful."""
     p, y = np.asarray(scores, dtype=np.float64), np.asarray(labels)
     # Ties count half: the mean rank of equal scores.
     _, inverse, counts = np.unique(p, return_inverse=True, return_counts=True)

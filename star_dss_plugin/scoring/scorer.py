@@ -1,4 +1,4 @@
-"""Rows to `star_scores`: every prefix of every response is scored once, and remembered.
+"""Score rows: every prefix of every response is scored once, and remembered.
 
 The guard is asked only for what the cache does not hold. Batches depend on the data alone, so a run
 that was killed and started again gives, byte for byte, what an undisturbed run gives.
@@ -6,17 +6,7 @@ that was killed and started again gives, byte for byte, what an undisturbed run 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from star_dss_plugin.guards.base import Guard
-from star_dss_plugin.guards.loading import load_guard
-from star_dss_plugin.guards.spec import missing_guard
-
-if TYPE_CHECKING:
-    from star_dss_plugin.options import ScoringOptions
-
-import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +15,7 @@ import numpy as np
 import torch
 import transformers
 from datasets import Dataset, List, Value
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from star_dss_plugin._version import __version__
@@ -39,7 +30,10 @@ from star_dss_plugin.data.responses import Response
 from star_dss_plugin.data.row_responses import RowOptions, read_responses
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.guards.adaptive import adaptive
+from star_dss_plugin.guards.base import Guard
+from star_dss_plugin.guards.loading import load_guard
 from star_dss_plugin.guards.probing.guard import probing
+from star_dss_plugin.guards.spec import missing_guard
 from star_dss_plugin.options import ScoringOptions
 from star_dss_plugin.plugins import load_plugins
 from star_dss_plugin.scoring.guard_statistics import attempt_notes, label_mass, member_notes
@@ -48,7 +42,7 @@ from star_dss_plugin.scoring.ranks import ALONE, Share
 
 __all__ = ["PoolRows", "guard_of", "pool_rows", "score_dataset", "versions"]
 
-logger = logging.getLogger(__name__)
+_SCORES = List(Value("float32"))
 
 
 @dataclass
@@ -193,13 +187,14 @@ def score_dataset(
         )
     provenance["guard_errors"] = sum(key in asking.failed for key in keys)
     provenance["tokenizer"] = str(tokenizer.name_or_path)  # reports decode tokens with it
-    scored = _with_columns(dataset, rows, trajectories, provenance)
+    scored = with_column(dataset, SCORES_COLUMN, _scores(rows, trajectories), _SCORES)
+    write_note(scored, "scores", provenance)
     if learns:
-        scored = with_column(scored, ASKED_COLUMN, _marks(rows, trajectories), List(Value("bool")))
+        scored = with_column(scored, ASKED_COLUMN, _asked(rows, trajectories), List(Value("bool")))
     columns = [SCORES_COLUMN]
     for name, found in (asking.members if per_guard else {}).items():
         columns.append(f"{SCORES_COLUMN}_{name}")
-        scored = with_column(scored, columns[-1], _columns(rows, found), List(Value("float32")))
+        scored = with_column(scored, columns[-1], _scores(rows, found), _SCORES)
     bind_rows(scored, columns)
     return scored
 
@@ -267,44 +262,35 @@ def versions() -> dict[str, str]:
     }
 
 
-def _with_columns(
-    dataset: Dataset,
+def _scores(rows: list[_Row], trajectories: Mapping[str, Trajectory]) -> list[Any]:
+    """Return one float32 array per row: each token's score."""
+    return _per_token(rows, trajectories, np.float32, lambda found: found.scores)
+
+
+def _asked(rows: list[_Row], trajectories: Mapping[str, Trajectory]) -> list[Any]:
+    """Return one array per row: whether the guard itself gave each token's score."""
+    return _per_token(
+        rows, trajectories, bool, lambda found: found.asked or [True] * len(found.scores)
+    )
+
+
+def _per_token(
     rows: list[_Row],
     trajectories: Mapping[str, Trajectory],
-    provenance: dict[str, Any],
-) -> Dataset:
-    scores = _columns(rows, trajectories)
-    dataset = with_column(dataset, SCORES_COLUMN, scores, List(Value("float32")))
-    write_note(dataset, "scores", provenance)
-    return dataset
-
-
-def _columns(rows: list[_Row], trajectories: Mapping[str, Trajectory]) -> list[Any]:
-    """Return one float32 array per row: each token's score."""
-    scores = []
+    dtype: type,
+    values: Callable[[Trajectory], Sequence[float]],
+) -> list[Any]:
+    """Return one array per row: each chunk's value at all of its tokens, and 1 elsewhere."""
+    columns = []
     for row in rows:
-        column = np.ones(row.length, dtype=np.float32)
+        column: NDArray[Any] = np.ones(row.length, dtype=dtype)
         for key, response in zip(row.keys, row.responses, strict=True):
             start = response.start
-            for end, score in zip(response.chunk_ends, trajectories[key].scores, strict=True):
-                column[start:end] = score
+            for end, value in zip(response.chunk_ends, values(trajectories[key]), strict=True):
+                column[start:end] = value
                 start = end
-        scores.append(column)
-    return scores
-
-
-def _marks(rows: list[_Row], trajectories: Mapping[str, Trajectory]) -> list[Any]:
-    """Return one array per row: whether the guard itself gave each token's score."""
-    marks = []
-    for row in rows:
-        column = np.ones(row.length, dtype=bool)
-        for key, response in zip(row.keys, row.responses, strict=True):
-            asked, start = trajectories[key].asked, response.start
-            for k, end in enumerate(response.chunk_ends):
-                column[start:end] = asked is None or asked[k]
-                start = end
-        marks.append(column)
-    return marks
+        columns.append(column)
+    return columns
 
 
 def guard_of(options: ScoringOptions) -> Guard:

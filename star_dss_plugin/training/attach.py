@@ -23,7 +23,7 @@ from star_dss_plugin.training.known_rows import KnownRows
 from star_dss_plugin.training.late import Carriers, scored_collator
 from star_dss_plugin.training.mixin import StarDSSMixin
 from star_dss_plugin.training.prepare import DatasetSummary
-from star_dss_plugin.training.reference import choose_reference
+from star_dss_plugin.training.reference_choice import choose_reference
 from star_dss_plugin.training.reference_column import reference_means
 from star_dss_plugin.training.sharding import Ranks, runnable
 from star_dss_plugin.training.state import StarDSSState

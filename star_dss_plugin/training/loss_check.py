@@ -27,6 +27,7 @@ from star_dss_plugin.training.plain import (
 
 if TYPE_CHECKING:
     from star_dss_plugin.training.state import StarDSSState
+from star_dss_plugin.training.step import policy_of
 
 __all__ = ["check_loss"]
 
@@ -46,7 +47,7 @@ def check_loss(trainer: Any, active: StarDSSState, dataloader: Any) -> None:
     Raises:
         StarDSSError: They differ, or the trainer's batches or outputs lack what the loss needs.
     """
-    policy = trainer._policy(trainer.model)
+    policy = policy_of(trainer, trainer.model)
     row = _shortest_row(dataloader.dataset, active.options.stream_buffer)
     there = active.ranks.gather(row is not None)
     if row is None or not all(there):
@@ -79,7 +80,7 @@ def check_loss(trainer: Any, active: StarDSSState, dataloader: Any) -> None:
                     plain = plain_terms(active, trainer, policy, batch, reference)
                 # Tensor parallelism splits the head, too, and gives whole logits.
                 whole = active.ranks.alike > 1 or not any(sharded_heads)
-                if not whole and not trainer._host_wants_loss_alone():
+                if not whole and not trainer.host_leaves_logits_alone():
                     raise unit_of_its_own(
                         "gives a wrong loss, with or without STAR-DSS, in trainers that read the "
                         "head's weight outside of its forward pass, as TRL's do"
@@ -130,7 +131,7 @@ def _base_beyond_cross_entropy(
     auxiliary = _has_auxiliary_loss(trainer)
     length = batch["labels"].shape[1]
     words_alone = set(batch) <= {"input_ids", "labels", "attention_mask", *TOKEN_COLUMNS}
-    if trainer._host_wants_loss_alone() and length > _WINDOW and words_alone and not auxiliary:
+    if trainer.host_leaves_logits_alone() and length > _WINDOW and words_alone and not auxiliary:
         first = int((batch["labels"][0, 1:] != IGNORE_INDEX).nonzero()[0])
         part = slice(first, first + _WINDOW)
         batch = {name: batch[name][:1, part] for name in ("input_ids", "labels")}
@@ -181,7 +182,7 @@ def _probes(labels: Tensor) -> list[Tensor]:
 
 def _has_auxiliary_loss(trainer: Any) -> bool:
     """Return whether a load-balancing loss (mixture of experts) is part of the model's loss."""
-    config = trainer._policy(trainer.model).config.get_text_config()
+    config = policy_of(trainer, trainer.model).config.get_text_config()
     return bool(getattr(config, "output_router_logits", False))
 
 

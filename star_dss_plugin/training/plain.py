@@ -18,6 +18,7 @@ from star_dss_plugin.training.head import Projection, States, causal_lm, from_lo
 
 if TYPE_CHECKING:
     from star_dss_plugin.training.state import StarDSSState
+from star_dss_plugin.training.step import policy_of
 
 __all__ = [
     "Plain",
@@ -133,7 +134,7 @@ def reference_of(
 
     with trainer.accelerator.autocast():
         call = trainer.model_wrapped if active.sharded else None
-        policy = trainer._policy(trainer.model)
+        policy = policy_of(trainer, trainer.model)
         found: Tensor | States = active.reference.run(policy, batch, function, call=call)
         return found
 

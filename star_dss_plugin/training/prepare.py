@@ -120,7 +120,7 @@ def prepare_dataset(
     guard: Guard | None = None,
     part: bool = False,
 ) -> tuple[Dataset, DatasetSummary]:
-    """Scores a tokenized data set, unless it is scored already, and checks the scores.
+    """Score a tokenized data set, unless it is scored already, and check the scores.
 
     Args:
         dataset: With `input_ids` and `labels`.
@@ -232,7 +232,7 @@ def asks_guard(options: StarDSSOptions, name: str) -> bool:
 
 
 def _fit_scores(dataset: Dataset, name: str, max_length: int | None, mode: str | None) -> Dataset:
-    """Cuts a `star_scores` column as the trainer cut the tokens, and checks it row by row."""
+    """Cut a `star_scores` column as the trainer cut the tokens, and check it row by row."""
     column, changed = [], False
     for i, row in enumerate(plain_rows(dataset, ["input_ids", SCORES_COLUMN])):
         length, scores = len(row["input_ids"]), row[SCORES_COLUMN]

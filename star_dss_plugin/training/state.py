@@ -71,3 +71,7 @@ class StarDSSState:
     def needs_distributions(self) -> bool:
         """Whether the KL term is computed over the whole vocabulary."""
         return self.options.kl_estimator == "full" and self.reference.kind != "none"
+
+    def stream_of(self, dataset: Any) -> ScoredStream | None:
+        """Return the stream whose rows a data set gives; None if it is none of them."""
+        return next((stream for stream in self.streams if stream.dataset is dataset), None)

@@ -46,7 +46,7 @@ Advance = Callable[[], None]
 
 
 def aligned_start() -> tuple[Any, PreTrainedTokenizerBase]:
-    """SmolLM2-135M-Instruct that declines harmful requests, and its tokenizer.
+    """Return SmolLM2-135M-Instruct that declines harmful requests, and its tokenizer.
 
     The model as published answers most of them. `scripts/make_aligned_adapter.py` made the adapter,
     which is merged, so that the result is a plain model with something to lose.

@@ -6,14 +6,14 @@ responses begin with the same policy text. After the split, every token is compu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from star_dss_plugin.engines import shared_prompts
 from star_dss_plugin.engines.shared_prompts import SharedPrompts
 
-__all__ = ["Tail", "Tree", "batched", "common_length", "grow"]
+__all__ = ["Tail", "Tree", "common_length", "first_batch", "grow"]
 
 
 @dataclass(frozen=True)
@@ -113,19 +113,17 @@ def common_length(sequences: Sequence[tuple[int, ...]]) -> int:
     return shared_prompts.common_length(min(sequences), max(sequences))
 
 
-def batched(lengths: Sequence[int], budget: int) -> Iterator[slice]:
-    """Yield consecutive runs whose padded size, number times longest, is at most `budget`.
+def first_batch(lengths: Sequence[int], budget: int) -> int:
+    """Return how many first items run together: their number times the longest is the size.
 
-    A run also ends where another item would make more than 3 % (and 64 tokens) of it padding.
+    The size is at most `budget`, unless one item alone is larger. At most 3 % of it (and 64 tokens)
+    may be padding.
     """
-    start = 0
-    while start < len(lengths):
-        end, longest, total = start, 0, 0
-        while end < len(lengths):
-            widest, sum_with = max(longest, lengths[end]), total + lengths[end]
-            padded = widest * (end - start + 1)
-            if end > start and (padded > budget or padded - sum_with > max(64, 0.03 * padded)):
-                break
-            longest, total, end = widest, sum_with, end + 1
-        yield slice(start, end)
-        start = end
+    count = longest = total = 0
+    for length in lengths:
+        widest, sum_with = max(longest, length), total + length
+        size = widest * (count + 1)
+        if count and (size > budget or size - sum_with > max(64, 0.03 * size)):
+            break
+        longest, total, count = widest, sum_with, count + 1
+    return count

@@ -12,7 +12,6 @@ import datetime as dt
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import TemplateError
@@ -22,6 +21,7 @@ from star_dss_plugin.data.requests import Message
 from star_dss_plugin.engines.shared_prompts import SharedPrompts
 from star_dss_plugin.errors import ConfigError, GuardError
 from star_dss_plugin.guards.prompting.content import ContentTokenizer, without_surrogates
+from star_dss_plugin.guards.prompting.trimming import Trim, trim_of
 
 __all__ = ["PINNED_DATE", "GuardTemplate"]
 
@@ -33,55 +33,6 @@ _MARK = "\ue0f0{}\ue0f1"  # private-use characters, which no template searches f
 _MARKS = re.compile("\ue0f0([0-9]+)\ue0f1")
 
 
-@dataclass(frozen=True)
-class _Trim:
-    """What a template cuts off a message.
-
-    Attributes:
-        left: Whether at its beginning.
-        right: Whether at its end.
-        characters: What is cut off; None: white space.
-    """
-
-    left: bool = False
-    right: bool = False
-    characters: str | None = None
-
-    def __call__(self, text: str) -> str:
-        text = text.lstrip(self.characters) if self.left else text
-        return text.rstrip(self.characters) if self.right else text
-
-    def prefixes(self, text: str, ends: Sequence[int]) -> tuple[str, list[int]]:
-        """Return a text cut at its beginning, and where each of its prefixes ends in that.
-
-        Args:
-            text: Any text.
-            ends: Of prefixes in characters of `text`, ascending.
-        """
-        shown = text.lstrip(self.characters) if self.left else text
-        cuts: list[int] = []
-        reached = 0
-        for end in ends:
-            cut = max(0, end - len(text) + len(shown))
-            before, reached = reached, cut
-            if self.right:
-                # What lies before the previous prefix's end was looked at with that.
-                cut = before + len(shown[before:cut].rstrip(self.characters))
-                if cut == before:
-                    cut = cuts[-1] if cuts else 0
-            cuts.append(cut)
-        return shown, cuts
-
-
-_TRIMS = (  # in the order of how much they remove
-    _Trim(),
-    _Trim(left=True, characters="\n"),
-    _Trim(right=True, characters="\n"),
-    _Trim(left=True, right=True, characters="\n"),
-    _Trim(left=True),
-    _Trim(right=True),
-    _Trim(left=True, right=True),
-)
 _PROBE = (
     {"role": "user", "content": "What's 2 + 2?\nBriefly, please (no steps)."},
     {"role": "assistant", "content": "It is 4.\n\nÇa va? 👍 Done."},
@@ -273,13 +224,14 @@ class GuardTemplate:
             _MARK.format(0)
         )[-1]
 
-    def _trim_of(self, role: str) -> _Trim:
+    def _trim_of(self, role: str) -> Trim:
         """Return the trimming that the template applies to the messages of a role."""
-        lines = "\n" * 9  # more than any template adds around a message
-        padded = f"{lines}\t \n{_MARK.format(0)}\n \t{lines}"
-        messages = [{**m, "content": padded} if m["role"] == role else m for m in _PROBE]
-        rendered = self.render(messages)
-        return next((trim for trim in _TRIMS if trim(padded) in rendered), _TRIMS[-1])
+
+        def shown(content: str) -> str:
+            turns = [{**m, "content": content} if m["role"] == role else m for m in _PROBE]
+            return self.render(turns)
+
+        return trim_of(shown, _MARK.format(0))
 
     def _pinned_date(self, call: re.Match[str]) -> str:
         # Replaced in the template's text, as transformers 5.23 no longer passes functions to

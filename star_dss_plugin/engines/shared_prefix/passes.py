@@ -1,0 +1,94 @@
+"""Lay rows of tokens out as forward passes behind stored keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from star_dss_plugin.engines.shared_prefix.attention import KeysValues, Pass, Prefix
+from star_dss_plugin.engines.shared_prefix.tree import Tail
+
+__all__ = ["first_tokens", "padded", "rows_behind", "tails_behind"]
+
+
+def padded(
+    rows: Sequence[Sequence[int]], device: torch.device, *, left: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return padded token ids and a mask that is False on padding, both (rows, longest)."""
+    longest = max(map(len, rows))
+    ids = torch.zeros(len(rows), longest, dtype=torch.long, device="cpu")
+    real = torch.zeros(len(rows), longest, dtype=torch.bool, device="cpu")
+    for i, tokens in enumerate(rows):
+        where = slice(longest - len(tokens), longest) if left else slice(0, len(tokens))
+        ids[i, where] = torch.tensor(tokens, dtype=torch.long, device="cpu")
+        real[i, where] = True
+    return ids.to(device), real.to(device)
+
+
+def rows_behind(
+    rows: Sequence[Sequence[int]],
+    head_length: int,
+    head: KeysValues,
+    device: torch.device,
+    kept: KeysValues | None = None,
+) -> tuple[Tensor, Pass]:
+    """Return token ids and the pass of rows that all follow one head.
+
+    Args:
+        rows: Token ids behind the head.
+        head_length: Number of the head's tokens.
+        head: Its keys and values; empty if there is none.
+        device: Of the model.
+        kept: Receives the keys and values of the rows.
+    """
+    ids, real = padded(rows, device)
+    positions = (head_length + torch.arange(ids.shape[1], device=device)).expand_as(ids)
+    depths = torch.full((len(rows),), head_length, device=device)
+    prefixes = [Prefix([head], head_length, depths)] if head else []
+    return ids, Pass(positions, real, prefixes, kept)
+
+
+def tails_behind(
+    batch: Sequence[Tail],
+    head_length: int,
+    head: KeysValues,
+    trunks: Mapping[int, KeysValues],
+    device: torch.device,
+) -> tuple[Tensor, Pass]:
+    """Return token ids and the pass of tails, each behind the head and its group's trunk.
+
+    Tails are padded on the left, so that all end in the last column.
+
+    Args:
+        batch: Those of one group are neighbours.
+        head_length: Number of the head's tokens.
+        head: Its keys and values; empty if there is none.
+        trunks: By group the keys and values of its trunk behind the head.
+        device: Of the model.
+    """
+    ids, real = padded([tail.tokens for tail in batch], device, left=True)
+    shared = torch.tensor([[tail.shared] for tail in batch], device=device)
+    column = torch.arange(ids.shape[1], device=device)
+    # Padding is masked, but a table of learned positions has no negative entries.
+    positions = (shared + column - ids.shape[1] + real.sum(1, keepdim=True)).clamp(min=0)
+    prefixes: list[Prefix] = []
+    if any(tail.shared for tail in batch):
+        first = 0
+        for group, of_group in groupby(batch, key=lambda tail: tail.group):
+            depths = [tail.shared for tail in of_group]
+            parts = [head] if head else []
+            if trunk := trunks[group]:
+                parts.append(first_tokens(trunk, max(depths) - head_length))
+            rows = slice(first, first + len(depths))
+            prefixes.append(Prefix(parts, max(depths), shared[rows, 0]))
+            first += len(depths)
+    return ids, Pass(positions, real, prefixes)
+
+
+def first_tokens(part: KeysValues, tokens: int, row: int = 0) -> KeysValues:
+    """Return the keys and values of the first tokens of one row."""
+    rows = slice(row, row + 1)
+    return {layer: (k[rows, :, :tokens], v[rows, :, :tokens]) for layer, (k, v) in part.items()}

@@ -1,0 +1,283 @@
+"""Compute one step's loss of Eq. (3): the reference's pass, the host's forward pass, then the sum.
+
+The trainer's own `compute_loss` does the policy's forward pass. Its logits are read while it runs,
+inside the head's call (`head.py`), and the loss it returns is replaced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from transformers import Trainer
+
+from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN
+from star_dss_plugin.errors import ConfigError, StarDSSError
+from star_dss_plugin.logprobs import IGNORE_INDEX, full_kl, kl_estimate, kl_slope, token_logprobs
+from star_dss_plugin.loss import TokenWeights, shaped_loss
+from star_dss_plugin.training.head import (
+    Projection,
+    States,
+    at_head,
+    first_output,
+    forward_inputs,
+    nothing_of,
+    without_logits,
+)
+from star_dss_plugin.training.state import StarDSSState
+
+if TYPE_CHECKING:
+    from star_dss_plugin.training.mixin import StarDSSMixin
+
+__all__ = ["mode_of", "policy_of", "shaped_step"]
+
+
+def shaped_step(
+    trainer: StarDSSMixin,
+    active: StarDSSState,
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    host_loss: Callable[..., Any],
+    *,
+    return_outputs: bool,
+    num_items_in_batch: Tensor | int | None,
+) -> Any:
+    """Return the shaped loss of a batch, as a Trainer's `compute_loss` does, and log its parts.
+
+    Args:
+        trainer: Whose step it is.
+        active: What it carries.
+        model: As it is wrapped.
+        inputs: The batch, with `labels`, `star_scores` and, if it was computed before training,
+            the reference's column.
+        host_loss: `compute_loss` of the trainer's base class.
+        return_outputs: Whether the host's outputs are returned, too.
+        num_items_in_batch: Trained tokens of the optimizer batch; None: of this batch.
+
+    Raises:
+        StarDSSError: The batch or the host's forward pass lacks what the loss needs.
+    """
+    inputs = dict(inputs)
+    scores, ref_logps = inputs.pop(SCORES_COLUMN, None), inputs.pop(REF_COLUMN, None)
+    inputs.pop("skip_logits", None)  # transformers asks Liger's fused loss for it
+    labels = inputs.get("labels")
+    if scores is None or labels is None:
+        raise StarDSSError(
+            f"A batch came without {SCORES_COLUMN!r} or 'labels' (it has {sorted(inputs)}). "
+            "Something replaced the data set or the data collator after STAR-DSS was set up; "
+            "give them to the trainer's constructor."
+        )
+    mode = mode_of(trainer)
+    shaping = active.shaping
+    if mode == "train":  # evaluations have λ whole, so that they compare
+        shaping = shaping.at_step(trainer.state.global_step, active.options.kl_warmup_steps)
+    weights = shaping.weights(_checked(scores), labels)
+    # Before the policy's forward pass: switching an adapter off between that and the backward
+    # pass would confuse checkpointing.
+    ref = _reference(trainer, active, model, inputs, ref_logps, weights)
+
+    def terms(rows: Tensor, project: Projection | None) -> tuple[Tensor, ...]:
+        with trainer.accelerator.autocast():  # as the model applies its own head
+            logps = token_logprobs(rows, labels, project)
+            return logps, *_kl_terms(active, logps, rows, project, ref, weights)
+
+    result, outputs, found = _forward(
+        trainer, active, model, inputs, host_loss, return_outputs, terms
+    )
+    if found is None:
+        logps = _fused_logps(outputs, labels)
+        found = logps, *_kl_terms(active, logps, None, None, ref, weights)
+    logps = found[0]
+    kl_terms = found[1] if len(found) > 1 else None
+    slopes = found[2] if len(found) > 2 else None
+    loss = shaped_loss(logps, kl_terms, weights, num_items_in_batch).loss
+    active.metrics.add(
+        mode,
+        scores[:, 1:],
+        active.options.threshold,
+        logps.detach(),
+        kl_terms,
+        weights,
+        slopes,
+    )
+    active.shaped += mode == "train"
+    if trainer.args.average_tokens_across_devices and num_items_in_batch is not None:
+        # N counts the tokens of all ranks, and DDP averages gradients over them.
+        loss = loss * (trainer.accelerator.num_processes // trainer.get_tp_size())
+    loss = _with_auxiliary_loss(trainer, loss, outputs, num_items_in_batch)
+    if active.sharded:
+        loss = loss + nothing_of(outputs)
+    return (loss, result[1]) if return_outputs else loss
+
+
+def mode_of(trainer: Trainer) -> str:
+    """Return "train" or "eval", as the trainer's model is."""
+    assert trainer.model is not None
+    return "train" if trainer.model.training else "eval"
+
+
+def policy_of(trainer: Trainer, model: nn.Module) -> Any:
+    """Return a trainer's model without the wrappers of accelerate and the compiler."""
+    return trainer.accelerator.unwrap_model(model, keep_torch_compile=False)
+
+
+def _checked(scores: Tensor) -> Tensor:
+    """Return a batch's scores as float32.
+
+    Raises:
+        StarDSSError: One of them is no probability.
+    """
+    inside = (scores >= 0) & (scores <= 1)
+    if not bool(inside.all()):
+        raise StarDSSError(
+            f"A batch has a star_score of {float(scores[~inside][0])}, which is no probability in "
+            "[0, 1]. Something changed the scores after they were checked at set-up: give data "
+            "sets and collator to the trainer's constructor, and leave star_scores as it is."
+        )
+    return scores.float()
+
+
+def _reference(
+    trainer: StarDSSMixin,
+    active: StarDSSState,
+    model: nn.Module,
+    inputs: dict[str, Any],
+    ref_logps: Tensor | None,
+    weights: TokenWeights,
+) -> Tensor | States | None:
+    """Return log π_ref, shifted, or what its distributions are made of; None: not needed."""
+    kind, held = active.reference.kind, weights.kl != 0
+    if kind == "precomputed":
+        if ref_logps is None:
+            raise StarDSSError(
+                f"A batch came without {REF_COLUMN!r}, the reference's log-probabilities. "
+                "Give the data set to the trainer's constructor, before training starts."
+            )
+        return ref_logps[:, 1:]
+    if kind == "none":
+        if bool(held.any()):
+            raise StarDSSError(
+                f"loss_type {active.options.loss_type!r} gave a token a KL weight although it was "
+                "found to need no reference. The weight map must depend on its arguments alone."
+            )
+        return None
+    # Each rank's pass waits for those of all others: none may be left out.
+    if not (active.sharded or active.ranks.together) and not bool(held.any()):
+        return None
+
+    def function(rows: Tensor, project: Projection | None) -> Any:
+        if active.needs_distributions:
+            return States(rows, project.detached() if project else None)
+        labels = inputs["labels"].clone()
+        labels[:, 1:][~held] = IGNORE_INDEX
+        return token_logprobs(rows, labels, project)
+
+    with trainer.accelerator.autocast():
+        call = model if active.sharded else None
+        policy = policy_of(trainer, model)
+        found: Tensor | States = active.reference.run(policy, inputs, function, call=call)
+        return found
+
+
+def _forward(
+    trainer: StarDSSMixin,
+    active: StarDSSState,
+    model: nn.Module,
+    inputs: dict[str, Any],
+    host_loss: Callable[..., Any],
+    return_outputs: bool,
+    terms: Callable[[Tensor, Projection | None], tuple[Tensor, ...]],
+) -> tuple[Any, Any, tuple[Tensor, ...] | None]:
+    """Return the host's own result, the policy's outputs, and `terms` of its logits.
+
+    None in place of the terms: the outputs hold log-probabilities, from a fused head.
+    """
+    policy = policy_of(trainer, model)
+    read = return_outputs and not active.outputs_unread
+    alone = active.projects and trainer.host_leaves_logits_alone() and not read
+
+    def at_head_of(kwargs: Mapping[str, Any]) -> bool:
+        """Leave a pass alone whose outputs are enough: all logits, or log-probabilities."""
+        lacking = active.sharded or bool(kwargs.get("fused_lm_head"))
+        return alone or (active.needs_distributions and lacking)
+
+    with contextlib.ExitStack() as stack:
+        captured = stack.enter_context(first_output(model))
+        found: list[tuple[Tensor, ...]] = []
+        if active.projects:
+            found = stack.enter_context(at_head(policy, terms, wanted=at_head_of))
+        if alone:
+            stack.enter_context(without_logits(model))
+        result = host_loss(model, dict(inputs), return_outputs=return_outputs)
+    if not captured:
+        raise StarDSSError(
+            f"{type(trainer).__mro__[1].__name__}.compute_loss did not call the model, so there "
+            "is no output to shape. Use a trainer whose compute_loss runs the model it gets."
+        )
+    if found:
+        return result, captured[0], found[0]
+    logits = getattr(captured[0], "logits", None)
+    if logits is not None and logits.shape[:2] == inputs["labels"].shape:
+        return result, captured[0], terms(logits, None)
+    if active.needs_distributions:  # a second pass: the host's own never had the logits
+        call = model if active.sharded else policy
+        return result, captured[0], terms(call(**forward_inputs(inputs)).logits, None)
+    return result, captured[0], None
+
+
+def _kl_terms(
+    active: StarDSSState,
+    logps: Tensor,
+    rows: Tensor | None,
+    project: Projection | None,
+    ref: Tensor | States | None,
+    weights: TokenWeights,
+) -> tuple[Tensor, ...]:
+    """Return KL_t and, where it is a function of log π_θ(y_t), its slope.
+
+    Nothing without a reference.
+    """
+    if ref is None:
+        return ()
+    if isinstance(ref, States):
+        assert rows is not None
+        ref_project = ref.project
+        if active.reference.kind == "adapter" and project is not None:
+            ref_project = project  # the same head, gathered here if it is sharded
+        return (full_kl(rows, ref.rows, weights.kl != 0, project, ref_project),)
+    estimator = active.options.kl_estimator
+    return kl_estimate(logps, ref, estimator), kl_slope(logps.detach(), ref, estimator)
+
+
+def _fused_logps(outputs: Any, labels: Tensor) -> Tensor:
+    """Return log π_θ(y_t), (batch, seq − 1), from the outputs of a fused LM head."""
+    fused = getattr(outputs, "log_probs", None)
+    if isinstance(fused, Tensor) and fused.shape == labels[:, 1:].shape:
+        return fused.float()
+    raise ConfigError(
+        "The model's forward pass returned neither per-token log-probabilities nor logits "
+        "for every token, so its loss cannot be weighed. Switch off what fuses the loss "
+        "into the model: cut_cross_entropy, or the kernel's own patch."
+    )
+
+
+def _with_auxiliary_loss(
+    trainer: StarDSSMixin, loss: Tensor, outputs: Any, num_items_in_batch: Tensor | int | None
+) -> Tensor:
+    """Add a mixture-of-experts model's load-balancing loss."""
+    auxiliary = getattr(outputs, "aux_loss", None)
+    if auxiliary is None:
+        return loss
+    assert trainer.model is not None
+    config = policy_of(trainer, trainer.model).config.get_text_config()
+    coefficient = getattr(trainer, "router_aux_loss_coef", None)
+    if coefficient is None:
+        coefficient = getattr(config, "router_aux_loss_coef", 0.0)
+    steps = 1
+    if num_items_in_batch is not None:
+        # The Trainer sets it in its training loop; the check before the first step is earlier.
+        steps = getattr(trainer, "current_gradient_accumulation_steps", 1)
+    shaped: Tensor = loss + coefficient * auxiliary / steps
+    return shaped
