@@ -54,6 +54,7 @@ def main(kind, results, *configs):
 def use_cpus(kind):
     """Keep Axolotl from asking for GPUs, and from what torch cannot do on gloo."""
     import axolotl.train
+    import bitsandbytes.nn.modules
     from accelerate import ParallelismConfig
     from axolotl.loaders import ModelLoader
 
@@ -67,6 +68,8 @@ def use_cpus(kind):
             self.model_kwargs["device_map"] = {"": "cpu"}
 
     ModelLoader._set_device_map_config = place_on_cpu
+    # Called in evaluation it would pack its weights into integers, which FSDP1 cannot flatten.
+    bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
     axolotl.train.cleanup_distributed = lambda: None  # the next configuration needs the group
     if kind == "fsdp1":  # torch crashes when it gathers its state, with and without this project
         axolotl.train.save_trained_model = lambda *args: None
