@@ -67,17 +67,17 @@ RUNS = {
     # Without a GPU TRL before 1.10 places models (device_map="auto"), which ZeRO-3 refuses.
     "zero3": (zero(3), {"model_init_kwargs": {"device_map": None}}),
 }
-# accelerate shards over gloo only if it is told that it may (see sharded_runs.py); DeepSpeed
+# accelerate shards over gloo only if it is told that it may (see sharding_kinds.py); DeepSpeed
 # would compile its communication.
 SITE = """
 import os, sys
 sys.path.insert(0, {tests!r})
 if os.environ.get("LOCAL_RANK"):
-    from support import sharded_runs
+    from support import sharding_kinds
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         import torch
         torch.distributed.init_process_group("gloo")
-        sharded_runs.shard_on_cpus()
+        sharding_kinds.shard_on_cpus()
     else:
         import deepspeed
         deepspeed.ops.__compatible_ops__.clear()
