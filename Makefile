@@ -39,8 +39,8 @@ test-core: $(VENV)/.ready
 OLDEST_TRL = tests/integrations/trl tests/training tests/data tests/guards tests/evaluate tests/test_smollm2.py \
 	tests/project/test_examples.py
 # In two processes: Axolotl patches transformers and torch wherever it is imported. The slow tests are the same
-# whatever TRL is installed, or want the newest accelerate; of the sharded ones those with FSDP pass with this one, too
-# (by hand: .venv-axolotl/bin/python -m pytest tests/training/test_sharding.py -k fsdp).
+# whatever TRL is installed, or want the newest accelerate; of the sharded ones those with FSDP and DeepSpeed pass with this
+# one, too (by hand: .venv-axolotl/bin/python -m pytest tests/training/test_sharding.py -k "fsdp or zero").
 test-axolotl: export AXOLOTL_DO_NOT_TRACK = 1
 test-axolotl: $(AXOLOTL_VENV)/.ready
 	OMP_NUM_THREADS=1 $(AXOLOTL_VENV)/bin/python -m pytest $(PYTEST_FLAGS) -m 'not slow' $(OLDEST_TRL)

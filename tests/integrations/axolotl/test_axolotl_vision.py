@@ -30,7 +30,7 @@ from axolotl_runs import (
 from datasets import Dataset, Features, Json
 from star_dss_axolotl.check import check
 from star_dss_axolotl.media import media_rows
-from support.sharded_runs import CLOSE, apart
+from support.run_differences import CLOSE, apart
 from support.vision_models import gemma3, picture, qwen2_audio, smolvlm, stripes
 
 from star_dss_plugin.data.alignment import Alignment
