@@ -140,8 +140,8 @@ class StarDSSMixin(_Base):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, *args: Any) -> Any:
         """Take equally many batches in each process, also of parts of a stream."""
         for stream in [] if self.star_dss_state is None else self.star_dss_state.streams:
-            if stream.dataset is self.train_dataset and stream.even is not None:
-                epoch_iterator = iter(stream.even.take(epoch_iterator, num_batches))
+            if stream.dataset is self.train_dataset:
+                epoch_iterator = stream.batches(epoch_iterator, num_batches)
         return super().get_batch_samples(epoch_iterator, num_batches, *args)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
@@ -163,8 +163,7 @@ class StarDSSMixin(_Base):
         """
         for stream in [] if self.star_dss_state is None else self.star_dss_state.streams:
             if stream.dataset is dataset:
-                stream.divide(loader, self.accelerator.num_processes // self.get_tp_size())
-                return stream.even or loader
+                return stream.divide(loader, self.accelerator.num_processes // self.get_tp_size())
         return loader
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
