@@ -17,7 +17,7 @@ from test_segments import sentencepiece_like
 from star_dss_plugin import DataError
 from star_dss_plugin.data import tokenization
 from star_dss_plugin.data.chat import ChatTokenizer, same_beginning
-from star_dss_plugin.data.context import _joined, _place
+from star_dss_plugin.data.placed import _joined, place
 from star_dss_plugin.data.tokenization import read_row, read_rows
 
 PARTS = [
@@ -178,7 +178,7 @@ def test_what_a_run_says_follows_from_places(name, said, data):
     messages = [{"role": r, "content": c} for r, c in zip(roles, said, strict=False)]
     made = read_row({"messages": messages}, chat, whole_completion=False)
     count = len(made.encoded.ids)
-    placed = _place(chat, made.encoded.ids, made)
+    placed = place(chat, made.encoded.ids, made)
     if placed is None:
         return  # the template rewrites what is said
     start = data.draw(st.integers(0, count - 1))
