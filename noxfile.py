@@ -72,7 +72,8 @@ def newest(session: nox.Session) -> None:
 @nox.session(name="axolotl")
 def axolotl(session: nox.Session) -> None:
     """Axolotl, in a process of its own: it patches transformers and torch when it is imported."""
-    install(session, "axolotl-0.19", "-e", ".[axolotl,test]")
+    media = ("librosa", "opencv-python-headless", "soundfile")
+    install(session, "axolotl-0.19", "-e", ".[axolotl,test]", *media)
     if session.posargs:
         pytest(session, *session.posargs)
     else:

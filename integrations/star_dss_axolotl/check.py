@@ -11,8 +11,7 @@ from datasets import IterableDataset
 from star_dss_axolotl.args import PLUGIN, StarDSSBlock, is_listed, options_of
 from star_dss_axolotl.conflicts import conflicts
 from star_dss_axolotl.media import rows_of, strategy_of
-from star_dss_axolotl.messages import with_messages
-from star_dss_axolotl.scoring import readers
+from star_dss_axolotl.scoring import chat_of
 from star_dss_axolotl.streams import load_stream
 from star_dss_plugin.errors import StarDSSError
 from star_dss_plugin.guards.spec import missing_guard
@@ -122,7 +121,7 @@ def _as_axolotl_sees_it(raw: dict[str, Any], found: Findings, *, data: bool) -> 
         return
     options = options_of(cfg)
     assert options is not None
-    chat, inverses = readers(cfg, tokenizer)
+    chat = chat_of(cfg, tokenizer)
     for name, dataset in (("train", loaded.train_dataset), ("eval", loaded.eval_dataset)):
         if dataset is None:
             continue
@@ -144,5 +143,4 @@ def _as_axolotl_sees_it(raw: dict[str, Any], found: Findings, *, data: bool) -> 
             except StarDSSError as error:
                 found.problems.append(str(error))
             continue
-        rows = with_messages(dataset, inverses)
-        found.notes.append(f"{name} data: {estimate(rows, chat, options)}")
+        found.notes.append(f"{name} data: {estimate(dataset, chat, options)}")

@@ -11,6 +11,7 @@ from axolotl.utils.chat_templates import get_chat_template_from_config
 from axolotl.utils.collators.mm_chat import MultiModalChatDataCollator
 from PIL import Image
 
+from star_dss_axolotl.mistral import MistralChat, is_mistrals
 from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.media_rows import MediaRows, media_tokens
 
@@ -50,7 +51,13 @@ def strategy_of(cfg: Any, tokenizer: Any) -> ProcessingStrategy:
 def rows_of(strategy: ProcessingStrategy) -> MediaRows:
     """Return how Axolotl's collator reads rows with media, given its processing strategy."""
     processor = strategy.processor
-    chat = ChatTokenizer(processor.tokenizer, strategy.chat_template or processor.chat_template)
+    chat: ChatTokenizer
+    if is_mistrals(processor.tokenizer):
+        chat = mistrals = MistralChat(processor.tokenizer)
+        media = mistrals.media
+    else:
+        chat = ChatTokenizer(processor.tokenizer, strategy.chat_template or processor.chat_template)
+        media = media_tokens(processor, chat)
 
     def conversation(row: Mapping[str, Any]) -> dict[str, Any]:
         """Return the messages that Axolotl makes of a row; no image is opened for it."""
@@ -62,7 +69,7 @@ def rows_of(strategy: ProcessingStrategy) -> MediaRows:
         (read,) = strategy([example])
         return {"messages": read["messages"]}
 
-    return MediaRows(chat, media_tokens(processor, chat), conversation, kinds=_KINDS)
+    return MediaRows(chat, media, conversation, kinds=_KINDS)
 
 
 _KINDS = ("image", "video", "audio")

@@ -1,4 +1,4 @@
-"""Axolotl's tokenized data sets, scored: with their messages where those can be recovered."""
+"""Axolotl's tokenized data sets, scored."""
 
 from __future__ import annotations
 
@@ -9,17 +9,15 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from star_dss_axolotl.messages import MESSAGES, with_messages
 from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.columns import SCORES_COLUMN, without_marks
-from star_dss_plugin.data.inverse import TemplateInverse
 from star_dss_plugin.data.provenance import provenance_of
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.options import StarDSSOptions
 from star_dss_plugin.scoring.scorer import score_dataset
 from star_dss_plugin.training.prepare import asks_guard
 
-__all__ = ["chat_templates", "readers", "score"]
+__all__ = ["chat_of", "chat_templates", "score"]
 
 
 def score(
@@ -50,19 +48,15 @@ def score(
         return dataset
     if SCORES_COLUMN in dataset.column_names:
         return without_marks(dataset)
-    chat, inverses = readers(cfg, tokenizer)
-    scored = score_dataset(
-        with_messages(dataset, inverses), chat, options, num_proc=cfg.get("dataset_num_proc") or 1
-    )
+    chat = chat_of(cfg, tokenizer)
+    scored = score_dataset(dataset, chat, options, num_proc=cfg.get("dataset_num_proc") or 1)
     _announce(scored, name)
     # Axolotl's collators make tensors of every column.
-    return without_marks(scored.remove_columns(MESSAGES))
+    return without_marks(scored)
 
 
-def readers(
-    cfg: Any, tokenizer: PreTrainedTokenizerBase
-) -> tuple[ChatTokenizer, list[TemplateInverse]]:
-    """Return the tokenizer with every template that may have made the rows, and their inverses.
+def chat_of(cfg: Any, tokenizer: PreTrainedTokenizerBase) -> ChatTokenizer:
+    """Return the tokenizer with every template that may have made the rows.
 
     Args:
         cfg: Axolotl's configuration.
@@ -70,9 +64,8 @@ def readers(
     """
     templates = chat_templates(cfg, tokenizer)
     chats = [ChatTokenizer(tokenizer, source, kwargs) for source, kwargs in templates]
-    inverses = [TemplateInverse(tokenizer, source, kwargs) for source, kwargs in templates]
     first = chats[0] if chats else ChatTokenizer(tokenizer)
-    return replace(first, others=tuple(chats[1:])), inverses
+    return replace(first, others=tuple(chats[1:]))
 
 
 def chat_templates(

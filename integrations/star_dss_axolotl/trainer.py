@@ -10,11 +10,9 @@ from datasets import Dataset, IterableDataset
 
 from star_dss_axolotl.args import options_of
 from star_dss_axolotl.media import media_rows
-from star_dss_axolotl.messages import with_messages
-from star_dss_axolotl.scoring import readers, score
+from star_dss_axolotl.scoring import chat_of, score
 from star_dss_axolotl.streams import PackedStream, fitting
 from star_dss_plugin.data.chat import ChatTokenizer
-from star_dss_plugin.data.inverse import TemplateInverse
 from star_dss_plugin.data.media_rows import MediaRows
 from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.training.attach import set_up
@@ -39,7 +37,6 @@ class StarDSSAxolotlTrainer(StarDSSMixin, AxolotlTrainer):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._readers: tuple[ChatTokenizer, list[TemplateInverse]] | None = None
         # Axolotl divides by the tokens of each rank: a token of a rank that has few would count
         # for more, and two ranks would not take the step that one takes with the same rows.
         self.args.average_tokens_across_devices = self.args.world_size > 1
@@ -71,13 +68,9 @@ class StarDSSAxolotlTrainer(StarDSSMixin, AxolotlTrainer):  # type: ignore[misc]
         arguments: Any = self.args
         return isinstance(dataset, IterableDataset) and bool(arguments.sample_packing)
 
-    def conversations(self, rows: Dataset, chat: ChatTokenizer) -> tuple[Dataset, ChatTokenizer]:
-        """Return rows with the messages that their tokens say, and Axolotl's templates."""
-        if self._readers is None:
-            tokenizer: Any = self.processing_class
-            self._readers = readers(self._config, tokenizer)
-        chat, inverses = self._readers
-        return with_messages(rows, inverses), chat
+    def chat_of_streams(self, chat: ChatTokenizer) -> ChatTokenizer:
+        """Return the tokenizer with Axolotl's templates."""
+        return chat_of(self._config, chat.tokenizer)
 
     def pack_stream(self, stream: IterableDataset, buffer: int) -> Any:
         """Return packs of a stream's scored rows where `sample_packing` asks for them."""

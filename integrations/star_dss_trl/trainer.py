@@ -11,7 +11,7 @@ from trl import SFTTrainer, pack_dataset
 from star_dss_plugin.data.bound_rows import check_bound, unbind_rows
 from star_dss_plugin.data.columns import SCORES_COLUMN
 from star_dss_plugin.data.media_rows import MediaRows
-from star_dss_plugin.errors import ConfigError
+from star_dss_plugin.errors import ConfigError, DataError
 from star_dss_plugin.smollm2 import resolve_model
 from star_dss_plugin.training.attach import set_up
 from star_dss_plugin.training.host_checks import check_arguments, switch_fused_loss_off
@@ -66,6 +66,11 @@ class StarDSSTrainer(StarDSSMixin, SFTTrainer):  # type: ignore[misc]
         args.loss_type = HOST_LOSS_TYPES[0]
         try:
             super().__init__(model, args, *rest, **kwargs)
+        except StopIteration as error:  # TRL looks at first rows
+            raise DataError(
+                "A stream gives no row. Check what the train and eval data are made of: files that "
+                "are empty, or a filter that keeps nothing."
+            ) from error
         finally:
             args.loss_type = loss_type
         set_up(self, args)

@@ -30,6 +30,7 @@ from star_dss_plugin.data.decoding import (
     token_boundaries,
 )
 from star_dss_plugin.data.layout import Layout, Turn, lay_out
+from star_dss_plugin.data.rendered import parsed_tokens
 from star_dss_plugin.data.requests import Message
 from star_dss_plugin.data.tokenization import read_row
 from star_dss_plugin.data.tokenized import Tokenized
@@ -72,6 +73,8 @@ class RowReader:
         ids: The row's tokens.
         row: With its messages, if they are known.
         made: What `read_row` returns for the row, if that is known.
+        recover: Whether messages that are not known are sought in the tokens: those of which the
+            template makes these tokens.
 
     Raises:
         DataError: The messages are not messages.
@@ -83,10 +86,15 @@ class RowReader:
         ids: Sequence[int],
         row: Mapping[str, Any],
         made: Tokenized | None = None,
+        *,
+        recover: bool = False,
     ) -> None:
         self._chat = chat
         self._ids = list(ids)
         self._made = made
+        if recover and made is None and source_messages(row) is None:
+            found = parsed_tokens(ids, chat)
+            row = row if found is None else {"messages": found}
         self._placed = None if made is None else _place(chat, self._ids, made)
         for one in (chat, *chat.others) if self._placed is None and source_messages(row) else ():
             # A template that cannot render the messages did not make the tokens.

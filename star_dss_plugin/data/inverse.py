@@ -92,6 +92,8 @@ class TemplateInverse:
             None if there are none, the inverse cannot be trusted, or the conversation does not give
             these tokens (but for the last few, where a row was cut).
         """
+        if not self.reliable:
+            return None
         found = self.messages(decode(self.chat.tokenizer, ids))
         if found is None:
             return None

@@ -1,14 +1,15 @@
-"""Recognise texts that are chats already: rendered prompts in plain `prompt` or `text` columns."""
+"""Recognise what is a chat already: rendered prompts in plain columns, and rows of tokens."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.inverse import TemplateInverse
 
-__all__ = ["is_rendered", "parsed_chat", "parsed_prompt"]
+__all__ = ["is_rendered", "parsed_chat", "parsed_prompt", "parsed_tokens"]
 
 _inverses: WeakKeyDictionary[ChatTokenizer, TemplateInverse] = WeakKeyDictionary()
 
@@ -34,6 +35,15 @@ def parsed_prompt(prompt: str, chat: ChatTokenizer) -> list[dict[str, Any]] | No
 def parsed_chat(text: str, chat: ChatTokenizer) -> list[dict[str, Any]] | None:
     """Return the messages of a rendered chat; None if the template does not render it so."""
     return _inverse(chat).messages(text) if chat.source else None
+
+
+def parsed_tokens(ids: Sequence[int], chat: ChatTokenizer) -> list[dict[str, Any]] | None:
+    """Return the messages of which one of the known templates makes some tokens; None if none."""
+    for one in (chat, *chat.others):
+        found = _inverse(one).of_tokens(ids) if one.source else None
+        if found is not None:
+            return found
+    return None
 
 
 def _inverse(chat: ChatTokenizer) -> TemplateInverse:

@@ -24,7 +24,7 @@ from star_dss_plugin.errors import DataError
 from star_dss_plugin.logprobs import IGNORE_INDEX
 from star_dss_plugin.segmenters import Segmenter, chunk_ends
 
-__all__ = ["Response", "find_responses", "responses_in", "runs", "tokens_of"]
+__all__ = ["Response", "find_responses", "is_answered", "responses_in", "runs", "tokens_of"]
 
 _IDS = 2**32  # what decoders can be given
 
@@ -105,7 +105,7 @@ def find_responses(
 
     Args:
         row: `input_ids` and `labels`, and if known the messages (`messages`, or `prompt` and
-            `completion`).
+            `completion`); else they are sought in the tokens, unless all of these are trained.
         chat: The tokenizer and the template that made `input_ids`.
         segmenter: Where chunks end.
         chunk_size: M, in the segmenter's units.
@@ -116,7 +116,16 @@ def find_responses(
             its token.
     """
     ids, labels = tokens_of(row)
-    return responses_in(runs(labels), RowReader(chat, ids, row, made), segmenter, chunk_size)
+    reader = RowReader(chat, ids, row, made, recover=is_answered(labels))
+    return responses_in(runs(labels), reader, segmenter, chunk_size)
+
+
+def is_answered(labels: Sequence[int]) -> bool:
+    """Return whether something in a row is not trained.
+
+    A row that is trained as a whole is a text, whatever it looks like.
+    """
+    return IGNORE_INDEX in labels
 
 
 def responses_in(

@@ -14,7 +14,7 @@ from datasets import Dataset, List, Value
 from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.columns import with_column
 from star_dss_plugin.data.context import RowReader
-from star_dss_plugin.data.responses import Response, responses_in, runs
+from star_dss_plugin.data.responses import Response, is_answered, responses_in, runs
 from star_dss_plugin.data.rows import (
     check_trained,
     in_row,
@@ -176,7 +176,7 @@ def _read_raw(made: Tokenized, chat: ChatTokenizer, options: RowOptions) -> _Rea
 def _read_tokenized(row: Mapping[str, Any], chat: ChatTokenizer, options: RowOptions) -> _Read:
     labels, narrowed, made = own_labels(row, chat)
     trained = runs(labels)
-    reader = RowReader(chat, row["input_ids"], row, made)
+    reader = RowReader(chat, row["input_ids"], row, made, recover=is_answered(labels))
     found = responses_in(trained, reader, options.segmenter, options.chunk_size)
     return _Read(row["input_ids"], labels, narrowed, found, "" if trained else _MASKED, False)
 

@@ -115,23 +115,24 @@ class LateCollator:
 
         Raises:
             DataError: The processor refuses a row (it compares the media with their places in the
-                text), with the row's number if it does so of the row alone.
+                text, and opens them), with the row's number if it does so of the row alone.
         """
         try:
             return dict(self.inner([dict(row) for row in rows]))
-        except (ValueError, IndexError, TypeError) as error:
+        except Exception as error:  # each package that opens media has errors of its own
             for row, number in zip(rows, numbers, strict=True):
                 try:
                     self.inner([dict(row)])
-                except (ValueError, IndexError, TypeError) as own:
+                except Exception as own:
                     raise _refused(own).at(rows=(number,)) from own
             raise _refused(error).at(rows=numbers) from error
 
 
 def _refused(error: Exception) -> DataError:
     return DataError(
-        f"The data collator cannot make tokens of the row: {error} If it speaks of truncation or "
-        "of a number of tokens, max_length cuts an image: raise it, or leave it out (None)."
+        f"The data collator cannot make tokens of the row: {type(error).__name__}: {error} If a "
+        "file cannot be opened, check its path and format. If it speaks of truncation or of a "
+        "number of tokens, max_length cuts an image: raise it, or leave it out (None)."
     )
 
 

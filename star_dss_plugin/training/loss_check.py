@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,7 +48,10 @@ def check_loss(trainer: Any, active: StarDSSState, dataloader: Any) -> None:
         StarDSSError: They differ, or the trainer's batches or outputs lack what the loss needs.
     """
     policy = policy_of(trainer, trainer.model)
-    row = _shortest_row(dataloader.dataset, active.options.stream_buffer)
+    own = active.stream_of(trainer.train_dataset)
+    row = _shortest_row(
+        dataloader.dataset, active.options.stream_buffer, iter if own is None else own.reading
+    )
     there = active.ranks.gather(row is not None)
     if row is None or not all(there):
         if any(there):
@@ -190,7 +193,9 @@ _FEW = 32
 """Rows among which the shortest is sought."""
 
 
-def _shortest_row(dataset: Any, buffer: int) -> Mapping[str, Any] | None:
+def _shortest_row(
+    dataset: Any, buffer: int, read: Callable[[Any], Iterator[Any]]
+) -> Mapping[str, Any] | None:
     """Return the shortest of the first few rows with trained tokens: it takes the least memory.
 
     None if no row has any.
@@ -202,7 +207,7 @@ def _shortest_row(dataset: Any, buffer: int) -> Mapping[str, Any] | None:
     if isinstance(dataset, IterableDatasetShard):
         dataset = dataset.dataset  # so that all processes read, and score, the same rows
     if isinstance(dataset, IterableDataset | torch.utils.data.IterableDataset):
-        packs = (item if isinstance(item, list) else [item] for item in dataset)
+        packs = (item if isinstance(item, list) else [item] for item in read(dataset))
         rows = itertools.chain.from_iterable(packs)
         found = list(_trained(itertools.islice(rows, buffer), _FEW)) or list(_trained(rows, 1))
     else:

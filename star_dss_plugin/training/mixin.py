@@ -53,9 +53,9 @@ class StarDSSMixin(_Base):
         """
         return None
 
-    def conversations(self, rows: Dataset, chat: ChatTokenizer) -> tuple[Dataset, ChatTokenizer]:
-        """Return rows of a stream with their messages, and the templates that made their tokens."""
-        return rows, chat
+    def chat_of_streams(self, chat: ChatTokenizer) -> ChatTokenizer:
+        """Return the tokenizer with the templates that may have made a stream's tokens."""
+        return chat
 
     def pack(self, dataset: Dataset, *, evaluation: bool) -> Dataset:
         """Pack scored rows where the trainer is told to; `seq_lengths` says where they join."""
@@ -118,8 +118,7 @@ class StarDSSMixin(_Base):
         stream = self._stream(dataset)
         if stream is None:
             return loader
-        stream.divide(loader, self.accelerator.num_processes // self.get_tp_size())
-        return stream.even or loader
+        return stream.divide(loader, self.accelerator.num_processes // self.get_tp_size())
 
     def _stream(self, dataset: Any) -> ScoredStream | None:
         """Return the stream of ours that a data set is; None if it is none."""
@@ -179,8 +178,8 @@ class StarDSSMixin(_Base):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, *args: Any) -> Any:
         """Take equally many batches in each process, also of parts of a stream."""
         stream = self._stream(self.train_dataset)
-        if stream is not None and stream.even is not None:
-            epoch_iterator = iter(stream.even.take(epoch_iterator, num_batches))
+        if stream is not None:
+            epoch_iterator = stream.batches(epoch_iterator, num_batches)
         return super().get_batch_samples(epoch_iterator, num_batches, *args)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -115,10 +115,11 @@ class ScoredStream:
         self._judged = False
         self._failed = 0
         self._description = dataset.info.description or ""
+        self._reached = 0
         plain = dataset.with_format(None)
         # Otherwise the columns of a buffer stay beside the packed rows that are made of it.
         self._columns = plain.column_names or list(next(iter(plain), {}))
-        self.dataset: Any = plain.map(
+        self.dataset: Any = plain.map(self._count, with_indices=True).map(
             self._scored,
             with_indices=True,
             batched=True,
@@ -132,7 +133,7 @@ class ScoredStream:
         Raises:
             StarDSSError: There is none, it trains nothing, or it cannot be scored.
         """
-        next(iter(self.dataset), None)
+        next(self.reading(self.dataset), None)
         if self.summary is None:
             raise DataError(
                 f"The {self.name} data set is a stream that gives no row. Check what it is made "
@@ -147,12 +148,57 @@ class ScoredStream:
             )
         return self.summary
 
-    def divide(self, loader: Any, processes: int) -> None:
+    def reading(self, found: Iterable[Any]) -> Iterator[Any]:
+        """Yield what a pass over the stream gives: rows of it, packs or batches.
+
+        Raises:
+            DataError: Code that makes the rows, the user's or the host's, fails: with the row.
+        """
+        try:
+            yield from self._named(found)
+        finally:
+            self._reached = 0
+
+    def batches(self, found: Iterator[Any], most: int) -> Iterator[Any]:
+        """Return the next batches of a pass; every process must call this.
+
+        Args:
+            found: The pass, the same object each time.
+            most: How many are wanted.
+
+        Raises:
+            DataError: As `reading` does.
+        """
+        return self._named(found if self.even is None else self._even(self.even, found, most))
+
+    def _even(self, even: EvenLoader, found: Iterator[Any], most: int) -> Iterator[Any]:
+        yield from even.take(found, most)
+
+    def _named(self, found: Iterable[Any]) -> Iterator[Any]:
+        try:
+            # Not `yield from`, which closes an iterator that others go on with.
+            for one in found:  # noqa: UP028
+                yield one
+            self._reached = 0  # the pass is over
+        except StarDSSError:
+            raise
+        except Exception as error:
+            raise DataError(
+                f"it, or a row that is read together with it, cannot be read: "
+                f"{type(error).__name__}: {error}. Every row needs the columns that the first one "
+                "has, filled. Mend the row, or leave it out with filter, before the trainer gets "
+                "the stream."
+            ).at(file=f"The {self.name} stream", rows=(self._reached,)) from error
+
+    def divide(self, loader: Any, processes: int) -> Any:
         """Find out from a loader whether each process has a part of the stream to itself.
 
         Args:
             loader: Of this stream.
             processes: How many read rows of their own, on all machines.
+
+        Returns:
+            The loader, of which each process then reads equally many batches.
 
         Raises:
             ConfigError: The loader does not read it in the process that trains.
@@ -170,6 +216,7 @@ class ScoredStream:
             # What was read together would count once for each process.
             self.summary = self._pass = None
         self.even = None if together else EvenLoader(loader, self.name, self._ranks.gather)
+        return _ReadingLoader(self.even or loader, self.reading)
 
     def read(self) -> DatasetSummary:
         """Sum up what all processes have read; every process must call this."""
@@ -181,6 +228,11 @@ class ScoredStream:
         for other in found[self._ranks.alike :: self._ranks.alike]:
             total = total.plus(other)
         return total
+
+    def _count(self, row: dict[str, Any], index: int) -> dict[str, Any]:
+        """Remember the number of the row that will be read next."""
+        self._reached = index + 1
+        return {}
 
     def _scored(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         started = time.monotonic()
@@ -237,6 +289,19 @@ class ScoredStream:
                 f"rows that are read together differ in form: {error}. Give a column values of "
                 "one type, with map, before the trainer gets the stream."
             ).at(rows=range(len(next(iter(rows.values()), [])))) from error
+
+
+class _ReadingLoader:
+    """Read a loader by way of a function."""
+
+    def __init__(self, loader: Any, read: Callable[[Any], Iterator[Any]]) -> None:
+        self._loader, self._read = loader, read
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._read(self._loader)
 
 
 def _devices() -> list[int]:

@@ -110,16 +110,16 @@ def prepare_stream(
     name: str,
 ) -> ScoredStream:
     """Return a stream whose rows are scored, and packed where that is asked for, as they come."""
-    chat, truncation = _chat(trainer, tokenizer), _truncation(trainer)
+    chat = trainer.chat_of_streams(_chat(trainer, tokenizer))
+    truncation = _truncation(trainer)
 
     def score(buffer: Dataset, share: Share) -> tuple[Dataset, DatasetSummary]:
         buffer = buffer.remove_columns([c for c in buffer.column_names if c == REF_COLUMN])
         scored = SCORES_COLUMN in buffer.column_names
         columns = {*buffer.column_names, "labels", SCORES_COLUMN}
-        buffer, read_with = trainer.conversations(buffer, chat)
         buffer, summary = prepare_dataset(
             buffer,
-            read_with,
+            chat,
             options,
             name=name,
             truncation=truncation,

@@ -222,10 +222,33 @@ def test_typed_content_is_text(tokenizer):
 # Contexts that nobody knows
 
 
-def test_without_messages_the_context_is_the_decoded_tokens(tokenizer):
+FORGETFUL = "{%- for m in messages %}{{- m.role + ': ' + m.content|upper + '\n' }}{%- endfor %}"
+
+
+def test_messages_are_found_in_tokens_alone(tokenizer):
+    talk = chat("s:be good", "u:hi", "a:ok", "u:more", "a:no")
+    row = labelled(talk, tokenizer)
+    known = find_responses(row, ChatTokenizer(tokenizer), tokens, 5)
+    del row["messages"]
+    assert find_responses(row, ChatTokenizer(tokenizer), tokens, 5) == known
+    others = ChatTokenizer(tokenizer, FORGETFUL, others=(ChatTokenizer(tokenizer),))
+    assert find_responses(row, others, tokens, 5) == known
+
+
+def test_tokens_that_are_trained_as_a_whole_are_a_text(tokenizer):
+    row = labelled(chat("u:hi", "a:ok"), tokenizer)
+    ids = row["input_ids"]
+    (response,) = find_responses(
+        {"input_ids": ids, "labels": ids}, ChatTokenizer(tokenizer), tokens, 5
+    )
+    assert response.raw_context
+    assert "hi" in response.request.text
+
+
+def test_tokens_that_no_known_template_makes_are_decoded(tokenizer):
     row = labelled(chat("u:hi", "a:ok", "u:more", "a:no"), tokenizer)
     del row["messages"]
-    first, second = find_responses(row, ChatTokenizer(tokenizer), tokens, 5)
+    first, second = find_responses(row, ChatTokenizer(tokenizer, FORGETFUL), tokens, 5)
     assert first.raw_context
     assert second.raw_context
     assert first.request.context == (

@@ -9,7 +9,6 @@ import torch
 from datasets import Dataset, List, Value
 from support.models import CHATML
 from support.scoring import (
-    QUESTION,
     SIMPLE,
     TALK,
     HashGuard,
@@ -57,10 +56,21 @@ def test_scores_are_those_of_the_prefixes(tokenizer, kind, raw, chunk_size):
     )
 
 
-def test_rows_of_tokens_alone_have_decoded_contexts(tokenizer, caplog):
+def test_rows_of_tokens_alone_are_read_as_their_messages(tokenizer):
     row = tokenized(tokenizer, SIMPLE)
     found = scored(Dataset.from_list([row]), tokenizer, HashGuard())
-    expected = twin(row, tokenizer, [chat(QUESTION)], 5)
+    expected = twin(row, tokenizer, [SIMPLE["messages"][:1]], 5)
+    assert found["star_scores"][0] == pytest.approx(expected.tolist(), abs=0)
+    assert provenance_of(found)["raw_contexts"] == 0
+
+
+def test_rows_of_which_the_template_makes_other_tokens_have_decoded_contexts(tokenizer, caplog):
+    row = tokenized(tokenizer, SIMPLE)
+    row = {name: column[1:] for name, column in row.items()}
+    found = scored(Dataset.from_list([row]), tokenizer, HashGuard())
+    ((start, _),) = runs(row["labels"])
+    decoded = tokenizer.decode(row["input_ids"][:start])
+    expected = twin(row, tokenizer, [chat(decoded)], 5)
     assert found["star_scores"][0] == pytest.approx(expected.tolist(), abs=0)
     assert "For 1 responses the guard reads the decoded tokens before them" in caplog.text
     assert provenance_of(found)["raw_contexts"] == 1

@@ -113,9 +113,6 @@ def tokenized(tokenizer, row):
     return {"input_ids": made["input_ids"], "labels": made["labels"]}
 
 
-QUESTION = "<|im_start|>user\nhow are you?<|im_end|>\n<|im_start|>assistant\n"
-
-
 def unbound(dataset):
     """Forget the digests of scored rows, as somebody does who changes scores on purpose."""
     unbind_rows(dataset)

@@ -4,8 +4,8 @@
         tests/integrations/axolotl/axolotl_ranks.py KIND RESULTS CONFIG...
 
 Each rank does what `axolotl train CONFIG` does in it, one configuration after the other, and writes
-RESULTS-RANK.json. KIND is one of `support/sharded_runs.py`, where it says what a CPU needs; beside
-that Axolotl must be kept from asking for GPUs.
+RESULTS-RANK.json. KIND is one of `support/sharding_kinds.py`, where it says what a CPU needs;
+beside that Axolotl must be kept from asking for GPUs.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ def main(kind, results, *configs):
 
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
-    from support import sharded_runs
+    from support import sharding_kinds
 
     if kind.startswith("zero"):
-        os.environ.update(sharded_runs.KINDS[kind])
+        os.environ.update(sharding_kinds.KINDS[kind])
         import deepspeed
 
         deepspeed.ops.__compatible_ops__.clear()  # or its communication would be compiled
     # Without a GPU accelerate would count one process, and each rank would train every row.
-    sharded_runs.shard_on_cpus("MULTI_CPU" if kind == "ep" else "MULTI_GPU")
+    sharding_kinds.shard_on_cpus("MULTI_CPU" if kind == "ep" else "MULTI_GPU")
     use_cpus(kind)
     if kind.startswith("ep"):
         move_tokens_on_cpus()
@@ -45,7 +45,7 @@ def main(kind, results, *configs):
         except ValueError as error:  # also StarDSSError
             traceback.print_exc()
             found[Path(config).stem] = {"error": f"{type(error).__name__}: {error}"}
-        sharded_runs.reset()
+        sharding_kinds.reset()
     Path(f"{results}-{os.environ['RANK']}.json").write_text(json.dumps(found))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -54,6 +54,7 @@ def main(kind, results, *configs):
 def use_cpus(kind):
     """Keep Axolotl from asking for GPUs, and from what torch cannot do on gloo."""
     import axolotl.train
+    import bitsandbytes.nn.modules
     from accelerate import ParallelismConfig
     from axolotl.loaders import ModelLoader
 
@@ -67,6 +68,8 @@ def use_cpus(kind):
             self.model_kwargs["device_map"] = {"": "cpu"}
 
     ModelLoader._set_device_map_config = place_on_cpu
+    # Called in evaluation it would pack its weights into integers, which FSDP1 cannot flatten.
+    bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
     axolotl.train.cleanup_distributed = lambda: None  # the next configuration needs the group
     if kind == "fsdp1":  # torch crashes when it gathers its state, with and without this project
         axolotl.train.save_trained_model = lambda *args: None
@@ -139,7 +142,7 @@ def train(kind, config):
     import transformers
     from axolotl.cli import train as command
     from axolotl.integrations.base import PluginManager
-    from support import sharded_runs
+    from support import sharding_kinds
 
     found = {}
     inner = axolotl.train.train
@@ -159,7 +162,7 @@ def train(kind, config):
         if kind.startswith("ep"):
             found["sharded"] = experts_held(trainer.model)
         else:
-            found["sharded"] = sharded_runs.proof_of_sharding(kind, trainer)
+            found["sharded"] = sharding_kinds.proof_of_sharding(kind, trainer)
         return made
 
     axolotl.utils.distributed.distributed_state = None  # as in a process that begins

@@ -23,8 +23,8 @@ from axolotl.cli.config import load_cfg
 from axolotl.common.datasets import load_datasets
 from axolotl.integrations.base import PluginManager
 from axolotl.train import setup_model_and_trainer
-from support import sharded_runs
 from support.paths import ROOT, TESTS
+from support.sharding_kinds import deepspeed_config
 
 PLUGIN = "star_dss_axolotl.StarDSSPlugin"
 PROMPTS = ["how are you?", "is this bad?", "1 + 1 =", "hello world. who is lazy?"] * 2
@@ -162,7 +162,7 @@ def finished(process):
 def zero_file(folder, kind):
     """Write DeepSpeed's configuration of a kind (`zero2`); return its path."""
     path = folder / f"{kind}.json"
-    path.write_text(json.dumps(sharded_runs.deepspeed_config(int(kind[4]))))
+    path.write_text(json.dumps(deepspeed_config(int(kind[4]))))
     return str(path)
 
 

@@ -11,7 +11,7 @@ from axolotl_runs import (
     write_config,
 )
 from support.models import tiny_qwen3_moe
-from support.sharded_runs import CLOSE, apart
+from support.run_differences import CLOSE, apart
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,7 @@ from axolotl_runs import (
     write_config,
     zero_file,
 )
-from support.sharded_runs import CLOSE, apart, weights_apart
+from support.run_differences import CLOSE, apart, weights_apart
 
 pytestmark = pytest.mark.slow
 

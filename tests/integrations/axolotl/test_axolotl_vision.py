@@ -2,9 +2,7 @@
 
 import copy
 import re
-import wave
 
-import numpy as np
 import pytest
 
 pytest.importorskip("axolotl", reason="needs Axolotl: make test-axolotl")
@@ -27,19 +25,17 @@ from axolotl_runs import (
     trainer_of,
     write_config,
 )
-from datasets import Dataset, Features, Json
+from datasets import Dataset
 from star_dss_axolotl.check import check
 from star_dss_axolotl.media import media_rows
-from support.sharded_runs import CLOSE, apart
-from support.vision_models import gemma3, picture, qwen2_audio, smolvlm, stripes
+from support.run_differences import CLOSE, apart
+from support.vision_models import gemma3, picture, smolvlm, stripes
 
 from star_dss_plugin.data.alignment import Alignment
 from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.columns import SCORES_COLUMN
-from star_dss_plugin.data.media_rows import MediaRows, with_text_column
+from star_dss_plugin.data.media_rows import MediaRows
 from star_dss_plugin.errors import DataError
-from star_dss_plugin.training.known_rows import KnownRows
-from star_dss_plugin.training.late import LateCollator
 
 MEDIA = {
     "processor_type": "AutoProcessor",
@@ -143,6 +139,15 @@ def test_words_that_spell_an_image_do_not_become_one(tmp_path, gemma_dir):
     config = vision(tmp_path, gemma_dir, rows(gemma_dir, " <start_of_image>"))
     with pytest.raises(DataError, match="Row 0.*spells <start_of_image>"):
         trainer_of(tmp_path, config)
+
+
+def test_an_image_that_is_not_there_stops_the_run_with_the_row(tmp_path, gemma_dir):
+    data = rows(gemma_dir)
+    data[4]["messages"][0]["content"][0]["path"] = str(tmp_path / "gone.png")
+    trainer = trainer_of(tmp_path, vision(tmp_path, gemma_dir, data))
+    said = [row["messages"][1]["content"][0]["text"] for row in trainer.train_dataset]
+    with pytest.raises(DataError, match=f"Row {said.index(ANSWERS[4])}: .*gone.png"):
+        batch_of(trainer)
 
 
 def test_the_data_are_left_as_they_are_before_there_is_a_trainer(tmp_path, gemma_dir):
@@ -250,68 +255,6 @@ def test_check_finds_rows_that_cannot_be_read(tmp_path, gemma_dir):
     (problem,) = check(tmp_path / "config.yaml", config, data=True).problems
     assert "Row 0" in problem
     assert "spells <start_of_image>" in problem
-
-
-def read_wave(name, sampling_rate, **_):
-    """Read a sound as transformers does, which needs a package for it."""
-    with wave.open(name) as file:
-        assert file.getframerate() == sampling_rate
-        return np.frombuffer(file.readframes(-1), np.int16).astype(np.float32) / 32768
-
-
-def heard(folder):
-    """Return conversations about sounds; in turn one has none, one and two."""
-    for n in range(2):
-        with wave.open(str(folder / f"{n}.wav"), "wb") as file:
-            file.setparams((1, 2, 16000, 0, "NONE", ""))
-            tone = np.sin(np.arange(1600 * (n + 1)) / (3 + n))
-            file.writeframes((tone * 9000).astype(np.int16).tobytes())
-    made = rows(folder)
-    for i, row in enumerate(made):
-        sounds = [{"type": "audio", "path": str(folder / f"{n}.wav")} for n in range(i % 3)]
-        row["messages"][0]["content"] = [*sounds, row["messages"][0]["content"][-1]]
-    return made
-
-
-def test_sounds_are_marks_to_the_guard_and_are_neither_trained_nor_scored(
-    tmp_path, monkeypatch, caplog
-):
-    """With Axolotl's collator and a processor of Qwen2-Audio's shape."""
-    monkeypatch.setattr("transformers.processing_utils.load_audio", read_wave)
-    model, processor = qwen2_audio()
-    collator = MultiModalChatDataCollator(
-        processor.tokenizer, ProcessingStrategy(processor, processor.chat_template)
-    )
-    read = media_rows(collator)
-    raw = Dataset.from_list(heard(tmp_path), features=Features({"messages": Json()}))
-    text = read.text_rows(raw, "train")
-    assert "In 5 of 8 rows of the train data the guard reads the mark [audio]" in caplog.text
-    assert "(7 audio)" in caplog.text
-    assert text[2]["messages"][0]["content"][:2] == [{"type": "audio"}] * 2
-    scores = [[0.5 if label != -100 else 1.0 for label in row["labels"]] for row in text]
-    scored = text.add_column(SCORES_COLUMN, scores)
-    known = KnownRows()
-    known.add(
-        with_text_column(raw, scored)
-        .flatten()
-        .rename_columns(
-            {f"star_text.{name}": name for name in ("input_ids", "labels", SCORES_COLUMN)}
-        )
-    )
-    late = LateCollator(collator, Alignment(read.chat, read.media), known)
-    batch = late(list(with_text_column(raw, scored)))
-    assert len(batch["input_features"]) == 7
-    sounds = batch["input_ids"] == processor.tokenizer.convert_tokens_to_ids("<|AUDIO|>")
-    assert sounds.sum() > 7
-    assert (batch["labels"][sounds] == -100).all()
-    assert (batch[SCORES_COLUMN][sounds] == 1).all()
-    for row, answer in enumerate(ANSWERS):
-        trained = batch["labels"][row] != -100
-        said = processor.tokenizer.decode(batch["labels"][row][trained])
-        assert said == f"{answer}<|im_end|>{answer} yes<|im_end|>"
-        assert (batch[SCORES_COLUMN][row][trained] == 0.5).all()
-    batch.pop(SCORES_COLUMN)
-    assert float(model(**batch).loss) > 0
 
 
 OTHER_MEDIA = {

@@ -1,0 +1,177 @@
+"""Rows with sounds in Axolotl, with a model of Qwen2-Audio's shape."""
+
+import wave
+
+import numpy as np
+import pytest
+
+pytest.importorskip("axolotl", reason="needs Axolotl: make test-axolotl")
+
+import torch
+from axolotl.processing_strategies import ProcessingStrategy, RoleBoundary
+from axolotl.utils.collators.mm_chat import MultiModalChatDataCollator
+from axolotl_runs import (
+    ANSWERS,
+    LORA,
+    PROMPTS,
+    chat,
+    configuration,
+    finished,
+    history,
+    trained,
+    trainer_of,
+    write_config,
+)
+from datasets import Dataset, Features, Json
+from star_dss_axolotl.media import media_rows
+from support.sounds import laid, tone
+from support.vision_models import qwen2_audio
+
+from star_dss_plugin.data.columns import SCORES_COLUMN
+from star_dss_plugin.errors import DataError
+
+SOUNDS = {
+    "processor_type": "AutoProcessor",
+    "type_of_model": "Qwen2AudioForConditionalGeneration",
+    "skip_prepare_dataset": True,
+    "remove_unused_columns": False,
+    "chat_template": "tokenizer_default",
+    "micro_batch_size": 4,
+    "dataloader_num_workers": 0,  # each would import what reads sounds
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    # The name makes Axolotl load a processor: it does not know that this model hears.
+    folder = tmp_path_factory.mktemp("pixtral")
+    model, processor = qwen2_audio()
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    for n in range(2):
+        tone(folder / f"{n}.wav", n)
+    return folder
+
+
+def rows(folder):
+    """Conversations about sounds; in turn one has none, one and two."""
+    made = []
+    for n, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
+        sounds = [{"type": "audio", "path": str(folder / f"{i}.wav")} for i in range(n % 3)]
+        made.append(
+            {
+                "messages": [
+                    {"role": "user", "content": [*sounds, {"type": "text", "text": prompt}]},
+                    {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+                    {"role": "user", "content": [{"type": "text", "text": "and"}]},
+                    {"role": "assistant", "content": [{"type": "text", "text": answer + " yes"}]},
+                ]
+            }
+        )
+    return made
+
+
+def hearing(tmp_path, model, data=None, **changes):
+    datasets = [chat(tmp_path / "chat.jsonl", data or rows(model))]
+    return configuration(tmp_path, model, **{**SOUNDS, "datasets": datasets, **changes})
+
+
+def read_wave(name, sampling_rate, **_):
+    """Read a sound as transformers does, which needs a package for it."""
+    with wave.open(name) as file:
+        assert file.getframerate() == sampling_rate
+        return np.frombuffer(file.readframes(-1), np.int16).astype(np.float32) / 32768
+
+
+def test_sounds_are_marks_to_the_guard_and_are_neither_trained_nor_scored(
+    tmp_path, model, monkeypatch, caplog
+):
+    """With Axolotl's collator, where no package that reads sounds is installed either."""
+    monkeypatch.setattr("transformers.processing_utils.load_audio", read_wave)
+    whole, processor = qwen2_audio()
+    collator = MultiModalChatDataCollator(
+        processor.tokenizer, ProcessingStrategy(processor, processor.chat_template)
+    )
+    raw = Dataset.from_list(rows(model), features=Features({"messages": Json()}))
+    read = media_rows(collator)
+    text = read.text_rows(raw, "train")
+    assert text[2]["messages"][0]["content"][:2] == [{"type": "audio"}] * 2
+    batch = laid(collator, read, raw)
+    assert "In 5 of 8 rows of the train data the guard reads the mark [audio]" in caplog.text
+    assert "(7 audio)" in caplog.text
+    assert len(batch["input_features"]) == 7
+    sounds = batch["input_ids"] == processor.tokenizer.convert_tokens_to_ids("<|AUDIO|>")
+    assert sounds.sum() > 7
+    assert (batch["labels"][sounds] == -100).all()
+    assert (batch[SCORES_COLUMN][sounds] == 1).all()
+    for row, answer in enumerate(ANSWERS):
+        trained = batch["labels"][row] != -100
+        said = processor.tokenizer.decode(batch["labels"][row][trained])
+        assert said == f"{answer}<|im_end|>{answer} yes<|im_end|>"
+        assert (batch[SCORES_COLUMN][row][trained] == 0.5).all()
+    batch.pop(SCORES_COLUMN)
+    assert float(whole(**batch).loss) > 0
+
+
+@pytest.fixture
+def reader():
+    """Skip where transformers has no package that reads sounds."""
+    pytest.importorskip("librosa", reason="needs librosa, which reads sounds")
+
+
+# Of the standard library, in what librosa imports.
+quiet = pytest.mark.filterwarnings("ignore:'(aifc|audioop|sunau)' is deprecated")
+
+
+@pytest.fixture
+def answers_alone(monkeypatch):
+    """Have Axolotl itself train what assistants say; it would train the questions too.
+
+    Its setting for that, `role_boundaries`, stops it with a TypeError.
+    """
+
+    def boundaries(self):
+        start, end = map(self.processor.tokenizer.encode, ("<|im_start|>assistant\n", "<|im_end|>"))
+        return [RoleBoundary("assistant", start, end)]
+
+    monkeypatch.setattr(ProcessingStrategy, "_build_role_boundaries", boundaries)
+
+
+@quiet
+@pytest.mark.usefixtures("reader", "answers_alone")
+def test_safe_scores_train_as_plain_finetuning_does_and_low_ones_do_not(tmp_path, model):
+    def guard(**options):
+        return {"star_dss": {"guard": {"preset": "test-words", **options}, "chunk_size": 2}}
+
+    found = {}
+    for name, changes in {
+        "plain": {"plugins": [], "star_dss": None},
+        "safe": guard(word="nobody says this", safe=1.0),
+        "unsafe": guard(),
+    }.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        found[name] = history(trained(folder, hearing(folder, model, **LORA, **changes)))
+    torch.testing.assert_close(torch.tensor(found["safe"]), torch.tensor(found["plain"]))
+    assert abs(found["unsafe"][0][0] - found["plain"][0][0]) > 0.1
+
+
+@quiet
+@pytest.mark.usefixtures("reader")
+def test_a_sound_that_is_not_there_stops_the_run_with_the_row(tmp_path, model):
+    data = rows(model)
+    data[4]["messages"][0]["content"][0]["path"] = str(tmp_path / "gone.wav")
+    trainer = trainer_of(tmp_path, hearing(tmp_path, model, data))
+    said = [row["messages"][1]["content"][0]["text"] for row in trainer.train_dataset]
+    row = said.index(ANSWERS[4])
+    with pytest.raises(DataError, match=f"Row {row}: .*LibsndfileError.*check its path and format"):
+        trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("reader")
+def test_the_command_trains_on_sounds(tmp_path, model, start):
+    config = write_config(tmp_path, hearing(tmp_path, model, **LORA))
+    out = finished(start("train", config, "--launcher", "python"))
+    assert "the guard reads the mark [audio]" in out
+    assert "star_dss/ce_unweighted" in out

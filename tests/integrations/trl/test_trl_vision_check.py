@@ -1,0 +1,73 @@
+"""What `star-dss check` says of rows with images."""
+
+import json
+
+import pytest
+
+pytest.importorskip("trl")
+
+import yaml
+from star_dss_trl.check import check
+from support.models import tiny_llama
+from support.vision_models import picture, smolvlm
+from support.vision_runs import make, talks
+from transformers import AutoProcessor
+
+
+@pytest.fixture
+def model_folder(tmp_path, tokenizer):
+    folder = tmp_path / "text-model"
+    tiny_llama(len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_check_says_what_the_guard_would_read(tmp_path):
+    model, processor = smolvlm()
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    try:
+        AutoProcessor.from_pretrained(tmp_path / "model")
+    except (ImportError, ValueError) as error:
+        pytest.skip(f"this transformers loads no image processor without torchvision: {error}")
+    picture().save(tmp_path / "0.png")
+    with (tmp_path / "chat.jsonl").open("w") as file:
+        for row in talks().remove_columns("images"):
+            images = [part for part in row["messages"][0]["content"] if part["type"] == "image"]
+            row["images"] = [str(tmp_path / "0.png")] * len(images)
+            file.write(json.dumps(row) + "\n")
+    config = {
+        "model_name_or_path": str(tmp_path / "model"),
+        "dataset_name": str(tmp_path / "chat.jsonl"),
+        "output_dir": str(tmp_path / "out"),
+        "guard": "test-words",
+        "chunk_size": 2,
+        "bf16": False,
+        "use_cpu": True,
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(config))
+    found = check(path, config, data=True)
+    assert found.problems == []
+    (note,) = [note for note in found.notes if note.startswith("train data")]
+    assert note.endswith("; a mark in place of media in 6 rows")
+    trainer = make(tmp_path, (model, processor), talks())
+    summary = trainer.star_dss_state.summaries["train"]
+    calls = summary.provenance["prefixes"]
+    assert f"8 rows, 16 responses (0 without messages): {calls} guard calls" in note
+
+
+def test_check_says_that_a_model_of_text_reads_no_images(tmp_path, model_folder):
+    data = tmp_path / "chat.jsonl"
+    data.write_text(json.dumps({"messages": [], "images": ["0.png"]}) + "\n")
+    config = {
+        "model_name_or_path": model_folder,
+        "dataset_name": str(data),
+        "output_dir": str(tmp_path / "out"),
+        "guard": "test-words",
+        "bf16": False,
+        "use_cpu": True,
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    (problem,) = check(tmp_path / "run.yaml", config, data=True).problems
+    assert "has no processor" in problem

@@ -1,0 +1,80 @@
+"""What is trained sharded and in one process: a case's own keys, and options of the trainer."""
+
+from __future__ import annotations
+
+OWN = (
+    *("plain", "lora", "early", "untied", "context", "differs", "resume"),
+    *("rare", "stream", "files", "vision"),
+)
+"""Keys of a case that are no option of a trainer or of STAR-DSS."""
+
+CASES = {
+    "trl": {},
+    "trl-lora": {"lora": True},
+    "trl-untied": {"untied": True},
+    "trl-adapter-full": {"lora": True, "kl_estimator": "full", "reference": "adapter"},
+    "trl-adapter-k2": {"lora": True, "reference": "adapter"},
+    "trl-copy-full": {"kl_estimator": "full", "reference": "copy"},
+    "trl-named-full": {"kl_estimator": "full", "reference": "MODEL"},
+    "trl-checkpointing": {"gradient_checkpointing": True},
+    "trl-context": {"context": 2},
+    "trl-packed": {"packing": True, "max_length": 64},
+    "plain": {"plain": True},
+    "plain-lora": {"plain": True, "lora": True},
+    # ZeRO-3 partitions a model as it loads only if it is loaded after the arguments were made.
+    "plain-early": {"plain": True, "early": True},
+    "plain-untied": {"plain": True, "untied": True},
+    "trl-untied-lora": {"untied": True, "lora": True},
+    "trl-untied-named": {"untied": True, "kl_estimator": "full", "reference": "MODEL"},
+    "trl-untied-copy": {"untied": True, "kl_estimator": "full", "reference": "copy"},
+    "trl-untied-stream": {"untied": True, "reference": "MODEL", "stream": 1},
+    "plain-adapter-full": {
+        "plain": True,
+        "lora": True,
+        "kl_estimator": "full",
+        "reference": "adapter",
+    },
+    "plain-adapter-k2": {"plain": True, "lora": True, "reference": "adapter"},
+    # Half of the micro-batches have no token with a KL weight, and not on the same ranks.
+    "plain-adapter-rare": {"plain": True, "lora": True, "reference": "adapter", "rare": True},
+    "trl-adapter-rare": {"lora": True, "reference": "adapter", "rare": True},
+    # Batches of one row: half of them have no image, and those of two ranks differ in how many.
+    "trl-images": {"vision": "gemma3"},
+    "trl-images-adapter": {
+        "vision": "gemma3",
+        "lora": "all-linear",
+        "kl_estimator": "full",
+        "reference": "adapter",
+    },
+    "trl-images-tiles": {"vision": "smolvlm", "lora": "all-linear", "reference": "adapter"},
+    "trl-images-named": {"vision": "smolvlm", "reference": "MODEL"},
+    # One process has the same rows as a data set, in the order in which two read the stream.
+    "trl-stream": {"lora": True, "reference": "adapter", "stream": 1},
+    "trl-stream-shards": {"lora": True, "reference": "adapter", "stream": 2},
+    # The second process has a row less in each pass, and in the evaluation.
+    "trl-stream-uneven": {"lora": True, "reference": "adapter", "stream": 2, "files": [4, 3]},
+    "plain-stream-uneven": {"plain": True, "reference": "MODEL", "stream": 2, "files": [4, 3]},
+    # Stopped in the middle of a pass, and the second process in the middle of another.
+    "trl-stream-resumed": {
+        "lora": True,
+        "reference": "adapter",
+        "stream": 2,
+        "files": [6, 3],
+        "resume": True,
+    },
+    "trl-stream-empty": {"lora": True, "reference": "adapter", "stream": 2, "files": [8, 0]},
+    "plain-stream": {"plain": True, "reference": "MODEL", "stream": 1},
+    "trl-other-stream": {"lora": True, "reference": "adapter", "stream": 1, "differs": "rows"},
+    # The second rank has something else than the first.
+    "trl-other-option": {"differs": "chunk_size"},
+    "trl-other-rows": {"differs": "rows"},
+    "trl-other-scores": {"differs": "scores"},
+    "trl-other-guard": {"differs": "guard"},
+    "trl-other-evaluation": {"differs": "evaluation"},
+    "trl-scored-there": {"differs": "scored"},
+    "trl-killed": {"differs": "killed"},
+    "plain-other-model": {"plain": True, "differs": "model"},
+    "plain-other-adapter": {"plain": True, "lora": True, "differs": "seed"},
+    "trl-resumed": {"resume": True},
+    "plain-resumed": {"plain": True, "resume": True},
+}

@@ -1,0 +1,119 @@
+"""The models and rows of the runs in `sharded_runs`."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+
+def model_folder(folder, untied):
+    from support.models import make_tokenizer, tiny_llama
+
+    path = Path(folder) / ("model-untied" if untied else "model")
+    if not path.exists():
+        tokenizer = make_tokenizer()
+        tiny_llama(len(tokenizer), tie_word_embeddings=not untied).save_pretrained(path)
+        tokenizer.save_pretrained(path)
+    return path
+
+
+def vision_folder(folder, name):
+    """Return the folder of a model that reads images."""
+    from support.vision_models import MAKE
+
+    path = Path(folder) / name
+    if not path.exists():
+        model, processor = MAKE[name]()
+        model.save_pretrained(path)
+        processor.save_pretrained(path)
+    return path
+
+
+def data_of(case, ranks, differs):
+    """Return a case's rows to train on and to evaluate on; streams on several ranks.
+
+    Args:
+        case: What `CASES` says of it.
+        ranks: How many processes train; one has the rows in the order in which two read them.
+        differs: What this rank has that the others have not, or None.
+    """
+    from datasets import Dataset
+
+    from support.trl_runs import prompt_completion
+
+    data, files, shards = prompt_completion(), case.get("files"), case.get("stream", 0)
+    if differs == "rows":
+        data = data.select(range(7, -1, -1))
+    evaluation = data.select(range(3 if differs == "evaluation" else 4))
+    if differs == "scored":  # a copy that was scored before
+        data = data.add_column("star_scores", [[1.0]] * len(data))
+    if case.get("rare"):
+        data = data.map(lambda row, i: {"completion": safe_or_not(row, i)}, with_indices=True)
+    if files:
+        data = data.select([i % len(data) for i in range(sum(files))])
+    if shards > 1 and ranks == 1:
+        # What lacks in the second file is read again from its beginning.
+        first, second = files or [4, 4]
+        pairs = [(i, first + i % second) for i in range(first)]
+        data = data.select([i for pair in pairs for i in pair])
+    if case.get("vision"):
+        data = Dataset.from_list(asked_about_images(data))
+        evaluation = data.select(range(4))
+    if files:
+        evaluation = data.select(range(3)) if ranks > 1 else data.select([0, 4, 2, 4])
+    if files and ranks > 1:
+        return from_files(data, files), from_files(evaluation, [2, 1])
+    if shards and ranks > 1:
+        return data.to_iterable_dataset(num_shards=shards), evaluation.to_iterable_dataset()
+    return data, evaluation
+
+
+def asked_about_images(rows):
+    """Return conversations; in turn one has no image, two, one and none."""
+    from support.vision_models import stripes
+
+    made = []
+    for i, row in enumerate(rows):
+        images = [stripes(i + n) for n in range((0, 2, 1, 0)[i % 4])]
+        parts = [{"type": "image", "text": None}] * len(images)
+        (asked,), (answer,) = row["prompt"], row["completion"]
+        made.append(
+            {
+                "messages": [
+                    {**asked, "content": [*parts, {"type": "text", "text": asked["content"]}]},
+                    {**answer, "content": [{"type": "text", "text": answer["content"]}]},
+                ],
+                "images": images,
+            }
+        )
+    return made
+
+
+def from_files(data, sizes):
+    """Return a stream of so many files, which have so many rows."""
+    from datasets import IterableDataset
+
+    rows = iter(list(data))
+    parts = [list(islice(rows, size)) for size in sizes]
+    return IterableDataset.from_generator(rows_of, data.features, gen_kwargs={"files": parts})
+
+
+def rows_of(files):
+    for rows in files:
+        yield from rows
+
+
+def safe_or_not(row, i):
+    """Return an answer without a bad word in three rows of four."""
+    return [{"role": "assistant", "content": "a bad word" if i % 4 == 1 else f"{i} is fine"}]
+
+
+def tokens_of(row, tokenizer):
+    prompt = tokenizer.apply_chat_template(
+        row["prompt"], add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    whole = tokenizer.apply_chat_template(
+        row["prompt"] + row["completion"], tokenize=True, return_dict=False
+    )
+    labels = [-100] * len(prompt) + whole[len(prompt) :]
+    return {"input_ids": whole, "labels": labels, "attention_mask": [1] * len(whole)}

@@ -1,0 +1,133 @@
+"""How models are sharded over gloo ranks in tests, and the proof that they are.
+
+accelerate shards on accelerators only: asked for FSDP on a CPU it trains with DDP and says nothing.
+`shard_on_cpus` makes it take the same branch as on a GPU; `proof_of_sharding` looks at parameters.
+"""
+
+from __future__ import annotations
+
+import os
+
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
+    "FSDP_SHARDING_STRATEGY": "FULL_SHARD",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_USE_ORIG_PARAMS": "true",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    "FSDP_SYNC_MODULE_STATES": "false",  # accelerate does it by an accelerator
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+}
+KINDS = {
+    "ddp": {},
+    "fsdp1": FSDP | {"FSDP_VERSION": "1"},
+    "fsdp2": FSDP | {"FSDP_VERSION": "2"},
+    # Ranks but the first have shapes only until the model is sharded.
+    "fsdp2-meta": FSDP | {"FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"},
+    # The head in a unit of its own.
+    "fsdp2-head": FSDP
+    | {"FSDP_VERSION": "2", "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer,Linear"},
+    # The layers that read images too.
+    "fsdp2-gemma3": FSDP
+    | {
+        "FSDP_VERSION": "2",
+        "FSDP_TRANSFORMER_CLS_TO_WRAP": "Gemma3DecoderLayer,SiglipEncoderLayer",
+    },
+    "fsdp2-smolvlm": FSDP
+    | {
+        "FSDP_VERSION": "2",
+        "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer,Idefics3EncoderLayer",
+    },
+    # Each layer is split over the ranks, which read the same rows.
+    "tp": {},
+    # By two of four ranks, and by FSDP over the other two; by FSDP alone. transformers does it as
+    # it loads, without accelerate.
+    "tp-fsdp2": {},
+    "fsdp2-loaded": {},
+    "zero1": {"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"},
+    "zero2": {"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"},
+    "zero3": {"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"},
+}
+
+# What transformers splits as it loads; a kind that is not named here has two ranks.
+SPLIT = {
+    "tp": {"tp_size": 2, "tp_plan": "auto"},
+    "tp-fsdp2": {"tp_size": 2, "fsdp_size": 2, "tp_plan": "auto"},
+    "fsdp2-loaded": {"fsdp_size": 2},
+}
+RANKS = {"tp-fsdp2": 4}
+
+
+def shard_on_cpus(kind="MULTI_GPU"):
+    """Let accelerate shard over gloo as it does over NCCL.
+
+    With "MULTI_CPU" it counts gloo ranks, where else a program that asks for no CPU has one.
+    """
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    PartialState._prepare_backend = lambda self, *args, **kwargs: (
+        "gloo",
+        DistributedType[kind],
+    )
+
+
+def deepspeed_config(stage):
+    return {
+        "zero_optimization": {
+            "stage": stage,
+            "stage3_param_persistence_threshold": 0,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        },
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def proof_of_sharding(kind, trainer):
+    """Return the share of the trained parameters' elements that this rank holds."""
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
+
+    if kind in SPLIT:
+        held = [p for p in trainer.model.parameters() if isinstance(p, DTensor)]
+        return sum(p.to_local().numel() for p in held) / sum(p.numel() for p in held)
+    found = str(trainer.accelerator.distributed_type).rpartition(".")[2].lower()
+    expected = {"f": "fsdp", "z": "deepspeed", "d": "multi_gpu"}[kind[0]]
+    assert found == expected, (found, expected)
+    model = trainer.model_wrapped
+    if kind.startswith("fsdp2"):
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        shards = [p for p in model.parameters() if isinstance(p, DTensor)]
+        assert len(shards) == len(list(model.parameters()))
+        return sum(p.to_local().numel() for p in shards) / sum(p.numel() for p in shards)
+    if kind == "fsdp1":
+        handles = FullyShardedDataParallel.fsdp_modules(model)
+        flat = [m._handle.flat_param for m in handles if m._handle is not None]
+        return sum(p._local_shard.numel() for p in flat) / sum(
+            p._unpadded_unsharded_size.numel() for p in flat
+        )
+    if kind == "zero3":
+        shards = [p for p in model.parameters() if hasattr(p, "ds_shape")]
+        assert len(shards) == len(list(model.parameters()))
+        return sum(p.ds_tensor.numel() for p in shards) / sum(p.ds_numel for p in shards)
+    if kind.startswith("zero"):
+        held = sum(flat.numel() for flat in model.optimizer.single_partition_of_fp32_groups)
+        return held / sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return 1.0
+
+
+def reset():
+    from accelerate.state import AcceleratorState, GradientState
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    AcceleratorState._reset_state()  # the process group stays
+    GradientState._reset_state()
+    unset_hf_deepspeed_config()

@@ -1,0 +1,34 @@
+"""Sounds that tests write, and rows with them as a collator and the guard's scores make them."""
+
+import wave
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from star_dss_plugin.data.alignment import Alignment
+from star_dss_plugin.data.columns import SCORES_COLUMN
+from star_dss_plugin.data.media_rows import MediaRows, with_text_column
+from star_dss_plugin.training.known_rows import KnownRows
+from star_dss_plugin.training.late import LateCollator
+
+
+def tone(path: Path, n: int) -> None:
+    """Write a sine of 16 kHz, the longer and the lower the greater `n` is."""
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, 16000, 0, "NONE", ""))
+        samples = np.sin(np.arange(1600 * (n + 1)) / (3 + n))
+        file.writeframes((samples * 9000).astype(np.int16).tobytes())
+
+
+def laid(collator: Any, read: MediaRows, raw: Dataset) -> dict[str, Any]:
+    """Return a batch of all rows, in which each trained token has the score 0.5."""
+    text = read.text_rows(raw, "train")
+    scores = [[0.5 if label != -100 else 1.0 for label in row["labels"]] for row in text]
+    scored = text.add_column(SCORES_COLUMN, scores)
+    known = KnownRows()
+    names = {f"star_text.{name}": name for name in ("input_ids", "labels", SCORES_COLUMN)}
+    known.add(with_text_column(raw, scored).flatten().rename_columns(names))
+    late = LateCollator(collator, Alignment(read.chat, read.media), known)
+    return late(list(with_text_column(raw, scored)))

@@ -1,0 +1,65 @@
+"""Rows with images, and runs of TRL with them, that several test modules share."""
+
+import pytest
+from datasets import Dataset
+from star_dss_trl import StarDSSTrainer
+
+from support.trl_runs import ANSWERS, PROMPTS, arguments, history
+from support.vision_models import MAKE, picture
+
+each_model = pytest.mark.parametrize("name", sorted(MAKE))
+"""Give a test the name of each model in turn."""
+
+
+def talk(prompt, answer, images=1):
+    parts = [{"type": "image", "text": None}] * images
+    return {
+        "messages": [
+            {"role": "user", "content": [*parts, {"type": "text", "text": prompt}]},
+            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+            {"role": "user", "content": [{"type": "text", "text": "and " + prompt}]},
+            {"role": "assistant", "content": [{"type": "text", "text": answer + " yes"}]},
+        ],
+        "images": [picture(30 * n) for n in range(images)],
+    }
+
+
+def talks():
+    counts = [1, 0, 2, 1, 3, 1, 0, 1]
+    return Dataset.from_list(
+        [talk(p, a, n) for p, a, n in zip(PROMPTS, ANSWERS, counts, strict=True)]
+    )
+
+
+def asked_and_answered():
+    """Rows of a prompt and a completion whose contents are texts, as TRL takes them too."""
+    return Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": p}],
+                "completion": [{"role": "assistant", "content": a}],
+                "images": [picture(30 * n)],
+            }
+            for n, (p, a) in enumerate(zip(PROMPTS, ANSWERS, strict=True))
+        ]
+    )
+
+
+def make(tmp_path, parts, data, peft_config=None, **changes):
+    model, processor = parts
+    return StarDSSTrainer(
+        model,
+        args=arguments(tmp_path, max_length=None, **changes),
+        train_dataset=data,
+        processing_class=processor,
+        peft_config=peft_config,
+    )
+
+
+def batch_of(trainer, rows):
+    return trainer.data_collator([trainer.train_dataset[i] for i in rows])
+
+
+def numbers(trainer):
+    """Return losses and gradient norms, step by step."""
+    return [number for step in history(trainer) for number in step]
