@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from star_dss_plugin.data.fingerprints import content_key
 from star_dss_plugin.data.provenance import read_note, write_note
 from star_dss_plugin.data.requests import Trajectory
 from star_dss_plugin.errors import CacheError
+from star_dss_plugin.guards.base import batches
 from star_dss_plugin.logprobs import IGNORE_INDEX, Project, token_logprobs
 from star_dss_plugin.loss import Shaping
 from star_dss_plugin.training.collation import document_starts
@@ -149,12 +150,12 @@ def add_reference_logps(
             return None
         return found.scores if all(value <= _ROUNDING for value in found.scores) else None
 
-    def compute(batches: list[list[str]], mine: Mapping[str, tuple[int, int]]) -> None:
+    def compute(parts: list[list[str]], mine: Mapping[str, tuple[int, int]]) -> None:
         _compute(
             plain,
             model,
             reference.projects,
-            batches,
+            parts,
             mine,
             cache,
             known,
@@ -170,16 +171,16 @@ def add_reference_logps(
                 mine = {key: wanted[key] for key in of(list(wanted))}
                 # Batches depend on the data alone: the last bits of a result depend on how it was
                 # padded, and a run that goes on must find what an undisturbed one finds.
-                batches = [b for b in _batches(mine, lengths) if any(known(k) is None for k in b)]
-                compute(batches, mine)
+                parts = [b for b in _batches(mine, lengths) if any(known(k) is None for k in b)]
+                compute(parts, mine)
 
     def fill_together() -> None:
         """Run equally many forward passes on every rank: each waits for those of all others."""
         lacking = set().union(*ranks.gather({key for key in wanted if known(key) is None}))
-        batches = [b for b in _batches(wanted, lengths) if not lacking.isdisjoint(b)]
-        mine = ranks.mine(batches)
+        parts = [b for b in _batches(wanted, lengths) if not lacking.isdisjoint(b)]
+        mine = ranks.mine(parts)
         most = max(ranks.gather(len(mine)))
-        compute([*mine, *batches[:1] * (most - len(mine))], wanted)
+        compute([*mine, *parts[:1] * (most - len(mine))], wanted)
 
     trained = reference.model is None
     if trained and ranks.together:
@@ -227,7 +228,7 @@ def _compute(
     rows: Dataset,
     model: nn.Module,
     projects: bool,
-    batches: list[list[str]],
+    parts: list[list[str]],
     places: Mapping[str, tuple[int, int]],
     cache: ScoreCache,
     known: Callable[[str], tuple[float, ...] | None],
@@ -243,13 +244,13 @@ def _compute(
     training = model.training
     model.eval()
     bar = tqdm(
-        total=sum(map(len, batches)),
+        total=sum(map(len, parts)),
         desc="Reference log-probabilities",
         unit="row",
-        disable=not progress or not batches,
+        disable=not progress or not parts,
     )
     try:
-        for keys in batches:
+        for keys in parts:
             batch = [_documents(rows[i])[j] for i, j in map(places.__getitem__, keys)]
             ids = [torch.tensor(document["input_ids"]) for document in batch]
             labels = [torch.tensor(document["labels"]) for document in batch]
@@ -278,15 +279,8 @@ def _token_logprobs(rows: Tensor, project: Project | None, *, labels: Tensor) ->
     return token_logprobs(rows, labels, project)
 
 
-def _batches(
-    wanted: Mapping[str, tuple[int, int]], lengths: Mapping[str, int]
-) -> Iterator[list[str]]:
-    """Yield documents of similar length: at most `_BATCH_TOKENS` padded tokens, or one."""
-    batch: list[str] = []
-    for key in sorted(wanted, key=lambda key: (lengths[key], wanted[key])):
-        if batch and (len(batch) + 1) * lengths[key] > _BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(key)
-    if batch:
-        yield batch
+def _batches(wanted: Mapping[str, tuple[int, int]], lengths: Mapping[str, int]) -> list[list[str]]:
+    """Return documents of similar length: at most `_BATCH_TOKENS` padded tokens, or one."""
+    keys = sorted(wanted, key=lambda key: wanted[key])
+    found = batches([lengths[key] for key in keys], _BATCH_TOKENS)
+    return [[keys[i] for i in batch] for batch in found]
