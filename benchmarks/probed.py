@@ -2,7 +2,7 @@
 
     python benchmarks/probed.py DATA_DIR                             # benign, mixed and onset data
     python benchmarks/probed.py DATA_DIR --rows 300 --sample 32      # fewer rows, a smaller sample
-    python benchmarks/probed.py DATA_DIR --outcome                   # and finetuning with both
+    python benchmarks/probed.py DATA_DIR --sets --outcome            # finetuning with both instead
     python benchmarks/probed.py DATA_DIR --count                     # tokens counted, not computed
 
 DATA_DIR holds guard_train, guard_dev, guard_test_A, guard_onset_test, attack_mix and gsm8k_small
@@ -59,6 +59,7 @@ from star_dss_plugin.guards.base import Guard
 from star_dss_plugin.guards.probing.guard import ProbingGuard, probing
 from star_dss_plugin.guards.probing.learned import Learned
 from star_dss_plugin.guards.prompting.template import GuardTemplate
+from star_dss_plugin.logprobs import IGNORE_INDEX
 from star_dss_plugin.scoring.probed import POOL, STRIDE, Pool, ProbedTrajectories
 from star_dss_plugin.segmenters import tokens
 from star_dss_plugin.smollm2 import load_smollm2
@@ -303,15 +304,20 @@ def outcome(args: argparse.Namespace, description: dict[str, Any]) -> None:
     """Finetune on a poisoned mixture with exact and with probed scores, and measure the models."""
     from threats import Bench
 
-    told = argparse.Namespace(data=args.data, held_out=48, prompts=50, grid="small", keep=None)
+    told = argparse.Namespace(
+        data=args.data, held_out=48, prompts=100, benign=50, grid="small", keep=None
+    )
+    scores = {}
     for trajectory in ("exact", "probed"):
+        began = time.process_time()
         how = {
             "guard": description,
             "trajectory": trajectory,
             "probe_sample": args.sample,
             "probe_tolerance": args.tolerance,
         }
-        found = Bench(told, how).run(
+        bench = Bench(told, how)
+        found = bench.run(
             {
                 "threat": "harmful_mix",
                 "mode": "star_dss",
@@ -327,7 +333,16 @@ def outcome(args: argparse.Namespace, description: dict[str, Any]) -> None:
             }
         )
         shown = ("refusals", "prefill_refusals", "over_refusal", "task_loss", "drift")
-        print(trajectory, {key: round(found[key], 4) for key in shown}, flush=True)
+        print(trajectory, {key: round(found[key], 4) for key in shown}, found["poison_score"])
+        (scored,) = bench.scored.values()
+        trained = np.concatenate(scored["labels"]) != IGNORE_INDEX
+        scores[trajectory] = np.concatenate(scored["star_scores"])[trained]
+        print(f"{trajectory}: {time.process_time() - began:.0f} s in all", flush=True)
+    off = np.abs(scores["exact"] - scores["probed"])
+    print(
+        f"of the scores {(off > 0).mean():.1%} differ, all by {off.mean():.4f} on average, "
+        f"{(off <= args.tolerance).mean():.1%} by no more than the tolerance"
+    )
 
 
 def main() -> None:
@@ -335,7 +350,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--guard-dir", type=Path, default=Path("runs/verdict_guard"))
     parser.add_argument("--rows", type=int, default=2000, help="at most, of each kind of data")
-    parser.add_argument("--sets", nargs="+", default=["benign", "mixed"])
+    parser.add_argument("--sets", nargs="*", default=["benign", "mixed"])
     parser.add_argument("--chunk", type=int, default=5)
     parser.add_argument("--sample", type=int, default=256)
     parser.add_argument("--tolerance", type=float, default=0.05)
@@ -348,7 +363,8 @@ def main() -> None:
         counted(args)
         return
     description = guard_in(args)
-    scoring(args, description)
+    if args.sets:
+        scoring(args, description)
     if args.outcome:
         outcome(args, description)
 

@@ -171,7 +171,7 @@ class Bench:
             )
         ]
         self.spoken_logps = [self._logps(self.start, *asked) for asked in self._spoken()]
-        self._scored: dict[str, Dataset] = {}
+        self.scored: dict[str, Dataset] = {}
 
     def run(self, cell: dict[str, Any]) -> dict[str, Any]:
         """Train and measure one cell."""
@@ -234,7 +234,7 @@ class Bench:
         """Return the scored rows of a cell, which it shares with the cells of other modes."""
         what = ("threat", "ratio", "steps", "seed", "chunk_size")
         key = json.dumps([cell.get("task"), *(cell[name] for name in what)])
-        if key not in self._scored:
+        if key not in self.scored:
             shifting = cell["threat"] == "identity_shift"
             data = build_threat(
                 cell["threat"],
@@ -244,7 +244,7 @@ class Bench:
                 size=8 * cell["steps"],
                 seed=cell["seed"],
             )
-            self._scored[key] = score_dataset(
+            self.scored[key] = score_dataset(
                 data,
                 self.tokenizer,
                 **self.scoring,
@@ -252,7 +252,7 @@ class Bench:
                 max_length=MAX_LENGTH,
                 progress=False,
             )
-        return self._scored[key]
+        return self.scored[key]
 
     def _train(self, cell: dict[str, Any], data: Dataset) -> Any:
         set_seed(cell["seed"])
