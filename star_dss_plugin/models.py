@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    modeling_utils,
 )
 from transformers.integrations import deepspeed as hf_deepspeed
 
@@ -101,9 +102,16 @@ def _whole() -> Iterator[None]:
     config = None if weak is None else weak()
     efficient = os.environ.pop(_RAM_EFFICIENT, None)
     hf_deepspeed.unset_hf_deepspeed_config()
+    # Axolotl puts a function that always says yes in the place of both.
+    asked: list[Any] = [hf_deepspeed, modeling_utils]
+    answers = [module.is_deepspeed_zero3_enabled for module in asked]
+    for module in asked:
+        module.is_deepspeed_zero3_enabled = lambda: False
     try:
         yield
     finally:
+        for module, answer in zip(asked, answers, strict=True):
+            module.is_deepspeed_zero3_enabled = answer
         if config is not None:
             hf_deepspeed.set_hf_deepspeed_config(config)
         if efficient is not None:

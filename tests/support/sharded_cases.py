@@ -21,6 +21,8 @@ CASES = {
     "trl-packed": {"packing": True, "max_length": 64},
     "plain": {"plain": True},
     "plain-lora": {"plain": True, "lora": True},
+    "plain-copy-full": {"plain": True, "kl_estimator": "full", "reference": "copy"},
+    "plain-named-full": {"plain": True, "kl_estimator": "full", "reference": "MODEL"},
     # ZeRO-3 partitions a model as it loads only if it is loaded after the arguments were made.
     "plain-early": {"plain": True, "early": True},
     "plain-untied": {"plain": True, "untied": True},

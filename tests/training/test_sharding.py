@@ -24,7 +24,7 @@ from support.sharding_kinds import KINDS, RANKS, SPLIT
 pytestmark = pytest.mark.slow
 
 TRL = ("trl", "trl-lora", "trl-adapter-full", "trl-adapter-rare", "trl-checkpointing")
-PLAIN = ("plain", "plain-adapter-full", "plain-adapter-rare")
+PLAIN = ("plain", "plain-lora", "plain-adapter-full", "plain-adapter-rare", "plain-named-full")
 RUNS = {
     "fsdp2": (
         *TRL,
@@ -37,7 +37,7 @@ RUNS = {
     ),
     "fsdp2-meta": ("trl", "trl-lora", "trl-adapter-full", "trl-named-full"),
     "fsdp2-head": ("plain-untied", "trl-untied"),
-    "fsdp1": ("trl", "trl-lora", "trl-adapter-full", *PLAIN),
+    "fsdp1": ("trl", "trl-lora", "trl-adapter-full", "trl-named-full", *PLAIN),
     "tp": (
         "trl-untied",
         "plain-untied",
@@ -48,8 +48,11 @@ RUNS = {
     ),
     "tp-fsdp2": ("trl-untied", "plain-untied"),
     "fsdp2-loaded": ("trl-untied", "plain-untied", "trl-untied-copy"),
-    "zero1": ("trl",),
-    "zero2": ("trl", "trl-adapter-full", "trl-copy-full", "plain", "plain-resumed"),
+    "zero1": (
+        *("trl", "trl-lora", "trl-adapter-full", "trl-copy-full", "trl-named-full"),
+        *("plain", "plain-lora", "plain-adapter-full"),
+    ),
+    "zero2": (*TRL, *PLAIN, "trl-named-full", "trl-copy-full", "plain-copy-full", "plain-resumed"),
     "zero3": (*TRL, *PLAIN, "plain-early", "trl-named-full", "trl-resumed", "trl-copy-full"),
 }
 IMAGES = {

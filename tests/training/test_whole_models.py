@@ -1,0 +1,21 @@
+"""Guards and references are loaded whole, whatever the trained model is sharded by."""
+
+import torch
+from transformers import AutoModelForCausalLM, modeling_utils
+from transformers.integrations import deepspeed
+
+from star_dss_plugin.models import read_model
+
+
+def test_axolotls_word_that_zero3_is_on_holds_for_its_own_model_alone(model_dir, monkeypatch):
+    """It says so by functions that it puts into transformers, and never takes out again."""
+
+    def always():
+        return True
+
+    for module in (deepspeed, modeling_utils):
+        monkeypatch.setattr(module, "is_deepspeed_zero3_enabled", always)
+    model = read_model(AutoModelForCausalLM, str(model_dir), dtype=torch.float32)
+    assert all(p.numel() > 0 and not p.is_meta for p in model.parameters())
+    assert deepspeed.is_deepspeed_zero3_enabled is always
+    assert modeling_utils.is_deepspeed_zero3_enabled is always
