@@ -19,7 +19,7 @@ from star_dss_plugin.training.preflight import (
     estimate_of_media,
     lacks_guard,
 )
-from star_dss_plugin.training.stream import check_stream
+from star_dss_plugin.training.stream_checks import check_stream
 from star_dss_trl.media import has_images, load_processor, rows_of
 from star_dss_trl.sft import load_data, parse, used_splits
 from star_dss_trl.templates import training_template

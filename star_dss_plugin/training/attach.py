@@ -19,6 +19,7 @@ from star_dss_plugin.options import StarDSSOptions
 from star_dss_plugin.training.callback import StarDSSCallback
 from star_dss_plugin.training.head import can_project
 from star_dss_plugin.training.host_checks import check_trainer, expose_logits, switch_fused_loss_off
+from star_dss_plugin.training.kept_guard import KeptGuard
 from star_dss_plugin.training.known_rows import KnownRows
 from star_dss_plugin.training.late import Carriers, scored_collator
 from star_dss_plugin.training.mixin import StarDSSMixin
@@ -27,12 +28,8 @@ from star_dss_plugin.training.reference_choice import choose_reference
 from star_dss_plugin.training.reference_column import reference_means
 from star_dss_plugin.training.sharding import Ranks, runnable
 from star_dss_plugin.training.state import StarDSSState
-from star_dss_plugin.training.stream import (
-    KeptGuard,
-    ScoredStream,
-    check_stream,
-    read_in_this_process,
-)
+from star_dss_plugin.training.stream import ScoredStream
+from star_dss_plugin.training.stream_checks import check_stream, read_in_this_process
 from star_dss_plugin.training.trainer_data import prepare_raw, prepare_rows, prepare_stream
 
 __all__ = ["attach", "set_up"]

@@ -20,19 +20,14 @@ from datasets import Dataset, DatasetInfo, IterableDataset
 from star_dss_plugin.data.columns import ASKED_COLUMN, REF_COLUMN, SCORES_COLUMN
 from star_dss_plugin.data.rows import SAYING
 from star_dss_plugin.errors import ConfigError, DataError, StarDSSError
-from star_dss_plugin.guards.base import Guard
-from star_dss_plugin.options import StarDSSOptions
 from star_dss_plugin.scoring.cached_trajectories import FEW, none_scored
 from star_dss_plugin.scoring.ranks import ALONE, Share
-from star_dss_plugin.scoring.scorer import guard_of
 from star_dss_plugin.training.even import EvenLoader
 from star_dss_plugin.training.known_rows import KnownRows
 from star_dss_plugin.training.prepare import DatasetSummary
 from star_dss_plugin.training.sharding import Ranks
 
-__all__ = ["KeptGuard", "ScoredStream", "check_stream", "read_in_this_process"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["ScoredStream"]
 
 Score = Callable[[Dataset, Share], tuple[Dataset, DatasetSummary]]
 
@@ -41,38 +36,6 @@ _READ = (*SAYING, SCORES_COLUMN, REF_COLUMN, ASKED_COLUMN, "seq_lengths")
 
 _FORM = ("data.rows", "data.row_responses", "training.prepare")
 """Modules that say of what form rows are: the same of each buffer."""
-
-
-class KeptGuard:
-    """Load a guard when it is first needed, and keep it for the buffers that follow.
-
-    Args:
-        options: Which guard, computed by what.
-    """
-
-    def __init__(self, options: StarDSSOptions) -> None:
-        self._options = options
-        self._guard: Guard | None = None
-
-    @property
-    def loaded(self) -> bool:
-        """Whether it was needed."""
-        return self._guard is not None
-
-    def get(self) -> Guard:
-        """Return the guard.
-
-        Raises:
-            StarDSSError: No guard is named, or it cannot be loaded.
-        """
-        if self._guard is None:
-            self._guard = guard_of(self._options)
-        return self._guard
-
-    def close(self) -> None:
-        """Free the guard's memory; it is loaded again if it is needed again."""
-        if self._guard is not None:
-            self._guard.close()
 
 
 class ScoredStream:
@@ -330,53 +293,3 @@ class _SaidOnce(logging.Filter):
         finally:
             for one in loggers:
                 one.removeFilter(self)
-
-
-def check_stream(name: str, options: StarDSSOptions, *, raw: bool = False) -> None:
-    """Refuse what needs data that is there before training.
-
-    Args:
-        name: "train", "eval", …: for messages.
-        options: The run's options.
-        raw: Whether rows are tokenized in the data collator.
-
-    Raises:
-        StarDSSError: What was given, why it cannot work and what to change.
-    """
-    if raw:
-        raise DataError(
-            f"The {name} data set is a stream of rows that the data collator tokenizes (rows with "
-            "images), and these are scored before training. Load it with streaming=False."
-        )
-    if options.trajectory == "probed":
-        raise ConfigError(
-            f"trajectory is 'probed' and the {name} data set is a stream: a probe learns from a "
-            "sample of all the data, which nobody has of a stream. Use trajectory='exact' or "
-            "'adaptive', or score the data beforehand with star-dss score."
-        )
-    if options.reference == "precomputed" and options.shaping().needs_reference:
-        raise ConfigError(
-            f"reference is 'precomputed' and the {name} data set is a stream, for which nothing "
-            "can be computed before training. Set reference='auto' (the base model under an "
-            "adapter, or a frozen copy of what is trained), or name the model as it starts."
-        )
-
-
-def read_in_this_process(trainer: Any) -> None:
-    """Have each process of the run read its streams itself, and say where that is a change.
-
-    The data loader's workers have no guard, and what one process reads for all others would be
-    padded by it alone.
-    """
-    args = trainer.args
-    if args.dataloader_num_workers:
-        logger.warning(
-            "dataloader_num_workers is %d and taken for 0: the rows of a stream are scored in the "
-            "process that trains.",
-            args.dataloader_num_workers,
-        )
-    args.dataloader_num_workers = 0
-    args.dataloader_prefetch_factor = None
-    args.dataloader_persistent_workers = False
-    args.accelerator_config.dispatch_batches = False
-    trainer.accelerator.dataloader_config.dispatch_batches = False

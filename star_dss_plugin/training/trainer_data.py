@@ -18,6 +18,7 @@ from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.loss import Shaping
 from star_dss_plugin.options import StarDSSOptions
 from star_dss_plugin.scoring.ranks import Share
+from star_dss_plugin.training.kept_guard import KeptGuard
 from star_dss_plugin.training.known_rows import KnownRows
 from star_dss_plugin.training.mixin import StarDSSMixin
 from star_dss_plugin.training.prepare import (
@@ -29,7 +30,7 @@ from star_dss_plugin.training.prepare import (
 from star_dss_plugin.training.reference import Reference
 from star_dss_plugin.training.reference_column import add_reference_logps, has_reference_logps
 from star_dss_plugin.training.sharding import Ranks
-from star_dss_plugin.training.stream import KeptGuard, ScoredStream
+from star_dss_plugin.training.stream import ScoredStream
 
 __all__ = ["prepare_raw", "prepare_rows", "prepare_stream"]
 

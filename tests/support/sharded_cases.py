@@ -50,6 +50,7 @@ CASES = {
     },
     "trl-images-tiles": {"vision": "smolvlm", "lora": "all-linear", "reference": "adapter"},
     "trl-images-named": {"vision": "smolvlm", "reference": "MODEL"},
+    "trl-images-whole": {"vision": "gemma3", "kl_estimator": "full", "reference": "MODEL"},
     # One process has the same rows as a data set, in the order in which two read the stream.
     "trl-stream": {"lora": True, "reference": "adapter", "stream": 1},
     "trl-stream-shards": {"lora": True, "reference": "adapter", "stream": 2},

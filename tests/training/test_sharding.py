@@ -57,10 +57,10 @@ RUNS = {
 }
 IMAGES = {
     "ddp": ("trl-images", "trl-images-tiles"),
-    "fsdp2-gemma3": ("trl-images", "trl-images-adapter"),
+    "fsdp2-gemma3": ("trl-images", "trl-images-adapter", "trl-images-whole"),
     "fsdp2-smolvlm": ("trl-images-tiles", "trl-images-named"),
     "zero2": ("trl-images",),
-    "zero3": ("trl-images-adapter", "trl-images-tiles"),
+    "zero3": ("trl-images-adapter", "trl-images-tiles", "trl-images-named"),
 }
 """Every other batch of a rank has no image."""
 SCRIPT = ROOT / "tests/support/sharded_runs.py"
