@@ -180,6 +180,7 @@ def test_ordinary_text_is_no_attempt(guard, tokenizer):
 def test_the_chat_format_of_decoded_contexts_is_no_attempt(guard, tokenizer):
     """Where no message matches, the context is decoded tokens, control tokens and all."""
     ids = tokenizer.apply_chat_template([QUESTION], add_generation_prompt=True)["input_ids"]
+    ids = ids[1:]  # no conversation begins so
     answer = tokenizer("i am fine", add_special_tokens=False)["input_ids"]
     data = Dataset.from_list(
         [{"input_ids": [*ids, *answer], "labels": [*[-100] * len(ids), *answer]}]

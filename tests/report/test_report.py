@@ -79,10 +79,21 @@ def test_every_token_keeps_its_score_and_the_text_is_whole(scored, tokenizer):
     assert found.guard == "test-words"
 
 
-def test_tokens_without_messages_are_shown_with_decoded_contexts(scored, tokenizer):
-    found = read_scored(scored.select_columns(["input_ids", "labels", "star_scores"]), tokenizer)
-    assert all(r.raw_context and r.source is None for r in found.responses)
-    assert "is this bad?" in found.responses[0].context[0]["content"]
+def test_tokens_without_messages_are_shown_as_the_guard_read_them(scored, tokenizer):
+    columns = ["input_ids", "labels", "star_scores"]
+    found = read_scored(scored.select_columns(columns), tokenizer)
+    assert not any(r.raw_context or r.source for r in found.responses)
+    assert [m["content"] for m in found.responses[2].context] == [
+        "how are you?",
+        "fine.",
+        "and you?",
+    ]
+    cut = scored.map(
+        lambda row: {c: row[c][1:] for c in columns}, remove_columns=scored.column_names
+    )
+    for shown in read_scored(cut, tokenizer).responses:
+        assert shown.raw_context
+    assert "is this bad?" in read_scored(cut, tokenizer).responses[0].context[0]["content"]
 
 
 def test_another_source_column(scored, tokenizer):
@@ -254,7 +265,9 @@ def test_whole_numbers_are_scores(tokenizer):
 
 def test_rows_without_messages_can_be_shown_alone(scored, tokenizer):
     note = {**provenance_of(scored), "raw_contexts": 1}
-    dataset = Dataset.from_list([{**scored[0], "messages": None}, scored[1]], scored.features)
+    cut = {c: scored[0][c][1:] for c in ("input_ids", "labels", "star_scores")}
+    rows = [{**scored[0], **cut, "messages": None}, scored[1]]
+    dataset = Dataset.from_list(rows, scored.features)
     write_note(dataset, "scores", note)
     assert read_scored(dataset.select([0]), tokenizer).responses[0].raw_context
 
