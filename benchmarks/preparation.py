@@ -66,6 +66,7 @@ def ways(chat: ChatTokenizer, count: int) -> None:
         "tokenized by a host": [
             {"messages": talk, **tokenize_row({"messages": talk}, chat)} for talk in talks
         ],
+        "tokens alone": [tokenize_row({"messages": talk}, chat) for talk in talks],
     }
     work: dict[str, Callable[[], Any]] = {
         "plain": lambda: [
