@@ -233,12 +233,19 @@ class TemplateInverse:
     ) -> tuple[list[tuple[str, str]], int]:
         """Return what stands in each slot from a position on, and how much follows the last."""
         found: list[tuple[str, str]] = []
+        ahead: dict[str, int] = {}  # where each piece comes next; −1: nowhere
+
+        def next_of(piece: str) -> int:
+            if 0 <= ahead.get(piece, 0) < max(position, 1):
+                ahead[piece] = text.find(piece, position)
+            return ahead[piece]
+
         while True:
             places = [
                 # "user" first: some templates write other roles as users.
                 (at, -len(piece), following != "user", piece, following)
                 for piece, following in self._between[slot]
-                if (calls or following not in IN_CALLS) and (at := text.find(piece, position)) >= 0
+                if (calls or following not in IN_CALLS) and (at := next_of(piece)) >= 0
             ]
             if not places:
                 break
