@@ -129,8 +129,9 @@ class LateCollator:
 
 
 def _refused(error: Exception) -> DataError:
+    said = str(error).rstrip().rstrip(".")
     return DataError(
-        f"The data collator cannot make tokens of the row: {type(error).__name__}: {error} If a "
+        f"The data collator cannot make tokens of the row: {type(error).__name__}: {said}. If a "
         "file cannot be opened, check its path and format. If it speaks of truncation or of a "
         "number of tokens, max_length cuts an image: raise it, or leave it out (None)."
     )
