@@ -164,7 +164,7 @@ def test_a_sound_that_is_not_there_stops_the_run_with_the_row(tmp_path, model):
     trainer = trainer_of(tmp_path, hearing(tmp_path, model, data))
     said = [row["messages"][1]["content"][0]["text"] for row in trainer.train_dataset]
     row = said.index(ANSWERS[4])
-    with pytest.raises(DataError, match=f"Row {row}: .*gone.wav.*check its path and format"):
+    with pytest.raises(DataError, match=f"Row {row}: .*check its path and format"):
         trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
 
 
