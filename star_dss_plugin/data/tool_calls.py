@@ -79,6 +79,15 @@ def _end_of(text: str, start: int, limit: int, arguments: Any, otherwise: int) -
             known = json.loads(arguments)
         except (ValueError, RecursionError):
             return otherwise
+    try:
+        found = _end_of_known(text, start, limit, known)
+    except RecursionError:  # newer Pythons read JSON that is deeper than they write or walk
+        found = None
+    return otherwise if found is None else found
+
+
+def _end_of_known(text: str, start: int, limit: int, known: Any) -> int | None:
+    """Return where arguments end that are no text; None if they are spelled in another way."""
     for separators in ((", ", ": "), (",", ":")):
         for ascii_only in (False, True):
             spelled = json.dumps(known, separators=separators, ensure_ascii=ascii_only, default=str)
@@ -89,7 +98,7 @@ def _end_of(text: str, start: int, limit: int, arguments: Any, otherwise: int) -
     for leaf in _leaves(known):
         at = text.find(leaf, position, limit)
         if at < 0:
-            return otherwise  # spelled in another way
+            return None
         position = at + len(leaf)
     return position
 

@@ -212,7 +212,8 @@ def test_other_forms_are_right_or_not_used(name):
             assert said(found)[0] == said(known)[0]
 
 
-DEEP = '{"a": ' + "[" * 3000 + "1" + "]" * 3000 + "}"  # deeper than Python reads JSON
+DEPTH = 200_000  # deeper than any Python reads JSON
+DEEP = '{"a": ' + "[" * DEPTH + "1" + "]" * DEPTH + "}"
 
 
 @pytest.mark.parametrize("name", ["JSON text, with ids", "Qwen 2.5", "Llama 3: headers"])
@@ -229,11 +230,13 @@ def test_arguments_too_deep_to_be_read_are_words(name):
     assert DEEP in found[1]["content"]
 
 
-def test_arguments_too_deep_to_be_read_end_before_the_next_control_token():
-    text = f"<c>weather {json.dumps(DEEP)}</c>"
+@pytest.mark.parametrize("depth", [3000, DEPTH])  # Python 3.12 and newer read the first
+def test_arguments_too_deep_to_be_read_end_before_the_next_control_token(depth):
+    deep = '{"a": ' + "[" * depth + "1" + "]" * depth + "}"
+    text = f"<c>weather {json.dumps(deep)}</c>"
     place = (0, text.index("weather"), text.index("weather") + len("weather"), len(text))
-    ((start, end),) = call_spans(text, place, DEEP, re.compile("</?c>"))
-    assert text[start:end] == f"weather {json.dumps(DEEP)}"
+    ((start, end),) = call_spans(text, place, deep, re.compile("</?c>"))
+    assert text[start:end] == f"weather {json.dumps(deep)}"
 
 
 def test_a_probe_that_is_not_written_as_it_is_teaches_nothing():
