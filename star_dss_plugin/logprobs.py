@@ -45,7 +45,8 @@ def token_logprobs(states: Tensor, labels: Tensor, project: Project | None = Non
     Args:
         states: Logits, (batch, seq, vocab), any floating dtype. With `project`, hidden states,
             (batch, seq, hidden), which are projected in chunks, and again in the backward pass.
-        labels: (batch, seq), int64, unshifted, -100 on tokens that are not trained.
+        labels: (batch, seq), int64, unshifted, -100 on tokens that are not trained; or one more
+            than states, of which then the last predicts a token, too.
         project: Maps hidden states to logits.
 
     Returns:
@@ -53,7 +54,7 @@ def token_logprobs(states: Tensor, labels: Tensor, project: Project | None = Non
     """
     targets = labels[:, 1:]
     trained = targets != IGNORE_INDEX
-    rows, targets_of_rows = states[:, :-1][trained], targets[trained]
+    rows, targets_of_rows = states[:, : targets.shape[1]][trained], targets[trained]
     if project is None:
         picked = -F.cross_entropy(_float(rows), targets_of_rows, reduction="none")
     else:
@@ -128,7 +129,8 @@ def full_kl(
         states: Logits, (batch, seq, vocab), with gradients. With `project`, hidden states.
         ref_states: The reference's logits, without gradients. With `ref_project`, its hidden
             states.
-        wanted: (batch, seq − 1), bool, shifted: True where the divergence is computed.
+        wanted: (batch, seq − 1), bool, shifted: True where the divergence is computed. Or
+            (batch, seq).
         project: Maps hidden states to logits.
         ref_project: Maps the reference's hidden states to its logits.
 
@@ -144,5 +146,7 @@ def full_kl(
         logp = F.log_softmax(_float(logits), dim=-1)
         return F.kl_div(ref_logp.to(logp.dtype), logp, reduction="none", log_target=True).sum(-1)
 
-    found = _in_chunks(divergence, states[:, :-1][wanted], ref_states[:, :-1][wanted].detach())
+    length = wanted.shape[1]
+    rows, ref_rows = states[:, :length][wanted], ref_states[:, :length][wanted].detach()
+    found = _in_chunks(divergence, rows, ref_rows)
     return found.new_zeros(wanted.shape).masked_scatter(wanted, found)

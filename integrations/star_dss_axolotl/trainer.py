@@ -33,6 +33,7 @@ class StarDSSAxolotlTrainer(StarDSSMixin, AxolotlTrainer):  # type: ignore[misc]
     """
 
     host_wants_loss_alone = True  # AxolotlTrainer.compute_loss counts labels and passes them on
+    trains_parts = False
     tag_names = ["axolotl", "star-dss"]  # noqa: RUF012 (as Axolotl declares it)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 __all__ = [
     "ASKED_COLUMN",
+    "MOVED_COLUMNS",
     "REF_COLUMN",
     "SCORES_COLUMN",
     "TEXT_COLUMN",
@@ -30,7 +31,9 @@ ASKED_COLUMN = "star_asked"
 """Whether the guard gave the score of each token of `input_ids`: bool, False where a probe did. It
 is there with `trajectory="probed"` alone, for reports; training leaves it out.
 """
-TOKEN_COLUMNS = (SCORES_COLUMN, REF_COLUMN)
+MOVED_COLUMNS = {name: f"shift_{name}" for name in (SCORES_COLUMN, REF_COLUMN)}
+"""In batches that are cut into parts of rows: the same, of the token behind each position."""
+TOKEN_COLUMNS = (SCORES_COLUMN, REF_COLUMN, *MOVED_COLUMNS.values())
 TEXT_COLUMN = "star_text"
 """A row that a collator tokenizes, as text: its number, tokens, labels and `star_scores`."""
 

@@ -26,6 +26,7 @@ from star_dss_plugin.training.mixin import StarDSSMixin
 from star_dss_plugin.training.prepare import DatasetSummary
 from star_dss_plugin.training.reference_choice import choose_reference
 from star_dss_plugin.training.reference_column import reference_means
+from star_dss_plugin.training.sequence_parts import PartsCollator, parts_per_row
 from star_dss_plugin.training.sharding import Ranks, runnable
 from star_dss_plugin.training.state import StarDSSState
 from star_dss_plugin.training.stream import ScoredStream
@@ -96,6 +97,12 @@ def set_up(trainer: StarDSSMixin, options: StarDSSOptions) -> None:
     tokenizer = _tokenizer(trainer)
     check_trainer(trainer)
     shaping = options.shaping()
+    if shaping.needs_last_scores and parts_per_row(trainer.accelerator) > 1:
+        raise ConfigError(
+            f"loss_type {options.loss_type!r} reads the score at the end of each response, and "
+            "with sequence parallelism (sp_size) that may be in another process's part of the "
+            "row. Set loss_type='star_dss' or another one, or sp_size=1."
+        )
     expose_logits(trainer)
     switch_fused_loss_off(trainer.args)
     model = trainer.model
@@ -205,7 +212,12 @@ def _set_up(
     if reference.kind == "precomputed":
         reference.model = None
     alignment = None if media is None else Alignment(media.chat, media.media)
-    trainer.data_collator = scored_collator(trainer.data_collator, rows, alignment, carriers)
+    collator: Any = scored_collator(trainer.data_collator, rows, alignment, carriers)
+    if (parts := parts_per_row(trainer.accelerator)) > 1:
+        padding = tokenizer.pad_token_id
+        assert isinstance(padding, int)  # the trainer's own collator pads
+        collator = PartsCollator(collator, parts, padding)
+    trainer.data_collator = collator
     # The loss is divided by the tokens of the optimizer batch, which the Trainer must count. It
     # must not divide again, unless a subclass counts none: transformers >= 5.19 decides that at
     # each step if the second one is None, older versions always do.

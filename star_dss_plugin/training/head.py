@@ -88,7 +88,7 @@ class States:
 
 def forward_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a model takes of a batch to return logits, and no loss."""
-    columns = ("labels", *TOKEN_COLUMNS)
+    columns = ("labels", "shift_labels", *TOKEN_COLUMNS)
     bare = {name: value for name, value in batch.items() if name not in columns}
     return {**bare, "use_cache": False}
 

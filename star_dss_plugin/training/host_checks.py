@@ -9,6 +9,7 @@ from accelerate.utils import DistributedType
 from transformers import Trainer
 
 from star_dss_plugin.errors import ConfigError
+from star_dss_plugin.training.sequence_parts import refused_with_parts
 
 if TYPE_CHECKING:
     from star_dss_plugin.training.mixin import StarDSSMixin
@@ -87,14 +88,12 @@ def check_trainer(trainer: StarDSSMixin) -> None:
                 "parallelism",
             ),
             (
-                parallelism is not None
-                and (
-                    getattr(parallelism, "cp_enabled", False)
-                    or getattr(parallelism, "sp_enabled", False)
-                ),
-                "context or sequence parallelism splits a response over several devices",
-                "Switch it off in the parallelism configuration",
+                getattr(parallelism, "cp_enabled", False),
+                "context parallelism (cp_size) splits a response over several devices, which "
+                "was not tried: torch's ring attention does not run on a CPU",
+                "Set cp_size=1, or split rows with DeepSpeed's sequence parallelism (sp_size)",
             ),
+            *refused_with_parts(trainer),
             (
                 accelerator.distributed_type == DistributedType.MEGATRON_LM,
                 "Megatron-LM runs the model and its loss itself, without this trainer",

@@ -27,6 +27,7 @@ from star_dss_plugin.training.plain import (
 
 if TYPE_CHECKING:
     from star_dss_plugin.training.state import StarDSSState
+from star_dss_plugin.training.sequence_parts import part_of, parts_per_row
 from star_dss_plugin.training.step import policy_of
 
 __all__ = ["check_loss"]
@@ -49,15 +50,17 @@ def check_loss(trainer: Any, active: StarDSSState, dataloader: Any) -> None:
     """
     policy = policy_of(trainer, trainer.model)
     own = active.stream_of(trainer.train_dataset)
+    size = parts_per_row(trainer.accelerator)
+    loader = dataloader.dl if size > 1 else dataloader  # around which DeepSpeed cuts batches
     row = _shortest_row(
-        dataloader.dataset, active.options.stream_buffer, iter if own is None else own.reading
+        loader.dataset, active.options.stream_buffer, iter if own is None else own.reading
     )
     there = active.ranks.gather(row is not None)
     if row is None or not all(there):
         if any(there):
             raise no_rows(there.index(False), "train")
         raise StarDSSError("No row has a trained token: every label is -100. Check the data.")
-    batch = dataloader.collate_fn([row])
+    batch = loader.collate_fn([row])
     if SCORES_COLUMN not in batch:
         raise not_in_effect(
             trainer,
@@ -72,7 +75,7 @@ def check_loss(trainer: Any, active: StarDSSState, dataloader: Any) -> None:
     was_training, metrics = model.training, active.metrics
     host = _snapshot(trainer)
     devices = [labels.device.index or 0] if labels.is_cuda else []
-    found, expected = [], []
+    found, expected, in_parts = [], [], []
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         model.eval()
         try:
@@ -100,6 +103,8 @@ def check_loss(trainer: Any, active: StarDSSState, dataloader: Any) -> None:
                     if plain.kl is not None:
                         terms = terms + torch.where(weights.kl != 0, weights.kl * plain.kl, 0.0)
                     expected.append(terms.sum().float() / trained)
+                    if size > 1:
+                        in_parts.append(_loss_in_parts(trainer, active, scored, trained, size))
         finally:
             active.metrics = metrics
             model.train(was_training)
@@ -117,6 +122,33 @@ def check_loss(trainer: Any, active: StarDSSState, dataloader: Any) -> None:
                 f"loss_type={options.loss_type!r} gives {wanted.item():.6f}. Something replaces "
                 "compute_loss or adds to it; remove it",
             )
+    for given, shaped_loss in zip(in_parts, expected, strict=False):
+        if not plain.close(given, shaped_loss):
+            raise not_in_effect(
+                trainer,
+                f"one real row that is cut into {size} parts (sp_size) has a loss of "
+                f"{given.item():.6f}, and {shaped_loss.item():.6f} as a whole, so its attention "
+                "does not exchange the parts rightly. Set sp_attn_implementation to what the "
+                "model, and a reference that is run beside it, use (sdpa), or sp_size=1",
+            )
+
+
+def _loss_in_parts(
+    trainer: Any, active: StarDSSState, batch: Mapping[str, Any], trained: int, size: int
+) -> Tensor:
+    """Return the loss of a row of which each process of a group computes a part."""
+    from deepspeed.utils import groups
+
+    tokens = int(batch["attention_mask"].sum())
+    kept = -(-tokens // size) * size  # padding would fill parts, and prove nothing
+    columns = {n: c[:, :kept] for n, c in batch.items() if isinstance(c, Tensor)}
+    part = part_of(columns, size, groups._get_sequence_parallel_rank())
+    rows = int(trainer.args.train_batch_size)  # attention exchanges full batches alone
+    part = {name: column.repeat(rows, 1) for name, column in part.items()}
+    mine = trainer.compute_loss(trainer.model_wrapped, part, num_items_in_batch=trained * rows)
+    # Each process's is that of its part times the number of processes; each group has this row.
+    losses = active.ranks.gather(float(mine))
+    return torch.as_tensor(sum(losses) * size / len(losses) ** 2, device=part["input_ids"].device)
 
 
 _WINDOW = 512

@@ -20,6 +20,11 @@ from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN, TEXT_COLUMN,
 from star_dss_plugin.data.media_rows import MediaRows
 from star_dss_plugin.training.checkpoints import check_checkpoint
 from star_dss_plugin.training.run_record import add_section
+from star_dss_plugin.training.sequence_parts import (
+    check_resuming,
+    parts_per_row,
+    trained_tokens,
+)
 from star_dss_plugin.training.state import StarDSSState
 from star_dss_plugin.training.step import mode_of, shaped_step
 from star_dss_plugin.training.stream import ScoredStream
@@ -44,6 +49,9 @@ class StarDSSMixin(_Base):
 
     packs_scored_rows = False
     """Whether `pack` joins rows, so that the trainer's own packing is not used."""
+
+    trains_parts = True
+    """Whether each process may have a part of every row (`sequence_parts`)."""
 
     def media_rows(self) -> MediaRows | None:
         """Return how rows are read that the collator tokenizes; None if they are tokenized before.
@@ -156,8 +164,10 @@ class StarDSSMixin(_Base):
 
         Raises:
             CheckpointError: It is not; see `check_checkpoint`.
+            ConfigError: What it has read cannot be skipped.
         """
         if self.star_dss_state is not None and resume_from_checkpoint:
+            check_resuming(self)
             check_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -180,7 +190,21 @@ class StarDSSMixin(_Base):
         stream = self._stream(self.train_dataset)
         if stream is not None:
             epoch_iterator = stream.batches(epoch_iterator, num_batches)
-        return super().get_batch_samples(epoch_iterator, num_batches, *args)
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, *args)
+        if not batches and parts_per_row(self.accelerator) > 1:
+            # DeepSpeed's loader says that a pass has ended when the next one has begun.
+            batches, items = super().get_batch_samples(epoch_iterator, num_batches, *args)
+        return batches, items
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], *args: Any) -> Any:
+        """Count the trained tokens of all processes, also of parts of rows.
+
+        The base class counts none of parts, and divides those of whole rows by the parts' number.
+        """
+        parts = self.star_dss_state is not None and parts_per_row(self.accelerator) > 1
+        if parts and batch_samples:
+            return trained_tokens(batch_samples, self.accelerator)
+        return super()._get_num_items_in_batch(batch_samples, *args)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Do the base class's work, but keep scores and reference in float32.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from transformers import Trainer
 
-from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN
+from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN, TOKEN_COLUMNS
 from star_dss_plugin.errors import ConfigError, StarDSSError
 from star_dss_plugin.logprobs import IGNORE_INDEX, full_kl, kl_estimate, kl_slope, token_logprobs
 from star_dss_plugin.loss import TokenWeights, shaped_loss
@@ -25,6 +25,11 @@ from star_dss_plugin.training.head import (
     forward_inputs,
     nothing_of,
     without_logits,
+)
+from star_dss_plugin.training.sequence_parts import (
+    exchanging,
+    framed,
+    is_part,
 )
 from star_dss_plugin.training.state import StarDSSState
 
@@ -59,10 +64,19 @@ def shaped_step(
     Raises:
         StarDSSError: The batch or the host's forward pass lacks what the loss needs.
     """
-    inputs = dict(inputs)
-    scores, ref_logps = inputs.pop(SCORES_COLUMN, None), inputs.pop(REF_COLUMN, None)
-    inputs.pop("skip_logits", None)  # transformers asks Liger's fused loss for it
-    labels = inputs.get("labels")
+    part = is_part(inputs)
+    if part and num_items_in_batch is None:
+        raise StarDSSError(
+            "A batch of parts of rows (sp_size) came without the number of trained tokens of all "
+            "processes. Use a trainer that counts them in get_batch_samples, as transformers does."
+        )
+    given = framed(inputs) if part else inputs
+    scores, ref_logps = given.get(SCORES_COLUMN), given.get(REF_COLUMN)
+    labels = given.get("labels")
+    # transformers asks Liger's fused loss for skip_logits.
+    inputs = {k: v for k, v in inputs.items() if k not in (*TOKEN_COLUMNS, "skip_logits")}
+    if part:
+        inputs["labels"] = inputs["shift_labels"]
     if scores is None or labels is None:
         raise StarDSSError(
             f"A batch came without {SCORES_COLUMN!r} or 'labels' (it has {sorted(inputs)}). "
@@ -76,16 +90,18 @@ def shaped_step(
     weights = shaping.weights(_checked(scores), labels)
     # Before the policy's forward pass: switching an adapter off between that and the backward
     # pass would confuse checkpointing.
-    ref = _reference(trainer, active, model, inputs, ref_logps, weights)
+    with exchanging(trainer.model) if part else contextlib.nullcontext():
+        ref = _reference(trainer, active, model, inputs, labels, ref_logps, weights)
 
     def terms(rows: Tensor, project: Projection | None) -> tuple[Tensor, ...]:
         with trainer.accelerator.autocast():  # as the model applies its own head
             logps = token_logprobs(rows, labels, project)
             return logps, *_kl_terms(active, logps, rows, project, ref, weights)
 
-    result, outputs, found = _forward(
-        trainer, active, model, inputs, host_loss, return_outputs, terms
-    )
+    with exchanging(trainer.model) if part else contextlib.nullcontext():
+        result, outputs, found = _forward(
+            trainer, active, model, inputs, host_loss, return_outputs, terms
+        )
     if found is None:
         logps = _fused_logps(outputs, labels)
         found = logps, *_kl_terms(active, logps, None, None, ref, weights)
@@ -144,6 +160,7 @@ def _reference(
     active: StarDSSState,
     model: nn.Module,
     inputs: dict[str, Any],
+    labels: Tensor,
     ref_logps: Tensor | None,
     weights: TokenWeights,
 ) -> Tensor | States | None:
@@ -170,9 +187,9 @@ def _reference(
     def function(rows: Tensor, project: Projection | None) -> Any:
         if active.needs_distributions:
             return States(rows, project.detached() if project else None)
-        labels = inputs["labels"].clone()
-        labels[:, 1:][~held] = IGNORE_INDEX
-        return token_logprobs(rows, labels, project)
+        wanted = labels.clone()
+        wanted[:, 1:][~held] = IGNORE_INDEX
+        return token_logprobs(rows, wanted, project)
 
     with trainer.accelerator.autocast():
         call = model if active.sharded else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 OWN = (
     *("plain", "lora", "early", "untied", "context", "differs", "resume"),
-    *("rare", "stream", "files", "vision"),
+    *("rare", "stream", "files", "vision", "padded", "alone"),
 )
 """Keys of a case that are no option of a trainer or of STAR-DSS."""
 
@@ -19,6 +19,39 @@ CASES = {
     "trl-checkpointing": {"gradient_checkpointing": True},
     "trl-context": {"context": 2},
     "trl-packed": {"packing": True, "max_length": 64},
+    # Each batch as long as the others, which gloo needs to exchange them, and of odd length.
+    "trl-padded": {"padded": 33},
+    "trl-padded-lora": {"padded": 33, "lora": True},
+    "trl-padded-checkpointing": {"padded": 33, "gradient_checkpointing": True},
+    "trl-padded-adapter-k2": {"padded": 33, "lora": True, "reference": "adapter"},
+    "trl-padded-adapter-full": {
+        "padded": 33,
+        "lora": True,
+        "kl_estimator": "full",
+        "reference": "adapter",
+    },
+    "trl-padded-named-full": {"padded": 33, "kl_estimator": "full", "reference": "MODEL"},
+    "trl-padded-pairs": {"padded": 33, "per_device_train_batch_size": 2},
+    "trl-padded-rejection": {"padded": 33, "loss_type": "rejection"},
+    "trl-padded-packed": {"padded": 33, "packing": True, "max_length": 64},
+    # The attention of evaluations in place of the one that exchanges parts.
+    "trl-padded-alone": {"padded": 33, "alone": True},
+    "trl-padded-skipping": {"padded": 33, "resume": True},
+    # Stopped after one pass.
+    "trl-padded-resumed": {
+        "padded": 33,
+        "resume": True,
+        "ignore_data_skip": True,
+        "train_sampling_strategy": "sequential",
+    },
+    "plain-padded": {"padded": 33, "plain": True},
+    "plain-padded-adapter-full": {
+        "padded": 33,
+        "plain": True,
+        "lora": True,
+        "kl_estimator": "full",
+        "reference": "adapter",
+    },
     "plain": {"plain": True},
     "plain-lora": {"plain": True, "lora": True},
     "plain-copy-full": {"plain": True, "kl_estimator": "full", "reference": "copy"},

@@ -91,7 +91,8 @@ def trainer_options(kind, out, ranks, case, own):
 
         options["parallelism_config"] = ParallelismConfig(cp_size=own["context"])
     readers = ranks // SPLIT.get(kind, {}).get("tp_size", 1)
-    options["gradient_accumulation_steps"] = 4 // readers
+    groups = ranks // 2 if "parts" in kind else readers  # evaluations read whole rows
+    options["gradient_accumulation_steps"] = 4 // groups
     # Their evaluation divides by the tokens of all ranks, as training does.
     together = own.get("plain") or Version(trl.__version__) < Version("1.15")
     if together:
@@ -107,6 +108,8 @@ def make_trainer(kind, folder, ranks, case, changes):
     from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, set_seed
     from trl.trainer import sft_trainer
 
+    from star_dss_plugin.training import step
+    from star_dss_plugin.training.sequence_parts import exchanging
     from support.trl_runs import lora_config
 
     own = {name: case[name] for name in OWN if name in case}
@@ -114,6 +117,7 @@ def make_trainer(kind, folder, ranks, case, changes):
     differs = own.get("differs") if os.environ.get("RANK") == "1" else None
     vision, lora = own.get("vision"), own.get("lora")
     source = vision_folder(folder, vision) if vision else model_folder(folder, own.get("untied"))
+    step.exchanging = contextlib.nullcontext if own.get("alone") else exchanging
     set_seed(1)  # adapters begin with random values
     tokenizer = (AutoProcessor if vision else AutoTokenizer).from_pretrained(source)
     out = Path(folder) / f"{kind}-{changes.pop('name')}-{ranks}"
@@ -124,6 +128,8 @@ def make_trainer(kind, folder, ranks, case, changes):
         scoring["stream_buffer"] = 3
     if vision:
         case["max_length"] = None
+    if "padded" in own and not own.get("plain"):
+        case["pad_to_multiple_of"] = own["padded"]
     options = trainer_options(kind, out, ranks, case | changes, own)
     split = {}
     if kind in SPLIT:
@@ -179,7 +185,7 @@ def plain_trainer(source, tokenizer, options, scoring, data, split, own, differs
         train_dataset=rows,
         eval_dataset=rows.take(4),
         processing_class=tokenizer,
-        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        data_collator=DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=own.get("padded")),
     )
     return attach(trainer, **scoring)
 
@@ -209,6 +215,7 @@ def train(kind, folder, ranks, name):
         reset()
         changes["save_strategy"] = "no"
     trainer = make_trainer(kind, folder, ranks, case, changes)
+    lengths = watched_lengths(trainer.model)
     trainer.train(resume_from_checkpoint=True if resume and ranks > 1 else None)
     found = {
         "logs": [
@@ -223,6 +230,7 @@ def train(kind, folder, ranks, name):
         ],
         "kl": [line["star_dss/kl"] for line in trainer.state.log_history if "star_dss/kl" in line],
         "shaped": trainer.star_dss_state.shaped,
+        "lengths": lengths,
         "read": trainer.star_dss_state.summaries["train"].rows,
     }
     if ranks > 1 and kind != "ddp":
@@ -231,6 +239,18 @@ def train(kind, folder, ranks, name):
         final = Path(folder) / f"{kind}-{name}-{ranks}-final"
         trainer.save_model(str(final))
     return found
+
+
+def watched_lengths(model):
+    """Return a list that gets how long the rows of each training forward pass are."""
+    lengths = []
+
+    def keep(module, args, kwargs):
+        if module.training:
+            lengths.append(kwargs["input_ids"].shape[1])
+
+    model.register_forward_pre_hook(keep, with_kwargs=True)
+    return lengths
 
 
 def counted(folder, kind, name):

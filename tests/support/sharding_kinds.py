@@ -49,6 +49,15 @@ KINDS = {
     "zero2": {"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"},
     "zero3": {"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"},
 }
+# Each rank has a part of every row; as `accelerate launch` says it.
+PARTS = {
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+    "PARALLELISM_CONFIG_SP_SIZE": "2",
+    "PARALLELISM_CONFIG_SP_BACKEND": "deepspeed",
+    "PARALLELISM_CONFIG_SP_ATTN_IMPLEMENTATION": "sdpa",
+}
+KINDS |= {f"{kind}-parts": KINDS[kind] | PARTS for kind in ("zero2", "zero3")}
+KINDS["zero3-parts-of-two"] = KINDS["zero3-parts"] | {"PARALLELISM_CONFIG_DP_SHARD_SIZE": "2"}
 
 # What transformers splits as it loads; a kind that is not named here has two ranks.
 SPLIT = {
@@ -56,7 +65,7 @@ SPLIT = {
     "tp-fsdp2": {"tp_size": 2, "fsdp_size": 2, "tp_plan": "auto"},
     "fsdp2-loaded": {"fsdp_size": 2},
 }
-RANKS = {"tp-fsdp2": 4}
+RANKS = {"tp-fsdp2": 4, "zero3-parts-of-two": 4}
 
 
 def shard_on_cpus(kind="MULTI_GPU"):
@@ -114,7 +123,7 @@ def proof_of_sharding(kind, trainer):
         return sum(p._local_shard.numel() for p in flat) / sum(
             p._unpadded_unsharded_size.numel() for p in flat
         )
-    if kind == "zero3":
+    if kind.startswith("zero3"):
         shards = [p for p in model.parameters() if hasattr(p, "ds_shape")]
         assert len(shards) == len(list(model.parameters()))
         return sum(p.ds_tensor.numel() for p in shards) / sum(p.ds_numel for p in shards)
@@ -127,7 +136,17 @@ def proof_of_sharding(kind, trainer):
 def reset():
     from accelerate.state import AcceleratorState, GradientState
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    if "PARALLELISM_CONFIG_SP_SIZE" in os.environ:
+        from deepspeed.runtime.sequence_parallel import parallel_state_sp
+        from deepspeed.utils import groups
+
+        # DeepSpeed wraps what it finds there, and makes groups once in a process.
+        ALL_ATTENTION_FUNCTIONS._local_mapping.clear()
+        groups.mpu = None
+        parallel_state_sp._SEQUENCE_PARALLEL_GROUP = None
+        parallel_state_sp._SEQUENCE_DATA_PARALLEL_GROUP = None
     AcceleratorState._reset_state()  # the process group stays
     GradientState._reset_state()
     unset_hf_deepspeed_config()

@@ -54,6 +54,14 @@ RUNS = {
     ),
     "zero2": (*TRL, *PLAIN, "trl-named-full", "trl-copy-full", "plain-copy-full", "plain-resumed"),
     "zero3": (*TRL, *PLAIN, "plain-early", "trl-named-full", "trl-resumed", "trl-copy-full"),
+    # Each rank has a part of every row.
+    "zero3-parts": (
+        *("trl-padded", "trl-padded-lora", "trl-padded-adapter-k2", "trl-padded-adapter-full"),
+        *("trl-padded-named-full", "trl-padded-checkpointing", "trl-padded-pairs"),
+        *("trl-padded-resumed", "trl-padded-skipping", "trl-padded-packed"),
+        *("trl-padded-rejection", "trl-padded-alone", "plain-padded", "plain-padded-adapter-full"),
+    ),
+    "zero3-parts-of-two": ("trl-padded", "trl-padded-adapter-full"),
 }
 IMAGES = {
     "ddp": ("trl-images", "trl-images-tiles"),
@@ -65,7 +73,7 @@ IMAGES = {
 """Every other batch of a rank has no image."""
 SCRIPT = ROOT / "tests/support/sharded_runs.py"
 REFUSED = {
-    ("fsdp2", "trl-context"): "context or sequence parallelism splits a response",
+    ("fsdp2", "trl-context"): "context parallelism (cp_size) splits a response",
     ("fsdp2", "trl-copy-full"): "FSDP2 leaves no rank whole parameters",
     ("fsdp2-gemma3", "trl-images"): "FSDP2 leaves no rank whole parameters",
     ("fsdp2-smolvlm", "trl-images-named"): r"lm_head) is an FSDP2 unit of its own",
@@ -74,6 +82,10 @@ REFUSED = {
     ("tp", "trl-untied-lora"): "does not add to the others'",
     ("tp", "trl-untied-copy"): "tensor parallelism leaves no rank whole parameters",
     ("zero3", "trl-copy-full"): "DeepSpeed ZeRO-3 leaves no rank whole parameters",
+    ("zero3-parts", "trl-padded-alone"): "does not exchange the parts rightly",
+    ("zero3-parts", "trl-padded-skipping"): "Set ignore_data_skip=True",
+    ("zero3-parts", "trl-padded-packed"): "would see each other",
+    ("zero3-parts", "trl-padded-rejection"): "may be in another process's part of the row",
 }
 
 
@@ -110,6 +122,8 @@ def launch(folder, kind, cases):
 def test_two_ranks_take_the_steps_of_one_process(tmp_path, kind, cases):
     if kind.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("needs DeepSpeed (pip install 'star-dss-plugin[test]')")
+    if "parts" in kind and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("the environment with transformers 5.16 has no DeepSpeed that cuts rows")
     if kind in SPLIT and Version(transformers.__version__) < Version("5.23"):
         pytest.skip("transformers 5.16 neither splits this head nor lets TRL train such a model")
     for untied in (False, True):
@@ -137,6 +151,10 @@ def test_two_ranks_take_the_steps_of_one_process(tmp_path, kind, cases):
         assert saved < (1e-3 if kind in SPLIT else 1e-4), name
         assert max(found[name]["kl"]) > 1e-5, name  # the reference was used
         assert kind == "ddp" or found[name]["sharded"] < 0.6, name
+        if "parts" in kind:  # a row of 33 tokens and one of padding
+            lengths = found[name]["lengths"], second[name]["lengths"]
+            assert set(lengths[0]) == set(lengths[1]) == {17}, name
+            assert set(alone["lengths"]) == {33}, name
 
 
 def test_two_ranks_read_a_stream_as_one_process_reads_its_rows(tmp_path):
