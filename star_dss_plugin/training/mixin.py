@@ -20,11 +20,7 @@ from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN, TEXT_COLUMN,
 from star_dss_plugin.data.media_rows import MediaRows
 from star_dss_plugin.training.checkpoints import check_checkpoint
 from star_dss_plugin.training.run_record import add_section
-from star_dss_plugin.training.sequence_parts import (
-    check_resuming,
-    parts_per_row,
-    trained_tokens,
-)
+from star_dss_plugin.training.sequence_parts import check_resuming, parts_per_row, trained_tokens
 from star_dss_plugin.training.state import StarDSSState
 from star_dss_plugin.training.step import mode_of, shaped_step
 from star_dss_plugin.training.stream import ScoredStream
