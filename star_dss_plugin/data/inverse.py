@@ -94,7 +94,11 @@ class TemplateInverse:
         """
         if not self.reliable:
             return None
-        found = self.messages(decode(self.chat.tokenizer, ids))
+        text = decode(self.chat.tokenizer, ids)
+        controls = sum(token in self.chat.special for token in ids)
+        if len(self.chat.control.findall(text)) != controls:
+            return None  # some are spelled in ordinary tokens: words, and no end of a turn
+        found = self.messages(text)
         if found is None:
             return None
         again = self.chat.encode(self.chat.render(found)).ids
@@ -190,12 +194,14 @@ class TemplateInverse:
         return sorted(self._openings, key=lambda o: (-len(o[0]), ranks.get(o[1], 2), o))
 
     @cached_property
-    def _structure(self) -> frozenset[str]:
-        """The control tokens that the template writes around messages."""
+    def _structure(self) -> set[str]:
+        """The control tokens around messages: the template's, and those that begin or end texts."""
         pieces = [piece for piece, _ in self._openings]
         pieces += [piece for behind in self._between.values() for piece, _ in behind]
         pieces += [piece for closings in self._closings.values() for piece in closings]
-        return frozenset(token for piece in pieces for token in self.chat.control.findall(piece))
+        tokenizer = self.chat.tokenizer
+        edges = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token} - {None}
+        return edges | {token for piece in pieces for token in self.chat.control.findall(piece)}
 
     def _overruns(self, slot: str, text: str) -> bool:
         """Return whether what seems to stand in a slot holds what comes behind it."""
@@ -258,8 +264,13 @@ class TemplateInverse:
     def _unclosed(self, last: str, slot: str) -> str:
         """Return the last content without what the template writes behind it, which may be cut."""
         behind = self._closings[slot] | {piece for piece, _ in self._between[slot]}
-        endings = {piece[:n] for piece in behind for n in range(1, len(piece) + 1)}
+        endings = {piece[:n] for piece in behind for n in self._cuts(piece)}
         return last.removesuffix(max((e for e in endings if last.endswith(e)), key=len, default=""))
+
+    def _cuts(self, piece: str) -> list[int]:
+        """Return where a piece may be cut, its end included: not within an added token."""
+        within = [match.span() for match in self.chat.added.finditer(piece)]
+        return [n for n in range(1, len(piece) + 1) if not any(a < n < b for a, b in within)]
 
     def _renders(self, messages: Sequence[Mapping[str, Any]], text: str) -> bool:
         """Return whether the messages give the text; rows may be cut within a character."""
