@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -77,13 +77,7 @@ class TemplateInverse:
         Returns:
             None if there are none, or the inverse cannot be trusted.
         """
-        if not self.reliable:
-            return None
-        for variant in dict.fromkeys((text, self._without_spaces(text))):
-            found = self._parse(variant)
-            if found is not None:
-                return found
-        return None
+        return next(self._found(text), None)
 
     def of_tokens(self, ids: Sequence[int]) -> list[dict[str, Any]] | None:
         """Return the messages that the template and the tokenizer make some tokens of.
@@ -98,13 +92,20 @@ class TemplateInverse:
         controls = sum(token in self.chat.special for token in ids)
         if len(self.chat.control.findall(text)) != controls:
             return None  # some are spelled in ordinary tokens: words, and no end of a turn
-        found = self.messages(text)
-        if found is None:
-            return None
-        again = self.chat.encode(self.chat.render(found)).ids
-        cut = 0 if len(again) == len(ids) else 4
-        checked = max(0, len(ids) - cut)
-        return found if again[:checked] == list(ids[:checked]) else None
+        for found in self._found(text):
+            again = self.chat.encode(self.chat.render(found)).ids
+            cut = 0 if len(again) == len(ids) else 4
+            checked = max(0, len(ids) - cut)
+            if again[:checked] == list(ids[:checked]):
+                return found
+        return None
+
+    def _found(self, text: str) -> Iterator[list[dict[str, Any]]]:
+        """Yield the messages of a text, and of what it is if the tokenizer wrote spaces into it."""
+        for variant in dict.fromkeys((text, self._without_spaces(text))) if self.reliable else ():
+            found = self._parse(variant)
+            if found is not None:
+                yield found
 
     def question(self, text: str) -> list[dict[str, Any]] | None:
         """Return the messages of a text that ends where an answer is to begin.

@@ -1,12 +1,14 @@
 """Attacks on rows of tokens alone: a guard is shown what was said, or the tokens as they are."""
 
 import copy
+import json
 
 import pytest
 from support.paths import SHARED
 from support.talks import TALKS, answer, tokenizer_for, user
 from template_forms import FORMS, chat_of
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.responses import find_responses, runs
@@ -64,6 +66,35 @@ def shown(chat, ids, labels, **known):
 def made(chat, talk=TALK):
     row = tokenize_row({"messages": talk}, chat)
     return row["input_ids"], row["labels"]
+
+
+def pieces_tokenizer(special, end):
+    """A small tokenizer that writes a space before each stretch of text, as SentencePiece does."""
+    backend = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    space = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    backend.normalizer = normalizers.Sequence(space)
+    backend.decoder = decoders.Sequence(
+        [
+            *(decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))],
+        show_progress=False,
+    )
+    backend.train_from_iterator(["▁the▁first▁question,▁the▁second▁one"], trainer)
+    state = json.loads(backend.to_str())
+    state["added_tokens"] = state["added_tokens"][:1]  # bytes are no control tokens
+    backend = Tokenizer.from_str(json.dumps(state))
+    backend.add_special_tokens(special)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="<unk>",
+        eos_token=end,
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def masked(labels, start, end):
@@ -216,3 +247,18 @@ def test_a_token_that_the_tokenizer_adds_is_none_of_the_template():
     (first, last) = shown(chat, [bos, *ids], [-100, *labels])
     assert first[2]
     assert last[1] == "Second one."
+
+
+@pytest.mark.parametrize("name", [n for n in FORMS if n != LOSES])
+def test_spaces_that_a_tokenizer_writes_behind_control_tokens_are_no_words(name):
+    """SentencePiece's: the decoded text is a conversation, too, but not the one that was said."""
+    special, end, added, template = FORMS[name]
+    chat = ChatTokenizer(pieces_tokenizer([*special, *added], end), template)
+    ids, labels = made(chat)
+    first, last = shown(chat, ids, labels)
+    assert (first, last) == tuple(shown(chat, ids, labels, messages=TALK))
+    assert [words(first[0]), words(last[0])] == [
+        words((m["role"], m["content"]) for m in TALK[:k]) for k in (1, 3)
+    ]
+    assert not first[2]
+    assert not last[2]
