@@ -27,6 +27,7 @@ from star_dss_plugin.errors import DataError
 __all__ = ["TemplateInverse"]
 
 _NAME = re.compile(r"[\w.$:-]*")  # of a function or an argument, which may be cut
+_ASKING = ("system", "developer")
 _KNOWN = (
     {"role": "system", "content": "Answer in one line."},
     {"role": "user", "content": "What is 2 + 2?\n\nSay it, please."},
@@ -65,6 +66,7 @@ class TemplateInverse:
             for name in REASONING if thinks else REASONING[:1]:
                 for linked in (True, False) if "tool" in kinds else (False,):
                     self._learn(kinds, name, linked)
+        self._join_alike()
         self.reliable = all(self._gives_back(_KNOWN[first:]) for first in (0, 1))
 
     def messages(self, text: str) -> list[dict[str, Any]] | None:
@@ -154,6 +156,18 @@ class TemplateInverse:
             if piece and parts:
                 self._between[slot].add((piece, following))
         self._closings[slots[-1]].add(pieces[-1])
+
+    def _join_alike(self) -> None:
+        """Take for a user's every turn that the template writes as one: guards read these."""
+        users = {text for text, slot in self._openings if slot == "user"}
+        alike = {slot for text, slot in self._openings if text in users and slot in _ASKING}
+        begin = self.chat.tokenizer.bos_token or ""
+        headers = tuple(text.removeprefix(begin) for text in users - {begin, ""})
+        for slot, behind in self._between.items():
+            self._between[slot] = {
+                (piece, "user" if f in alike and piece.endswith(headers) else f)
+                for piece, f in behind
+            }
 
     def _gives_back(self, known: Sequence[Mapping[str, str]]) -> bool:
         """Return whether a known conversation comes back.

@@ -136,7 +136,12 @@ def test_what_comes_back_is_what_was_said(form, talk):
                 continue
             assert text.strip() == known[1].strip(), (name, len(some))
             # A forged turn in a question's control tokens is a turn to the model, too.
-            assert talk == "control words" or words(context) == words(known[0])
+            if talk == "control words":
+                continue
+            assert words(context) == words(known[0])
+            # Guards may leave system turns out.
+            asked = "".join(content for role, content in context if role == "user")
+            assert all(m[1].strip() in asked for m in known[0] if m[0] == "user")
 
 
 def test_whole_rows_come_back_with_their_messages(form):
