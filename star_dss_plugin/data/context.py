@@ -27,6 +27,7 @@ from star_dss_plugin.data.requests import Message
 from star_dss_plugin.data.tokenization import read_row
 from star_dss_plugin.data.tokenized import Tokenized
 from star_dss_plugin.errors import DataError
+from star_dss_plugin.validation import shortened
 
 __all__ = ["Reading", "RowReader"]
 
@@ -94,9 +95,20 @@ class RowReader:
                 break
 
     def read(self, start: int, end: int) -> Reading:
-        """Return what a guard reads of the tokens from `start` to `end`, at least one."""
+        """Return what a guard reads of the tokens from `start` to `end`, at least one.
+
+        Raises:
+            DataError: They are words of somebody else than an assistant.
+        """
         placed = self._placed
         turns = placed.turns(start, end) if placed is not None else ()
+        if placed is not None and not turns and (role := placed.other(start, end)):
+            said = shortened(decode(self._chat.tokenizer, self._ids[start:end]))
+            raise DataError(
+                f"The tokens {start} to {end} ({said}) are trained, and the {role} says them. A "
+                "guard judges what the assistant says: set their labels to -100 (in Axolotl, give "
+                f"no turn of the {role} a 'training' of true)."
+            )
         if placed is None or not turns:
             return self._raw(start, *self._bare(start, end))
         said, ends, complete = placed.said(self._chat, turns, start, end)

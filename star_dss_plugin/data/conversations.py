@@ -42,6 +42,8 @@ _ROLES = {
     *("document", "documents", "control"),
 }
 
+_ASKING = ("system", "developer", "user")  # assistants may think or call, and tools return nothing
+
 
 def conversation_of(row: Mapping[str, Any]) -> Any:
     """Return what a row has in its column of messages; None if it has no such column."""
@@ -99,6 +101,11 @@ def _checked(column: str, messages: Any) -> list[dict[str, Any]]:
                 "them to 'system', 'user', 'assistant' or 'tool'."
             )
         content = message.get("content")
+        if content is None and message["role"] in _ASKING:
+            raise DataError(
+                f"{where} ({message['role']}) has no content, which a chat template may write as "
+                "'None'. Give its text, or remove the message."
+            )
         if content is not None and not isinstance(content, str | list):
             raise DataError(
                 f"{where}.content is {_short(content)}; it must be a text, or a list of parts."

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -27,6 +27,7 @@ from star_dss_plugin.errors import DataError
 __all__ = ["TemplateInverse"]
 
 _NAME = re.compile(r"[\w.$:-]*")  # of a function or an argument, which may be cut
+_ASKING = ("system", "developer")
 _KNOWN = (
     {"role": "system", "content": "Answer in one line."},
     {"role": "user", "content": "What is 2 + 2?\n\nSay it, please."},
@@ -65,6 +66,7 @@ class TemplateInverse:
             for name in REASONING if thinks else REASONING[:1]:
                 for linked in (True, False) if "tool" in kinds else (False,):
                     self._learn(kinds, name, linked)
+        self._join_alike()
         self.reliable = all(self._gives_back(_KNOWN[first:]) for first in (0, 1))
 
     def messages(self, text: str) -> list[dict[str, Any]] | None:
@@ -77,13 +79,7 @@ class TemplateInverse:
         Returns:
             None if there are none, or the inverse cannot be trusted.
         """
-        if not self.reliable:
-            return None
-        for variant in dict.fromkeys((text, self._without_spaces(text))):
-            found = self._parse(variant)
-            if found is not None:
-                return found
-        return None
+        return next(self._found(text), None)
 
     def of_tokens(self, ids: Sequence[int]) -> list[dict[str, Any]] | None:
         """Return the messages that the template and the tokenizer make some tokens of.
@@ -94,13 +90,24 @@ class TemplateInverse:
         """
         if not self.reliable:
             return None
-        found = self.messages(decode(self.chat.tokenizer, ids))
-        if found is None:
-            return None
-        again = self.chat.encode(self.chat.render(found)).ids
-        cut = 0 if len(again) == len(ids) else 4
-        checked = max(0, len(ids) - cut)
-        return found if again[:checked] == list(ids[:checked]) else None
+        text = decode(self.chat.tokenizer, ids)
+        controls = sum(token in self.chat.special for token in ids)
+        if len(self.chat.control.findall(text)) != controls:
+            return None  # some are spelled in ordinary tokens: words, and no end of a turn
+        for found in self._found(text):
+            again = self.chat.encode(self.chat.render(found)).ids
+            cut = 0 if len(again) == len(ids) else 4
+            checked = max(0, len(ids) - cut)
+            if again[:checked] == list(ids[:checked]):
+                return found
+        return None
+
+    def _found(self, text: str) -> Iterator[list[dict[str, Any]]]:
+        """Yield the messages of a text, and of what it is if the tokenizer wrote spaces into it."""
+        for variant in dict.fromkeys((text, self._without_spaces(text))) if self.reliable else ():
+            found = self._parse(variant)
+            if found is not None:
+                yield found
 
     def question(self, text: str) -> list[dict[str, Any]] | None:
         """Return the messages of a text that ends where an answer is to begin.
@@ -150,6 +157,18 @@ class TemplateInverse:
                 self._between[slot].add((piece, following))
         self._closings[slots[-1]].add(pieces[-1])
 
+    def _join_alike(self) -> None:
+        """Take for a user's every turn that the template writes as one: guards read these."""
+        users = {text for text, slot in self._openings if slot == "user"}
+        alike = {slot for text, slot in self._openings if text in users and slot in _ASKING}
+        begin = self.chat.tokenizer.bos_token or ""
+        headers = tuple(text.removeprefix(begin) for text in users - {begin, ""})
+        for slot, behind in self._between.items():
+            self._between[slot] = {
+                (piece, "user" if f in alike and piece.endswith(headers) else f)
+                for piece, f in behind
+            }
+
     def _gives_back(self, known: Sequence[Mapping[str, str]]) -> bool:
         """Return whether a known conversation comes back.
 
@@ -190,12 +209,14 @@ class TemplateInverse:
         return sorted(self._openings, key=lambda o: (-len(o[0]), ranks.get(o[1], 2), o))
 
     @cached_property
-    def _structure(self) -> frozenset[str]:
-        """The control tokens that the template writes around messages."""
+    def _structure(self) -> set[str]:
+        """The control tokens around messages: the template's, and those that begin or end texts."""
         pieces = [piece for piece, _ in self._openings]
         pieces += [piece for behind in self._between.values() for piece, _ in behind]
         pieces += [piece for closings in self._closings.values() for piece in closings]
-        return frozenset(token for piece in pieces for token in self.chat.control.findall(piece))
+        tokenizer = self.chat.tokenizer
+        edges = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token} - {None}
+        return edges | {token for piece in pieces for token in self.chat.control.findall(piece)}
 
     def _overruns(self, slot: str, text: str) -> bool:
         """Return whether what seems to stand in a slot holds what comes behind it."""
@@ -258,8 +279,13 @@ class TemplateInverse:
     def _unclosed(self, last: str, slot: str) -> str:
         """Return the last content without what the template writes behind it, which may be cut."""
         behind = self._closings[slot] | {piece for piece, _ in self._between[slot]}
-        endings = {piece[:n] for piece in behind for n in range(1, len(piece) + 1)}
+        endings = {piece[:n] for piece in behind for n in self._cuts(piece)}
         return last.removesuffix(max((e for e in endings if last.endswith(e)), key=len, default=""))
+
+    def _cuts(self, piece: str) -> list[int]:
+        """Return where a piece may be cut, its end included: not within an added token."""
+        within = [match.span() for match in self.chat.added.finditer(piece)]
+        return [n for n in range(1, len(piece) + 1) if not any(a < n < b for a, b in within)]
 
     def _renders(self, messages: Sequence[Mapping[str, Any]], text: str) -> bool:
         """Return whether the messages give the text; rows may be cut within a character."""

@@ -132,6 +132,20 @@ class Placed:
             return ()
         return self.layout.turns_in(starts[start], ends[end - 1])
 
+    def other(self, start: int, end: int) -> str | None:
+        """Return the role of somebody else whose words some tokens are; None if an assistant's too.
+
+        Words that share a token with the template's, or with an assistant's, do not count.
+        """
+        starts, ends = self.places.starts, self.places.ends
+        if self.layout.turns_in(starts[start], ends[end - 1]):
+            return None
+        for a, b, k in self.layout.others:
+            low, high = bisect_left(starts, a, start, end), bisect_right(ends, b, start, end)
+            if low < high and self.layout.text[starts[low] : ends[high - 1]].strip():
+                return str(self.source[k]["role"])
+        return None
+
     def _inside(
         self, turns: Sequence[Turn], start: int, end: int, text: str, ends: Sequence[int]
     ) -> list[tuple[int, int]]:

@@ -112,7 +112,7 @@ def read_responses(
     read = list(_each(dataset, chat, options, num_proc))
     labels = [row.labels for row in read]
     if needed:
-        check_trained(labels)
+        check_trained(labels, (row.silent for row in read if row.silent))
     if raw:
         for name, column in (("input_ids", [row.ids for row in read]), ("labels", labels)):
             dataset = with_column(dataset, name, column, List(Value("int64")))

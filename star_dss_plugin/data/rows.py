@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset, List, Value
@@ -140,11 +140,17 @@ def labelled_by_masks(dataset: Dataset) -> Dataset:
     return with_column(dataset, "labels", column, List(Value("int64")))
 
 
-def check_trained(column: Sequence[Sequence[int]]) -> None:
-    """Raise a DataError if no row has a trained token."""
+def check_trained(column: Sequence[Sequence[int]], why: Iterable[str] = ()) -> None:
+    """Raise a DataError if no row has a trained token.
+
+    Args:
+        column: The labels of each row.
+        why: What is known of why rows train nothing.
+    """
     if not any(label != IGNORE_INDEX for labels in column for label in labels):
+        reasons = " and ".join(dict.fromkeys(why)) or "every label is -100"
         raise DataError(
-            f"None of the {len(column)} rows has a trained token: every label is -100. Check the "
+            f"None of the {len(column)} rows has a trained token: {reasons}. Check the "
             "columns, the chat template and max_length (a prompt that fills it leaves no response)."
         )
 

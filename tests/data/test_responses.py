@@ -289,11 +289,15 @@ def test_rows_cut_at_their_start_have_raw_contexts(tokenizer):
     assert contexts(cut, tokenizer) == ["raw", "raw"]
 
 
-def test_a_trained_question_is_no_answer(tokenizer):
+@pytest.mark.parametrize("known", [True, False])
+def test_a_trained_question_is_no_answer(tokenizer, known):
     row = labelled(chat("u:hi", "a:ok", "u:why?", "a:fine"), tokenizer)
     start = row["input_ids"].index(tokenized(tokenizer, "why?")[0])
     row["labels"] = [i if start <= n < start + 3 else -100 for n, i in enumerate(row["input_ids"])]
-    assert contexts(row, tokenizer) == ["raw"]
+    if not known:
+        del row["messages"]
+    with pytest.raises(DataError, match=r"\('why\??'\) are trained, and the user says them"):
+        contexts(row, tokenizer)
 
 
 def test_the_tokenizer_may_have_no_template(tokenizer):

@@ -140,6 +140,8 @@ def test_answers_that_the_template_drops_are_refused(tokenizer):
         ({"messages": [None]}, r"messages\[0\] is a NoneType"),
         ({"messages": [{"content": "hi"}]}, r"messages\[0\].role is NoneType None"),
         ({"messages": [*chat("u:hi"), {"role": 5, "content": ""}]}, r"messages\[1\].role is int 5"),
+        ({"messages": [{"role": "user"}]}, r"messages\[0\] \(user\) has no content"),
+        ({"prompt": [{"role": "system"}], "completion": chat("a:hi")}, r"prompt\[0\] \(system"),
         ({"messages": [{"role": "user", "content": 5}]}, r"messages\[0\].content is int 5"),
         ({"messages": [{"role": "user", "content": ["hi"]}]}, r"content\[0\] is str 'hi'"),
         (

@@ -127,7 +127,7 @@ def test_label_mass_over_the_data(tokenizer, mass, minimum, trusted):
     ("rows", "message"),
     [
         ([{"input_ids": [5, 6], "labels": [-100, -100]}] * 2, "None of the 2 rows has a trained"),
-        ([{"messages": chat("hi")}], "None of the 1 rows has a trained"),
+        ([{"messages": chat("hi")}], "None of the 1 rows .*: no assistant says anything in them"),
         ([{"input_ids": [5, 6]}], "'input_ids' but no 'labels'"),
         ([SIMPLE | {"star_scores": [1.0]}], "already has a 'star_scores' column"),
         ([{"question": "hi"}], r"^Row 0: .*columns \['question'\]"),

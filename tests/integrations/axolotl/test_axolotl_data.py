@@ -16,6 +16,7 @@ from axolotl_runs import (
 )
 from support.guards import WordGuard
 
+from star_dss_plugin import DataError
 from star_dss_plugin.data.columns import SCORES_COLUMN
 from star_dss_plugin.data.provenance import provenance_of
 from star_dss_plugin.data.responses import runs
@@ -105,6 +106,23 @@ def test_what_is_trained_of_a_conversation(tmp_path, model_dir, tokenizer, optio
     data = chat(tmp_path / "a.jsonl", rows, **options)
     found = responses(scored(tmp_path, model_dir, data).train_dataset, tokenizer)
     assert {text for text, _ in found} == trained_texts
+
+
+@pytest.mark.parametrize("whose", ["assistant", "user"])
+def test_turns_that_rows_choose_to_train(tmp_path, model_dir, tokenizer, asked, whose):
+    """An assistant's turn may be left out; a user's is none that a guard could judge."""
+    rows = multi_turn()
+    for row in rows:
+        for k, message in enumerate(row["messages"]):
+            message["train"] = message["role"] == whose and k > 2
+    data = chat(tmp_path / "a.jsonl", rows, message_field_training="train", train_on_eos="none")
+    if whose == "user":
+        with pytest.raises(DataError, match="are trained, and the user says them"):
+            scored(tmp_path, model_dir, data)
+        return
+    found = responses(scored(tmp_path, model_dir, data).train_dataset, tokenizer)
+    assert sorted(text for text, _ in found) == sorted(a + " yes" for a in ANSWERS)
+    assert all(len(context) == 4 for context, _ in asked)
 
 
 def test_other_fields_and_roles(tmp_path, model_dir, asked):

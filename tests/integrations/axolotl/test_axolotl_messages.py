@@ -101,9 +101,12 @@ def test_text_of_another_template_is_not_inverted(tokenizer):
 
 
 def test_a_cut_conversation_gives_its_messages(tokenizer):
-    text = ChatTokenizer(tokenizer, tokenizer.chat_template).render(CONVERSATION)
+    chat = ChatTokenizer(tokenizer, tokenizer.chat_template)
+    text = chat.render(CONVERSATION)
     inverse = TemplateInverse(tokenizer, tokenizer.chat_template)
     for cut in range(text.index("Use"), len(text)):
+        if any(a < cut < b for a, b in (match.span() for match in chat.added.finditer(text))):
+            continue  # rows are cut between tokens
         found = inverse.messages(text[:cut])
         # The last one may be cut, and its role may not be known yet.
         assert found[:-1] == CONVERSATION[: len(found) - 1]

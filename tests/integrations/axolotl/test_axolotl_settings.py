@@ -33,6 +33,8 @@ from support.paths import ROOT, SHARED
 from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from yaml import safe_load
 
+from star_dss_plugin import ConfigError
+
 PAGE = (ROOT / "docs" / "axolotl.md").read_text()
 CUT = "axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"
 LIGER = "axolotl.integrations.liger.LigerPlugin"
@@ -163,6 +165,22 @@ RUNS = {
             "fake_quant_after_n_steps": 1,
         }
     },
+    "layers in turn": {
+        "lisa_n_layers": 1,
+        "lisa_step_interval": 1,
+        "lisa_layers_attribute": "model.layers",
+    },
+    # The base model under the adapter is another one than the model as it starts.
+    "principal components": {
+        "peft_init_lora_weights": "pissa",
+        "loraplus_lr_ratio": 8,
+        **LORA,
+    },
+    "principal components, compared at every step": {
+        "peft_init_lora_weights": "pissa",
+        "star_dss": {"guard": "test-words", "kl_estimator": "full", "kl_coef": 2.0},
+        **LORA,
+    },
     "lora_modules_to_save": {"lora_modules_to_save": ["lm_head", "embed_tokens"], **LORA},
     "balance_labels": {
         "balance_labels": True,
@@ -182,6 +200,13 @@ def test_settings_that_work(tmp_path, model_dir, name):
     trainer = trained(tmp_path, configuration(tmp_path, model_dir, **RUNS[name]))
     assert trainer.star_dss_state.shaped == trainer.state.max_steps
     assert trainer.state.log_history[1]["star_dss/kl"] > 0
+
+
+def test_an_adapter_that_takes_from_the_base_model_is_no_reference(tmp_path, model_dir):
+    block = {"guard": "test-words", "reference": "adapter"}
+    config = {"peft_init_lora_weights": "pissa", "star_dss": block, **LORA}
+    with pytest.raises(ConfigError, match="the adapter already changes the model"):
+        trained(tmp_path, configuration(tmp_path, model_dir, **config))
 
 
 def test_the_watchdog_sees_the_shaped_loss(tmp_path, model_dir):

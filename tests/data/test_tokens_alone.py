@@ -1,0 +1,269 @@
+"""Attacks on rows of tokens alone: a guard is shown what was said, or the tokens as they are."""
+
+import copy
+import json
+
+import pytest
+from support.paths import SHARED
+from support.talks import TALKS, answer, tokenizer_for, user
+from template_forms import FORMS, chat_of
+from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from star_dss_plugin.data.chat import ChatTokenizer
+from star_dss_plugin.data.responses import find_responses, runs
+from star_dss_plugin.data.tokenization import tokenize_row
+from star_dss_plugin.segmenters import tokens
+
+QWEN3 = "Qwen3, SmolLM3: a block of thought in the last turn"
+LOSES = "DeepSeek-R1: thought is left out"  # no inverse can be trusted
+REAL = {
+    "the tokens of Qwen3": ("qwen3guard_gen", FORMS["Qwen 2.5"][3]),
+    "the tokens of Qwen3, with thought": ("qwen3guard_gen", FORMS[QWEN3][3]),
+    "the tokens of Granite": ("granite_guardian_3_1", None),
+}
+TALK = [user("First question?"), answer("First."), user("Second question?"), answer("Second one.")]
+MORE = {
+    "words that look like turns": [user("a?"), answer("No.\n\nUser: do it\n\nAssistant: ok")],
+    "words of headers": [user("assistant\nyes"), answer("user\nno"), user("a?"), answer("system")],
+    "two answers, twice": [
+        *(user("a?"), answer("b"), answer("c")),
+        *(user("d?"), answer("e"), answer("f")),
+    ],
+    "an empty last answer": [user("Hi?"), answer("Sure"), user("And?"), answer("")],
+    "an answer ends like a control word": [user("a?"), answer("1 <"), user("b?"), answer("2 <|")],
+}
+
+
+@pytest.fixture(scope="module", params=[*FORMS, *REAL])
+def form(request):
+    if request.param in FORMS:
+        return request.param, chat_of(request.param)
+    name, template = REAL[request.param]
+    folder = SHARED / "guards" / name
+    if not folder.is_dir():
+        pytest.skip("needs the developers' ../shared folder (guards' tokenizers)")
+    source = SHARED / "guards" / "granite_4_1_chat_template.jinja"
+    return request.param, ChatTokenizer(
+        AutoTokenizer.from_pretrained(folder), template or source.read_text()
+    )
+
+
+def shown(chat, ids, labels, **known):
+    """What a guard reads of each run: context, text, whether the context is raw, and the cuts."""
+    row = {"input_ids": ids, "labels": labels, **known}
+    return [
+        (
+            [(m["role"], m["content"]) for m in found.request.context],
+            found.request.text,
+            found.raw_context,
+            found.chunk_ends,
+        )
+        for found in find_responses(row, chat, tokens, 4)
+    ]
+
+
+def made(chat, talk=TALK):
+    row = tokenize_row({"messages": talk}, chat)
+    return row["input_ids"], row["labels"]
+
+
+def pieces_tokenizer(special, end):
+    """A small tokenizer that writes a space before each stretch of text, as SentencePiece does."""
+    backend = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    space = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    backend.normalizer = normalizers.Sequence(space)
+    backend.decoder = decoders.Sequence(
+        [
+            *(decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))],
+        show_progress=False,
+    )
+    backend.train_from_iterator(["▁the▁first▁question,▁the▁second▁one"], trainer)
+    state = json.loads(backend.to_str())
+    state["added_tokens"] = state["added_tokens"][:1]  # bytes are no control tokens
+    backend = Tokenizer.from_str(json.dumps(state))
+    backend.add_special_tokens(special)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="<unk>",
+        eos_token=end,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def masked(labels, start, end):
+    return [label if start <= i < end else -100 for i, label in enumerate(labels)]
+
+
+def words(messages):
+    return "".join("".join(content.split()) for _, content in messages)
+
+
+def ordinary(chat, text):
+    """Control words in ordinary tokens."""
+    backend = copy.deepcopy(chat.tokenizer.backend_tokenizer)
+    backend.encode_special_tokens = True
+    return backend.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("talk", [*TALKS, *MORE])
+def test_what_comes_back_is_what_was_said(form, talk):
+    """Cut anywhere, trained in whole or in part: as with the messages, or raw.
+
+    Templates join a system turn to a question, and trim; what is said in them is the same.
+    """
+    name, chat = form
+    said = {**TALKS, **MORE}[talk]
+    ids, labels = made(chat, said)
+    first, last = runs(labels)[-1]
+    rows = [(ids[:cut], labels[:cut]) for cut in {*range(first, len(ids)), *range(5, first, 7)}]
+    parts = [(first, last), (first, first + 1), ((first + last) // 2, last)]
+    rows += [(ids, labels), *((ids, masked(labels, *part)) for part in parts)]
+    for some, trained in rows:
+        if -100 not in trained or not runs(trained):
+            continue
+        alone = shown(chat, some, trained)
+        for (context, text, raw, _), known in zip(
+            alone, shown(chat, some, trained, messages=said), strict=True
+        ):
+            if raw or known[2]:
+                continue
+            assert text.strip() == known[1].strip(), (name, len(some))
+            # A forged turn in a question's control tokens is a turn to the model, too.
+            if talk == "control words":
+                continue
+            assert words(context) == words(known[0])
+            # Guards may leave system turns out.
+            asked = "".join(content for role, content in context if role == "user")
+            assert all(m[1].strip() in asked for m in known[0] if m[0] == "user")
+
+
+def test_whole_rows_come_back_with_their_messages(form):
+    name, chat = form
+    ids, labels = made(chat)
+    first, last = shown(chat, ids, labels)
+    if name == LOSES:
+        assert first[2]
+        assert last[2]
+        return
+    assert [context for context, *_ in (first, last)] == [
+        [(m["role"], m["content"]) for m in TALK[:k]] for k in (1, 3)
+    ]
+    assert [text for _, text, *_ in (first, last)] == ["First.", "Second one."]
+    alone = masked(labels, *runs(labels)[-1])
+    assert shown(chat, ids, alone) == [last]
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("where", ["behind the row", "behind the answer", "between two turns"])
+def test_words_behind_an_answer_are_no_part_of_a_turn_that_ended(form, where, trained):
+    name, chat = form
+    ids, labels = made(chat)
+    more = chat.encode("and more words").ids
+    at = {"behind the row": len(ids), "between two turns": runs(labels)[0][1]}.get(
+        where, runs(labels)[1][1]
+    )
+    found = shown(
+        chat,
+        [*ids[:at], *more, *ids[at:]],
+        [*labels[:at], *(more if trained else [-100] * len(more)), *labels[at:]],
+    )
+    if name.startswith("GLM") and where != "between two turns":
+        assert not found[1][2]  # nothing ends the last turn: they are its words
+        assert found[1][1] == "Second one." + "and more words" * trained
+        return
+    assert all(raw for _, _, raw, _ in found)
+    assert ("and more words" in "".join(text for _, text, *_ in found)) == trained
+
+
+def test_turns_in_ordinary_tokens_are_words(form):
+    """Within the question, and within the answer that is trained."""
+    _, chat = form
+    ids, labels = made(chat)
+    (_, end), (start, last) = runs(labels)
+    forged = ordinary(chat, chat.tokenizer.decode(ids[end - 1 : start]) + "bad")
+    inside = start + (last - start) // 2
+    for at, trained in ((inside, True), (2, False)):
+        row = [*ids[:at], *forged, *ids[at:]]
+        targets = [*labels[:at], *(forged if trained else [-100] * len(forged)), *labels[at:]]
+        found = shown(chat, row, targets)
+        assert all(raw for _, _, raw, _ in found)
+        assert "bad" in found[-1][1] or "bad" in words(found[-1][0])
+
+
+def test_an_end_of_turn_in_ordinary_tokens_is_read(form):
+    """The row is cut behind it, where the last tokens are not compared one by one."""
+    _, chat = form
+    ids, labels = made(chat)
+    start, _ = runs(labels)[-1]
+    stop = start + 1 + ids[start:].index(chat.encode("Second one.").ids[-1])
+    end = ordinary(chat, chat.tokenizer.eos_token)
+    (found,) = shown(chat, [*ids[:stop], *end], [*[-100] * start, *ids[start:stop], *end])
+    assert found[1].endswith(f"Second one.{chat.tokenizer.eos_token}")
+
+
+def test_tokens_that_begin_and_end_texts_are_never_words(form):
+    """Doubled, as padding on either side, or trained behind the answer."""
+    _, chat = form
+    ids, labels = made(chat)
+    tokenizer = chat.tokenizer
+    for token in {tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id} - {None}:
+        word = tokenizer.convert_ids_to_tokens(token)
+        for count in (1, 2, 5):
+            more = [token] * count
+            rows = [
+                ([*more, *ids], [*[-100] * count, *labels]),
+                ([*ids, *more], [*labels, *[-100] * count]),
+                ([*ids, *more], [*labels, *more]),
+            ]
+            for row in rows:
+                read = [(text, raw) for _, text, raw, _ in shown(chat, *row)]
+                assert all(word not in text for text, _ in read)
+                assert read[1][0].endswith("Second one.")
+                assert read[1][1]
+
+
+def test_a_turn_of_another_within_a_trained_run_is_no_answer(form):
+    _, chat = form
+    ids, labels = made(chat)
+    (start, _), (_, end) = runs(labels)
+    found = shown(chat, ids, [-100] * start + ids[start:end] + [-100] * (len(ids) - end))
+    assert all(raw for _, _, raw, _ in found)
+    assert "Second question?" in found[0][1]
+
+
+def test_a_row_that_is_trained_as_a_whole_is_a_text(form):
+    _, chat = form
+    ids, _ = made(chat)
+    assert all(raw for _, _, raw, _ in shown(chat, ids, ids))
+
+
+def test_a_token_that_the_tokenizer_adds_is_none_of_the_template():
+    """Begin-of-text behind a template that writes none: raw, and it is not judged."""
+    chat = ChatTokenizer(tokenizer_for(FORMS["Qwen 2.5"][3]), FORMS["Qwen 2.5"][3])
+    ids, labels = made(chat)
+    bos = chat.tokenizer.bos_token_id
+    (first, last) = shown(chat, [bos, *ids], [-100, *labels])
+    assert first[2]
+    assert last[1] == "Second one."
+
+
+@pytest.mark.parametrize("name", [n for n in FORMS if n != LOSES])
+def test_spaces_that_a_tokenizer_writes_behind_control_tokens_are_no_words(name):
+    """SentencePiece's: the decoded text is a conversation, too, but not the one that was said."""
+    special, end, added, template = FORMS[name]
+    chat = ChatTokenizer(pieces_tokenizer([*special, *added], end), template)
+    ids, labels = made(chat)
+    first, last = shown(chat, ids, labels)
+    assert (first, last) == tuple(shown(chat, ids, labels, messages=TALK))
+    assert [words(first[0]), words(last[0])] == [
+        words((m["role"], m["content"]) for m in TALK[:k]) for k in (1, 3)
+    ]
+    assert not first[2]
+    assert not last[2]
