@@ -9,6 +9,7 @@ from axolotl.utils.logging import get_logger
 
 from star_dss_axolotl.args import PLUGIN, is_listed, options_of
 from star_dss_axolotl.conflicts import conflicts
+from star_dss_axolotl.kernels import keep_other_models_whole
 from star_dss_axolotl.replaced import switch_off_replaced
 from star_dss_plugin.errors import ConfigError, StarDSSError
 from star_dss_plugin.smollm2 import SMOLLM2, resolve_model
@@ -84,6 +85,11 @@ class StarDSSPlugin(BasePlugin):  # type: ignore[misc]
         loaded.train_dataset = score(loaded.train_dataset, cfg, tokenizer, options, "train")
         loaded.eval_dataset = score(loaded.eval_dataset, cfg, tokenizer, options, "eval")
         return loaded
+
+    def pre_model_load(self, cfg: Any) -> None:
+        """Keep guards and references apart from the kernels of the trained model."""
+        if options_of(cfg) is not None:
+            keep_other_models_whole(cfg)
 
     def get_trainer_cls(self, cfg: Any) -> Any:
         """Return the trainer with the loss; None where the plugin is not used.

@@ -48,6 +48,7 @@ LORA = {
     "lora_o_kernel": False,
     "lora_embedding_kernel": False,
 }
+KERNELS = {name: True for name in LORA if name.endswith("_kernel")}
 
 
 def single_turn():
