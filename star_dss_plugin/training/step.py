@@ -75,14 +75,14 @@ def shaped_step(
     labels = given.get("labels")
     # transformers asks Liger's fused loss for skip_logits.
     inputs = {k: v for k, v in inputs.items() if k not in (*TOKEN_COLUMNS, "skip_logits")}
-    if part:
-        inputs["labels"] = inputs["shift_labels"]
     if scores is None or labels is None:
         raise StarDSSError(
             f"A batch came without {SCORES_COLUMN!r} or 'labels' (it has {sorted(inputs)}). "
             "Something replaced the data set or the data collator after STAR-DSS was set up; "
             "give them to the trainer's constructor."
         )
+    if part:
+        inputs["labels"] = inputs["shift_labels"]
     mode = mode_of(trainer)
     shaping = active.shaping
     if mode == "train":  # evaluations have λ whole, so that they compare

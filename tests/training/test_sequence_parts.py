@@ -7,10 +7,10 @@ import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from support.models import make_tokenizer, tiny_llama
-from transformers import DataCollatorForSeq2Seq
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from star_dss_plugin import ConfigError, DataError
+from star_dss_plugin import ConfigError, DataError, StarDSSError, attach
 from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN
 from star_dss_plugin.logprobs import full_kl, token_logprobs
 from star_dss_plugin.loss import Shaping, shaped_loss
@@ -241,3 +241,31 @@ def test_a_run_in_parts_resumes_only_if_no_row_is_to_be_skipped():
         check_resuming(trainer(ignore_data_skip=False))
     check_resuming(trainer(ignore_data_skip=True))
     check_resuming(trainer(size=1, ignore_data_skip=False))
+
+
+def test_labels_that_are_moved_without_their_scores_stop_the_run(tmp_path):
+    """A host that renames labels, without sequence parallelism."""
+
+    class Late(Trainer):
+        def get_batch_samples(self, *given):
+            batches, items = super().get_batch_samples(*given)
+            for batch in batches:
+                batch["shift_labels"] = batch.pop("labels").roll(-1, 1)
+            return batches, items
+
+    tokenizer = make_tokenizer()
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, report_to="none")
+    given = Late(
+        tiny_llama(len(tokenizer)),
+        args=arguments,
+        train_dataset=Dataset.from_list(rows([9] * 2))
+        .remove_columns([SCORES_COLUMN, REF_COLUMN])
+        .map(lambda row: {"attention_mask": [1] * len(row["input_ids"])}),
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        processing_class=tokenizer,
+    )
+    before = {name: value.clone() for name, value in given.model.named_parameters()}
+    attach(given, guard="test-words", segmenter="tokens")
+    with pytest.raises(StarDSSError, match=r"it has \['attention_mask', 'input_ids', 'shift_lab"):
+        given.train()
+    assert all(torch.equal(before[n], value) for n, value in given.model.named_parameters())
