@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from star_dss_plugin import load_guard
-from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.requests import PrefixRequest, Trajectory
 from star_dss_plugin.data.responses import find_responses
+from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.data.tokenization import tokenize_row
 from star_dss_plugin.guards.adaptive import AdaptiveGuard
 from star_dss_plugin.guards.base import Guard

@@ -128,7 +128,7 @@ def train(folder: Path, out: Path, environment: dict[str, str]) -> None:
     from transformers.trainer_utils import get_last_checkpoint
 
     from star_dss_plugin import CheckpointError
-    from star_dss_plugin.training import reference_column as precompute
+    from star_dss_plugin.training.reference import column as precompute
 
     class Trainer(StarDSSTrainer):
         def training_step(self, *args: Any, **kwargs: Any) -> Any:

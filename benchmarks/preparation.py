@@ -29,9 +29,9 @@ from typing import Any
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.responses import find_responses
 from star_dss_plugin.data.row_responses import RowOptions, read_responses
+from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.data.tokenization import tokenize_row
 from star_dss_plugin.segmenters import tokens
 from star_dss_plugin.smollm2 import load_smollm2

@@ -49,10 +49,10 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from star_dss_plugin import load_guard
-from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.fingerprints import request_key
 from star_dss_plugin.data.requests import PrefixRequest, Trajectory
 from star_dss_plugin.data.responses import find_responses
+from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.data.tokenization import tokenize_row
 from star_dss_plugin.engines.shared_prefix.tree import grow
 from star_dss_plugin.guards.base import Guard

@@ -53,9 +53,9 @@ from transformers import (
 )
 
 from star_dss_plugin import load_guard
-from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.requests import PrefixRequest
 from star_dss_plugin.data.responses import find_responses
+from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.data.tokenization import tokenize_row
 from star_dss_plugin.engines.local import LocalEngine
 from star_dss_plugin.segmenters import tokens

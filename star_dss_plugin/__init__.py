@@ -24,7 +24,7 @@ from star_dss_plugin.errors import (
 from star_dss_plugin.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from star_dss_plugin.data.parquet_shards import load_scored
+    from star_dss_plugin.data.files.parquet_shards import load_scored
     from star_dss_plugin.data.provenance import provenance_of
     from star_dss_plugin.data.requests import PrefixRequest, Trajectory
     from star_dss_plugin.evaluate.probe import SafetyProbe
@@ -88,7 +88,7 @@ _HOMES = {
     "attach": "training.attach",
     "inspect_row": "report.inspection",
     "load_guard": "guards.loading",
-    "load_scored": "data.parquet_shards",
+    "load_scored": "data.files.parquet_shards",
     "provenance_of": "data.provenance",
     "resolve_model": "smollm2",
     "score_dataset": "scoring.scorer",

@@ -7,7 +7,7 @@ import re
 import pytest
 from datasets import Dataset
 
-from star_dss_plugin.data.parquet_shards import write_card
+from star_dss_plugin.data.files.parquet_shards import write_card
 from star_dss_plugin.data.provenance import write_note
 from star_dss_plugin.errors import DataError, StarDSSError
 from star_dss_plugin.guards.base import announced
@@ -97,7 +97,7 @@ def check_markdown(text):
 
 def test_a_guard_that_the_data_names_is_one_line_at_start_up(tmp_path, caplog):
     from star_dss_plugin.options import StarDSSOptions
-    from star_dss_plugin.training.prepare import summary_of
+    from star_dss_plugin.training.rows.prepare import summary_of
 
     note = {
         "guard": EVIL.replace("\ud800", ""),

@@ -23,7 +23,7 @@ from star_dss_plugin.training.preflight import (
     estimate_of_media,
     lacks_guard,
 )
-from star_dss_plugin.training.stream_checks import check_stream
+from star_dss_plugin.training.rows.stream_checks import check_stream
 from star_dss_plugin.validation import nearest
 
 __all__ = ["check"]

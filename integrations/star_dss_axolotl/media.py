@@ -12,8 +12,8 @@ from axolotl.utils.collators.mm_chat import MultiModalChatDataCollator
 from PIL import Image
 
 from star_dss_axolotl.mistral import MistralChat, is_mistrals
-from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.media_rows import MediaRows, media_tokens
+from star_dss_plugin.data.templates.chat import ChatTokenizer
 
 __all__ = ["media_rows", "rows_of", "strategy_of"]
 

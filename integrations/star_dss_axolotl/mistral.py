@@ -15,8 +15,8 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 from transformers.tokenization_mistral_common import MistralCommonBackend
 
-from star_dss_plugin.data.chat import ChatTokenizer, Encoded, whole_text
 from star_dss_plugin.data.decoding import decode, token_boundaries
+from star_dss_plugin.data.templates.chat import ChatTokenizer, Encoded, whole_text
 from star_dss_plugin.errors import DataError
 
 __all__ = ["MistralChat", "is_mistrals"]

@@ -9,13 +9,13 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.columns import SCORES_COLUMN, without_marks
 from star_dss_plugin.data.provenance import provenance_of
+from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.options import StarDSSOptions
 from star_dss_plugin.scoring.scorer import score_dataset
-from star_dss_plugin.training.prepare import asks_guard
+from star_dss_plugin.training.rows.prepare import asks_guard
 
 __all__ = ["chat_of", "chat_templates", "score"]
 

@@ -12,12 +12,12 @@ from star_dss_axolotl.args import options_of
 from star_dss_axolotl.media import media_rows
 from star_dss_axolotl.scoring import chat_of, score
 from star_dss_axolotl.streams import PackedStream, fitting
-from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.media_rows import MediaRows
+from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.training.attach import set_up
-from star_dss_plugin.training.late import scored_collator
 from star_dss_plugin.training.mixin import StarDSSMixin
+from star_dss_plugin.training.rows.late import scored_collator
 
 __all__ = ["StarDSSAxolotlTrainer"]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import IterableDataset
 
-from star_dss_plugin.data.chat import ChatTokenizer
+from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.errors import StarDSSError
 from star_dss_plugin.guards.spec import missing_guard
 from star_dss_plugin.hookspecs import Findings
@@ -19,7 +19,7 @@ from star_dss_plugin.training.preflight import (
     estimate_of_media,
     lacks_guard,
 )
-from star_dss_plugin.training.stream_checks import check_stream
+from star_dss_plugin.training.rows.stream_checks import check_stream
 from star_dss_trl.media import has_images, load_processor, rows_of
 from star_dss_trl.sft import load_data, parse, used_splits
 from star_dss_trl.templates import training_template

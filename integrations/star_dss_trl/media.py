@@ -9,11 +9,11 @@ from datasets import Dataset
 from transformers import AutoProcessor, ProcessorMixin
 from trl.data_utils import is_conversational, prepare_multimodal_messages
 
-from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.conversations import MEDIA, conversation_of
 from star_dss_plugin.data.media import undecoded
 from star_dss_plugin.data.media_rows import MediaRows, media_tokens
 from star_dss_plugin.data.rows import in_row
+from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.errors import ConfigError, DataError
 from star_dss_plugin.smollm2 import resolve_model
 

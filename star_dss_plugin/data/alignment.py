@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.columns import SCORES_COLUMN
 from star_dss_plugin.data.decoding import REPLACEMENT, added_tokens, token_boundaries
+from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.logprobs import IGNORE_INDEX
 from star_dss_plugin.visible import visible_line

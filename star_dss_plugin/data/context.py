@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.conversations import (
     source_messages,
 )
@@ -21,11 +20,12 @@ from star_dss_plugin.data.decoding import (
     decode,
     token_boundaries,
 )
-from star_dss_plugin.data.placed import place, place_bytes
-from star_dss_plugin.data.rendered import parsed_tokens
 from star_dss_plugin.data.requests import Message
+from star_dss_plugin.data.templates.chat import ChatTokenizer
+from star_dss_plugin.data.templates.placed import place, place_bytes
+from star_dss_plugin.data.templates.rendered import parsed_tokens
+from star_dss_plugin.data.templates.tokenized import Tokenized
 from star_dss_plugin.data.tokenization import read_row
-from star_dss_plugin.data.tokenized import Tokenized
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.validation import shortened
 

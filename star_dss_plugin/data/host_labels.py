@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.conversations import conversation_of, source_messages
+from star_dss_plugin.data.templates.chat import ChatTokenizer
+from star_dss_plugin.data.templates.tokenized import Tokenized, labels_of, runs_within
 from star_dss_plugin.data.tokenization import read_row
-from star_dss_plugin.data.tokenized import Tokenized, labels_of, runs_within
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.logprobs import IGNORE_INDEX
 

@@ -17,12 +17,12 @@ from typing import Any
 from datasets import Dataset, Features, Json, List, Value
 from transformers import ProcessorMixin
 
-from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.columns import SCORES_COLUMN, TEXT_COLUMN
 from star_dss_plugin.data.conversations import MEDIA
 from star_dss_plugin.data.decoding import added_tokens
 from star_dss_plugin.data.media import undecoded
 from star_dss_plugin.data.rows import check_trained, in_row
+from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.data.tokenization import tokenize_row
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.validation import shortened

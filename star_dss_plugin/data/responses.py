@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.context import Reading, RowReader
 from star_dss_plugin.data.requests import PrefixRequest
-from star_dss_plugin.data.tokenized import Runs, Tokenized
+from star_dss_plugin.data.templates.chat import ChatTokenizer
+from star_dss_plugin.data.templates.tokenized import Runs, Tokenized
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.logprobs import IGNORE_INDEX
 from star_dss_plugin.segmenters import Segmenter, chunk_ends

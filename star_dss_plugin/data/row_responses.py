@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset, List, Value
 
-from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.columns import with_column
 from star_dss_plugin.data.context import RowReader
 from star_dss_plugin.data.responses import Response, is_answered, responses_in, runs
@@ -24,8 +23,9 @@ from star_dss_plugin.data.rows import (
     plain_rows,
     with_labels,
 )
+from star_dss_plugin.data.templates.chat import ChatTokenizer
+from star_dss_plugin.data.templates.tokenized import Tokenized, labels_of
 from star_dss_plugin.data.tokenization import cut_row, read_rows
-from star_dss_plugin.data.tokenized import Tokenized, labels_of
 from star_dss_plugin.segmenters import Segmenter
 
 __all__ = ["ReadRows", "RowOptions", "read_responses"]

@@ -8,7 +8,6 @@ from typing import Any
 
 from datasets import Dataset, List, Value
 
-from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.columns import with_column
 from star_dss_plugin.data.host_labels import (
     MASKS,
@@ -18,8 +17,9 @@ from star_dss_plugin.data.host_labels import (
 )
 from star_dss_plugin.data.media import check_features
 from star_dss_plugin.data.responses import tokens_of
+from star_dss_plugin.data.templates.chat import ChatTokenizer
+from star_dss_plugin.data.templates.tokenized import Tokenized
 from star_dss_plugin.data.tokenization import read_row
-from star_dss_plugin.data.tokenized import Tokenized
 from star_dss_plugin.errors import DataError, StarDSSError
 from star_dss_plugin.logprobs import IGNORE_INDEX
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.conversations import conversation_of, source_messages
-from star_dss_plugin.data.plain_texts import of_text, of_texts
-from star_dss_plugin.data.tokenized import Plan, Runs, Tokenized, labels_of, runs_within
-from star_dss_plugin.data.trained_turns import of_completion, of_conversation
+from star_dss_plugin.data.templates.chat import ChatTokenizer
+from star_dss_plugin.data.templates.plain_texts import of_text, of_texts
+from star_dss_plugin.data.templates.tokenized import Plan, Runs, Tokenized, labels_of, runs_within
+from star_dss_plugin.data.templates.trained_turns import of_completion, of_conversation
 from star_dss_plugin.errors import DataError
 
 __all__ = ["cut_row", "read_row", "read_rows", "tokenize_row"]

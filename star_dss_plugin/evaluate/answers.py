@@ -10,8 +10,8 @@ from typing import Any, Protocol
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from star_dss_plugin.data.files.json_lines import append_lines, read_lines
 from star_dss_plugin.data.fingerprints import content_key
-from star_dss_plugin.data.json_lines import append_lines, read_lines
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.evaluate.generation import greedy_answers, prompt_ids
 from star_dss_plugin.evaluate.prompts import Prompt

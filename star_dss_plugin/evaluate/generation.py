@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.requests import Message
+from star_dss_plugin.data.templates.chat import ChatTokenizer
 
 __all__ = ["answers_to", "greedy_answers", "prompt_ids"]
 

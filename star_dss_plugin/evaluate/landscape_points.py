@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from star_dss_plugin.data.json_lines import append_lines, read_lines
+from star_dss_plugin.data.files.json_lines import append_lines, read_lines
 from star_dss_plugin.errors import ConfigError, DataError
 from star_dss_plugin.evaluate.landscape import S_MAX, Sample, attack_success, visage
 from star_dss_plugin.evaluate.moved_weights import TOWARD, Place

@@ -12,16 +12,16 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.columns import ASKED_COLUMN, SCORES_COLUMN
 from star_dss_plugin.data.provenance import provenance_of
 from star_dss_plugin.data.requests import Message
 from star_dss_plugin.data.responses import Response, find_responses, tokens_of
 from star_dss_plugin.data.rows import in_row, known_rows
+from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.errors import ConfigError, DataError
 from star_dss_plugin.models import load_tokenizer
 from star_dss_plugin.segmenters import tokens
-from star_dss_plugin.training.prepare import check_scores
+from star_dss_plugin.training.rows.prepare import check_scores
 
 __all__ = ["ScoredData", "ScoredResponse", "read_scored", "tokenizer_of"]
 

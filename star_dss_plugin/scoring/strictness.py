@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, List, Value
 
-from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.columns import SCORES_COLUMN, with_column
 from star_dss_plugin.data.provenance import notes, provenance_of, read_note, write_note
 from star_dss_plugin.data.responses import find_responses
+from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.options import StarDSSOptions
 from star_dss_plugin.plugins import load_plugins

@@ -20,17 +20,17 @@ from star_dss_plugin.training.callback import StarDSSCallback
 from star_dss_plugin.training.head import can_project
 from star_dss_plugin.training.host_checks import check_trainer, expose_logits, switch_fused_loss_off
 from star_dss_plugin.training.kept_guard import KeptGuard
-from star_dss_plugin.training.known_rows import KnownRows
-from star_dss_plugin.training.late import Carriers, scored_collator
 from star_dss_plugin.training.mixin import StarDSSMixin
-from star_dss_plugin.training.prepare import DatasetSummary
-from star_dss_plugin.training.reference_choice import choose_reference
-from star_dss_plugin.training.reference_column import reference_means
+from star_dss_plugin.training.reference.choice import choose_reference
+from star_dss_plugin.training.reference.column import reference_means
+from star_dss_plugin.training.rows.known_rows import KnownRows
+from star_dss_plugin.training.rows.late import Carriers, scored_collator
+from star_dss_plugin.training.rows.prepare import DatasetSummary
+from star_dss_plugin.training.rows.stream import ScoredStream
+from star_dss_plugin.training.rows.stream_checks import check_stream, read_in_this_process
 from star_dss_plugin.training.sequence_parts import PartsCollator, parts_per_row
 from star_dss_plugin.training.sharding import Ranks, runnable
 from star_dss_plugin.training.state import StarDSSState
-from star_dss_plugin.training.stream import ScoredStream
-from star_dss_plugin.training.stream_checks import check_stream, read_in_this_process
 from star_dss_plugin.training.trainer_data import prepare_raw, prepare_rows, prepare_stream
 
 __all__ = ["attach", "set_up"]

@@ -13,13 +13,13 @@ from datasets import Dataset, IterableDataset
 from transformers import TrainerCallback
 
 from star_dss_plugin.data.columns import SCORES_COLUMN
-from star_dss_plugin.data.writing import write_text
+from star_dss_plugin.data.files.writing import write_text
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.tables import terminal
 from star_dss_plugin.training.host_checks import check_trainer
 from star_dss_plugin.training.loss_check import check_loss
 from star_dss_plugin.training.plain import not_in_effect
-from star_dss_plugin.training.prepare import summary_of
+from star_dss_plugin.training.rows.prepare import summary_of
 from star_dss_plugin.training.run_record import (
     add_section,
     changed_options,

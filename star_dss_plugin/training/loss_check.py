@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN, TOKEN_COLUMNS
 from star_dss_plugin.errors import StarDSSError
 from star_dss_plugin.logprobs import IGNORE_INDEX
-from star_dss_plugin.training.even import no_rows
-from star_dss_plugin.training.late import text_of_row
 from star_dss_plugin.training.plain import (
     Plain,
     head_watched,
@@ -24,6 +22,8 @@ from star_dss_plugin.training.plain import (
     reference_of,
     unit_of_its_own,
 )
+from star_dss_plugin.training.rows.even import no_rows
+from star_dss_plugin.training.rows.late import text_of_row
 
 if TYPE_CHECKING:
     from star_dss_plugin.training.state import StarDSSState

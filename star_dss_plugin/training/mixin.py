@@ -15,15 +15,15 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import Trainer
 
-from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN, TEXT_COLUMN, TOKEN_COLUMNS
 from star_dss_plugin.data.media_rows import MediaRows
+from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.training.checkpoints import check_checkpoint
+from star_dss_plugin.training.rows.stream import ScoredStream
 from star_dss_plugin.training.run_record import add_section
 from star_dss_plugin.training.sequence_parts import check_resuming, parts_per_row, trained_tokens
 from star_dss_plugin.training.state import StarDSSState
 from star_dss_plugin.training.step import mode_of, shaped_step
-from star_dss_plugin.training.stream import ScoredStream
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -233,6 +233,7 @@ class StarDSSMixin(_Base):
             model,
             inputs,
             super().compute_loss,
+            logits_unread=self.host_leaves_logits_alone(),
             return_outputs=return_outputs,
             num_items_in_batch=num_items_in_batch,
         )

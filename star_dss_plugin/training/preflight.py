@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from datasets import Dataset, IterableDataset
 
-from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.columns import SCORES_COLUMN
 from star_dss_plugin.data.media_rows import MediaRows
 from star_dss_plugin.data.row_responses import RowOptions, read_responses
+from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.errors import StarDSSError
 from star_dss_plugin.guards.base import announced
 from star_dss_plugin.guards.probing.guard import probing

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from star_dss_plugin._version import __version__
-from star_dss_plugin.data.writing import write_text
+from star_dss_plugin.data.files.writing import write_text
 from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.plugins import load_plugins
 from star_dss_plugin.tables import Sheet
-from star_dss_plugin.training.prepare import DatasetSummary
+from star_dss_plugin.training.rows.prepare import DatasetSummary
 from star_dss_plugin.visible import code, visible_line
 
 if TYPE_CHECKING:

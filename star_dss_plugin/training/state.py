@@ -10,13 +10,13 @@ from star_dss_plugin.data.alignment import Alignment
 from star_dss_plugin.loss import Shaping
 from star_dss_plugin.options import StarDSSOptions
 from star_dss_plugin.training.kept_guard import KeptGuard
-from star_dss_plugin.training.known_rows import KnownRows
-from star_dss_plugin.training.late import Carriers
 from star_dss_plugin.training.metrics import TokenMetrics
-from star_dss_plugin.training.prepare import DatasetSummary
-from star_dss_plugin.training.reference import Reference
+from star_dss_plugin.training.reference.model import Reference
+from star_dss_plugin.training.rows.known_rows import KnownRows
+from star_dss_plugin.training.rows.late import Carriers
+from star_dss_plugin.training.rows.prepare import DatasetSummary
+from star_dss_plugin.training.rows.stream import ScoredStream
 from star_dss_plugin.training.sharding import Ranks
-from star_dss_plugin.training.stream import ScoredStream
 
 __all__ = ["StarDSSState"]
 

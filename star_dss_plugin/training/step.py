@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import Trainer
@@ -33,19 +33,17 @@ from star_dss_plugin.training.sequence_parts import (
 )
 from star_dss_plugin.training.state import StarDSSState
 
-if TYPE_CHECKING:
-    from star_dss_plugin.training.mixin import StarDSSMixin
-
 __all__ = ["mode_of", "policy_of", "shaped_step"]
 
 
 def shaped_step(
-    trainer: StarDSSMixin,
+    trainer: Trainer,
     active: StarDSSState,
     model: nn.Module,
     inputs: Mapping[str, Any],
     host_loss: Callable[..., Any],
     *,
+    logits_unread: bool,
     return_outputs: bool,
     num_items_in_batch: Tensor | int | None,
 ) -> Any:
@@ -58,6 +56,7 @@ def shaped_step(
         inputs: The batch, with `labels`, `star_scores` and, if it was computed before training,
             the reference's column.
         host_loss: `compute_loss` of the trainer's base class.
+        logits_unread: Whether `host_loss` reads no logits.
         return_outputs: Whether the host's outputs are returned, too.
         num_items_in_batch: Trained tokens of the optimizer batch; None: of this batch.
 
@@ -100,7 +99,7 @@ def shaped_step(
 
     with exchanging(trainer.model) if part else contextlib.nullcontext():
         result, outputs, found = _forward(
-            trainer, active, model, inputs, host_loss, return_outputs, terms
+            trainer, active, model, inputs, host_loss, logits_unread, return_outputs, terms
         )
     if found is None:
         logps = _fused_logps(outputs, labels)
@@ -156,7 +155,7 @@ def _checked(scores: Tensor) -> Tensor:
 
 
 def _reference(
-    trainer: StarDSSMixin,
+    trainer: Trainer,
     active: StarDSSState,
     model: nn.Module,
     inputs: dict[str, Any],
@@ -199,11 +198,12 @@ def _reference(
 
 
 def _forward(
-    trainer: StarDSSMixin,
+    trainer: Trainer,
     active: StarDSSState,
     model: nn.Module,
     inputs: dict[str, Any],
     host_loss: Callable[..., Any],
+    logits_unread: bool,
     return_outputs: bool,
     terms: Callable[[Tensor, Projection | None], tuple[Tensor, ...]],
 ) -> tuple[Any, Any, tuple[Tensor, ...] | None]:
@@ -213,7 +213,7 @@ def _forward(
     """
     policy = policy_of(trainer, model)
     read = return_outputs and not active.outputs_unread
-    alone = active.projects and trainer.host_leaves_logits_alone() and not read
+    alone = active.projects and logits_unread and not read
 
     def at_head_of(kwargs: Mapping[str, Any]) -> bool:
         """Leave a pass alone whose outputs are enough: all logits, or log-probabilities."""
@@ -281,7 +281,7 @@ def _fused_logps(outputs: Any, labels: Tensor) -> Tensor:
 
 
 def _with_auxiliary_loss(
-    trainer: StarDSSMixin, loss: Tensor, outputs: Any, num_items_in_batch: Tensor | int | None
+    trainer: Trainer, loss: Tensor, outputs: Any, num_items_in_batch: Tensor | int | None
 ) -> Tensor:
     """Add a mixture-of-experts model's load-balancing loss."""
     auxiliary = getattr(outputs, "aux_loss", None)

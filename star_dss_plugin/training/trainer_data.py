@@ -11,26 +11,26 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer
 
 from star_dss_plugin.data.cache import default_cache_dir
-from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN
 from star_dss_plugin.data.media_rows import MediaRows, with_text_column
+from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.loss import Shaping
 from star_dss_plugin.options import StarDSSOptions
 from star_dss_plugin.scoring.ranks import Share
 from star_dss_plugin.training.kept_guard import KeptGuard
-from star_dss_plugin.training.known_rows import KnownRows
 from star_dss_plugin.training.mixin import StarDSSMixin
-from star_dss_plugin.training.prepare import (
+from star_dss_plugin.training.reference.column import add_reference_logps, has_reference_logps
+from star_dss_plugin.training.reference.model import Reference
+from star_dss_plugin.training.rows.known_rows import KnownRows
+from star_dss_plugin.training.rows.prepare import (
     DatasetSummary,
     asks_guard,
     check_kind,
     prepare_dataset,
 )
-from star_dss_plugin.training.reference import Reference
-from star_dss_plugin.training.reference_column import add_reference_logps, has_reference_logps
+from star_dss_plugin.training.rows.stream import ScoredStream
 from star_dss_plugin.training.sharding import Ranks
-from star_dss_plugin.training.stream import ScoredStream
 
 __all__ = ["prepare_raw", "prepare_rows", "prepare_stream"]
 

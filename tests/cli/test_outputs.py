@@ -13,9 +13,9 @@ from support.guards import WordGuard
 
 from star_dss_plugin import DataError, OutputError
 from star_dss_plugin.cli import app as cli
-from star_dss_plugin.data.parquet_shards import write_shard
-from star_dss_plugin.data.reading import read_dataset
-from star_dss_plugin.data.writing import write_dataset, write_text
+from star_dss_plugin.data.files.parquet_shards import write_shard
+from star_dss_plugin.data.files.reading import read_dataset
+from star_dss_plugin.data.files.writing import write_dataset, write_text
 from star_dss_plugin.evaluate.answers import AnswerFile
 from star_dss_plugin.evaluate.landscape_points import PointsFile
 from star_dss_plugin.scoring import jobs, shards
@@ -143,7 +143,7 @@ def test_a_full_disk_below_datasets_is_told_from_bad_data(monkeypatch, chat, tmp
         raise OSError("Not enough disk space. Needed: 1.00 GiB")
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "copies")
-    monkeypatch.setattr("star_dss_plugin.data.conversion.atomic_file", fail)
+    monkeypatch.setattr("star_dss_plugin.data.files.conversion.atomic_file", fail)
     with pytest.raises(DataError) as caught:
         read_dataset(str(chat))
     assert "Not enough disk space" in str(caught.value)

@@ -7,9 +7,9 @@ from datasets import Dataset
 from support.models import tokenized
 
 from star_dss_plugin.data.alignment import Alignment
-from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.conversations import text_of
 from star_dss_plugin.data.media_rows import MediaRows
+from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.errors import DataError
 
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parent))
 from template_forms import FORMS, chat_of
 
-from star_dss_plugin.data import inverse as module
-from star_dss_plugin.data.inverse import TemplateInverse
-from star_dss_plugin.data.probes import pieces_of, probe
-from star_dss_plugin.data.tool_calls import call_spans
+from star_dss_plugin.data.templates import inverse as module
+from star_dss_plugin.data.templates.inverse import TemplateInverse
+from star_dss_plugin.data.templates.probes import pieces_of, probe
+from star_dss_plugin.data.templates.tool_calls import call_spans
 
 CHATML = "Qwen3, SmolLM3: a block of thought in the last turn"
 _OPEN = "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' + (m.content or '') }}"

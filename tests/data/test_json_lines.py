@@ -5,8 +5,8 @@ import json
 import datasets
 import pytest
 
-from star_dss_plugin.data.json_lines import json_rows
-from star_dss_plugin.data.reading import read_dataset
+from star_dss_plugin.data.files.json_lines import json_rows
+from star_dss_plugin.data.files.reading import read_dataset
 from star_dss_plugin.errors import DataError
 
 

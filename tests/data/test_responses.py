@@ -7,8 +7,8 @@ from support.conversations import chat
 from support.models import tokenized
 
 from star_dss_plugin import DataError
-from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.responses import find_responses, runs
+from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.data.tokenization import tokenize_row
 from star_dss_plugin.segmenters import tokens
 

@@ -6,9 +6,9 @@ import pytest
 from datasets import Dataset
 
 from star_dss_plugin import DataError
-from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.responses import find_responses
 from star_dss_plugin.data.row_responses import RowOptions, read_responses
+from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.data.tokenization import tokenize_row
 from star_dss_plugin.segmenters import tokens
 

@@ -13,9 +13,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from star_dss_plugin.data import decoding
-from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.decoding import decode, special_ids, token_boundaries
 from star_dss_plugin.data.responses import find_responses
+from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.segmenters import chunk_ends, sentences, tokens, whole, words
 
 SEGMENTERS = {"tokens": tokens, "words": words, "sentences": sentences, "whole": whole}

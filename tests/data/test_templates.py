@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parent))
 from template_forms import CALL, FORMS, QUESTION, TALKS, chat_of, read, says_all, table
 
-from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.responses import find_responses, runs
+from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.data.tokenization import tokenize_row
 from star_dss_plugin.segmenters import tokens
 

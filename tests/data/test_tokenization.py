@@ -12,10 +12,10 @@ from support.models import tiny_llama
 from tokenizers import processors
 from transformers import AutoTokenizer
 
-from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.host_labels import assistant_labels, needs_assistant_labels
+from star_dss_plugin.data.templates.chat import ChatTokenizer
+from star_dss_plugin.data.templates.tokenized import labels_of
 from star_dss_plugin.data.tokenization import cut_row, read_row, tokenize_row
-from star_dss_plugin.data.tokenized import labels_of
 
 TRIMMED = GENERATION.replace("m.content", "m.content|trim")
 

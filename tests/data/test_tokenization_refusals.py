@@ -7,8 +7,8 @@ import pytest
 from support.conversations import CONVERSATIONS, GENERATION, chat, spoken
 
 from star_dss_plugin import DataError
-from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.host_labels import assistant_labels, needs_assistant_labels
+from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.data.tokenization import tokenize_row
 
 # Whose labels are left open

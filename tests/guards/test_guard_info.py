@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from star_dss_plugin import ConfigError, PluginError, StarDSSOptions, load_guard
 from star_dss_plugin.cli import app as cli
-from star_dss_plugin.data.chat import ChatTokenizer
+from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.guards.spec import missing_guard
 from star_dss_plugin.hookspecs import GuardInfo, hookimpl
 from star_dss_plugin.plugins import Origin, Plugins, load_plugins

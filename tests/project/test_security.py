@@ -81,7 +81,7 @@ def dotted(node) -> str:
 
 def test_the_walk_sees_the_package():
     seen = {path.name for path in SOURCES}
-    assert {"reference.py", "models.py", "sft.py", "conflicts.py"} <= seen
+    assert {"loss_check.py", "models.py", "sft.py", "conflicts.py"} <= seen
 
 
 def test_nothing_is_imported_that_runs_what_it_reads():
@@ -153,7 +153,7 @@ def test_a_pickled_reference_is_refused(tokenizer, tmp_path):
     from support.models import tiny_llama
 
     from star_dss_plugin import ConfigError
-    from star_dss_plugin.training.reference_choice import choose_reference
+    from star_dss_plugin.training.reference.choice import choose_reference
 
     model = tiny_llama(len(tokenizer))
     model.config.save_pretrained(tmp_path)
@@ -169,7 +169,7 @@ def test_a_reference_that_is_not_whole_is_refused(tokenizer, tmp_path):
     from support.models import tiny_llama
 
     from star_dss_plugin import ConfigError
-    from star_dss_plugin.training.reference_choice import choose_reference
+    from star_dss_plugin.training.reference.choice import choose_reference
 
     model = tiny_llama(len(tokenizer))
     model.save_pretrained(tmp_path)
@@ -191,7 +191,7 @@ def test_an_adapter_of_a_base_that_is_not_whole_is_no_reference(tokenizer, tmp_p
     from support.models import tiny_llama
 
     from star_dss_plugin import ConfigError
-    from star_dss_plugin.training.reference_choice import choose_reference
+    from star_dss_plugin.training.reference.choice import choose_reference
 
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     model = tiny_llama(len(tokenizer))

@@ -25,12 +25,12 @@ from rich.console import Console
 
 from star_dss_plugin.cli.check import check_config
 from star_dss_plugin.data.cache import ScoreCache
-from star_dss_plugin.data.chat import ChatTokenizer
+from star_dss_plugin.data.files.reading import read_dataset
 from star_dss_plugin.data.provenance import provenance_of
-from star_dss_plugin.data.reading import read_dataset
 from star_dss_plugin.data.requests import Trajectory
 from star_dss_plugin.data.responses import find_responses
 from star_dss_plugin.data.shard_format import header
+from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.data.tokenization import tokenize_row
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.evaluate.prompts import read_prompts
@@ -42,7 +42,7 @@ from star_dss_plugin.report.reading import ScoredData, read_scored
 from star_dss_plugin.scoring.scorer import score_dataset
 from star_dss_plugin.scoring.strictness import stricter_dataset, stricter_scores
 from star_dss_plugin.segmenters import sentences, tokens, whole, words
-from star_dss_plugin.training.prepare import prepare_dataset
+from star_dss_plugin.training.rows.prepare import prepare_dataset
 from support.fuzz_inputs import (
     CACHE_SEEDS,
     GOOD_NOTE,
@@ -349,7 +349,7 @@ def check_yaml(data: bytes) -> None:
 
 @functools.cache
 def _inverse():
-    from star_dss_plugin.data.inverse import TemplateInverse
+    from star_dss_plugin.data.templates.inverse import TemplateInverse
 
     return TemplateInverse(tokenizer(), tokenizer().chat_template)
 

@@ -10,8 +10,8 @@ from datasets import Dataset
 from star_dss_plugin.data.alignment import Alignment
 from star_dss_plugin.data.columns import SCORES_COLUMN
 from star_dss_plugin.data.media_rows import MediaRows, with_text_column
-from star_dss_plugin.training.known_rows import KnownRows
-from star_dss_plugin.training.late import LateCollator
+from star_dss_plugin.training.rows.known_rows import KnownRows
+from star_dss_plugin.training.rows.late import LateCollator
 
 
 def tone(path: Path, n: int) -> None:

@@ -14,7 +14,7 @@ from transformers import (
 
 from star_dss_plugin import DataError
 from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN
-from star_dss_plugin.training.collation import TokenColumnsCollator
+from star_dss_plugin.training.rows.collation import TokenColumnsCollator
 
 PAD = 0  # the tiny tokenizer's <|endoftext|>, a token of its texts too
 

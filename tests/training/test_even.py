@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from star_dss_plugin.errors import DataError
-from star_dss_plugin.training.even import EvenLoader
+from star_dss_plugin.training.rows.even import EvenLoader
 
 
 class Loader(list):

@@ -17,8 +17,8 @@ from transformers import TrainerCallback
 
 from star_dss_plugin import StarDSSError
 from star_dss_plugin.errors import DataError
-from star_dss_plugin.training import known_rows
-from star_dss_plugin.training.known_rows import KnownRows
+from star_dss_plugin.training.rows import known_rows
+from star_dss_plugin.training.rows.known_rows import KnownRows
 
 
 def edited(name, change):

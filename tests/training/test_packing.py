@@ -16,7 +16,7 @@ from trl import SFTTrainer
 
 from star_dss_plugin import ConfigError, DataError, attach
 from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN
-from star_dss_plugin.training.collation import document_starts
+from star_dss_plugin.training.rows.collation import document_starts
 
 LENGTH = 64
 

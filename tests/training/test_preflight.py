@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from star_dss_plugin import ConfigError, PluginError
 from star_dss_plugin.cli.app import app
 from star_dss_plugin.cli.check import check_config
-from star_dss_plugin.data.chat import ChatTokenizer
+from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.options import StarDSSOptions
 from star_dss_plugin.training.preflight import describe_stream, estimate
 

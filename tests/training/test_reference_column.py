@@ -9,8 +9,8 @@ from support.models import tiny_llama
 from star_dss_plugin import CacheError
 from star_dss_plugin.data import cache
 from star_dss_plugin.loss import Shaping
-from star_dss_plugin.training import reference_column as precompute
-from star_dss_plugin.training.reference import Reference
+from star_dss_plugin.training.reference import column as precompute
+from star_dss_plugin.training.reference.model import Reference
 from star_dss_plugin.training.sharding import Ranks
 
 TEXTS = ["how are you?", "no!", "a bad word makes a response unsafe", "hello", "is this bad?"] * 2

@@ -14,7 +14,7 @@ from star_dss_plugin import ConfigError, DataError, StarDSSError, attach
 from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN
 from star_dss_plugin.logprobs import full_kl, token_logprobs
 from star_dss_plugin.loss import Shaping, shaped_loss
-from star_dss_plugin.training.collation import TokenColumnsCollator
+from star_dss_plugin.training.rows.collation import TokenColumnsCollator
 from star_dss_plugin.training.sequence_parts import (
     PartsCollator,
     check_resuming,

@@ -9,9 +9,9 @@ from axolotl_runs import _light  # noqa: F401
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from star_dss_plugin.data.chat import ChatTokenizer
-from star_dss_plugin.data.inverse import TemplateInverse
 from star_dss_plugin.data.responses import find_responses
+from star_dss_plugin.data.templates.chat import ChatTokenizer
+from star_dss_plugin.data.templates.inverse import TemplateInverse
 from star_dss_plugin.data.tokenization import tokenize_row
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.segmenters import tokens

@@ -12,8 +12,8 @@ from axolotl.utils.dict import DictDefault
 from axolotl_runs import _light  # noqa: F401
 from support.talks import TALKS, WITH_CALLS, tokenizer_for
 
-from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.responses import find_responses
+from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.data.tokenization import tokenize_row
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.segmenters import tokens

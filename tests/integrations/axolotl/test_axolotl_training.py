@@ -28,9 +28,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from star_dss_plugin import CheckpointError, DataError, load_scored, star_dss_loss
 from star_dss_plugin.data.columns import SCORES_COLUMN
-from star_dss_plugin.data.writing import write_dataset
+from star_dss_plugin.data.files.writing import write_dataset
 from star_dss_plugin.scoring import jobs, shards
-from star_dss_plugin.training.collation import TokenColumnsCollator
+from star_dss_plugin.training.rows.collation import TokenColumnsCollator
 
 SAFE = {"preset": "test-words", "word": "☃", "safe": 1.0}
 

@@ -32,9 +32,9 @@ from support.run_differences import CLOSE, apart
 from support.vision_models import gemma3, picture, smolvlm, stripes
 
 from star_dss_plugin.data.alignment import Alignment
-from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.columns import SCORES_COLUMN
 from star_dss_plugin.data.media_rows import MediaRows
+from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.errors import DataError
 
 MEDIA = {

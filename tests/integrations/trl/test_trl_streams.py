@@ -28,7 +28,7 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from star_dss_plugin import ConfigError, DataError, GuardError, attach, score_dataset
-from star_dss_plugin.training import known_rows
+from star_dss_plugin.training.rows import known_rows
 
 IN_ORDER = {"train_sampling_strategy": "sequential", "stream_buffer": 3}
 """A data set is read in the order of a stream; buffers do not fit batches."""

@@ -7,9 +7,9 @@ import pytest
 import trl
 from support.talks import TALKS, WITH_CALLS, tokenizer_for
 
-from star_dss_plugin.data.chat import ChatTokenizer
-from star_dss_plugin.data.inverse import TemplateInverse
 from star_dss_plugin.data.responses import find_responses
+from star_dss_plugin.data.templates.chat import ChatTokenizer
+from star_dss_plugin.data.templates.inverse import TemplateInverse
 from star_dss_plugin.data.tokenization import read_row, tokenize_row
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.segmenters import tokens

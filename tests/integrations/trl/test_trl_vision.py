@@ -17,7 +17,7 @@ from support.vision_models import MAKE, gemma3, smolvlm
 from support.vision_runs import asked_and_answered, batch_of, each_model, make, numbers, talk, talks
 
 from star_dss_plugin.data.columns import SCORES_COLUMN
-from star_dss_plugin.training.late import Carriers, LateCollator
+from star_dss_plugin.training.rows.late import Carriers, LateCollator
 
 
 @each_model

@@ -4,7 +4,7 @@ from toy_host import read
 from transformers import AutoTokenizer
 
 from star_dss_plugin import StarDSSError
-from star_dss_plugin.data.chat import ChatTokenizer
+from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.hookspecs import Findings
 from star_dss_plugin.training.preflight import check_options, estimate
 from star_dss_toy import TRAINER

@@ -13,8 +13,8 @@ from star_dss_plugin.data.alignment import Alignment
 from star_dss_plugin.data.columns import SCORES_COLUMN, TEXT_COLUMN
 from star_dss_plugin.errors import DataError, StarDSSError
 from star_dss_plugin.logprobs import IGNORE_INDEX
-from star_dss_plugin.training.collation import TokenColumnsCollator
-from star_dss_plugin.training.known_rows import KnownRows
+from star_dss_plugin.training.rows.collation import TokenColumnsCollator
+from star_dss_plugin.training.rows.known_rows import KnownRows
 
 __all__ = ["Carriers", "LateCollator", "scored_collator", "text_of_row"]
 

@@ -22,9 +22,9 @@ from star_dss_plugin.data.rows import SAYING
 from star_dss_plugin.errors import ConfigError, DataError, StarDSSError
 from star_dss_plugin.scoring.cached_trajectories import FEW, none_scored
 from star_dss_plugin.scoring.ranks import ALONE, Share
-from star_dss_plugin.training.even import EvenLoader
-from star_dss_plugin.training.known_rows import KnownRows
-from star_dss_plugin.training.prepare import DatasetSummary
+from star_dss_plugin.training.rows.even import EvenLoader
+from star_dss_plugin.training.rows.known_rows import KnownRows
+from star_dss_plugin.training.rows.prepare import DatasetSummary
 from star_dss_plugin.training.sharding import Ranks
 
 __all__ = ["ScoredStream"]
@@ -34,7 +34,7 @@ Score = Callable[[Dataset, Share], tuple[Dataset, DatasetSummary]]
 _READ = (*SAYING, SCORES_COLUMN, REF_COLUMN, ASKED_COLUMN, "seq_lengths")
 """Columns that scoring reads or makes; the others of a row are only handed on."""
 
-_FORM = ("data.rows", "data.row_responses", "training.prepare")
+_FORM = ("data.rows", "data.row_responses", "training.rows.prepare")
 """Modules that say of what form rows are: the same of each buffer."""
 
 

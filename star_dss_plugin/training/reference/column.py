@@ -28,9 +28,9 @@ from star_dss_plugin.errors import CacheError
 from star_dss_plugin.guards.base import batches
 from star_dss_plugin.logprobs import IGNORE_INDEX, Project, token_logprobs
 from star_dss_plugin.loss import Shaping
-from star_dss_plugin.training.collation import document_starts
 from star_dss_plugin.training.head import from_logits
-from star_dss_plugin.training.reference import Reference
+from star_dss_plugin.training.reference.model import Reference
+from star_dss_plugin.training.rows.collation import document_starts
 from star_dss_plugin.training.sharding import Ranks
 
 __all__ = ["add_reference_logps", "has_reference_logps", "reference_means"]

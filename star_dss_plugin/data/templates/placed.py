@@ -9,7 +9,6 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
-from star_dss_plugin.data.chat import ChatTokenizer, Encoded
 from star_dss_plugin.data.conversations import (
     conversation_of,
     source_messages,
@@ -22,9 +21,10 @@ from star_dss_plugin.data.decoding import (
     spells_bytes,
     token_boundaries,
 )
-from star_dss_plugin.data.layout import Layout, Turn, lay_out
 from star_dss_plugin.data.requests import Message
-from star_dss_plugin.data.tokenized import Tokenized
+from star_dss_plugin.data.templates.chat import ChatTokenizer, Encoded
+from star_dss_plugin.data.templates.layout import Layout, Turn, lay_out
+from star_dss_plugin.data.templates.tokenized import Tokenized
 
 __all__ = ["Placed", "place", "place_bytes"]
 

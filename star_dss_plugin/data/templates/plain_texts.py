@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from star_dss_plugin.data.chat import ChatTokenizer, Encoded, same_beginning, whole_text
-from star_dss_plugin.data.layout import Layout, Turn, lay_out
-from star_dss_plugin.data.rendered import is_rendered, parsed_chat, parsed_prompt
-from star_dss_plugin.data.tokenized import Plan, Tokenized, joined_runs
+from star_dss_plugin.data.templates.chat import ChatTokenizer, Encoded, same_beginning, whole_text
+from star_dss_plugin.data.templates.layout import Layout, Turn, lay_out
+from star_dss_plugin.data.templates.rendered import is_rendered, parsed_chat, parsed_prompt
+from star_dss_plugin.data.templates.tokenized import Plan, Tokenized, joined_runs
 
 __all__ = ["of_text", "of_texts"]
 

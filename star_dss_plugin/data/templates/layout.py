@@ -19,8 +19,8 @@ from functools import cache
 from itertools import accumulate
 from typing import Any
 
-from star_dss_plugin.data.chat import ChatTokenizer
-from star_dss_plugin.data.tool_calls import call_spans, calls_of, named
+from star_dss_plugin.data.templates.chat import ChatTokenizer
+from star_dss_plugin.data.templates.tool_calls import call_spans, calls_of, named
 from star_dss_plugin.errors import DataError
 
 __all__ = ["TAGS", "Layout", "Turn", "generated_spans", "lay_out"]

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from star_dss_plugin.data.chat import ChatTokenizer
-from star_dss_plugin.data.inverse import TemplateInverse
+from star_dss_plugin.data.templates.chat import ChatTokenizer
+from star_dss_plugin.data.templates.inverse import TemplateInverse
 
 __all__ = ["is_rendered", "parsed_chat", "parsed_prompt", "parsed_tokens"]
 

@@ -12,11 +12,11 @@ import numpy as np
 from datasets import Dataset, List, Value
 
 from star_dss_plugin.data.bound_rows import bind_anew, check_bound
-from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.columns import SCORES_COLUMN, with_column, without_marks
 from star_dss_plugin.data.provenance import provenances_of
 from star_dss_plugin.data.responses import runs
 from star_dss_plugin.data.rows import only_responses, plain_rows
+from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.guards.base import Guard, announced
 from star_dss_plugin.logprobs import IGNORE_INDEX

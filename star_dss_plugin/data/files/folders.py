@@ -16,9 +16,9 @@ import pyarrow as pa
 from datasets import Dataset, DatasetInfo, Split
 from datasets.table import MemoryMappedTable, concat_tables
 
-from star_dss_plugin.data.conversion import json_dataset, parquet_dataset
+from star_dss_plugin.data.files.conversion import json_dataset, parquet_dataset
+from star_dss_plugin.data.files.regular import kind_of
 from star_dss_plugin.data.media import check_features
-from star_dss_plugin.data.regular import kind_of
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.validation import shortened
 

@@ -17,11 +17,18 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from star_dss_plugin.data.chat import ChatTokenizer
 from star_dss_plugin.data.decoding import REPLACEMENT, decode
-from star_dss_plugin.data.layout import TAGS
-from star_dss_plugin.data.probes import IN_CALLS, NAMES, PROBES, REASONING, pieces_of, probe
-from star_dss_plugin.data.slots import messages_of
+from star_dss_plugin.data.templates.chat import ChatTokenizer
+from star_dss_plugin.data.templates.layout import TAGS
+from star_dss_plugin.data.templates.probes import (
+    IN_CALLS,
+    NAMES,
+    PROBES,
+    REASONING,
+    pieces_of,
+    probe,
+)
+from star_dss_plugin.data.templates.slots import messages_of
 from star_dss_plugin.errors import DataError
 
 __all__ = ["TemplateInverse"]

@@ -13,7 +13,7 @@ from star_dss_plugin.models import UNLOADABLE, is_peft, model_fingerprint, read_
 from star_dss_plugin.options import REFERENCES
 from star_dss_plugin.smollm2 import resolve_model
 from star_dss_plugin.training.head import can_project, causal_lm
-from star_dss_plugin.training.reference import Reference, adapter_off
+from star_dss_plugin.training.reference.model import Reference, adapter_off
 from star_dss_plugin.training.sharding import Ranks
 
 __all__ = ["choose_reference"]

@@ -6,10 +6,10 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from star_dss_plugin.data.chat import ChatTokenizer, Encoded, whole_text
 from star_dss_plugin.data.conversations import template_arguments, text_of
-from star_dss_plugin.data.layout import Layout, Turn, generated_spans, lay_out
-from star_dss_plugin.data.tokenized import Plan, Runs, Tokenized, joined_runs
+from star_dss_plugin.data.templates.chat import ChatTokenizer, Encoded, whole_text
+from star_dss_plugin.data.templates.layout import Layout, Turn, generated_spans, lay_out
+from star_dss_plugin.data.templates.tokenized import Plan, Runs, Tokenized, joined_runs
 
 __all__ = ["of_completion", "of_conversation"]
 

@@ -13,10 +13,16 @@ import pyarrow as pa
 from datasets import Dataset, DatasetBuilder, IterableDataset, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError
 
-from star_dss_plugin.data.conversion import json_dataset, parquet_dataset
-from star_dss_plugin.data.folders import FORMATS, file_splits, load_files, load_saved, saved_splits
+from star_dss_plugin.data.files.conversion import json_dataset, parquet_dataset
+from star_dss_plugin.data.files.folders import (
+    FORMATS,
+    file_splits,
+    load_files,
+    load_saved,
+    saved_splits,
+)
+from star_dss_plugin.data.files.parquet_shards import is_sharded, load_scored
 from star_dss_plugin.data.media import check_features
-from star_dss_plugin.data.parquet_shards import is_sharded, load_scored
 from star_dss_plugin.data.rows import unreadable
 from star_dss_plugin.errors import DataError, StarDSSError
 from star_dss_plugin.validation import not_a_file

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from star_dss_plugin.data.probes import (
+from star_dss_plugin.data.templates.probes import (
     AGAIN,
     ARGUMENTS,
     CALL,

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from star_dss_plugin.data.chat import Encoded, whole_text
-from star_dss_plugin.data.layout import Layout
+from star_dss_plugin.data.templates.chat import Encoded, whole_text
+from star_dss_plugin.data.templates.layout import Layout
 from star_dss_plugin.logprobs import IGNORE_INDEX
 
 __all__ = ["Plan", "Runs", "Tokenized", "joined_runs", "labels_of", "runs_within"]

@@ -8,7 +8,7 @@ from typing import Any
 
 from datasets import Features, Json, List, Value
 
-from star_dss_plugin.data.json_lines import JsonRow
+from star_dss_plugin.data.files.json_lines import JsonRow
 from star_dss_plugin.errors import DataError
 
 __all__ = ["features_of", "stored", "types_of"]

@@ -12,7 +12,7 @@ from torch import Tensor
 from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.logprobs import IGNORE_INDEX
-from star_dss_plugin.training.known_rows import KnownRows
+from star_dss_plugin.training.rows.known_rows import KnownRows
 
 __all__ = ["TokenColumnsCollator", "document_starts"]
 

@@ -1,0 +1,1 @@
+"""The reference π_ref: chosen, run, or computed once as a column."""
