@@ -23,6 +23,7 @@ from star_dss_plugin.training.kept_guard import KeptGuard
 from star_dss_plugin.training.mixin import StarDSSMixin
 from star_dss_plugin.training.reference.choice import choose_reference
 from star_dss_plugin.training.reference.column import reference_means
+from star_dss_plugin.training.reference.packs import documents_meet, joined_batch
 from star_dss_plugin.training.rows.known_rows import KnownRows
 from star_dss_plugin.training.rows.late import Carriers, scored_collator
 from star_dss_plugin.training.rows.prepare import DatasetSummary
@@ -148,6 +149,15 @@ def _set_up(
         if isinstance(dataset, IterableDataset):
             check_stream(name, options, raw=media is not None)
             live = "a data set that is a stream"
+    joined = None if live or not shaping.needs_reference else joined_batch(trainer.data_collator)
+    if joined and ranks.can_run and ranks.first_decides(lambda: documents_meet(model, joined)):
+        live = "packs whose documents this model reads together"
+        logger.warning(
+            "This model reads the documents of a pack together, with or without STAR-DSS: layers "
+            "that are no attention pass on what they have read, or its attention does not see "
+            "where a document begins. The reference therefore reads the packs, too, at each step; "
+            "the guard reads each document by itself. Without packing nothing is read together."
+        )
     reference = choose_reference(
         options.reference,
         model,

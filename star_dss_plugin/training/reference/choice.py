@@ -40,8 +40,8 @@ def choose_reference(
         needed: Whether any token can get a KL weight.
         projects: Whether `can_project` holds for the policy.
         ranks: The processes of the run; all of them must call this.
-        live: What kind of data has rows that are not there, or have no tokens, before they are
-            trained on, so that nothing can be computed for them before; "" if there is none.
+        live: What data there are of whose rows nothing right can be computed before they are
+            trained on: they are not there, have no tokens, or are read together; "" if none.
 
     Raises:
         ConfigError: The choice contradicts the mode, the estimator, the model or its sharding.
@@ -100,9 +100,9 @@ def choose_reference(
             )
         if live:
             raise ConfigError(
-                "reference is 'precomputed', but these rows get their tokens in the data collator, "
-                "while the model trains. Set reference='auto' (the base model under an adapter, or "
-                "a frozen copy of what is trained), or name the model as it starts."
+                "reference is 'precomputed', which is computed of each row by itself, before "
+                f"training, and cannot be for {live}. Set reference='auto' (the base model under "
+                "an adapter, or a frozen copy of what is trained), or name the model as it starts."
             )
         what = "the model as it starts (precomputed log-probabilities)"
         fingerprint = ranks.fingerprint(policy)

@@ -1,0 +1,77 @@
+"""Find out whether a model reads the documents of a pack together, as no row by itself is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from star_dss_plugin.training.head import forward_inputs
+
+__all__ = ["documents_meet", "joined_batch"]
+
+_APART = {"16 bits": 0.1, "32 bits": 1e-3}
+"""Nats between two passes of one shape, by what the model computes in; its own noise is less."""
+_LENGTH = 24
+"""Tokens of a document; the first ones are within reach of any convolution."""
+
+
+def joined_batch(collator: Any) -> dict[str, Any] | None:
+    """Return a batch of two rows that a collator has joined into one; None: it joins none.
+
+    Args:
+        collator: A trainer's. It may join the documents of one row (`seq_lengths`, TRL's packing),
+            the rows of a list (Axolotl's packing), or all rows of a batch (`padding_free`).
+    """
+    # Without a mask, which could not say where a document begins.
+    row = {"input_ids": [1] * _LENGTH, "labels": [1] * _LENGTH}
+    pack = {name: 2 * column for name, column in row.items()} | {"seq_lengths": [_LENGTH] * 2}
+    row["position_ids"] = list(range(_LENGTH))
+    wanted = torch.arange(_LENGTH).repeat(2)[None]
+    for features in ([pack], [row, row], [[row, row]]):
+        try:
+            batch = collator(features)
+            joined = torch.equal(batch["position_ids"], wanted)
+        except Exception:  # of whatever kind: features of another form than the collator takes
+            continue
+        if joined:
+            return dict(batch)
+    return None
+
+
+def documents_meet(model: nn.Module, batch: Mapping[str, Any]) -> bool:
+    """Return whether a document's log-probabilities change with the document before it in a pack.
+
+    They do where layers that are no attention (convolutions, states) pass on what they have read,
+    and where attention is not told, or does not see, where a document begins.
+
+    Args:
+        model: A causal model as it starts; two forward passes are made.
+        batch: Of `joined_batch`; its tokens are replaced.
+    """
+    config: Any = model.config
+    device = next(model.parameters()).device
+    ids = torch.arange(1, 3 * _LENGTH + 1).remainder(config.get_text_config().vocab_size)
+    first, other, second = ids.split(_LENGTH)
+    given = {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in forward_inputs(batch).items()
+    }
+
+    def second_behind(document: Tensor) -> Tensor:
+        given["input_ids"] = torch.cat([document, second])[None].to(device)
+        logits: Tensor = model(**given).logits
+        return logits[0, _LENGTH:]
+
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            one, two = second_behind(first), second_behind(other)
+    finally:
+        model.train(training)
+    half = one.dtype in (torch.bfloat16, torch.float16)
+    apart = (one.float().log_softmax(-1) - two.float().log_softmax(-1)).abs().max()
+    return bool(apart > _APART["16 bits" if half else "32 bits"])

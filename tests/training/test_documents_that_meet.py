@@ -1,0 +1,175 @@
+"""Packs of models that read documents together: the reference reads them as the model does."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from transformers import (
+    DataCollatorForSeq2Seq,
+    DataCollatorWithFlattening,
+    GPT2Config,
+    GPT2LMHeadModel,
+    JambaConfig,
+    JambaForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    Trainer,
+    default_data_collator,
+)
+
+pytest.importorskip("trl")
+
+from support.models import tiny_llama
+from support.trl_runs import arguments, lora_config, make
+
+from star_dss_plugin import ConfigError, attach
+from star_dss_plugin.training.reference.packs import documents_meet, joined_batch
+
+PACK = joined_batch(DataCollatorWithFlattening())
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.3,
+}
+
+
+def convolution(vocabulary):
+    kinds = ["conv", "full_attention"] * 2
+    return Lfm2ForCausalLM(
+        Lfm2Config(vocab_size=vocabulary, layer_types=kinds, conv_L_cache=3, **SIZES)
+    )
+
+
+def states(vocabulary):
+    return JambaForCausalLM(
+        JambaConfig(
+            vocab_size=vocabulary,
+            attn_layer_period=2,
+            attn_layer_offset=1,
+            expert_layer_period=2,
+            expert_layer_offset=1,
+            num_experts=2,
+            mamba_d_state=8,
+            mamba_expand=2,
+            mamba_dt_rank=8,
+            use_mamba_kernels=False,
+            **SIZES,
+        )
+    )
+
+
+def attention(vocabulary):
+    return tiny_llama(vocabulary, initializer_range=0.3)
+
+
+def experts(vocabulary):
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=vocabulary,
+            num_experts=8,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+            **SIZES,
+        )
+    )
+
+
+def learned_positions(vocabulary):
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=vocabulary, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["eager", "sdpa"])
+@pytest.mark.parametrize("make_model", [attention, experts, learned_positions])
+def test_attention_keeps_documents_apart(make_model, kind, dtype):
+    torch.manual_seed(0)
+    model = make_model(96).to(dtype)
+    model.set_attn_implementation(kind)
+    model.train()
+    assert not documents_meet(model, PACK)
+    assert model.training
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make_model", [convolution, states])
+def test_convolutions_and_states_do_not(make_model, dtype):
+    torch.manual_seed(0)
+    assert documents_meet(make_model(96).to(dtype), PACK)
+
+
+def kl_at_start(trainer):
+    trainer.train()
+    return next(log["star_dss/kl"] for log in trainer.state.log_history if "star_dss/kl" in log)
+
+
+@pytest.mark.parametrize("lora", [None, lora_config()], ids=["full", "lora"])
+@pytest.mark.parametrize("make_model", [attention, states])
+@pytest.mark.parametrize("joined", ["packing", "padding_free"])
+def test_the_model_starts_as_its_reference(tmp_path, tokenizer, make_model, lora, joined, caplog):
+    torch.manual_seed(0)
+    if lora is not None and make_model is not attention:
+        lora = copy.copy(lora)
+        lora.target_modules = {"q_proj", "v_proj"}
+    options = {"packing": True, "max_length": 64} if joined == "packing" else {"max_length": None}
+    with caplog.at_level(logging.WARNING):
+        trainer = make(
+            tmp_path,
+            tokenizer,
+            model=make_model(len(tokenizer)),
+            peft_config=lora,
+            learning_rate=1e-9,
+            logging_steps=1,
+            **(options | {joined: True}),
+        )
+    kind = trainer.star_dss_state.reference.kind
+    alone = make_model is attention
+    assert kind == ("precomputed" if alone else "adapter" if lora else "copy")
+    assert ("reads the documents of a pack together" in caplog.text) is not alone
+    assert abs(kl_at_start(trainer)) < 1e-7
+
+
+def test_rows_by_themselves_are_precomputed(tmp_path, tokenizer):
+    trainer = make(tmp_path, tokenizer, model=convolution(len(tokenizer)))
+    assert trainer.star_dss_state.reference.kind == "precomputed"
+
+
+def test_a_reference_of_rows_by_themselves_is_refused(tmp_path, tokenizer):
+    with pytest.raises(ConfigError, match=r"reads together\. Set reference='auto'"):
+        make(
+            tmp_path,
+            tokenizer,
+            model=states(len(tokenizer)),
+            packing=True,
+            max_length=64,
+            reference="precomputed",
+        )
+
+
+@pytest.mark.parametrize("collator", [DataCollatorWithFlattening, DataCollatorForSeq2Seq])
+def test_a_plain_trainer_that_flattens(tmp_path, tokenizer, collator):
+    flattens = collator is DataCollatorWithFlattening
+    plain = Trainer(
+        convolution(len(tokenizer)),
+        args=copy.copy(arguments(tmp_path, learning_rate=1e-9, logging_steps=1)),
+        train_dataset=make(tmp_path, tokenizer).train_dataset,
+        processing_class=tokenizer,
+        data_collator=collator() if flattens else collator(tokenizer),
+    )
+    attach(plain, guard="test-words", chunk_size=2)
+    assert abs(kl_at_start(plain)) < 1e-7
+    assert plain.star_dss_state.reference.kind == ("copy" if flattens else "precomputed")
+
+
+@pytest.mark.parametrize("collator", [DataCollatorForSeq2Seq, default_data_collator])
+def test_a_collator_that_joins_nothing(tokenizer, collator):
+    of_rows = collator if collator is default_data_collator else collator(tokenizer)
+    assert joined_batch(of_rows) is None
