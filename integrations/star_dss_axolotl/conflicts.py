@@ -7,7 +7,7 @@ from typing import Any
 
 from star_dss_plugin.validation import shortened
 
-__all__ = ["conflicts", "packing_leaks"]
+__all__ = ["conflicts", "packing_leaks", "trained_roles"]
 
 _OWN_LOSS = "it trains with a loss of its own, which STAR-DSS would replace"
 _SPLIT = "it splits a response over several devices or sequences"
@@ -148,18 +148,27 @@ def _reference_is_adapter(cfg: Mapping[str, Any]) -> bool:
     return reference == "adapter" or bool(reference == "auto" and live and trained)
 
 
-def _dataset_conflicts(where: str, dataset: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Find other roles' turns among the trained ones: they would be judged as the assistant's."""
+def trained_roles(dataset: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Return the roles whose turns a data set trains: names of the assistant, and other roles.
+
+    Args:
+        dataset: An entry of `datasets`, as it is written.
+    """
     assistant = {"assistant", "gpt"}
     roles = dataset.get("roles")
     if isinstance(roles, Mapping):
         assistant = {"assistant", *(roles.get("assistant") or ())}
     trained = dataset.get("roles_to_train") or ()
     trained = [trained] if isinstance(trained, str) else list(trained)
-    others = [role for role in trained if role not in assistant]
-    if others:
+    return [r for r in trained if r in assistant], [r for r in trained if r not in assistant]
+
+
+def _dataset_conflicts(where: str, dataset: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Find other roles' turns trained alone; beside the assistant's they are left out."""
+    assistant, others = trained_roles(dataset)
+    if others and not assistant:
         yield (
-            f"{where}.roles_to_train: {trained}",
+            f"{where}.roles_to_train: {others}",
             f"{', '.join(map(str, others))} would be trained, and a guard judges what the "
             "assistant says",
             "Set roles_to_train: [assistant]",
@@ -178,5 +187,6 @@ def packing_leaks(cfg: Any) -> str | None:
         f"STAR-DSS cannot be used with sample_packing and attn_implementation: "
         f"{cfg.attn_implementation}: rows of one pack would read each other, and neither the guard "
         "nor the reference read them together. Set attn_implementation to flash_attention_2, "
-        "flex_attention, sdpa or eager, or sample_packing: false."
+        "flex_attention, sdpa or eager (in place of kernels-community/vllm-flash-attn3: "
+        "kernels-community/flash-attn3), or sample_packing: false."
     )

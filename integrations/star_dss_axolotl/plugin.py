@@ -10,7 +10,7 @@ from axolotl.utils.logging import get_logger
 from star_dss_axolotl.args import PLUGIN, is_listed, options_of
 from star_dss_axolotl.conflicts import conflicts
 from star_dss_axolotl.kernels import keep_other_models_whole
-from star_dss_axolotl.replaced import switch_off_replaced
+from star_dss_axolotl.replaced import change_settings
 from star_dss_plugin.errors import ConfigError, StarDSSError
 from star_dss_plugin.smollm2 import SMOLLM2, resolve_model
 
@@ -53,7 +53,7 @@ class StarDSSPlugin(BasePlugin):  # type: ignore[misc]
         for key in ("base_model", "tokenizer_config"):
             if cfg.get(key) == SMOLLM2:
                 cfg[key] = resolve_model(SMOLLM2)
-        for line in switch_off_replaced(cfg):
+        for line in change_settings(cfg):
             get_logger("axolotl.star_dss").info("STAR-DSS: %s", line)
 
     def get_input_args(self) -> str:

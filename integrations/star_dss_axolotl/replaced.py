@@ -1,11 +1,13 @@
-"""Settings that STAR-DSS switches off because it does their work itself, and how it says so."""
+"""Settings that STAR-DSS changes: what it does itself is switched off, packs are kept apart."""
 
 from __future__ import annotations
 
 from collections.abc import MutableMapping
 from typing import Any
 
-__all__ = ["switch_off_replaced"]
+from star_dss_axolotl.conflicts import trained_roles
+
+__all__ = ["change_settings"]
 
 _FUSED_LOSSES = ("cut_cross_entropy", "liger_fused_linear_cross_entropy", "liger_cross_entropy")
 _FUSED = (
@@ -17,10 +19,19 @@ _INPUTS = (
     "train_on_inputs switched off: a guard judges what the assistant says, so the tokens of "
     "prompts and user turns are left out of the loss."
 )
+_ROLES = (
+    "roles_to_train: {others} left out of {where}: a guard judges what the assistant says, so the "
+    "turns of other roles are not trained."
+)
+_ATTENTION = (
+    "attn_implementation set to sdpa: sample_packing is on and no attention was chosen, with which "
+    "Axolotl lets the rows of a pack read each other. Name another one to use it; eager runs with "
+    "every model."
+)
 
 
-def switch_off_replaced(cfg: MutableMapping[str, Any]) -> list[str]:
-    """Switch off what STAR-DSS replaces, in place, and return a line for the log about each kind.
+def change_settings(cfg: MutableMapping[str, Any]) -> list[str]:
+    """Change what STAR-DSS replaces or needs, in place, and return a line for the log about each.
 
     Args:
         cfg: The configuration as it is written, before Axolotl has validated it: afterwards it
@@ -38,7 +49,25 @@ def switch_off_replaced(cfg: MutableMapping[str, Any]) -> list[str]:
     if cfg.get("train_on_inputs"):
         cfg["train_on_inputs"] = False
         lines.append(_INPUTS)
+    for key in ("datasets", "test_datasets"):
+        for i, dataset in enumerate(cfg.get(key) or ()):
+            if not isinstance(dataset, MutableMapping):
+                continue
+            assistant, others = trained_roles(dataset)
+            if assistant and others:
+                dataset["roles_to_train"] = assistant
+                lines.append(_ROLES.format(others=", ".join(others), where=f"{key}[{i}]"))
+    if cfg.get("sample_packing") and not _names_attention(cfg):
+        cfg["attn_implementation"] = "sdpa"
+        lines.append(_ATTENTION)
     return lines
+
+
+def _names_attention(cfg: MutableMapping[str, Any]) -> bool:
+    """Return whether an attention is chosen, also by one of the older switches for each kind."""
+    switches = [name for name in cfg if str(name).endswith("_attention")]
+    names = ["attn_implementation", "gemma4_hybrid_attn_impl", *switches]
+    return any(cfg.get(name) for name in names)
 
 
 def _lists_cut_cross_entropy(cfg: MutableMapping[str, Any]) -> bool:

@@ -9,6 +9,8 @@ import torch
 from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    JambaConfig,
+    JambaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -77,6 +79,34 @@ def tiny_llama(vocab: int = 400, seed: int = 0, **changes) -> LlamaForCausalLM:
         }
     )
     return LlamaForCausalLM(config)
+
+
+def tiny_jamba(vocab: int = 400) -> JambaForCausalLM:
+    """Layers with states between layers with attention."""
+    torch.manual_seed(0)
+    config = JambaConfig(
+        vocab_size=vocab,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        expert_layer_period=2,
+        expert_layer_offset=1,
+        num_experts=2,
+        mamba_d_state=8,
+        mamba_expand=2,
+        mamba_dt_rank=8,
+        use_mamba_kernels=False,
+        max_position_embeddings=1024,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.3,
+    )
+    return JambaForCausalLM(config)
 
 
 def tiny_qwen3_moe(vocab: int = 400) -> Qwen3MoeForCausalLM:

@@ -10,8 +10,6 @@ from transformers import (
     DataCollatorWithFlattening,
     GPT2Config,
     GPT2LMHeadModel,
-    JambaConfig,
-    JambaForCausalLM,
     Lfm2Config,
     Lfm2ForCausalLM,
     Trainer,
@@ -20,65 +18,34 @@ from transformers import (
 
 pytest.importorskip("trl")
 
-from support.models import tiny_llama
+from support.models import tiny_jamba, tiny_llama, tiny_qwen3_moe
 from support.trl_runs import arguments, lora_config, make
 
 from star_dss_plugin import ConfigError, attach
 from star_dss_plugin.training.reference.packs import documents_meet, joined_batch
 
 PACK = joined_batch(DataCollatorWithFlattening())
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 1024,
-    "initializer_range": 0.3,
-}
 
 
 def convolution(vocabulary):
-    kinds = ["conv", "full_attention"] * 2
     return Lfm2ForCausalLM(
-        Lfm2Config(vocab_size=vocabulary, layer_types=kinds, conv_L_cache=3, **SIZES)
-    )
-
-
-def states(vocabulary):
-    return JambaForCausalLM(
-        JambaConfig(
+        Lfm2Config(
             vocab_size=vocabulary,
-            attn_layer_period=2,
-            attn_layer_offset=1,
-            expert_layer_period=2,
-            expert_layer_offset=1,
-            num_experts=2,
-            mamba_d_state=8,
-            mamba_expand=2,
-            mamba_dt_rank=8,
-            use_mamba_kernels=False,
-            **SIZES,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            layer_types=["conv", "full_attention"] * 2,
+            conv_L_cache=3,
+            max_position_embeddings=1024,
+            initializer_range=0.3,
         )
     )
 
 
 def attention(vocabulary):
     return tiny_llama(vocabulary, initializer_range=0.3)
-
-
-def experts(vocabulary):
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    return Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(
-            vocab_size=vocabulary,
-            num_experts=8,
-            num_experts_per_tok=2,
-            moe_intermediate_size=16,
-            **SIZES,
-        )
-    )
 
 
 def learned_positions(vocabulary):
@@ -89,7 +56,7 @@ def learned_positions(vocabulary):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["eager", "sdpa"])
-@pytest.mark.parametrize("make_model", [attention, experts, learned_positions])
+@pytest.mark.parametrize("make_model", [attention, tiny_qwen3_moe, learned_positions])
 def test_attention_keeps_documents_apart(make_model, kind, dtype):
     torch.manual_seed(0)
     model = make_model(96).to(dtype)
@@ -100,7 +67,7 @@ def test_attention_keeps_documents_apart(make_model, kind, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("make_model", [convolution, states])
+@pytest.mark.parametrize("make_model", [convolution, tiny_jamba])
 def test_convolutions_and_states_do_not(make_model, dtype):
     torch.manual_seed(0)
     assert documents_meet(make_model(96).to(dtype), PACK)
@@ -112,7 +79,7 @@ def kl_at_start(trainer):
 
 
 @pytest.mark.parametrize("lora", [None, lora_config()], ids=["full", "lora"])
-@pytest.mark.parametrize("make_model", [attention, states])
+@pytest.mark.parametrize("make_model", [attention, tiny_jamba])
 @pytest.mark.parametrize("joined", ["packing", "padding_free"])
 def test_the_model_starts_as_its_reference(tmp_path, tokenizer, make_model, lora, joined, caplog):
     torch.manual_seed(0)
@@ -147,7 +114,7 @@ def test_a_reference_of_rows_by_themselves_is_refused(tmp_path, tokenizer):
         make(
             tmp_path,
             tokenizer,
-            model=states(len(tokenizer)),
+            model=tiny_jamba(len(tokenizer)),
             packing=True,
             max_length=64,
             reference="precomputed",

@@ -33,7 +33,7 @@ def joined_batch(collator: Any) -> dict[str, Any] | None:
     for features in ([pack], [row, row], [[row, row]]):
         try:
             batch = collator(features)
-            joined = torch.equal(batch["position_ids"], wanted)
+            joined = torch.equal(batch["position_ids"][:, : 2 * _LENGTH], wanted)  # then padding
         except Exception:  # of whatever kind: features of another form than the collator takes
             continue
         if joined:
@@ -53,17 +53,19 @@ def documents_meet(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     """
     config: Any = model.config
     device = next(model.parameters()).device
-    ids = torch.arange(1, 3 * _LENGTH + 1).remainder(config.get_text_config().vocab_size)
+    ids = torch.arange(1, 3 * _LENGTH + 1, device=device).remainder(
+        config.get_text_config().vocab_size
+    )
     first, other, second = ids.split(_LENGTH)
     given = {
-        name: value.to(device) if isinstance(value, Tensor) else value
+        name: value.to(device, copy=True) if isinstance(value, Tensor) else value
         for name, value in forward_inputs(batch).items()
     }
 
     def second_behind(document: Tensor) -> Tensor:
-        given["input_ids"] = torch.cat([document, second])[None].to(device)
+        given["input_ids"][0, : 2 * _LENGTH] = torch.cat([document, second])
         logits: Tensor = model(**given).logits
-        return logits[0, _LENGTH:]
+        return logits[0, _LENGTH : 2 * _LENGTH]
 
     training = model.training
     model.eval()

@@ -1,0 +1,82 @@
+"""What is changed in a configuration so that a guard reads what is trained: packs and roles."""
+
+import pytest
+
+pytest.importorskip("axolotl", reason="needs Axolotl: make test-axolotl")
+
+from axolotl_runs import (
+    LORA,
+    _light,  # noqa: F401
+    chat,
+    configuration,
+    data_of,
+    history,
+    loaded,
+    multi_turn,
+    trained,
+    trainer_of,
+)
+from star_dss_axolotl.replaced import change_settings
+from support.models import tiny_jamba
+
+PACKED = {
+    "sample_packing": True,
+    "sequence_len": 512,
+    "micro_batch_size": 1,
+    "max_steps": 2,
+    "learning_rate": 1e-9,
+    "logging_steps": 1,
+}
+
+
+def test_packs_get_an_attention_that_keeps_rows_apart(tmp_path, model_dir, caplog):
+    found = []
+    for chosen in (None, "sdpa"):
+        folder = tmp_path / str(chosen)
+        config = configuration(folder, model_dir, **PACKED, attn_implementation=chosen)
+        trainer = trained(folder, config)
+        assert trainer.star_dss_state.reference.kind == "precomputed"
+        found.append(history(trainer))
+        assert len(found[-1]) == 2
+        assert caplog.text.count("attn_implementation set to sdpa") == 1
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [{"attn_implementation": "eager"}, {"flex_attention": True}, {"gemma4_hybrid_attn_impl": True}],
+    ids=lambda chosen: next(iter(chosen)),
+)
+def test_an_attention_that_is_named_stays(chosen):
+    config = {"sample_packing": True, **chosen}
+    assert change_settings(config) == []
+    assert config == {"sample_packing": True, **chosen}
+
+
+@pytest.mark.parametrize("adapter", [{}, LORA], ids=["full", "lora"])
+def test_layers_that_read_packs_together_have_a_reference_that_does(
+    tmp_path, tokenizer, caplog, adapter
+):
+    tiny_jamba(len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    config = configuration(
+        tmp_path, tmp_path / "model", **PACKED, attn_implementation="sdpa", **adapter
+    )
+    trainer = trainer_of(tmp_path, config)
+    assert trainer.star_dss_state.reference.kind == ("adapter" if adapter else "copy")
+    assert "reads the documents of a pack together" in caplog.text
+    trainer.train()
+    kl = [log["star_dss/kl"] for log in trainer.state.log_history if "star_dss/kl" in log]
+    assert kl, trainer.state.log_history
+    assert max(map(abs, kl)) < 1e-7
+
+
+def test_other_roles_are_left_out(tmp_path, model_dir, caplog):
+    found = []
+    for roles in (["assistant"], ["user", "assistant"], ["human", "gpt"]):
+        data = chat(tmp_path / "chat.jsonl", multi_turn(), roles_to_train=roles)
+        cfg = loaded(tmp_path, configuration(tmp_path, model_dir, datasets=[data]))
+        found.append(list(data_of(cfg).train_dataset["labels"]))
+    assert found[0] == found[1] == found[2]
+    assert "user left out of datasets[0]" in caplog.text
+    assert "human left out of datasets[0]" in caplog.text
