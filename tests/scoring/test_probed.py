@@ -1,6 +1,8 @@
 """Probed trajectories: close to exact ones where they say so, exact elsewhere, always the same."""
 
+import shutil
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -36,10 +38,29 @@ def unlearnable(tmp_path_factory, tokenizer):
     return learnable(tmp_path_factory.mktemp("unlearnable"), tokenizer, seed=0, spread=0.2)
 
 
-def test_probed_scores_are_close_and_all_others_are_exact(tokenizer, guard):
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory, tokenizer, guard):
+    """One run of each kind, which many tests look at: `exact`, `probed`, and its `cache`."""
+    folder = tmp_path_factory.mktemp("usual")
+    return SimpleNamespace(
+        exact=exact(talks(), tokenizer, guard, score_cache_dir=str(folder / "exact")),
+        probed=probed(talks(), tokenizer, guard, score_cache_dir=str(folder / "probed")),
+        cache=folder / "probed",
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, tokenizer, guard):
+    """A run whose guard is asked few responses at a time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probing_guard, "_RESPONSES_PER_CALL", 16)
+        folder = tmp_path_factory.mktemp("undisturbed")
+        return probed(talks(), tokenizer, guard, score_cache_dir=str(folder))
+
+
+def test_probed_scores_are_close_and_all_others_are_exact(usual):
     """The slow twin: every prefix asked."""
-    rows = talks()
-    twin, found = exact(rows, tokenizer, guard), probed(rows, tokenizer, guard)
+    twin, found = usual.exact, usual.probed
     off = np.abs(trained(found) - trained(twin))
     asked = trained(found, ASKED_COLUMN)
     assert (off[asked] < 1e-5).all()
@@ -58,8 +79,8 @@ def test_probed_scores_are_close_and_all_others_are_exact(tokenizer, guard):
         assert all(mark for mark, label in zip(marks, labels, strict=True) if label == -100)
 
 
-def test_provenance_says_what_was_learned_and_how_good_it_is(tokenizer, guard):
-    found = provenance_of(probed(talks(), tokenizer, guard))
+def test_provenance_says_what_was_learned_and_how_good_it_is(usual):
+    found = provenance_of(usual.probed)
     [note] = found["probes"]
     assert note["responses"] == PROBED["probe_sample"]
     assert note["coverage"] >= 0.95
@@ -70,16 +91,15 @@ def test_provenance_says_what_was_learned_and_how_good_it_is(tokenizer, guard):
     said = " ".join(remarks(found))
     assert "most scores" in said
     assert f"{note['coverage']:.1%}" in said
-    assert provenance_of(exact(talks(), tokenizer, guard)).keys() == found.keys() - {
+    assert provenance_of(usual.exact).keys() == found.keys() - {
         "probes",
         "probed_prefixes",
     }
 
 
-def test_the_order_of_the_data_changes_nothing_but_rounding(tokenizer, guard):
-    rows = talks()
+def test_the_order_of_the_data_changes_nothing_but_rounding(tokenizer, guard, usual):
     order = np.random.default_rng(0).permutation(ROWS).tolist()
-    one, other = probed(rows, tokenizer, guard), probed(rows.select(order), tokenizer, guard)
+    one, other = usual.probed, probed(talks().select(order), tokenizer, guard)
     assert provenance_of(one)["probes"] == provenance_of(other)["probes"]
     for there, here in enumerate(order):
         assert one[here][ASKED_COLUMN] == other[there][ASKED_COLUMN]
@@ -92,14 +112,13 @@ def saved(dataset, folder):
 
 
 def test_a_second_run_loads_nothing_and_is_the_same_to_the_byte(
-    tokenizer, guard, tmp_path, monkeypatch
+    tokenizer, guard, usual, tmp_path, monkeypatch
 ):
-    one = probed(talks(), tokenizer, guard)
     monkeypatch.setattr(
         AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded")
     )
-    two = probed(talks(), tokenizer, guard)
-    assert saved(one, tmp_path / "one") == saved(two, tmp_path / "two")
+    two = probed(talks(), tokenizer, guard, score_cache_dir=str(usual.cache))
+    assert saved(usual.probed, tmp_path / "one") == saved(two, tmp_path / "two")
 
 
 @pytest.mark.parametrize(
@@ -108,10 +127,9 @@ def test_a_second_run_loads_nothing_and_is_the_same_to_the_byte(
     [("trajectories", 0), ("trajectories", 1), ("trunk_states", 0), ("trunk_states", 2)],
 )
 def test_a_run_that_is_killed_ends_as_if_it_had_not_been(
-    tokenizer, guard, tmp_path, monkeypatch, method, calls
+    tokenizer, guard, undisturbed, tmp_path, monkeypatch, method, calls
 ):
     monkeypatch.setattr(probing_guard, "_RESPONSES_PER_CALL", 16)
-    undisturbed = probed(talks(), tokenizer, guard, score_cache_dir=str(tmp_path / "a"))
     again = {"score_cache_dir": str(tmp_path / "b")}
     own, made = getattr(VerdictGuard, method), []
 
@@ -129,35 +147,31 @@ def test_a_run_that_is_killed_ends_as_if_it_had_not_been(
     assert saved(undisturbed, tmp_path / "one") == saved(resumed, tmp_path / "two")
 
 
-def test_a_probe_that_is_damaged_is_fitted_again(tokenizer, guard, tmp_path, caplog):
-    one = probed(talks(), tokenizer, guard, score_cache_dir=str(tmp_path))
-    [path] = [path for path in tmp_path.glob("*/*.json") if path.name != "namespace.json"]
-    for content in (b"", b"[1, 2]", path.read_bytes()[:-40]):
-        path.write_bytes(content)
-        other = probed(talks(), tokenizer, guard, score_cache_dir=str(tmp_path))
-        assert "it is fitted again" in caplog.text
-        caplog.clear()
-        assert one.to_list() == other.to_list()
+@pytest.mark.parametrize("damage", [lambda _: b"", lambda _: b"[1, 2]", lambda whole: whole[:-40]])
+def test_a_probe_that_is_damaged_is_fitted_again(tokenizer, guard, usual, tmp_path, caplog, damage):
+    folder = shutil.copytree(usual.cache, tmp_path / "cache")
+    [path] = [path for path in folder.glob("*/*.json") if path.name != "namespace.json"]
+    path.write_bytes(damage(path.read_bytes()))
+    other = probed(talks(), tokenizer, guard, score_cache_dir=str(folder))
+    assert "it is fitted again" in caplog.text
+    assert usual.probed.to_list() == other.to_list()
 
 
-def test_exact_runs_take_no_probed_scores(tokenizer, guard, tmp_path):
-    alone = exact(talks(), tokenizer, guard, score_cache_dir=str(tmp_path / "a"))
-    probed(talks(), tokenizer, guard, score_cache_dir=str(tmp_path / "b"))
-    after = exact(talks(), tokenizer, guard, score_cache_dir=str(tmp_path / "b"))
-    assert trained(after) == pytest.approx(trained(alone), abs=1e-6)
+def test_exact_runs_take_no_probed_scores(tokenizer, guard, usual, tmp_path):
+    folder = shutil.copytree(usual.cache, tmp_path / "cache")
+    after = exact(talks(), tokenizer, guard, score_cache_dir=str(folder))
+    assert trained(after) == pytest.approx(trained(usual.exact), abs=1e-6)
     assert ASKED_COLUMN not in after.column_names
 
 
-def test_another_tolerance_is_another_score(tokenizer, guard, tmp_path):
-    one, other = (
-        probed(talks(), tokenizer, guard, probe_tolerance=t, score_cache_dir=str(tmp_path))
-        for t in (0.05, 0.03)
-    )
-    more, fewer = (trained(found, ASKED_COLUMN).mean() for found in (other, one))
+def test_another_tolerance_is_another_score(tokenizer, guard, usual, tmp_path):
+    cache = {"score_cache_dir": str(shutil.copytree(usual.cache, tmp_path / "cache"))}
+    other = probed(talks(), tokenizer, guard, probe_tolerance=0.03, **cache)
+    more, fewer = (trained(found, ASKED_COLUMN).mean() for found in (other, usual.probed))
     assert more > fewer
 
 
-def test_all_ranks_get_the_same(tokenizer, guard, tmp_path):
+def test_all_ranks_get_the_same(tokenizer, guard, usual, tmp_path):
     rows, ranks = talks(), 3
     meet, found = threading.Barrier(ranks, timeout=120).wait, [None] * ranks
     errors = []
@@ -184,8 +198,7 @@ def test_all_ranks_get_the_same(tokenizer, guard, tmp_path):
         thread.join()
     assert not errors
     assert found[0] == found[1] == found[2]
-    alone = probed(rows, tokenizer, guard)
-    for one, other in zip(alone, found[0], strict=True):
+    for one, other in zip(usual.probed, found[0], strict=True):
         assert one[ASKED_COLUMN] == other[ASKED_COLUMN]
         # The guard's own scores differ by rounding in other batches, and a probe of small penalty
         # makes more of it: still far less than the tolerance.
@@ -250,7 +263,7 @@ def test_what_cannot_be_scored_is_left_out_of_the_sample(tokenizer, guard, monke
 # Several guards
 
 
-def test_each_guard_of_several_learns_by_itself(tokenizer, guard, tmp_path, caplog):
+def test_each_guard_of_several_learns_by_itself(tokenizer, guard, usual, tmp_path):
     other = learnable(tmp_path, tokenizer, seed=0)
     both = {"guards": [guard, other], "combine": "mean"}
     rows = talks()
@@ -261,11 +274,10 @@ def test_each_guard_of_several_learns_by_itself(tokenizer, guard, tmp_path, capl
     off = np.abs(trained(found) - trained(twin))
     assert (off[asked] < 1e-5).all()
     assert (off[~asked] <= 0.05).mean() >= 0.95
-    alone = trained(probed(rows, tokenizer, guard), ASKED_COLUMN)
-    assert (asked <= alone).all()
+    assert (asked <= trained(usual.probed, ASKED_COLUMN)).all()
 
 
-def test_the_tolerance_is_one_of_calibrated_scores(tokenizer, guard):
+def test_the_tolerance_is_one_of_calibrated_scores(tokenizer, guard, usual):
     sharp = {**guard, "calibration": {"temperature": 0.2, "threshold": 0.4}}
     rows = talks()
     found, twin = probed(rows, tokenizer, sharp), exact(rows, tokenizer, sharp)
@@ -273,7 +285,7 @@ def test_the_tolerance_is_one_of_calibrated_scores(tokenizer, guard):
     assert (off[asked] < 1e-4).all()
     assert not len(off[~asked]) or (off[~asked] <= 0.05).mean() >= 0.95
     # What is five times as far apart is asked more often.
-    assert asked.mean() > trained(probed(rows, tokenizer, guard), ASKED_COLUMN).mean()
+    assert asked.mean() > trained(usual.probed, ASKED_COLUMN).mean()
 
 
 def test_a_guard_that_reads_a_response_once_learns_nothing(tokenizer):
@@ -406,11 +418,11 @@ def test_hidden_doubles_count_once(tokenizer, guard):
     assert provenance_of(found)["probes"] == one["probes"]
 
 
-def test_the_threshold_of_the_loss_is_asked_around(tokenizer, guard):
+def test_the_threshold_of_the_loss_is_asked_around(tokenizer, guard, usual):
     """Near τ every interval holds it: so many more are asked."""
     from star_dss_trl import StarDSSConfig
 
-    rows, middle = talks(), float(np.median(trained(exact(talks(), tokenizer, guard))))
+    rows, middle = talks(), float(np.median(trained(usual.exact)))
     shares = []
     for threshold in (middle, 0.99):
         options = StarDSSConfig(output_dir="x", threshold=threshold, **PROBED, use_cpu=True)
@@ -422,8 +434,8 @@ def test_the_threshold_of_the_loss_is_asked_around(tokenizer, guard):
 # Shown
 
 
-def test_reports_tell_probed_from_asked_chunks(tokenizer, guard):
-    found = probed(talks(), tokenizer, guard)
+def test_reports_tell_probed_from_asked_chunks(tokenizer, guard, usual):
+    found = usual.probed
     read = read_scored(found, tokenizer)
     marks = [mark for response in read.responses for mark in response.asked]
     assert {True, False} == set(marks)
@@ -435,7 +447,7 @@ def test_reports_tell_probed_from_asked_chunks(tokenizer, guard):
     shown = inspect_row(found, mixed.row, tokenizer=guard["model"])
     assert "pieces by a probe" in shown._repr_html_()
     assert "by the probe'" in shown._repr_html_()
-    plain = render_page(read_scored(exact(talks(), tokenizer, guard), tokenizer), name="talks")
+    plain = render_page(read_scored(usual.exact, tokenizer), name="talks")
     assert '"asked"' not in plain
 
 

@@ -24,9 +24,8 @@ from star_dss_plugin.data.cache import ScoreCache
 from star_dss_plugin.data.requests import Trajectory
 
 PROCESSES = multiprocessing.get_context("forkserver")
-
-
-PROCESSES.set_forkserver_preload([__name__])  # torch and transformers are imported once for all
+# torch and transformers are imported once for all; the server does not find modules of tests.
+PROCESSES.set_forkserver_preload(["star_dss_plugin.scoring.scorer"])
 
 
 # Asked once

@@ -77,9 +77,10 @@ def test_a_complete_cache_may_be_read_only(tmp_path, tokenizer, monkeypatch):
 
 
 PROCESSES = multiprocessing.get_context("forkserver")
-
-
-PROCESSES.set_forkserver_preload([__name__])
+# The server does not find modules of tests.
+PROCESSES.set_forkserver_preload(
+    ["star_dss_trl", "trl.trainer.sft_trainer", "star_dss_plugin.cli.score"]
+)
 
 
 def score_beside(by, folder, model_dir, start):
