@@ -29,7 +29,7 @@ from star_dss_plugin.training.rows.late import Carriers, scored_collator
 from star_dss_plugin.training.rows.prepare import DatasetSummary
 from star_dss_plugin.training.rows.stream import ScoredStream
 from star_dss_plugin.training.rows.stream_checks import check_stream, read_in_this_process
-from star_dss_plugin.training.sequence_parts import PartsCollator, parts_per_row
+from star_dss_plugin.training.sequence_parts import PartsCollator, fixed_length, parts_per_row
 from star_dss_plugin.training.sharding import Ranks, runnable
 from star_dss_plugin.training.state import StarDSSState
 from star_dss_plugin.training.trainer_data import prepare_raw, prepare_rows, prepare_stream
@@ -226,7 +226,7 @@ def _set_up(
     if (parts := parts_per_row(trainer.accelerator)) > 1:
         padding = tokenizer.pad_token_id
         assert isinstance(padding, int)  # the trainer's own collator pads
-        collator = PartsCollator(collator, parts, padding)
+        collator = PartsCollator(collator, parts, padding, fixed_length(trainer.accelerator))
     trainer.data_collator = collator
     # The loss is divided by the tokens of the optimizer batch, which the Trainer must count. It
     # must not divide again, unless a subclass counts none: transformers >= 5.19 decides that at

@@ -9,7 +9,7 @@ from accelerate.utils import DistributedType
 from transformers import Trainer
 
 from star_dss_plugin.errors import ConfigError
-from star_dss_plugin.training.sequence_parts import refused_with_parts
+from star_dss_plugin.training.parts_checks import refused_with_parts
 
 if TYPE_CHECKING:
     from star_dss_plugin.training.mixin import StarDSSMixin

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN, TOKEN_COLUMNS
 from star_dss_plugin.errors import StarDSSError
 from star_dss_plugin.logprobs import IGNORE_INDEX
+from star_dss_plugin.training.parts_checks import check_averaging
 from star_dss_plugin.training.plain import (
     Plain,
     head_watched,
@@ -27,8 +28,14 @@ from star_dss_plugin.training.rows.late import text_of_row
 
 if TYPE_CHECKING:
     from star_dss_plugin.training.state import StarDSSState
-from star_dss_plugin.training.sequence_parts import part_of, parts_per_row
-from star_dss_plugin.training.step import policy_of
+from star_dss_plugin.training.sequence_parts import (
+    fixed_length,
+    group_of_parts,
+    padded,
+    part_of,
+    parts_per_row,
+)
+from star_dss_plugin.training.step import policy_of, times_averaged
 
 __all__ = ["check_loss"]
 
@@ -52,8 +59,12 @@ def check_loss(trainer: Any, active: StarDSSState, dataloader: Any) -> None:
     own = active.stream_of(trainer.train_dataset)
     size = parts_per_row(trainer.accelerator)
     loader = dataloader.dl if size > 1 else dataloader  # around which DeepSpeed cuts batches
+    fixed = fixed_length(trainer.accelerator)
     row = _shortest_row(
-        loader.dataset, active.options.stream_buffer, iter if own is None else own.reading
+        loader.dataset,
+        active.options.stream_buffer,
+        iter if own is None else own.reading,
+        beyond=fixed // size if fixed else 0,
     )
     there = active.ranks.gather(row is not None)
     if row is None or not all(there):
@@ -68,7 +79,12 @@ def check_loss(trainer: Any, active: StarDSSState, dataloader: Any) -> None:
             "collator or the data set was replaced after STAR-DSS was set up; give them to the "
             "trainer's constructor",
         )
+    if size > 1:  # of a stream each process may have another row
+        batch = active.ranks.gather(batch)[0]
     batch = trainer._prepare_inputs(batch)
+    if size > 1:  # padding would fill parts, and prove nothing
+        kept = -(-int(batch["attention_mask"].sum()) // size) * size
+        batch = {n: c[:, :kept] if isinstance(c, Tensor) else c for n, c in batch.items()}
     labels = batch["labels"]
     model, options = trainer.model_wrapped, active.options
     trained = int((labels[:, 1:] != IGNORE_INDEX).sum())
@@ -104,14 +120,13 @@ def check_loss(trainer: Any, active: StarDSSState, dataloader: Any) -> None:
                         terms = terms + torch.where(weights.kl != 0, weights.kl * plain.kl, 0.0)
                     expected.append(terms.sum().float() / trained)
                     if size > 1:
-                        in_parts.append(_loss_in_parts(trainer, active, scored, trained, size))
+                        whole_row = scored if fixed is None else padded(scored, fixed)
+                        in_parts.append(_loss_in_parts(trainer, active, whole_row, trained, size))
         finally:
             active.metrics = metrics
             model.train(was_training)
             _restore(trainer, host)
-    scale = 1
-    if trainer.args.average_tokens_across_devices:
-        scale = trainer.accelerator.num_processes // trainer.get_tp_size()
+    scale = times_averaged(trainer, part=False)
     for given, shaped_loss in zip(found, expected, strict=True):
         # The auxiliary loss is a mean over each micro-batch and is not scaled.
         wanted = shaped_loss * scale + extra
@@ -122,7 +137,10 @@ def check_loss(trainer: Any, active: StarDSSState, dataloader: Any) -> None:
                 f"loss_type={options.loss_type!r} gives {wanted.item():.6f}. Something replaces "
                 "compute_loss or adds to it; remove it",
             )
+    if size > 1:
+        check_averaging(trainer.model_wrapped)
     for given, shaped_loss in zip(in_parts, expected, strict=False):
+        shaped_loss = shaped_loss + extra * size / times_averaged(trainer, part=True)
         if not plain.close(given, shaped_loss):
             raise not_in_effect(
                 trainer,
@@ -137,18 +155,13 @@ def _loss_in_parts(
     trainer: Any, active: StarDSSState, batch: Mapping[str, Any], trained: int, size: int
 ) -> Tensor:
     """Return the loss of a row of which each process of a group computes a part."""
-    from deepspeed.utils import groups
-
-    tokens = int(batch["attention_mask"].sum())
-    kept = -(-tokens // size) * size  # padding would fill parts, and prove nothing
-    columns = {n: c[:, :kept] for n, c in batch.items() if isinstance(c, Tensor)}
-    part = part_of(columns, size, groups._get_sequence_parallel_rank())
+    part = part_of(batch, size, torch.distributed.get_rank(group_of_parts()))
     rows = int(trainer.args.train_batch_size)  # attention exchanges full batches alone
     part = {name: column.repeat(rows, 1) for name, column in part.items()}
     mine = trainer.compute_loss(trainer.model_wrapped, part, num_items_in_batch=trained * rows)
-    # Each process's is that of its part times the number of processes; each group has this row.
-    losses = active.ranks.gather(float(mine))
-    return torch.as_tensor(sum(losses) * size / len(losses) ** 2, device=part["input_ids"].device)
+    losses = active.ranks.gather(float(mine) / times_averaged(trainer, part=True))
+    groups = len(losses) // size  # each has this row
+    return torch.as_tensor(sum(losses) / groups, device=part["input_ids"].device)
 
 
 _WINDOW = 512
@@ -226,7 +239,7 @@ _FEW = 32
 
 
 def _shortest_row(
-    dataset: Any, buffer: int, read: Callable[[Any], Iterator[Any]]
+    dataset: Any, buffer: int, read: Callable[[Any], Iterator[Any]], beyond: int = 0
 ) -> Mapping[str, Any] | None:
     """Return the shortest of the first few rows with trained tokens: it takes the least memory.
 
@@ -234,7 +247,8 @@ def _shortest_row(
 
     A row without any would prove nothing, nor would one without the reference's log-probabilities
     if there are some: those are what the model as it starts is compared with. Of a stream no more
-    is read than the buffer that is scored already, if one of its rows will do.
+    is read than the buffer that is scored already, if one of its rows will do. Rows have more than
+    `beyond` tokens if some do, and as many as there are else.
     """
     if isinstance(dataset, IterableDatasetShard):
         dataset = dataset.dataset  # so that all processes read, and score, the same rows
@@ -244,11 +258,13 @@ def _shortest_row(
         found = list(_trained(itertools.islice(rows, buffer), _FEW)) or list(_trained(rows, 1))
     else:
         found = list(_trained((dataset[i] for i in range(len(dataset))), _FEW))
-    return min(
-        found,
-        key=lambda r: (not any(r.get(REF_COLUMN, ())), len(text_of_row(r)["input_ids"])),
-        default=None,
-    )
+
+    def order(row: Mapping[str, Any]) -> tuple[bool, bool, int]:
+        length = len(text_of_row(row)["input_ids"])
+        short = length <= beyond
+        return not any(row.get(REF_COLUMN, ())), short, -length if short else length
+
+    return min(found, key=order, default=None)
 
 
 def _trained(rows: Iterable[Mapping[str, Any]], most: int) -> Iterator[Mapping[str, Any]]:

@@ -19,9 +19,15 @@ from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN, TEXT_COLUMN,
 from star_dss_plugin.data.media_rows import MediaRows
 from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.training.checkpoints import check_checkpoint
+from star_dss_plugin.training.parts_checks import check_resuming
 from star_dss_plugin.training.rows.stream import ScoredStream
 from star_dss_plugin.training.run_record import add_section
-from star_dss_plugin.training.sequence_parts import check_resuming, parts_per_row, trained_tokens
+from star_dss_plugin.training.sequence_parts import (
+    group_of_parts,
+    one_pass,
+    parts_per_row,
+    trained_tokens,
+)
 from star_dss_plugin.training.state import StarDSSState
 from star_dss_plugin.training.step import mode_of, shaped_step
 
@@ -99,8 +105,10 @@ class StarDSSMixin(_Base):
 
     def get_train_dataloader(self) -> Any:
         loader = super().get_train_dataloader()
-        self._divide(loader, self.train_dataset)
-        return loader  # accelerate skips what a resumed run has read in a loader of its own alone
+        divided = self._divide(loader, self.train_dataset)
+        # accelerate skips what a resumed run has read in a loader of its own alone. DeepSpeed's,
+        # which skips nothing, is put around it: each of its batches waits for all processes.
+        return loader if parts_per_row(self.accelerator) == 1 else divided
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         dataset = self._scored_late(eval_dataset)
@@ -179,27 +187,28 @@ class StarDSSMixin(_Base):
         if stream is not None and stream.even is not None:
             skipped = kwargs.get("steps_trained_in_current_epoch", 0)
             stream.even.skipped = 0 if self.args.ignore_data_skip else skipped
+        if self.star_dss_state is not None and parts_per_row(self.accelerator) > 1:
+            kwargs["train_dataloader"] = one_pass(kwargs["train_dataloader"])
         super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, *args: Any) -> Any:
         """Take equally many batches in each process, also of parts of a stream."""
         stream = self._stream(self.train_dataset)
-        if stream is not None:
+        if stream is not None and parts_per_row(self.accelerator) == 1:
             epoch_iterator = stream.batches(epoch_iterator, num_batches)
-        batches, items = super().get_batch_samples(epoch_iterator, num_batches, *args)
-        if not batches and parts_per_row(self.accelerator) > 1:
-            # DeepSpeed's loader says that a pass has ended when the next one has begun.
-            batches, items = super().get_batch_samples(epoch_iterator, num_batches, *args)
-        return batches, items
+        return super().get_batch_samples(epoch_iterator, num_batches, *args)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], *args: Any) -> Any:
-        """Count the trained tokens of all processes, also of parts of rows.
+        """Count trained tokens also of parts of rows: of all processes, or of those of one group.
 
         The base class counts none of parts, and divides those of whole rows by the parts' number.
         """
         parts = self.star_dss_state is not None and parts_per_row(self.accelerator) > 1
         if parts and batch_samples:
-            return trained_tokens(batch_samples, self.accelerator)
+            alone = not self.args.average_tokens_across_devices
+            return trained_tokens(
+                batch_samples, self.accelerator.device, group_of_parts() if alone else None
+            )
         return super()._get_num_items_in_batch(batch_samples, *args)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -10,29 +10,34 @@ whole rows, each process its own, with attention as usual.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import DistributedType
-from datasets import IterableDataset
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.mixtral import modeling_mixtral
 
 from star_dss_plugin.data.columns import MOVED_COLUMNS, REF_COLUMN, SCORES_COLUMN
-from star_dss_plugin.errors import ConfigError, DataError
+from star_dss_plugin.errors import DataError
 from star_dss_plugin.logprobs import IGNORE_INDEX
+from star_dss_plugin.training.head import causal_lm
 
 __all__ = [
     "PartsCollator",
-    "check_resuming",
+    "balances_experts",
+    "balancing",
     "exchanging",
+    "fixed_length",
     "framed",
+    "group_of_parts",
     "is_part",
+    "one_pass",
+    "padded",
     "part_of",
     "parts_per_row",
-    "refused_with_parts",
     "trained_tokens",
 ]
 
@@ -45,101 +50,19 @@ def parts_per_row(accelerator: Any) -> int:
     return int(getattr(parallelism, "sp_size", None) or 1)
 
 
-def refused_with_parts(trainer: Any) -> list[tuple[Any, str, str]]:
-    """Return what cannot go with rows in parts: whether it is there, why, and what to change."""
-    size, args = parts_per_row(trainer.accelerator), trainer.args
-    if size == 1:
-        return []
-    config = trainer.model.config.get_text_config()
-    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
-    window = getattr(config, "sliding_window", None) is not None
-    window = window and getattr(config, "use_sliding_window", True)
-    evaluated = trainer.eval_dataset
-    sets = [trainer.train_dataset]
-    sets += evaluated.values() if isinstance(evaluated, dict) else [evaluated]
-    handler = trainer.accelerator.parallelism_config.sp_handler
-    packing = any(getattr(args, name, False) for name in ("packing", "padding_free"))
-    what = f"sp_size is {size}, and each process has a part of every row"
-    without = "or switch sequence parallelism off (sp_size=1)"
-    return [
-        (
-            not trainer.trains_parts,
-            f"{what}, which was not tried in {type(trainer).__name__}",
-            f"Use StarDSSTrainer, or attach to a plain Trainer, {without}",
-        ),
-        (
-            trainer.accelerator.distributed_type != DistributedType.DEEPSPEED,
-            f"{what}, but DeepSpeed, which cuts rows, is not on",
-            f"Give accelerate a DeepSpeed configuration, {without}",
-        ),
-        (
-            not _averages_gradients(trainer.accelerator),
-            f"{what}; DeepSpeed (tried: 0.19.8) then makes gradients {size} times as large as "
-            "they are, unless it is ZeRO-3 that scatters them, in full precision",
-            "Set zero_stage to 3, reduce_scatter to true and zero_quantized_gradients to false, "
-            f"{without}",
-        ),
-        (
-            packing or (getattr(args, "eval_packing", None) or False),
-            f"{what}; its attention takes no mask, so that documents that are joined into one row "
-            "would see each other",
-            f"Set packing and padding_free to false, {without}",
-        ),
-        (
-            layers != {"full_attention"} or window,
-            f"{what}; its attention takes no mask, so that layers that see a window of tokens "
-            "would see all of them",
-            f"Use a model with full attention in every layer, {without}",
-        ),
-        (
-            getattr(config, "output_router_logits", False),
-            f"{what}, but the load-balancing loss of experts is made of whole rows",
-            f"Set router_aux_loss_coef=0, {without}",
-        ),
-        (
-            trainer.media_rows() is not None or any(isinstance(s, IterableDataset) for s in sets),
-            f"{what}, which was tried with data sets of tokens alone",
-            f"Give data sets of text that are no streams, {without}",
-        ),
-        (
-            not args.average_tokens_across_devices,
-            f"{what}, so that the tokens of a row can be counted over all processes only",
-            f"Set average_tokens_across_devices to true, {without}",
-        ),
-        (
-            not getattr(handler, "sp_seq_length_is_variable", True),
-            f"{what}, and sp_seq_length asks that all batches have one length",
-            f"Set sp_seq_length_is_variable to true, {without}",
-        ),
-    ]
+def group_of_parts() -> Any:
+    """Return the processes that share each row with this one."""
+    from deepspeed.utils import groups
+
+    return groups._get_sequence_parallel_group()
 
 
-def check_resuming(trainer: Any) -> None:
-    """Refuse to resume where the rows that a run has read cannot be skipped.
-
-    Raises:
-        ConfigError: Rows are in parts, and they shall be.
-    """
-    if parts_per_row(trainer.accelerator) > 1 and not trainer.args.ignore_data_skip:
-        raise ConfigError(
-            "A run with sequence parallelism (sp_size) is to be resumed, but the loader with which "
-            "DeepSpeed cuts rows can neither skip the rows that were read nor find the order of a "
-            "later pass. Set ignore_data_skip=True, which begins with the first pass again and "
-            "keeps weights, optimizer and schedule."
-        )
-
-
-def _averages_gradients(accelerator: Any) -> bool:
-    """Return whether DeepSpeed averages gradients over all processes, as losses are averaged.
-
-    Elsewhere it divides their sum by the number of groups.
-    """
-    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
-    if plugin is None:
-        return False
-    zero = plugin.deepspeed_config.get("zero_optimization", {})
-    scatters = zero.get("reduce_scatter", True) and not zero.get("zero_quantized_gradients", False)
-    return plugin.zero_stage == 3 and bool(scatters)
+def fixed_length(accelerator: Any) -> int | None:
+    """Return the length that DeepSpeed wants every whole batch to have; None: each has its own."""
+    handler: Any = getattr(getattr(accelerator, "parallelism_config", None), "sp_handler", None)
+    if getattr(handler, "sp_seq_length_is_variable", True):
+        return None
+    return int(handler.sp_seq_length)
 
 
 class PartsCollator:
@@ -152,34 +75,55 @@ class PartsCollator:
         inner: Makes a batch with `star_scores`.
         size: Parts of a row.
         pad_token_id: For `input_ids`.
+        length: Of every batch; None: of its longest row.
     """
 
     def __init__(
-        self, inner: Callable[[list[Any]], Mapping[str, Any]], size: int, pad_token_id: int
+        self,
+        inner: Callable[[list[Any]], Mapping[str, Any]],
+        size: int,
+        pad_token_id: int,
+        length: int | None = None,
     ) -> None:
         self.inner = inner
         self.size = size
-        self.padding = {"input_ids": pad_token_id, **_PADDING}
+        self.pad_token_id = pad_token_id
+        self.length = length
 
     def __call__(self, features: Sequence[Any]) -> dict[str, Any]:
         """Return a batch of rows.
 
         Raises:
-            DataError: Rows are joined, or padded on the left.
+            DataError: Rows are joined, padded on the left, or longer than a fixed length.
         """
         batch = dict(self.inner(list(features)))
         _check_alone(batch)
-        more = -batch["input_ids"].shape[1] % self.size
-        for name, padding in self.padding.items():
-            if name in batch:
-                batch[name] = F.pad(batch[name], (0, more), value=padding)
-        rows, length = batch["input_ids"].shape
-        batch["position_ids"] = torch.arange(length).repeat(rows, 1)
+        tokens = batch["input_ids"].shape[1]
+        length = self.length or -(-tokens // self.size) * self.size
+        if tokens > length:
+            raise DataError(
+                f"A batch has rows of {tokens} tokens, and sp_seq_length is {length}, for which "
+                f"attention is set up (sp_seq_length_is_variable=False). Cut rows with max_length="
+                f"{length} (and let the data collator pad to no more), raise sp_seq_length, or "
+                "set sp_seq_length_is_variable=True."
+            )
+        batch = padded(batch, length, self.pad_token_id)
+        batch["position_ids"] = torch.arange(length).repeat(len(batch["input_ids"]), 1)
         return batch | {
             moved: _moved(batch[name], _PADDING[name])
             for name, moved in MOVED_COLUMNS.items()
             if name in batch
         }
+
+
+def padded(batch: Mapping[str, Any], length: int, pad_token_id: int = 0) -> dict[str, Any]:
+    """Return a batch whose rows are padded on the right to a length."""
+    more = length - batch["input_ids"].shape[1]
+    paddings = {"input_ids": pad_token_id, **_PADDING}
+    return {
+        name: F.pad(column, (0, more), value=paddings[name]) if name in paddings else column
+        for name, column in batch.items()
+    }
 
 
 def _check_alone(batch: Mapping[str, Any]) -> None:
@@ -208,10 +152,11 @@ def part_of(batch: Mapping[str, Tensor], size: int, index: int) -> dict[str, Ten
         size: Parts of a row.
         index: Which of them.
     """
-    length = batch["input_ids"].shape[1] // size
+    rows, tokens = batch["input_ids"].shape
+    length = tokens // size
     cut = slice(index * length, (index + 1) * length)
-    kept = ("input_ids", "attention_mask", "position_ids")
-    whole = {name: batch[name] for name in kept}
+    whole = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    whole["position_ids"] = torch.arange(tokens, device=batch["input_ids"].device).repeat(rows, 1)
     whole["shift_labels"] = _moved(batch["labels"], IGNORE_INDEX)
     for name, moved in MOVED_COLUMNS.items():
         if name in batch:
@@ -237,12 +182,89 @@ def framed(part: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def trained_tokens(batches: Sequence[Mapping[str, Any]], accelerator: Any) -> Tensor:
-    """Return the number of trained tokens in the batches of all processes; all must call this."""
+def trained_tokens(
+    batches: Sequence[Mapping[str, Any]], device: torch.device | str, group: Any = None
+) -> Tensor:
+    """Return the number of trained tokens in the batches of several processes.
+
+    Args:
+        batches: Of this process.
+        device: Where it computes.
+        group: Those whose tokens count; all of them must call this. None: all that there are.
+    """
     targets = [b["shift_labels"] if is_part(b) else b["labels"][:, 1:] for b in batches]
-    counts = [(labels != IGNORE_INDEX).sum() for labels in targets]
-    total: Tensor = accelerator.reduce(torch.stack(counts).sum().to(accelerator.device), "sum")
+    total = torch.stack([(labels != IGNORE_INDEX).sum() for labels in targets]).sum().to(device)
+    torch.distributed.all_reduce(total, group=group)
     return total
+
+
+def one_pass(loader: Iterator[Any]) -> Iterator[Any]:
+    """Yield the batches of one pass over what DeepSpeed's loader cuts.
+
+    It says once that a pass has ended, and then goes on with the next: to someone who counts
+    batches, as transformers does where it can, it says so at the beginning of the next pass.
+    """
+    first = next(loader, None)
+    if first is None:
+        first = next(loader, None)
+    if first is not None:
+        yield first
+        yield from loader
+
+
+_BALANCE = "load_balancing_loss_func"
+"""What transformers calls in each module of a model with experts, and TRL in Mixtral's."""
+
+
+def balances_experts(model: Any) -> bool:
+    """Return whether the load-balancing loss of a model's experts can be made of all parts."""
+    return hasattr(sys.modules[type(causal_lm(model)).__module__], _BALANCE)
+
+
+@contextlib.contextmanager
+def balancing(model: Any) -> Iterator[None]:
+    """Let the load-balancing loss of experts be that of whole rows, in each process.
+
+    It multiplies means over tokens, so that those of parts do not add up to it.
+
+    Args:
+        model: Whose experts they are.
+    """
+    usual = {
+        module: getattr(module, _BALANCE)
+        for module in {sys.modules[type(causal_lm(model)).__module__], modeling_mixtral}
+        if hasattr(module, _BALANCE)
+    }
+
+    def whole(function: Callable[..., Any]) -> Callable[..., Any]:
+        def loss(
+            gate_logits: Any, num_experts: Any = None, top_k: Any = 2, attention_mask: Any = None
+        ) -> Any:
+            gathered = tuple(_of_all_parts(logits) for logits in gate_logits)
+            mask = None if attention_mask is None else _of_all_parts(attention_mask)
+            found = function(gathered, num_experts, top_k, mask)
+            # Gradients are averaged over processes, of which each has those of its part.
+            size = torch.distributed.get_world_size(group_of_parts())
+            return found + (size - 1) * (found - found.detach())
+
+        return loss
+
+    for module, function in usual.items():
+        setattr(module, _BALANCE, whole(function))
+    try:
+        yield
+    finally:
+        for module, function in usual.items():
+            setattr(module, _BALANCE, function)
+
+
+def _of_all_parts(column: Tensor) -> Tensor:
+    """Return the tokens of all parts; gradients pass through this process's own alone."""
+    group, own = group_of_parts(), column.detach().contiguous()
+    parts = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size(group))]
+    torch.distributed.all_gather(parts, own, group=group)
+    parts[torch.distributed.get_rank(group)] = column
+    return torch.cat(parts)
 
 
 @contextlib.contextmanager

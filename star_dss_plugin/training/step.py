@@ -27,13 +27,15 @@ from star_dss_plugin.training.head import (
     without_logits,
 )
 from star_dss_plugin.training.sequence_parts import (
+    balancing,
     exchanging,
     framed,
     is_part,
+    parts_per_row,
 )
 from star_dss_plugin.training.state import StarDSSState
 
-__all__ = ["mode_of", "policy_of", "shaped_step"]
+__all__ = ["mode_of", "policy_of", "shaped_step", "times_averaged"]
 
 
 def shaped_step(
@@ -97,7 +99,10 @@ def shaped_step(
             logps = token_logprobs(rows, labels, project)
             return logps, *_kl_terms(active, logps, rows, project, ref, weights)
 
-    with exchanging(trainer.model) if part else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if part:
+            stack.enter_context(exchanging(trainer.model))
+            stack.enter_context(balancing(trainer.model))
         result, outputs, found = _forward(
             trainer, active, model, inputs, host_loss, logits_unread, return_outputs, terms
         )
@@ -118,13 +123,25 @@ def shaped_step(
         slopes,
     )
     active.shaped += mode == "train"
-    if trainer.args.average_tokens_across_devices and num_items_in_batch is not None:
-        # N counts the tokens of all ranks, and DDP averages gradients over them.
-        loss = loss * (trainer.accelerator.num_processes // trainer.get_tp_size())
+    if num_items_in_batch is not None:
+        loss = loss * times_averaged(trainer, part=part)
     loss = _with_auxiliary_loss(trainer, loss, outputs, num_items_in_batch)
     if active.sharded:
         loss = loss + nothing_of(outputs)
     return (loss, result[1]) if return_outputs else loss
+
+
+def times_averaged(trainer: Any, *, part: bool) -> int:
+    """Return over how many processes that divide a loss by the same N its gradients are averaged.
+
+    Args:
+        trainer: Whose N counts the tokens of all processes, or of this one alone: of all that have
+            a part of its rows.
+        part: Whether the loss is that of a part of rows.
+    """
+    if trainer.args.average_tokens_across_devices:
+        return int(trainer.accelerator.num_processes // trainer.get_tp_size())
+    return parts_per_row(trainer.accelerator) if part else 1
 
 
 def mode_of(trainer: Trainer) -> str:

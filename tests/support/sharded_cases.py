@@ -4,7 +4,7 @@ from __future__ import annotations
 
 OWN = (
     *("plain", "lora", "early", "untied", "context", "differs", "resume"),
-    *("rare", "stream", "files", "vision", "padded", "alone"),
+    *("rare", "rows", "stream", "files", "vision", "padded", "fixed", "experts", "alone"),
 )
 """Keys of a case that are no option of a trainer or of STAR-DSS."""
 
@@ -22,16 +22,24 @@ CASES = {
     # Each batch as long as the others, which gloo needs to exchange them, and of odd length.
     "trl-padded": {"padded": 33},
     "trl-padded-lora": {"padded": 33, "lora": True},
-    "trl-padded-checkpointing": {"padded": 33, "gradient_checkpointing": True},
-    "trl-padded-adapter-k2": {"padded": 33, "lora": True, "reference": "adapter"},
+    "trl-padded-checkpointing": {
+        "padded": 33,
+        "gradient_checkpointing": True,
+        "average_tokens_across_devices": False,
+    },
     "trl-padded-adapter-full": {
         "padded": 33,
         "lora": True,
         "kl_estimator": "full",
         "reference": "adapter",
     },
-    "trl-padded-named-full": {"padded": 33, "kl_estimator": "full", "reference": "MODEL"},
-    "trl-padded-pairs": {"padded": 33, "per_device_train_batch_size": 2},
+    # All batches of two rows and one length; and the load-balancing loss of experts.
+    "trl-fixed-experts": {
+        "padded": 33,
+        "fixed": 48,
+        "experts": True,
+        "per_device_train_batch_size": 2,
+    },
     "trl-padded-rejection": {"padded": 33, "loss_type": "rejection"},
     "trl-padded-packed": {"padded": 33, "packing": True, "max_length": 64},
     # The attention of evaluations in place of the one that exchanges parts.
@@ -43,6 +51,22 @@ CASES = {
         "resume": True,
         "ignore_data_skip": True,
         "train_sampling_strategy": "sequential",
+    },
+    # A pass of six rows is no whole number of steps.
+    "trl-padded-stream": {
+        "padded": 33,
+        "kl_estimator": "full",
+        "reference": "MODEL",
+        "stream": 1,
+        "rows": 6,
+    },
+    # Of two files, which differ in length.
+    "trl-padded-uneven": {
+        "padded": 33,
+        "lora": True,
+        "reference": "adapter",
+        "stream": 2,
+        "files": [4, 3],
     },
     "plain-padded": {"padded": 33, "plain": True},
     "plain-padded-adapter-full": {

@@ -6,13 +6,24 @@ from itertools import islice
 from pathlib import Path
 
 
-def model_folder(folder, untied):
-    from support.models import make_tokenizer, tiny_llama
+def shape_of(case):
+    """Return what a case says of its model: "untied", "experts", or "" for neither."""
+    return next((name for name in ("untied", "experts") if case.get(name)), "")
 
-    path = Path(folder) / ("model-untied" if untied else "model")
+
+def model_folder(folder, shape=""):
+    """Return the folder of a model of such a shape."""
+    from support.models import make_tokenizer, tiny_llama, tiny_qwen3_moe
+
+    path = Path(folder) / f"model-{shape}".rstrip("-")
     if not path.exists():
         tokenizer = make_tokenizer()
-        tiny_llama(len(tokenizer), tie_word_embeddings=not untied).save_pretrained(path)
+        if shape == "experts":
+            model = tiny_qwen3_moe(len(tokenizer))
+            model.config.output_router_logits, model.config.router_aux_loss_coef = True, 1.0
+        else:
+            model = tiny_llama(len(tokenizer), tie_word_embeddings=shape != "untied")
+        model.save_pretrained(path)
         tokenizer.save_pretrained(path)
     return path
 
@@ -49,6 +60,8 @@ def data_of(case, ranks, differs):
         data = data.add_column("star_scores", [[1.0]] * len(data))
     if case.get("rare"):
         data = data.map(lambda row, i: {"completion": safe_or_not(row, i)}, with_indices=True)
+    if case.get("rows"):
+        data = data.select(range(case["rows"]))
     if files:
         data = data.select([i % len(data) for i in range(sum(files))])
     if shards > 1 and ranks == 1:
@@ -63,7 +76,7 @@ def data_of(case, ranks, differs):
         evaluation = data.select(range(3)) if ranks > 1 else data.select([0, 4, 2, 4])
     if files and ranks > 1:
         return from_files(data, files), from_files(evaluation, [2, 1])
-    if shards and ranks > 1:
+    if shards and (ranks > 1 or case.get("rows")):
         return data.to_iterable_dataset(num_shards=shards), evaluation.to_iterable_dataset()
     return data, evaluation
 

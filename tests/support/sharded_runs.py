@@ -20,7 +20,7 @@ import traceback
 from pathlib import Path
 
 from support.sharded_cases import CASES, OWN
-from support.sharded_data import data_of, model_folder, tokens_of, vision_folder
+from support.sharded_data import data_of, model_folder, shape_of, tokens_of, vision_folder
 from support.sharding_kinds import (
     KINDS,
     SPLIT,
@@ -90,6 +90,12 @@ def trainer_options(kind, out, ranks, case, own):
         from accelerate.parallelism_config import ParallelismConfig
 
         options["parallelism_config"] = ParallelismConfig(cp_size=own["context"])
+    if own.get("fixed") and ranks > 1:
+        from accelerate.parallelism_config import ParallelismConfig
+        from accelerate.utils import DeepSpeedSequenceParallelConfig
+
+        handler = DeepSpeedSequenceParallelConfig(own["fixed"], False)
+        options["parallelism_config"] = ParallelismConfig(sp_size=2, sp_handler=handler)
     readers = ranks // SPLIT.get(kind, {}).get("tp_size", 1)
     groups = ranks // 2 if "parts" in kind else readers  # evaluations read whole rows
     options["gradient_accumulation_steps"] = 4 // groups
@@ -116,7 +122,7 @@ def make_trainer(kind, folder, ranks, case, changes):
     case = {name: value for name, value in case.items() if name not in OWN}
     differs = own.get("differs") if os.environ.get("RANK") == "1" else None
     vision, lora = own.get("vision"), own.get("lora")
-    source = vision_folder(folder, vision) if vision else model_folder(folder, own.get("untied"))
+    source = vision_folder(folder, vision) if vision else model_folder(folder, shape_of(own))
     step.exchanging = contextlib.nullcontext if own.get("alone") else exchanging
     set_seed(1)  # adapters begin with random values
     tokenizer = (AutoProcessor if vision else AutoTokenizer).from_pretrained(source)

@@ -4,27 +4,32 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.utils import DistributedType
 from datasets import Dataset
-from support.models import make_tokenizer, tiny_llama
+from support.models import make_tokenizer, tiny_llama, tiny_qwen3_moe
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.mixtral import modeling_mixtral
+from transformers.models.qwen3_moe import modeling_qwen3_moe
 
-from star_dss_plugin import ConfigError, DataError, StarDSSError, attach
+from star_dss_plugin import DataError, StarDSSError, attach
 from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN
 from star_dss_plugin.logprobs import full_kl, token_logprobs
 from star_dss_plugin.loss import Shaping, shaped_loss
+from star_dss_plugin.training import sequence_parts
+from star_dss_plugin.training.loss_check import _shortest_row
 from star_dss_plugin.training.rows.collation import TokenColumnsCollator
 from star_dss_plugin.training.sequence_parts import (
     PartsCollator,
-    check_resuming,
+    balancing,
     exchanging,
     framed,
     is_part,
+    one_pass,
+    padded,
     part_of,
-    refused_with_parts,
     trained_tokens,
 )
+from star_dss_plugin.training.step import times_averaged
 
 PAD, VOCAB = 3, 11
 
@@ -46,12 +51,11 @@ def rows(lengths):
     return made
 
 
-def collate(features, size, side="right"):
+def collate(features, size, side="right", length=None):
     tokenizer = make_tokenizer()
     tokenizer.padding_side = side
-    return PartsCollator(TokenColumnsCollator(DataCollatorForSeq2Seq(tokenizer)), size, PAD)(
-        features
-    )
+    inner = TokenColumnsCollator(DataCollatorForSeq2Seq(tokenizer))
+    return PartsCollator(inner, size, PAD, length)(features)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
@@ -122,11 +126,120 @@ def test_the_losses_of_parts_add_up_to_the_loss_of_the_whole(loss_type):
     torch.testing.assert_close(total, whole)
 
 
-def test_tokens_are_counted_in_parts_as_in_whole_rows():
-    accelerator = SimpleNamespace(device="cpu", reduce=lambda total, how: total)
+@pytest.mark.parametrize("group", [None, "of this row"])
+def test_tokens_are_counted_in_parts_as_in_whole_rows(monkeypatch, group):
+    counted = []
+    monkeypatch.setattr(
+        torch.distributed, "all_reduce", lambda total, group: counted.append((int(total), group))
+    )
     batch = collate(rows([9, 13]), 2)
     parts = [part_of(batch, 2, index) for index in (0, 1)]
-    assert trained_tokens(parts, accelerator) == trained_tokens([batch], accelerator) == 6 + 10
+    assert trained_tokens(parts, "cpu", group) == trained_tokens([batch], "cpu", group) == 6 + 10
+    assert counted == [(16, group)] * 2
+
+
+@pytest.mark.parametrize(
+    ("together", "part", "times"),
+    [(True, True, 8), (True, False, 8), (False, True, 2), (False, False, 1)],
+)
+def test_a_loss_counts_as_often_as_processes_divide_by_the_same_tokens(together, part, times):
+    """Eight processes, two to a row."""
+    accelerator = SimpleNamespace(num_processes=8, parallelism_config=SimpleNamespace(sp_size=2))
+    given = SimpleNamespace(
+        args=SimpleNamespace(average_tokens_across_devices=together),
+        accelerator=accelerator,
+        get_tp_size=lambda: 1,
+    )
+    assert times_averaged(given, part=part) == times
+
+
+def test_batches_have_the_length_that_attention_is_set_up_for():
+    features = rows([9, 13])
+    batch = collate(features, 2, length=20)
+    assert all(column.shape == (2, 20) for column in batch.values())
+    free = collate(features, 2)
+    again = padded(free, 20, PAD)
+    for index in (0, 1):
+        one, other = part_of(batch, 2, index), part_of(again, 2, index)
+        assert all(torch.equal(column, other[name]) for name, column in one.items())
+    with pytest.raises(DataError, match=r"rows of 13 tokens, and sp_seq_length is 12.*max_length="):
+        collate(features, 2, length=12)
+
+
+def test_the_row_that_is_tried_reaches_into_the_second_part():
+    """The shortest that does; the longest, if none does."""
+    features = rows([9, 13, 7, 12])
+    for beyond, expected in ((0, 7), (8, 9), (9, 12), (12, 13), (20, 13)):
+        row = _shortest_row(features, 8, iter, beyond)
+        assert len(row["input_ids"]) == expected, beyond
+
+
+class Cut:
+    """Two passes over two batches, as DeepSpeed's loader gives them."""
+
+    def __init__(self):
+        self.left = [1, 2, StopIteration, 3, 4, StopIteration, StopIteration]
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        found = self.left.pop(0)
+        if found is StopIteration:
+            raise StopIteration
+        return found
+
+
+@pytest.mark.parametrize("asked", [2, 3])
+def test_a_pass_ends_once_whether_or_not_it_was_asked_for_more(asked):
+    cut = Cut()
+    first = one_pass(cut)
+    assert [next(first, None) for _ in range(asked)] == [1, 2, None][:asked]
+    second = one_pass(cut)
+    assert [next(second, None) for _ in range(4)] == [3, 4, None, None]
+    assert list(one_pass(Cut())) == [1, 2]
+
+
+def test_a_pass_over_nothing_ends():
+    cut = Cut()
+    cut.left = [StopIteration] * 2
+    assert list(one_pass(cut)) == []
+
+
+@pytest.mark.parametrize("module", [modeling_qwen3_moe, modeling_mixtral])
+def test_the_load_balancing_loss_of_parts_is_that_of_the_whole(monkeypatch, module):
+    """Of the model's own module, and of the one that TRL calls."""
+    torch.manual_seed(0)
+    mask = torch.ones(2, 10, dtype=torch.long)
+    mask[1, 7:] = 0
+    layers = [torch.randn(2, 10, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    usual = module.load_balancing_loss_func
+    whole = usual(tuple(layer.reshape(-1, 4) for layer in layers), 4, 2, mask)
+    (gradient,) = torch.autograd.grad(whole, layers[0])
+    halves = [
+        [layer[:, half].reshape(-1, 4) for layer in layers] + [mask[:, half]]
+        for half in (slice(5), slice(5, 10))
+    ]
+    found = torch.zeros_like(gradient)
+    monkeypatch.setattr(sequence_parts, "group_of_parts", lambda: "group")
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 2)
+    for rank, half in enumerate((slice(5), slice(5, 10))):
+
+        def gather(parts, own, group, rank=rank):
+            at = next(i for i, column in enumerate(halves[rank]) if torch.equal(column, own))
+            for part, columns in zip(parts, halves, strict=True):
+                part.copy_(columns[at].detach())
+
+        monkeypatch.setattr(torch.distributed, "all_gather", gather)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda group, rank=rank: rank)
+        *logits, part = halves[rank]
+        with balancing(tiny_qwen3_moe()):
+            loss = module.load_balancing_loss_func(tuple(logits), 4, 2, part)
+        torch.testing.assert_close(loss, whole)
+        # Averaged over both processes, of which the other has none.
+        found[:, half] = torch.autograd.grad(loss, layers[0])[0][:, half] / 2
+        assert module.load_balancing_loss_func is usual
+    torch.testing.assert_close(found, gradient)
 
 
 @pytest.mark.parametrize("joined", [False, True])
@@ -175,72 +288,6 @@ def test_attention_exchanges_parts_in_modules_that_do_not_train():
     assert exchanged == [(True, 0.0)] * layers
     assert seen == [(False, 0.0)] * layers
     assert not any(module.training for module in model.modules())
-
-
-def trainer(*, size=2, zero=None, stage=3, config=None, handler=None, **changes):
-    """What `refused_with_parts` reads of a trainer that it lets pass."""
-    model = tiny_llama(VOCAB)
-    for name, value in (config or {}).items():
-        setattr(model.config, name, value)
-    plugin = SimpleNamespace(zero_stage=stage, deepspeed_config={"zero_optimization": zero or {}})
-    accelerator = SimpleNamespace(
-        parallelism_config=SimpleNamespace(
-            sp_size=size, sp_handler=SimpleNamespace(**(handler or {}))
-        ),
-        distributed_type=changes.pop("kind", DistributedType.DEEPSPEED),
-        state=SimpleNamespace(deepspeed_plugin=plugin),
-    )
-    own = {
-        "trains_parts": True,
-        "train_dataset": Dataset.from_list([{"input_ids": [1]}]),
-        "eval_dataset": None,
-        "media_rows": lambda: None,
-    }
-    own |= {name: changes.pop(name) for name in list(own) if name in changes}
-    args = SimpleNamespace(**{"average_tokens_across_devices": True, **changes})
-    return SimpleNamespace(accelerator=accelerator, model=model, args=args, **own)
-
-
-STREAM = Dataset.from_list([{"input_ids": [1]}]).to_iterable_dataset()
-REFUSED = [
-    ({"trains_parts": False}, "was not tried in"),
-    ({"kind": DistributedType.MULTI_GPU}, "DeepSpeed, which cuts rows, is not on"),
-    ({"stage": 2}, "makes gradients 2 times as large"),
-    ({"zero": {"reduce_scatter": False}}, "makes gradients 2 times as large"),
-    ({"zero": {"zero_quantized_gradients": True}}, "makes gradients 2 times as large"),
-    ({"packing": True}, "would see each other"),
-    ({"eval_packing": True}, "would see each other"),
-    ({"padding_free": True}, "would see each other"),
-    ({"config": {"sliding_window": 8}}, "a window of tokens"),
-    ({"config": {"layer_types": ["sliding_attention", "full_attention"]}}, "a window of tokens"),
-    ({"config": {"output_router_logits": True}}, "load-balancing loss"),
-    ({"train_dataset": STREAM}, "data sets of tokens alone"),
-    ({"eval_dataset": {"one": STREAM}}, "data sets of tokens alone"),
-    ({"media_rows": lambda: object()}, "data sets of tokens alone"),
-    ({"average_tokens_across_devices": False}, "counted over all processes only"),
-    ({"handler": {"sp_seq_length_is_variable": False}}, "all batches have one length"),
-]
-
-
-@pytest.mark.parametrize(("changes", "words"), REFUSED)
-def test_what_cannot_go_with_parts_is_refused_in_words(changes, words):
-    found = [why for condition, why, _ in refused_with_parts(trainer(**changes)) if condition]
-    assert len(found) == 1
-    assert words in found[0]
-    assert refused_with_parts(trainer(size=1, **changes)) == []
-
-
-def test_a_plain_run_in_parts_is_not_refused():
-    changes = {"config": {"sliding_window": 8, "use_sliding_window": False}}
-    for given in (trainer(), trainer(**changes), trainer(packing=False, eval_packing=None)):
-        assert not any(condition for condition, *_ in refused_with_parts(given))
-
-
-def test_a_run_in_parts_resumes_only_if_no_row_is_to_be_skipped():
-    with pytest.raises(ConfigError, match="ignore_data_skip=True"):
-        check_resuming(trainer(ignore_data_skip=False))
-    check_resuming(trainer(ignore_data_skip=True))
-    check_resuming(trainer(size=1, ignore_data_skip=False))
 
 
 def test_labels_that_are_moved_without_their_scores_stop_the_run(tmp_path):

@@ -50,18 +50,18 @@ RUNS = {
     "fsdp2-loaded": ("trl-untied", "plain-untied", "trl-untied-copy"),
     "zero1": (
         *("trl", "trl-lora", "trl-adapter-full", "trl-copy-full", "trl-named-full"),
-        *("plain", "plain-lora", "plain-adapter-full"),
+        *("plain", "plain-lora", "plain-adapter-full", "plain-copy-full", "plain-named-full"),
     ),
     "zero2": (*TRL, *PLAIN, "trl-named-full", "trl-copy-full", "plain-copy-full", "plain-resumed"),
     "zero3": (*TRL, *PLAIN, "plain-early", "trl-named-full", "trl-resumed", "trl-copy-full"),
     # Each rank has a part of every row.
     "zero3-parts": (
-        *("trl-padded", "trl-padded-lora", "trl-padded-adapter-k2", "trl-padded-adapter-full"),
-        *("trl-padded-named-full", "trl-padded-checkpointing", "trl-padded-pairs"),
-        *("trl-padded-resumed", "trl-padded-skipping", "trl-padded-packed"),
+        *("trl-padded", "trl-padded-lora", "trl-padded-adapter-full"),
+        *("trl-padded-checkpointing", "trl-padded-stream", "trl-padded-uneven"),
+        *("trl-fixed-experts", "trl-padded-resumed", "trl-padded-skipping", "trl-padded-packed"),
         *("trl-padded-rejection", "trl-padded-alone", "plain-padded", "plain-padded-adapter-full"),
     ),
-    "zero3-parts-of-two": ("trl-padded", "trl-padded-adapter-full"),
+    "zero3-parts-of-two": ("trl-fixed-experts", "trl-padded-adapter-full"),
 }
 IMAGES = {
     "ddp": ("trl-images", "trl-images-tiles"),
@@ -126,8 +126,8 @@ def test_two_ranks_take_the_steps_of_one_process(tmp_path, kind, cases):
         pytest.skip("the environment with transformers 5.16 has no DeepSpeed that cuts rows")
     if kind in SPLIT and Version(transformers.__version__) < Version("5.23"):
         pytest.skip("transformers 5.16 neither splits this head nor lets TRL train such a model")
-    for untied in (False, True):
-        sharded_data.model_folder(tmp_path, untied)
+    for shape in {sharded_data.shape_of(CASES[name]) for name in cases} | {""}:
+        sharded_data.model_folder(tmp_path, shape)
     for model in {CASES[name].get("vision") for name in cases} - {None}:
         sharded_data.vision_folder(tmp_path, model)
     (found, second), done = launch(tmp_path, kind, cases)
@@ -151,15 +151,16 @@ def test_two_ranks_take_the_steps_of_one_process(tmp_path, kind, cases):
         assert saved < (1e-3 if kind in SPLIT else 1e-4), name
         assert max(found[name]["kl"]) > 1e-5, name  # the reference was used
         assert kind == "ddp" or found[name]["sharded"] < 0.6, name
-        if "parts" in kind:  # a row of 33 tokens and one of padding
+        if "parts" in kind:  # a row of 33 tokens and one of padding, or of a fixed length
             lengths = found[name]["lengths"], second[name]["lengths"]
-            assert set(lengths[0]) == set(lengths[1]) == {17}, name
+            half = CASES[name].get("fixed", 34) // 2
+            assert set(lengths[0]) == set(lengths[1]) == {half}, name
             assert set(alone["lengths"]) == {33}, name
 
 
 def test_two_ranks_read_a_stream_as_one_process_reads_its_rows(tmp_path):
     """Together, or each its own part of it."""
-    sharded_data.model_folder(tmp_path, False)
+    sharded_data.model_folder(tmp_path)
     cases = (
         *("trl-stream", "trl-stream-shards", "plain-stream"),
         *("trl-stream-uneven", "plain-stream-uneven", "trl-stream-resumed"),
@@ -182,7 +183,7 @@ def test_two_ranks_read_a_stream_as_one_process_reads_its_rows(tmp_path):
 
 
 def test_ranks_that_differ_are_stopped_on_all_of_them(tmp_path):
-    sharded_data.model_folder(tmp_path, False)
+    sharded_data.model_folder(tmp_path)
     cases = {
         "trl-other-option": "the same option chunk_size",
         "trl-other-guard": "the same option guard",
@@ -202,7 +203,7 @@ def test_ranks_that_differ_are_stopped_on_all_of_them(tmp_path):
 
 def test_adapters_that_begin_with_other_values_on_each_rank_train(tmp_path):
     """They change nothing yet, and DDP takes those of rank 0; yet the model is another one."""
-    sharded_data.model_folder(tmp_path, False)
+    sharded_data.model_folder(tmp_path)
     name = "plain-other-adapter"
     results, _ = launch(tmp_path, "ddp", (name,))
     alone = sharded_runs.train("ddp", tmp_path, 1, name)
@@ -214,7 +215,7 @@ def test_adapters_that_begin_with_other_values_on_each_rank_train(tmp_path):
 
 def test_a_rank_that_is_killed_while_it_scores_stops_the_others(tmp_path):
     """Without a launcher, which would end them: nobody waits for it, and each says why it ends."""
-    sharded_data.model_folder(tmp_path, False)
+    sharded_data.model_folder(tmp_path)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
