@@ -181,12 +181,22 @@ def packing_leaks(cfg: Any) -> str | None:
     Args:
         cfg: The configuration as Axolotl has validated it.
     """
-    if not getattr(cfg, "sample_packing", None) or cfg.attn_decontaminates_packing:
+    packs = getattr(cfg, "sample_packing", None) and not cfg.attn_decontaminates_packing
+    if not packs or _is_flash_kernel(cfg.attn_implementation):
         return None
     return (
         f"STAR-DSS cannot be used with sample_packing and attn_implementation: "
         f"{cfg.attn_implementation}: rows of one pack would read each other, and neither the guard "
         "nor the reference read them together. Set attn_implementation to flash_attention_2, "
-        "flex_attention, sdpa or eager (in place of kernels-community/vllm-flash-attn3: "
-        "kernels-community/flash-attn3), or sample_packing: false."
+        "flex_attention, sdpa or eager, or sample_packing: false."
     )
+
+
+def _is_flash_kernel(attention: Any) -> bool:
+    """Return whether an attention is a FlashAttention of the Hub (`org/…flash-attn…`).
+
+    Axolotl knows some of them to keep rows apart. All of them are called alike, and do so by
+    `position_ids`, but for the mask that Axolotl gives the others: the trainer leaves it out.
+    """
+    organisation, _, kernel = str(attention).partition("/")
+    return bool(organisation) and "flash-attn" in kernel

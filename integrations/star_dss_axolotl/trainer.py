@@ -41,6 +41,10 @@ class StarDSSAxolotlTrainer(StarDSSMixin, AxolotlTrainer):  # type: ignore[misc]
         # Axolotl divides by the tokens of each rank: a token of a rank that has few would count
         # for more, and two ranks would not take the step that one takes with the same rows.
         self.args.average_tokens_across_devices = self.args.world_size > 1
+        # Without a mask every attention that `packing_leaks` lets pass keeps the rows of a pack
+        # apart, by their positions. Whether the model does is tried before training.
+        arguments: Any = self.args
+        arguments.sample_packing_drop_attention_mask |= bool(arguments.sample_packing)
         # Axolotl gives a trainer its configuration only after it is made.
         self._config = PluginManager.get_instance().cfg
         options = None if self._config is None else options_of(self._config)

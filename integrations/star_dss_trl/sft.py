@@ -78,8 +78,10 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Any, StarDSSConfig, Any, A
     except StarDSSError:
         raise
     except Exception as error:  # of YAML, argparse, the dataclasses: a file may say anything
+        # transformers says what to assign, not how: bfloat16 is TRL's default, also without a GPU.
+        how = " (use_cpu: true, or --use_cpu true)" if "assign use_cpu" in str(error) else ""
         raise ConfigError(
-            f"The command line or the configuration is not valid: {str(error) or type(error)}"
+            f"The command line or the configuration is not valid: {str(error) or type(error)}{how}"
         ) from error
     # An error, unlike in `trl sft`: a misspelt `chunk_sise` must not be lost.
     if unknown:

@@ -4,6 +4,7 @@ import pytest
 
 pytest.importorskip("axolotl", reason="needs Axolotl: make test-axolotl")
 
+from axolotl.utils.schemas.config import AxolotlInputConfig
 from axolotl_runs import (
     LORA,
     _light,  # noqa: F401
@@ -16,6 +17,7 @@ from axolotl_runs import (
     trained,
     trainer_of,
 )
+from star_dss_axolotl import conflicts
 from star_dss_axolotl.replaced import change_settings
 from support.models import tiny_jamba
 
@@ -69,6 +71,39 @@ def test_layers_that_read_packs_together_have_a_reference_that_does(
     kl = [log["star_dss/kl"] for log in trainer.state.log_history if "star_dss/kl" in log]
     assert kl, trainer.state.log_history
     assert max(map(abs, kl)) < 1e-7
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_kernels_of_the_hub_get_no_mask(tmp_path, model_dir, monkeypatch, known):
+    """Axolotl gives those that it does not know a mask, which lets rows read each other."""
+    monkeypatch.setattr(
+        AxolotlInputConfig, "attn_decontaminates_packing", property(lambda self: known)
+    )
+    monkeypatch.setattr(conflicts, "_is_flash_kernel", lambda name: name == "sdpa")
+    config = configuration(tmp_path, model_dir, **PACKED, attn_implementation="sdpa")
+    trainer = trainer_of(tmp_path, config)
+    assert trainer.star_dss_state.reference.kind == "precomputed"  # rows are kept apart
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert (batch["position_ids"] == 0).sum() > 1
+    trainer.train()
+    kl = [log["star_dss/kl"] for log in trainer.state.log_history if "star_dss/kl" in log]
+    assert len(kl) == 2
+    assert max(map(abs, kl)) < 1e-7
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("kernels-community/vllm-flash-attn3", True),
+        ("kernels-community/flash-attn2@v1", True),
+        ("xformers", False),
+        ("kernels-community/paged-attention", False),
+        ("flash-attn", False),
+        (None, False),
+    ],
+)
+def test_which_kernels_are_flash_attention(name, found):
+    assert conflicts._is_flash_kernel(name) is found
 
 
 def test_other_roles_are_left_out(tmp_path, model_dir, caplog):
