@@ -23,7 +23,7 @@ from star_dss_plugin.training.kept_guard import KeptGuard
 from star_dss_plugin.training.mixin import StarDSSMixin
 from star_dss_plugin.training.reference.choice import choose_reference
 from star_dss_plugin.training.reference.column import reference_means
-from star_dss_plugin.training.reference.packs import documents_meet, joined_batch
+from star_dss_plugin.training.reference.packs import packs_read_together
 from star_dss_plugin.training.rows.known_rows import KnownRows
 from star_dss_plugin.training.rows.late import Carriers, scored_collator
 from star_dss_plugin.training.rows.prepare import DatasetSummary
@@ -128,19 +128,6 @@ def _set_up(
 ) -> None:
     # Before anything that only some options do on all ranks together, where others would wait.
     ranks.agree(_facts(trainer, options))
-    # Before the reference is chosen: some quantized weights change when they are first used.
-    # A head that is split over ranks gives whole logits, but no rank has all of its weight.
-    alone = ranks.can_run and ranks.alike == 1
-    projects = alone and ranks.first_decides(lambda: can_project(model))
-    # A static graph is reduced by what DDP hangs on the model's outputs; hidden states are none.
-    # A compiled model calls no hook that could show them.
-    compiles = trainer.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
-    projects = projects and not compiles and not getattr(trainer.args, "ddp_static_graph", False)
-    if not projects:
-        logger.info(
-            "The logits of every token are held at each step: the head of this model is not one "
-            "linear layer that can be used by itself, or it is compiled, or ddp_static_graph is on."
-        )
     media = trainer.media_rows()
     several = trainer.accelerator.num_processes > 1
     carriers = Carriers() if media is not None and several else None
@@ -149,25 +136,21 @@ def _set_up(
         if isinstance(dataset, IterableDataset):
             check_stream(name, options, raw=media is not None)
             live = "a data set that is a stream"
-    joined = None if live or not shaping.needs_reference else joined_batch(trainer.data_collator)
-    if joined and ranks.can_run and ranks.first_decides(lambda: documents_meet(model, joined)):
-        live = "packs whose documents this model reads together"
-        logger.warning(
-            "This model reads the documents of a pack together, with or without STAR-DSS: layers "
-            "that are no attention pass on what they have read, or its attention does not see "
-            "where a document begins. The reference therefore reads the packs, too, at each step; "
-            "the guard reads each document by itself. Without packing nothing is read together."
+    with trainer.accelerator.autocast():  # as in training: some attentions take 16 bits alone
+        # Before the reference is chosen: some quantized weights change when they are first used.
+        projects = _projects(trainer, model, ranks)
+        if not live and shaping.needs_reference:
+            live = packs_read_together(model, trainer.data_collator, ranks)
+        reference = choose_reference(
+            options.reference,
+            model,
+            tokenizer,
+            estimator=options.kl_estimator,
+            live=live,
+            needed=shaping.needs_reference,
+            projects=projects,
+            ranks=ranks,
         )
-    reference = choose_reference(
-        options.reference,
-        model,
-        tokenizer,
-        estimator=options.kl_estimator,
-        live=live,
-        needed=shaping.needs_reference,
-        projects=projects,
-        ranks=ranks,
-    )
     summaries: dict[str, DatasetSummary] = {}
     rows, kept, streams = KnownRows(), KeptGuard(options), list[ScoredStream]()
 
@@ -250,6 +233,23 @@ def _set_up(
         carriers=carriers,
     )
     trainer.add_callback(StarDSSCallback(trainer))
+
+
+def _projects(trainer: Trainer, model: nn.Module, ranks: Ranks) -> bool:
+    """Return whether logits can be computed a few at a time; all ranks must call this."""
+    # A head that is split over ranks gives whole logits, but no rank has all of its weight.
+    alone = ranks.can_run and ranks.alike == 1
+    projects = alone and ranks.first_decides(lambda: can_project(model))
+    # A static graph is reduced by what DDP hangs on the model's outputs; hidden states are none.
+    # A compiled model calls no hook that could show them.
+    compiles = trainer.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
+    projects = projects and not compiles and not getattr(trainer.args, "ddp_static_graph", False)
+    if not projects:
+        logger.info(
+            "The logits of every token are held at each step: the head of this model is not one "
+            "linear layer that can be used by itself, or it is compiled, or ddp_static_graph is on."
+        )
+    return projects
 
 
 def _facts(trainer: Trainer, options: StarDSSOptions) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,13 +10,36 @@ import torch
 from torch import Tensor, nn
 
 from star_dss_plugin.training.head import forward_inputs
+from star_dss_plugin.training.sharding import Ranks
 
-__all__ = ["documents_meet", "joined_batch"]
+__all__ = ["documents_meet", "joined_batch", "packs_read_together"]
+
+logger = logging.getLogger(__name__)
 
 _APART = {"16 bits": 0.1, "32 bits": 1e-3}
 """Nats between two passes of one shape, by what the model computes in; its own noise is less."""
 _LENGTH = 24
 """Tokens of a document; the first ones are within reach of any convolution."""
+
+
+def packs_read_together(model: nn.Module, collator: Any, ranks: Ranks) -> str:
+    """Return how messages name the packs of a run if their documents meet in the model; "" if not.
+
+    Args:
+        model: The trained model as it starts.
+        collator: The trainer's.
+        ranks: The processes of the run; all of them must call this.
+    """
+    batch = joined_batch(collator) if ranks.can_run else None
+    if batch is None or not ranks.first_decides(lambda: documents_meet(model, batch)):
+        return ""
+    logger.warning(
+        "This model reads the documents of a pack together, with or without STAR-DSS: layers that "
+        "are no attention pass on what they have read, or its attention does not see where a "
+        "document begins. The reference therefore reads the packs, too, at each step; the guard "
+        "reads each document by itself. Without packing nothing is read together."
+    )
+    return "packs whose documents this model reads together"
 
 
 def joined_batch(collator: Any) -> dict[str, Any] | None:
@@ -52,7 +76,8 @@ def documents_meet(model: nn.Module, batch: Mapping[str, Any]) -> bool:
         batch: Of `joined_batch`; its tokens are replaced.
     """
     config: Any = model.config
-    device = next(model.parameters()).device
+    parameter = next(model.parameters())
+    device = parameter.device
     ids = torch.arange(1, 3 * _LENGTH + 1, device=device).remainder(
         config.get_text_config().vocab_size
     )
@@ -74,6 +99,7 @@ def documents_meet(model: nn.Module, batch: Mapping[str, Any]) -> bool:
             one, two = second_behind(first), second_behind(other)
     finally:
         model.train(training)
-    half = one.dtype in (torch.bfloat16, torch.float16)
+    half = any(part.dtype in (torch.bfloat16, torch.float16) for part in (one, parameter))
+    half = half or torch.is_autocast_enabled(device.type)
     apart = (one.float().log_softmax(-1) - two.float().log_softmax(-1)).abs().max()
     return bool(apart > _APART["16 bits" if half else "32 bits"])
