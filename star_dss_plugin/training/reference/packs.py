@@ -46,15 +46,14 @@ def joined_batch(collator: Any) -> dict[str, Any] | None:
     """Return a batch of two rows that a collator has joined into one; None: it joins none.
 
     Args:
-        collator: A trainer's. It may join the documents of one row (`seq_lengths`, TRL's packing),
-            the rows of a list (Axolotl's packing), or all rows of a batch (`padding_free`).
+        collator: A trainer's. It may join all rows of a batch (`padding_free`, as TRL's packing
+            does, too), or the rows of a list (Axolotl's packing).
     """
     # Without a mask, which could not say where a document begins.
-    row = {"input_ids": [1] * _LENGTH, "labels": [1] * _LENGTH}
-    pack = {name: 2 * column for name, column in row.items()} | {"seq_lengths": [_LENGTH] * 2}
+    row = {name: [1] * _LENGTH for name in ("input_ids", "labels")}
     row["position_ids"] = list(range(_LENGTH))
     wanted = torch.arange(_LENGTH).repeat(2)[None]
-    for features in ([pack], [row, row], [[row, row]]):
+    for features in ([row, row], [[row, row]]):
         try:
             batch = collator(features)
             joined = torch.equal(batch["position_ids"][:, : 2 * _LENGTH], wanted)  # then padding
