@@ -42,7 +42,8 @@ _ROLES = {
     *("document", "documents", "control"),
 }
 
-_ASKING = ("system", "developer", "user")  # assistants may think or call, and tools return nothing
+# Assistants may think or call, and tools return nothing.
+_SPEAKING = ("system", "developer", "user")
 
 
 def conversation_of(row: Mapping[str, Any]) -> Any:
@@ -101,7 +102,7 @@ def _checked(column: str, messages: Any) -> list[dict[str, Any]]:
                 "them to 'system', 'user', 'assistant' or 'tool'."
             )
         content = message.get("content")
-        if content is None and message["role"] in _ASKING:
+        if content is None and message["role"] in _SPEAKING:
             raise DataError(
                 f"{where} ({message['role']}) has no content, which a chat template may write as "
                 "'None'. Give its text, or remove the message."

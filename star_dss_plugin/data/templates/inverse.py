@@ -34,7 +34,7 @@ from star_dss_plugin.errors import DataError
 __all__ = ["TemplateInverse"]
 
 _NAME = re.compile(r"[\w.$:-]*")  # of a function or an argument, which may be cut
-_ASKING = ("system", "developer")
+_INSTRUCTING = ("system", "developer")
 _KNOWN = (
     {"role": "system", "content": "Answer in one line."},
     {"role": "user", "content": "What is 2 + 2?\n\nSay it, please."},
@@ -167,7 +167,7 @@ class TemplateInverse:
     def _join_alike(self) -> None:
         """Take for a user's every turn that the template writes as one: guards read these."""
         users = {text for text, slot in self._openings if slot == "user"}
-        alike = {slot for text, slot in self._openings if text in users and slot in _ASKING}
+        alike = {slot for text, slot in self._openings if text in users and slot in _INSTRUCTING}
         begin = self.chat.tokenizer.bos_token or ""
         headers = tuple(text.removeprefix(begin) for text in users - {begin, ""})
         for slot, behind in self._between.items():
