@@ -3,12 +3,12 @@
 import errno
 import json
 import logging
-import multiprocessing
 import os
 from pathlib import Path
 
 import pytest
 from datasets import Dataset, load_from_disk
+from support.forks import FORKS
 from support.guards import WordGuard
 from support.scoring import SIMPLE, BatchGuard, HashGuard, chat, conversations, scored
 from transformers import AutoModelForCausalLM
@@ -22,11 +22,6 @@ from star_dss_plugin import (
 from star_dss_plugin.data import cache
 from star_dss_plugin.data.cache import ScoreCache
 from star_dss_plugin.data.requests import Trajectory
-
-PROCESSES = multiprocessing.get_context("forkserver")
-# torch and transformers are imported once for all; the server does not find modules of tests.
-PROCESSES.set_forkserver_preload(["star_dss_plugin.scoring.scorer"])
-
 
 # Asked once
 
@@ -187,14 +182,14 @@ def test_killed_and_started_again_by_two_at_once(tokenizer, tmp_path):
     """A run dies without a word after 4 batches; then two go on, and share what is left."""
     whole = scored(conversations(), tokenizer, BatchGuard(), score_cache_dir=tmp_path / "whole")
     cache = tmp_path / "cache"
-    killed = PROCESSES.Process(
+    killed = FORKS.Process(
         target=score_in_a_process, args=(tokenizer, cache, tmp_path / "killed", 4, 0.0)
     )
     assert run_together(killed) == [7]
     assert not (tmp_path / "killed").exists()
-    start = PROCESSES.Barrier(2)
+    start = FORKS.Barrier(2)
     two = [
-        PROCESSES.Process(
+        FORKS.Process(
             target=score_in_a_process, args=(tokenizer, cache, tmp_path / name, None, 0.05, start)
         )
         for name in "ab"
@@ -217,11 +212,9 @@ def score_a_part(tokenizer, folder, first, out, start):
 
 def test_sixteen_processes_on_one_cache_lose_nothing(tokenizer, tmp_path):
     """Each scores nine rows of 24, most of which others score at the same time."""
-    start, outs = PROCESSES.Barrier(16), [tmp_path / f"{i}.json" for i in range(16)]
+    start, outs = FORKS.Barrier(16), [tmp_path / f"{i}.json" for i in range(16)]
     processes = [
-        PROCESSES.Process(
-            target=score_a_part, args=(tokenizer, tmp_path / "cache", i, outs[i], start)
-        )
+        FORKS.Process(target=score_a_part, args=(tokenizer, tmp_path / "cache", i, outs[i], start))
         for i in range(16)
     ]
     assert run_together(*processes) == [0] * 16

@@ -16,6 +16,7 @@ pytest.importorskip("peft")
 import transformers
 from packaging.version import Version
 from support import sharded_data, sharded_runs
+from support.forks import on_ranks
 from support.paths import ROOT, TESTS
 from support.run_differences import CLOSE, apart, weights_apart
 from support.sharded_cases import CASES
@@ -101,16 +102,11 @@ def environment(kind):
 
 def launch(folder, kind, cases):
     """Return what each rank wrote, and what was printed."""
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc_per_node", str(RANKS.get(kind, 2))),
-        *(str(SCRIPT), kind, str(folder), *cases),
-    ]
-    done = subprocess.run(
-        command, env=environment(kind), capture_output=True, text=True, timeout=900, check=False
+    done = on_ranks(
+        RANKS.get(kind, 2), SCRIPT, [kind, str(folder), *cases], environment(kind), folder / "log"
     )
     results = [folder / f"results-{rank}.json" for rank in (0, 1)]
-    assert all(path.exists() for path in results), done.stderr[-4000:] + done.stdout[-2000:]
+    assert all(path.exists() for path in results), done.stderr[-6000:]
     return [json.loads(path.read_text()) for path in results], done
 
 

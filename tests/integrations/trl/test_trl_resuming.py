@@ -1,7 +1,6 @@
 """TRL: runs that resume, and runs that share a cache."""
 
 import errno
-import multiprocessing
 import os
 import sys
 import time
@@ -11,6 +10,7 @@ import torch
 from datasets import load_from_disk
 
 pytest.importorskip("trl")
+from support.forks import FORKS
 from support.guards import WordGuard, WordsPlugin
 from support.trl_runs import (
     Stop,
@@ -76,13 +76,6 @@ def test_a_complete_cache_may_be_read_only(tmp_path, tokenizer, monkeypatch):
         assert list(again[column]) == list(before[column])
 
 
-PROCESSES = multiprocessing.get_context("forkserver")
-# The server does not find modules of tests.
-PROCESSES.set_forkserver_preload(
-    ["star_dss_trl", "trl.trainer.sft_trainer", "star_dss_plugin.cli.score"]
-)
-
-
 def score_beside(by, folder, model_dir, start):
     os.environ["STAR_DSS_CACHE"] = str(folder / "cache")
     load_plugins().register(WordsPlugin(), Origin("tests", "star-dss-tests", "0"))
@@ -112,9 +105,9 @@ def score_beside(by, folder, model_dir, start):
 
 def test_a_trainer_and_the_command_score_the_same_data_at_once(tmp_path, model_dir):
     prompt_completion().to_json(tmp_path / "chat.jsonl")
-    start = PROCESSES.Barrier(2)
+    start = FORKS.Barrier(2)
     both = [
-        PROCESSES.Process(target=score_beside, args=(by, tmp_path, model_dir, start))
+        FORKS.Process(target=score_beside, args=(by, tmp_path, model_dir, start))
         for by in ("command", "trainer")
     ]
     for process in both:
