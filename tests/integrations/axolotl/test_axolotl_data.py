@@ -135,7 +135,7 @@ def test_alpaca(tmp_path, model_dir, tokenizer, asked, caplog):
     assert "for 8 of them the guard read the messages, for 0 the raw prompt" in caplog.text
 
 
-def test_completion(tmp_path, model_dir, tokenizer, asked):
+def test_completion(tmp_path, model_dir, tokenizer, asked, caplog):
     rows = [{"text": "user: " + p + " assistant: " + a} for p, a in zip(PROMPTS, ANSWERS)]
     file = write_rows(tmp_path / "a.jsonl", rows)
     data = {"path": file, "ds_type": "json", "type": "completion"}
@@ -143,6 +143,7 @@ def test_completion(tmp_path, model_dir, tokenizer, asked):
     assert all(-100 not in labels for labels in meta.train_dataset["labels"])
     assert all(context == [] for context, _ in asked)
     assert {text for _, text in asked} == {row["text"] for row in rows}
+    assert "8 of 8 responses have nothing said before them" in caplog.text
 
 
 def test_a_text_that_looks_like_a_conversation_is_a_text(tmp_path, model_dir):
