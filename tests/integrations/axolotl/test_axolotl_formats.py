@@ -3,15 +3,26 @@
 import itertools
 
 import pytest
+
+pytest.importorskip("axolotl", reason="needs Axolotl: make test-axolotl")
+
+from axolotl.integrations.base import PluginManager
+from axolotl.utils.data.wrappers import get_dataset_wrapper
+from axolotl.utils.dict import DictDefault
 from axolotl_runs import (
     _light,  # noqa: F401
     chat,
     configuration,
     data_of,
     loaded,
+    trainer_of,
     write_rows,
 )
-from star_dss_axolotl.formats import _Format
+from datasets import Dataset
+from star_dss_axolotl.formats import _Format, prompt_reader
+from support.standin_guards import sentencepiece
+from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
 
 from star_dss_plugin.data.provenance import provenance_of
 
@@ -228,3 +239,43 @@ def test_what_fits_in_many_ways_is_not_tried_for_ever(tmp_path, model_dir, monke
     data = entry(tmp_path, [row], "alpaca:chat")
     assert scored(tmp_path, model_dir, data, sequence_len=4096) == 1
     assert 64 < len(made) < 80
+
+
+def test_a_run_after_preprocessing_asks_nothing_again(tmp_path, model_dir, asked):
+    config = configuration(tmp_path, model_dir, datasets=[entry(tmp_path, PLAIN, "alpaca")])
+    cfg = loaded(tmp_path, config)
+    PluginManager.get_instance().load_datasets(cfg, preprocess=True)
+    assert len(asked) == 3
+    trainer = trainer_of(tmp_path, config)
+    assert len(asked) == 3
+    assert provenance_of(trainer.train_dataset)["raw_contexts"] == 0
+
+
+@pytest.mark.parametrize("kind", ["alpaca", "alpaca_chat.load_qa"])
+@pytest.mark.parametrize("prepend", [True, False])
+def test_tokens_that_are_pieces(kind, prepend):
+    """Tokenizers of Llama 2 and Gemma begin a text with a token, and write spaces of their own."""
+    backend = sentencepiece(["<s>", "</s>"], prepend=prepend)
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    dataset = DictDefault(path="data", type=kind)
+    cfg = DictDefault(datasets=[dataset], sequence_len=512, train_on_inputs=False)
+    asked = ["how are you?", " and why,\n  é 👩‍👧? "]
+    rows = [{"instruction": one, "question": one, "output": "x", "answer": "x"} for one in asked]
+    made, _ = get_dataset_wrapper(
+        dataset_config=dataset,
+        tokenizer=tokenizer,
+        cfg=cfg,
+        dataset_base_type=kind,
+        dataset=Dataset.from_list(rows),
+    )
+    reader = prompt_reader(cfg, tokenizer)
+    for row, one in zip(made, asked, strict=True):
+        prompt = row["input_ids"][: row["labels"].count(-100)]
+        assert prompt[0] == tokenizer.bos_token_id
+        assert reader(prompt) == ({"role": "user", "content": one},)
+        assert reader(prompt[:-1]) is None
