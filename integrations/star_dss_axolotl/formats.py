@@ -217,12 +217,15 @@ class _Format:
         return (instruction, given or ""), system or "", "".join(others)
 
     def _prompt(self, row: _Row) -> tuple[str, list[int]]:
-        """Return the text that is tokenized before the answer, and its tokens."""
+        """Return the text that is tokenized before the answer, and its tokens; nothing if none is.
+
+        Formats may tokenize both as one.
+        """
         self._tokenized.clear()
         made = self._strategy.tokenize_prompt(row)
-        trained = [label != IGNORE_INDEX for label in made["labels"]]
-        before = list(made["input_ids"][: trained.index(True)])
-        return next((text, ids) for text, ids in self._tokenized if ids == before)
+        first = next((i for i, label in enumerate(made["labels"]) if label != IGNORE_INDEX), 0)
+        before = list(made["input_ids"][:first])
+        return next((one for one in self._tokenized if one[1] == before), ("", []))
 
     def _form(self, row: _Row) -> _Form:
         """Return the form of a row.
@@ -251,10 +254,11 @@ class _NoRows(IterableDataset):  # type: ignore[misc]
     """Stand for a data set, and take the strategy that Axolotl would have it tokenized with."""
 
     features: Any = None
+    strategy: Any = None
 
     def __init__(self) -> None:
         """Leave out what a data set with rows has."""
-        self.features, self.strategy = {}, None
+        self.features = {}
 
     def map(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         self.strategy = getattr(function, "__self__", None)
