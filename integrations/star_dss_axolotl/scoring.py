@@ -9,6 +9,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
+from star_dss_axolotl.formats import prompt_reader
 from star_dss_plugin.data.columns import SCORES_COLUMN, without_marks
 from star_dss_plugin.data.provenance import provenance_of
 from star_dss_plugin.data.templates.chat import ChatTokenizer
@@ -56,7 +57,7 @@ def score(
 
 
 def chat_of(cfg: Any, tokenizer: PreTrainedTokenizerBase) -> ChatTokenizer:
-    """Return the tokenizer with every template that may have made the rows.
+    """Return the tokenizer with every template and format that may have made the rows.
 
     Args:
         cfg: Axolotl's configuration.
@@ -65,7 +66,8 @@ def chat_of(cfg: Any, tokenizer: PreTrainedTokenizerBase) -> ChatTokenizer:
     templates = chat_templates(cfg, tokenizer)
     chats = [ChatTokenizer(tokenizer, source, kwargs) for source, kwargs in templates]
     first = chats[0] if chats else ChatTokenizer(tokenizer)
-    return replace(first, others=tuple(chats[1:]))
+    reader = prompt_reader(cfg, tokenizer)
+    return replace(first, others=tuple(chats[1:]), read_prompt=reader)
 
 
 def chat_templates(

@@ -2,7 +2,8 @@
 
 Which message a run belongs to is known by position: the row's messages are rendered once, and the
 row's tokens are those of the rendered conversation, or of its beginning or end. Where they are not,
-or the run is no assistant's, the context is *raw*: the decoded tokens before the run.
+or the run is no assistant's, the context is *raw*: the decoded tokens before the run, unless these
+are a prompt that its host's format can be taken from.
 """
 
 from __future__ import annotations
@@ -130,6 +131,10 @@ class RowReader:
         return [0, *own.ends[:count]] if own.exact and own.ids[:count] == self._ids else None
 
     def _raw(self, start: int, text: str, ends: list[int], complete: list[bool]) -> Reading:
+        if self._placed is None and self._chat.read_prompt is not None and start:
+            asked = self._chat.read_prompt(self._ids[:start])
+            if asked is not None:
+                return Reading(asked, False, "", text, ends, complete)
         if self._made is not None and self._reached is not None:
             decoded = self._made.text[: self._reached[start]]
         else:

@@ -28,11 +28,12 @@ from star_dss_plugin.data.templates.tokenized import Tokenized, labels_of
 from star_dss_plugin.data.tokenization import cut_row, read_rows
 from star_dss_plugin.segmenters import Segmenter
 
-__all__ = ["ReadRows", "RowOptions", "read_responses"]
+__all__ = ["ReadRows", "RowOptions", "read_responses", "without_question"]
 
 logger = logging.getLogger(__name__)
 
 _ROWS_NAMED = 5
+_UNASKED = 0.1  # the share of responses that answer nothing from which on it is said
 _ROWS_A_PIECE = 64  # that a process reads before it hands them back
 
 _CUT = "max_length cuts off all that is trained"
@@ -181,8 +182,26 @@ def _read_tokenized(row: Mapping[str, Any], chat: ChatTokenizer, options: RowOpt
     return _Read(row["input_ids"], labels, narrowed, found, "" if trained else _MASKED, False)
 
 
+def without_question(unasked: int, responses: int) -> str:
+    """Say that responses have nothing before them; nothing where that is true of few.
+
+    Args:
+        unasked: How many have nothing before them.
+        responses: How many there are.
+    """
+    if not unasked or unasked < _UNASKED * responses:
+        return ""
+    return (
+        f"{unasked} of {responses} responses have nothing said before them: their rows are trained "
+        "from the beginning, so the guard takes all of it for the assistant's words, a user's, "
+        "too, and a refusal behind an unsafe question scores low with it. Give question and answer "
+        "apart: messages, or a prompt and its completion (Axolotl: type chat_template, alpaca or "
+        "input_output in place of completion)"
+    )
+
+
 def _say_what_is_missing(read: Sequence[_Read]) -> None:
-    """Warn of rows that train nothing, of raw contexts, and of texts that are chats."""
+    """Warn of rows that train nothing, of raw or no contexts, and of texts that are chats."""
     silent: dict[str, list[int]] = defaultdict(list)
     for i, row in enumerate(read):
         if row.silent:
@@ -202,7 +221,11 @@ def _say_what_is_missing(read: Sequence[_Read]) -> None:
             len(rendered),
             _named(rendered),
         )
-    if raw := sum(response.raw_context for row in read for response in row.responses):
+    responses = [response for row in read for response in row.responses]
+    unasked = sum(not response.request.context for response in responses)
+    if said := without_question(unasked, len(responses)):
+        logger.warning("%s.", said)
+    if raw := sum(response.raw_context for response in responses):
         logger.warning(
             "For %d responses the guard reads the decoded tokens before them: the data has tokens "
             "or texts only, or the chat template does not make these tokens of the messages.",

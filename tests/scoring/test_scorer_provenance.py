@@ -1,11 +1,13 @@
 """The provenance of scores: how they were made, and that it stays with them."""
 
-from datasets import load_from_disk
-from support.scoring import HashGuard, conversations, scored
+import pytest
+from datasets import Dataset, load_from_disk
+from support.scoring import HashGuard, conversations, scored, tokenized
 
 from star_dss_plugin import (
     provenance_of,
 )
+from star_dss_plugin.scoring.guard_statistics import merged, remarks
 
 # Provenance
 
@@ -23,6 +25,7 @@ def test_provenance_says_how_and_not_when(tokenizer, tmp_path):
         "prefixes": found["prefixes"],
         "trained_tokens": found["trained_tokens"],
         "raw_contexts": 0,
+        "no_contexts": 0,
         "mean_prefix_score": found["mean_prefix_score"],
         "label_mass": None,
         "attempts": {},
@@ -78,3 +81,25 @@ def test_scored_again_the_old_provenance_is_gone(tokenizer):
     assert provenance_of(again)["chunk_size"] == 2
     assert provenance_of(first)["guard_identity"]["salt"] == ""
     assert again["star_scores"][0] != first["star_scores"][0]
+
+
+TEXTS = [{"text": "user: a bad word? assistant: no"}, {"text": "user: hi assistant: hello"}]
+
+
+@pytest.mark.parametrize(("asked", "told"), [(0, True), (9, True), (10, False)])
+def test_responses_without_a_question_are_told_of(tokenizer, caplog, asked, told):
+    rows = [tokenized(tokenizer, row) for row in (*conversations(asked).to_list(), *TEXTS)]
+    found = scored(Dataset.from_list(rows), tokenizer, HashGuard())
+    note = provenance_of(found)
+    assert note["no_contexts"] == 2
+    said = f"2 of {note['responses']} responses have nothing said before them"
+    assert (said in caplog.text) == told
+    assert [line.startswith(said) for line in remarks(note)] == [True] * told
+
+
+def test_parts_are_told_of_together(tokenizer):
+    parts = [
+        provenance_of(scored(Dataset.from_list(rows), tokenizer, HashGuard()))
+        for rows in (TEXTS, TEXTS[:1])
+    ]
+    assert remarks(merged(parts))[0].startswith("3 of 3 responses have nothing said before them")

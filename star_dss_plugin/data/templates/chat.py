@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,7 @@ from star_dss_plugin.data.decoding import (
     spells_bytes,
     token_boundaries,
 )
+from star_dss_plugin.data.requests import Message
 from star_dss_plugin.errors import DataError
 
 __all__ = ["ChatTokenizer", "Encoded", "same_beginning", "whole_text"]
@@ -55,12 +56,15 @@ class ChatTokenizer:
         chat_template: The Jinja source; None: the tokenizer's own.
         template_arguments: Variables of the template that every row is rendered with.
         others: Other templates that may have made a tokenized row.
+        read_prompt: Returns the messages of a prompt's tokens that no template made; None where
+            they are not certain.
     """
 
     tokenizer: PreTrainedTokenizerBase
     chat_template: str | None = None
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
     others: tuple[ChatTokenizer, ...] = ()
+    read_prompt: Callable[[Sequence[int]], tuple[Message, ...] | None] | None = None
 
     def render(self, messages: Sequence[Mapping[str, Any]], /, **kwargs: Any) -> str:
         """Return the chat template's text for some messages.

@@ -85,6 +85,7 @@ _COUNTS = (
     "prefixes",
     "trained_tokens",
     "raw_contexts",
+    "no_contexts",
     "truncated_contexts",
     "guard_errors",
 )

@@ -5,6 +5,7 @@ import os
 
 import pytest
 from axolotl_commands import Command
+from support.guards import WordGuard
 from support.paths import TESTS
 
 
@@ -40,3 +41,17 @@ def start(environment, tmp_path_factory):
     """Starts a command of Axolotl."""
     logs, number = tmp_path_factory.mktemp("logs"), itertools.count()
     return lambda *arguments: Command(arguments, environment, logs / f"{next(number)}.log")
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What guards were asked: (context, response)."""
+    seen = []
+    original = WordGuard.token_scores
+
+    def token_scores(self, responses):
+        seen.extend(([dict(m) for m in context], text) for context, text in responses)
+        return original(self, responses)
+
+    monkeypatch.setattr(WordGuard, "token_scores", token_scores)
+    return seen

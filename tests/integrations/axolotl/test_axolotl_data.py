@@ -14,26 +14,11 @@ from axolotl_runs import (
     trained,
     write_rows,
 )
-from support.guards import WordGuard
 
 from star_dss_plugin import DataError
 from star_dss_plugin.data.columns import SCORES_COLUMN
 from star_dss_plugin.data.provenance import provenance_of
 from star_dss_plugin.data.responses import runs
-
-
-@pytest.fixture
-def asked(monkeypatch):
-    """What guards were asked: (context, response)."""
-    seen = []
-    original = WordGuard.token_scores
-
-    def token_scores(self, responses):
-        seen.extend(([dict(m) for m in context], text) for context, text in responses)
-        return original(self, responses)
-
-    monkeypatch.setattr(WordGuard, "token_scores", token_scores)
-    return seen
 
 
 def scored(folder, model_dir, *datasets, **changes):
@@ -145,13 +130,12 @@ def test_alpaca(tmp_path, model_dir, tokenizer, asked, caplog):
     found = responses(scored(tmp_path, model_dir, data).train_dataset, tokenizer)
     assert sorted(text for text, _ in found) == sorted(a + "<|im_end|>" for a in ANSWERS)
     scores_fall_at_the_word(found)
-    (context, _) = next(a for a in asked if a[1] == ANSWERS[0])
-    assert context[0]["role"] == "user"
-    assert "### Instruction:\nhow are you?" in context[0]["content"]
-    assert "for 0 of them the guard read the messages, for 8 the raw prompt" in caplog.text
+    expected = [([{"role": "user", "content": p}], a) for p, a in zip(PROMPTS, ANSWERS)]
+    assert sorted(asked, key=str) == sorted(expected, key=str)
+    assert "for 8 of them the guard read the messages, for 0 the raw prompt" in caplog.text
 
 
-def test_completion(tmp_path, model_dir, tokenizer, asked):
+def test_completion(tmp_path, model_dir, tokenizer, asked, caplog):
     rows = [{"text": "user: " + p + " assistant: " + a} for p, a in zip(PROMPTS, ANSWERS)]
     file = write_rows(tmp_path / "a.jsonl", rows)
     data = {"path": file, "ds_type": "json", "type": "completion"}
@@ -159,6 +143,7 @@ def test_completion(tmp_path, model_dir, tokenizer, asked):
     assert all(-100 not in labels for labels in meta.train_dataset["labels"])
     assert all(context == [] for context, _ in asked)
     assert {text for _, text in asked} == {row["text"] for row in rows}
+    assert "8 of 8 responses have nothing said before them" in caplog.text
 
 
 def test_a_text_that_looks_like_a_conversation_is_a_text(tmp_path, model_dir):
@@ -215,7 +200,7 @@ def test_mixed_data_and_an_evaluation_split(tmp_path, model_dir, asked, caplog):
     raw = sum(
         provenance_of(d)["raw_contexts"] for d in (trainer.train_dataset, trainer.eval_dataset)
     )
-    assert raw == 8
+    assert raw == 0
     check(trainer.train_dataset)
     check(trainer.eval_dataset)
 

@@ -124,6 +124,16 @@ def test_what_is_not_read_is_not_scored(tmp_path, tokenizer, asked):
     assert 6 <= len(asked) <= 12  # the loader is one batch ahead
 
 
+@pytest.mark.parametrize("streamed", [True, False])
+def test_texts_without_a_question_are_told_of_once(tmp_path, tokenizer, caplog, streamed):
+    rows = Dataset.from_list([{"text": f"user: {i} + 1? assistant: no"} for i in range(8)])
+    rows = rows.to_iterable_dataset() if streamed else rows
+    trained(tmp_path, tokenizer, rows, max_steps=2, **IN_ORDER)
+    said = [m for m in caplog.messages if "have nothing said before them" in m]
+    count = 3 if streamed else 8  # of the first buffer
+    assert [m.partition(" have")[0] for m in said] == [f"{count} of {count} responses"]
+
+
 def test_a_resumed_stream_asks_the_guard_nothing_again(tmp_path, tokenizer, asked):
     changes = {
         "max_steps": 4,
