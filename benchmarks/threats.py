@@ -57,8 +57,8 @@ from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
 from star_dss_plugin.data.bound_rows import unbind_rows
-from star_dss_plugin.data.files.writing import write_text
 from star_dss_plugin.data.fingerprints import content_key
+from star_dss_plugin.data.writing import write_text
 from star_dss_plugin.evaluate.generation import greedy_answers, prompt_ids
 from star_dss_plugin.evaluate.prompts import DEFAULT_PREFILL
 from star_dss_plugin.evaluate.refusal import is_refusal

@@ -71,7 +71,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from star_dss_plugin import attach
-from star_dss_plugin.data.files.reading import read_dataset
+from star_dss_plugin.data.reading import read_dataset
 from star_dss_plugin.loss import star_dss_loss
 from star_dss_plugin.smollm2 import load_smollm2
 

@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from star_dss_plugin.data.cache import default_cache_dir
-from star_dss_plugin.data.files.writing import atomic_folder
+from star_dss_plugin.data.writing import atomic_folder
 from star_dss_plugin.errors import ConfigError, GuardError
 from star_dss_plugin.validation import not_a_file
 

@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from star_dss_plugin.data.files.reading import in_file
+from star_dss_plugin.data.reading import in_file
 from star_dss_plugin.data.rows import in_row
 from star_dss_plugin.errors import ConfigError, DataError, GuardError, StarDSSError, Where
 from star_dss_plugin.guards.base import Guard, PrefixRequest, Trajectory, ask

@@ -10,7 +10,7 @@ from support.commands import run_command
 from support.models import needs_smollm2
 
 from star_dss_plugin import resolve_model, smollm2
-from star_dss_plugin.data.files.reading import read_dataset, read_splits
+from star_dss_plugin.data.reading import read_dataset, read_splits
 from star_dss_plugin.errors import ConfigError, GuardError
 from star_dss_plugin.evaluate.models import load_whole_model
 from star_dss_plugin.evaluate.prompts import BENIGN, HARMFUL, load_prompts

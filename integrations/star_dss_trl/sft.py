@@ -23,8 +23,8 @@ from trl import (
 )
 
 from star_dss_plugin.data.files.folders import check_folder
-from star_dss_plugin.data.files.reading import read_splits, read_streams
 from star_dss_plugin.data.media import check_features
+from star_dss_plugin.data.reading import read_splits, read_streams
 from star_dss_plugin.errors import ConfigError, StarDSSError
 from star_dss_plugin.validation import nearest
 from star_dss_trl.config import StarDSSConfig

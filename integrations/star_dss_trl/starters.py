@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from star_dss_plugin._version import __version__
-from star_dss_plugin.data.files.reading import DEMO
+from star_dss_plugin.data.reading import DEMO
 from star_dss_plugin.hookspecs import Start
 
 __all__ = ["configuration", "script"]

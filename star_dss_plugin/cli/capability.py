@@ -55,7 +55,7 @@ def capability(
 
     See docs/capability.md.
     """
-    from star_dss_plugin.data.files.writing import write_text
+    from star_dss_plugin.data.writing import write_text
     from star_dss_plugin.evaluate.capability import compared, open_tasks, run_tasks
     from star_dss_plugin.evaluate.models import load_whole_model
     from star_dss_plugin.models import find_device, free_memory

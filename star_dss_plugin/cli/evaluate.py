@@ -62,7 +62,7 @@ def evaluate(
 
     Writes results.json, answers.html (side by side) and the answers themselves.
     """
-    from star_dss_plugin.data.files.writing import write_text
+    from star_dss_plugin.data.writing import write_text
     from star_dss_plugin.evaluate.comparison import compare
     from star_dss_plugin.evaluate.page import render_comparison
     from star_dss_plugin.evaluate.prompts import BENIGN, HARMFUL, load_prompts

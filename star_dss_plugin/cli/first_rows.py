@@ -15,7 +15,7 @@ from datasets import Dataset
 from star_dss_plugin.data.columns import SCORES_COLUMN
 from star_dss_plugin.data.conversations import conversation_of, source_messages
 from star_dss_plugin.data.files.parquet_shards import is_sharded
-from star_dss_plugin.data.files.reading import DEMO, in_file, is_saved, read_dataset
+from star_dss_plugin.data.reading import DEMO, in_file, is_saved, read_dataset
 from star_dss_plugin.data.rows import in_row, plain_rows
 from star_dss_plugin.errors import ConfigError, DataError
 from star_dss_plugin.hookspecs import RowForm, Start

@@ -109,8 +109,8 @@ def calibrate(
     as_json: option.Json = False,
 ) -> None:
     """Fit a temperature and a threshold on labelled responses, and say how good they are."""
-    from star_dss_plugin.data.files.reading import read_dataset
-    from star_dss_plugin.data.files.writing import write_text
+    from star_dss_plugin.data.reading import read_dataset
+    from star_dss_plugin.data.writing import write_text
     from star_dss_plugin.guards.loading import load_guard
     from star_dss_plugin.report.figures import check_ready
     from star_dss_plugin.report.reliability import write_reliability

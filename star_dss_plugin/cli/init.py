@@ -141,7 +141,7 @@ def _write_new(path: Path, text: str) -> None:
         ConfigError: It exists.
         OutputError: It cannot be written.
     """
-    from star_dss_plugin.data.files.writing import writing
+    from star_dss_plugin.data.writing import writing
 
     with writing(path):
         try:

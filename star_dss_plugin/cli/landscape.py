@@ -71,8 +71,8 @@ def landscape(
 
     Nothing is written to the models. See docs/landscape.md.
     """
-    from star_dss_plugin.data.files.writing import write_text
     from star_dss_plugin.data.fingerprints import content_key
+    from star_dss_plugin.data.writing import write_text
     from star_dss_plugin.evaluate import landscape as space
     from star_dss_plugin.evaluate.generation import answers_to
     from star_dss_plugin.evaluate.landscape_figure import check_figures, write_landscape

@@ -51,8 +51,8 @@ def report(
     quiet: option.Quiet = False,
 ) -> None:
     """Write scored data as one HTML page that needs no network, and figures with --png."""
-    from star_dss_plugin.data.files.reading import in_file, read_dataset
-    from star_dss_plugin.data.files.writing import write_text
+    from star_dss_plugin.data.reading import in_file, read_dataset
+    from star_dss_plugin.data.writing import write_text
     from star_dss_plugin.guards.base import announced
     from star_dss_plugin.report import figures
     from star_dss_plugin.report.page import render_page
@@ -94,7 +94,7 @@ def inspect(
     """Show one scored row: its responses coloured by score, and their trajectories."""
     from rich.console import Console
 
-    from star_dss_plugin.data.files.reading import in_file, read_dataset
+    from star_dss_plugin.data.reading import in_file, read_dataset
     from star_dss_plugin.report.inspection import inspect_row
 
     probability("--threshold", threshold)

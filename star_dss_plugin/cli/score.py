@@ -70,7 +70,7 @@ def score(
         "num_proc": num_proc,
     }
     if ray or shard_rows is not None:
-        from star_dss_plugin.data.files.reading import in_file
+        from star_dss_plugin.data.reading import in_file
         from star_dss_plugin.scoring import jobs, on_ray, shards
 
         how["chat_template"] = _training_template(tokenizer) if assistant_only_loss else None
@@ -105,9 +105,9 @@ def _score_at_once(
     data: str, split: str, tokenizer: str, output: Path, options: ScoringOptions, **how: Any
 ) -> dict[str, Any]:
     """Score and write a data set in this process; return its provenance."""
-    from star_dss_plugin.data.files.reading import in_file, read_dataset
-    from star_dss_plugin.data.files.writing import check_writable, write_dataset
     from star_dss_plugin.data.provenance import provenance_of
+    from star_dss_plugin.data.reading import in_file, read_dataset
+    from star_dss_plugin.data.writing import check_writable, write_dataset
     from star_dss_plugin.models import load_tokenizer
     from star_dss_plugin.scoring.scorer import score_dataset
 

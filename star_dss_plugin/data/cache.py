@@ -29,9 +29,9 @@ from filelock import FileLock, Timeout
 
 from star_dss_plugin.data import shard_format
 from star_dss_plugin.data.files.regular import kind_of, read_regular
-from star_dss_plugin.data.files.writing import SCRATCH, atomic_file
 from star_dss_plugin.data.fingerprints import content_key
 from star_dss_plugin.data.requests import Trajectory
+from star_dss_plugin.data.writing import SCRATCH, atomic_file
 from star_dss_plugin.errors import CacheError
 from star_dss_plugin.visible import visible_line
 

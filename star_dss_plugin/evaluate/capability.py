@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from packaging.version import Version
 
-from star_dss_plugin.data.files.reading import read_dataset
+from star_dss_plugin.data.reading import read_dataset
 from star_dss_plugin.errors import ConfigError, DataError
 from star_dss_plugin.validation import nearest, require
 

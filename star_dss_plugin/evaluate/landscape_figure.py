@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from star_dss_plugin.data.files.writing import writing
+from star_dss_plugin.data.writing import writing
 from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.evaluate.landscape import S_MAX
 from star_dss_plugin.evaluate.landscape_points import Curve, Landscape

@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset
 
 from star_dss_plugin.data.conversations import row_messages
-from star_dss_plugin.data.files.reading import DEMO, DEMO_MEANS, packaged, read_dataset
+from star_dss_plugin.data.reading import DEMO, DEMO_MEANS, packaged, read_dataset
 from star_dss_plugin.data.requests import Message
 from star_dss_plugin.data.rows import in_row, plain_rows
 from star_dss_plugin.errors import DataError

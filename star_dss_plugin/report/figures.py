@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from star_dss_plugin.data.files.writing import writing
+from star_dss_plugin.data.writing import writing
 from star_dss_plugin.errors import ConfigError, DataError
 from star_dss_plugin.report import palette
 from star_dss_plugin.report.plotting import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from star_dss_plugin.data.files.writing import writing
+from star_dss_plugin.data.writing import writing
 from star_dss_plugin.report.figures import check_ready
 from star_dss_plugin.report.plotting import COLOURS, GUIDE, plain
 from star_dss_plugin.scoring.calibration import Calibration, Quality

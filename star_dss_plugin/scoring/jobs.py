@@ -15,9 +15,9 @@ from typing import Any
 
 from star_dss_plugin.data.columns import SCORES_COLUMN
 from star_dss_plugin.data.files.parquet_shards import DATA, shard_name, shard_note, write_card
-from star_dss_plugin.data.files.reading import read_dataset
-from star_dss_plugin.data.files.writing import write_text
 from star_dss_plugin.data.fingerprints import sample_of, words_of
+from star_dss_plugin.data.reading import read_dataset
+from star_dss_plugin.data.writing import write_text
 from star_dss_plugin.errors import ConfigError, DataError
 from star_dss_plugin.guards.probing.guard import probing
 from star_dss_plugin.models import load_tokenizer

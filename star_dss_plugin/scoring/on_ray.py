@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from star_dss_plugin import errors
-from star_dss_plugin.data.files.writing import writing
+from star_dss_plugin.data.writing import writing
 from star_dss_plugin.errors import ConfigError, GuardError, PluginError, StarDSSError
 from star_dss_plugin.scoring.jobs import Job
 from star_dss_plugin.scoring.shards import ShardScorer, bar

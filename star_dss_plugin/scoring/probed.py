@@ -21,9 +21,9 @@ import numpy as np
 
 from star_dss_plugin.data.cache import ScoreCache
 from star_dss_plugin.data.files.regular import read_regular
-from star_dss_plugin.data.files.writing import write_text
 from star_dss_plugin.data.fingerprints import content_key, request_key
 from star_dss_plugin.data.requests import PrefixRequest, Trajectory
+from star_dss_plugin.data.writing import write_text
 from star_dss_plugin.guards.base import Guard
 from star_dss_plugin.guards.probing.bounds import COVERAGE
 from star_dss_plugin.guards.probing.guard import ProbingGuard

@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from star_dss_plugin.data.columns import with_attention_mask
 from star_dss_plugin.data.files.parquet_shards import write_shard
-from star_dss_plugin.data.files.reading import read_dataset
 from star_dss_plugin.data.fingerprints import sample_of, words_of
+from star_dss_plugin.data.reading import read_dataset
 from star_dss_plugin.errors import ConfigError, DataError, StarDSSError
 from star_dss_plugin.guards.base import Guard
 from star_dss_plugin.models import load_tokenizer

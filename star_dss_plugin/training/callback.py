@@ -13,7 +13,7 @@ from datasets import Dataset, IterableDataset
 from transformers import TrainerCallback
 
 from star_dss_plugin.data.columns import SCORES_COLUMN
-from star_dss_plugin.data.files.writing import write_text
+from star_dss_plugin.data.writing import write_text
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.tables import terminal
 from star_dss_plugin.training.host_checks import check_trainer

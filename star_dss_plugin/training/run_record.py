@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from star_dss_plugin._version import __version__
-from star_dss_plugin.data.files.writing import write_text
+from star_dss_plugin.data.writing import write_text
 from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.plugins import load_plugins
 from star_dss_plugin.tables import Sheet

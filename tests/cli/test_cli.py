@@ -7,7 +7,7 @@ from datasets import load_from_disk
 from support.commands import run_command as run
 
 from star_dss_plugin import __version__
-from star_dss_plugin.data.files.reading import read_dataset
+from star_dss_plugin.data.reading import read_dataset
 
 ROWS = [
     {

@@ -14,8 +14,8 @@ from support.guards import WordGuard
 from star_dss_plugin import DataError, OutputError
 from star_dss_plugin.cli import app as cli
 from star_dss_plugin.data.files.parquet_shards import write_shard
-from star_dss_plugin.data.files.reading import read_dataset
-from star_dss_plugin.data.files.writing import write_dataset, write_text
+from star_dss_plugin.data.reading import read_dataset
+from star_dss_plugin.data.writing import write_dataset, write_text
 from star_dss_plugin.evaluate.answers import AnswerFile
 from star_dss_plugin.evaluate.landscape_points import PointsFile
 from star_dss_plugin.scoring import jobs, shards

@@ -6,8 +6,8 @@ from datasets import Dataset, concatenate_datasets, load_from_disk
 
 from star_dss_plugin.data.bound_rows import bind_anew, bind_rows, check_bound
 from star_dss_plugin.data.files.parquet_shards import load_scored, write_card, write_shard
-from star_dss_plugin.data.files.writing import write_dataset
 from star_dss_plugin.data.provenance import write_note
+from star_dss_plugin.data.writing import write_dataset
 from star_dss_plugin.errors import DataError
 
 NOTE = {

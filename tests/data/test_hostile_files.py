@@ -11,7 +11,7 @@ from datasets import Dataset, Features, Json, Value
 from star_dss_plugin.data.files import conversion
 from star_dss_plugin.data.files.conversion import MAX_EXPANSION
 from star_dss_plugin.data.files.parquet_shards import load_scored
-from star_dss_plugin.data.files.reading import read_dataset
+from star_dss_plugin.data.reading import read_dataset
 from star_dss_plugin.errors import ConfigError, DataError
 
 BIG = "x" * (1 << 20)

@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 
-from star_dss_plugin.data.files import reading
+from star_dss_plugin.data import reading
 from star_dss_plugin.data.files.folders import check_folder
 from star_dss_plugin.data.files.parquet_shards import load_scored
-from star_dss_plugin.data.files.reading import read_dataset, read_splits, read_streams
+from star_dss_plugin.data.reading import read_dataset, read_splits, read_streams
 from star_dss_plugin.errors import DataError
 
 SECRET = "the text of another file"

@@ -6,7 +6,7 @@ import datasets
 import pytest
 
 from star_dss_plugin.data.files.json_lines import json_rows
-from star_dss_plugin.data.files.reading import read_dataset
+from star_dss_plugin.data.reading import read_dataset
 from star_dss_plugin.errors import DataError
 
 

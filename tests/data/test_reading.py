@@ -10,7 +10,7 @@ from datasets import Dataset, IterableDataset
 
 from star_dss_plugin import DataError, score_dataset
 from star_dss_plugin.cli import app as cli
-from star_dss_plugin.data.files.reading import read_dataset, read_streams
+from star_dss_plugin.data.reading import read_dataset, read_streams
 
 TEXT = b'{"text": "hi"}\n'
 

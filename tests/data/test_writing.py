@@ -5,7 +5,7 @@ import stat
 
 import pytest
 
-from star_dss_plugin.data.files.writing import atomic_file, atomic_folder, write_text
+from star_dss_plugin.data.writing import atomic_file, atomic_folder, write_text
 from star_dss_plugin.errors import OutputError
 
 

@@ -12,7 +12,7 @@ from support.paths import ROOT
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from star_dss_plugin import attach, score_dataset
-from star_dss_plugin.data.files.reading import read_dataset
+from star_dss_plugin.data.reading import read_dataset
 
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
 TRIP = re.findall(r"^\| (\d+) \| `([\w.]+)` \|", PAGE, flags=re.MULTILINE)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from star_dss_plugin import ConfigError, GuardError, inspect_row, load_guard, provenance_of
 from star_dss_plugin.data.columns import ASKED_COLUMN, SCORES_COLUMN
-from star_dss_plugin.data.files.reading import read_dataset
+from star_dss_plugin.data.reading import read_dataset
 from star_dss_plugin.guards.probing import guard as probing_guard
 from star_dss_plugin.guards.verdict import VerdictGuard
 from star_dss_plugin.options import StarDSSOptions

@@ -20,7 +20,7 @@ from star_dss_plugin import (
     score_dataset,
     star_dss_loss,
 )
-from star_dss_plugin.data.files.reading import read_dataset
+from star_dss_plugin.data.reading import read_dataset
 from star_dss_plugin.scoring import jobs, shards
 from star_dss_plugin.training.rows.collation import TokenColumnsCollator
 

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from star_dss_plugin.data.cache import ScoreCache
 from star_dss_plugin.data.files.folders import check_folder
-from star_dss_plugin.data.files.reading import read_dataset
+from star_dss_plugin.data.reading import read_dataset
 from star_dss_plugin.data.requests import Trajectory
 from star_dss_plugin.data.shard_format import header
 from star_dss_plugin.errors import GuardError, StarDSSError

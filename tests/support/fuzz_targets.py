@@ -25,8 +25,8 @@ from rich.console import Console
 
 from star_dss_plugin.cli.check import check_config
 from star_dss_plugin.data.cache import ScoreCache
-from star_dss_plugin.data.files.reading import read_dataset
 from star_dss_plugin.data.provenance import provenance_of
+from star_dss_plugin.data.reading import read_dataset
 from star_dss_plugin.data.requests import Trajectory
 from star_dss_plugin.data.responses import find_responses
 from star_dss_plugin.data.shard_format import header

@@ -6,7 +6,7 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict
 
 from star_dss_plugin import score_dataset
-from star_dss_plugin.data.files.writing import write_dataset
+from star_dss_plugin.data.writing import write_dataset
 
 PAIRS = [("how are you?", "i am fine, thank you."), ("is this bad?", "no! a bad word.")] * 2
 

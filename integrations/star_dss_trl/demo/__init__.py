@@ -16,7 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-from star_dss_plugin.data.files.writing import write_text, writing
+from star_dss_plugin.data.writing import write_text, writing
 from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.evaluate.prompts import BENIGN, HARMFUL, Prompt, demo_prompts
 from star_dss_plugin.evaluate.refusal import is_refusal

@@ -14,7 +14,7 @@ from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from star_dss_plugin.data.columns import SCORES_COLUMN
-from star_dss_plugin.data.files.reading import packaged
+from star_dss_plugin.data.reading import packaged
 from star_dss_plugin.data.requests import PrefixRequest, Trajectory
 from star_dss_plugin.evaluate.generation import greedy_answers, prompt_ids
 from star_dss_plugin.evaluate.models import load_whole_model

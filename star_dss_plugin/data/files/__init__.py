@@ -1,1 +1,1 @@
-"""Files become data sets, and data sets become files, whole or not at all."""
+"""Files that become rows: formats, folders, types of columns, and shards."""

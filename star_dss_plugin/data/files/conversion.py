@@ -26,8 +26,8 @@ from filelock import FileLock
 
 from star_dss_plugin.data.files.json_lines import JsonRow, json_rows
 from star_dss_plugin.data.files.json_types import features_of, stored, types_of
-from star_dss_plugin.data.files.writing import atomic_file
 from star_dss_plugin.data.media import check_features
+from star_dss_plugin.data.writing import atomic_file
 from star_dss_plugin.errors import ConfigError, DataError
 
 __all__ = ["MAX_EXPANSION", "json_dataset", "parquet_dataset", "parquet_tables"]

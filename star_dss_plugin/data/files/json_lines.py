@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from star_dss_plugin.data.files.writing import writing
+from star_dss_plugin.data.writing import writing
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.validation import shortened
 

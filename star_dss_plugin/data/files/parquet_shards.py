@@ -24,9 +24,9 @@ from datasets import Dataset, Features, IterableDataset
 from star_dss_plugin.data.bound_rows import note_of_rows, write_row_notes
 from star_dss_plugin.data.files.conversion import parquet_dataset, parquet_tables
 from star_dss_plugin.data.files.folders import read_settings, regular_file
-from star_dss_plugin.data.files.writing import atomic_file, write_text, writing
 from star_dss_plugin.data.media import check_features
 from star_dss_plugin.data.provenance import PROVENANCE_FILE, describe, provenance_of, write_note
+from star_dss_plugin.data.writing import atomic_file, write_text, writing
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.visible import code
 

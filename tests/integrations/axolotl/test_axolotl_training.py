@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from star_dss_plugin import CheckpointError, DataError, load_scored, star_dss_loss
 from star_dss_plugin.data.columns import SCORES_COLUMN
-from star_dss_plugin.data.files.writing import write_dataset
+from star_dss_plugin.data.writing import write_dataset
 from star_dss_plugin.scoring import jobs, shards
 from star_dss_plugin.training.rows.collation import TokenColumnsCollator
 
