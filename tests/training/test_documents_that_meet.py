@@ -23,9 +23,15 @@ from support.trl_runs import arguments, lora_config, make
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from star_dss_plugin import ConfigError, attach
-from star_dss_plugin.training.reference.packs import documents_meet, joined_batch
+from star_dss_plugin.training.reference.packs import (
+    documents_meet,
+    joined_batch,
+    packs_read_together,
+)
+from star_dss_plugin.training.sharding import Ranks
 
 PACK = joined_batch(DataCollatorWithFlattening())
+PACK_COLUMNS = ("input_ids", "labels")
 
 
 def convolution(vocabulary):
@@ -145,3 +151,59 @@ def test_collators_that_join_nothing(tokenizer):
     if hasattr(of_trl, "return_position_ids"):  # with which TRL trains parts of rows
         of_trl.return_position_ids = True
     assert joined_batch(of_trl) is None
+
+
+def test_collators_that_use_rows_up_or_want_a_mask():
+    def using_up(rows):
+        ids, labels = ([token for row in rows for token in row.pop(n)] for n in PACK_COLUMNS)
+        positions = [place for row in rows for place in row.pop("position_ids")]
+        made = {"input_ids": [ids], "labels": [labels], "position_ids": [positions]}
+        return {name: torch.tensor(value) for name, value in made.items()}
+
+    def masked(rows):
+        assert all(row.pop("attention_mask") for row in rows)
+        return using_up(rows)
+
+    for collator in (using_up, masked):
+        batch = joined_batch(collator)
+        assert all(torch.equal(batch[n], PACK[n]) for n in ("input_ids", "position_ids"))
+
+
+def test_padding_to_the_longest_row_costs_nothing():
+    """With it the logits of a whole context would be held, which no step of training does."""
+
+    def padding(rows):
+        batch = DataCollatorWithFlattening()(rows)
+        return {name: torch.nn.functional.pad(value, (0, 952)) for name, value in batch.items()}
+
+    batch = joined_batch(padding)
+    assert {value.shape for value in batch.values()} == {PACK["input_ids"].shape}
+    assert documents_meet(convolution(96), batch)
+    assert not documents_meet(attention(96), batch)
+
+
+class Uneven(torch.nn.Module):
+    """Values of a token change a little with whatever else is computed at once."""
+
+    def __init__(self, inner, size):
+        super().__init__()
+        self.inner, self.size, self.config = inner, size, inner.config
+
+    def forward(self, input_ids, **given):
+        output = self.inner(input_ids=input_ids, **given)
+        drawn = torch.Generator().manual_seed(int((input_ids**2)[0, :30].sum() + input_ids.sum()))
+        output.logits += self.size * torch.randn(output.logits.shape, generator=drawn)
+        return output
+
+
+def test_experts_that_round_otherwise_read_nothing_together():
+    torch.manual_seed(0)
+    assert not documents_meet(Uneven(attention(96), 0.05).to(torch.bfloat16), PACK)
+    assert documents_meet(Uneven(convolution(96), 0.05).to(torch.bfloat16), PACK)
+
+
+@pytest.mark.parametrize("found", [[True, False], [False, True], [False, False]])
+def test_ranks_choose_alike(found):
+    model = convolution(96) if found[0] else attention(96)
+    ranks = Ranks(gather=lambda own: [own, found[1]])
+    assert bool(packs_read_together(model, DataCollatorWithFlattening(), ranks)) is any(found)

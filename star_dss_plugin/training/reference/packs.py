@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from itertools import product
 from typing import Any
 
 import torch
@@ -17,7 +18,10 @@ __all__ = ["documents_meet", "joined_batch", "packs_read_together"]
 logger = logging.getLogger(__name__)
 
 _APART = {"16 bits": 0.1, "32 bits": 1e-3}
-"""Nats between two passes of one shape, by what the model computes in; its own noise is less."""
+"""Nats between two passes of one shape, by what the model computes in; most have no noise."""
+_NOISE = 4
+"""By how much documents that meet must exceed the noise of a model that has some."""
+_COLUMNS = ("input_ids", "labels")
 _LENGTH = 24
 """Tokens of a document; the first ones are within reach of any convolution."""
 
@@ -31,7 +35,10 @@ def packs_read_together(model: nn.Module, collator: Any, ranks: Ranks) -> str:
         ranks: The processes of the run; all of them must call this.
     """
     batch = joined_batch(collator) if ranks.can_run else None
-    if batch is None or not ranks.first_decides(lambda: documents_meet(model, batch)):
+    if batch is None:
+        return ""
+    # Ranks that compute it each for itself may be at both sides of a threshold.
+    if not any(ranks.gather(ranks.first_decides(lambda: documents_meet(model, batch)))):
         return ""
     logger.warning(
         "This model reads the documents of a pack together, with or without STAR-DSS: layers that "
@@ -49,19 +56,38 @@ def joined_batch(collator: Any) -> dict[str, Any] | None:
         collator: A trainer's. It may join all rows of a batch (`padding_free`, as TRL's packing
             does, too), or the rows of a list (Axolotl's packing).
     """
-    # Without a mask, which could not say where a document begins.
-    row = {name: [1] * _LENGTH for name in ("input_ids", "labels")}
-    row["position_ids"] = list(range(_LENGTH))
     wanted = torch.arange(_LENGTH).repeat(2)[None]
-    for features in ([row, row], [[row, row]]):
+    # Without a mask, which could not say where a document begins, unless the collator wants one.
+    for names, as_list in product((_COLUMNS, (*_COLUMNS, "attention_mask")), (False, True)):
+        # Each of its own: a collator may take out of a row what it has used.
+        rows = [
+            {name: [1] * _LENGTH for name in names} | {"position_ids": list(range(_LENGTH))}
+            for _ in range(2)
+        ]
         try:
-            batch = collator(features)
+            batch = dict(collator([rows] if as_list else rows))
             joined = torch.equal(batch["position_ids"][:, : 2 * _LENGTH], wanted)  # then padding
         except Exception:  # of whatever kind: features of another form than the collator takes
             continue
         if joined:
-            return dict(batch)
+            return _without_padding(batch)
     return None
+
+
+def _without_padding(batch: dict[str, Any]) -> dict[str, Any]:
+    """Cut padding off a joined batch: a collator may pad to the longest row that a run can have.
+
+    Where something says with other numbers than one for each token what is in it, it stays whole.
+    """
+    tokens = batch["input_ids"].shape[1]
+    columns = {n: value for n, value in batch.items() if isinstance(value, Tensor)}
+    if any(value.dim() < 2 for value in columns.values()):
+        return batch
+    for name, value in columns.items():
+        for dim in range(1, value.dim()):
+            if value.shape[dim] == tokens:
+                batch[name] = batch[name].narrow(dim, 0, 2 * _LENGTH)
+    return batch
 
 
 def documents_meet(model: nn.Module, batch: Mapping[str, Any]) -> bool:
@@ -71,7 +97,7 @@ def documents_meet(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     and where attention is not told, or does not see, where a document begins.
 
     Args:
-        model: A causal model as it starts; two forward passes are made.
+        model: A causal model as it starts; four forward passes are made, on any rank.
         batch: Of `joined_batch`; its tokens are replaced.
     """
     config: Any = model.config
@@ -86,19 +112,24 @@ def documents_meet(model: nn.Module, batch: Mapping[str, Any]) -> bool:
         for name, value in forward_inputs(batch).items()
     }
 
-    def second_behind(document: Tensor) -> Tensor:
-        given["input_ids"][0, : 2 * _LENGTH] = torch.cat([document, second])
-        logits: Tensor = model(**given).logits
-        return logits[0, _LENGTH : 2 * _LENGTH]
+    def read(one: Tensor, two: Tensor, start: int) -> Tensor:
+        given["input_ids"][0, : 2 * _LENGTH] = torch.cat([one, two])
+        logits: Tensor = model(**given).logits[0, start : start + _LENGTH]
+        dtypes.add(logits.dtype)
+        return logits.float().log_softmax(-1)
 
+    dtypes = {parameter.dtype}
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            one, two = second_behind(first), second_behind(other)
+            apart = read(first, second, _LENGTH) - read(other, second, _LENGTH)
+            # What stands behind a document cannot be read with it. Yet its values may change a
+            # little: experts are given other numbers of tokens, and round otherwise.
+            noise = read(second, first, 0) - read(second, other, 0)
     finally:
         model.train(training)
-    half = any(part.dtype in (torch.bfloat16, torch.float16) for part in (one, parameter))
+    half = not dtypes.isdisjoint({torch.bfloat16, torch.float16})
     half = half or torch.is_autocast_enabled(device.type)
-    apart = (one.float().log_softmax(-1) - two.float().log_softmax(-1)).abs().max()
-    return bool(apart > _APART["16 bits" if half else "32 bits"])
+    within = _APART["16 bits" if half else "32 bits"]
+    return bool(apart.abs().max() > max(within, _NOISE * float(noise.abs().max())))
