@@ -65,7 +65,8 @@ def change_settings(cfg: MutableMapping[str, Any]) -> list[str]:
 
 def _names_attention(cfg: MutableMapping[str, Any]) -> bool:
     """Return whether an attention is chosen, also by one of the older switches for each kind."""
-    switches = [name for name in cfg if str(name).endswith("_attention")]
+    no_choice = "large_head_attention"  # a kernel beside the attention that is chosen
+    switches = [name for name in cfg if str(name).endswith("_attention") and name != no_choice]
     names = ["attn_implementation", "gemma4_hybrid_attn_impl", *switches]
     return any(cfg.get(name) for name in names)
 

@@ -57,6 +57,12 @@ def test_an_attention_that_is_named_stays(chosen):
     assert config == {"sample_packing": True, **chosen}
 
 
+def test_what_is_no_choice_of_an_attention_counts_as_none():
+    config = {"sample_packing": True, "large_head_attention": True, "flash_attention": False}
+    assert len(change_settings(config)) == 1
+    assert config["attn_implementation"] == "sdpa"
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("axolotl.monkeypatch.models.recurrent_support") is not None,
     reason="this Axolotl refuses packs of layers that pass on what they have read",
