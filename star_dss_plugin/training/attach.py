@@ -131,7 +131,7 @@ def _set_up(
     media = trainer.media_rows()
     several = trainer.accelerator.num_processes > 1
     carriers = Carriers() if media is not None and several else None
-    live = "data that is tokenized in the collator" if media is not None else ""
+    live = "data that is tokenized in the data collator" if media is not None else ""
     for name, dataset in _data_sets(trainer).items():
         if isinstance(dataset, IterableDataset):
             check_stream(name, options, raw=media is not None)
