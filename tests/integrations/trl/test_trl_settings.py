@@ -123,6 +123,8 @@ if trainer.is_world_process_zero():
         [[h["loss"], h["grad_norm"], h["star_dss/mean_score"], h["star_dss/kl"],
           h["star_dss/kl_gradient_share"], h["star_dss/probe_safe_share"]]
          for h in trainer.state.log_history if "grad_norm" in h]))
+# Else gloo's threads may end a process that exits while others still talk to it.
+trainer.accelerator.end_training()
 """
 
 

@@ -127,6 +127,8 @@ trainer = make(
 trainer.train()
 if trainer.is_world_process_zero():
     print("NUMBERS", *numbers(trainer))
+# Else gloo's threads may end a process that exits while others still talk to it.
+trainer.accelerator.end_training()
 """
 
 
