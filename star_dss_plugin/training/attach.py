@@ -140,7 +140,7 @@ def _set_up(
         # Before the reference is chosen: some quantized weights change when they are first used.
         projects = _projects(trainer, model, ranks)
         if not live and shaping.needs_reference:
-            live = packs_read_together(model, trainer.data_collator, ranks)
+            live = packs_read_together(model, trainer.data_collator, trainer.train_dataset, ranks)
         reference = choose_reference(
             options.reference,
             model,
