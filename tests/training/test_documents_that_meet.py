@@ -11,14 +11,13 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     Lfm2Config,
-    Lfm2ForCausalLM,
     Trainer,
     default_data_collator,
 )
 
 pytest.importorskip("trl")
 
-from support.models import tiny_jamba, tiny_llama, tiny_qwen3_moe
+from support.models import tiny, tiny_jamba, tiny_llama, tiny_qwen3_moe
 from support.trl_runs import arguments, lora_config, make
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -35,20 +34,8 @@ PACK_COLUMNS = ("input_ids", "labels")
 
 
 def convolution(vocabulary):
-    return Lfm2ForCausalLM(
-        Lfm2Config(
-            vocab_size=vocabulary,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            layer_types=["conv", "full_attention"] * 2,
-            conv_L_cache=3,
-            max_position_embeddings=1024,
-            initializer_range=0.3,
-        )
-    )
+    kinds = {"layer_types": ["conv", "full_attention"] * 2, "conv_L_cache": 3}
+    return tiny(Lfm2Config, vocabulary, num_hidden_layers=4, initializer_range=0.3, **kinds)
 
 
 def attention(vocabulary):
