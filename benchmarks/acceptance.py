@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import multiprocessing
 import os
 import sys
@@ -23,7 +24,11 @@ from typing import Any
 
 import yaml
 
-os.environ |= {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+os.environ |= {
+    "AXOLOTL_DO_NOT_TRACK": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "HF_HUB_OFFLINE": "1",
+}
 
 PLUGIN = "star_dss_axolotl.StarDSSPlugin"
 NOT_SUPERVISED = ("rl", "reward_model", "process_reward_model", "pretraining_dataset")
@@ -61,6 +66,7 @@ def refusal(config: Mapping[str, Any], gpus: int) -> str:
     from axolotl.utils.config import validate_config
     from axolotl.utils.dict import DictDefault
 
+    logging.disable()  # Axolotl's lines would hide those of this program
     os.environ["WORLD_SIZE"] = str(gpus)
     capabilities, environment = gpu_capabilities()
     capabilities |= {"bf16": True, "fp8": True, "tf32": True}
