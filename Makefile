@@ -38,6 +38,8 @@ test-core: $(VENV)/.ready
 # tested with this transformers by `nox -s lowest`.
 OLDEST_TRL = tests/integrations/trl tests/training tests/data tests/guards tests/evaluate tests/test_smollm2.py \
 	tests/project/test_examples.py
+# Files and caches are read without transformers; the demonstration's guard is a probe of states that other tests compute.
+OLDEST_TRL += $(addprefix --ignore=,$(wildcard tests/data/test_cache*.py tests/data/test_hostile_*.py) tests/guards/test_demo_guard.py)
 # In two processes: Axolotl patches transformers and torch wherever it is imported. The slow tests are the same
 # whatever TRL is installed, or want the newest accelerate; of the sharded ones those with FSDP and DeepSpeed pass with this
 # one, too (by hand: .venv-axolotl/bin/python -m pytest tests/training/test_sharding.py -k "fsdp or zero").
