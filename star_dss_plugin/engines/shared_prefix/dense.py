@@ -20,7 +20,7 @@ _MATH_ELEMENTS = 1 << 26
 """Attention scores held at once where no fused kernel applies: 256 MB in float32."""
 
 _SLICE_QUERIES = 512
-"""Fewest queries per slice of a prefix's rows: smaller slices mask fewer keys, but need more calls."""
+"""Fewest queries per slice of a prefix's rows: smaller slices mask fewer keys in more calls."""
 
 
 @dataclass(frozen=True)
