@@ -160,7 +160,7 @@ def test_tasks_that_cannot_be_had(tmp_path, data):
         return str(caught.value)
 
     assert "No task was given" in refused()
-    assert "is not there" in refused(data={"x": tmp_path / "x.jsonl"})
+    assert "does not exist" in refused(data={"x": tmp_path / "x.jsonl"})
     (tmp_path / "x.csv").write_text("prompt")
     assert "is not a .jsonl file" in refused(data={"x": tmp_path / "x.csv"})
 

@@ -213,7 +213,7 @@ def test_pickled_weights_are_not_loaded(model_dirs, tmp_path, tokenizer):
 @pytest.mark.parametrize("text", ["[1]\n", "no json\n", '{"key": "k"}\n', "\n"])
 def test_a_file_of_answers_that_is_something_else(tmp_path, text):
     (tmp_path / "a.jsonl").write_text(text)
-    with pytest.raises(DataError, match=r"a\.jsonl is not what an evaluation writes there"):
+    with pytest.raises(DataError, match=r"a\.jsonl is not a file of answers"):
         AnswerFile(tmp_path / "a.jsonl")
 
 
