@@ -13,7 +13,7 @@ __all__ = ["write_reliability"]
 
 
 def write_reliability(found: Calibration, path: Path, *, demonstration: bool) -> None:
-    """Draw the curve before and after calibration; the area of a dot is its number of rows.
+    """Draw the curve before and after calibration, with the area of a dot as its number of rows.
 
     Raises:
         ConfigError: matplotlib is missing.
