@@ -17,6 +17,7 @@ from star_dss_plugin._version import __version__
 from star_dss_plugin.evaluate.prompts import BENIGN, HARMFUL
 from star_dss_plugin.evaluate.statistics import Estimate
 from star_dss_plugin.evaluate.verdicts import PREFILL, REFUSED, Comparison, measures
+from star_dss_plugin.guards.base import announced
 from star_dss_plugin.report.rendering import content_hash, page_environment
 from star_dss_plugin.visible import visible
 
@@ -86,14 +87,16 @@ def render_comparison(found: Comparison, *, text: bool = True, front: Front | No
     style = files("star_dss_plugin.evaluate").joinpath("assets", "answers.css").read_text("utf-8")
     table = {model.name: measures(model, found.guard) for model in found.models}
     names = list(next(iter(table.values())))
+    judges = "phrases of refusal"
+    if found.guard is not None:
+        judges += f" and by {announced(found.guard, found.demonstration)}"
     return environment.get_template("answers.html.j2").render(
         policy=f"default-src 'none'; style-src '{content_hash(style)}'; base-uri 'none'; "
         "form-action 'none'",
         style=Markup(style),
         version=__version__,
         front=front or Front(),
-        judge="Judged by phrases of refusal"
-        + ("." if found.guard is None else f" and by {visible(found.guard)}."),
+        judge=f"Judged by {judges}.",
         warnings=[visible(warning) for warning in found.warnings()],
         headings=[HEADINGS[name] for name in names],
         table=[

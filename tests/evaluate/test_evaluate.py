@@ -408,6 +408,12 @@ def test_the_page_can_leave_the_text_out(model_dirs, tmp_path):
     assert "safe share" in bare
 
 
+def test_the_page_marks_the_verdicts_of_a_demonstration(model_dirs, tmp_path, monkeypatch):
+    monkeypatch.setattr(WordGuard, "demonstration", True)
+    page = render_comparison(compared(model_dirs, tmp_path, guard="test-words"))
+    assert "by test-words (DEMONSTRATION ONLY, protects nobody)." in page
+
+
 def test_what_models_differ_on_is_unfolded(model_dirs, tmp_path, monkeypatch):
     said = iter(["I'm sorry.", "I'm sorry.", "fine", "I'm sorry.", "Sure.", "fine"])
     monkeypatch.setattr(
