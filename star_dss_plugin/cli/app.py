@@ -49,8 +49,9 @@ def main() -> None:
         if error.errno in _NO_ROOM:
             # Our own files raise an OutputError, so this is a cache or temporary file of a library.
             _stop(
-                f"{error} while a library wrote a file of its own. Free space, or name other "
-                "folders: HF_HOME, HF_DATASETS_CACHE, TMPDIR. Then start the same command again."
+                f"{error} while a library wrote a cache or temporary file. Free space, or set "
+                "other folders: HF_HOME, HF_DATASETS_CACHE, TMPDIR. Then start the same command "
+                "again."
             )
         named = [word for word in sys.argv[1:] if not word.startswith("-")]
         if not str(error.filename).startswith(tuple(named)):

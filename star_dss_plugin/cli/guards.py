@@ -129,7 +129,7 @@ def calibrate(
         return
     rows = [
         (name, *(f"{v:.3f}" for v in (values.brier, values.auroc, values.f1)))
-        for name, values in (("as it is", found.raw), ("calibrated, held out", found.calibrated))
+        for name, values in (("raw", found.raw), ("calibrated, held out", found.calibrated))
     ]
     headings = ("", "Brier", "AUROC", "F1 of harmful")
     terminal().print(Sheet(headings, rows, title=announced(found.guard, asked.demonstration)))

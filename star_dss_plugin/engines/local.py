@@ -29,8 +29,8 @@ from star_dss_plugin.engines.shared_prefix.attention import KeysValues, Pass, ru
 from star_dss_plugin.engines.shared_prefix.passes import (
     first_tokens,
     padded,
-    rows_behind,
-    tails_behind,
+    rows_after,
+    tails_after,
 )
 from star_dss_plugin.engines.shared_prefix.recording import blocks_of, recording
 from star_dss_plugin.engines.shared_prefix.savings import LastLayer, OneDnnLinear
@@ -41,7 +41,7 @@ from star_dss_plugin.engines.shared_prefix.tree import (
     first_batch,
     grow,
 )
-from star_dss_plugin.engines.shared_prefix.trial import fixed_rope_length, why_not
+from star_dss_plugin.engines.shared_prefix.trial import fixed_rope_length, unsupported_reason
 from star_dss_plugin.engines.shared_prompts import SharedPrompts
 from star_dss_plugin.errors import DataError, GuardError
 
@@ -179,7 +179,7 @@ class LocalEngine:
     ) -> None:
         """Run rows after a head of `start` tokens; only forward hooks see the states."""
         if not whole:
-            self._forward(*rows_behind(rows, start, head, self.model.device))
+            self._forward(*rows_after(rows, start, head, self.model.device))
             return
         ids, real = padded(rows, self.model.device)
         last = {"logits_to_keep": 1} if "logits_to_keep" in self._parameters else {}
@@ -268,7 +268,7 @@ class LocalEngine:
 
             def logprobs(batch: list[Tail], trunks: dict[int, KeysValues] = trunks) -> Tensor:
                 """Return log-probabilities after B tails, shape (B, vocabulary)."""
-                ids, current = tails_behind(batch, head_length, head, trunks, self.model.device)
+                ids, current = tails_after(batch, head_length, head, trunks, self.model.device)
                 return self._forward(ids, current).float().log_softmax(-1)
 
             yield from self._in_batches(
@@ -280,7 +280,7 @@ class LocalEngine:
         if self._head[0] != tokens:
             kept: KeysValues = {}
             if tokens:
-                self._forward(*rows_behind([tokens], 0, {}, self.model.device, kept))
+                self._forward(*rows_after([tokens], 0, {}, self.model.device, kept))
             self._head = (tokens, kept)
         return self._head[1]
 
@@ -293,7 +293,7 @@ class LocalEngine:
         if not any(rest):
             return {group: {} for group in groups}
         kept: KeysValues = {}
-        self._forward(*rows_behind(rest, head_length, head, self.model.device, kept))
+        self._forward(*rows_after(rest, head_length, head, self.model.device, kept))
         return {
             group: first_tokens(kept, len(tokens), row)
             for row, (group, tokens) in enumerate(zip(groups, rest, strict=True))
@@ -391,7 +391,7 @@ class LocalEngine:
             # A separate engine, so that counters and the stored head of this one stay unchanged.
             trial = LocalEngine(self.model)
             trial._block_sparse, trial._last_layer = sparse, last
-            reason = why_not(self.model, list(self._parameters), trial._compute)
+            reason = unsupported_reason(self.model, list(self._parameters), trial._compute)
             if reason is None:
                 if self._block_sparse and not sparse:
                     self._warn_of_dense(reasons[0])

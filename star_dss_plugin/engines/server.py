@@ -312,9 +312,10 @@ class ServerEngine:
         )
 
     def _shown(self, text: str) -> str:
-        """Return text from the server on one line, with the API key masked, if the text repeats it.
+        """Return text from the server on one line, with the API key masked.
 
-        Masking comes before truncation, because it would not recognize half of a key.
+        Some servers repeat the key. Masking comes before truncation, because it would not recognize
+        half of a key.
         """
         return visible_line(text.replace(self._key, "***") if self._key else text, 500)
 

@@ -47,12 +47,12 @@ class SharedPrompts(Sequence[list[int]]):
             return prompts
         return cls(max(prompts, key=len, default=()), [0] * len(prompts), prompts)
 
-    def framed(self, before: Sequence[int], behind: Sequence[int]) -> SharedPrompts:
-        """Return the prompts with the same tokens added before and behind each."""
+    def framed(self, before: Sequence[int], after: Sequence[int]) -> SharedPrompts:
+        """Return the prompts with the same tokens added before and after each."""
         return SharedPrompts(
             (*before, *self.trunk),
             [len(before) + kept for kept, _ in self.pieces],
-            [(*end, *behind) for _, end in self.pieces],
+            [(*end, *after) for _, end in self.pieces],
         )
 
     def __len__(self) -> int:
@@ -79,8 +79,8 @@ class SharedPrompts(Sequence[list[int]]):
         """Return the tokens `start:stop` of one prompt, without building the whole prompt."""
         kept, end = self.pieces[index]
         stop = kept + len(end) if stop is None else stop
-        behind = end[max(0, start - kept) : max(0, stop - kept)]
-        return self.trunk[start : min(kept, stop)] + behind
+        own = end[max(0, start - kept) : max(0, stop - kept)]
+        return self.trunk[start : min(kept, stop)] + own
 
     def common(self, one: int, other: int) -> int:
         """Return the length of the common prefix of two prompts."""

@@ -267,7 +267,7 @@ class VerdictGuard(Guard):
             prompt = prompts[0]
             which = f" {i + 1}" if len(self._prompts.templates) > 1 else ""
             shown[f"prompt{which}"] = self._template.decode(prompt)
-            shown[f"verdict position{which}"] = f"behind token {len(prompt)}"
+            shown[f"verdict position{which}"] = f"after token {len(prompt)}"
         names = ("safe", "unsafe", "controversial")
         for name, ids in zip(names, self._label_groups, strict=False):
             words = (f"{self._template.decode([i])!r} ({i})" for i in ids)

@@ -25,7 +25,7 @@ def write_reliability(found: Calibration, path: Path, *, demonstration: bool) ->
     axes = figure.add_subplot()
     axes.plot([0, 1], [0, 1], **GUIDE)
     sets: tuple[tuple[str, Quality, str], ...] = (
-        ("as it is", found.raw, COLOURS[1]),
+        ("raw", found.raw, COLOURS[1]),
         ("calibrated, held out", found.calibrated, COLOURS[0]),
     )
     for label, quality, colour in sets:

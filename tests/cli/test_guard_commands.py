@@ -45,7 +45,7 @@ def test_check_shows_what_is_asked_without_weights(folder_of):
     guard = load_guard(json.loads(described(folder, device="cpu")))
     prompt = guard._template.render(list(UNSAFE_PROBE))
     tokens = len(guard._template._tokenizer(prompt, add_special_tokens=False)["input_ids"])
-    assert f"verdict position: behind token {tokens}" in found.output
+    assert f"verdict position: after token {tokens}" in found.output
     for name, ids in zip(("safe", "unsafe", "controversial"), guard.identity["labels"]):
         assert f"{name} labels: {guard._template.decode(ids)!r} ({ids[0]})" in found.output
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from star_dss_plugin.engines.shared_prefix.attention import KeysValues, Pass, Prefix
 from star_dss_plugin.engines.shared_prefix.tree import Tail
 
-__all__ = ["first_tokens", "padded", "rows_behind", "tails_behind"]
+__all__ = ["first_tokens", "padded", "rows_after", "tails_after"]
 
 
 def padded(
@@ -28,7 +28,7 @@ def padded(
     return ids.to(device), real.to(device)
 
 
-def rows_behind(
+def rows_after(
     rows: Sequence[Sequence[int]],
     head_length: int,
     head: KeysValues,
@@ -51,7 +51,7 @@ def rows_behind(
     return ids, Pass(positions, real, prefixes, kept)
 
 
-def tails_behind(
+def tails_after(
     batch: Sequence[Tail],
     head_length: int,
     head: KeysValues,
