@@ -308,7 +308,9 @@ def test_a_check_that_returns_nothing_is_an_error(path, use):
 
 def test_claims_that_fail_are_an_error(path, use):
     use(registered(integration(claims=lambda raw: raw["absent"])))
-    with pytest.raises(PluginError, match=r"'mine' of my-package .* failed when .*KeyError"):
+    with pytest.raises(
+        PluginError, match=r"'claims' of .*'mine' of my-package .* failed on .*KeyError"
+    ):
         check_config(path, data=False)
 
 
