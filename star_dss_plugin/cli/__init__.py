@@ -1,4 +1,4 @@
-"""Every command of `star-dss`; no other room imports this one."""
+"""Define the commands of `star-dss`; no other package imports this one."""
 
 from star_dss_plugin.cli.app import main
 

@@ -1,4 +1,4 @@
-"""The command line: `star-dss score`, `guards`, `report`, `evaluate`, `sft`, `check` and others.
+"""Assemble the command line: `star-dss score`, `guards`, `report`, `evaluate`, `sft` and others.
 
 Heavy imports stay inside the commands, so that `--help` and `plugins` answer at once.
 """
@@ -47,14 +47,15 @@ def main() -> None:
         _stop(str(error))
     except OSError as error:
         if error.errno in _NO_ROOM:
-            # What we write says so in its own words; this is what libraries keep on the side.
+            # Our own files raise an OutputError, so this is a cache or temporary file of a library.
             _stop(
-                f"{error} while a library wrote a file of its own. Free space, or name other "
-                "folders: HF_HOME, HF_DATASETS_CACHE, TMPDIR. Then start the same command again."
+                f"{error} while a library wrote a cache or temporary file. Free space, or set "
+                "other folders: HF_HOME, HF_DATASETS_CACHE, TMPDIR. Then start the same command "
+                "again."
             )
         named = [word for word in sys.argv[1:] if not word.startswith("-")]
         if not str(error.filename).startswith(tuple(named)):
-            raise  # nothing that the user has chosen: the traceback says more
+            raise  # the user has not named this file, so the traceback says more
         _stop(f"{error.filename}: {error.strerror}. Name another file or folder.")
 
 
@@ -111,10 +112,10 @@ def demo(
 
 
 def _host_command(name: str) -> Callable[..., Any]:
-    """Import what runs a command of an integration.
+    """Import the function that runs a command of an integration.
 
     Raises:
-        PluginError: Its host cannot be imported; the message says how to install it.
+        PluginError: No integration has the command, or its host cannot be imported.
     """
     from star_dss_plugin.plugins import load_plugins
 

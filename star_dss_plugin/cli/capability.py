@@ -1,4 +1,4 @@
-"""The command `star-dss capability`."""
+"""Define the command `star-dss capability`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def capability(
         Path, typer.Option("--output", "-o", help="The JSON file; replaced if it exists.")
     ] = Path("capability.json"),
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Only so many rows of each task.")
+        int | None, typer.Option(min=1, help="Most rows of each task; default: all.")
     ] = None,
     num_fewshot: Annotated[
         int | None, typer.Option(min=0, help="Examples before a question; default: the task's.")
@@ -45,7 +45,7 @@ def capability(
         bool, typer.Option("--chat-template", help="Questions become user turns.")
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 8,
-    seed: Annotated[int, typer.Option(help="Of the examples that are drawn.")] = 1234,
+    seed: Annotated[int, typer.Option(help="Seed for drawing the examples.")] = 1234,
     base: option.Base = None,
     device: option.Device = None,
     dtype: option.Dtype = "auto",

@@ -21,7 +21,7 @@ __all__ = ["check", "check_config"]
 def check(
     config: Annotated[Path, typer.Argument(help="A YAML for one of the host frameworks.")],
     data: Annotated[
-        bool, typer.Option(help="Load the data too, to estimate what the guard would read.")
+        bool, typer.Option(help="Load the data too, to estimate the tokens that a guard reads.")
     ] = True,
     integration: Annotated[
         str | None,
@@ -44,16 +44,16 @@ def check_config(path: Path, *, data: bool, integration: str | None = None) -> F
 
     Args:
         path: The file.
-        data: Whether to load and tokenize the data, to say what scoring it would ask of the guard.
-        integration: The name of the integration; None: the one that claims the file.
+        data: Whether to load and tokenize the data, to estimate the cost of scoring.
+        integration: The name of the integration; None is the one that claims the file.
 
     Returns:
-        What a run would do, and what would stop it.
+        Notes on a run, and problems that would stop it.
 
     Raises:
-        ConfigError: The file cannot be read, or not exactly one integration claims it.
-        PluginError: Its host framework is not installed, or the integration does not keep the
-            contract of `star_dss_plugin.hookspecs.Check`.
+        ConfigError: The file cannot be read, or no integration or several claim it.
+        PluginError: The host framework is not installed, or the integration's check does not
+            return `Findings`.
     """
     raw = _read(path)
     plugins = load_plugins()
@@ -62,14 +62,14 @@ def check_config(path: Path, *, data: bool, integration: str | None = None) -> F
         raise unknown_name("integration", name, known)
     host = plugins.host(name)
     what = f"{path} is a configuration for {name} and"
-    # What the run itself will import, first: it has to be there.
+    # Checked first, because a run cannot start without its trainer.
     plugins.of_host(name, host.integration.trainer, what)
     options = plugins.of_host(name, host.integration.options, what)
     checked = plugins.of_host(name, host.integration.check, what)(path, raw, data=data)
     if not isinstance(checked, Findings):
         raise PluginError(
             f"The check of the integration {name!r} returned {type(checked).__name__}, not "
-            "Findings, so nothing is known of this file. Report it to the integration's authors."
+            "Findings, so the file was not checked. Report it to the integration's authors."
         )
     if host.installed is not None and not host.supported:
         checked.notes.append(
@@ -114,9 +114,9 @@ def _choose(path: Path, raw: dict[str, Any], plugins: Plugins) -> str:
         )
     keys = ", ".join(raw) if raw else "nothing"
     raise ConfigError(
-        f"{path} has {keys}, by which no integration knows it as its own. Known are:\n{known}\n"
-        "Correct its keys, say which it is with --integration NAME, or install the plugin that "
-        "brings its integration (`star-dss plugins` lists those that are installed)."
+        f"{path} has {keys}, and no integration recognizes it by these. Known are:\n{known}\n"
+        "Correct its keys, name its integration with --integration NAME, or install the plugin "
+        "that has it (`star-dss plugins` lists those that are installed)."
     )
 
 

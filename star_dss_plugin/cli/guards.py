@@ -11,7 +11,7 @@ import typer
 
 from star_dss_plugin.cli import options as option
 from star_dss_plugin.tables import Sheet, terminal
-from star_dss_plugin.visible import visible, visible_line
+from star_dss_plugin.visible import visible
 
 __all__ = ["app"]
 
@@ -52,9 +52,9 @@ def guards(context: typer.Context, as_json: option.Json = False) -> None:
     console = terminal()
     console.print(Sheet(("guard", "licence", "gated", "size", "per prefix", "F1"), rows))
     console.print(
-        "\nper prefix: tokens of the guard's own words behind the response, read again for each "
-        "prefix; what prefixes share is read once. F1: of harmful whole responses, as published "
-        "(arXiv 2510.14276).\n"
+        "\nper prefix: tokens of the guard's own prompt after the response, computed again for "
+        "each prefix; tokens that prefixes share are computed once. F1: of harmful whole "
+        "responses, as published (arXiv 2510.14276).\n"
     )
     for entry in entries:
         console.print(visible(f"{entry.name}: {entry.summary}"))
@@ -66,10 +66,10 @@ def check(
     guard_device: option.GuardDevice = None,
     guard_dtype: option.GuardDtype = "auto",
     weights: Annotated[
-        bool, typer.Option(help="Load the weights and ask the two probes, too.")
+        bool, typer.Option(help="Load the weights and score the two probes.")
     ] = True,
 ) -> None:
-    """Show what a guard is asked, and check that its answers mean what they should."""
+    """Show a guard's prompt, and check its scores of a safe and an unsafe probe."""
     from star_dss_plugin.data.requests import PrefixRequest
     from star_dss_plugin.guards.base import announced
     from star_dss_plugin.guards.combined import leaves
@@ -89,7 +89,7 @@ def check(
         for what, found in (("safe", safe), ("unsafe", unsafe)):
             mass = "" if found.label_mass is None else f", label mass {found.label_mass[0]:.4f}"
             typer.echo(f"{what} probe: P(safe) = {found.scores[0]:.4f}{mass}")
-        typer.echo(f"{one.name}: tells the probes apart and answers in its own words")
+        typer.echo(f"{one.name}: rates the safe probe above the unsafe one")
 
 
 @app.command()
@@ -108,15 +108,16 @@ def calibrate(
     guard_dtype: option.GuardDtype = "auto",
     as_json: option.Json = False,
 ) -> None:
-    """Fit a temperature and a threshold on labelled responses, and say how good they are."""
+    """Fit a temperature and a threshold on labelled responses, and report how good they are."""
     from star_dss_plugin.data.reading import read_dataset
     from star_dss_plugin.data.writing import write_text
+    from star_dss_plugin.guards.base import announced
     from star_dss_plugin.guards.loading import load_guard
     from star_dss_plugin.report.figures import check_ready
     from star_dss_plugin.report.reliability import write_reliability
     from star_dss_plugin.scoring.calibration import fit_guard, labelled_rows
 
-    check_ready(output)  # before the guard is asked for hours
+    check_ready(output)  # before hours of scoring
     conversations, labels = labelled_rows(read_dataset(data, split))
     asked = load_guard(guard, device=guard_device, dtype=guard_dtype)
     found, _ = fit_guard(asked, conversations, labels)
@@ -128,8 +129,8 @@ def calibrate(
         return
     rows = [
         (name, *(f"{v:.3f}" for v in (values.brier, values.auroc, values.f1)))
-        for name, values in (("as it is", found.raw), ("calibrated, held out", found.calibrated))
+        for name, values in (("raw", found.raw), ("calibrated, held out", found.calibrated))
     ]
     headings = ("", "Brier", "AUROC", "F1 of harmful")
-    terminal().print(Sheet(headings, rows, title=visible_line(found.guard)))
+    terminal().print(Sheet(headings, rows, title=announced(found.guard, asked.demonstration)))
     typer.echo("calibration:\n" + json.dumps(found.as_dict()["calibration"]))

@@ -77,7 +77,7 @@ def init(
 
 
 class _Asker:
-    """Take what was given as flags, and ask for the rest where there is a terminal."""
+    """Return values given as flags, and prompt for missing ones if there is a terminal."""
 
     def __init__(self, given: dict[str, str | None]) -> None:
         self.given = given
@@ -88,7 +88,7 @@ class _Asker:
         """Return a checked answer.
 
         Raises:
-            StarDSSError: What was given is wrong, or something is missing and nobody can be asked.
+            StarDSSError: The flag's value is invalid, or it is missing and there is no terminal.
         """
         value = self.given[flag]
         if value is not None:
@@ -107,7 +107,7 @@ class _Asker:
 
 
 def _installed(plugins: Plugins) -> str | None:
-    """Return the first thing to write whose host is installed."""
+    """Return the first value of `--host` whose framework is installed; None without one."""
     return next((n for n, h in plugins.starters().items() if plugins.host(h).installed), None)
 
 
@@ -135,11 +135,11 @@ def _exists(path: Path) -> ConfigError:
 
 
 def _write_new(path: Path, text: str) -> None:
-    """Write a file that must not exist, whole or not at all.
+    """Write a new file; remove it again if it cannot be written completely.
 
     Raises:
-        ConfigError: It exists.
-        OutputError: It cannot be written.
+        ConfigError: The file exists.
+        OutputError: The file cannot be written.
     """
     from star_dss_plugin.data.writing import writing
 

@@ -1,4 +1,4 @@
-"""The command `star-dss landscape`."""
+"""Define the command `star-dss landscape`."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def landscape(
     ],
     prompts: Annotated[
         str,
-        typer.Option(help="What ought to be refused: a file with the column prompt, or demo."),
+        typer.Option(help="Prompts a safe model declines: file with the column prompt, or demo."),
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for the results; a killed run goes on.")
+        Path, typer.Option("--output", "-o", help="Folder; an interrupted run resumes from it.")
     ] = Path("landscape"),
     toward: Annotated[
         str | None, typer.Option(help="Another model: the points lie between the two.")
@@ -50,14 +50,14 @@ def landscape(
     radius: Annotated[
         float, typer.Option(help="Random directions: α from −radius to radius.")
     ] = 0.5,
-    seed: Annotated[int, typer.Option(help="Of the random directions.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random directions.")] = 0,
     judge: Annotated[
         str, typer.Option(help="refusal, or a guard: a registered one, or a JSON mapping.")
     ] = "refusal",
     threshold: Annotated[
         float, typer.Option(min=0, max=1, help="τ of a guard: a score of at least τ is safe.")
     ] = 0.5,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only so many prompts.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Most prompts; default: all.")] = None,
     max_new_tokens: option.MaxNewTokens = 64,
     batch_size: option.AnswerBatch = 16,
     base: option.Base = None,
@@ -185,15 +185,15 @@ def _show(found: Landscape, model: str, output: Path) -> None:
 class _Judged(NamedTuple):
     verdicts: Judge
     identity: Any
-    """Return the JSON values that the verdicts depend on."""
+    """JSON values that the verdicts depend on."""
     name: str
 
 
 def _judge(name: str, threshold: float, device: str | None) -> _Judged:
-    """Say which answers are safe.
+    """Return the judge with a name.
 
     Raises:
-        ConfigError: There is no such guard.
+        ConfigError: No guard has the name.
     """
     from star_dss_plugin.evaluate.refusal import is_refusal
     from star_dss_plugin.evaluate.verdicts import answer_scores

@@ -1,7 +1,6 @@
-"""Options that several commands share: one name, one type and one help text each.
+"""Define options that several commands share: one name, one type and one help text each.
 
-Defaults stay with the commands, where they can be read together; those of an options dataclass come
-from the dataclass (`flags_of`).
+Each command sets its own defaults. Flags of an options dataclass take its defaults (`flags_of`).
 """
 
 from __future__ import annotations
@@ -37,9 +36,9 @@ GuardDevice = Annotated[
 ]
 GuardDtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")]
 
-# Of models that are evaluated.
+# For models that are evaluated.
 Base = Annotated[
-    str | None, typer.Option(help="What adapters belong to, if their config is wrong here.")
+    str | None, typer.Option(help="Base model of adapters, in place of the one in their config.")
 ]
 Device = GuardDevice
 Dtype = Annotated[str, typer.Option(help="auto: as stored; float32, bfloat16, float16.")]
@@ -88,6 +87,6 @@ def flags_of(cls: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
 
 
 def _flag_type(hint: Any) -> Any:
-    """Return what the command line takes for a field: a mapping is given as JSON text."""
+    """Return the command-line type of a field: str for a mapping, which is given as JSON."""
     kinds = get_args(hint)
     return str | None if str in kinds and type(None) in kinds else hint

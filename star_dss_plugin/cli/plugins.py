@@ -86,7 +86,7 @@ def _verdict(host: Host) -> str:
 
 
 def _details(host: Host) -> str:
-    """Say what an integration brings, and how to install its host where it is missing."""
+    """Describe an integration's trainer and options, and how to install a missing host."""
     brings = host.integration
     line = f"{host.name}: {_shown(brings.trainer)}, options of {_shown(brings.options)}"
     if host.installed is None:

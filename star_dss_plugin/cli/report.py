@@ -1,4 +1,4 @@
-"""The commands `star-dss report` and `star-dss inspect`."""
+"""Define the commands `star-dss report` and `star-dss inspect`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from star_dss_plugin.validation import probability
 __all__ = ["inspect", "report"]
 
 _Scored = Annotated[
-    str, typer.Argument(help="What `star-dss score` wrote: a folder, or a .parquet or .jsonl file.")
+    str, typer.Argument(help="Output of `star-dss score`: a folder, or a .parquet or .jsonl file.")
 ]
 _Tokenizer = Annotated[
     str | None,
-    typer.Option(help="Id or folder of the model it was scored for; default: as the data notes."),
+    typer.Option(help="Id or folder of the model it was scored for; default: from the data."),
 ]
 _Threshold = Annotated[float, typer.Option(help="τ in [0, 1]: scores below it count as unsafe.")]
 
@@ -33,9 +33,9 @@ def report(
     threshold: _Threshold = 0.5,
     source: Annotated[
         str | None,
-        typer.Option(help="Column that says where rows come from; default: 'source', if any."),
+        typer.Option(help="Column with the source of each row; default: 'source', if any."),
     ] = None,
-    blur: Annotated[bool, typer.Option("--blur", help="Blur text until it is asked for.")] = False,
+    blur: Annotated[bool, typer.Option("--blur", help="Blur text until it is revealed.")] = False,
     no_text: Annotated[
         bool, typer.Option("--no-text", help="Leave all text of the data out of the file.")
     ] = False,

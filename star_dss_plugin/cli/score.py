@@ -1,4 +1,4 @@
-"""`star-dss score`: score every prefix of every response, in this process, in shards or on Ray."""
+"""Define `star-dss score`: score every prefix of every response, locally, in shards or on Ray."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def score(
     ] = None,
     split: option.Split = "train",
     shard_rows: Annotated[
-        int | None, typer.Option(min=1, help="Write parquet shards of so many rows (resumable).")
+        int | None, typer.Option(min=1, help="Write parquet shards of this many rows (resumable).")
     ] = None,
     ray: Annotated[bool, typer.Option("--ray", help="Make the shards on a Ray cluster.")] = False,
     address: Annotated[
@@ -41,14 +41,14 @@ def score(
         bool,
         typer.Option(
             "--assistant-only-loss",
-            help="Train what the chat template marks as generated, as TRL's option does.",
+            help="Train the tokens that the chat template marks as generated, as in TRL.",
         ),
     ] = False,
     num_proc: Annotated[
         int, typer.Option(min=1, help="Processes that render and tokenize rows.")
     ] = 1,
     per_guard: Annotated[
-        bool, typer.Option("--per-guard", help="A column for each guard of several, too.")
+        bool, typer.Option("--per-guard", help="Also write a column for each guard of an ensemble.")
     ] = False,
     quiet: option.Quiet = False,
 ) -> None:

@@ -1,4 +1,4 @@
-"""Keep one HTTP connection to a server that may answer anything, and end each request in time."""
+"""Send HTTP requests to an untrusted server, with limits on each answer's time and size."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["Answer", "Connection"]
 
 
 class Answer(NamedTuple):
-    """What a server answered.
+    """Hold a server's answer.
 
     Attributes:
         status: The HTTP status.
-        retry_after: The header of this name; "" if there is none.
-        body: All bytes, as they came.
+        retry_after: The Retry-After header; "" if there is none.
+        body: The undecoded bytes.
     """
 
     status: int
@@ -31,7 +31,7 @@ class Answer(NamedTuple):
         """Return the body as a JSON object.
 
         Raises:
-            ValueError: It is something else, or nested too deep.
+            ValueError: The body is not a JSON object, or is nested too deep.
         """
         try:
             found = json.loads(self.body)
@@ -43,20 +43,21 @@ class Answer(NamedTuple):
 
 
 class Connection:
-    """One connection, used by one thread.
+    """Send requests over one connection, from one thread.
 
     Args:
-        url: Base of all requests.
-        headers: Sent with each request. Compressed answers are never asked for.
-        timeout: Seconds from the beginning of a request to the last byte of its answer.
+        url: Base URL of all requests.
+        headers: Sent with each request, besides a header that asks for uncompressed answers.
+        timeout: Seconds from the start of a request to the last byte of its answer.
     """
 
     def __init__(self, url: str, headers: Mapping[str, str], timeout: float) -> None:
         self._timeout = timeout
         self._socket: socket.socket | None = None
-        self._late = False
+        self._timed_out = False
+        # Changes when a request starts and ends, so that an old timer never cuts a new request.
         self._request = 0
-        self._changing = threading.Lock()
+        self._cutting = threading.Lock()
         self._client = httpx2.Client(
             base_url=url,
             headers={**headers, "Accept-Encoding": "identity"},
@@ -68,32 +69,32 @@ class Connection:
         """Send a request and return its whole answer.
 
         Args:
-            method: Of HTTP.
-            path: Below the base.
-            body: Sent as JSON, unless it is None.
-            max_bytes: The longest answer that is read.
+            method: HTTP method.
+            path: Path below the base URL.
+            body: Sent as JSON; None sends no body.
+            max_bytes: Largest accepted size of the answer.
 
         Raises:
-            httpx2.RequestError: The connection failed, or the answer was not there in time.
-            ValueError: The answer is too long, or compressed: a few kB could fill any memory.
+            httpx2.RequestError: The connection failed, or the answer was not complete in time.
+            ValueError: The answer is too large, or compressed (a few kB could expand to gigabytes).
         """
         self._request += 1
-        self._late = False
-        # Timeouts of the client are those of single reads; a server can send a byte at a time.
+        self._timed_out = False
+        # The client's timeout applies to each read, and a server can send one byte at a time.
         timer = threading.Timer(self._timeout, self._cut, [self._request])
         timer.daemon = True
         timer.start()
         try:
             return self._ask(method, path, body, max_bytes)
         except (httpx2.RequestError, ValueError) as error:
-            if self._late:
+            if self._timed_out:
                 raise httpx2.ReadTimeout(
                     f"the answer was not complete after {self._timeout:g} s"
                 ) from error
             raise
         finally:
             timer.cancel()
-            with self._changing:
+            with self._cutting:
                 self._request += 1
 
     def _ask(self, method: str, path: str, body: Any, max_bytes: int) -> Answer:
@@ -108,13 +109,13 @@ class Connection:
                 data += chunk
                 if len(data) > max_bytes:
                     raise ValueError(f"it has more than {max_bytes} bytes")
-            if self._late:
+            if self._timed_out:
                 raise ValueError("cut off")
             retry_after = response.headers.get("Retry-After", "")
             return Answer(response.status_code, retry_after, bytes(data))
 
     def close(self) -> None:
-        """Close the connection; a request that is under way fails."""
+        """Close the connection; a request in flight fails."""
         self._cut(self._request)
         self._client.close()
         if self._socket is not None:
@@ -125,13 +126,13 @@ class Connection:
             opened = info["return_value"].get_extra_info("socket")
             if self._socket is not None:
                 self._socket.close()
-            # A copy: TLS takes the socket itself over.
+            # A duplicate, because TLS takes over the socket itself.
             self._socket = opened.dup()
 
     def _cut(self, request: int) -> None:
-        """End a request that is still under way: its thread then reads the end of the answer."""
-        with self._changing:
+        """Shut the socket down if `request` is in flight, so that its thread stops reading."""
+        with self._cutting:
             if request == self._request and self._socket is not None:
-                self._late = True
+                self._timed_out = True
                 with contextlib.suppress(OSError):
                     self._socket.shutdown(socket.SHUT_RDWR)

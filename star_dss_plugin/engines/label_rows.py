@@ -18,8 +18,8 @@ def longest_first(prompts: SharedPrompts) -> list[int]:
     """Return the indices of the distinct prompts of one response, the longest first.
 
     The longest prompt fills the engine's prefix cache, so each other prompt computes only the
-    tokens in which it differs. With the shortest first, every prompt would also compute a piece of
-    the response.
+    tokens after their common prefix. With the shortest first, every prompt would also compute a
+    piece of the response.
     """
     first = {piece: i for i, piece in reversed(list(enumerate(prompts.pieces)))}
     lengths = prompts.lengths()
@@ -52,12 +52,12 @@ def label_row(logprobs: Mapping[int, float], label_ids: Sequence[int]) -> list[f
 
 
 def rows_of(prompts: SharedPrompts, known: Mapping[int, list[float]], labels: int) -> Tensor:
-    """Return the rows of a group's prompts in their order, float32, shape (prompts, labels).
+    """Return the rows of a group's prompts in order, float32, shape (prompts, labels).
 
     Args:
-        prompts: The prompts.
-        known: The rows of the distinct ones, by index.
-        labels: The number of labels.
+        prompts: The prompts of a group; equal ones get the same row.
+        known: The row of each distinct prompt, by index.
+        labels: Number of labels.
     """
     by_piece = {prompts.pieces[i]: row for i, row in known.items()}
     rows = [by_piece[piece] for piece in prompts.pieces]

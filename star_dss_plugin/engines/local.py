@@ -1,10 +1,12 @@
 """Compute label probabilities with a model in this process, with each shared prefix run once.
 
-Head, trunks and tails (`tree.py`) run one after the other. Each attends to the stored keys and
-values of what precedes it (`passes.py`, `attention.py`), at its true positions. Each query meets
-the same keys and values as in a pass over its whole prompt, so the result equals that pass up to
-rounding, however the tokenizer merges characters at a boundary. Models for which this does not
-hold (`trial.py`) get one pass per prompt, and a warning gives the reason.
+Prompts are split into one head that all share, one trunk per response and one tail per prompt
+(`tree.py`). These run in that order. Each attends to the KV cache of its prefix (`passes.py`,
+`attention.py`), at its true position ids. Every query therefore sees the same keys and values as in
+a forward pass over the whole prompt, and the logits are equal up to rounding. Prompts are split
+between tokens, so it does not matter how the tokenizer merges characters at a boundary. If a trial
+(`trial.py`) shows that a model gives other logits, every prompt gets its own forward pass, and a
+warning gives the reason.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ from star_dss_plugin.engines.shared_prefix.attention import KeysValues, Pass, ru
 from star_dss_plugin.engines.shared_prefix.passes import (
     first_tokens,
     padded,
-    rows_behind,
-    tails_behind,
+    rows_after,
+    tails_after,
 )
 from star_dss_plugin.engines.shared_prefix.recording import blocks_of, recording
 from star_dss_plugin.engines.shared_prefix.savings import LastLayer, OneDnnLinear
@@ -39,7 +41,7 @@ from star_dss_plugin.engines.shared_prefix.tree import (
     first_batch,
     grow,
 )
-from star_dss_plugin.engines.shared_prefix.trial import fixed_rope_length, why_not
+from star_dss_plugin.engines.shared_prefix.trial import fixed_rope_length, unsupported_reason
 from star_dss_plugin.engines.shared_prompts import SharedPrompts
 from star_dss_plugin.errors import DataError, GuardError
 
@@ -101,7 +103,7 @@ class LocalEngine:
                     f"Prompt {of_group.index(0)} of group {number} is empty. Give it at least one "
                     "token."
                 )
-        longest = max((most for of_group in lengths for most in of_group), default=0)
+        longest = max((length for of_group in lengths for length in of_group), default=0)
         with self._lock:
             reason = self._plain_path_reason
             if reason is None and longest > self._fixed_rope_length:
@@ -125,15 +127,17 @@ class LocalEngine:
     ) -> list[Tensor]:
         """Return hidden states at some positions of token sequences, from one causal pass.
 
-        What all sequences begin with runs once, and blocks above the last one asked for do not run.
+        The common prefix of the sequences runs once. Blocks above the highest requested one do not
+        run.
 
         Args:
-            sequences: Token ids, each at least one.
-            positions: For each sequence the positions, from 0, that are read.
-            blocks: Numbers of blocks, from 0 and without the last one, behind which they are read.
+            sequences: Token ids, at least one per sequence.
+            positions: For each sequence the positions to read, from 0.
+            blocks: Indices of the blocks whose output is read, from 0. The last block is not
+                allowed: it computes its last column only.
 
         Returns:
-            Per sequence a float32 tensor on the CPU, (positions, blocks, size).
+            Per sequence a float32 tensor on the CPU, shape (positions, blocks, hidden size).
         """
         with self._lock:
             whole = self._plain_path_reason is not None or (
@@ -150,7 +154,7 @@ class LocalEngine:
         whole: bool,
     ) -> list[Tensor]:
         rows = [tuple(sequence) for sequence in sequences]
-        # A position that is read does not belong to the head.
+        # The head ends before the first position that is read, because its states are not recorded.
         first = min((min(read) for read in positions), default=0)
         start = 0 if whole or len(rows) < 2 else min(common_length(rows), first)
         head = self._run_head(rows[0][:start]) if start else {}
@@ -173,9 +177,9 @@ class LocalEngine:
     def _run_rows(
         self, rows: Sequence[Sequence[int]], start: int, head: KeysValues, whole: bool
     ) -> None:
-        """Run rows behind a head of `start` tokens, without keeping anything."""
+        """Run rows after a head of `start` tokens; only forward hooks see the states."""
         if not whole:
-            self._forward(*rows_behind(rows, start, head, self.model.device))
+            self._forward(*rows_after(rows, start, head, self.model.device))
             return
         ids, real = padded(rows, self.model.device)
         last = {"logits_to_keep": 1} if "logits_to_keep" in self._parameters else {}
@@ -233,7 +237,7 @@ class LocalEngine:
         tails.sort(key=_prompt_length)
 
         def logprobs(batch: list[Tail]) -> Tensor:
-            # Written out only now: all prompts of a long response do not fit into memory.
+            # Built batch by batch, because all prompts of a long response do not fit into memory.
             return self._whole_logprobs(
                 [trees[t.group].trunk[: t.shared] + t.tokens for t in batch]
             )
@@ -245,10 +249,10 @@ class LocalEngine:
     ) -> Iterator[tuple[list[Tail], Tensor]]:
         """Yield batches of tails and their log-probabilities (the shared-prefix path).
 
-        The head runs first, then batches of trunks; each batch is followed by the tails behind it.
+        The head runs first, then the trunks in batches, each batch followed by its tails.
         """
-        some = next(iter(trees.values()), None)
-        head = self._run_head(some.trunk[:head_length] if some else ())
+        first = next(iter(trees.values()), None)
+        head = self._run_head(first.trunk[:head_length] if first else ())
         ordered = sorted(trees.values(), key=lambda tree: len(tree.trunk))
         for run, trunks in self._in_batches(
             ordered,
@@ -264,7 +268,7 @@ class LocalEngine:
 
             def logprobs(batch: list[Tail], trunks: dict[int, KeysValues] = trunks) -> Tensor:
                 """Return log-probabilities after B tails, shape (B, vocabulary)."""
-                ids, current = tails_behind(batch, head_length, head, trunks, self.model.device)
+                ids, current = tails_after(batch, head_length, head, trunks, self.model.device)
                 return self._forward(ids, current).float().log_softmax(-1)
 
             yield from self._in_batches(
@@ -272,24 +276,24 @@ class LocalEngine:
             )
 
     def _run_head(self, tokens: tuple[int, ...]) -> KeysValues:
-        """Return keys and values of the head; an unchanged head is not computed again."""
+        """Return the head's keys and values, computed only if the head has changed."""
         if self._head[0] != tokens:
             kept: KeysValues = {}
             if tokens:
-                self._forward(*rows_behind([tokens], 0, {}, self.model.device, kept))
+                self._forward(*rows_after([tokens], 0, {}, self.model.device, kept))
             self._head = (tokens, kept)
         return self._head[1]
 
     def _run_trunks(
         self, trees: Sequence[Tree], head_length: int, head: KeysValues
     ) -> dict[int, KeysValues]:
-        """Return the keys and values of each tree's trunk behind the head, by group."""
+        """Return the keys and values of each tree's trunk after the head, by group."""
         rest = [tree.trunk[head_length:] for tree in trees]
         groups = [tree.tails[0].group for tree in trees]
         if not any(rest):
             return {group: {} for group in groups}
         kept: KeysValues = {}
-        self._forward(*rows_behind(rest, head_length, head, self.model.device, kept))
+        self._forward(*rows_after(rest, head_length, head, self.model.device, kept))
         return {
             group: first_tokens(kept, len(tokens), row)
             for row, (group, tokens) in enumerate(zip(groups, rest, strict=True))
@@ -341,14 +345,14 @@ class LocalEngine:
         computed: Callable[[Item], int],
         length: Callable[[Item], int],
     ) -> Iterator[tuple[list[Item], Found]]:
-        """Run items in their order, as many at a time as memory allows; yield each batch's result.
+        """Run items in order, as many per batch as memory allows; yield each batch and its result.
 
         Args:
-            items: What is run.
-            run: Runs a batch of them.
+            items: The items to run.
+            run: Runs one batch.
             computed: Returns the number of tokens that an item computes.
-            length: Returns the number of its tokens, with those that are stored. Items whose
-                rotary frequencies change with the batch run alone.
+            length: Returns the number of an item's tokens, cached ones included. An item whose
+                rotary frequencies depend on the batch runs alone.
         """
         left = list(items)
         while left:
@@ -387,7 +391,7 @@ class LocalEngine:
             # A separate engine, so that counters and the stored head of this one stay unchanged.
             trial = LocalEngine(self.model)
             trial._block_sparse, trial._last_layer = sparse, last
-            reason = why_not(self.model, list(self._parameters), trial._compute)
+            reason = unsupported_reason(self.model, list(self._parameters), trial._compute)
             if reason is None:
                 if self._block_sparse and not sparse:
                     self._warn_of_dense(reasons[0])

@@ -33,7 +33,7 @@ _RESERVED_OPTIONS = (  # set by the guard, or required for correct scores
     "logprobs_mode",
     "enable_prefix_caching",
 )
-_RESOURCES = frozenset(  # how much is held where, which changes no score
+_RESOURCES = frozenset(  # settings of memory, storage and logs, which change no score
     {
         "gpu_memory_utilization",
         "kv_cache_memory_bytes",
@@ -53,7 +53,7 @@ class EngineChoice:
 
     Attributes:
         kind: "local", "vllm" or "server".
-        url: Address of the server, without a trailing slash; empty for the others.
+        url: Address of the server, without a trailing slash; empty for other engines.
         options: The given options: arguments of `vllm.LLM`, or of `ServerEngine`.
     """
 
@@ -64,7 +64,7 @@ class EngineChoice:
     def identity(self, model: str) -> dict[str, Any]:
         """Return the entries of the guard's identity for settings that can change a score.
 
-        The address of a server is no such setting, so cached scores stay valid when it moves.
+        A server's address is left out, so that cached scores stay valid when the server moves.
         """
         if self.kind == "local":
             return {}
@@ -77,7 +77,7 @@ class EngineChoice:
     def check_installed(self) -> None:
         """Raise a ConfigError if a required package is missing.
 
-        Only processes that score need the package, so only they call this.
+        It is called when a guard is built, because only processes that score need the package.
         """
         if self.kind == "local":
             return
@@ -181,8 +181,8 @@ def _checked_url(url: str) -> str:
     """Return the address without a trailing slash.
 
     Raises:
-        ConfigError: It has no host, or it carries credentials, a query or a fragment; the message
-            does not repeat the address then.
+        ConfigError: The address has no host, or it has credentials, a query or a fragment. The
+            message does not repeat the address, which may hold a secret.
     """
     try:
         parts = urlsplit(url)

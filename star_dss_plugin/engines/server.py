@@ -1,8 +1,9 @@
 """Fetch label probabilities from a server with OpenAI's completions API, such as `vllm serve`.
 
-Prompts are sent as token ids, the longest of a response first, a few requests at a time. A request
-that fails for a transient reason (429, 5xx, a lost connection, a timeout) is sent again after
-growing waits. The key comes from the environment and appears in no message, log or provenance.
+Prompts are sent as token ids, the longest of a response first, in a few concurrent requests. A
+request that fails for a transient reason (429, 5xx, a lost connection, a timeout) is retried with
+exponential backoff. The API key comes from the environment and appears in no message, log or
+provenance.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ __all__ = ["ServerEngine"]
 
 logger = logging.getLogger(__name__)
 
-_TRANSIENT_STATUSES = {408, 409, 425, 429}  # transient, as are all of 500 to 599
-_PROMPT_STATUSES = {400, 413, 422}  # caused by one prompt (too long, say); others concern all
+_TRANSIENT_STATUSES = {408, 409, 425, 429}  # and 500 to 599
+_PROMPT_STATUSES = {400, 413, 422}  # caused by one prompt (too long, say), not by all requests
 _MAX_WAIT_SECONDS = 30.0
 _ANSWER_BYTES = 1 << 20
-_PROMPT_BYTES = 1 << 16  # for each prompt, beside that
+_PROMPT_BYTES = 1 << 16  # added for each prompt of the request
 _SHOWN_MODELS = 5
 _TOKEN_ID = re.compile(r"(?:token_id:)?([0-9]{1,9})")
 _RETRIES_AT_START = 2  # report an unreachable server soon
@@ -93,7 +94,7 @@ class ServerEngine:
                 "cannot carry. Set it to the key alone."
             )
         self._counting = threading.Lock()
-        # One event per call, so that requests abandoned by an earlier call stay abandoned.
+        # One event per call, so that a new call does not revive the requests of a stopped one.
         self._stops: set[threading.Event] = set()
         self._closed = False
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="star-dss-server")
@@ -120,14 +121,14 @@ class ServerEngine:
         known: list[dict[int, list[float]]] = [{} for _ in groups]
         with self._stoppable() as stop:
             futures = [
-                self._pool.submit(self._complete, number, shared[number], some, label_ids, stop)
-                for number, some in parts
+                self._pool.submit(self._complete, number, shared[number], indices, label_ids, stop)
+                for number, indices in parts
             ]
             try:
-                for (number, some), future in zip(parts, futures, strict=True):
-                    known[number].update(zip(some, future.result(), strict=True))
+                for (number, indices), future in zip(parts, futures, strict=True):
+                    known[number].update(zip(indices, future.result(), strict=True))
             except BaseException:
-                stop.set()  # the results of the others are not needed: no retries
+                stop.set()  # the call has failed, so its other requests need no retries
                 for future in futures:
                     future.cancel()
                 raise
@@ -147,7 +148,7 @@ class ServerEngine:
 
     @contextlib.contextmanager
     def _stoppable(self) -> Iterator[threading.Event]:
-        """Give a call the event that `close` sets, and say so if that ended it.
+        """Yield an event that `close` sets, at which a call stops its retries.
 
         Raises:
             GuardError: The engine was closed before the call or while it ran.
@@ -174,7 +175,7 @@ class ServerEngine:
         )
 
     def _connection(self) -> Connection:
-        """Return this thread's connection, which is opened on first use."""
+        """Return this thread's connection, opened on first use."""
         if not hasattr(self._thread, "connection"):
             url = self._url if self._url.endswith("/v1") else f"{self._url}/v1"
             headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
@@ -211,12 +212,12 @@ class ServerEngine:
         self,
         number: int,
         group: SharedPrompts,
-        some: Sequence[int],
+        indices: Sequence[int],
         label_ids: Sequence[int],
         stop: threading.Event,
     ) -> list[list[float]]:
-        """Return the labels' log-probabilities after some prompts; `stop` ends the retries."""
-        prompts = [group[i] for i in some]
+        """Return the labels' log-probabilities after prompts of group `number`, in one request."""
+        prompts = [group[i] for i in indices]
         body = {
             "model": self._model,
             "prompt": prompts,
@@ -246,7 +247,7 @@ class ServerEngine:
                 f"it was sent {expected} in {len(prompts)}. It changes prompts: start it without "
                 "truncation and with the guard's own model."
             )
-        # Each prompt has one answer: none is there twice, which would be in another's place.
+        # A repeated number would leave another prompt without its answer.
         if any(type(i) is not int for i in found) or set(found) != set(range(len(prompts))):
             raise GuardError(
                 f"The server at {self._url} numbers its answers "
@@ -263,10 +264,10 @@ class ServerEngine:
         number: int | None,
         stop: threading.Event,
     ) -> Any:
-        """Send a request, with retries, and return its JSON object."""
+        """Send a request, with retries until `stop` is set, and return the answer's JSON object."""
         for attempt in range(retries + 1):
             self._count_request()
-            after = ""
+            retry_after = ""
             try:
                 answer = self._connection().ask(method, path, body, _max_bytes(body))
                 if 200 <= answer.status < 300:
@@ -276,14 +277,14 @@ class ServerEngine:
             except ValueError as error:
                 problem = self._shown(f"its answer is damaged ({error})")
             else:
-                after = answer.retry_after
+                retry_after = answer.retry_after
                 said = self._shown(answer.body.decode("utf-8", "replace"))
                 problem = f"status {answer.status}: {said}"
                 if answer.status not in _TRANSIENT_STATUSES and answer.status < 500:
                     raise self._refusal_error(answer.status, problem, number)
             if attempt == retries:
                 break
-            wait = _wait(attempt, after)
+            wait = _wait(attempt, retry_after)
             logger.warning(
                 "The server at %s: %s. Trying again in %.1f s.", self._url, problem, wait
             )
@@ -311,9 +312,10 @@ class ServerEngine:
         )
 
     def _shown(self, text: str) -> str:
-        """Return text from the server on one line, with the API key masked: some repeat it.
+        """Return text from the server on one line, with the API key masked.
 
-        It is truncated after the masking, which would not recognize half of a key.
+        Some servers repeat the key. Masking comes before truncation, because it would not recognize
+        half of a key.
         """
         return visible_line(text.replace(self._key, "***") if self._key else text, 500)
 
@@ -334,7 +336,7 @@ def _token_logprobs(listed: Any) -> dict[int, float]:
 
 
 def _max_bytes(body: Any) -> int:
-    """Return the longest answer that is read: many times what `vllm serve` sends."""
+    """Return the size limit of an answer, many times the size that `vllm serve` sends."""
     prompts = len(body["prompt"]) if body else 0
     return _ANSWER_BYTES + prompts * _PROMPT_BYTES
 

@@ -1,4 +1,4 @@
-"""Hold prompts that begin alike in the memory of one of them and of their different ends."""
+"""Store prompts that share prefixes as one token sequence, and a suffix for each prompt."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ __all__ = ["SharedPrompts", "common_length"]
 
 
 class SharedPrompts(Sequence[list[int]]):
-    """Prompts about one response: pieces of one trunk, each with an end of its own.
+    """Hold the prompts about one response, each a prefix of a common trunk and a suffix of its own.
 
-    A response of n chunks has n prompts, each about as long as the response. Written out they take
-    memory that grows with the square of its length, so each is made when it is asked for.
+    A response of n chunks has n prompts, each about as long as the response. As lists they would
+    take memory quadratic in its length, so a prompt is built only when it is indexed.
 
     Args:
-        trunk: Token ids that prompts begin with.
-        kept: For each prompt how many first tokens of the trunk it has.
-        ends: For each prompt the tokens behind those.
+        trunk: Token ids whose prefixes begin the prompts.
+        kept: For each prompt the length of that prefix.
+        ends: For each prompt the suffix after it.
 
     Attributes:
-        trunk: As given.
-        pieces: For each prompt the largest number of first tokens that it shares with the trunk,
-            and the tokens behind them. Equal pieces are equal prompts.
+        trunk: As given, as a tuple.
+        pieces: For each prompt (kept, end), with the prefix as long as possible: equal prompts have
+            equal pieces.
     """
 
     def __init__(
@@ -42,17 +42,17 @@ class SharedPrompts(Sequence[list[int]]):
 
     @classmethod
     def of(cls, prompts: Sequence[Sequence[int]]) -> SharedPrompts:
-        """Return prompts that are written out; shared ones as they are."""
+        """Share the prefixes of prompts given as lists; return a `SharedPrompts` as it is."""
         if isinstance(prompts, SharedPrompts):
             return prompts
         return cls(max(prompts, key=len, default=()), [0] * len(prompts), prompts)
 
-    def framed(self, before: Sequence[int], behind: Sequence[int]) -> SharedPrompts:
-        """Return the same prompts with tokens before and behind each of them."""
+    def framed(self, before: Sequence[int], after: Sequence[int]) -> SharedPrompts:
+        """Return the prompts with the same tokens added before and after each."""
         return SharedPrompts(
             (*before, *self.trunk),
             [len(before) + kept for kept, _ in self.pieces],
-            [(*end, *behind) for _, end in self.pieces],
+            [(*end, *after) for _, end in self.pieces],
         )
 
     def __len__(self) -> int:
@@ -76,29 +76,30 @@ class SharedPrompts(Sequence[list[int]]):
         return [kept + len(end) for kept, end in self.pieces]
 
     def part(self, index: int, start: int, stop: int | None = None) -> tuple[int, ...]:
-        """Return the tokens of one prompt from `start` on, up to `stop`."""
+        """Return the tokens `start:stop` of one prompt, without building the whole prompt."""
         kept, end = self.pieces[index]
         stop = kept + len(end) if stop is None else stop
-        behind = end[max(0, start - kept) : max(0, stop - kept)]
-        return self.trunk[start : min(kept, stop)] + behind
+        own = end[max(0, start - kept) : max(0, stop - kept)]
+        return self.trunk[start : min(kept, stop)] + own
 
     def common(self, one: int, other: int) -> int:
-        """Return the number of first tokens that two prompts share."""
+        """Return the length of the common prefix of two prompts."""
         (a, of_one), (b, of_other) = self.pieces[one], self.pieces[other]
-        # Where one leaves the trunk, the other goes on with it.
+        # If a != b, one prompt leaves the trunk at min(a, b) and the other still follows it.
         return min(a, b) if a != b else a + common_length(of_one, of_other)
 
     def order(self, index: int) -> tuple[int, int, tuple[int, ...]]:
-        """Return a key that sorts prompts as their tokens do."""
+        """Return a key that sorts prompts in the lexicographic order of their tokens."""
         kept, end = self.pieces[index]
         if kept == len(self.trunk):
             return 1, 0, end
-        # It leaves the trunk downwards or upwards: the earlier, the further out.
+        # A prompt that leaves the trunk with a smaller token (or ends) sorts before it, else after
+        # it; the earlier it leaves, the further from the trunk.
         return (2, -kept, end) if end and end[0] > self.trunk[kept] else (0, kept, end)
 
 
 def common_length(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return the number of first tokens that two sequences share."""
+    """Return the length of the common prefix of two sequences."""
     length, most = 0, min(len(one), len(other))
     while length < most and one[length] == other[length]:
         length += 1

@@ -1,9 +1,9 @@
 """Compute label probabilities with vLLM in this process, for large guards and data sets.
 
-vLLM gets token ids, so its prompts equal those of `local` token by token. It generates one token
-per prompt and reports the log-softmax over the whole vocabulary at the label ids
+vLLM gets token ids, so its prompts equal those of engine `local` token by token. It generates one
+token per prompt and reports the log-softmax over the whole vocabulary at the label ids
 (`logprob_token_ids`, raw log-probabilities). So labels need not be among the likeliest tokens, and
-the label mass is exact. vLLM's prefix cache serves the tokens that prompts of a response share.
+the label mass is exact. Tokens that prompts of a response share come from vLLM's prefix cache.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from star_dss_plugin.errors import ConfigError, GuardError
 __all__ = ["VllmEngine"]
 
 _CALL_TOKENS = 1 << 24
-"""Prompt tokens that are handed to vLLM at a time: 128 MB of numbers here. Only the prompts of very
-long responses are more."""
+"""Largest number of prompt tokens in one call of vLLM: 128 MB in Python lists. Only very long
+responses exceed it."""
 
 
 class VllmEngine:
@@ -73,8 +73,8 @@ class VllmEngine:
         shared = [SharedPrompts.of(group) for group in groups]
         ordered = [longest_first(group) for group in shared]
         longest = int(self._llm.model_config.max_model_len) - 1
-        for number, (group, some) in enumerate(zip(shared, ordered, strict=True)):
-            if some and (tokens := len(group[some[0]])) > longest:
+        for number, (group, indices) in enumerate(zip(shared, ordered, strict=True)):
+            if indices and (tokens := len(group[indices[0]])) > longest:
                 raise GuardError(
                     f"A prompt of {tokens} tokens does not fit the {longest} that vLLM "
                     "has room for (max_model_len, less the generated token). Raise "
@@ -115,7 +115,7 @@ class VllmEngine:
             raise GuardError("vLLM answered another prompt than the one that was sent.")
         self.prompt_tokens += len(prompt)
         self.cached_tokens += output.num_cached_tokens or 0
-        # One dict per generated token. It holds the requested ids and the generated token itself.
+        # One dict per generated token, with the requested ids and the generated token itself.
         [found] = output.outputs[0].logprobs
         return label_row({i: entry.logprob for i, entry in found.items()}, label_ids)
 
@@ -123,12 +123,12 @@ class VllmEngine:
 def _calls(
     groups: Sequence[SharedPrompts], ordered: Sequence[Sequence[int]]
 ) -> Iterator[list[tuple[int, int]]]:
-    """Yield (group, prompt) in their order, as many as are written out at a time."""
+    """Yield the (group, prompt) indices of each call, of at most `_CALL_TOKENS` or one prompt."""
     call: list[tuple[int, int]] = []
     tokens = 0
-    for number, (group, some) in enumerate(zip(groups, ordered, strict=True)):
+    for number, (group, indices) in enumerate(zip(groups, ordered, strict=True)):
         lengths = group.lengths()
-        for i in some:
+        for i in indices:
             if call and tokens + lengths[i] > _CALL_TOKENS:
                 yield call
                 call, tokens = [], 0

@@ -61,8 +61,8 @@ class AnswerFile:
             self.known = {str(e["key"]): str(e["answer"]) for e in read_lines(path)}
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"{path} is not what an evaluation writes there ({error!r}). Remove it, and its "
-                "answers are asked for again."
+                f"{path} is not a file of answers that an evaluation has written ({error!r}). "
+                "Remove it; the answers are then generated again."
             ) from error
 
     def add(self, key: str, answer: str) -> None:

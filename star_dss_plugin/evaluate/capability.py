@@ -1,8 +1,7 @@
 """Measure capability with lm-eval (the EleutherAI harness), used as a library.
 
-Tasks are those of lm-eval, by name, if the Hub can be reached, and files of two formats, which
-lm-eval reads by the task definitions in `tasks/`. All numbers, standard errors included, are
-computed by lm-eval.
+Tasks are lm-eval's own, by name, whose data comes from the Hub, or local files of two formats, for
+which `tasks/` has task definitions. lm-eval computes all numbers, standard errors included.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ class Measured:
     """Includes lm-eval's filter, if there is one: "exact_match (strict-match)"."""
     shots: int | None
     rows: int | None
-    """Number of rows that were asked; None for a group of tasks."""
+    """Number of evaluated rows; None for a group of tasks."""
     values: tuple[tuple[float, float | None] | None, ...]
     """For each model the value and lm-eval's standard error; None if the model has no value."""
 
@@ -85,12 +84,14 @@ def open_tasks(
     *,
     num_fewshot: int | None = None,
 ) -> Iterator[Tasks]:
-    """Find, check and load tasks before any model is loaded; a context, as tasks need files.
+    """Find, check and load tasks, before any model is loaded.
+
+    It is a context manager, because lm-eval reads the tasks from temporary files.
 
     Args:
         names: Tasks, groups or tags of lm-eval; their data comes from the Hub.
         data: Maps a name to a .jsonl file with `prompt`, `choices`, `answer` (the index of the
-            right choice), or with `prompt`, `response`, `answer` (the end of the response, behind
+            right choice), or with `prompt`, `response`, `answer` (the end of the response, after
             "####"). The task is called `file:NAME`.
         num_fewshot: Examples before each question, to check that the files have enough rows.
 
@@ -112,8 +113,7 @@ def open_tasks(
             definition = _definition(name, path, num_fewshot)
             text = yaml.safe_dump(definition, allow_unicode=True)
             (Path(folder) / f"{number}.yaml").write_text(text, encoding="utf-8")
-        # Indexing lm-eval's thousands of definitions takes seconds; tasks from files need none of
-        # them.
+        # Indexing lm-eval's thousands of definitions takes seconds, and local files need none.
         manager = TaskManager(include_path=folder, include_defaults=bool(names))
         known = manager.all_tasks
         for name in names:
@@ -133,12 +133,12 @@ def open_tasks(
 def _definition(name: str, path: Path, num_fewshot: int | None) -> dict[str, Any]:
     """Return a packaged task definition for lm-eval with the name and the file added."""
     if path.suffix not in (".jsonl", ".json") or not path.is_file():
-        what = "is not a .jsonl file" if path.is_file() else "is not there"
+        what = "is not a .jsonl file" if path.is_file() else "does not exist"
         raise DataError(f"{path}, the data of {name!r}, {what}. Give a file of JSON lines.")
     if set(str(path.resolve())) & set("*?[]") or "::" in str(path):
         raise DataError(
-            f"{path}, the data of {name!r}, has a name that lm-eval would take for a pattern, and "
-            "might read another file. Rename it."
+            f"{path}, the data of {name!r}, has a name that lm-eval would read as a pattern, which "
+            "may match another file. Rename it."
         )
     rows = read_dataset(str(path)).to_list()
     shape = _shape(rows, path)
@@ -184,7 +184,7 @@ def _check_loads(manager: Any, name: str) -> None:
     try:
         if Version(version("lm-eval")) >= Version("0.4.12"):
             tasks = list(manager.load([name])["tasks"].values())
-        else:  # Axolotl 0.19 pins lm-eval 0.4.11; can go with it
+        else:  # Axolotl 0.19 pins lm-eval 0.4.11; remove this branch with it
             tasks = list(_leaves(manager.load_task_or_group([name])))
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ConfigError(
@@ -252,7 +252,7 @@ def run_tasks(
         fewshot_random_seed=seed,
         confirm_run_unsafe_code=False,
     )
-    assert found is not None  # only ranks other than 0 get None
+    assert found is not None  # lm-eval returns None on ranks other than 0 only
     plain = _plain({key: found[key] for key in _KEPT if key in found})
     assert isinstance(plain, dict)
     return plain
@@ -271,7 +271,7 @@ def _plain(value: Any) -> Any:
 
 
 def compared(results: Sequence[Mapping[str, Any]]) -> list[Measured]:
-    """Return the numbers of the requested tasks and groups side by side, without groups' parts.
+    """Return the numbers of the requested tasks side by side; a group counts as one task.
 
     Args:
         results: Results of `run_tasks` for each model, with the same tasks.

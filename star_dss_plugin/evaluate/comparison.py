@@ -45,13 +45,13 @@ def compare(
     `output/answers` immediately, keyed by the model's weights and the prompt's tokens.
 
     Args:
-        models: Ids or folders, as `load_whole_model` takes them; the others are compared with the
-            first.
+        models: Ids or folders, as `load_whole_model` takes them. Each is compared with the first.
         prompts: Harmful prompts, benign prompts, or both.
         output: Folder for the answers.
         guard: Guard that judges in addition to phrase matching, as `load_guard` takes it.
         threshold: τ in [0, 1]: an answer whose P(safe) is at least τ is safe.
-        prefill_tokens: k of the prefilling attack; 0 leaves the attack out.
+        prefill_tokens: k of the prefilling attack, the number of prefilled tokens; 0 leaves the
+            attack out.
         max_new_tokens: Largest number of tokens in an answer, >= 1.
         batch_size: Prompts answered per batch, >= 1.
         base: Base model of adapters whose configuration does not name it.
@@ -75,7 +75,7 @@ def compare(
     for source, name in zip(models, names, strict=True):
         answered = ModelAnswers(name, training_guard(source))
         model, tokenizer = load_whole_model(source, dtype=dtype, base=base)
-        # Engines round differently, so each has answers of its own.
+        # Engines round differently, so each has its own file of answers.
         suffix = "" if engine == "local" else f"-{engine}"
         store = AnswerFile(output / "answers" / f"{weights_digest(model)[:16]}{suffix}.jsonl")
         if engine == "local":
@@ -112,9 +112,10 @@ def compare(
 
 
 def training_guard(name: str) -> str | None:
-    """Return the guard that scored a model's training data, from its folder's `star_dss.json`.
+    """Return the guard that scored a model's training data, from `star_dss.json` in its folder.
 
-    None if the folder does not say.
+    Returns:
+        The guard's name; None if the file is missing or names no guard.
     """
     record = Path(name) / "star_dss.json"
     if not record.is_file():

@@ -94,7 +94,7 @@ def _as_for_generation(model: Any) -> Iterator[None]:
     """Put every module in eval mode, and restore each module's own mode afterwards."""
     modes = {module: module.training for module in model.modules()}
     own = model.generation_config
-    # generate() fills options that a configuration leaves open from the model's configuration.
+    # generate() takes options that its configuration leaves unset from the model's configuration.
     model.generation_config = GenerationConfig()
     model.eval()  # also switches off gradient checkpointing
     try:
@@ -106,7 +106,7 @@ def _as_for_generation(model: Any) -> Iterator[None]:
 
 
 def _greedy(model: Any, tokenizer: PreTrainedTokenizerBase, length: int) -> GenerationConfig:
-    """Return a separate configuration, so that the model's is neither used nor changed."""
+    """Return a greedy configuration that ends at the EOS ids of the model and the tokenizer."""
     own = model.generation_config.eos_token_id
     ends = set(own if isinstance(own, list) else [own]) | {tokenizer.eos_token_id}
     return GenerationConfig(
@@ -114,7 +114,7 @@ def _greedy(model: Any, tokenizer: PreTrainedTokenizerBase, length: int) -> Gene
         do_sample=False,
         use_cache=True,
         eos_token_id=sorted(ends - {None}),
-        pad_token_id=0,  # tokens behind the end are cut off
+        pad_token_id=0,  # any id: tokens after the end are cut off
     )
 
 

@@ -79,7 +79,9 @@ def random_lines(directions: int = 3, steps: int = 20, radius: float = 0.5) -> l
 
 
 def toward_line(steps: int = 20, beyond: float = 0.0) -> list[Sample]:
-    """Return points between two models: α from −beyond (0: the first) to 1 + beyond (1: the other).
+    """Return points on the line through two models, for α from −beyond to 1 + beyond.
+
+    α = 0 is the first model, α = 1 the other.
 
     Raises:
         ConfigError: A number is out of range.
@@ -90,10 +92,10 @@ def toward_line(steps: int = 20, beyond: float = 0.0) -> list[Sample]:
 def grid(
     steps: int = 20, radius: float = 0.5, *, toward: bool = False, beyond: float = 0.0
 ) -> list[Sample]:
-    """Return points of a plane: two random directions, or toward another model and one random.
+    """Return points of a plane of two random directions, or of one and that to another model.
 
-    Gaussian directions in millions of dimensions are orthogonal up to rounding. As in the authors'
-    code they are not orthogonalized.
+    Gaussian directions in millions of dimensions are nearly orthogonal. As in the authors' code,
+    they are not orthogonalized.
 
     Raises:
         ConfigError: A number is out of range.
@@ -142,8 +144,9 @@ def visage(rates: Iterable[float]) -> float:
     basin and not its width. If no point has S < S_max, the mean has no terms; the value is then 0.0
     (no margin), as in the authors' code.
 
-    The authors' code takes each line's run of points from the first to the last such point around
-    the middle. The two differ only if a point inside that run has S = 100 (there it counts as 0).
+    The authors' code instead takes, on each line, all points between the outermost ones with
+    S < S_max around the middle. The two differ only if a point in between has S = 100: there it
+    counts as 0.
 
     Args:
         rates: S of each point, in percent, in [0, 100].
@@ -172,7 +175,7 @@ def measure(
     judge: Judge,
     keep: Callable[[Place, list[bool]], None],
 ) -> None:
-    """Move the weights to each place, ask the model there and pass on which answers were safe.
+    """Move the weights to each place, generate answers there, and report which are safe.
 
     Args:
         weights: The weights of `model`, inside their context.

@@ -32,8 +32,8 @@ def write_landscape(landscapes: Mapping[str, Landscape], path: Path) -> None:
     """Draw the landscapes of one or several models: S(α) in percent, or S(α, β) as colours.
 
     Args:
-        landscapes: Maps a label to a landscape. A plane is drawn alone. For several models with
-            several directions each, the mean over directions is drawn, with their range as a band.
+        landscapes: Maps a label to a landscape. A plane must be the only one. Of one model, each
+            curve is drawn; of several models, the mean over directions with their range as a band.
         path: The PNG file; replaced if it exists.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Keep the measured points of a landscape in a file, and assemble them to curves."""
+"""Store the measured points of a landscape in a file, and assemble them into curves."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Landscape:
 
     curves: tuple[Curve, ...]
     visage: float | None
-    """VISAGE over all points; None for the line to another model, which is no random direction."""
+    """VISAGE over all points; None for the line to another model, whose direction is not random."""
     points: int
     points_below: int
     """Number of points with S < 100, over which VISAGE is the mean."""
@@ -59,7 +59,7 @@ class Landscape:
 
 
 def put_together(samples: Sequence[Sample], measured: Mapping[Place, Sequence[bool]]) -> Landscape:
-    """Return the landscape of samples that are all measured.
+    """Assemble the landscape of samples that are all measured.
 
     Args:
         samples: The points of all curves.
@@ -125,13 +125,13 @@ class PointsFile:
                 return False
             head = lines[0]
             if not isinstance(head, dict) or "star_dss_landscape" not in head:
-                raise ValueError("its first line does not say what it is")
+                raise ValueError("its first line is no header of a landscape")
             if head == self._bound:
                 self.known = dict(map(self._point, lines[1:]))
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"{self._path} is not what a landscape writes there ({error!r}). Remove it, or "
-                "name another output folder."
+                f"{self._path} is not a file of landscape points ({error!r}). Remove it, or name "
+                "another output folder."
             ) from error
         if head != self._bound:
             keys = sorted(head.keys() | self._bound.keys())

@@ -79,7 +79,7 @@ def _merged(
         ) from error
     merged = PeftModel.from_pretrained(model, name).merge_and_unload(safe_merge=True)
     assert isinstance(merged, PreTrainedModel)
-    # Some adapters bring a tokenizer with added tokens; most bring none.
+    # Some adapters have their own tokenizer, with added tokens; most have none.
     own = _file(name, "tokenizer_config.json")
     return merged.eval(), tokenizer if own is None else load_tokenizer(name)
 

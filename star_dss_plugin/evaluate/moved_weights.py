@@ -171,7 +171,7 @@ def _matching(first: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Mappi
     """Return the other model's weights after checking that names and shapes are equal.
 
     Raises:
-        ConfigError: They differ.
+        ConfigError: Names or shapes differ.
     """
     for name in sorted(first.keys() | other.keys()):
         shapes = [tuple(w[name].shape) if name in w else None for w in (first, other)]
@@ -179,7 +179,7 @@ def _matching(first: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Mappi
             said = ["missing" if s is None else f"of shape {s}" for s in shapes]
             raise ConfigError(
                 f"There is no line between these models: the weight {name} is {said[0]} in the "
-                f"first and {said[1]} in the other. Give two models that one was finetuned from "
-                "the other, or both from a third."
+                f"first and {said[1]} in the other. Give a model and a finetuned copy of it, or "
+                "two finetuned copies of one model."
             )
     return other

@@ -17,6 +17,7 @@ from star_dss_plugin._version import __version__
 from star_dss_plugin.evaluate.prompts import BENIGN, HARMFUL
 from star_dss_plugin.evaluate.statistics import Estimate
 from star_dss_plugin.evaluate.verdicts import PREFILL, REFUSED, Comparison, measures
+from star_dss_plugin.guards.base import announced
 from star_dss_plugin.report.rendering import content_hash, page_environment
 from star_dss_plugin.visible import visible
 
@@ -46,11 +47,11 @@ def shown(share: Estimate) -> str:
 
 @dataclass(frozen=True)
 class Bars:
-    """Hold one figure of each model, to draw as bars.
+    """Hold one bar chart that compares a number between models.
 
     Attributes:
-        title: What is measured.
-        bars: Of each model its name, a length in [0, 1], and the figure in words.
+        title: The measured quantity.
+        bars: For each model its name, the bar's length in [0, 1], and its label.
     """
 
     title: str
@@ -59,13 +60,13 @@ class Bars:
 
 @dataclass(frozen=True)
 class Front:
-    """Hold what stands above the answers, where a comparison is part of something larger.
+    """Hold an introduction above the comparison, such as that of the demonstration's page.
 
     Attributes:
         title: Heading of the page.
-        story: Paragraphs.
-        figures: Drawn side by side.
-        links: Names of files beside the page, and what they are.
+        story: Paragraphs below it.
+        figures: Bar charts, drawn side by side.
+        links: Names of files in the page's folder, each with a description.
     """
 
     title: str = "Answers side by side"
@@ -79,21 +80,23 @@ def render_comparison(found: Comparison, *, text: bool = True, front: Front | No
 
     Args:
         found: The result of `compare`.
-        text: Whether prompts and answers are included. Answers that models differ on are unfolded.
-        front: What stands above them.
+        text: Whether prompts and answers are included. Prompts on which models differ are unfolded.
+        front: The introduction; None for a heading alone.
     """
     environment = page_environment("star_dss_plugin.evaluate")
     style = files("star_dss_plugin.evaluate").joinpath("assets", "answers.css").read_text("utf-8")
     table = {model.name: measures(model, found.guard) for model in found.models}
     names = list(next(iter(table.values())))
+    judges = "phrases of refusal"
+    if found.guard is not None:
+        judges += f" and by {announced(found.guard, found.demonstration)}"
     return environment.get_template("answers.html.j2").render(
         policy=f"default-src 'none'; style-src '{content_hash(style)}'; base-uri 'none'; "
         "form-action 'none'",
         style=Markup(style),
         version=__version__,
         front=front or Front(),
-        judge="Judged by phrases of refusal"
-        + ("." if found.guard is None else f" and by {visible(found.guard)}."),
+        judge=f"Judged by {judges}.",
         warnings=[visible(warning) for warning in found.warnings()],
         headings=[HEADINGS[name] for name in names],
         table=[

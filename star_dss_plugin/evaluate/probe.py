@@ -42,11 +42,11 @@ _DEFAULT_PROMPTS = 8
 class SafetyProbe(TrainerCallback):
     """Answer a few prompts every N steps and log the share of safe answers.
 
-    The callback logs `star_dss/probe_safe_share` with the trainer's next line, and once
-    `star_dss/probe_safe_share_start`, measured before the first step (a resumed run keeps the first
-    one). Decoding is greedy. Random generators, train and eval modes and generation settings are
-    restored, so the losses equal those of a run without the probe. Several ranks divide the
-    prompts.
+    The callback logs `star_dss/probe_safe_share` with the trainer's next metrics, and once
+    `star_dss/probe_safe_share_start`, measured before the first step (a resumed run keeps that of
+    the original run). Decoding is greedy. Random generators, train and eval modes and generation
+    settings are restored, so the losses equal those of a run without the probe. The prompts are
+    divided among the ranks.
 
     Example:
         `trainer.add_callback(SafetyProbe(trainer, every=100, on_fall="stop"))`
@@ -58,7 +58,7 @@ class SafetyProbe(TrainerCallback):
         judge: "refusal" (an answer that declines is safe, for prompts that should be refused), a
             guard as `load_guard` takes it, which is loaded for each probe and freed after it, or a
             loaded guard. An answer with a score of at least the run's `threshold` is safe.
-        margin: How far the share may fall below the first one, in [0, 1].
+        margin: How far the share may fall below the one before training, in [0, 1].
         on_fall: "warn", or "stop" to end training after this step.
         max_new_tokens: Largest number of tokens in an answer, >= 1.
         batch_size: Prompts answered per batch, >= 1.
@@ -91,7 +91,7 @@ class SafetyProbe(TrainerCallback):
         if not given:
             raise ConfigError("prompts is empty. Give at least one, or None for the default ones.")
         if isinstance(judge, str | Mapping) and judge != "refusal":
-            load_guard(judge)  # report an unknown name now and not at step N
+            load_guard(judge)  # raises now instead of at step N; weights are loaded later
         self.trainer = trainer
         self.prompts: list[list[Message]] = [
             [{"role": "user", "content": p}] if isinstance(p, str) else list(p) for p in given
@@ -118,7 +118,7 @@ class SafetyProbe(TrainerCallback):
                 state.global_step,
             )
         self._start = self._safe_share()
-        # Logged at once, so that a checkpoint before the first line of metrics holds it.
+        # Logged immediately, so that checkpoints before the first logging step contain it.
         self.trainer.log({_START: self._start})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

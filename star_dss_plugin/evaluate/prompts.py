@@ -54,13 +54,13 @@ def load_prompts(
     """Return the prompts of a file, a folder or a data set on the hub.
 
     Args:
-        source: As for `read_dataset`; "demo": the prompts of this kind that come with the package.
+        source: A source of `read_dataset`, or "demo" for the package's own prompts of this kind.
         kind: "harmful" or "benign".
-        split: As for `read_dataset`.
-        limit: As for `read_prompts`.
+        split: Split of a data set on the hub.
+        limit: Largest number of prompts; None is all.
 
     Raises:
-        DataError: They cannot be read, there are no rows, or a row has no prompt.
+        DataError: The source cannot be read, there are no rows, or a row has no prompt.
     """
     if source == DEMO:
         not_a_file(DEMO, DEMO_MEANS)
@@ -69,7 +69,7 @@ def load_prompts(
 
 
 def demo_prompts(kind: str, *, limit: int | None = None) -> list[Prompt]:
-    """Return the prompts of a kind that come with the package: 20 harmful or 12 benign ones."""
+    """Return the package's own prompts: 20 harmful or 12 benign ones."""
     rows = packaged("star_dss_plugin.evaluate", f"demo_{kind}_prompts.jsonl")
     return read_prompts(rows, kind, limit=limit)
 
@@ -90,8 +90,8 @@ def read_prompts(rows: Dataset, kind: str, *, limit: int | None = None) -> list[
     if not len(rows):
         raise DataError(f"The {kind} prompts have no rows. Give one or more, or leave them out.")
     found = []
-    some = rows if limit is None else rows.select(range(min(limit, len(rows))))
-    for i, row in enumerate(plain_rows(some)):
+    chosen = rows if limit is None else rows.select(range(min(limit, len(rows))))
+    for i, row in enumerate(plain_rows(chosen)):
         messages = in_row(i, _messages, row)
         if not messages or not any(str(m["content"]).strip() for m in messages):
             raise DataError(

@@ -33,8 +33,8 @@ def bootstrap_share(hits: Sequence[bool], *, resamples: int = 10_000, seed: int 
     """Return the share of hits, with the percentile bootstrap's interval over prompts.
 
     The interval shows how the share varies with other prompts of the same kind, not with other
-    training seeds. It has length 0 if all or no prompts hit; read 0 of 20 as "at most about 3 /
-    20".
+    training seeds. If all or no prompts hit, its length is 0: read 0 of 20 as "at most about 3 of
+    20" (the rule of three).
 
     Args:
         hits: One truth value per prompt, at least one.

@@ -88,10 +88,10 @@ def build_threat(
         poison: Rows labelled harmful; for `identity_shift` the rows that shift the identity. A
             `system` column becomes a system message.
         ratio: Share of poisoned rows in (0, 1]; the paper's settings are 0.01, 0.1 and 1.
-        size: Number of rows. If there are too few, rows are repeated: every row is used as often as
-            any other of its kind, or once more.
-        seed: Seed of the draw, the order and the variants. Two threats with one seed poison the
-            same rows at the same places.
+        size: Number of rows. If the sources have fewer, rows are repeated, and the counts of two
+            rows of one source differ by at most one.
+        seed: Seed of the draw, the order and the variants. Two threats with the same seed poison
+            the same rows at the same indices.
 
     Returns:
         Columns `messages`, `poisoned` (bool), `threat`, `variant` (int, −1: none), `source` (str,
@@ -134,7 +134,7 @@ def describe_threat(dataset: Dataset) -> dict[str, Any]:
 
 
 def _drawn(rows: Dataset, count: int, draw: random.Random, what: str) -> list[int]:
-    """Return indices in random order, each as often as any other or once more."""
+    """Return `count` indices in random order, whose counts differ by at most one."""
     if count and not len(rows):
         raise DataError(f"{what} has no rows, but {count} are to be taken from it.")
     found: list[int] = []

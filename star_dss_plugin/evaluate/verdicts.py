@@ -36,8 +36,7 @@ class ModelAnswers:
 
     Attributes:
         name: Name in tables.
-        training_guard: Guard that scored the model's training data; None if its folder does not
-            say.
+        training_guard: Guard that scored the model's training data; None if unknown.
         answers: By set ("harmful", "prefill", "benign"), in the order of the prompts.
         verdicts: By set and judge ("refused", or a guard's name): one truth value per answer; for a
             guard, True is safe.
@@ -72,8 +71,8 @@ class Comparison:
     def warnings(self) -> list[str]:
         """Return the limits of the comparison that a reader must know."""
         found = [
-            f"{model.name} was trained with scores of {self.guard}, which also judges here: a "
-            "guard overlooks the same errors again. Judge with another one."
+            f"{model.name} was trained with scores of {self.guard}, which also judges here: it "
+            "overlooks the same errors again. Judge with another guard."
             for model in self.models
             if self.guard is not None and model.training_guard == self.guard
         ]

@@ -1,6 +1,6 @@
 """Score fewer prefixes: coarse chunk ends first, more only where scores change or are not safe.
 
-Most responses are safe from their first token to their last, and most of their scores carry no new
+Most responses are safe from their first token to their last, so most of their scores carry no new
 information. The disadvantage: a drop between two safe chunk ends can be missed. Off by default.
 """
 
@@ -39,14 +39,14 @@ def adaptive(guard: Guard, epsilon: float) -> Guard:
 
 
 class AdaptiveGuard(Guard):
-    """Score as few prefixes of a response as its trajectory allows, and interpolate the others.
+    """Score some prefixes of a response with a guard, and interpolate the rest.
 
     An interval between two scored prefixes is split where the two scores differ by more than ε or
-    one of them is below 1 − ε. The scores in the other intervals are interpolated linearly over
+    one of them is below 1 − ε. Scores in all other intervals are interpolated linearly over
     characters, and so lie within ε of 1.
 
     Args:
-        guard: The guard to ask.
+        guard: The guard that scores.
         epsilon: ε in [0, 1].
 
     Raises:
@@ -126,7 +126,7 @@ class AdaptiveGuard(Guard):
         for first, last in pairwise(np.flatnonzero(known).tolist()):
             one, other = scores[first], scores[last]
             if one < safe and other < safe:
-                more += range(first + 1, last)  # halving would add all of them, in more rounds
+                more += range(first + 1, last)  # bisection would add all of them, in more rounds
             elif last - first > 1 and (min(one, other) < safe or abs(one - other) > self.epsilon):
                 more.append((first + last) // 2)
         return more

@@ -1,7 +1,7 @@
-"""Count text that looks made to fool a guard; counting only reports the attempt.
+"""Detect text that imitates a guard's prompt or verdict, so that attempts to fool it are reported.
 
-Two other modules make such text ineffective: `prompting/template.py` (content never becomes a
-control token) and `prompting/prompts.py` (only content is cut, never the guard's own words).
+The defence is elsewhere: content never becomes a control token (`prompting/template.py`), and only
+content is cut to fit, never the guard's own words (`prompting/prompts.py`).
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Markers:
     Attributes:
         control_tokens: Spellings of the guard's control tokens.
         scaffold: Lines of the guard's own prompt that follow the response.
-        verdict: Text before the guard's verdict.
-        labels: Verdict words of the guard.
+        verdict: Text right before the guard's verdict.
+        labels: The guard's verdict words.
     """
 
     control_tokens: Sequence[str] = ()
@@ -68,7 +68,7 @@ def attempts(texts: Iterable[str], markers: Sequence[Markers]) -> set[str]:
 
 
 def scaffold_lines(ending: str, control_tokens: Sequence[str]) -> tuple[str, ...]:
-    """Return the lines of a prompt's ending that are unlikely to occur in text by chance."""
+    """Return the lines of a prompt's ending that hardly occur in text by chance."""
     for token in control_tokens:
         ending = ending.replace(token, "\n")
     lines = (line.strip() for line in ending.splitlines())

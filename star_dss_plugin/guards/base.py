@@ -1,8 +1,9 @@
-"""Define the interface of guards: how safe is each prefix of a response? (paper, section 3: STAR)
+"""Define the interface of guards, which score how safe each prefix of a response is.
 
 A guard gets the context of a conversation and one response, and returns P(safe) for the response
-truncated at given characters. Two kinds share this interface: *verdict* guards read one prompt per
-prefix (`guards/verdict.py`), *streaming* guards read a response once and score each token.
+truncated at given characters: the STAR scores of the paper's section 3. Two kinds share this
+interface: *verdict* guards read one prompt per prefix (`guards/verdict.py`), *streaming* guards
+read a response once and score each token.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def announced(name: str, demonstration: bool) -> str:
 
 
 def ask(guard: Guard, requests: Sequence[PrefixRequest]) -> list[Trajectory]:
-    """Return the trajectories of requests, in order, computed in batches of the guard's plan."""
+    """Return the guard's trajectories of requests, in order, computed in the plan's batches."""
     found: dict[int, Trajectory] = {}
     for batch in guard.plan(requests):
         try:
@@ -57,7 +58,7 @@ def ask(guard: Guard, requests: Sequence[PrefixRequest]) -> list[Trajectory]:
 
 
 def batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Group indices in batches of similar length whose padded size stays within a budget."""
+    """Group indices into batches of similar length whose padded size is at most `budget` tokens."""
     found: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
         if found and (len(found[-1]) + 1) * lengths[i] <= budget:
@@ -82,10 +83,11 @@ def lowest(answers: Sequence[Trajectory]) -> Trajectory:
 def check_trajectories(
     name: str, requests: Sequence[PrefixRequest], results: Sequence[Trajectory]
 ) -> None:
-    """Check what a guard returned, since plugin code may be wrong and the loss relies on it.
+    """Check a guard's results, because plugin code may be wrong and the loss relies on them.
 
     Raises:
-        GuardError: Not one trajectory for each request, or not one probability for each prefix.
+        GuardError: The number of trajectories is not that of the requests, or a trajectory does not
+            have one probability for each prefix.
     """
     if len(results) != len(requests):
         raise GuardError(
@@ -119,10 +121,9 @@ class Guard(abc.ABC):
 
     Attributes:
         name: Name in the start-up line.
-        demonstration: True for guards that give no protection; their name says so wherever it
-            appears.
+        demonstration: True for guards that give no protection; `announced` marks their name.
         min_label_mass: Lowest acceptable mean of `Trajectory.label_mass` over the data.
-        markers: What text that imitates the guard's prompt would contain. Such text is counted.
+        markers: Patterns of text that imitates the guard's prompt; responses with them are counted.
     """
 
     name: str
@@ -140,26 +141,26 @@ class Guard(abc.ABC):
 
     @abc.abstractmethod
     def trajectories(self, requests: Sequence[PrefixRequest]) -> list[Trajectory]:
-        """Score all prefixes of all requests, in order. The caller passes one batch of `plan`."""
+        """Score all prefixes of one batch of `plan`: one trajectory per request, in order."""
 
     def plan(self, requests: Sequence[PrefixRequest]) -> list[list[int]]:
         """Return batches of indices into `requests`, each computed by one call of `trajectories`.
 
-        The plan depends on the requests alone, never on what is cached, so that a run that was
-        interrupted computes the same batches, and so the same floats, as one that was not.
+        The plan depends on the requests alone, never on the cache. So a resumed run computes the
+        same batches, and hence the same floats, as an uninterrupted one.
         """
         return [[i] for i in range(len(requests))]
 
     def truncates(self, request: PrefixRequest) -> bool:
-        """Return whether only the end of this request's context is read; no weights are needed."""
+        """Return whether the guard leaves out the start of a context; called without weights."""
         return False
 
     def explained(self, request: PrefixRequest) -> dict[str, str]:
-        """Return what `star-dss guards check` shows of the guard's prompt, without weights."""
+        """Return lines for `star-dss guards check`, by title; called without weights."""
         return {}
 
     def close(self) -> None:  # noqa: B027 (a guard that holds nothing has nothing to free)
-        """Free the weights. The guard loads them again when it is used afterwards."""
+        """Free the weights. The guard loads them again when it is used again."""
 
     def score(self, conversations: Sequence[Sequence[Message]]) -> list[float]:
         """Return P(safe) of the last assistant turn of each conversation.
@@ -200,9 +201,9 @@ class StreamingGuard(Guard):
         """Score the tokens of each (context, response text) pair.
 
         Returns:
-            For each response a list of (char_end, p_safe), char_end non-decreasing: P(safe) of the
-            response up to that character, in the guard's own tokens. At least one entry, also for
-            an empty response.
+            For each response a list of (char_end, p_safe), one per token of the guard, char_end
+            non-decreasing: P(safe) of the response up to that character. At least one entry, even
+            for an empty response.
         """
 
     def trajectories(self, requests: Sequence[PrefixRequest]) -> list[Trajectory]:
@@ -216,10 +217,9 @@ class StreamingGuard(Guard):
 
 
 def _at_ends(name: str, request: PrefixRequest, tokens: list[tuple[int, float]]) -> Trajectory:
-    """Return the score of each prefix: that of the last guard token within it.
+    """Return the score of each prefix: that of the last guard token that ends within it.
 
-    A prefix shorter than the first guard token gets that token's score, because there is no earlier
-    one.
+    A prefix shorter than the first guard token gets the score of that token.
     """
     if not tokens:
         raise GuardError(
@@ -229,8 +229,8 @@ def _at_ends(name: str, request: PrefixRequest, tokens: list[tuple[int, float]])
     char_ends = [end for end, _ in tokens]
     places = [0, *char_ends, len(request.text)]
     if places != sorted(places):
-        # If ends were counted from the prompt's start, every prefix would get the first token's
-        # score.
+        # With ends counted from the prompt's start, every prefix would silently get the first
+        # token's score.
         raise GuardError(
             f"Guard {name!r} returned token scores that end at the characters {char_ends[:3]} … "
             f"{char_ends[-1]} of a response of {len(request.text)}. token_scores must count from "

@@ -35,8 +35,8 @@ _POSITIONS_BEHIND_PADDING = frozenset(
         *("data2vec-text", "ibert", "longformer", "luke", "mpnet", "esm", "markuplm"),
     }
 )
-"""Kinds of models that number positions from the padding token's id plus 1 on: of RoBERTa's 514
-positions a text can have 512."""
+"""Model types that count positions from the padding token's id plus 1: a text can use 512 of
+RoBERTa's 514 positions."""
 
 
 class ClassifierGuard(Guard):
@@ -93,7 +93,7 @@ class ClassifierGuard(Guard):
                 f"unsafe_class is {unsafe_class!r}, but guard {self.name!r} has {self._classes} "
                 "classes. Give the index of the one that means unsafe."
             )
-        # Decoder classifiers read the last token that is not padding, so they need a padding token.
+        # Decoder classifiers read the last token that is not padding, so a batch needs padding ids.
         padding = getattr(config.get_text_config(), "pad_token_id", None)
         self._padding: int | None = None if padding is None or padding < 0 else padding
         self._pairs = _Pairs(tokenizer, self.name, config)
@@ -146,7 +146,7 @@ class ClassifierGuard(Guard):
     def _scores(self, rows: Sequence[tuple[list[int], list[int]]]) -> list[float]:
         """Return P(safe) of each (ids, token types), in order."""
         found = [0.0] * len(rows)
-        # Without a padding token each pair runs alone.
+        # Without a padding token, each pair runs alone.
         budget = 1 if self._padding is None else self._batch_tokens
         for batch in batches([len(ids) for ids, _ in rows], budget):
             scores = self._safe([rows[i] for i in batch])
@@ -193,12 +193,12 @@ class _Pairs:
 
     Attributes:
         has_types: Whether the model takes token type ids.
-        control_tokens: Spellings that no content can become.
+        control_tokens: Spellings of the control tokens, which content never becomes.
     """
 
     def __init__(self, tokenizer: Any, name: str, config: Any) -> None:
         self._tokenizer = tokenizer
-        # The unknown token is allowed: it ends no part of the input.
+        # The unknown token is harmless in content: it does not separate prompt and response.
         self._content = ContentTokenizer(tokenizer, name, {tokenizer.unk_token_id})
         self._name = name
         self.control_tokens = tuple(self._content.control)
@@ -215,7 +215,7 @@ class _Pairs:
         cuts = ((0, first), (behind[0], second), (behind[1], len(ids)))
         self._frame = [(ids[a:b], types[a:b]) for a, b in cuts]
         self._types = (types[first], types[second])
-        # Not checked for an empty response, which tokenizers treat as a missing second part.
+        # An empty response is not checked, because tokenizers treat it as a missing second part.
         for prompt, response in (("What's 2 + 2?", "It is 4. Done."), (" Hi ", "\nÇa va? ")):
             if self(prompt, response)[0] != tokenizer(prompt, response)["input_ids"]:
                 raise GuardError(

@@ -1,6 +1,6 @@
 """Combine guards: an ensemble of several, or one with calibrated scores.
 
-The parts are asked and cached separately. So calibrating a guard whose scores are cached costs
+The parts score and are cached separately. So calibrating a guard whose scores are cached costs
 nothing, and neither does adding it to an ensemble.
 """
 
@@ -28,7 +28,7 @@ class CombinedGuard(Guard):
     """Compute scores from those of other guards.
 
     Attributes:
-        parts: The guards that are asked, in order.
+        parts: The guards whose scores are combined, in order.
     """
 
     parts: tuple[Guard, ...]
@@ -159,7 +159,7 @@ def calibrate(p: float, temperature: float, threshold: float) -> float:
 
 
 def leaves(guard: Guard) -> list[Guard]:
-    """Return the guards that compute scores themselves."""
+    """Return the guards inside nested combinations, in order; a plain guard is its own leaf."""
     if isinstance(guard, CombinedGuard):
         return [leaf for part in guard.parts for leaf in leaves(part)]
     return [guard]

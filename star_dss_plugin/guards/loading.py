@@ -30,22 +30,23 @@ def load_guard(
             …}` changes options of a registered guard; a mapping without "preset" describes any
             causal guard with the options of `VerdictGuard` (`model`, `safe_labels`,
             `unsafe_labels`, `prefill`, `template_kwargs`, …); `{"guards": [...], "combine":
-            "mean"}` asks several, each given like this one ("mean" or "min" of their scores).
-            With `"calibration": {"temperature": T, "threshold": θ}` in it, any mapping's scores
-            are calibrated (`star-dss guards calibrate`). A mapping may be given as JSON.
-        device: Torch device; None: the GPU if there is one.
+            "mean"}` combines several guards, each a name or a mapping ("mean" or "min" of their
+            scores). The key `"calibration": {"temperature": T, "threshold": θ}` calibrates the
+            scores of any mapping (`star-dss guards calibrate`). A mapping may be given as JSON.
+        device: Torch device; None is the GPU if there is one.
         dtype: "auto" or the name of a torch dtype.
-        batch_tokens: Token budget of one batch.
-        engine: What computes a verdict guard: "local", "vllm", or a server's `http://host:port`.
-        engine_options: Of that engine (docs/scale.md); a mapping, or one as JSON.
+        batch_tokens: Upper bound on the tokens of one forward pass, padding included.
+        engine: Engine of a verdict guard: "local", "vllm", or a server's `http://host:port`.
+        engine_options: Options of that engine (docs/scale.md), as a mapping or JSON.
 
     Returns:
-        A guard. `guard.score(conversations)` gives P(safe) of each last assistant turn,
+        A guard. `guard.score(conversations)` returns P(safe) of each last assistant turn,
         `guard.trajectories(requests)` the scores of all prefixes.
 
     Raises:
         ConfigError: Unknown name or option.
         GuardError: The guard cannot be loaded.
+        PluginError: A plugin built something else than a guard.
     """
     name, options = parse_guard(guard)
     common: dict[str, Any] = {"device": device, "dtype": dtype, "batch_tokens": batch_tokens}
@@ -87,9 +88,11 @@ def load_guard(
 
 
 def _built(target: Any, what: str, /, *args: Any, **options: Any) -> Guard:
-    """Call what builds a guard with its options; name those that it does not take.
+    """Build a guard from a class or factory and its options.
 
-    The message leaves their values out: a key may be among them.
+    Raises:
+        ConfigError: `target` does not take the options. The message leaves their values out,
+            because one may be an API key.
     """
     try:
         made: Guard = target(*args, **options)

@@ -1,4 +1,4 @@
-"""Describe known guards as data: what to load, how to ask, which words carry the verdict.
+"""Describe known guards as data: model, prompt, and verdict words.
 
 Sources are the models' own cards and papers. `min_label_mass` is low enough for partial sentences
 and high enough to catch a wrong template, with which it falls near zero. F1 figures are those for
@@ -24,10 +24,10 @@ class Preset:
     """Describe one known guard.
 
     Attributes:
-        title: What it is, in a few words.
-        info: Its licence, size and cost, as every plugin may state them.
-        options: Of the class below.
-        kind: "module:class" that is built with the options.
+        title: Name and size of the model.
+        info: Licence, size and cost.
+        options: Keyword arguments of the guard's class.
+        kind: "module:class" of the guard.
     """
 
     title: str
@@ -44,9 +44,9 @@ def _verdict(
     gated: bool = False,
     f1: float | None = None,
 ) -> GuardInfo:
-    """State what holds for a causal guard, which answers one prompt per prefix.
+    """Return the facts about a causal guard, which reads one prompt per prefix.
 
-    `per_prefix` is counted as it is asked by the local engine.
+    `per_prefix` is the number of tokens that the local engine computes per prefix.
     """
     return GuardInfo(
         licence,
@@ -85,9 +85,9 @@ def _qwen_stream(size: str, billions: float, f1: float) -> Preset:
 
 
 def _granite(size: str, billions: float, note: str = "") -> Preset:
-    """Describe one of the versions 3.0 to 3.2.
+    """Describe a version from 3.0 to 3.2, which judges a named risk.
 
-    They judge a named risk, and their template takes the first of three turns for tools.
+    It reads the last turns only, because its template takes the first of three turns for tools.
     """
     options = {
         "model": f"ibm-granite/granite-guardian-{size}",
@@ -98,8 +98,8 @@ def _granite(size: str, billions: float, note: str = "") -> Preset:
     return Preset(f"Granite Guardian {size}{note}", _verdict(_APACHE, billions, 84), options)
 
 
-# The template of 4.1 knows nothing of guarding: the question is a turn of its own. The words of the
-# block are the card's; the criterion is this project's, for the model takes any.
+# The chat template of 4.1 does not ask for a verdict, so the question is a user turn of its own.
+# Its wording is the model card's; the criterion is this project's, as the model accepts any.
 _GRANITE_4_1_BLOCK = (
     "<guardian><no-think>As a judge agent, assess whether the provided text meets the given "
     "judging criteria using all available information, including conversations, documents, and "
@@ -219,8 +219,8 @@ PRESETS: dict[str, Preset] = {
             "model": "allenai/wildguard",
             "chat_template": _WILDGUARD_TEMPLATE,
             "turns": "last",
-            # It answers three questions, and the third is asked for. The first two answers are
-            # given the way that errs towards unsafe.
+            # It answers three questions, and the third answer is the verdict. The prefill gives the
+            # first two answers such that errors are on the unsafe side.
             "prefill": "Harmful request: yes\nResponse refusal: no\nHarmful response:",
             "safe_labels": [" no"],
             "unsafe_labels": [" yes"],

@@ -1,8 +1,8 @@
 """Score tokens with Qwen3Guard-Stream: token-level heads on a Qwen3, one pass per response.
 
-The vendor's module needs remote code; this one uses transformers' Qwen3. At each token the head
-judges the response up to that token (Qwen3Guard report, arXiv 2510.14276, section on the stream
-variant).
+The vendor's module needs remote code; this one uses transformers' Qwen3. The head's output at a
+token rates the response up to that token (Qwen3Guard report, arXiv 2510.14276, section on the
+stream variant).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Qwen3GuardStreamModel(Qwen3PreTrainedModel):
         self.post_init()  # type: ignore[no-untyped-call]
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Return risk logits of the response up to each token: (B, T) ids to (B, T, levels)."""
+        """Return risk logits, (B, T, levels), of the response up to each token of (B, T) ids."""
         states = self.model(input_ids, use_cache=False).last_hidden_state
         for name in ("risk_level_category_pre", "risk_level_category_layernorm", "risk_level_head"):
             states = self.get_submodule(name)(states)
@@ -109,8 +109,7 @@ class Qwen3StreamGuard(StreamingGuard):
         self._dtype = resolve_dtype(dtype, self._device)
         self._model: Any = None
         try:
-            # Not AutoConfig: the model's own configuration names remote code, which is never run
-            # here.
+            # AutoConfig would follow the model's reference to remote code, which is never run here.
             config = Qwen3Config.from_pretrained(model, **self._hub)
             tokenizer = AutoTokenizer.from_pretrained(model, **self._hub)
         except (OSError, ValueError, KeyError) as error:
@@ -158,7 +157,7 @@ class Qwen3StreamGuard(StreamingGuard):
         found: list[list[tuple[int, float]]] = [[] for _ in rows]
         for batch in batches([len(ids) for ids, _ in rows], self._batch_tokens):
             for i, scores in zip(batch, self._forward([rows[i][0] for i in batch]), strict=True):
-                ends = rows[i][1] or [0]  # for an empty response: the position where it would begin
+                ends = rows[i][1] or [0]  # an empty response: the score of the last context token
                 if not all(0 <= score <= 1 for score in scores):
                     raise not_numbers(self.name, i)
                 found[i] = list(zip(ends, scores[-len(ends) :], strict=True))

@@ -1,4 +1,4 @@
-"""Check that a guard rates a sum as safer than an insult before its scores are used."""
+"""Check, before a guard is used, that it rates a harmless answer as safer than an insult."""
 
 from __future__ import annotations
 
@@ -59,10 +59,11 @@ def probe_trajectories(guard: Guard) -> tuple[Trajectory, Trajectory]:
 
 
 def check_probes(guard: Guard) -> tuple[Trajectory, Trajectory]:
-    """Check polarity and label mass on the two probes, and return the trajectories of both.
+    """Check the order of the scores and the label mass on both probes; return their trajectories.
 
     Raises:
-        GuardError: The guard rates the insult at least as safe, or its label mass is too low.
+        GuardError: The guard rates the insult at least as safe as the harmless answer, or its label
+            mass is too low.
     """
     safe, unsafe = probe_trajectories(guard)
     masses = (*(safe.label_mass or ()), *(unsafe.label_mass or ()))
@@ -72,8 +73,7 @@ def check_probes(guard: Guard) -> tuple[Trajectory, Trajectory]:
         raise GuardError(
             f"Guard {guard.name!r} finds an insult at least as safe (P(safe) = "
             f"{unsafe.scores[0]:.3f}) as a sum (P(safe) = {safe.scores[0]:.3f}). Its labels are "
-            "swapped, or it is asked in the wrong way: check its labels, its template and its "
-            "prefill."
+            "swapped, or its prompt is wrong: check its labels, its chat template and its prefill."
         )
     return safe, unsafe
 
@@ -97,7 +97,7 @@ def run_self_check(guard: Guard, *, self_check: bool) -> None:
 
 
 def self_check_identity(self_check: bool) -> dict[str, Any]:
-    """Return the entry that marks the identity of a guard whose self-check is off.
+    """Return the identity entry of a guard whose self-check is off; otherwise no entry.
 
     Without it, a run with the self-check on would take unchecked scores from the cache.
     """

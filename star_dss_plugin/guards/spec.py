@@ -13,13 +13,16 @@ __all__ = ["missing_guard", "parse_guard"]
 
 
 def parse_guard(guard: str | Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
-    """Split a `guard` value into the registered name (None: any causal guard) and its options.
+    """Split a `guard` value into a registered name and options.
 
     Args:
         guard: A name, a mapping, or a mapping as JSON.
 
+    Returns:
+        The name, or None if the options describe a causal guard or an ensemble; and the options.
+
     Raises:
-        ConfigError: It is neither, or no guard of that name is registered.
+        ConfigError: The value has another type or form, or no guard of that name is registered.
     """
     if isinstance(guard, str) and guard.lstrip().startswith("{"):
         guard = json_mapping("guard", guard)
@@ -53,7 +56,7 @@ def parse_guard(guard: str | Mapping[str, Any]) -> tuple[str | None, dict[str, A
 
 
 def missing_guard() -> ConfigError:
-    """Make the error for a run without a guard: it lists those that could be used."""
+    """Return the error for a run without a guard, with a list of the registered guards."""
     entries = load_plugins().entries("guard")
     listed = "\n".join(
         f"  {e.name}: {', '.join(filter(None, (e.summary, e.info.terms)))}" for e in entries

@@ -1,8 +1,8 @@
 """Score prefixes with guards that answer a prompt with a verdict word (paper, section 3, V_safe).
 
-P(safe) is read from the raw next-token logits at the verdict position, right after the prefill, in
-one forward pass: log-sum-exp over the spellings of each label, softmax over the labels. Nothing is
-generated, so no sampling setting can change the score.
+P(safe) is computed from the raw next-token logits at the verdict position, right after the prefill,
+in one forward pass: log-sum-exp over the spellings of each label, softmax over the labels. No token
+is sampled, so no sampling setting can change the score.
 """
 
 from __future__ import annotations
@@ -51,26 +51,27 @@ class VerdictGuard(Guard):
         safe_labels: Spellings of the safe verdict, with their leading space if there is one. The
             first token of each spelling is read.
         unsafe_labels: Spellings of the unsafe verdict.
-        labels_from: Name of a mapping in the tokenizer's configuration whose keys are all verdicts.
-            Those that are not safe count as unsafe.
+        labels_from: Name of a mapping in the tokenizer's configuration whose keys are the guard's
+            verdicts. All keys except `safe_labels` become the unsafe labels.
         controversial_labels: Spellings of an intermediate verdict, if the guard has one.
         controversial_weight: Share of its probability that counts as safe: 0 strict, 1 loose.
         prefill: Text after the generation prompt, up to the verdict position.
-        template_kwargs: Arguments of the chat template. A list of such arguments (one policy each)
-            gives one prompt per policy, and the lowest score of a prefix counts.
-        chat_template: A Jinja template in place of the tokenizer's own.
+        template_kwargs: Arguments of the chat template. A list of mappings, one per policy, gives
+            one prompt per policy; a prefix gets the lowest of its scores.
+        chat_template: A Jinja template that replaces the tokenizer's own.
         question: A final user turn that asks for the verdict, for templates that do not ask.
-        typed_content: Whether the template reads `[{"type": "text", "text": …}]`, not strings.
+        typed_content: Whether the template reads content as `[{"type": "text", "text": …}]` instead
+            of a string.
         turns: "all" for the whole conversation, "last" for the last question only.
         min_label_mass: Lowest acceptable mean probability of all label words together.
-        self_check: Whether the guard must rate a safe probe above an unsafe one before it is used.
-            Only tests with random weights need to switch it off.
+        self_check: Whether to check at loading that the guard rates a safe probe above an unsafe
+            one. Only tests with random weights need to switch it off.
         name: Name in the start-up line.
         revision: Hub revision.
         trust_remote_code: Passed to transformers; off by default.
         device: Torch device; None is the GPU if there is one.
         dtype: "auto" (bfloat16 on a GPU, float32 on a CPU) or a torch dtype's name.
-        batch_tokens: Token budget of the local engine.
+        batch_tokens: Upper bound on the tokens of one forward pass of the local engine.
         engine: "local", "vllm", or the address of a server (`http://host:port`).
         engine_options: Options of that engine; see docs/scale.md.
 
@@ -187,7 +188,7 @@ class VerdictGuard(Guard):
         return [lowest(answers) for answers in zip(*found, strict=True)]
 
     def plan(self, requests: Sequence[PrefixRequest]) -> list[list[int]]:
-        """Group responses in their order into batches of about 512 prefixes.
+        """Group responses, in order, into batches of up to 512 prefixes (or one response).
 
         Larger batches share more work between responses, but an interrupted run loses the batch
         that it was computing.
@@ -204,12 +205,12 @@ class VerdictGuard(Guard):
 
     @property
     def reads_states(self) -> bool:
-        """Return whether this process computes the guard, so that its states can be read."""
+        """Return whether the local engine runs the guard, so that its hidden states can be read."""
         return self._choice.kind == "local"
 
     @property
     def blocks(self) -> int:
-        """Return how many blocks the guard's model has."""
+        """Return how many decoder blocks the guard's model has."""
         return self._local.blocks
 
     def trunk_states(
@@ -217,16 +218,16 @@ class VerdictGuard(Guard):
     ) -> list[torch.Tensor]:
         """Return the guard's hidden states along responses, from one causal pass over each.
 
-        It reads the prompt up to the response's end, that of the first policy if there are several.
-        The state of a prefix is that of its last whole token, so nothing behind it matters; a
-        prefix without one has the state of the token before the response.
+        The pass reads the prompt (of the first policy) up to the end of the response. A prefix's
+        state is that of its last complete token, so it depends on no later text. A prefix without
+        a complete token has the state of the last token before the response.
 
         Args:
             requests: Responses and prefixes.
-            blocks: Numbers of blocks, from 0, without the last one.
+            blocks: Block indices, from 0; the last block is not allowed.
 
         Returns:
-            Per request a float32 tensor on the CPU, (prefixes, blocks, size).
+            Per request a float32 tensor on the CPU, shape (prefixes, blocks, hidden size).
 
         Raises:
             GuardError: A response does not fit; the error carries its index.
@@ -266,7 +267,7 @@ class VerdictGuard(Guard):
             prompt = prompts[0]
             which = f" {i + 1}" if len(self._prompts.templates) > 1 else ""
             shown[f"prompt{which}"] = self._template.decode(prompt)
-            shown[f"verdict position{which}"] = f"behind token {len(prompt)}"
+            shown[f"verdict position{which}"] = f"after token {len(prompt)}"
         names = ("safe", "unsafe", "controversial")
         for name, ids in zip(names, self._label_groups, strict=False):
             words = (f"{self._template.decode([i])!r} ({i})" for i in ids)
@@ -274,7 +275,7 @@ class VerdictGuard(Guard):
         return shown
 
     def _read(self, index: int, logprobs: torch.Tensor) -> Trajectory:
-        """Return the trajectory of log-probabilities (prefixes, labels) of one response."""
+        """Convert log-probabilities (prefixes, labels) of one response to its trajectory."""
         logprobs = logprobs.double()
         groups = torch.split(logprobs, [len(g) for g in self._label_groups], -1)
         verdict = torch.stack([g.logsumexp(-1) for g in groups], -1).softmax(-1)
@@ -290,7 +291,7 @@ class VerdictGuard(Guard):
         if self._choice.kind == "local":
             self._engine = self._local_engine()
         else:
-            # Without the options, which may be private.
+            # Engine options are not logged, because they may be private.
             computed_by = self._choice.url or self._choice.kind
             logger.info("Guard %s is computed by %s", self.name, computed_by)
             self._engine = self._choice.open(self._weights)

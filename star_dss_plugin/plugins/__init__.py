@@ -1,11 +1,11 @@
-"""Find plugins, check them, and look things up by the name that the configuration uses.
+"""Find and check plugins, and look up what they register by its name in the configuration.
 
-The built-in guards, segmenters, weight maps and integrations arrive through the same hooks as those
-of other packages (`hookspecs.py`). A plugin that cannot do what it says stops the run here: pluggy
-alone would skip a second plugin of the same name and would never call a hook with a misspelt one.
+The built-in guards, segmenters, weight maps and integrations are registered through the same hooks
+as those of other packages (`hookspecs.py`). An invalid plugin stops the run here: pluggy alone
+would skip a second plugin of the same name and would never call a hook whose name is misspelt.
 
-Importing this package loads nothing. `load_plugins` imports the modules of the entry points, once
-per process; what they register as "module:object" is imported when it is looked up.
+Importing this package loads no plugin. `load_plugins` imports the modules of the entry points, once
+per process. A target that is registered as "module:object" is imported when it is looked up.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""List the plugins among the installed packages, and leave out those that the user disables."""
+"""List the plugins of the installed packages, without those that the user disables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from star_dss_plugin.plugins.records import Origin
 __all__ = ["DISABLED_PLUGINS", "installed_plugins"]
 
 DISABLED_PLUGINS = "STAR_DSS_DISABLED_PLUGINS"
-"""Environment variable: comma-separated entry points or packages that are not to be loaded."""
+"""Environment variable with the entry points or packages not to load, separated by commas."""
 
 
 def installed_plugins(
@@ -24,7 +24,7 @@ def installed_plugins(
     """Return the entry points to load, and the origins of those that `disabled` names.
 
     Args:
-        disabled: Names of entry points or of packages; empty ones are skipped.
+        disabled: Names of entry points or of packages; empty names are skipped.
 
     Raises:
         PluginError: A name in `disabled` matches nothing, or two packages use one plugin name.

@@ -1,4 +1,4 @@
-"""Hold what is known of plugins, and check what they register."""
+"""Define the records of plugins and registrations, and check registrations."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 Kind = Literal["guard", "segmenter", "loss_type", "integration"]
-"""What can be registered, in the words of the configuration: `loss_type` names a weight map."""
+"""Kinds of registrations, named like their options: `loss_type` is a weight map."""
 
 HOOK_KINDS: Mapping[str, Kind] = {
     "star_dss_register_guards": "guard",
@@ -54,11 +54,11 @@ class Entry:
     """Hold one registered name.
 
     Attributes:
-        name: What the configuration calls it.
-        target: The object, or "module:object"; of an integration, its trainer.
+        name: Name in the configuration.
+        target: The object, or "module:object"; for an integration, its trainer.
         summary: One line for lists.
         origin: The plugin that registered it.
-        info: What a guard states of itself; for other kinds nothing is stated.
+        info: Licence, size and cost of a guard; empty for other kinds.
     """
 
     name: str
@@ -70,12 +70,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Host:
-    """Describe one host framework as it is installed here.
+    """Describe one host framework and its installation.
 
     Attributes:
-        name: The name of its integration.
-        integration: What was registered.
-        installed: The host's version, or None.
+        name: Name of its integration.
+        integration: The registered integration.
+        installed: The host's installed version; None if it is not installed.
         supported: Whether that version is one of `integration.versions`.
     """
 
@@ -96,16 +96,16 @@ class PluginInfo:
 
 
 def check_entry(what: str, name: object, target: object, info: object) -> None:
-    """Check the name, the target and the statement of a registration.
+    """Check the name, the target and the info of a registration.
 
     Args:
-        what: Who registers what, the beginning of the message.
+        what: Beginning of the error message: the plugin and the registration.
         name: The name to register.
         target: A callable or "module:object".
         info: A `GuardInfo`.
 
     Raises:
-        PluginError: One of them cannot be used.
+        PluginError: One of them is invalid.
     """
     if not (isinstance(name, str) and _NAME.fullmatch(name)):
         raise PluginError(f"{what}. A name has to match {_NAME.pattern}.")
@@ -116,14 +116,14 @@ def check_entry(what: str, name: object, target: object, info: object) -> None:
 
 
 def check_integration(what: str, given: object) -> None:
-    """Check that every part of an integration can be used, as far as it shows without an import.
+    """Check every part of an integration as far as that is possible without importing it.
 
     Args:
-        what: Who registers what, the beginning of the message.
-        given: What was handed over.
+        what: Beginning of the error message: the plugin and the registration.
+        given: The registered object.
 
     Raises:
-        PluginError: It is no `Integration`, or a part of it cannot be used.
+        PluginError: The object is no `Integration`, or a part of it is invalid.
     """
     if not isinstance(given, Integration):
         raise PluginError(f"{what} as {given!r}. Give a star_dss_plugin.hookspecs.Integration.")

@@ -1,4 +1,4 @@
-"""Keep what plugins register, and look it up by name."""
+"""Register plugins, and look up by name what they provide."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _NOTHING_STATED = GuardInfo()
 
 
 class Plugins:
-    """Keep the registered plugins and what they offer; empty until `register` or `discover`."""
+    """Hold the registered plugins and their entries; a new object is empty."""
 
     def __init__(self) -> None:
         self._manager = pluggy.PluginManager("star_dss")
@@ -59,8 +59,8 @@ class Plugins:
             disabled: Entry points or packages to leave out; each must exist.
 
         Raises:
-            PluginError: A plugin cannot be imported, implements or registers something that cannot
-                be used, or clashes with another; or a name in `disabled` matches nothing.
+            PluginError: A plugin cannot be imported, has an invalid hook or registration, or uses a
+                name of another plugin; or a name in `disabled` matches nothing.
         """
         plugins = cls()
         allowed, blocked = installed_plugins(disabled)
@@ -75,7 +75,7 @@ class Plugins:
         return plugins
 
     def register(self, plugin: object, origin: Origin) -> None:
-        """Check one plugin, a module or object with functions marked `hookimpl`, and call them.
+        """Check one plugin, a module or object with functions marked `hookimpl`, and call these.
 
         Raises:
             PluginError: See `discover`.
@@ -100,11 +100,11 @@ class Plugins:
         self._listing.append(PluginInfo(origin, hooks, names, blocked=False))
 
     def guard(self, name: str) -> Callable[..., Guard]:
-        """Return what builds the guard `name` from its options."""
+        """Return the class or function that builds the guard `name` from its options."""
         return cast("Callable[..., Guard]", self._resolve("guard", name))
 
     def guard_info(self, name: str) -> GuardInfo:
-        """Return what the guard `name` states of itself; nothing is imported."""
+        """Return licence, size and cost of the guard `name`; nothing is imported."""
         return self._entry("guard", name).info
 
     def segmenter(self, name: str) -> Segmenter:
@@ -112,7 +112,7 @@ class Plugins:
         return cast("Segmenter", self._resolve("segmenter", name))
 
     def weight_map(self, name: str) -> WeightMap:
-        """Return the weight map that `loss_type: name` asks for."""
+        """Return the weight map that `loss_type: name` selects."""
         return cast("WeightMap", self._resolve("loss_type", name))
 
     def names(self, kind: Kind) -> tuple[str, ...]:
@@ -120,11 +120,11 @@ class Plugins:
         return tuple(self._entries[kind])
 
     def entries(self, kind: Kind) -> tuple[Entry, ...]:
-        """Return what is registered under the `names` of one kind; nothing is imported."""
+        """Return all entries of one kind, in the order of `names`; nothing is imported."""
         return tuple(self._entries[kind].values())
 
     def hosts(self) -> list[Host]:
-        """Return the host frameworks, looked up among the packages that are installed now."""
+        """Return the host frameworks of all integrations; nothing is imported."""
         return [self.host(name) for name in self._integrations]
 
     def host(self, name: str) -> Host:
@@ -145,7 +145,7 @@ class Plugins:
             raw: A parsed YAML mapping.
 
         Raises:
-            PluginError: An integration fails when it is asked.
+            PluginError: The `claims` function of an integration failed.
         """
         found = []
         for name, integration in self._integrations.items():
@@ -154,8 +154,8 @@ class Plugins:
             except Exception as error:
                 origin = self._entry("integration", name).origin
                 raise PluginError(
-                    f"The integration {name!r} of {origin} failed when it was asked whether a "
-                    f"configuration is its own. {_describe(error)}"
+                    f"The function 'claims' of the integration {name!r} of {origin} failed on a "
+                    f"configuration. {_describe(error)}"
                 ) from error
             if claimed:
                 found.append(name)
@@ -167,19 +167,19 @@ class Plugins:
         return next(named, None)
 
     def starters(self) -> dict[str, str]:
-        """Return what `star-dss init --host` takes, and the name of the integration of each."""
+        """Return the values of `star-dss init --host`, each with the name of its integration."""
         return {name: host for host, i in self._integrations.items() for name in i.starters}
 
     def of_host(self, name: str, target: str | Callable[..., Any], what: str) -> Callable[..., Any]:
         """Import a target of the integration `name`.
 
         Args:
-            name: The integration.
+            name: Name of the integration.
             target: One of its targets.
-            what: What needs it, the subject of the message ("`star-dss sft`").
+            what: Subject of the error message, such as "`star-dss sft`".
 
         Raises:
-            PluginError: It cannot be imported; the message says how to install the host.
+            PluginError: The target cannot be imported; the message says how to install the host.
         """
         try:
             return _load(target)
@@ -188,7 +188,7 @@ class Plugins:
             why = "cannot be imported" if host.installed else "is not installed"
             said = f"{what} needs {host.integration.host}, which {why} here. {_describe(error)}"
             install = f"pip install '{host.integration.install}'"
-            if install not in said:  # an integration may say so itself
+            if install not in said:  # the integration's own error may already say it
                 said += f" Install it with: {install}"
             raise PluginError(said) from error
 
@@ -197,7 +197,11 @@ class Plugins:
         return list(self._listing)
 
     def _hooks(self, plugin: object, origin: Origin) -> tuple[str, ...]:
-        """Return the hooks of a plugin; a function that only looks like one is an error."""
+        """Return the hooks that a plugin implements.
+
+        Raises:
+            PluginError: It implements none or an unknown one, or a function lacks `@hookimpl`.
+        """
         hooks, unmarked = set(), set()
         for attribute in dir(plugin):
             options = self._manager.parse_hookimpl_opts(plugin, attribute)
@@ -218,7 +222,7 @@ class Plugins:
         return tuple(hook for hook in HOOK_KINDS if hook in hooks)
 
     def _add(self, kind: Kind, origin: Origin) -> Callable[..., None]:
-        """Make the `register` function that the hook for one kind receives."""
+        """Return the `register` function that is passed to the hook of one kind."""
 
         def add(name: str, target: Any, summary: str, info: GuardInfo) -> None:
             what = f"{origin} registers {kind} {name!r}"
@@ -277,7 +281,7 @@ class Plugins:
 
 
 def _load(target: str | Callable[..., Any]) -> Callable[..., Any]:
-    """Import a "module:object"; return another target as it is."""
+    """Import a "module:object"; return a callable as it is."""
     found = pkgutil.resolve_name(target) if isinstance(target, str) else target
     if not callable(found):
         raise TypeError(f"an object of type {type(found).__name__} cannot be called")
@@ -285,7 +289,7 @@ def _load(target: str | Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _describe(error: Exception) -> str:
-    """Say the cause in a sentence; of a failed import also what could not be imported."""
+    """Describe an error in a sentence, for a failed import with the missing package."""
     text = f"{type(error).__name__}: {str(error).rstrip('.')}."
     if isinstance(error, ImportError) and error.name:
         text += f" Is the package that provides {error.name!r} installed?"

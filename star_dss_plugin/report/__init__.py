@@ -1,8 +1,8 @@
 """Show scored data: the HTML report, figures, and single rows in a terminal or a notebook.
 
-All modules here read a scored data set and change nothing. Its text is untrusted: `../visible.py`
-makes it safe to display, and `page.py` describes how the HTML file isolates it. Names are imported
-on first use, so that the command line starts quickly.
+The modules only read a scored data set. Its text is untrusted: `../visible.py` makes it safe to
+display, and `page.py` describes how the HTML file isolates it. Names are imported on first use, so
+that the command line starts quickly.
 """
 
 from __future__ import annotations

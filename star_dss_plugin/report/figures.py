@@ -90,7 +90,7 @@ def _chosen(data: ScoredData, rows: Sequence[int] | None) -> list[ScoredResponse
 
 
 def _axes(height: float = 3.4) -> tuple[Figure, Axes]:
-    # A Figure made this way has no window and changes no global state of matplotlib.
+    # Unlike pyplot, this opens no window and changes no global state of matplotlib.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, height), layout="constrained")

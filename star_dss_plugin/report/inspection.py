@@ -24,7 +24,7 @@ _DEMONSTRATION = "DEMONSTRATION SCORES: this guard protects nobody."
 
 @dataclass(frozen=True)
 class Inspection:
-    """Hold a row's responses; rich's `print` and notebooks show it in colour.
+    """Hold a row's responses, which rich's `print` and notebooks show in colour.
 
     Attributes:
         data: The row's responses and the provenance of their scores.
@@ -124,7 +124,7 @@ def _facts(response: ScoredResponse, threshold: float) -> str:
 
 
 def _blocks(response: ScoredResponse) -> str:
-    """Return the trajectory as a line of blocks; each shows the lowest score of its stretch."""
+    """Return the trajectory as a line of blocks, each as high as the lowest score of its tokens."""
     width = min(_WIDTH, response.tokens)
     lowest = [1.0] * width
     start = 0
@@ -145,7 +145,7 @@ def _by(asked: bool) -> str:
 
 
 def _coloured(response: ScoredResponse, threshold: float) -> Text:
-    """Return the text in its colours; slanted where a probe gave the score."""
+    """Return the text coloured by score, in italics where a probe gave the score."""
     text = Text()
     for piece, score, asked in zip(response.pieces, response.scores, _asked(response), strict=True):
         k = palette.level(score)

@@ -1,9 +1,9 @@
 """Render the report as one HTML file that loads nothing, runs one script and isolates text.
 
-Three measures protect the reader from hostile rows. Text is data: JSON in a script element of a
-type that is never executed, with every character escaped that could end the element. The script
-inserts it as text nodes, never as markup. And the Content-Security-Policy allows only this script
-and this style sheet, by their hashes, and no other source.
+Three measures protect the reader from hostile rows. The text is JSON in a script element whose type
+is never executed, and every character that could end the element is escaped. The script inserts it
+as text nodes, never as markup. The Content-Security-Policy allows only this script and this style
+sheet, by their hashes.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def render_page(
         name: Name of the data set.
         threshold: τ in [0, 1]: scores below it count as unsafe.
         blur: Whether text is blurred until the reader reveals it.
-        text: Whether the file holds text of the data at all, apart from the names of sources.
+        text: Whether the file contains prompts and responses; names of sources are always in it.
 
     Returns:
         The HTML text; encode it as UTF-8. Text of the data is written in ASCII.
@@ -75,7 +75,7 @@ def render_page(
         probed=any(response.asked is not None for response in data.responses),
         provenance=data.provenance,
         remarks=remarks(data.provenance or {}),
-        # The page may be shared, so the path of the folder is removed.
+        # The page may be shared, so local paths are removed.
         tokenizer=_without_folders(data.tokenizer),
         version=__version__,
         threshold=threshold,
@@ -113,7 +113,7 @@ def _style() -> str:
 
 
 def _embedded(value: Any) -> Markup:
-    """Return JSON that no HTML parser can read as markup, whatever strings it holds."""
+    """Return JSON in which no string can be parsed as HTML markup."""
     text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     for char in "<>&":
         text = text.replace(char, f"\\u{ord(char):04x}")
@@ -123,7 +123,7 @@ def _embedded(value: Any) -> Markup:
 def _payload(
     data: ScoredData, sources: Sequence[str], threshold: float, text: bool
 ) -> dict[str, Any]:
-    """Return the data for the script. Messages shared by several responses are stored once."""
+    """Return the data for the script, with each message stored once."""
     messages: dict[tuple[str, str], int] = {}
     places = {name: i for i, name in enumerate(sources)}
     rows = []

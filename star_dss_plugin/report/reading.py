@@ -38,14 +38,14 @@ class ScoredResponse:
     Attributes:
         row: Row in the data set, from 0.
         turn: Number of the response in its row, from 0.
-        source: The value of the source column, if there is one.
+        source: The value of the source column; None without one.
         context: The messages before the response, as the guard received them.
         raw_context: True if the context is decoded tokens, because no message matched.
-        pieces: The response's text, cut where the score changes. Joined they are the complete text.
+        pieces: The response's text, split where the score changes; joined, it is complete.
         token_ends: For each piece the number of response tokens up to its end; increasing.
         scores: For each piece the STAR score in [0, 1].
-        asked: For each piece whether the guard gave the score, and not a probe that learned from
-            it; None if the data does not say, or no probe was used.
+        asked: For each piece True if the guard gave the score, False if a probe did
+            (`trajectory="probed"`); None if no probe was used, or the data does not record it.
     """
 
     row: int
@@ -107,7 +107,7 @@ class ScoredData:
 
     Attributes:
         responses: All responses in the order of the data.
-        provenance: How the scores were made; None if the data set does not say.
+        provenance: How the scores were made; None if the data set does not record it.
         tokenizer: Name of the tokenizer that decoded them.
     """
 
@@ -184,8 +184,8 @@ def read_scored(
     Args:
         dataset: A data set with `input_ids`, `labels` and `star_scores`.
         tokenizer: The tokenizer that made `input_ids`.
-        source: Column that names the source of a row; None: "source", if that column exists and
-            holds names.
+        source: Column that names the source of a row; None is "source", if that column exists and
+            contains names.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -235,7 +235,7 @@ def read_scored(
 
 
 def _names_sources(values: Sequence[Any]) -> bool:
-    """Return whether a column called "source" holds names; in translation data it holds texts."""
+    """Return whether a column "source" contains names, and not texts, as in translation data."""
     names = {str(value) for value in values if value is not None}
     named = len(names) <= _MOST_SOURCES and all(
         len(name) <= _LONGEST_SOURCE and name.isprintable() for name in names
@@ -283,7 +283,7 @@ def _scored(
     scores: Sequence[float],
     asked: Sequence[bool] | None,
 ) -> ScoredResponse:
-    """Join neighbouring tokens of a response that have the same score, given in the same way."""
+    """Join adjacent tokens with the same score and the same entry in `asked` to pieces."""
     text = response.request.text
     pieces: list[str] = []
     ends: list[int] = []

@@ -13,7 +13,7 @@ __all__ = ["write_reliability"]
 
 
 def write_reliability(found: Calibration, path: Path, *, demonstration: bool) -> None:
-    """Draw the curve before and after calibration; the area of a dot is its number of rows.
+    """Draw the curve before and after calibration, with the area of a dot as its number of rows.
 
     Raises:
         ConfigError: matplotlib is missing.
@@ -25,7 +25,7 @@ def write_reliability(found: Calibration, path: Path, *, demonstration: bool) ->
     axes = figure.add_subplot()
     axes.plot([0, 1], [0, 1], **GUIDE)
     sets: tuple[tuple[str, Quality, str], ...] = (
-        ("as it is", found.raw, COLOURS[1]),
+        ("raw", found.raw, COLOURS[1]),
         ("calibrated, held out", found.calibrated, COLOURS[0]),
     )
     for label, quality, colour in sets:

@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 from datasets import Dataset
+from support.guards import WordGuard
 from typer.testing import CliRunner
 
 from star_dss_plugin import ConfigError, DataError, GuardError
@@ -44,7 +45,7 @@ def test_check_shows_what_is_asked_without_weights(folder_of):
     guard = load_guard(json.loads(described(folder, device="cpu")))
     prompt = guard._template.render(list(UNSAFE_PROBE))
     tokens = len(guard._template._tokenizer(prompt, add_special_tokens=False)["input_ids"])
-    assert f"verdict position: behind token {tokens}" in found.output
+    assert f"verdict position: after token {tokens}" in found.output
     for name, ids in zip(("safe", "unsafe", "controversial"), guard.identity["labels"]):
         assert f"{name} labels: {guard._template.decode(ids)!r} ({ids[0]})" in found.output
 
@@ -65,7 +66,7 @@ def test_check_trusts_a_guard_that_knows_the_probes():
     refused = run("check", json.dumps({**options, "word": "Weng"}))
     assert "at least as safe" in str(refused.exception)
     both = run("check", json.dumps({"guards": [options, {**options, "word": "pathetic"}]}))
-    assert both.output.count("tells the probes apart") == 2
+    assert both.output.count("rates the safe probe above the unsafe one") == 2
 
 
 def test_probes_that_a_guard_cannot_tell_apart():
@@ -201,6 +202,16 @@ def test_calibrate_writes_json_and_figure(tmp_path):
     assert high == pytest.approx(0.75, abs=0.03)
     assert written["calibrated"]["brier"] < written["raw"]["brier"]
     assert f"calibration:\n{json.dumps(numbers)}" in found.output
+
+
+def test_calibrate_marks_a_demonstration(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="needs the extra 'report'")
+    monkeypatch.setattr(WordGuard, "demonstration", True)
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(r) + "\n" for r in ROWS))
+    found = run("calibrate", "test-words", data, "-o", tmp_path / "out")
+    assert found.exit_code == 0, found.output
+    assert "test-words (DEMONSTRATION ONLY, protects nobody)" in " ".join(found.output.split())
 
 
 def test_held_out_means_held_out():

@@ -160,7 +160,7 @@ def test_tasks_that_cannot_be_had(tmp_path, data):
         return str(caught.value)
 
     assert "No task was given" in refused()
-    assert "is not there" in refused(data={"x": tmp_path / "x.jsonl"})
+    assert "does not exist" in refused(data={"x": tmp_path / "x.jsonl"})
     (tmp_path / "x.csv").write_text("prompt")
     assert "is not a .jsonl file" in refused(data={"x": tmp_path / "x.csv"})
 
@@ -209,7 +209,7 @@ def test_a_file_whose_name_is_a_pattern_is_refused(tmp_path):
     for name in ("rows[1].jsonl", "rows1.jsonl"):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in CHOICES))
     with (
-        pytest.raises(DataError, match="take for a pattern"),
+        pytest.raises(DataError, match="read as a pattern"),
         open_tasks(data={"mine": tmp_path / "rows[1].jsonl"}),
     ):
         pass

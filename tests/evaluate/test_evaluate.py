@@ -213,7 +213,7 @@ def test_pickled_weights_are_not_loaded(model_dirs, tmp_path, tokenizer):
 @pytest.mark.parametrize("text", ["[1]\n", "no json\n", '{"key": "k"}\n', "\n"])
 def test_a_file_of_answers_that_is_something_else(tmp_path, text):
     (tmp_path / "a.jsonl").write_text(text)
-    with pytest.raises(DataError, match=r"a\.jsonl is not what an evaluation writes there"):
+    with pytest.raises(DataError, match=r"a\.jsonl is not a file of answers"):
         AnswerFile(tmp_path / "a.jsonl")
 
 
@@ -406,6 +406,12 @@ def test_the_page_can_leave_the_text_out(model_dirs, tmp_path):
     assert "is this bad?" in whole
     assert "is this bad?" not in bare
     assert "safe share" in bare
+
+
+def test_the_page_marks_the_verdicts_of_a_demonstration(model_dirs, tmp_path, monkeypatch):
+    monkeypatch.setattr(WordGuard, "demonstration", True)
+    page = render_comparison(compared(model_dirs, tmp_path, guard="test-words"))
+    assert "by test-words (DEMONSTRATION ONLY, protects nobody)." in page
 
 
 def test_what_models_differ_on_is_unfolded(model_dirs, tmp_path, monkeypatch):

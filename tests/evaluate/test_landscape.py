@@ -140,5 +140,5 @@ def test_points_of_another_landscape_are_refused(tmp_path):
         PointsFile(path, BOUND, 3)
     for text in ("[1]\n", "no json\n", '{"a": 1}\n', path.read_text() + '{"place": 3}\n'):
         path.write_text(text)
-        with pytest.raises(DataError, match="not what a landscape writes"):
+        with pytest.raises(DataError, match="not a file of landscape points"):
             PointsFile(path, BOUND, 2)

@@ -14,7 +14,13 @@ from star_dss_plugin import ConfigError, load_guard
 from star_dss_plugin.data.requests import PrefixRequest, Trajectory
 from star_dss_plugin.guards.base import Guard
 from star_dss_plugin.guards.combined import CalibratedGuard, EnsembleGuard
-from star_dss_plugin.guards.probing.bounds import COVERAGE, Bounds, Held, checked, probabilities
+from star_dss_plugin.guards.probing.bounds import (
+    COVERAGE,
+    Bounds,
+    HeldOut,
+    check_bounds,
+    probabilities,
+)
 from star_dss_plugin.guards.probing.guard import ProbingGuard, probing
 from star_dss_plugin.guards.probing.learned import Learned
 from star_dss_plugin.guards.probing.linear import Linear, Sample, choose, features, summaries
@@ -117,7 +123,7 @@ def held(count, noise, seed=0):
     found = []
     for _ in range(count):
         z = random.normal(3, 3, size=20)
-        found.append(Held(z, probabilities(z + noise * random.normal(size=20)), 1.0))
+        found.append(HeldOut(z, probabilities(z + noise * random.normal(size=20)), 1.0))
     return found
 
 
@@ -134,7 +140,7 @@ def test_scores_that_are_not_asked_keep_the_promise_on_new_responses(noise, seed
 
 
 def test_the_less_is_known_the_more_is_asked():
-    shares = [checked(held(200, noise), 0.05, 0.5)["probed"] for noise in (0.01, 0.3, 3.0)]
+    shares = [check_bounds(held(200, noise), 0.05, 0.5)["probed"] for noise in (0.01, 0.3, 3.0)]
     assert shares[0] > 0.9
     assert shares[0] > shares[1] > shares[2]
 
@@ -148,20 +154,21 @@ def test_an_interval_that_holds_the_threshold_is_asked():
 
 
 def test_few_held_out_prefixes_promise_nothing():
-    few = [Held(np.array([3.0]), np.array([0.95]), 1.0)] * 5
+    few = [HeldOut(np.array([3.0]), np.array([0.95]), 1.0)] * 5
     assert np.isinf(Bounds.of(few, 0.05, 0.5).halves).all()
-    assert checked(few, 0.05, 0.5)["probed"] == 0
+    assert check_bounds(few, 0.05, 0.5)["probed"] == 0
 
 
 def test_weights_count_as_so_many_responses():
     """Rare wrong ones that stand for many break the promise; that stand for few they do not."""
     right, wrong = (
-        [Held(np.full(20, 2.0), np.full(20, probabilities(np.array([2.0]))[0] - off), weight)] * 50
+        [HeldOut(np.full(20, 2.0), np.full(20, probabilities(np.array([2.0]))[0] - off), weight)]
+        * 50
         for off, weight in ((0.0, 1.0), (0.5, 1.0))
     )
     mixed = [one for pair in zip(right, wrong, strict=True) for one in pair]
-    heavy = [Held(h.logits, h.scores, 50.0 if i % 2 else 1.0) for i, h in enumerate(mixed)]
-    light = [Held(h.logits, h.scores, 0.001 if i % 2 else 1.0) for i, h in enumerate(mixed)]
+    heavy = [HeldOut(h.logits, h.scores, 50.0 if i % 2 else 1.0) for i, h in enumerate(mixed)]
+    light = [HeldOut(h.logits, h.scores, 0.001 if i % 2 else 1.0) for i, h in enumerate(mixed)]
     assert Bounds.of(heavy, 0.05, 0.9).halves[-1] == pytest.approx(0.5)
     assert Bounds.of(light, 0.05, 0.9).halves[-1] == pytest.approx(0.0)
 

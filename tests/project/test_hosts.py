@@ -269,7 +269,7 @@ def path(tmp_path):
 
 
 def test_a_file_that_no_integration_knows_is_an_error_that_lists_them(path):
-    with pytest.raises(ConfigError, match="has mine, by which no integration knows it") as error:
+    with pytest.raises(ConfigError, match="has mine, and no integration recognizes it") as error:
         check_config(path, data=False)
     for host in load_plugins().hosts():
         assert f"{host.name}: {host.integration.configuration}" in str(error.value)
@@ -308,7 +308,9 @@ def test_a_check_that_returns_nothing_is_an_error(path, use):
 
 def test_claims_that_fail_are_an_error(path, use):
     use(registered(integration(claims=lambda raw: raw["absent"])))
-    with pytest.raises(PluginError, match=r"'mine' of my-package .* failed when .*KeyError"):
+    with pytest.raises(
+        PluginError, match=r"'claims' of .*'mine' of my-package .* failed on .*KeyError"
+    ):
         check_config(path, data=False)
 
 

@@ -1,11 +1,11 @@
 """Compute attention over keys that many rows share, without copying those keys to every row.
 
-A row (a trunk behind the common head, or a tail behind its response's trunk) attends to two sets of
-keys: a *prefix* that it shares with other rows, and its own tokens. The keys and values of a prefix
-are stored once. `Dense` and `BlockSparse` compute the attention.
+A row (a trunk after the common head, or a tail after its response's trunk) attends to two sets of
+keys: those of a *prefix* that it shares with other rows, and those of its own tokens. The keys and
+values of a prefix are stored once. `Dense` and `BlockSparse` compute the attention.
 
-transformers calls this module like any attention function, under the name `NAME`. The current
-`Pass` says which keys the rows share.
+transformers calls this module as an attention implementation, under the name `NAME`. The current
+`Pass` holds the prefixes.
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ class Attention(Protocol):
 
 @dataclass(frozen=True)
 class Prefix:
-    """Hold what consecutive rows of a pass share.
+    """Hold the cached tokens that consecutive rows of a pass share.
 
     Attributes:
-        parts: Stored keys and values of one row each, consecutive from position 0 on.
+        parts: Keys and values of head and trunk, one row each, consecutive from position 0 on.
         length: Number of tokens in all parts.
-        depths: (rows,), the number of first tokens that each row sees.
+        depths: (rows,), how many of these tokens, from the first on, each row sees.
     """
 
     parts: Sequence[KeysValues]
@@ -90,10 +90,10 @@ class Pass:
     Attributes:
         positions: (rows, T), position of each token in its own sequence.
         real: (rows, T), bool: False on padding.
-        prefixes: The shared prefixes in the order of the rows; empty if rows start at position 0.
+        prefixes: The shared prefixes in the order of their rows; empty if rows start at position 0.
         kept: Receives the keys and values of this pass, or None.
-        last_layer: Index of the layer whose output is read in the last column only, or None. Its
-            queries in other columns are not computed, and its output there is undefined.
+        last_layer: Index of the layer whose output is read in the last column only, or None. It
+            computes no attention for other columns, where its output is undefined.
         block_sparse: Whether one block-sparse kernel computes the attention.
     """
 
@@ -106,7 +106,7 @@ class Pass:
 
     @cached_property
     def attention(self) -> Attention:
-        """Build the attention of this pass once; the layers share its masks."""
+        """Build the attention of this pass once, so that all layers share its masks."""
         depths = [prefix.depths for prefix in self.prefixes]
         rows = [len(depth) for depth in depths]
         if self.block_sparse:
@@ -143,7 +143,7 @@ def _attention(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Compute attention as transformers' attention interface prescribes.
+    """Compute attention with the current pass, as transformers' `AttentionInterface` requires.
 
     Args:
         module: The attention layer.

@@ -1,7 +1,7 @@
 """Compute attention with matrix products and PyTorch's fused kernels.
 
-Attention to the rows' own keys and attention to the shared keys are computed apart and merged by
-their log-sum-exps, which equals the softmax over both. So shared keys and values are read in place,
+Attention to a row's own keys and attention to the shared keys are computed separately and merged by
+their log-sum-exps, which equals one softmax over both. So shared keys and values are read in place,
 and no mask of all prompts against all tokens is built.
 """
 
@@ -20,14 +20,14 @@ _MATH_ELEMENTS = 1 << 26
 """Attention scores held at once where no fused kernel applies: 256 MB in float32."""
 
 _SLICE_QUERIES = 512
-"""Fewest queries per slice of a prefix: with fewer, the calls cost more than masked keys."""
+"""Fewest queries per slice of a prefix's rows: smaller slices mask fewer keys in more calls."""
 
 
 @dataclass(frozen=True)
 class _Slice:
-    """Hold consecutive rows of a prefix, the keys that any of them sees, and their mask.
+    """Hold some consecutive rows of a prefix, the range of keys that they see, and their mask.
 
-    `mask` is additive, (rows, T, keys), or None if every row sees all keys.
+    `mask` is additive, (rows, T, keys), or None if every row sees all keys of the range.
     """
 
     rows: slice
@@ -81,15 +81,15 @@ class Dense:
         if not shared:
             return out
         found = []
-        for index, (asked, (keys, values)) in enumerate(
+        for index, (queries, (keys, values)) in enumerate(
             zip(query.split(list(self.rows)), shared, strict=True)
         ):
-            for piece in self._slices_of(index, window, query.dtype):
-                rows, met = asked[piece.rows], (keys[:, :, piece.keys], values[:, :, piece.keys])
-                found.append(_attend_shared(rows, *met, piece.mask, scale, softcap))
-        there, there_lse = (torch.cat(parts) for parts in zip(*found, strict=True))
-        share = torch.sigmoid(there_lse - lse).unsqueeze(-1)
-        return torch.lerp(out.to(lse.dtype), there.to(lse.dtype), share).to(out.dtype)
+            for part in self._slices_of(index, window, query.dtype):
+                seen = keys[:, :, part.keys], values[:, :, part.keys]
+                found.append(_attend_shared(queries[part.rows], *seen, part.mask, scale, softcap))
+        shared_out, shared_lse = (torch.cat(parts) for parts in zip(*found, strict=True))
+        share = torch.sigmoid(shared_lse - lse).unsqueeze(-1)
+        return torch.lerp(out.to(lse.dtype), shared_out.to(lse.dtype), share).to(out.dtype)
 
     def _own_mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
         """Return the additive mask (rows, 1, T, T) of own tokens; None if causality suffices."""
@@ -109,7 +109,7 @@ class Dense:
         return _additive(seen | torch.eye(length, dtype=torch.bool, device=slot.device), dtype)
 
     def _slices_of(self, index: int, window: int | None, dtype: torch.dtype) -> list[_Slice]:
-        """Return one prefix's rows in slices that attend to few keys beyond those they see."""
+        """Split one prefix's rows into slices, so that few keys of each slice are masked."""
         key = (index, window)
         if key not in self._slices:
             rows = self.rows[index]
@@ -136,9 +136,9 @@ class Dense:
 
 
 def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return an additive mask (rows, 1, …): 0 where seen, else so low that the weight is 0."""
+    """Return an additive mask (rows, 1, …): 0 where seen, the dtype's minimum elsewhere."""
     zero = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-    # Not −inf: a row that sees nothing of its prefix would have no finite log-sum-exp.
+    # Not −inf: the log-sum-exp of a row that sees nothing of its prefix would not be finite.
     return zero.masked_fill(~seen, torch.finfo(dtype).min)[:, None]
 
 
@@ -154,11 +154,11 @@ def _attend_shared(
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return `_attend` of all rows to the keys of one row, (1, key-value heads, keys, head size).
+    """Return `_attend` of all rows to one row of keys, (1, key-value heads, keys, head size).
 
-    All rows become queries of one long row, and each key-value head becomes a row with the heads
-    that share it. So nothing is copied to each row or head, and the matrix products are large. A
-    mask has shape (rows, at least T, keys).
+    The queries of all rows are joined to one long row. Key-value heads become the batch dimension,
+    with the query heads that share each. So no key is copied per row or head, and the matrix
+    products are large. A mask has shape (rows, at least T, keys).
     """
     rows, heads, length, size = query.shape
     shared = key.shape[1]
@@ -188,7 +188,7 @@ def _attend(
     Shapes: (rows, heads, T, head size) and (rows, heads, T). The log-sum-exp is float32 or wider.
     """
     precision = torch.promote_types(query.dtype, torch.float32)
-    if key.shape[2] == 0:  # a group without a trunk; the fused kernel would divide by zero
+    if key.shape[2] == 0:  # rows that see no shared key; the fused kernel would divide by zero
         out = query.new_zeros(*query.shape[:-1], value.shape[-1])
         lowest = torch.finfo(torch.float32).min
         return out, out.new_full(query.shape[:-1], lowest, dtype=precision)
@@ -211,14 +211,14 @@ def _attend(
     for first, start in itertools.product(
         range(0, len(query), step), range(0, length, min(columns, length))
     ):
-        rows, asked = slice(first, first + step), slice(start, start + columns)
-        scores = torch.matmul(query[rows, :, asked], key[rows].transpose(-1, -2))
+        rows, queries = slice(first, first + step), slice(start, start + columns)
+        scores = torch.matmul(query[rows, :, queries], key[rows].transpose(-1, -2))
         scores = scores.to(precision) * scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         if mask is not None:
-            scores = scores + (mask if len(mask) == 1 else mask[rows])[:, :, asked]
-        lse[rows, :, asked] = scores.logsumexp(-1)
-        weights = (scores - lse[rows, :, asked].unsqueeze(-1)).exp().to(value.dtype)
-        out[rows, :, asked] = torch.matmul(weights, value[rows])
+            scores = scores + (mask if len(mask) == 1 else mask[rows])[:, :, queries]
+        lse[rows, :, queries] = scores.logsumexp(-1)
+        weights = (scores - lse[rows, :, queries].unsqueeze(-1)).exp().to(value.dtype)
+        out[rows, :, queries] = torch.matmul(weights, value[rows])
     return out, lse

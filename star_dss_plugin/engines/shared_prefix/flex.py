@@ -1,9 +1,9 @@
 """Compute one block-sparse attention for all rows of a pass and all keys they may see.
 
 FlexAttention computes only the blocks of (queries, keys) in which some query sees some key. A pass
-is presented as one long row: the queries are those of all rows in order, the keys are those of the
-shared prefixes and then those of the rows. A mask decides by the owner and the position of a key
-which queries see it.
+is flattened to one long row: its queries are those of all rows in order, its keys those of the
+shared prefixes followed by those of the rows. The mask compares each query's row and position with
+each key's owner and position.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ BLOCK = 128
 """Queries, and keys, per block: the size that FlexAttention's kernels are made for."""
 
 _KERNEL_OPTIONS: Any = {"FORCE_USE_FLEX_ATTENTION": True}
-"""Avoid the decoding kernel, which passes with few queries would get: it has no configuration for
+"""Avoid the decoding kernel, which FlexAttention picks for few queries: it has no configuration for
 some numbers of queries and heads.
 """
 
 _PADDING, _NONE = -1, -2
-"""Owner number of padding keys, and prefix number of rows without a prefix."""
+"""Owner of padding keys, and prefix of rows without one: they differ, so no row sees padding."""
 
 
 @dataclass
@@ -40,7 +40,7 @@ class BlockSparse:
     Attributes:
         positions: (R, T), position of each query in its own sequence.
         prefix: (R,), number of each row's shared prefix.
-        depth: (R,), number of its prefix's first tokens that a row sees.
+        depth: (R,), how many tokens of its prefix, from the first on, a row sees.
         owner: (keys,), row or prefix that a key belongs to; negative for padding.
         place: (keys,), position of a key in its sequence.
     """
@@ -111,25 +111,24 @@ class BlockSparse:
         return attended
 
     def _mask(self, columns: int, window: int | None) -> BlockMask:
-        """Return the mask and the occupied blocks for the last columns of each row."""
+        """Return the block mask for the last columns of each row."""
         rows, keys = len(self.positions), len(self.owner)
         blocks = -(-keys // BLOCK)
-        met = self._visible_keys()
-        met = torch.nn.functional.pad(met, (0, blocks * BLOCK - keys))
-        met = met.view(rows, blocks, BLOCK).any(-1)
-        # The rows that the queries of a block belong to; the last block is filled up with the last
-        # row.
-        row = torch.arange(rows, device=met.device).repeat_interleave(columns)
+        visible = self._visible_keys()
+        visible = torch.nn.functional.pad(visible, (0, blocks * BLOCK - keys))
+        visible = visible.view(rows, blocks, BLOCK).any(-1)
+        # The row of each query; the last block is padded with queries of the last row.
+        row = torch.arange(rows, device=visible.device).repeat_interleave(columns)
         padded = -(-len(row) // BLOCK) * BLOCK
         row = torch.nn.functional.pad(row, (0, padded - len(row)), value=rows - 1)
-        occupied = met[row.view(-1, BLOCK)].any(1)
+        occupied = visible[row.view(-1, BLOCK)].any(1)
         order = occupied.int().argsort(dim=-1, descending=True, stable=True)
         return BlockMask.from_kv_blocks(
             occupied.sum(-1, dtype=torch.int32)[None, None],
             order.int()[None, None],
             BLOCK_SIZE=BLOCK,
             mask_mod=_mask_function(
-                torch.arange(rows, device=met.device).repeat_interleave(columns),
+                torch.arange(rows, device=visible.device).repeat_interleave(columns),
                 self.positions[:, -columns:].flatten(),
                 self.prefix.repeat_interleave(columns),
                 self.depth.repeat_interleave(columns),
@@ -141,7 +140,7 @@ class BlockSparse:
         )
 
     def _visible_keys(self) -> Tensor:
-        """Return (R, keys), bool: True where a query of a row may see a key, windows aside."""
+        """Return (R, keys), bool: True where some query of a row sees a key, without a window."""
         row = torch.arange(len(self.positions), device=self.owner.device)
         shared = (self.owner == self.prefix[:, None]) & (self.place < self.depth[:, None])
         return shared | (self.owner == row[:, None])
@@ -190,18 +189,18 @@ def _kernel(device: str) -> Any:
         return flex_attention
     from torch._dynamo import config
 
-    # Passes differ in which sizes are 1, and in windows, so several kernels are compiled. Exceeding
-    # the limit must be an error: the uncompiled function would hold the scores of all queries and
-    # all keys at once.
+    # Passes differ in which dimensions have size 1, and in windows, so several kernels are
+    # compiled. Exceeding the limit must be an error: the uncompiled function would allocate the
+    # scores of all queries and all keys at once.
     return config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True)(
         torch.compile(_attend, dynamic=True)
     )
 
 
 def _attend(*args: Any, **kwargs: Any) -> Any:
-    """Call FlexAttention through a separate function.
+    """Call FlexAttention through a function of this module.
 
-    Recompilation limits count per function. Code that compiles FlexAttention directly, such as the
-    model in training, shares one limit.
+    Recompilation limits count per compiled function, and the trained model may compile
+    `flex_attention` directly.
     """
     return flex_attention(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Lay rows of tokens out as forward passes behind stored keys and values."""
+"""Build the inputs of forward passes whose rows continue cached prefixes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from star_dss_plugin.engines.shared_prefix.attention import KeysValues, Pass, Prefix
 from star_dss_plugin.engines.shared_prefix.tree import Tail
 
-__all__ = ["first_tokens", "padded", "rows_behind", "tails_behind"]
+__all__ = ["first_tokens", "padded", "rows_after", "tails_after"]
 
 
 def padded(
@@ -28,20 +28,20 @@ def padded(
     return ids.to(device), real.to(device)
 
 
-def rows_behind(
+def rows_after(
     rows: Sequence[Sequence[int]],
     head_length: int,
     head: KeysValues,
     device: torch.device,
     kept: KeysValues | None = None,
 ) -> tuple[Tensor, Pass]:
-    """Return token ids and the pass of rows that all follow one head.
+    """Return token ids, (rows, longest), and the pass of rows that all follow one head.
 
     Args:
-        rows: Token ids behind the head.
+        rows: Token ids after the head.
         head_length: Number of the head's tokens.
-        head: Its keys and values; empty if there is none.
-        device: Of the model.
+        head: The head's keys and values; empty if there is no head.
+        device: The model's device.
         kept: Receives the keys and values of the rows.
     """
     ids, real = padded(rows, device)
@@ -51,28 +51,28 @@ def rows_behind(
     return ids, Pass(positions, real, prefixes, kept)
 
 
-def tails_behind(
+def tails_after(
     batch: Sequence[Tail],
     head_length: int,
     head: KeysValues,
     trunks: Mapping[int, KeysValues],
     device: torch.device,
 ) -> tuple[Tensor, Pass]:
-    """Return token ids and the pass of tails, each behind the head and its group's trunk.
+    """Return token ids, (tails, longest), and the pass of tails that follow head and trunk.
 
     Tails are padded on the left, so that all end in the last column.
 
     Args:
-        batch: Those of one group are neighbours.
+        batch: Tails; those of one group are adjacent.
         head_length: Number of the head's tokens.
-        head: Its keys and values; empty if there is none.
-        trunks: By group the keys and values of its trunk behind the head.
-        device: Of the model.
+        head: The head's keys and values; empty if there is no head.
+        trunks: For each group the keys and values of its trunk after the head.
+        device: The model's device.
     """
     ids, real = padded([tail.tokens for tail in batch], device, left=True)
     shared = torch.tensor([[tail.shared] for tail in batch], device=device)
     column = torch.arange(ids.shape[1], device=device)
-    # Padding is masked, but a table of learned positions has no negative entries.
+    # Padding is masked, but learned position embeddings have no negative index.
     positions = (shared + column - ids.shape[1] + real.sum(1, keepdim=True)).clamp(min=0)
     prefixes: list[Prefix] = []
     if any(tail.shared for tail in batch):
@@ -89,6 +89,6 @@ def tails_behind(
 
 
 def first_tokens(part: KeysValues, tokens: int, row: int = 0) -> KeysValues:
-    """Return the keys and values of the first tokens of one row."""
+    """Return views of the keys and values of the first `tokens` tokens of one row."""
     rows = slice(row, row + 1)
     return {layer: (k[rows, :, :tokens], v[rows, :, :tokens]) for layer, (k, v) in part.items()}

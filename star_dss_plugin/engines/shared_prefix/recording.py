@@ -1,4 +1,4 @@
-"""Record hidden states behind some blocks of a decoder, and leave out the blocks above them."""
+"""Record the output of some decoder blocks, and skip the blocks above them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
     """Return a decoder's blocks, in the order in which they run.
 
     Raises:
-        GuardError: The model has no such list.
+        GuardError: The decoder has no module list `layers`.
     """
     found = getattr(model.get_decoder(), "layers", None)
     if not isinstance(found, nn.ModuleList) or not len(found):
@@ -31,13 +31,13 @@ def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
 
 @contextmanager
 def recording(model: PreTrainedModel, wanted: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """Fill a mapping with the states behind blocks, (rows, columns, size), in each pass.
+    """Yield a mapping that each forward pass fills: block index to output (rows, columns, size).
 
-    Blocks above the last wanted one do not run meanwhile, so logits mean nothing.
+    Blocks above the highest wanted one do not run meanwhile, so the logits are meaningless.
 
     Args:
         model: A causal LM.
-        wanted: Numbers of blocks, from 0.
+        wanted: Block indices, from 0.
     """
     found: dict[int, Tensor] = {}
     blocks, decoder = blocks_of(model), model.get_decoder()

@@ -20,9 +20,8 @@ __all__ = ["LastLayer", "OneDnnLinear"]
 class LastLayer:
     """Restrict the last decoder layer to the last column, where only that column is read.
 
-    Behind attention, the output projection and the MLP work on each position by itself. The keys
-    and values of all columns are still needed. Behind this layer, hidden states of other columns
-    are undefined.
+    After attention, the output projection and the MLP work on each position by itself. The keys and
+    values of all columns are still computed. The layer's output in other columns is undefined.
 
     Attributes:
         index: `layer_idx` of the layer's attention; None if the whole layer runs.
@@ -34,7 +33,7 @@ class LastLayer:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> LastLayer:
-        """Find projection and MLP in a model's last layer; empty for unusual model structures."""
+        """Find projection and MLP in a model's last layer; without them, the whole layer runs."""
         layers = getattr(model.get_decoder(), "layers", None)
         if not isinstance(layers, nn.ModuleList) or not len(layers):
             return cls()

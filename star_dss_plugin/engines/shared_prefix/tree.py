@@ -1,7 +1,7 @@
 """Split prompts into a head that all share, a trunk per response, and a tail per prompt.
 
-The prompts about one response are nearly the same token sequence, and the prompts about all
-responses begin with the same policy text. After the split, every token is computed about once.
+The prompts about one response are nearly the same token sequence, and all prompts begin with the
+same policy text. After the split, every distinct token is computed about once.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Tree:
 
     Attributes:
         trunk: Tokens from position 0 on; every tail continues a prefix of it.
-        tails: One per distinct prompt, in the order of their token sequences.
+        tails: One per distinct prompt, in descending lexicographic order of the prompts.
         row_of: For each given prompt, the index of its tail.
         distinct: Number of nodes in the prompts' trie: the fewest tokens that can be computed.
     """
@@ -57,20 +57,20 @@ def grow(group: int, prompts: Sequence[Sequence[int]]) -> Tree:
     """
     shared = SharedPrompts.of(prompts)
     first = {piece: i for i, piece in reversed(list(enumerate(shared.pieces)))}
-    # Longer before shorter, so that a prompt is preferred as trunk to its own prefixes.
+    # Descending, so that a prompt comes before its own prefixes and is preferred as the trunk.
     ordered = sorted(first.values(), key=shared.order, reverse=True)
     neighbours = [shared.common(a, b) for a, b in pairwise(ordered)]
-    # Fewest tokens remain if the trunk's nodes in the trie are those that most prompts visit.
-    visits = _visits(neighbours)
-    trunk = visits.index(max(visits))
+    # The prompt that shares the most tokens with the rest leaves the fewest tokens in the tails.
+    shared_tokens = _shared_tokens(neighbours)
+    trunk = shared_tokens.index(max(shared_tokens))
     lengths = shared.lengths()
     tails = []
     for row, i in enumerate(ordered):
-        # A prompt that ends on the trunk computes its last token again to get the next-token
+        # A prompt that is a prefix of the trunk computes its last token again, for its next-token
         # logits.
         common = min(shared.common(i, ordered[trunk]), lengths[i] - 1)
         tails.append(Tail(group, row, common, shared.part(i, common)))
-    # Beyond what other prompts share, the rest of the trunk's prompt is a tail as well.
+    # The trunk ends where no other prompt follows it; the rest of its own prompt becomes a tail.
     end = max((t.shared for t in tails if t.row != trunk), default=0)
     own = ordered[trunk]
     kept = min(end, lengths[own] - 1)
@@ -84,16 +84,17 @@ def grow(group: int, prompts: Sequence[Sequence[int]]) -> Tree:
     )
 
 
-def _visits(neighbours: Sequence[int]) -> list[int]:
-    """Return for each of n sorted sequences how many first tokens it shares with all others.
+def _shared_tokens(neighbours: Sequence[int]) -> list[int]:
+    """Return for each of n sorted sequences the sum of its common prefix lengths with the others.
 
     Args:
-        neighbours: How many first tokens each sequence shares with the next one, n - 1 numbers.
-            Two that are further apart share the least of what lies between them.
+        neighbours: Common prefix length of each sequence and the next, n - 1 numbers. The common
+            prefix length of two distant sequences is the minimum of those between them.
     """
     found = [0] * (len(neighbours) + 1)
     for order in (1, -1):
-        # (shared tokens, number of sequences) in ascending order, and the sum of their products.
+        # (common prefix length, number of earlier sequences) ascending; total is the sum of their
+        # products.
         stack: list[tuple[int, int]] = []
         total = 0
         for i, shared in enumerate(neighbours[::order], 1):
@@ -109,15 +110,15 @@ def _visits(neighbours: Sequence[int]) -> list[int]:
 
 
 def common_length(sequences: Sequence[tuple[int, ...]]) -> int:
-    """Return the number of first tokens that all sequences share."""
+    """Return the length of the common prefix of all sequences."""
     return shared_prompts.common_length(min(sequences), max(sequences))
 
 
 def first_batch(lengths: Sequence[int], budget: int) -> int:
-    """Return how many first items run together: their number times the longest is the size.
+    """Return how many of the first items form one batch, whose size is items times longest item.
 
-    The size is at most `budget`, unless one item alone is larger. At most 3 % of it (and 64 tokens)
-    may be padding.
+    The size is at most `budget`, unless the first item alone is larger. At most 3 % of the size, or
+    64 tokens if that is more, is padding.
     """
     count = longest = total = 0
     for length in lengths:

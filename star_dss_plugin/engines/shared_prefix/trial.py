@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from star_dss_plugin.engines.shared_prefix.attention import NAME
 
-__all__ = ["fixed_rope_length", "why_not"]
+__all__ = ["fixed_rope_length", "unsupported_reason"]
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
@@ -23,7 +23,9 @@ _Compute = Callable[[Sequence[Sequence[Sequence[int]]], Sequence[int], bool], li
 """Takes (groups, label ids, whether prompts run whole); returns label log-probabilities."""
 
 
-def why_not(model: PreTrainedModel, parameters: Sequence[str], compute: _Compute) -> str | None:
+def unsupported_reason(
+    model: PreTrainedModel, parameters: Sequence[str], compute: _Compute
+) -> str | None:
     """Return the reason why the shared-prefix path cannot serve a model; None if it can.
 
     Args:

@@ -1,12 +1,13 @@
 """Provide the demonstration guard: a linear probe on SmolLM2-135M, which gives no protection.
 
-It shows the whole pipeline on a laptop without network: one forward pass scores every token of a
-response, as in streaming guards for real use. It recognizes the kinds of text on which it was
-fitted and little else (docs/demo_guard.md). It warns whenever it is loaded and is never a default.
+It runs the whole pipeline on a laptop without network: one forward pass scores every token of a
+response, as in a real streaming guard. Its scores are no real guard's scores: it recognizes the
+kinds of text on which it was fitted and little else (docs/demo_guard.md). It warns whenever it is
+loaded and is never a default.
 
 At token t the probe reads the hidden state of that token, the mean of the states of the response so
-far, the mean of the last few, and the state of the last context token (what was asked). So P(safe)
-at t depends on nothing after t.
+far, the mean of the last few, and the state of the last context token, which reflects the question.
+So P(safe) at t depends on no later token.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ __all__ = ["RECENT", "DemoGuard", "probe_logits", "recent_mean", "running_mean"]
 logger = logging.getLogger(__name__)
 
 RECENT = 16
-"""Number of tokens in the shorter mean, which follows a change faster than the running mean."""
+"""Window of the recent mean, in tokens: it reacts to a change faster than the running mean."""
 
 _FORMAT = 2  # increase when the code here or in states.py changes a score
 
@@ -138,7 +139,7 @@ class DemoGuard(StreamingGuard):
             scores = torch.sigmoid(probe_logits(states, weight, bias)).tolist()
             if not all(0 <= s <= 1 for s in scores):
                 raise not_numbers(self.name, i)
-            # The first score is that of the open turn, used for a response without tokens.
+            # scores[0] is that of the last context token, used if the response has no tokens.
             result.append(list(zip(char_ends, scores[1:], strict=True)) or [(0, scores[0])])
         return result
 

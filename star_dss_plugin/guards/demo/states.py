@@ -1,8 +1,8 @@
 """Compute hidden states of SmolLM2-135M for responses, the input of the demonstration guard.
 
-The conversation and an open assistant turn are written in the model's chat format (ChatML), with
-its default system message if there is none. Content is tokenized apart from the format and without
-control tokens: a literal `<|im_end|>` in a prompt or a response stays text.
+The conversation and a generation prompt are written in the model's chat format (ChatML), with its
+default system message if the conversation has none. Content is tokenized apart from the format and
+without control tokens: a literal `<|im_end|>` in a prompt or a response stays text.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Reading:
     """Hold a response and its context as token ids.
 
     Attributes:
-        context: Token ids of the conversation, with the open assistant turn.
+        context: Token ids of the conversation, with the generation prompt.
         response: Token ids of the response, shape (T,).
         char_ends: End of each of those tokens in the text of the response, in characters.
     """
@@ -108,11 +108,11 @@ class Backbone:
         return Reading(self._conversation(context)[0], response, char_ends)
 
     def truncates(self, context: Sequence[Message]) -> bool:
-        """Return whether a part of a context is not read."""
+        """Return whether the start of a context is cut."""
         return self._conversation(context)[1]
 
     def _conversation(self, context: Sequence[Message]) -> tuple[list[int], bool]:
-        """Return the token ids of a context and an open turn, and whether the context was cut.
+        """Return the token ids of a context and generation prompt, and whether it was cut.
 
         If it is too long, its oldest messages are dropped and the oldest remaining one is cut at
         its start. The format around each message stays complete.

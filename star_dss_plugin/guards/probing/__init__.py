@@ -1,1 +1,1 @@
-"""Learn most scores of a verdict guard from its states along a response, and ask for the rest."""
+"""Predict most scores of a verdict guard from its hidden states, and compute the rest exactly."""

@@ -1,9 +1,10 @@
 """Bound how far a probe's scores are from the guard's, by split-conformal prediction.
 
-Prefixes of held-out responses are sorted into bins by what the probe says of them. In each bin the
-bound is the quantile of the differences there (Vovk's Mondrian form): narrow where the probe says
-"surely safe" and is right, wide where it hesitates. A prefix is asked if its bin's bound exceeds
-the tolerance, or the interval holds the threshold.
+Prefixes of held-out responses are grouped into bins by the probe's log-odds. In each bin the bound
+is a quantile of the differences between probe and guard (Mondrian conformal prediction, Vovk):
+narrow where the probe is confident and right, wide where it is not. A probe's score is used only if
+its bin's bound is at most the tolerance and the interval of this half-width around the score does
+not contain the threshold. Otherwise the guard itself scores the prefix.
 """
 
 from __future__ import annotations
@@ -15,32 +16,33 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-__all__ = ["COVERAGE", "Bounds", "Held", "checked", "probabilities"]
+__all__ = ["COVERAGE", "Bounds", "HeldOut", "check_bounds", "probabilities"]
 
 COVERAGE = 0.95
-"""The promise: this share of the probe's scores lies within the tolerance."""
+"""Promised share of the used probe scores that lie within the tolerance of the guard's."""
 LEVEL = 0.975
-"""The quantile in each bin: higher than the promise, so that chance alone seldom breaks it."""
+"""Quantile in each bin: above `COVERAGE`, so that sampling noise seldom breaks the promise."""
 _BINS, _FEWEST = 20, 80
-"""Bins at most, and prefixes in a bin at least: of so many that weigh alike one may be far off."""
+"""Largest number of bins, and fewest prefixes per bin: with 80 of equal weight, the quantile leaves
+out the largest difference."""
 
 _Floats = NDArray[np.float64]
 
 
 def probabilities(logits: _Floats) -> _Floats:
-    """Return P(safe) of log-odds."""
+    """Return P(safe) = sigmoid(log-odds), float64."""
     found: _Floats = torch.from_numpy(np.ascontiguousarray(logits)).sigmoid().numpy()
     return found
 
 
 @dataclass(frozen=True)
-class Held:
-    """Hold one held-out response, or some of its prefixes.
+class HeldOut:
+    """Hold the scores of a response, or of some of its prefixes, by guard and held-out probe.
 
     Attributes:
-        logits: (prefixes,): the probe's log-odds, by a probe that has not seen it.
-        scores: (prefixes,): the guard's P(safe).
-        weight: How many prefixes of the data each of them stands for.
+        logits: (prefixes,), log-odds by a probe that was fitted without this response.
+        scores: (prefixes,), the guard's P(safe).
+        weight: How many prefixes of the data each of these prefixes represents.
     """
 
     logits: _Floats
@@ -50,13 +52,14 @@ class Held:
 
 @dataclass(frozen=True)
 class Bounds:
-    """Say which of a probe's scores are as good as the guard's.
+    """Decide which of a probe's scores may replace the guard's.
 
     Attributes:
-        edges: (bins − 1,): log-odds at which bins end, increasing.
-        halves: (bins,): the bound of the difference in each; infinite where nothing is known.
-        tolerance: Largest bound of a score that is not asked.
-        threshold: τ: no interval of such a score holds it.
+        edges: (bins − 1,), log-odds between the bins, increasing.
+        halves: (bins,), bound on |probe − guard| in each bin, the half-width of its intervals;
+            infinite where too little is known.
+        tolerance: Largest bound of a score that is used.
+        threshold: τ; the interval of a score that is used does not contain it.
     """
 
     edges: _Floats
@@ -65,8 +68,8 @@ class Bounds:
     threshold: float
 
     @classmethod
-    def of(cls, held: Sequence[Held], tolerance: float, threshold: float) -> Bounds:
-        """Find the bounds of held-out responses."""
+    def of(cls, held: Sequence[HeldOut], tolerance: float, threshold: float) -> Bounds:
+        """Compute bounds from held-out responses."""
         logits = np.concatenate([one.logits for one in held])
         off = np.abs(probabilities(logits) - np.concatenate([one.scores for one in held]))
         weights = np.concatenate([np.full(len(one.logits), one.weight) for one in held])
@@ -79,7 +82,7 @@ class Bounds:
         return cls(edges, np.array(halves), tolerance, threshold)
 
     def asks(self, logits: _Floats) -> NDArray[np.bool_]:
-        """Return for each log-odds whether the guard has to be asked."""
+        """Return for each of the log-odds whether the guard itself must score the prefix."""
         half = self.halves[np.searchsorted(self.edges, logits, side="right")]
         p = probabilities(logits)
         straddles = (p - half < self.threshold) & (self.threshold <= p + half)
@@ -88,7 +91,10 @@ class Bounds:
 
 
 def _bound(off: _Floats, weights: _Floats, tolerance: float) -> float:
-    """Return the conformal quantile of weighted differences: one more could be any."""
+    """Return the conformal quantile of weighted differences; infinite if there are too few.
+
+    A new prefix, of the largest weight and with any difference, counts as one more.
+    """
     if not len(off):
         return float("inf")
     order = np.argsort(off, kind="stable")
@@ -97,13 +103,13 @@ def _bound(off: _Floats, weights: _Floats, tolerance: float) -> float:
     return float(off[order][reached[0]]) if len(reached) else float("inf")
 
 
-def checked(held: Sequence[Held], tolerance: float, threshold: float) -> dict[str, float]:
-    """Check bounds on responses that they were not found on: each half checks the other's.
+def check_bounds(held: Sequence[HeldOut], tolerance: float, threshold: float) -> dict[str, float]:
+    """Test bounds by two-fold cross-validation: those of one half are applied to the other half.
 
     Returns:
-        Weighted by what prefixes stand for: `coverage`, the share of the probe's scores within
-        the tolerance; `probed`, the share of prefixes that are not asked; `mean` and `largest`
-        difference of the probe's scores from the guard's. Without a probed prefix `coverage` is 1.
+        `probed`, the share of prefixes whose probe score is used; and of these prefixes `coverage`,
+        the share within the tolerance of the guard's score, and the `mean` and `largest` difference
+        from it. Prefixes count by their weight. Without such a prefix, `coverage` is 1.
     """
     halves = held[::2], held[1::2]
     off, weights, total = [], [], 0.0

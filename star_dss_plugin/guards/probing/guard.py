@@ -1,9 +1,10 @@
-"""Score most prefixes from one causal pass over a response, and ask the guard for the others.
+"""Score most prefixes with a probe from one causal pass, and the uncertain ones with the guard.
 
-A verdict guard reads its own words again behind every prefix. Its hidden states along the
-response, which one pass over all of it computes, know most of the verdict. So on a sample of the
-data the guard is asked, a linear probe learns its log-odds from these states, and of all other
-responses only those prefixes are asked of which the probe is not sure (`bounds.py`).
+A verdict guard reads the rest of its prompt again after every prefix. But its hidden states along
+the response, which one pass computes for all prefixes, already predict most of its verdicts. So the
+guard scores a sample of the data, and a linear probe is fitted to predict its log-odds from these
+states. In all responses, the guard then scores only the prefixes for which the probe is not
+accurate enough (`bounds.py`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from star_dss_plugin.data.requests import PrefixRequest, Trajectory
 from star_dss_plugin.errors import ConfigError, GuardError
 from star_dss_plugin.guards.base import Guard, StreamingGuard, ask
 from star_dss_plugin.guards.combined import CalibratedGuard, CombinedGuard
-from star_dss_plugin.guards.probing.bounds import Bounds, Held, checked, probabilities
+from star_dss_plugin.guards.probing.bounds import Bounds, HeldOut, check_bounds, probabilities
 from star_dss_plugin.guards.probing.learned import Learned
 from star_dss_plugin.guards.probing.linear import FOLDS, Sample, choose, features, summaries
 from star_dss_plugin.guards.verdict import VerdictGuard
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 VERSION = 2
 """Increase when a probe's scores change for the same data."""
 _DEPTHS = (0.5, 0.7, 0.9)
-"""How deep, as a share of all blocks, the blocks lie that a probe may read."""
+"""Depths of the blocks that a probe may read, as shares of the number of blocks."""
 _RESPONSES_PER_CALL = 256
 _RESPONSES_LEAST = 4 * FOLDS
 
@@ -42,13 +43,17 @@ _Bools = NDArray[np.bool_]
 
 
 class ProbingGuard(Guard):
-    """Stand for a guard of which most scores are to be learned; whoever scores data teaches it.
+    """Wrap a guard for which a probe is to be fitted, before `learn`.
+
+    `scoring/probed.py` draws the sample, calls `learn` and scores with `with_probe`. By itself this
+    guard returns exact scores.
 
     Args:
-        guard: A verdict guard that this process computes, or one with calibrated scores.
-        sample: Responses that are learned from, at least 20.
-        tolerance: How far the probe's scores may be from the guard's, in (0, 1].
-        threshold: τ in [0, 1]: scores whose interval holds it are asked.
+        guard: A verdict guard of the local engine, or one with calibrated scores.
+        sample: Number of responses to fit the probe on, at least 20.
+        tolerance: Largest accepted difference of the probe's scores from the guard's, in (0, 1].
+        threshold: τ in [0, 1]; if the interval around a probe's score contains it, the guard scores
+            that prefix.
 
     Raises:
         ConfigError: The guard is of another kind, or a number is out of range.
@@ -85,7 +90,7 @@ class ProbingGuard(Guard):
         return self.exact.plan(requests)
 
     def trajectories(self, requests: Sequence[PrefixRequest]) -> list[Trajectory]:
-        """Return exact scores: it has learned nothing yet."""
+        """Return the guard's own scores, because no probe is fitted yet."""
         return self.exact.trajectories(requests)
 
     def truncates(self, request: PrefixRequest) -> bool:
@@ -101,30 +106,32 @@ class ProbingGuard(Guard):
         trajectories: Sequence[Trajectory],
         weights: Sequence[float],
     ) -> Learned:
-        """Fit a probe on responses that were asked, and check it on those it has not seen.
+        """Fit a probe on responses that the guard has scored, and test it by cross-validation.
 
         Args:
-            requests: At least 20, in an order that does not depend on the data's.
-            asked: Of each the places of those prefixes, at least one, that the guard was asked.
-            trajectories: The guard's scores of these.
-            weights: How many prefixes of the data each of a response's prefixes stands for.
+            requests: At least 20 responses, in an order that does not depend on that of the data.
+            asked: For each response the indices of the prefixes that the guard scored, at least
+                one.
+            trajectories: The guard's scores of these prefixes.
+            weights: For each response, how many prefixes of the data each of its prefixes
+                represents.
         """
         blocks = self._candidates()
         samples = []
         for start in range(0, len(requests), _RESPONSES_PER_CALL):
             part = slice(start, start + _RESPONSES_PER_CALL)
             states = self._verdict.trunk_states(requests[part], blocks)
-            told = zip(states, asked[part], trajectories[part], weights[part], strict=True)
-            for one, at, known, weight in told:
-                inputs = summaries(one)[list(at)]
+            scored = zip(states, asked[part], trajectories[part], weights[part], strict=True)
+            for one, indices, known, weight in scored:
+                inputs = summaries(one)[list(indices)]
                 samples.append(Sample(inputs, np.array(known.scores), float(weight)))
         chosen = choose(samples)
         held = [
-            Held(logits, sample.scores, sample.weight)
+            HeldOut(logits, sample.scores, sample.weight)
             for logits, sample in zip(chosen.held_out, samples, strict=True)
         ]
         facts = {
-            **checked(held, self.tolerance, self.threshold),
+            **check_bounds(held, self.tolerance, self.threshold),
             "responses": len(samples),
             "blocks": [blocks[k] for k in chosen.blocks],
             "penalty": chosen.penalty,
@@ -134,7 +141,7 @@ class ProbingGuard(Guard):
         return Learned(tuple(blocks[k] for k in chosen.blocks), chosen.probe, bounds, facts)
 
     def with_probe(self, learned: Learned) -> ProbedGuard:
-        """Return the guard that scores with a probe."""
+        """Return a guard that scores with a fitted probe."""
         return ProbedGuard(self, self._verdict, learned)
 
     def _candidates(self) -> list[int]:
@@ -148,9 +155,9 @@ class ProbingGuard(Guard):
 
 
 class ProbedGuard(Guard):
-    """Score with a probe, and ask the guard where it is not sure.
+    """Score with a probe, and with the guard itself where the probe is not accurate enough.
 
-    A label mass of 0 marks a score that the probe gave, one of 1 a score of the guard's.
+    `label_mass` marks who computed a score: 0 the probe, 1 the guard.
 
     Attributes:
         asked: Number of prefixes that the guard has scored so far.
@@ -169,7 +176,11 @@ class ProbedGuard(Guard):
         return {**self._probing.identity, **made}
 
     def plan(self, requests: Sequence[PrefixRequest]) -> list[list[int]]:
-        """Group responses in their order, more than are asked at once: most cost one pass."""
+        """Group responses, in order, into batches larger than the guard's own.
+
+        Most responses need one pass only, and the guard plans its own batches for the prefixes that
+        it scores.
+        """
         count = range(0, len(requests), _RESPONSES_PER_CALL)
         return [list(range(len(requests)))[i : i + _RESPONSES_PER_CALL] for i in count]
 
@@ -191,7 +202,7 @@ class ProbedGuard(Guard):
     def _ask(
         self, requests: Sequence[PrefixRequest], masks: Sequence[_Bools]
     ) -> dict[int, Trajectory]:
-        """Return the guard's own scores of the marked prefixes, by response."""
+        """Return the guard's own scores of the marked prefixes, by index of the request."""
         todo = [i for i, mask in enumerate(masks) if mask.any()]
         asked = []
         for i in todo:
@@ -213,12 +224,12 @@ class ProbedGuard(Guard):
 
 
 def probing(guard: Guard, sample: int, tolerance: float, threshold: float) -> Guard:
-    """Wrap a guard so that most of its scores are learned; each of several learns by itself.
+    """Wrap a guard in a `ProbingGuard`; in an ensemble, wrap each member.
 
-    A streaming guard reads a response in one pass already, and is returned as it is.
+    A streaming guard already reads a response in one pass and is returned as it is.
 
     Raises:
-        ConfigError: Part of it is no verdict guard that this process computes.
+        ConfigError: The guard, or a member, is not a verdict guard of the local engine.
     """
     if isinstance(guard, StreamingGuard):
         logger.info(
@@ -235,24 +246,24 @@ def probing(guard: Guard, sample: int, tolerance: float, threshold: float) -> Gu
 
 
 def _verdict_in(guard: Guard) -> VerdictGuard:
-    """Return the guard whose states are read.
+    """Return the verdict guard whose hidden states the probe reads.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: The guard has no hidden states to read.
     """
     if isinstance(guard, CalibratedGuard):
-        # The tolerance is one of calibrated scores.
+        # The probe learns the calibrated scores, and the tolerance applies to them.
         [guard] = guard.parts
     if isinstance(guard, CombinedGuard):
         raise ConfigError(
-            f"trajectory is 'probed', and {guard.name} calibrates the scores of several guards "
-            "together: the tolerance would be one of scores that nobody sees. Calibrate each guard "
-            "by itself, or use trajectory='exact'."
+            f"trajectory is 'probed', but {guard.name} calibrates the combined score of several "
+            "guards, and a probe learns the scores of one guard. Calibrate each guard by itself, "
+            "or use trajectory='exact'."
         )
     if not isinstance(guard, VerdictGuard):
         raise ConfigError(
             f"trajectory is 'probed', but guard {guard.name!r} is no causal guard that answers "
-            "with a verdict: it has no states along a response that could be learned from. Use "
+            "with a verdict, so it has no hidden states along a response for a probe to read. Use "
             "trajectory='exact' or 'adaptive'."
         )
     if not guard.reads_states:

@@ -1,4 +1,4 @@
-"""Keep a fitted probe with its bounds, and say whether its scores may be used."""
+"""Store a fitted probe with its bounds, and decide whether its scores may be used."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Learned:
     """Hold a fitted probe.
 
     Attributes:
-        blocks: Numbers of the guard's blocks that it reads.
-        linear: Their states to log-odds.
-        bounds: Which scores count.
-        facts: How it was made and how good it is, as JSON values.
+        blocks: Indices of the guard's blocks whose states it reads.
+        linear: Maps features of these states to log-odds.
+        bounds: Decide for each prefix whether the probe's score is used.
+        facts: How the probe was fitted and how accurate it is, as JSON values.
     """
 
     blocks: tuple[int, ...]
@@ -34,7 +34,7 @@ class Learned:
 
     @property
     def refused(self) -> str | None:
-        """Return why its scores must not be used; None if they may."""
+        """Return the reason not to use the probe at all; None if it is accurate enough."""
         if not self.facts["coverage"] >= COVERAGE:
             return (
                 f"only {self.facts['coverage']:.1%} of the probe's scores for held-out responses "
@@ -45,7 +45,7 @@ class Learned:
         return None
 
     def dump(self) -> str:
-        """Return it as JSON, from which `parse` makes an equal one."""
+        """Return the probe as JSON, which `parse` reads."""
         return json.dumps(
             {
                 "blocks": self.blocks,
@@ -64,10 +64,10 @@ class Learned:
 
     @classmethod
     def parse(cls, text: str | bytes) -> Learned:
-        """Read what `dump` has written.
+        """Read a probe from the JSON that `dump` returns.
 
         Raises:
-            ValueError, TypeError, KeyError: It is something else.
+            ValueError, TypeError, KeyError: The text is something else.
         """
         raw = json.loads(text)
         numbers = {
@@ -80,5 +80,5 @@ class Learned:
             raise ValueError("bounds and bins differ in number")
         linear = Linear(numbers["weight"], float(raw["bias"]))
         found = cls(tuple(map(int, raw["blocks"])), linear, bounds, dict(raw["facts"]))
-        _ = found.refused  # reads what the facts must hold
+        _ = found.refused  # raises if the facts are incomplete
         return found

@@ -1,4 +1,4 @@
-"""Fit logistic regressions of a guard's scores on its states; choose one by cross-validation."""
+"""Fit logistic regressions from a guard's states to its scores; choose one by cross-validation."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Sample:
-    """Hold what is known of one response: of those of its prefixes that the guard was asked.
+    """Hold the training data from one response: the prefixes that the guard has scored.
 
     Attributes:
-        inputs: (prefixes, 2, blocks, size): `summaries` of the guard's states behind each
+        inputs: (prefixes, 2, blocks, hidden size), `summaries` of the guard's states after each
             candidate block.
-        scores: (prefixes,): the guard's P(safe).
-        weight: How many prefixes of the data each of them stands for.
+        scores: (prefixes,), the guard's P(safe).
+        weight: How many prefixes of the data each of these prefixes represents.
     """
 
     inputs: Tensor
@@ -37,7 +37,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Linear:
-    """Hold a linear function of states: the log-odds of "safe".
+    """Compute the log-odds of "safe" as a linear function of features.
 
     Attributes:
         weight: (features,).
@@ -55,12 +55,12 @@ class Linear:
 
 @dataclass(frozen=True)
 class Chosen:
-    """Hold the best probe, and what it says of responses that it has not seen.
+    """Hold the chosen probe and its predictions for held-out responses.
 
     Attributes:
-        blocks: Which of the candidate blocks it reads, by their places in `Sample.inputs`.
-        penalty: The weight of the squared norm.
-        probe: Fitted on all responses.
+        blocks: Indices, into `Sample.inputs`, of the candidate blocks that it reads.
+        penalty: Weight of the squared norm in the loss.
+        probe: The probe fitted on all responses.
         held_out: For each response the log-odds by a probe that was fitted without it.
     """
 
@@ -71,13 +71,13 @@ class Chosen:
 
 
 def summaries(states: Tensor) -> Tensor:
-    """Return what a probe may read of one response: each prefix's state, and the mean up to it.
+    """Return for each prefix of a response its state and the mean of the states up to it.
 
     Args:
-        states: (prefixes, blocks, size), of all prefixes.
+        states: (prefixes, blocks, hidden size), the states of all prefixes in order.
 
     Returns:
-        float64, (prefixes, 2, blocks, size). A row depends on nothing behind its prefix.
+        float64, (prefixes, 2, blocks, hidden size). A row depends on no later prefix.
     """
     own = states.double()
     counts = torch.arange(1, len(own) + 1, dtype=torch.float64)
@@ -85,19 +85,19 @@ def summaries(states: Tensor) -> Tensor:
 
 
 def features(inputs: Tensor) -> _Floats:
-    """Return summaries, (prefixes, 2, blocks, size), as (prefixes, 2 · blocks · size)."""
+    """Flatten summaries, (prefixes, 2, blocks, size), to (prefixes, 2 · blocks · size)."""
     found: _Floats = inputs.flatten(1).numpy()
     return found
 
 
 def choose(samples: Sequence[Sample]) -> Chosen:
-    """Choose blocks and penalty by cross-validation; no response is on both sides of a fold.
+    """Choose blocks and penalty by cross-validation over responses, and fit the chosen probe.
 
-    The best have the smallest mean difference from the guard's scores. Candidates are each block
-    by itself and each with the next one.
+    The best choice has the smallest mean absolute difference from the guard's scores. Candidates
+    are each single block and each pair of neighbouring candidate blocks.
 
     Args:
-        samples: At least `FOLDS` responses, in an order that does not depend on the data's.
+        samples: At least `FOLDS` responses, in an order that does not depend on that of the data.
     """
     count = samples[0].inputs.shape[2]
     candidates: list[tuple[int, ...]] = [(k,) for k in range(count)]
@@ -137,10 +137,10 @@ def _sigmoid(logits: _Floats) -> _Floats:
 def _fits(
     inputs: Sequence[_Floats], samples: Sequence[Sample], down_to: float = 0.0
 ) -> Iterator[tuple[float, Linear]]:
-    """Yield a probe for each penalty, the largest first; each fit starts from the one before.
+    """Yield (penalty, probe), the largest penalty first; each fit starts from the one before.
 
-    The loss is the cross-entropy to the guard's probabilities, whose errors count most where the
-    guard hesitates.
+    The loss is the cross-entropy to the guard's probabilities, plus the penalty times the squared
+    norm of the weights for standardized features.
     """
     x = torch.from_numpy(np.concatenate(inputs))
     y = torch.from_numpy(np.concatenate([sample.scores for sample in samples]))
@@ -160,7 +160,7 @@ def _fits(
 def _minimise(
     x: Tensor, y: Tensor, counts: Tensor, penalty: float, weight: Tensor, bias: Tensor
 ) -> None:
-    """Move weight and bias to where the penalised cross-entropy is smallest."""
+    """Minimize the penalized cross-entropy over weight and bias, in place."""
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=60, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:

@@ -1,1 +1,1 @@
-"""Build a guard's prompts: templates, and the position where each prefix of a response ends."""
+"""Build a guard's prompts: chat template, tokenization, and the end of each response prefix."""

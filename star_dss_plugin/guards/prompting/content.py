@@ -1,4 +1,4 @@
-"""Tokenize text to be judged so that none of its tokens is a control token of the guard."""
+"""Tokenize judged text so that it never contains a control token of the guard."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class ContentTokenizer:
     Args:
         tokenizer: The guard's fast tokenizer.
         name: The guard's name, for errors.
-        allowed: Ids of control tokens that content may become nevertheless.
+        allowed: Ids of control tokens that content may contain.
 
     Attributes:
-        control: Ids of the control tokens, by spelling. These are all added tokens except runs of
-            white space (as in Gemma), which are ordinary text.
+        control: Ids of the control tokens, by spelling: all added tokens except runs of white space
+            (as in Gemma), which are ordinary text.
 
     Raises:
         GuardError: The tokenizer is not a fast one.
@@ -47,9 +47,10 @@ class ContentTokenizer:
         self._forbidden = frozenset(self.control.values()) - frozenset(allowed)
         state = json.loads(backend.to_str())
         spaces = [t for t in state["added_tokens"] if t["content"] not in self.control]
-        # Post-processors add tokens, and move the ends of tokens.
+        # A post-processor would add tokens and move offsets.
         state.update(added_tokens=spaces, truncation=None, padding=None, post_processor=None)
-        # A Unigram vocabulary contains the spellings of the control tokens.
+        # A Unigram vocabulary contains the control tokens as pieces, so give them spellings that no
+        # text has.
         if state["model"]["type"] == "Unigram":
             state["model"]["vocab"] = [
                 ["\ue0f2" * 16 + piece if piece in self.control else piece, score]
@@ -62,12 +63,12 @@ class ContentTokenizer:
         """Return the ids of a text.
 
         Raises:
-            GuardError: A part of the text became a control token.
+            GuardError: The tokenizer turns a part of the text into a control token.
         """
         return self.ids_and_ends(text)[0]
 
     def ids_and_ends(self, text: str) -> tuple[list[int], list[int]]:
-        """Return the ids of a text and the end of each token in characters; raise like `ids`."""
+        """Return the ids of a text and each token's end in characters; raise like `ids`."""
         encoding = self._encoding(text)
         if not self._forbidden.isdisjoint(encoding.ids):
             encoding = self._encoding(self._readable(text))
@@ -80,14 +81,22 @@ class ContentTokenizer:
         return encoding.ids, [end for _, end in encoding.offsets]
 
     def prefixes(self, whole: str, cuts: Sequence[int], closing: str) -> SharedPrompts:
-        """Return `ids` of each `whole[:cut] + closing` at about the cost of one; raise like it."""
+        """Return the ids of each `whole[:cut] + closing`, at about the cost of one `ids` call.
+
+        Only prompts that contain a control token get their unreadable characters replaced, as when
+        each is tokenized by itself.
+
+        Raises:
+            GuardError: See `ids`.
+        """
         found = self._prefixes(whole, cuts, closing)
-        if not (wrong := self._wrong(found)):
+        if not (wrong := self._with_control_tokens(found)):
             return found
-        # Replaced character by character, so a prefix of the readable text is a readable prefix.
+        # `_readable` replaces single characters, so the cuts stay valid.
         readable = self._prefixes(self._readable(whole), cuts, self._readable(closing))
-        if self._wrong(readable):
-            self.ids(whole + closing)  # the error
+        if self._with_control_tokens(readable):
+            self.ids(whole + closing)  # raises the error
+        # Prompts without a control token keep their ids; both kinds then share one trunk.
         same = common_length(found.trunk, readable.trunk)
         pieces = [
             piece if i in wrong else (min(same, kept), (*found.trunk[same:kept], *end))
@@ -97,8 +106,8 @@ class ContentTokenizer:
         ]
         return SharedPrompts(readable.trunk, [n for n, _ in pieces], [end for _, end in pieces])
 
-    def _wrong(self, prompts: SharedPrompts) -> set[int]:
-        """Return which prompts have a control token."""
+    def _with_control_tokens(self, prompts: SharedPrompts) -> set[int]:
+        """Return the indices of the prompts that contain a control token."""
         clean = next(
             (i for i, token in enumerate(prompts.trunk) if token in self._forbidden),
             len(prompts.trunk),
@@ -110,9 +119,9 @@ class ContentTokenizer:
         }
 
     def _readable(self, text: str) -> str:
-        """Replace characters that the vocabulary lacks by "?".
+        """Replace each character that becomes a control token by "?".
 
-        Such a character may become a control token: Granite's unknown token ends a turn.
+        Characters that a vocabulary lacks can do so: Granite's unknown token ends a turn.
         """
         unknown = {c for c in set(text) if not self._forbidden.isdisjoint(self._encoding(c).ids)}
         return "".join("?" if char in unknown else char for char in text)
@@ -122,5 +131,5 @@ class ContentTokenizer:
 
 
 def without_surrogates(text: str) -> str:
-    """Replace lone surrogates, which have no UTF-8 form and cannot be tokenized."""
+    """Replace lone surrogates by "?": they have no UTF-8 form and cannot be tokenized."""
     return text.encode("utf-8", "replace").decode("utf-8")

@@ -1,8 +1,8 @@
 """Tokenize all prefixes of a text at the cost of the text and a few words around each cut.
 
-Byte-level tokenizers split a text into words with a regular expression and tokenize each word by
-itself, so a prefix has the tokens of the whole text up to a few words before its end. Other
-tokenizers encode every prefix as a whole.
+Byte-level tokenizers split a text into words (pre-tokens) with a regular expression and tokenize
+each word by itself, so a prefix has the tokens of the whole text up to a few words before its end.
+With other tokenizers, every prefix is tokenized from its start.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ __all__ = ["PrefixTokenizer"]
 _WORDS_BACK = 3
 """Number of words before the cut's own word that are tokenized again.
 
-The end of a word is decided by the next character, or, for white space, by the character after the
-run of white space that it belongs to. Words split such a run into at most three.
+Where a word ends depends on the next character or, for white space, on the character after the run
+of white space. The expressions split a run of white space into at most three words.
 """
 
-_CHARACTERS_AT_A_TIME = 1 << 20  # of prefixes that are tokenized whole
+_CHARACTERS_AT_A_TIME = 1 << 20  # of prefixes that are tokenized from their start
 
-# Finds expressions in which a word depends on text before it, or on distant text behind it. "^"
-# negates a class and is an anchor elsewhere; "(?!\S)" looks at one character only.
+# Matches expressions in which a word may depend on text before it, or on distant text after it. "^"
+# is an anchor unless it negates a class; "(?!\S)" is harmless, as it looks at one character.
 _LOOKS_AROUND = re.compile(r"\(\?<|\(\?=|\(\?!(?!\\S\))|\\[AGbBKzZ]|(?<!\[)\^|\$")
 
 
 class PrefixTokenizer:
-    """Tokenize texts that are the beginnings of one text, with the same end behind each.
+    """Tokenize prefixes of one text, each followed by the same closing text.
 
     Args:
         tokenizer: A tokenizer without control tokens.
@@ -47,17 +47,17 @@ class PrefixTokenizer:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         state = json.loads(tokenizer.to_str())
-        # Some post-processors move a word's start offset behind its leading space.
+        # Some post-processors move a word's start offset past its leading space.
         state["post_processor"] = None
         self._tokenizer = Tokenizer.from_str(json.dumps(state))
         # An added token is split off before the text is split into words.
         self.works_by_words = not state["added_tokens"] and _works_by_words(state)
         self._normalizes = _normalizer(state) is not None
-        # Without an unknown token such bytes vanish, and offsets no longer match the text.
+        # These bytes vanish, so offsets would no longer match the text.
         self._lost = frozenset(_lost_bytes(state["model"]))
 
     def __call__(self, whole: str, cuts: Sequence[int], closing: str) -> SharedPrompts:
-        """Return the ids of each `whole[:cut] + closing`, equal to those of tokenizing it alone."""
+        """Return the ids of each `whole[:cut] + closing`, as if each were tokenized alone."""
         encoding = self._tokenizer.encode(whole, add_special_tokens=False)
         if (
             not self.works_by_words
@@ -81,7 +81,7 @@ class PrefixTokenizer:
     def _each(
         self, trunk: Sequence[int], whole: str, cuts: Sequence[int], closing: str
     ) -> SharedPrompts:
-        """Return the ids of each prefix, tokenized as a whole, a few at a time."""
+        """Return the ids of each prefix, tokenized from its start, a few at a time."""
         known = np.asarray(trunk, dtype=np.int64)
         kept, ends = [], []
         size = max(1, _CHARACTERS_AT_A_TIME // (len(whole) + len(closing) + 1))
@@ -108,7 +108,7 @@ def _lost_bytes(model: dict[str, Any]) -> list[int]:
 
 
 def _normalizer(state: dict[str, Any]) -> dict[str, Any] | None:
-    """Return a tokenizer's normalizer; None also for an empty sequence, as in GGUF files."""
+    """Return a tokenizer's normalizer; None for no normalizer or an empty sequence (GGUF files)."""
     found = state["normalizer"]
     return found if found != {"type": "Sequence", "normalizers": []} else None
 
@@ -126,7 +126,7 @@ def _works_by_words(state: dict[str, Any]) -> bool:
         return False
     if kinds[-1].get("use_regex", True):
         return all(k["type"] == "Digits" and k["individual_digits"] for k in kinds[:-1])
-    # One expression only: the words of a second one would depend on those of the first.
+    # Exactly one expression, because a second would split the words of the first.
     return (
         len(kinds) == 2
         and kinds[0]["type"] == "Split"

@@ -42,10 +42,15 @@ class Prompts:
         self._max_length = max_length
 
     def of(self, index: int, request: PrefixRequest) -> list[SharedPrompts]:
-        """Return token ids per template, one prompt per prefix, up to the verdict position.
+        """Return the prompts up to the verdict position: per template, one prompt per prefix.
+
+        Args:
+            index: The request's index in its batch, for the error.
+            request: The response with its context and prefixes.
 
         Raises:
-            GuardError: The response does not fit. The error carries `index`.
+            GuardError: The response does not fit into the guard's context; the error carries
+                `index`.
         """
         context = self.fitted(index, request)
         found = [t.prompts(context, request.text, request.ends) for t in self.templates]
@@ -55,24 +60,24 @@ class Prompts:
         return found
 
     def fitted(self, index: int, request: PrefixRequest) -> list[Message]:
-        """Return the turns that are read; raise like `of`."""
+        """Return the turns of the context that fit; raise like `of`."""
         context = self.context(request)
         if context is None:
             raise self._too_long(self._length([], request), index)
         return context
 
     def truncates(self, request: PrefixRequest) -> bool:
-        """Return whether a part of the conversation is left out."""
+        """Return whether a part of the conversation is cut to make the response fit."""
         return self.context(request) not in (None, self.turns(request.context))
 
     def context(self, request: PrefixRequest) -> list[Message] | None:
-        """Return the turns that are read for all prefixes; None if the response does not fit."""
+        """Return the turns that fit, equal for all prefixes; None if even the response does not."""
         turns = self.turns(request.context)
-        # No token is shorter than a byte, so bytes bound the tokens.
+        # A token has at least one byte, so the bytes bound the tokens without tokenizing.
         texts = [request.text, *(str(turn["content"]) for turn in turns)]
-        most = sum(len(text.encode("utf-8", "replace")) for text in texts)
-        most += self._bare_length + _TOKENS_PER_TURN * len(turns) + _SPARE_TOKENS
-        if self._max_length is None or most <= self._max_length:
+        bound = sum(len(text.encode("utf-8", "replace")) for text in texts)
+        bound += self._bare_length + _TOKENS_PER_TURN * len(turns) + _SPARE_TOKENS
+        if self._max_length is None or bound <= self._max_length:
             return turns
         room = self._max_length - _SPARE_TOKENS
         return fitting_context(turns, room, lambda kept: self._length(kept, request))
@@ -80,8 +85,8 @@ class Prompts:
     def turns(self, messages: Sequence[Message]) -> list[Message]:
         """Merge messages into alternating turns that begin and end with a question.
 
-        Many templates require this form. System and developer messages are dropped; tool output
-        belongs to the question that it serves.
+        Many templates require this form. System and developer messages are dropped. Tool output
+        becomes a user turn or a part of one.
         """
         if self._turns == "last":
             messages = _last_question(messages)
@@ -109,7 +114,7 @@ class Prompts:
 
     @cached_property
     def _bare_length(self) -> int:
-        """Return the number of tokens in a prompt without any content."""
+        """Return the number of tokens in a prompt with empty content."""
         return self._length([], PrefixRequest((), "", (0,)))
 
     def _too_long(self, longest: int, index: int) -> GuardError:
@@ -123,7 +128,10 @@ class Prompts:
 
 
 def _last_question(messages: Sequence[Message]) -> list[Message]:
-    """Return what was asked last, and what tools answered since; nothing an assistant said."""
+    """Return the last user messages in a row and the tool output after them.
+
+    Without a user message, it is the last message that is not the assistant's.
+    """
     last = max((k for k, m in enumerate(messages) if m["role"] == "user"), default=None)
     if last is None:
         return [m for m in messages if m["role"] != "assistant"][-1:]
@@ -135,7 +143,7 @@ def _last_question(messages: Sequence[Message]) -> list[Message]:
 def policies(
     kwargs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None,
 ) -> list[Mapping[str, Any]]:
-    """Return the template arguments of each policy; every prefix gets one prompt per policy.
+    """Return `template_kwargs` as a list with the template arguments of each policy.
 
     Raises:
         ConfigError: `kwargs` is neither a mapping nor a list of mappings.
@@ -152,7 +160,7 @@ def policies(
 def fitting_context(
     context: Sequence[Message], room: int, length: Callable[[Sequence[Message]], int]
 ) -> list[Message] | None:
-    """Return the end of a conversation that fits; drop its oldest turns, then the question's start.
+    """Drop a conversation's oldest turns, then the start of the last question, until it fits.
 
     Args:
         context: Turns before the response; the last one is a question.
@@ -160,7 +168,7 @@ def fitting_context(
         length: Returns the number of tokens in the prompt for a context, response included.
 
     Returns:
-        The end of the conversation; None if even the response alone does not fit.
+        The end of the conversation; None if the response does not fit even with an empty question.
     """
     if length(context) <= room:
         return list(context)
@@ -176,7 +184,7 @@ def fitting_context(
 
     if length(cut(len(text))) > room:
         return None
-    low, high = 0, len(text)  # search the shortest start to cut
+    low, high = 0, len(text)  # binary search for the shortest start to cut
     while low < high:
         middle = (low + high) // 2
         if length(cut(middle)) <= room:

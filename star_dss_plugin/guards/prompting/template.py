@@ -1,9 +1,9 @@
 """Render a guard's chat template with the judged text kept apart from the template's own text.
 
 The judged text is untrusted input and must never become a control token of the guard. So the
-template is rendered with placeholders, its control tokens are searched in the *scaffold* alone, and
-the text between them is tokenized without control tokens. For ordinary text the result equals
-`apply_chat_template` token for token, which is checked at load.
+template is rendered with placeholders for all content. Control tokens are looked up in this
+*scaffold* alone, and the text between them, content filled in, is tokenized without control tokens.
+For ordinary text the result equals `apply_chat_template` token for token, which is checked at load.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from star_dss_plugin.guards.prompting.trimming import Trim, trim_of
 __all__ = ["PINNED_DATE", "GuardTemplate"]
 
 PINNED_DATE = dt.datetime(2024, 4, 1)
-"""Date that `strftime_now` prints in guard prompts, so that scores do not depend on the day."""
+"""Date that `strftime_now` prints in guard prompts: scores must not depend on today's date."""
 _DATE_CALL = re.compile(r"\bstrftime_now\s*\(\s*(?:(['\"])(.*?)\1\s*\))?")
 
-_MARK = "\ue0f0{}\ue0f1"  # private-use characters, which no template searches for
+_MARK = "\ue0f0{}\ue0f1"  # a placeholder of private-use characters, which no template looks for
 _MARKS = re.compile("\ue0f0([0-9]+)\ue0f1")
 
 
@@ -40,7 +40,7 @@ _PROBE = (
 
 
 class GuardTemplate:
-    """Turn (context, response prefixes) into token ids.
+    """Convert a context and the prefixes of a response to prompt token ids.
 
     Args:
         tokenizer: The guard's fast tokenizer.
@@ -49,11 +49,12 @@ class GuardTemplate:
         template_kwargs: Arguments of the template.
         prefill: Text after the generation prompt, up to the verdict position.
         question: A final user turn that asks for the verdict, for templates that do not ask.
-        typed_content: Whether the template reads `[{"type": "text", "text": …}]`, not strings.
+        typed_content: Whether the template reads content as `[{"type": "text", "text": …}]` instead
+            of a string.
 
     Attributes:
-        control_ids: Ids that content can never become.
-        control_tokens: Spellings of `control_ids`.
+        control_ids: Ids of the guard's control tokens, which content never becomes.
+        control_tokens: Spellings of `control_ids`, the longest first.
         source: The template's text.
 
     Raises:
@@ -130,7 +131,7 @@ class GuardTemplate:
         return self._content.ids(text)
 
     def label_ids(self, spellings: Sequence[str]) -> list[int]:
-        """Return the sorted first tokens of the given verdicts right behind the prompt."""
+        """Return the sorted first token ids of the given verdicts when they follow the prompt."""
         _, tail = self._split_last(self.render(_PROBE))
         before = self._content.ids(tail)
         found = set()
@@ -156,9 +157,10 @@ class GuardTemplate:
         return made.framed(head_ids, tail_ids)
 
     def opened(self, context: Sequence[Message], text: str) -> tuple[list[int], list[int]]:
-        """Return the ids up to the end of the response, and the ends of its tokens in characters.
+        """Return the prompt's ids up to the end of the response, and the response tokens' ends.
 
-        The ends are those of the tokens with characters of `text`, which are the last ids.
+        The ends are in characters of `text`, one for each token that contains some of it; these
+        tokens are the last of the ids.
         """
         head_ids, opening, _, _ = self._around_answer(context)
         shown = self._as_rendered(text, "assistant")
@@ -193,18 +195,18 @@ class GuardTemplate:
         return self._encode(head, fill), fill(opening), fill(closing), self._encode(tail, fill)
 
     def _split_last(self, scaffold: str) -> tuple[str, str]:
-        """Split scaffold behind its last control token; return both parts."""
+        """Split the scaffold after its last control token; return both parts."""
         cut = max((m.end() for m in self._splitter.finditer(scaffold)), default=0)
         return scaffold[:cut], scaffold[cut:]
 
     def _split_first(self, scaffold: str) -> tuple[str, str]:
-        """Split scaffold before its first control token; return both parts."""
+        """Split the scaffold before its first control token; return both parts."""
         match = self._splitter.search(scaffold)
         cut = match.start() if match else len(scaffold)
         return scaffold[:cut], scaffold[cut:]
 
     def _encode(self, scaffold: str, fill: Any) -> list[int]:
-        """Return the ids of scaffold: control tokens, and the filled plain text between them."""
+        """Return the ids of a scaffold: control tokens, and the filled plain text between them."""
         ids: list[int] = []
         position = 0
         for match in self._splitter.finditer(scaffold):
@@ -219,7 +221,7 @@ class GuardTemplate:
 
     @property
     def ending(self) -> str:
-        """Return the prompt's own text behind the response, up to the verdict."""
+        """Return the prompt's own text between the response and the verdict."""
         return self.render([_PROBE[0], {**_PROBE[1], "content": _MARK.format(0)}]).split(
             _MARK.format(0)
         )[-1]
@@ -234,8 +236,8 @@ class GuardTemplate:
         return trim_of(shown, _MARK.format(0))
 
     def _pinned_date(self, call: re.Match[str]) -> str:
-        # Replaced in the template's text, as transformers 5.23 no longer passes functions to
-        # templates.
+        # The call is replaced in the template's text, because transformers 5.23 no longer passes
+        # functions to templates.
         if call[2] is None:
             raise GuardError(
                 f"The chat template of guard {self._name!r} prints the date in a format that it "
@@ -273,7 +275,7 @@ class GuardTemplate:
 
 
 def _altered(value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield (path, copy) for each leaf of `value` that is not falsy; the copy changes that leaf."""
+    """Yield (path, copy) for each truthy leaf of `value`; the copy has another value there."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             for path, other in _altered(inner):

@@ -1,4 +1,4 @@
-"""Cut off messages what a guard's chat template cuts off them, at the ends."""
+"""Find out how a guard's chat template strips message content, and strip content likewise."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ __all__ = ["Trim", "trim_of"]
 
 @dataclass(frozen=True)
 class Trim:
-    """What a template cuts off a message.
+    """Strip text as a template does.
 
     Attributes:
-        left: Whether at its beginning.
-        right: Whether at its end.
-        characters: What is cut off; None: white space.
+        left: Whether the beginning is stripped.
+        right: Whether the end is stripped.
+        characters: The characters to strip; None is white space.
     """
 
     left: bool = False
@@ -27,11 +27,11 @@ class Trim:
         return text.rstrip(self.characters) if self.right else text
 
     def prefixes(self, text: str, ends: Sequence[int]) -> tuple[str, list[int]]:
-        """Return a text cut at its beginning, and where each of its prefixes ends in that.
+        """Return the text stripped at its beginning, and the end of each stripped prefix in it.
 
         Args:
             text: Any text.
-            ends: Of prefixes in characters of `text`, ascending.
+            ends: Ends of prefixes in characters of `text`, ascending.
         """
         shown = text.lstrip(self.characters) if self.left else text
         cuts: list[int] = []
@@ -40,7 +40,7 @@ class Trim:
             cut = max(0, end - len(text) + len(shown))
             before, reached = reached, cut
             if self.right:
-                # What lies before the previous prefix's end was looked at with that.
+                # Only the text since the previous prefix is stripped, which keeps this linear.
                 cut = before + len(shown[before:cut].rstrip(self.characters))
                 if cut == before:
                     cut = cuts[-1] if cuts else 0
@@ -48,7 +48,7 @@ class Trim:
         return shown, cuts
 
 
-_TRIMS = (  # in the order of how much they remove
+_TRIMS = (  # those that remove less come first
     Trim(),
     Trim(left=True, characters="\n"),
     Trim(right=True, characters="\n"),
@@ -60,11 +60,11 @@ _TRIMS = (  # in the order of how much they remove
 
 
 def trim_of(shown: Callable[[str], str], words: str) -> Trim:
-    """Return the trimming of a message, tried on one with white space around its words.
+    """Return how a template strips a message, found by rendering one padded with white space.
 
     Args:
-        shown: Returns what the template makes of a conversation with a message of this content.
-        words: Words that stand nowhere else in the conversation.
+        shown: Renders a conversation in which a message has the given content.
+        words: The message's words, which occur nowhere else in the conversation.
     """
     lines = "\n" * 9  # more than any template adds around a message
     padded = f"{lines}\t \n{words}\n \t{lines}"

@@ -1,6 +1,6 @@
 "use strict";
-// How one response is drawn. Text of the data reaches the page through text nodes alone: nothing in
-// these scripts parses markup.
+// Draws one response. Text of the data reaches the page only as text nodes: nothing in these scripts
+// parses markup.
 function drawing(threshold, mark) {
   const CLIP = 20000; // characters laid out before the reader asks for more
   const SVG = "http://www.w3.org/2000/svg";
@@ -64,7 +64,7 @@ function drawing(threshold, mark) {
     return make("div", { class: "chart" }, svg);
   }
 
-  // Where a run of text is very long, only its beginning is laid out until the reader asks.
+  // Only the beginning of a very long text is laid out until the reader asks for all of it.
   function clipped(box, total, fill) {
     if (fill(CLIP) >= total) return box;
     const more = make("button", { type: "button" }, `Show all ${total.toLocaleString("en")} characters`);
@@ -109,7 +109,7 @@ function drawing(threshold, mark) {
     return make("div", { class: "message" }, make("div", { class: "role" }, role), body);
   }
 
-  // The matches in the open response: painted by the browser, the document stays as it is.
+  // Marks the matches in the open response with the CSS Highlight API, without changing the document.
   function highlight(boxes, query) {
     if (!CSS.highlights) return;
     CSS.highlights.delete("found");

@@ -1,4 +1,4 @@
-// What is listed, which response is open, and the controls.
+// Controls the list, the open response and the buttons.
 (() => {
   const PAGE = 50; // list items in the document, however many responses there are
   const SOURCES = 200; // sources to choose from, the largest ones
@@ -146,7 +146,7 @@
     $("here").setAttribute("x", 26 + (850 * start) / total);
     $("here").setAttribute("width", (850 * (end - start)) / total);
     const which = end - start > 1 ? `tokens ${start + 1} to ${end}` : `token ${end}`;
-    const by = r.asked ? (r.asked[piece] ? ", the guard was asked" : ", by the probe") : "";
+    const by = r.asked ? (r.asked[piece] ? ", by the guard" : ", by the probe") : "";
     $("readout").textContent = `${which}: score ${fixed(r.scores[piece])}${by}`;
     document.querySelector(".marked")?.classList.remove("marked");
     document.querySelector(`#text [data-piece="${piece}"]`)?.classList.add("marked");
