@@ -17,7 +17,7 @@ from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.training.attach import set_up
 from star_dss_plugin.training.mixin import StarDSSMixin
-from star_dss_plugin.training.rows.late import scored_collator
+from star_dss_plugin.training.rows.raw_rows import scored_collator
 
 __all__ = ["StarDSSAxolotlTrainer"]
 
@@ -33,7 +33,7 @@ class StarDSSAxolotlTrainer(StarDSSMixin, AxolotlTrainer):  # type: ignore[misc]
     """
 
     host_wants_loss_alone = True  # AxolotlTrainer.compute_loss counts labels and passes them on
-    trains_parts = False
+    supports_sequence_parallel = False
     tag_names = ["axolotl", "star-dss"]  # noqa: RUF012 (as Axolotl declares it)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -65,7 +65,7 @@ class StarDSSAxolotlTrainer(StarDSSMixin, AxolotlTrainer):  # type: ignore[misc]
         assert self.star_dss_state is not None
         state = self.star_dss_state
         self.eval_data_collator = scored_collator(
-            evaluation, state.rows, state.alignment, state.carriers
+            evaluation, state.rows, state.alignment, state.fillers
         )
 
     def _packs(self, dataset: Any) -> bool:
@@ -101,11 +101,11 @@ class StarDSSAxolotlTrainer(StarDSSMixin, AxolotlTrainer):  # type: ignore[misc]
         tokenizer: Any = self.processing_class
         return score(dataset, self._config, tokenizer, self._options, name)
 
-    def _scored_late(self, dataset: Any) -> Any:
+    def _scored_for_eval(self, dataset: Any) -> Any:
         active = self.star_dss_state is not None and isinstance(dataset, Dataset)
         if active and not self._is_own(dataset):
             dataset = self._scored(dataset, "eval")
-        return super()._scored_late(dataset)
+        return super()._scored_for_eval(dataset)
 
     def evaluate(
         self,

@@ -25,11 +25,15 @@ from star_dss_plugin.training.reference.choice import choose_reference
 from star_dss_plugin.training.reference.column import reference_means
 from star_dss_plugin.training.reference.packs import packs_read_together
 from star_dss_plugin.training.rows.known_rows import KnownRows
-from star_dss_plugin.training.rows.late import Carriers, scored_collator
 from star_dss_plugin.training.rows.prepare import DatasetSummary
+from star_dss_plugin.training.rows.raw_rows import FillerRows, scored_collator
 from star_dss_plugin.training.rows.stream import ScoredStream
 from star_dss_plugin.training.rows.stream_checks import check_stream, read_in_this_process
-from star_dss_plugin.training.sequence_parts import PartsCollator, fixed_length, parts_per_row
+from star_dss_plugin.training.sequence_parallel import (
+    SequenceParallelCollator,
+    fixed_length,
+    sequence_parallel_size,
+)
 from star_dss_plugin.training.sharding import Ranks, runnable
 from star_dss_plugin.training.state import StarDSSState
 from star_dss_plugin.training.trainer_data import prepare_raw, prepare_rows, prepare_stream
@@ -98,7 +102,7 @@ def set_up(trainer: StarDSSMixin, options: StarDSSOptions) -> None:
     tokenizer = _tokenizer(trainer)
     check_trainer(trainer)
     shaping = options.shaping()
-    if shaping.needs_last_scores and parts_per_row(trainer.accelerator) > 1:
+    if shaping.needs_last_scores and sequence_parallel_size(trainer.accelerator) > 1:
         raise ConfigError(
             f"loss_type {options.loss_type!r} reads the score at the end of each response, and "
             "with sequence parallelism (sp_size) that may be in another process's part of the "
@@ -112,7 +116,7 @@ def set_up(trainer: StarDSSMixin, options: StarDSSOptions) -> None:
         trainer.accelerator,
         model,
         exchange=trainer.ranks_exchange_tokens(),
-        alike=trainer.get_tp_size(),
+        tp_size=trainer.get_tp_size(),
     )
     with runnable(model, trainer.accelerator):
         _set_up(trainer, options, tokenizer, shaping, model, ranks)
@@ -130,7 +134,7 @@ def _set_up(
     ranks.agree(_facts(trainer, options))
     media = trainer.media_rows()
     several = trainer.accelerator.num_processes > 1
-    carriers = Carriers() if media is not None and several else None
+    fillers = FillerRows() if media is not None and several else None
     live = "data that is tokenized in the data collator" if media is not None else ""
     for name, dataset in _data_sets(trainer).items():
         if isinstance(dataset, IterableDataset):
@@ -180,8 +184,8 @@ def _set_up(
             dataset, scored, summaries[name] = prepare_raw(
                 trainer, options, media, ranks, dataset, name
             )
-            if carriers is not None:
-                carriers.add(dataset)
+            if fillers is not None:
+                fillers.add(dataset)
         else:
             dataset, summaries[name] = prepare_rows(
                 trainer, options, tokenizer, shaping, reference, ranks, dataset, name
@@ -205,11 +209,13 @@ def _set_up(
     if reference.kind == "precomputed":
         reference.model = None
     alignment = None if media is None else Alignment(media.chat, media.media)
-    collator: Any = scored_collator(trainer.data_collator, rows, alignment, carriers)
-    if (parts := parts_per_row(trainer.accelerator)) > 1:
+    collator: Any = scored_collator(trainer.data_collator, rows, alignment, fillers)
+    if (parts := sequence_parallel_size(trainer.accelerator)) > 1:
         padding = tokenizer.pad_token_id
         assert isinstance(padding, int)  # the trainer's own collator pads
-        collator = PartsCollator(collator, parts, padding, fixed_length(trainer.accelerator))
+        collator = SequenceParallelCollator(
+            collator, parts, padding, fixed_length(trainer.accelerator)
+        )
     trainer.data_collator = collator
     # The loss is divided by the tokens of the optimizer batch, which the Trainer must count. It
     # must not divide again, unless a subclass counts none: transformers >= 5.19 decides that at
@@ -230,7 +236,7 @@ def _set_up(
         streams=streams,
         kept=kept,
         alignment=alignment,
-        carriers=carriers,
+        fillers=fillers,
     )
     trainer.add_callback(StarDSSCallback(trainer))
 
@@ -238,7 +244,7 @@ def _set_up(
 def _projects(trainer: Trainer, model: nn.Module, ranks: Ranks) -> bool:
     """Return whether logits can be computed a few at a time; all ranks must call this."""
     # A head that is split over ranks gives whole logits, but no rank has all of its weight.
-    alone = ranks.can_run and ranks.alike == 1
+    alone = ranks.can_run and ranks.tp_size == 1
     projects = alone and ranks.first_decides(lambda: can_project(model))
     # A static graph is reduced by what DDP hangs on the model's outputs; hidden states are none.
     # A compiled model calls no hook that could show them.

@@ -9,7 +9,7 @@ from accelerate.utils import DistributedType
 from transformers import Trainer
 
 from star_dss_plugin.errors import ConfigError
-from star_dss_plugin.training.parts_checks import refused_with_parts
+from star_dss_plugin.training.sequence_parallel_checks import unsupported_with_sequence_parallel
 
 if TYPE_CHECKING:
     from star_dss_plugin.training.mixin import StarDSSMixin
@@ -93,7 +93,7 @@ def check_trainer(trainer: StarDSSMixin) -> None:
                 "was not tried: torch's ring attention does not run on a CPU",
                 "Set cp_size=1, or split rows with DeepSpeed's sequence parallelism (sp_size)",
             ),
-            *refused_with_parts(trainer),
+            *unsupported_with_sequence_parallel(trainer),
             (
                 accelerator.distributed_type == DistributedType.MEGATRON_LM,
                 "Megatron-LM runs the model and its loss itself, without this trainer",

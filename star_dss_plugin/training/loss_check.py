@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN, TOKEN_COLUMNS
 from star_dss_plugin.errors import StarDSSError
 from star_dss_plugin.logprobs import IGNORE_INDEX
-from star_dss_plugin.training.parts_checks import check_averaging
 from star_dss_plugin.training.plain import (
     Plain,
     head_watched,
@@ -24,16 +23,17 @@ from star_dss_plugin.training.plain import (
     unit_of_its_own,
 )
 from star_dss_plugin.training.rows.even import no_rows
-from star_dss_plugin.training.rows.late import text_of_row
+from star_dss_plugin.training.rows.raw_rows import text_of_row
+from star_dss_plugin.training.sequence_parallel_checks import check_averaging
 
 if TYPE_CHECKING:
     from star_dss_plugin.training.state import StarDSSState
-from star_dss_plugin.training.sequence_parts import (
+from star_dss_plugin.training.sequence_parallel import (
     fixed_length,
-    group_of_parts,
     padded,
     part_of,
-    parts_per_row,
+    sequence_parallel_group,
+    sequence_parallel_size,
 )
 from star_dss_plugin.training.step import policy_of, times_averaged
 
@@ -57,7 +57,7 @@ def check_loss(trainer: Any, active: StarDSSState, dataloader: Any) -> None:
     """
     policy = policy_of(trainer, trainer.model)
     own = active.stream_of(trainer.train_dataset)
-    size = parts_per_row(trainer.accelerator)
+    size = sequence_parallel_size(trainer.accelerator)
     loader = dataloader.dl if size > 1 else dataloader  # around which DeepSpeed cuts batches
     fixed = fixed_length(trainer.accelerator)
     row = _shortest_row(
@@ -101,7 +101,7 @@ def check_loss(trainer: Any, active: StarDSSState, dataloader: Any) -> None:
                 with head_watched(policy) as sharded_heads:
                     plain = plain_terms(active, trainer, policy, batch, reference)
                 # Tensor parallelism splits the head, too, and gives whole logits.
-                whole = active.ranks.alike > 1 or not any(sharded_heads)
+                whole = active.ranks.tp_size > 1 or not any(sharded_heads)
                 if not whole and not trainer.host_leaves_logits_alone():
                     raise unit_of_its_own(
                         "gives a wrong loss, with or without STAR-DSS, in trainers that read the "
@@ -155,7 +155,7 @@ def _loss_in_parts(
     trainer: Any, active: StarDSSState, batch: Mapping[str, Any], trained: int, size: int
 ) -> Tensor:
     """Return the loss of a row of which each process of a group computes a part."""
-    part = part_of(batch, size, torch.distributed.get_rank(group_of_parts()))
+    part = part_of(batch, size, torch.distributed.get_rank(sequence_parallel_group()))
     rows = int(trainer.args.train_batch_size)  # attention exchanges full batches alone
     part = {name: column.repeat(rows, 1) for name, column in part.items()}
     mine = trainer.compute_loss(trainer.model_wrapped, part, num_items_in_batch=trained * rows)

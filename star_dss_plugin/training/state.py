@@ -13,8 +13,8 @@ from star_dss_plugin.training.kept_guard import KeptGuard
 from star_dss_plugin.training.metrics import TokenMetrics
 from star_dss_plugin.training.reference.model import Reference
 from star_dss_plugin.training.rows.known_rows import KnownRows
-from star_dss_plugin.training.rows.late import Carriers
 from star_dss_plugin.training.rows.prepare import DatasetSummary
+from star_dss_plugin.training.rows.raw_rows import FillerRows
 from star_dss_plugin.training.rows.stream import ScoredStream
 from star_dss_plugin.training.sharding import Ranks
 
@@ -41,7 +41,7 @@ class StarDSSState:
         streams: Streams that are scored as they are read.
         kept: The guard that scores them.
         alignment: Lays scores onto tokens in the collator; None: rows are tokenized before.
-        carriers: Rows with media for batches without; None: no other process waits for this one.
+        fillers: Rows with media for batches without; None: no other process waits for this one.
         outputs_unread: Whether an evaluation step asks for outputs that it does not read.
     """
 
@@ -60,7 +60,7 @@ class StarDSSState:
     streams: list[ScoredStream] = field(default_factory=list)
     kept: KeptGuard | None = None
     alignment: Alignment | None = None
-    carriers: Carriers | None = None
+    fillers: FillerRows | None = None
     outputs_unread: bool = False
 
     @property

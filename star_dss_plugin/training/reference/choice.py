@@ -110,7 +110,7 @@ def choose_reference(
             "precomputed", what, fingerprint=fingerprint, projects=projects, is_start=True
         )
     if name == "copy":
-        split = "tensor parallelism" if ranks.alike > 1 else ranks.sharding
+        split = "tensor parallelism" if ranks.tp_size > 1 else ranks.sharding
         if split is not None:
             why = f"kl_estimator={estimator!r}"
             other = "Set kl_estimator='k2', whose reference is computed before training; or name"

@@ -183,7 +183,7 @@ def add_reference_logps(
         compute([*mine, *parts[:1] * (most - len(mine))], wanted)
 
     trained = reference.model is None
-    if trained and ranks.together:
+    if trained and ranks.collective:
         fill_together()
     elif trained and ranks.first_only:
         if ranks.has_weights:
@@ -192,7 +192,7 @@ def add_reference_logps(
         fill(f"-{ranks.share.rank}-of-{ranks.share.ranks}", ranks.share.mine)
     ranks.share.meet()
     cache.refresh()
-    if not (trained and (ranks.together or ranks.first_only)):
+    if not (trained and (ranks.collective or ranks.first_only)):
         fill("", list)
 
     def values(key: str, length: int) -> Any:

@@ -188,7 +188,7 @@ class ScoredStream:
         if self.together:
             return self.summary
         total = found[0]
-        for other in found[self._ranks.alike :: self._ranks.alike]:
+        for other in found[self._ranks.tp_size :: self._ranks.tp_size]:
             total = total.plus(other)
         return total
 

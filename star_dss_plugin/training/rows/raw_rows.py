@@ -16,12 +16,12 @@ from star_dss_plugin.logprobs import IGNORE_INDEX
 from star_dss_plugin.training.rows.collation import TokenColumnsCollator
 from star_dss_plugin.training.rows.known_rows import KnownRows
 
-__all__ = ["Carriers", "LateCollator", "scored_collator", "text_of_row"]
+__all__ = ["FillerRows", "RawRowsCollator", "scored_collator", "text_of_row"]
 
 Collator = Callable[[list[Any]], Mapping[str, Any]]
 
 
-class Carriers:
+class FillerRows:
     """Keep a row with each kind of media, for batches that have none of it.
 
     A batch without images does not pass through the part of the model that reads images. Where
@@ -52,7 +52,7 @@ class Carriers:
         return found
 
 
-class LateCollator:
+class RawRowsCollator:
     """Let another collator make a batch of raw rows, then add `star_scores` to it.
 
     Its labels are kept where an assistant speaks, and are -100 elsewhere: some hosts train all of a
@@ -62,7 +62,7 @@ class LateCollator:
         inner: The trainer's collator: one sequence for each row, of `input_ids` and `labels`.
         alignment: Lays scores onto its tokens.
         known: The rows that were prepared: any other one is an error.
-        carriers: Rows with media; they are added to batches without and train nothing. None: no
+        fillers: Rows with media; they are added to batches without and train nothing. None: no
             other process waits for this one.
     """
 
@@ -71,19 +71,19 @@ class LateCollator:
         inner: Collator,
         alignment: Alignment,
         known: KnownRows,
-        carriers: Carriers | None = None,
+        fillers: FillerRows | None = None,
     ) -> None:
         self.inner = inner
         self.alignment = alignment
         self.known = known
-        self.carriers = carriers
+        self.fillers = fillers
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if any(TEXT_COLUMN not in row for row in features):
             raise _unscored("A row of a batch")
         texts = [row[TEXT_COLUMN] for row in features]
-        if self.carriers is not None:
-            features = [*features, *self.carriers.for_batch(features)]
+        if self.fillers is not None:
+            features = [*features, *self.fillers.for_batch(features)]
         bare = [{k: v for k, v in row.items() if k != TEXT_COLUMN} for row in features]
         batch = self._collated(bare, [row[TEXT_COLUMN]["row"] for row in features])
         missing = [name for name in ("input_ids", "labels") if name not in batch]
@@ -153,12 +153,12 @@ def scored_collator(
     inner: Collator,
     known: KnownRows,
     alignment: Alignment | None,
-    carriers: Carriers | None = None,
-) -> TokenColumnsCollator | LateCollator:
+    fillers: FillerRows | None = None,
+) -> TokenColumnsCollator | RawRowsCollator:
     """Return a trainer's collator with scores: of tokenized rows, or of raw ones."""
     if alignment is None:
         return TokenColumnsCollator(inner, known)
-    return LateCollator(inner, alignment, known, carriers)
+    return RawRowsCollator(inner, alignment, known, fillers)
 
 
 def text_of_row(row: Mapping[str, Any]) -> Mapping[str, Any]:
