@@ -83,7 +83,7 @@ REFUSED = {
     ("tp", "trl-untied-lora"): "does not add to the others'",
     ("tp", "trl-untied-copy"): "tensor parallelism leaves no rank whole parameters",
     ("zero3", "trl-copy-full"): "DeepSpeed ZeRO-3 leaves no rank whole parameters",
-    ("zero3-parts", "trl-padded-alone"): "does not exchange the parts rightly",
+    ("zero3-parts", "trl-padded-alone"): "does not exchange the parts correctly",
     ("zero3-parts", "trl-padded-skipping"): "Set ignore_data_skip=True",
     ("zero3-parts", "trl-padded-packed"): "would see each other",
     ("zero3-parts", "trl-padded-rejection"): "may be in another process's part of the row",
