@@ -80,7 +80,7 @@ REFUSED = {
     ("fsdp2-smolvlm", "trl-images-named"): r"lm_head) is an FSDP2 unit of its own",
     ("fsdp2-head", "trl-untied"): r"lm_head) is an FSDP2 unit of its own",
     ("fsdp2-loaded", "trl-untied-copy"): "FSDP2 leaves no rank whole parameters",
-    ("tp", "trl-untied-lora"): "does not add to the others'",
+    ("tp", "trl-untied-lora"): "does not sum them",
     ("tp", "trl-untied-copy"): "tensor parallelism leaves no rank whole parameters",
     ("zero3", "trl-copy-full"): "DeepSpeed ZeRO-3 leaves no rank whole parameters",
     ("zero3-parts", "trl-padded-alone"): "does not exchange the parts correctly",
