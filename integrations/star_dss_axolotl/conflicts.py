@@ -143,9 +143,11 @@ def _reference_is_adapter(cfg: Mapping[str, Any]) -> bool:
     if not isinstance(block, Mapping):
         return False
     reference = block.get("reference") or "auto"
-    live = cfg.get("streaming") or cfg.get("processor_type") or block.get("kl_estimator") == "full"
+    at_each_step = (
+        cfg.get("streaming") or cfg.get("processor_type") or block.get("kl_estimator") == "full"
+    )
     trained = cfg.get("adapter") or cfg.get("relora")
-    return reference == "adapter" or bool(reference == "auto" and live and trained)
+    return reference == "adapter" or bool(reference == "auto" and at_each_step and trained)
 
 
 def trained_roles(dataset: Mapping[str, Any]) -> tuple[list[str], list[str]]:

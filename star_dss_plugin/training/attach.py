@@ -141,22 +141,22 @@ def _set_up(
     media = trainer.media_rows()
     several = trainer.accelerator.num_processes > 1
     fillers = FillerRows() if media is not None and several else None
-    live = "data that is tokenized in the data collator" if media is not None else ""
+    obstacle = "data that is tokenized in the data collator" if media is not None else ""
     for name, dataset in _data_sets(trainer).items():
         if isinstance(dataset, IterableDataset):
             check_stream(name, options, raw=media is not None)
-            live = "a data set that is a stream"
+            obstacle = "a data set that is a stream"
     with trainer.accelerator.autocast():  # as in training: some attentions need 16 bits
         # Before the reference's fingerprint: some quantized weights change on their first use.
         projects = _projects(trainer, model, ranks)
-        if not live and shaping.needs_reference:
-            live = packs_read_together(model, trainer.data_collator, ranks)
+        if not obstacle and shaping.needs_reference:
+            obstacle = packs_read_together(model, trainer.data_collator, ranks)
         reference = choose_reference(
             options.reference,
             model,
             tokenizer,
             estimator=options.kl_estimator,
-            live=live,
+            obstacle=obstacle,
             needed=shaping.needs_reference,
             projects=projects,
             ranks=ranks,

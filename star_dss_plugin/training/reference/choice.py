@@ -28,7 +28,7 @@ def choose_reference(
     needed: bool,
     projects: bool,
     ranks: Ranks,
-    live: str = "",
+    obstacle: str = "",
 ) -> Reference:
     """Return the reference that `reference=name` means for this run; every rank must call this.
 
@@ -40,7 +40,7 @@ def choose_reference(
         needed: Whether any token can get a KL weight.
         projects: Whether `can_project` holds for the policy.
         ranks: The ranks of the run.
-        live: Name of the data that rules a precomputed reference out, for messages: a stream, rows
+        obstacle: Name, for messages, of data whose reference cannot be precomputed: a stream, rows
             that the data collator tokenizes, or packs whose documents the model reads together. ""
             if there is none.
 
@@ -60,7 +60,7 @@ def choose_reference(
         return ranks.first_decides(lambda: decide(policy))
 
     if name == "auto":
-        early = not live and estimator != "full" and ranks.can_run
+        early = not obstacle and estimator != "full" and ranks.can_run
         name = "precomputed" if early else "copy"
         if name == "copy" and is_peft(policy) and fresh():
             name = "copy" if _trained_outside(policy) else "adapter"
@@ -99,10 +99,10 @@ def choose_reference(
                 "distribution at every step. Set reference='adapter' or 'copy', or "
                 "kl_estimator='k2'."
             )
-        if live:
+        if obstacle:
             raise ConfigError(
                 "reference is 'precomputed', which is computed for each row by itself before "
-                f"training, and that is not possible for {live}. Set reference='auto' (the base "
+                f"training, and that is not possible for {obstacle}. Set reference='auto' (the base "
                 "model under an adapter, or a frozen copy of the trained parameters), or name the "
                 "model as it starts."
             )
@@ -116,8 +116,8 @@ def choose_reference(
         if split is not None:
             why = f"kl_estimator={estimator!r}"
             other = "Set kl_estimator='k2', whose reference is computed before training; or name"
-            if live:
-                why, other = live, "Name"
+            if obstacle:
+                why, other = obstacle, "Name"
             raise ConfigError(
                 f"reference is 'copy' (with {why}), which swaps the trained parameters for their "
                 f"values at the start at each step, and {split} leaves no rank whole parameters "
@@ -131,7 +131,7 @@ def choose_reference(
     assert name not in REFERENCES
     named = _load_named(name, policy, tokenizer).to(ranks.device)
     projects = can_project(named)
-    if live or estimator == "full":
+    if obstacle or estimator == "full":
         return Reference("model", name, named, projects=projects)
     return Reference("precomputed", name, named, model_fingerprint(named), projects=projects)
 
