@@ -102,9 +102,9 @@ def choose_reference(
         if obstacle:
             raise ConfigError(
                 "reference is 'precomputed', which is computed for each row by itself before "
-                f"training, and that is not possible for {obstacle}. Set reference='auto' (the base "
-                "model under an adapter, or a frozen copy of the trained parameters), or name the "
-                "model as it starts."
+                f"training, and that is not possible for {obstacle}. Set reference='auto' (the "
+                "base model under an adapter, or a frozen copy of the trained parameters), or name "
+                "the model as it starts."
             )
         what = "the model as it starts (precomputed log-probabilities)"
         fingerprint = ranks.fingerprint(policy)
