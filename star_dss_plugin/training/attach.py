@@ -171,8 +171,8 @@ def _set_up(
             check_stream(name, options, raw=media is not None)
             if reference.kind == "precomputed":
                 raise ConfigError(
-                    f"The {name} data set is a stream, and this run's reference is precomputed: "
-                    "it cannot be computed for rows that are read during training. Set "
+                    f"The {name} data set is a stream, and the reference of this run was computed "
+                    "before training, which cannot be done for rows that are read later. Set "
                     "reference='copy' (or 'adapter'), or pass the stream to the trainer's "
                     "constructor as eval_dataset."
                 )

@@ -32,7 +32,7 @@ def check_stream(name: str, options: StarDSSOptions, *, raw: bool = False) -> No
     if options.trajectory == "probed":
         raise ConfigError(
             f"trajectory is 'probed' and the {name} data set is a stream: a probe learns from a "
-            "sample of the whole data, which cannot be drawn from a stream. Use trajectory='exact' "
+            "sample of all the data, which cannot be drawn from a stream. Use trajectory='exact' "
             "or 'adaptive', or score the data beforehand with star-dss score."
         )
     if options.reference == "precomputed" and options.shaping().needs_reference:
