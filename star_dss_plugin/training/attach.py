@@ -150,7 +150,9 @@ def _set_up(
         # Before the reference's fingerprint: some quantized weights change on their first use.
         projects = _projects(trainer, model, ranks)
         if not obstacle and shaping.needs_reference:
-            obstacle = packs_read_together(model, trainer.data_collator, ranks)
+            obstacle = packs_read_together(
+                model, trainer.data_collator, trainer.train_dataset, ranks
+            )
         reference = choose_reference(
             options.reference,
             model,

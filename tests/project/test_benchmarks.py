@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
-import subprocess
-import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+from support.forks import forked
 from support.models import needs_smollm2
 from support.paths import ROOT
 
@@ -21,15 +22,12 @@ pytest.importorskip("trl")
 BENCHMARKS = ROOT / "benchmarks"
 
 
-def run(name: str, *arguments: str) -> str:
-    """What a benchmark prints."""
-    done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / name), *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+def run(folder: Path, name: str, *arguments: str) -> str:
+    """Run a benchmark; return what it prints."""
+    # A script finds what stands beside it; a forked process has to be told.
+    place = dict(os.environ) | {"PYTHONPATH": str(BENCHMARKS)}
+    done = forked(BENCHMARKS / name, list(arguments), place, folder / "log")
+    assert done.returncode == 0, done.stdout
     return done.stdout
 
 
@@ -38,13 +36,14 @@ COMMANDS = [path.name for path in BENCHMARKS.glob("*.py") if "__main__" in path.
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
-def test_every_benchmark_says_how_it_is_used(name: str) -> None:
-    assert "usage" in run(name, "--help")
+def test_every_benchmark_says_how_it_is_used(name: str, tmp_path: Path) -> None:
+    assert "usage" in run(tmp_path, name, "--help")
 
 
 @needs_smollm2
-def test_scoring_compares_the_engine_with_one_pass_per_prefix() -> None:
+def test_scoring_compares_the_engine_with_one_pass_per_prefix(tmp_path: Path) -> None:
     said = run(
+        tmp_path,
         "scoring.py",
         "W2",
         "--shape",

@@ -23,15 +23,15 @@ ELSEWHERE = {
     "howto_engine": "needs vLLM: tests/engines/test_vllm.py",
     "howto_guard": "needs the guard that the page is about: tests/project/test_howto.py",
     "reference": "its YAML names data of yours: tests/project/test_examples.py runs such a one",
+    "scale": "scores the same data as `scoring` once more: tests/scoring/test_shards.py has less",
     "performance": "takes minutes: tests/project/test_benchmarks.py has a shorter one",
 }
 """Pages whose first command is not run here, and why."""
 NEEDS = {
     "axolotl": "axolotl",
     "capability": "lm_eval",
+    "choose": "trl",
     "landscape": "matplotlib",
-    "many_gpus": "trl",
-    "start": "trl",
 }
 """What must be installed for a page."""
 
@@ -82,7 +82,11 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("page", sorted(FIRST.keys() - ELSEWHERE.keys()))
+# Pages that begin alike are run once.
+ONCE = {FIRST[page]: page for page in sorted(FIRST.keys() - ELSEWHERE.keys(), reverse=True)}
+
+
+@pytest.mark.parametrize("page", sorted(ONCE.values()))
 def test_the_first_command_works(page: str, room: dict[str, str], tmp_path: Path) -> None:
     if page in NEEDS:
         pytest.importorskip(NEEDS[page])

@@ -16,6 +16,23 @@ FORKS.set_forkserver_preload(
 )
 
 
+def forked(
+    script: Path, arguments: list[str], environment: dict[str, str], log: Path
+) -> subprocess.CompletedProcess[str]:
+    """Run a script as `__main__` in a process of its own; return what it printed.
+
+    Args:
+        script: A Python file.
+        arguments: The script's.
+        environment: All of it.
+        log: Takes what the script prints.
+    """
+    process = FORKS.Process(target=_run, args=(str(script), arguments, environment, str(log)))
+    process.start()
+    process.join()
+    return _completed(script, arguments, process.exitcode, log)
+
+
 def on_ranks(
     count: int, script: Path, arguments: list[str], environment: dict[str, str], log: Path
 ) -> subprocess.CompletedProcess[str]:
@@ -46,8 +63,15 @@ def on_ranks(
                 rank.kill()
         ranks[0].join(0.2)
     code = next((rank.exitcode for rank in ranks if rank.exitcode), 0)
+    return _completed(script, arguments, code, log)
+
+
+def _completed(
+    script: Path, arguments: list[str], code: int | None, log: Path
+) -> subprocess.CompletedProcess[str]:
+    assert code is not None
     said = log.read_text(errors="replace") if log.exists() else ""
-    return subprocess.CompletedProcess([str(script), *arguments], code, "", said)
+    return subprocess.CompletedProcess([str(script), *arguments], code, said, said)
 
 
 def _run(script: str, arguments: list[str], environment: dict[str, str], log: str) -> None:

@@ -3,16 +3,21 @@
 import contextlib
 import importlib.util
 import os
+from typing import Any
 
 import pytest
 import torch
 from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoModelForCausalLM,
     JambaConfig,
     JambaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PretrainedConfig,
     PreTrainedTokenizerFast,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
@@ -59,78 +64,72 @@ def tokenized(tokenizer, text):
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def tiny_llama(vocab: int = 400, seed: int = 0, **changes) -> LlamaForCausalLM:
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.2,
+}
+"""Of every tiny model, in the words of most configurations."""
+
+
+def tiny(config: type[PretrainedConfig], vocab: int, seed: int = 0, **changes: Any) -> Any:
+    """Return the causal model of a configuration class, with random weights."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        **{
-            "vocab_size": vocab,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 1024,
-            "pad_token_id": 0,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "tie_word_embeddings": True,
-            "initializer_range": 0.2,
-            **changes,
-        }
-    )
-    return LlamaForCausalLM(config)
+    made = config(**{**SIZES, "vocab_size": vocab, **changes})
+    return AutoModelForCausalLM.from_config(made)
+
+
+def tiny_llama(vocab: int = 400, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
+    return tiny(LlamaConfig, vocab, seed, **{"tie_word_embeddings": True, **changes})
 
 
 def tiny_jamba(vocab: int = 400) -> JambaForCausalLM:
     """Layers with states between layers with attention."""
-    torch.manual_seed(0)
-    config = JambaConfig(
-        vocab_size=vocab,
-        hidden_size=32,
-        intermediate_size=64,
+    experts = {"expert_layer_period": 2, "expert_layer_offset": 1, "num_experts": 2}
+    states = {"mamba_d_state": 8, "mamba_expand": 2, "mamba_dt_rank": 8, "use_mamba_kernels": False}
+    return tiny(
+        JambaConfig,
+        vocab,
         num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         attn_layer_period=2,
         attn_layer_offset=1,
-        expert_layer_period=2,
-        expert_layer_offset=1,
-        num_experts=2,
-        mamba_d_state=8,
-        mamba_expand=2,
-        mamba_dt_rank=8,
-        use_mamba_kernels=False,
-        max_position_embeddings=1024,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
         initializer_range=0.3,
+        **experts,
+        **states,
     )
-    return JambaForCausalLM(config)
 
 
 def tiny_qwen3_moe(vocab: int = 400) -> Qwen3MoeForCausalLM:
     """Four experts of which a token uses two."""
-    torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        vocab_size=vocab,
-        hidden_size=32,
+    return tiny(
+        Qwen3MoeConfig,
+        vocab,
         head_dim=8,
-        intermediate_size=64,
         moe_intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         num_experts=4,
         num_experts_per_tok=2,
         norm_topk_prob=True,
-        max_position_embeddings=1024,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        initializer_range=0.2,
     )
-    return Qwen3MoeForCausalLM(config)
+
+
+def tiny_mixtral(vocab: int = 400) -> MixtralForCausalLM:
+    """Four experts of which a token uses two, and a loss that balances them."""
+    return tiny(
+        MixtralConfig,
+        vocab,
+        intermediate_size=32,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        output_router_logits=True,
+        router_aux_loss_coef=0.1,
+    )
 
 
 def smollm2_is_here() -> bool:

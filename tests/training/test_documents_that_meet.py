@@ -11,14 +11,13 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     Lfm2Config,
-    Lfm2ForCausalLM,
     Trainer,
     default_data_collator,
 )
 
 pytest.importorskip("trl")
 
-from support.models import tiny_jamba, tiny_llama, tiny_qwen3_moe
+from support.models import tiny, tiny_jamba, tiny_llama, tiny_qwen3_moe
 from support.trl_runs import arguments, lora_config, make
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -30,25 +29,13 @@ from star_dss_plugin.training.reference.packs import (
 )
 from star_dss_plugin.training.sharding import Ranks
 
-PACK = joined_batch(DataCollatorWithFlattening())
+PACK = joined_batch(DataCollatorWithFlattening(), {})
 PACK_COLUMNS = ("input_ids", "labels")
 
 
 def convolution(vocabulary):
-    return Lfm2ForCausalLM(
-        Lfm2Config(
-            vocab_size=vocabulary,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            layer_types=["conv", "full_attention"] * 2,
-            conv_L_cache=3,
-            max_position_embeddings=1024,
-            initializer_range=0.3,
-        )
-    )
+    kinds = {"layer_types": ["conv", "full_attention"] * 2, "conv_L_cache": 3}
+    return tiny(Lfm2Config, vocabulary, num_hidden_layers=4, initializer_range=0.3, **kinds)
 
 
 def attention(vocabulary):
@@ -144,13 +131,13 @@ def test_a_plain_trainer_that_flattens(tmp_path, tokenizer, collator):
 
 
 def test_collators_that_join_nothing(tokenizer):
-    assert joined_batch(DataCollatorForSeq2Seq(tokenizer)) is None
-    assert joined_batch(default_data_collator) is None
-    assert joined_batch(lambda rows: 1 / 0) is None
+    assert joined_batch(DataCollatorForSeq2Seq(tokenizer), {}) is None
+    assert joined_batch(default_data_collator, {}) is None
+    assert joined_batch(lambda rows: 1 / 0, {}) is None
     of_trl = DataCollatorForLanguageModeling(pad_token_id=0)
     if hasattr(of_trl, "return_position_ids"):  # with which TRL trains parts of rows
         of_trl.return_position_ids = True
-    assert joined_batch(of_trl) is None
+    assert joined_batch(of_trl, {}) is None
 
 
 def test_collators_that_use_rows_up_or_want_a_mask():
@@ -165,8 +152,33 @@ def test_collators_that_use_rows_up_or_want_a_mask():
         return using_up(rows)
 
     for collator in (using_up, masked):
-        batch = joined_batch(collator)
+        batch = joined_batch(collator, {})
         assert all(torch.equal(batch[n], PACK[n]) for n in ("input_ids", "position_ids"))
+
+
+class WithColumns(DataCollatorWithFlattening):
+    """Join rows, and read columns that only the user's own data have."""
+
+    def __call__(self, features, *args, **kwargs):
+        assert all(row["source"] and len(row["kinds"]) == len(row["labels"]) for row in features)
+        tokens = [{name: row[name] for name in PACK_COLUMNS} for row in features]
+        return super().__call__(tokens, *args, **kwargs)
+
+
+@pytest.mark.parametrize("make_model", [attention, convolution])
+def test_collators_that_want_columns_of_the_users_own(tmp_path, tokenizer, make_model):
+    dataset = make(tmp_path, tokenizer).train_dataset.select_columns(PACK_COLUMNS)
+    dataset = dataset.map(lambda row: {"source": "chat", "kinds": [3] * len(row["labels"])})
+    plain = Trainer(
+        make_model(len(tokenizer)),
+        args=copy.copy(arguments(tmp_path, remove_unused_columns=False)),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        data_collator=WithColumns(),
+    )
+    attach(plain, guard="test-words", chunk_size=2)
+    meet = make_model is convolution
+    assert plain.star_dss_state.reference.kind == ("copy" if meet else "precomputed")
 
 
 def test_padding_to_the_longest_row_costs_nothing():
@@ -176,7 +188,7 @@ def test_padding_to_the_longest_row_costs_nothing():
         batch = DataCollatorWithFlattening()(rows)
         return {name: torch.nn.functional.pad(value, (0, 952)) for name, value in batch.items()}
 
-    batch = joined_batch(padding)
+    batch = joined_batch(padding, {})
     assert {value.shape for value in batch.values()} == {PACK["input_ids"].shape}
     assert documents_meet(convolution(96), batch)
     assert not documents_meet(attention(96), batch)
@@ -206,4 +218,4 @@ def test_experts_that_round_otherwise_read_nothing_together():
 def test_ranks_choose_alike(found):
     model = convolution(96) if found[0] else attention(96)
     ranks = Ranks(gather=lambda own: [own, found[1]])
-    assert bool(packs_read_together(model, DataCollatorWithFlattening(), ranks)) is any(found)
+    assert bool(packs_read_together(model, DataCollatorWithFlattening(), None, ranks)) is any(found)

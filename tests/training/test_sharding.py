@@ -1,5 +1,6 @@
 """FSDP and DeepSpeed on two gloo ranks take the steps that one process takes."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -100,6 +101,19 @@ def environment(kind):
     }
 
 
+@pytest.fixture(scope="module")
+def in_one_process(tmp_path_factory):
+    """Train a case in one process, once for all kinds; return what was logged, and the model."""
+    folder = tmp_path_factory.mktemp("alone")
+
+    @functools.cache
+    def trained(name):
+        found = sharded_runs.train("ddp", folder, 1, name)
+        return found, folder / f"ddp-{name}-1-final"
+
+    return trained
+
+
 def launch(folder, kind, cases):
     """Return what each rank wrote, and what was printed."""
     done = on_ranks(
@@ -115,7 +129,7 @@ def launch(folder, kind, cases):
     [*RUNS.items(), *IMAGES.items()],
     ids=[*RUNS, *(f"{k}-images" for k in IMAGES)],
 )
-def test_two_ranks_take_the_steps_of_one_process(tmp_path, kind, cases):
+def test_two_ranks_take_the_steps_of_one_process(tmp_path, in_one_process, kind, cases):
     if kind.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("needs DeepSpeed (pip install 'star-dss-plugin[test]')")
     if "parts" in kind and Version(transformers.__version__) < Version("5.23"):
@@ -133,14 +147,13 @@ def test_two_ranks_take_the_steps_of_one_process(tmp_path, kind, cases):
             assert refusal in second[name].get("error", ""), name
             continue
         assert "error" not in found[name], (name, found[name], done.stderr[-3000:])
-        alone = sharded_runs.train("ddp", tmp_path, 1, name)
+        alone, model = in_one_process(name)
         steps = apart(found[name]["logs"], alone["logs"])
         evaluations = apart(found[name]["evaluations"], alone["evaluations"])
         saved = 0.0
         if kind != "fsdp1":
-            ranks = RANKS.get(kind, 2)
-            folders = [tmp_path / f"{kind}-{name}-{ranks}-final", tmp_path / f"ddp-{name}-1-final"]
-            saved = weights_apart(*folders, lora="lora" in CASES[name])
+            final = tmp_path / f"{kind}-{name}-{RANKS.get(kind, 2)}-final"
+            saved = weights_apart(final, model, lora="lora" in CASES[name])
         print(f"{kind} {name}: {steps:.1e}, {evaluations:.1e}, {saved:.1e}")
         assert max(steps, evaluations) < CLOSE, name
         # Adam divides by what may be close to 0, and sums over parts of a layer round otherwise.
@@ -154,7 +167,7 @@ def test_two_ranks_take_the_steps_of_one_process(tmp_path, kind, cases):
             assert set(alone["lengths"]) == {33}, name
 
 
-def test_two_ranks_read_a_stream_as_one_process_reads_its_rows(tmp_path):
+def test_two_ranks_read_a_stream_as_one_process_reads_its_rows(tmp_path, in_one_process):
     """Together, or each its own part of it."""
     sharded_data.model_folder(tmp_path)
     cases = (
@@ -164,7 +177,7 @@ def test_two_ranks_read_a_stream_as_one_process_reads_its_rows(tmp_path):
     (found, second), done = launch(tmp_path, "ddp", cases)
     for name in cases:
         assert "error" not in found[name], (name, found[name], done.stderr[-3000:])
-        alone = sharded_runs.train("ddp", tmp_path, 1, name)
+        alone, _ = in_one_process(name)
         steps = apart(found[name]["logs"], alone["logs"])
         evaluations = apart(found[name]["evaluations"], alone["evaluations"])
         print(f"ddp {name}: {steps:.1e}, {evaluations:.1e}")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from copy import deepcopy
 from itertools import product
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 
 from star_dss_plugin.training.head import forward_inputs
@@ -21,20 +23,21 @@ _APART = {"16 bits": 0.1, "32 bits": 1e-3}
 """Nats between two passes of one shape, by what the model computes in; most have no noise."""
 _NOISE = 4
 """By how much documents that meet must exceed the noise of a model that has some."""
-_COLUMNS = ("input_ids", "labels")
 _LENGTH = 24
 """Tokens of a document; the first ones are within reach of any convolution."""
 
 
-def packs_read_together(model: nn.Module, collator: Any, ranks: Ranks) -> str:
+def packs_read_together(model: nn.Module, collator: Any, dataset: Any, ranks: Ranks) -> str:
     """Return how messages name the packs of a run if their documents meet in the model; "" if not.
 
     Args:
         model: The trained model as it starts.
-        collator: The trainer's.
+        collator: The trainer's data collator.
+        dataset: The trainer's training data, as its collator gets them.
         ranks: The processes of the run; all of them must call this.
     """
-    batch = joined_batch(collator) if ranks.can_run else None
+    example = dataset[0] if isinstance(dataset, Dataset) and len(dataset) else {}
+    batch = joined_batch(collator, example) if ranks.can_run else None
     if batch is None:
         return ""
     # Ranks that compute it each for itself may be at both sides of a threshold.
@@ -49,29 +52,41 @@ def packs_read_together(model: nn.Module, collator: Any, ranks: Ranks) -> str:
     return "packs whose documents this model reads together"
 
 
-def joined_batch(collator: Any) -> dict[str, Any] | None:
-    """Return a batch of two rows that a collator has joined into one; None: it joins none.
+def joined_batch(collator: Any, example: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return a batch in which a data collator has joined two rows; None if it joins none.
 
     Args:
         collator: A trainer's. It may join all rows of a batch (`padding_free`, as TRL's packing
             does, too), or the rows of a list (Axolotl's packing).
+        example: A row of the data, whose columns a collator of the user's own may need.
     """
     wanted = torch.arange(_LENGTH).repeat(2)[None]
-    # Without a mask, which could not say where a document begins, unless the collator wants one.
-    for names, as_list in product((_COLUMNS, (*_COLUMNS, "attention_mask")), (False, True)):
-        # Each of its own: a collator may take out of a row what it has used.
-        rows = [
-            {name: [1] * _LENGTH for name in names} | {"position_ids": list(range(_LENGTH))}
-            for _ in range(2)
-        ]
+    for row, as_list in product(_rows_for(example), (False, True)):
+        # Two copies: a collator may remove from a row what it has used.
+        rows = [deepcopy(row), deepcopy(row)]
         try:
             batch = dict(collator([rows] if as_list else rows))
             joined = torch.equal(batch["position_ids"][:, : 2 * _LENGTH], wanted)  # then padding
-        except Exception:  # of whatever kind: features of another form than the collator takes
+        except Exception:  # of any kind: this is not the form of rows that the collator takes
             continue
         if joined:
             return _without_padding(batch)
     return None
+
+
+def _rows_for(example: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return rows of `_LENGTH` tokens in the forms that data collators take, the simplest first."""
+    ones = [1] * _LENGTH
+    simplest = {"input_ids": ones, "labels": ones, "position_ids": list(range(_LENGTH))}
+    # A mask cannot say where a document begins, so it is left out unless the collator needs one.
+    masked = simplest | {"attention_mask": ones}
+    length = len(example.get("input_ids") or ())
+
+    def fitted(value: Any) -> Any:
+        per_token = isinstance(value, list) and value and len(value) == length
+        return (value * _LENGTH)[:_LENGTH] if per_token else value
+
+    return [simplest, masked, {name: fitted(value) for name, value in example.items()} | masked]
 
 
 def _without_padding(batch: dict[str, Any]) -> dict[str, Any]:

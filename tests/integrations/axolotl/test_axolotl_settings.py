@@ -28,9 +28,9 @@ from axolotl_runs import (
 from peft import LoraConfig, get_peft_model
 from star_dss_axolotl.conflicts import conflicts
 from star_dss_axolotl.replaced import change_settings
-from support.models import tiny_llama
+from support.models import tiny_llama, tiny_mixtral
 from support.paths import ROOT, SHARED
-from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import LlamaForCausalLM, MixtralForCausalLM
 from yaml import safe_load
 
 from star_dss_plugin import ConfigError
@@ -217,17 +217,7 @@ def test_the_watchdog_sees_the_shaped_loss(tmp_path, model_dir):
 
 @pytest.fixture(scope="module")
 def experts():
-    config = MixtralConfig(
-        vocab_size=400,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        max_position_embeddings=1024,
-    )
-    return MixtralForCausalLM(config)
+    return tiny_mixtral()
 
 
 ON_EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]

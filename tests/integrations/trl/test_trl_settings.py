@@ -13,8 +13,8 @@ pytest.importorskip("trl")
 
 from peft import AdaLoraConfig, PromptTuningConfig
 from star_dss_trl import StarDSSConfig, StarDSSTrainer
+from support.models import tiny_mixtral
 from support.trl_runs import arguments, history, lora_config, make, prompt_completion
-from transformers import MixtralConfig, MixtralForCausalLM
 from trl import SFTTrainer
 
 from star_dss_plugin import ConfigError
@@ -61,38 +61,24 @@ def test_neftune_noise_is_not_part_of_the_reference(tmp_path, tokenizer):
     assert quiet.state.log_history[0]["star_dss/kl"] == pytest.approx(0, abs=1e-6)
 
 
-def tiny_moe(vocab):
-    torch.manual_seed(0)
-    return MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=vocab,
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            num_local_experts=4,
-            num_experts_per_tok=2,
-            output_router_logits=True,
-            router_aux_loss_coef=0.1,
-            pad_token_id=0,
-        )
-    )
-
-
 def test_a_mixture_of_experts_keeps_its_auxiliary_loss(tmp_path, tokenizer):
     data = prompt_completion()
     ours = make(
         tmp_path,
         tokenizer,
         data,
-        tiny_moe(len(tokenizer)),
+        tiny_mixtral(len(tokenizer)),
         router_aux_loss_coef=0.1,
         guard={"preset": "test-words", "word": "☃", "safe": 1.0},
     )
     ours.train()
     stock = make(
-        tmp_path, tokenizer, data, tiny_moe(len(tokenizer)), SFTTrainer, router_aux_loss_coef=0.1
+        tmp_path,
+        tokenizer,
+        data,
+        tiny_mixtral(len(tokenizer)),
+        SFTTrainer,
+        router_aux_loss_coef=0.1,
     )
     stock.train()
     torch.testing.assert_close(
