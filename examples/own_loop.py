@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--max-steps", type=int, default=100)
     args = parser.parse_args()
 
-    model = resolve_model(args.model)  # of "smollm2" it makes a folder
+    model = resolve_model(args.model)  # writes "smollm2" to a folder
     tokenizer = AutoTokenizer.from_pretrained(model)
     dataset = load_dataset("json", data_files=args.data, split="train")
     dataset = score_dataset(dataset, tokenizer, guard=args.guard)

@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--max-steps", type=int, default=-1)
     args = parser.parse_args()
 
-    model = star_dss_plugin.resolve_model(args.model)  # of "smollm2" it makes a folder
+    model = star_dss_plugin.resolve_model(args.model)  # writes "smollm2" to a folder
     tokenizer = AutoTokenizer.from_pretrained(model)
 
     def tokenize(row: dict[str, str]) -> dict[str, list[int]]:

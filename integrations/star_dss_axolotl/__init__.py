@@ -1,7 +1,7 @@
 """STAR-DSS for Axolotl: list `star_dss_axolotl.StarDSSPlugin` under `plugins:` in the YAML."""
 
-# Axolotl logs an ImportError of a plugin and then trains without it: plain finetuning where a
-# safety loss was asked for. So none may leave this file as one.
+# Axolotl only logs an ImportError of a plugin and then trains without it, so it becomes a
+# RuntimeError here.
 try:
     from star_dss_axolotl.plugin import StarDSSPlugin
     from star_dss_plugin._version import __version__

@@ -1,4 +1,4 @@
-"""The `star_dss:` block of Axolotl's YAML: the options of the core, as a pydantic model."""
+"""Define the `star_dss:` block of Axolotl's YAML as a pydantic model of `StarDSSOptions`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TYPES = get_type_hints(StarDSSOptions)
 
 
 class _Block(BaseModel):
-    """Add what the fields alone do not say: no other keys, and the core's own checks."""
+    """Reject unknown keys, and run the checks of `StarDSSOptions`."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -38,7 +38,7 @@ class _Block(BaseModel):
         return self
 
 
-# One source: names, types, defaults and descriptions are those of StarDSSOptions.
+# Names, types, defaults and descriptions come from StarDSSOptions.
 _FIELDS: dict[str, Any] = {
     f.name: (_TYPES[f.name], Field(default=f.default, description=f.metadata["help"]))
     for f in fields(StarDSSOptions)
@@ -56,17 +56,17 @@ class StarDSSArgs(BaseModel):
 
     @model_validator(mode="after")
     def _refuse_leaking_packs(self) -> StarDSSArgs:
-        # The other conflicts are found in what was written (`StarDSSPlugin.register`); which
-        # attention it is, Axolotl may choose while it validates.
+        # Other conflicts are found in the configuration as written (`StarDSSPlugin.register`), but
+        # Axolotl may choose the attention only when it validates.
         if self.star_dss is not None and (problem := packing_leaks(self)):
             raise ConfigError(problem)
         return self
 
 
 def is_listed(cfg: Any) -> bool:
-    """Tell whether a configuration lists the plugin, by any of its paths.
+    """Return whether a configuration lists the plugin, under any of its import paths.
 
-    Axolotl 0.21 also takes `module:Class`.
+    Axolotl 0.21 also accepts `module:Class`.
     """
     names = [str(name).replace(":", ".").split(".") for name in cfg.get("plugins") or ()]
     module, *_, plugin = PLUGIN.split(".")
@@ -74,7 +74,7 @@ def is_listed(cfg: Any) -> bool:
 
 
 def options_of(cfg: Any) -> StarDSSOptions | None:
-    """Return the options of a validated configuration; None where the plugin is not used.
+    """Return the options of a validated configuration; None if it has no `star_dss` block.
 
     Args:
         cfg: Axolotl's configuration (any mapping).
@@ -84,7 +84,7 @@ def options_of(cfg: Any) -> StarDSSOptions | None:
 
 
 def _plain(value: Any) -> Any:
-    """Return ordinary dicts and lists, in place of Axolotl's dicts that invent missing keys."""
+    """Convert Axolotl's `DictDefault`s, which return None for missing keys, to plain dicts."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

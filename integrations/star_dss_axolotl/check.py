@@ -1,4 +1,4 @@
-"""Check Axolotl's YAML for `star-dss check`, with what Axolotl passes over in silence."""
+"""Check Axolotl's YAML for `star-dss check`, including errors that Axolotl itself ignores."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ __all__ = ["check"]
 
 
 def check(path: Path, raw: dict[str, Any], *, data: bool) -> Findings:
-    """Check a configuration as it is written, then as Axolotl validates it.
+    """Check a configuration as written, then as Axolotl validates it.
 
     Args:
-        path: The file, for messages.
+        path: The configuration's file.
         raw: Its contents.
         data: Whether to load the data.
 
     Returns:
-        What a run would do, and what would stop it or make it plain finetuning.
+        Notes on the run, and problems that would stop it or make it plain finetuning.
     """
     found = Findings(problems=[*_wiring(raw), *conflicts(raw)])
     block = raw.get("star_dss")
@@ -59,7 +59,7 @@ def check(path: Path, raw: dict[str, Any], *, data: bool) -> Findings:
 
 
 def _wiring(raw: dict[str, Any]) -> list[str]:
-    """Find why block and plugin would miss each other: Axolotl would train without STAR-DSS."""
+    """Find why Axolotl would ignore the plugin or its block, and train without STAR-DSS."""
     problems = []
     plugins = [str(name) for name in raw.get("plugins") or ()]
     for name in plugins:
@@ -97,7 +97,7 @@ def _near(name: str, given: list[str]) -> str | None:
 
 
 def _as_axolotl_sees_it(raw: dict[str, Any], found: Findings, *, data: bool) -> None:
-    """Validate as Axolotl does, and estimate from the data as its loader makes it."""
+    """Validate the configuration with Axolotl, load the data with it, and add estimates."""
     from axolotl.cli.config import gpu_capabilities, plugin_set_cfg, prepare_plugins
     from axolotl.common.datasets import load_datasets
     from axolotl.loaders import load_tokenizer
@@ -116,7 +116,7 @@ def _as_axolotl_sees_it(raw: dict[str, Any], found: Findings, *, data: bool) -> 
         plugin_set_cfg(cfg)
         loaded = load_stream(cfg) if cfg.streaming else load_datasets(cfg=cfg)
         tokenizer = load_tokenizer(cfg)
-    except Exception as error:  # whatever stops Axolotl would stop the run
+    except Exception as error:  # any error of Axolotl would stop the run, too
         found.problems.append(f"Axolotl refuses it: {type(error).__name__}: {error}")
         return
     options = options_of(cfg)

@@ -1,4 +1,4 @@
-"""What an Axolotl configuration must not ask for beside STAR-DSS, and what to change."""
+"""Find settings of an Axolotl configuration that STAR-DSS does not support."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["conflicts", "packing_leaks", "trained_roles"]
 _OWN_LOSS = "it trains with a loss of its own, which STAR-DSS would replace"
 _SPLIT = "it splits a response over several devices or sequences"
 
-# One line to each setting: to support one, delete its line.
+# Setting: (reason, remedy). To support a setting, remove its line.
 _REFUSED: dict[str, tuple[str, str]] = {
     "rl": (_OWN_LOSS, "Remove it: STAR-DSS is for supervised finetuning"),
     "reward_model": (_OWN_LOSS, "Remove it: STAR-DSS is for supervised finetuning"),
@@ -28,7 +28,7 @@ _REFUSED: dict[str, tuple[str, str]] = {
     ),
     "trainer_cls": ("Axolotl takes one trainer class, and STAR-DSS brings it", "Remove it"),
     "pretraining_dataset": (
-        "its texts are joined and cut where they are tokenized, so that no response is left whole",
+        "its texts are joined and cut when they are tokenized, so no response is left whole",
         "Use datasets, with streaming: true for a stream",
     ),
     "use_pose": ("it moves positions, for which no reference is computed", "Set use_pose: false"),
@@ -40,8 +40,8 @@ _PARALLEL = {
         "it splits layers over devices, which Axolotl 0.19 itself did not train when it was tried"
     ),
 }
-# By the package of the plugin below axolotl.integrations. Any other plugin with a trainer is found
-# when Axolotl asks for one.
+# Reasons by the plugin's package in axolotl.integrations. Any other plugin that provides a trainer
+# is found in `StarDSSPlugin.get_trainer_cls`.
 _PLUGINS = {
     "kd": _OWN_LOSS,
     "diffusion": _OWN_LOSS,
@@ -53,10 +53,10 @@ _PLUGINS = {
 
 
 def conflicts(cfg: Mapping[str, Any]) -> list[str]:
-    """Return every setting that STAR-DSS cannot work beside: what was given, why, what to change.
+    """Return a message for each unsupported setting: what was given, why, and what to change.
 
     Args:
-        cfg: The configuration as it is written, before Axolotl has validated it.
+        cfg: The configuration as written, before Axolotl validates it.
     """
     return [
         f"STAR-DSS cannot be used with {what}: {why}. {change}."
@@ -92,7 +92,7 @@ def _conflicts(cfg: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     if cfg.get("balance_labels") and not cfg.get("sample_packing"):
         yield (
             f"balance_labels: {shortened(cfg['balance_labels'])}",
-            "without packs it takes no collator but Axolotl's own, which would not carry scores",
+            "without packing it accepts only Axolotl's own collator, which would not carry scores",
             "Set sample_packing: true, or balance_labels: false",
         )
     yield from _media_conflicts(cfg)
@@ -115,10 +115,10 @@ def _conflicts(cfg: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
 
 
 def _media_conflicts(cfg: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Find what does not go with Axolotl's collator for images and sounds, which tokenizes."""
+    """Find settings that do not work with Axolotl's multimodal collator, which tokenizes rows."""
     processor = cfg.get("processor_type")
     if cfg.get("skip_prepare_dataset") and not processor:
-        why = "there are no tokens to score then, and no processor that makes them later"
+        why = "the data then has no tokens to score, and no processor makes them later"
         yield f"skip_prepare_dataset: {shortened(cfg['skip_prepare_dataset'])}", why, "Remove it"
     if not processor:
         return
@@ -138,21 +138,23 @@ def _media_conflicts(cfg: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
 
 
 def _reference_is_adapter(cfg: Mapping[str, Any]) -> bool:
-    """Tell whether the reference is the model without its adapter, at every step."""
+    """Return whether the reference is the model with its adapter switched off at each step."""
     block = cfg.get("star_dss")
     if not isinstance(block, Mapping):
         return False
     reference = block.get("reference") or "auto"
-    live = cfg.get("streaming") or cfg.get("processor_type") or block.get("kl_estimator") == "full"
+    at_each_step = (
+        cfg.get("streaming") or cfg.get("processor_type") or block.get("kl_estimator") == "full"
+    )
     trained = cfg.get("adapter") or cfg.get("relora")
-    return reference == "adapter" or bool(reference == "auto" and live and trained)
+    return reference == "adapter" or bool(reference == "auto" and at_each_step and trained)
 
 
 def trained_roles(dataset: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Return the roles whose turns a data set trains: names of the assistant, and other roles.
+    """Return the roles whose turns a data set trains: (names of the assistant, other roles).
 
     Args:
-        dataset: An entry of `datasets`, as it is written.
+        dataset: An entry of `datasets` as written.
     """
     assistant = {"assistant", "gpt"}
     roles = dataset.get("roles")
@@ -164,7 +166,10 @@ def trained_roles(dataset: Mapping[str, Any]) -> tuple[list[str], list[str]]:
 
 
 def _dataset_conflicts(where: str, dataset: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Find other roles' turns trained alone; beside the assistant's they are left out."""
+    """Find data sets that train only roles other than the assistant.
+
+    If the assistant is trained, too, `change_settings` removes the other roles.
+    """
     assistant, others = trained_roles(dataset)
     if others and not assistant:
         yield (
@@ -176,10 +181,10 @@ def _dataset_conflicts(where: str, dataset: Mapping[str, Any]) -> Iterator[tuple
 
 
 def packing_leaks(cfg: Any) -> str | None:
-    """Return why sample packing cannot be used with the chosen attention; None if it can.
+    """Return the message that the chosen attention mixes packed rows; None if it does not.
 
     Args:
-        cfg: The configuration as Axolotl has validated it.
+        cfg: The configuration as validated by Axolotl.
     """
     packs = getattr(cfg, "sample_packing", None) and not cfg.attn_decontaminates_packing
     if not packs or _is_flash_kernel(cfg.attn_implementation):
@@ -193,10 +198,11 @@ def packing_leaks(cfg: Any) -> str | None:
 
 
 def _is_flash_kernel(attention: Any) -> bool:
-    """Return whether an attention is a FlashAttention of the Hub (`org/…flash-attn…`).
+    """Return whether an attention is a FlashAttention kernel from the Hub (`org/…flash-attn…`).
 
-    Axolotl knows some of them to keep rows apart. All of them are called alike, and do so by
-    `position_ids`, but for the mask that Axolotl gives the others: the trainer leaves it out.
+    Axolotl lists only some of them as keeping packed rows apart. transformers calls all of them in
+    the same way, and they separate rows by `position_ids` if there is no attention mask. Axolotl
+    makes a mask for those that it does not list; the trainer leaves it out.
     """
     organisation, _, kernel = str(attention).partition("/")
     return bool(organisation) and "flash-attn" in kernel

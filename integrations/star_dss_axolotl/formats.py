@@ -1,7 +1,8 @@
-"""From the prompt of an instruction format (`type: alpaca`, a custom one) back to what was asked.
+"""Recover the messages from a prompt of an instruction format (`type: alpaca`, a custom one).
 
-Axolotl's own strategies are given rows whose fields are marks; what stands between the marks is
-scaffold. A prompt is read only where one reading fits, and Axolotl makes its tokens of that.
+The prompt templates are learned from Axolotl's own strategies: they render rows whose fields are
+placeholder characters, and the text between the placeholders is the template's. A prompt is parsed
+only if exactly one set of fields fits, and Axolotl tokenizes these fields to the prompt's tokens.
 """
 
 from __future__ import annotations
@@ -25,35 +26,35 @@ from star_dss_plugin.logprobs import IGNORE_INDEX
 
 __all__ = ["PromptReader", "prompt_reader"]
 
-_FIRST_MARK = 0xE100  # private-use characters: formats do not write them
-_MOST = 64
-"""Readings of a prompt that are tried; with more of them there are two, or none."""
+_FIRST_PLACEHOLDER = 0xE100  # private-use characters: formats do not write them
+_MOST_READINGS = 64
+"""Largest number of ways to parse a prompt that are tried; with more the prompt stays raw."""
 _LOADING = "axolotl.utils.data.wrappers"
 
 
 def prompt_reader(cfg: Any, tokenizer: PreTrainedTokenizerBase) -> PromptReader | None:
-    """Return what reads prompts of the run's instruction formats; None if it has none.
+    """Return the reader for prompts of the run's instruction formats; None if it has none.
 
     Args:
         cfg: Axolotl's configuration.
-        tokenizer: The run's.
+        tokenizer: The run's tokenizer.
     """
     formats = []
     for entry in [*(cfg.datasets or ()), *(cfg.test_datasets or ())]:
         strategy = _strategy(entry, cfg, tokenizer)
         if strategy is not None:
-            # A format that cannot be taken apart leaves its prompts raw.
+            # The prompts of a format whose templates cannot be found stay raw.
             with contextlib.suppress(Exception):
                 formats.append(_Format(strategy))
     return PromptReader(tokenizer, formats) if formats else None
 
 
 class PromptReader:
-    """Read the tokens of a prompt.
+    """Recover messages from the tokens of a prompt.
 
     Args:
-        tokenizer: The one that made them.
-        formats: Those that may have.
+        tokenizer: The tokenizer that made the tokens.
+        formats: The instruction formats that may have made the prompt.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, formats: Sequence[_Format]) -> None:
@@ -61,17 +62,17 @@ class PromptReader:
         self._formats = formats
 
     def __call__(self, ids: Sequence[int]) -> tuple[Message, ...] | None:
-        """Return the messages of a prompt; None if no format makes it, or of several."""
+        """Return the messages of a prompt; None if no messages fit, or different ones do."""
         tokenizer = self._chat.tokenizer
         given = list(ids)
         bos = tokenizer.bos_token_id
         text = decode(tokenizer, given[bos is not None and given[:1] == [bos] :])
         tried = chain.from_iterable(one.readings(text) for one in self._formats)
         found: tuple[Message, ...] | None = None
-        for n, (reading, made) in enumerate(islice(tried, _MOST + 1)):
-            if n == _MOST:
+        for n, (reading, made) in enumerate(islice(tried, _MOST_READINGS + 1)):
+            if n == _MOST_READINGS:
                 return None
-            # A control token within a field ends a turn, or begins another: nobody asked that.
+            # A control token within a field would end or begin a turn, so this is a wrong reading.
             held = any(self._chat.control.search(message["content"]) for message in reading)
             if held or made != given or not reading[-1]["content"].strip():
                 continue
@@ -82,69 +83,73 @@ class PromptReader:
 
 
 @dataclass(frozen=True)
-class _Form:
-    """A prompt of rows that have some fields.
+class _PromptTemplate:
+    """Hold the prompt template of rows that have certain fields.
 
     Attributes:
-        pieces: What is written before, between and behind the fields.
-        marks: Of the fields between.
-        messages: What they say, with marks: a system turn or an empty text, and the question.
+        pieces: The template's own text before, between and after the fields; one more than fields.
+        placeholders: The placeholder of each field, in the order of the prompt.
+        messages: The system message ("" if there is none) and the user message, with placeholders.
     """
 
     pieces: tuple[str, ...]
-    marks: tuple[str, ...]
+    placeholders: tuple[str, ...]
     messages: tuple[str, str]
 
-    def fits(self, text: str) -> Iterator[dict[str, str]]:
-        """Yield what the fields may be in a text, by mark."""
+    def matches(self, text: str) -> Iterator[dict[str, str]]:
+        """Yield each choice of field values, by placeholder, that makes a text of the template."""
         if text.startswith(self.pieces[0]):
             yield from self._from(0, len(self.pieces[0]), text, {})
 
     def _from(self, n: int, at: int, text: str, found: dict[str, str]) -> Iterator[dict[str, str]]:
-        if n == len(self.marks):
+        if n == len(self.placeholders):
             if at == len(text):
                 yield found
             return
-        mark, piece = self.marks[n], self.pieces[n + 1]
-        if mark in found:  # a field that is written twice
-            ends = iter([at + len(found[mark])] if text.startswith(found[mark], at) else [])
-        elif n + 1 == len(self.marks):
+        placeholder, piece = self.placeholders[n], self.pieces[n + 1]
+        if placeholder in found:  # a field that is written twice
+            ends = iter(
+                [at + len(found[placeholder])] if text.startswith(found[placeholder], at) else []
+            )
+        elif n + 1 == len(self.placeholders):
             ends = iter([max(at, len(text) - len(piece))])
         else:
-            ends = _places(piece, text, at)
+            ends = _occurrences(piece, text, at)
         for end in ends:
             if text.startswith(piece, end):
-                yield from self._from(n + 1, end + len(piece), text, {**found, mark: text[at:end]})
+                yield from self._from(
+                    n + 1, end + len(piece), text, {**found, placeholder: text[at:end]}
+                )
 
-    def said(self, fields: Mapping[str, str]) -> tuple[Message, ...]:
-        """Return the messages that some fields make."""
+    def messages_of(self, fields: Mapping[str, str]) -> tuple[Message, ...]:
+        """Return the messages for fields, by placeholder."""
         filled = str.maketrans(dict(fields))
         system, question = (content.translate(filled) for content in self.messages)
         asked = {"role": "user", "content": question}
         return ({"role": "system", "content": system}, asked) if system.strip() else (asked,)
 
 
-def _places(piece: str, text: str, at: int) -> Iterator[int]:
-    """Yield where a piece stands in a text from a character on."""
+def _occurrences(piece: str, text: str, at: int) -> Iterator[int]:
+    """Yield the positions at which a piece occurs in a text, from `at` on."""
     while (at := text.find(piece, at)) >= 0:
         yield at
         at += 1
 
 
-class _Row(dict[str, str]):
-    """Stand for any row: a field that is asked for and not known is a mark.
+class _ProbeRow(dict[str, str]):
+    """Act as a row with any fields: looking an unknown field up returns a new placeholder.
 
     Args:
-        marks: By field; grows.
-        given: Fields that are known.
+        placeholders: Placeholder of each field, by name; new ones are added.
+        given: Fields with known values.
         absent: Fields that the row lacks.
     """
 
     def __init__(
-        self, marks: dict[str, str], given: Mapping[str, str], absent: frozenset[str]
+        self, placeholders: dict[str, str], given: Mapping[str, str], absent: frozenset[str]
     ) -> None:
         super().__init__(given)
-        self._marks, self._absent = marks, absent
+        self._placeholders, self._absent = placeholders, absent
 
     def __contains__(self, name: object) -> bool:
         return name not in self._absent
@@ -152,7 +157,9 @@ class _Row(dict[str, str]):
     def __missing__(self, name: str) -> str:
         if name in self._absent:
             raise KeyError(name)
-        return self._marks.setdefault(name, chr(_FIRST_MARK + len(self._marks)))
+        return self._placeholders.setdefault(
+            name, chr(_FIRST_PLACEHOLDER + len(self._placeholders))
+        )
 
     def get(self, name: str, default: Any = None) -> Any:
         try:
@@ -162,18 +169,19 @@ class _Row(dict[str, str]):
 
 
 class _Format:
-    """An instruction format, taken apart.
+    """Find the prompt templates of an instruction format.
 
     Args:
-        strategy: Axolotl's, which no one else uses.
+        strategy: Axolotl's prompt strategy, not shared with other code: its `_tokenize` is wrapped.
 
     Raises:
-        Exception: It is none, or its prompts say something that cannot be told from its scaffold.
+        Exception: The strategy is for no instruction format, or its prompts do not show the fields
+            unchanged.
     """
 
     def __init__(self, strategy: Any) -> None:
         self._strategy = strategy
-        self._marks: dict[str, str] = {}
+        self._placeholders: dict[str, str] = {}
         self._tokenized: list[tuple[str, list[int]]] = []
         tokenize = strategy._tokenize
 
@@ -183,43 +191,43 @@ class _Format:
             return made
 
         strategy._tokenize = watched
-        question, system, _ = self._fields(_Row(self._marks, {}, frozenset()))
-        # Each of the others may be there, be empty, or not be a field of the data.
+        question, system, _ = self._fields(_ProbeRow(self._placeholders, {}, frozenset()))
+        # Each optional field may be there, be empty, or be no field of the data.
         optional = [
             name
-            for name, mark in self._marks.items()
-            if mark in question[1] + system and mark not in question[0]
+            for name, placeholder in self._placeholders.items()
+            if placeholder in question[1] + system and placeholder not in question[0]
         ]
-        self._forms: dict[_Form, tuple[dict[str, str], frozenset[str]]] = {}
+        self._templates: dict[_PromptTemplate, tuple[dict[str, str], frozenset[str]]] = {}
         for kinds in product(("there", "empty", "absent"), repeat=len(optional)):
             of_kind = dict(zip(optional, kinds, strict=True))
             empty = {name: "" for name, kind in of_kind.items() if kind == "empty"}
             absent = frozenset(name for name, kind in of_kind.items() if kind == "absent")
-            with contextlib.suppress(KeyError):  # a field that no row may lack
-                form = self._form(_Row(self._marks, empty, absent))
-                # Without scaffold there is nothing to take off: any text would fit.
-                if any(piece.strip() for piece in form.pieces):
-                    self._forms.setdefault(form, (empty, absent))
+            with contextlib.suppress(KeyError):  # the strategy requires the field
+                template = self._template_of(_ProbeRow(self._placeholders, empty, absent))
+                # A template without text of its own would fit any prompt.
+                if any(piece.strip() for piece in template.pieces):
+                    self._templates.setdefault(template, (empty, absent))
 
     def readings(self, text: str) -> Iterator[tuple[tuple[Message, ...], list[int]]]:
-        """Yield what a prompt may say, with the tokens that Axolotl makes of that."""
-        names = {mark: name for name, mark in self._marks.items()}
-        for form, (empty, absent) in self._forms.items():
-            for found in form.fits(text):
-                fields = {names[mark]: value for mark, value in found.items()}
-                _, ids = self._prompt(_Row(self._marks, empty | fields, absent))
-                yield form.said(found), ids
+        """Yield the messages that may have made a prompt, and the tokens Axolotl makes of them."""
+        names = {placeholder: name for name, placeholder in self._placeholders.items()}
+        for template, (empty, absent) in self._templates.items():
+            for found in template.matches(text):
+                fields = {names[placeholder]: value for placeholder, value in found.items()}
+                _, ids = self._prompt(_ProbeRow(self._placeholders, empty | fields, absent))
+                yield template.messages_of(found), ids
 
-    def _fields(self, row: _Row) -> tuple[tuple[str, str], str, str]:
-        """Return what the strategy takes from a row: instruction and input, system, answer."""
+    def _fields(self, row: _ProbeRow) -> tuple[tuple[str, str], str, str]:
+        """Return the fields that the strategy reads: (instruction, input), system, answer."""
         instruction, given, *others = self._strategy.parse_instruction_fields(row)
         system = others.pop() if len(others) == 2 else ""
         return (instruction, given or ""), system or "", "".join(others)
 
-    def _prompt(self, row: _Row) -> tuple[str, list[int]]:
-        """Return the text that is tokenized before the answer, and its tokens; nothing if none is.
+    def _prompt(self, row: _ProbeRow) -> tuple[str, list[int]]:
+        """Return the prompt's text and tokens for a row.
 
-        Formats may tokenize both as one.
+        Empty if the strategy tokenizes prompt and answer as one text.
         """
         self._tokenized.clear()
         made = self._strategy.tokenize_prompt(row)
@@ -227,37 +235,37 @@ class _Format:
         before = list(made["input_ids"][:first])
         return next((one for one in self._tokenized if one[1] == before), ("", []))
 
-    def _form(self, row: _Row) -> _Form:
-        """Return the form of a row.
+    def _template_of(self, row: _ProbeRow) -> _PromptTemplate:
+        """Return the prompt template of a row.
 
         Raises:
-            KeyError: The row lacks a field.
-            ValueError: What the prompt shows is not what the strategy takes from the row.
+            KeyError: The row lacks a required field.
+            ValueError: The prompt does not contain the fields as the strategy read them.
         """
         (instruction, given), system, answer = self._fields(row)
         text, _ = self._prompt(row)
-        marks = re.compile("|".join(self._marks.values()))
+        placeholders = re.compile("|".join(self._placeholders.values()))
 
         def shown(value: str) -> str:
             return value if value and value in text else ""
 
         given, system = shown(given), shown(system)
         question = "\n\n".join(filter(None, (shown(instruction), given)))
-        found = marks.findall(text)
-        told = set(marks.findall(question + system))
-        if not shown(instruction) or set(found) != told or told & set(marks.findall(answer)):
+        found = placeholders.findall(text)
+        told = set(placeholders.findall(question + system))
+        if not shown(instruction) or set(found) != told or told & set(placeholders.findall(answer)):
             raise ValueError("the prompt shows other fields, or changes them")
-        return _Form(tuple(marks.split(text)), tuple(found), (system, question))
+        return _PromptTemplate(tuple(placeholders.split(text)), tuple(found), (system, question))
 
 
-class _NoRows(IterableDataset):  # type: ignore[misc]
-    """Stand for a data set, and take the strategy that Axolotl would have it tokenized with."""
+class _StrategyProbe(IterableDataset):  # type: ignore[misc]
+    """Act as a data set, and keep the strategy whose method Axolotl passes to `map`."""
 
     features: Any = None
     strategy: Any = None
 
     def __init__(self) -> None:
-        """Leave out what a data set with rows has."""
+        """Skip the base class's constructor, which needs rows."""
         self.features = {}
 
     def map(self, function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -266,15 +274,15 @@ class _NoRows(IterableDataset):  # type: ignore[misc]
 
 
 def _strategy(entry: Any, cfg: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Return the strategy of an entry of `datasets`, if it is one for instructions; else None."""
+    """Return Axolotl's strategy for an entry of `datasets`; None unless it is for instructions."""
     kind = entry.get("type")
     if not kind or (isinstance(kind, str) and kind.startswith("chat_template")):
         return None
     base, _, style = kind.partition(":") if isinstance(kind, str) else ("", "", "")
-    rows = _NoRows()
+    rows = _StrategyProbe()
     logger = logging.getLogger(_LOADING)
     level = logger.level
-    logger.setLevel(logging.WARNING)  # it says that a data set is loaded, which is not so
+    logger.setLevel(logging.WARNING)  # its message that a data set is being loaded would be wrong
     try:
         get_dataset_wrapper(
             dataset_config=entry,
@@ -284,7 +292,7 @@ def _strategy(entry: Any, cfg: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
             dataset=rows,
             dataset_prompt_style=style or None,
         )
-    except Exception:  # what Axolotl cannot load without rows is no such strategy
+    except Exception:  # a strategy that cannot be made without rows is not for instructions
         return None
     finally:
         logger.setLevel(level)

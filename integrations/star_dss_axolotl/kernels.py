@@ -1,4 +1,4 @@
-"""Axolotl's LoRA kernels and the models beside the trained one."""
+"""Keep Axolotl's LoRA kernels from breaking guards and references of the trained model's class."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ __all__ = ["keep_other_models_whole"]
 
 
 def keep_other_models_whole(cfg: Any) -> None:
-    """Let models of the trained one's class be computed that Axolotl has not prepared.
+    """Give the patched attention class the methods that Axolotl sets on the trained model alone.
 
-    For `lora_qkv_kernel` and `lora_o_kernel` Axolotl rewrites the attention's class, whose forward
-    pass then calls methods that it gives to the layers of the trained model alone. Any other model
-    of the class, such as a guard, would stop with an AttributeError. So the class gets
-    the methods that compute what was there before; the trained model's own come first.
+    For `lora_qkv_kernel` and `lora_o_kernel` Axolotl patches the attention class so that its
+    forward pass calls `apply_qkv` and `apply_o`, and sets these methods on the trained model's
+    layers. Any other model of the class, such as a guard, would raise an AttributeError. With the
+    original computation as methods of the class, other models run unchanged; the trained model's
+    instance methods take precedence.
 
     Args:
-        cfg: Axolotl's configuration, once the class is rewritten and before the model is loaded.
+        cfg: Axolotl's configuration. Call this after Axolotl has patched the class and before it
+            loads the model.
     """
     if not (cfg.lora_qkv_kernel or cfg.lora_o_kernel):
         return
     from axolotl.monkeypatch import lora_kernels
 
     attention = lora_kernels.get_attention_cls_from_config(cfg)
-    if hasattr(attention, "_original_forward"):  # Axolotl's mark of a rewritten class
+    if hasattr(attention, "_original_forward"):  # Axolotl has patched the class
         attention.apply_qkv = lora_kernels.original_apply_qkv
         attention.apply_o = lora_kernels.original_apply_o

@@ -1,4 +1,4 @@
-"""Axolotl's rows with images or sounds: how its collator for them reads a row."""
+"""Read rows with images, videos or sounds as Axolotl's multimodal collator reads them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from axolotl.utils.chat_templates import get_chat_template_from_config
 from axolotl.utils.collators.mm_chat import MultiModalChatDataCollator
 from PIL import Image
 
-from star_dss_axolotl.mistral import MistralChat, is_mistrals
+from star_dss_axolotl.mistral import MistralChat, is_mistral_common
 from star_dss_plugin.data.media_rows import MediaRows, media_tokens
 from star_dss_plugin.data.templates.chat import ChatTokenizer
 
@@ -19,10 +19,10 @@ __all__ = ["media_rows", "rows_of", "strategy_of"]
 
 
 def media_rows(collator: Any) -> MediaRows | None:
-    """Return how a collator of Axolotl's reads rows with media; None for any other collator.
+    """Return the reader of rows for Axolotl's multimodal collator; None for any other collator.
 
     Args:
-        collator: As Axolotl made it.
+        collator: The data collator that Axolotl made.
     """
     if not isinstance(collator, MultiModalChatDataCollator):
         return None
@@ -30,11 +30,11 @@ def media_rows(collator: Any) -> MediaRows | None:
 
 
 def strategy_of(cfg: Any, tokenizer: Any) -> ProcessingStrategy:
-    """Return how the collator of a configuration would read rows, before there is a collator.
+    """Return the processing strategy with which a configuration's collator would read rows.
 
     Args:
-        cfg: Axolotl's configuration, validated.
-        tokenizer: The model's, as Axolotl loads it.
+        cfg: Axolotl's validated configuration.
+        tokenizer: The model's tokenizer, as Axolotl loads it.
     """
     template = get_chat_template_from_config(cfg, tokenizer=tokenizer)
     fields = dict.fromkeys(d["field_messages"] for d in cfg.datasets if d.get("field_messages"))
@@ -49,10 +49,10 @@ def strategy_of(cfg: Any, tokenizer: Any) -> ProcessingStrategy:
 
 
 def rows_of(strategy: ProcessingStrategy) -> MediaRows:
-    """Return how Axolotl's collator reads rows with media, given its processing strategy."""
+    """Return the reader of rows for a processing strategy of Axolotl's multimodal collator."""
     processor = strategy.processor
     chat: ChatTokenizer
-    if is_mistrals(processor.tokenizer):
+    if is_mistral_common(processor.tokenizer):
         chat = mistrals = MistralChat(processor.tokenizer)
         media = mistrals.media
     else:
@@ -60,12 +60,12 @@ def rows_of(strategy: ProcessingStrategy) -> MediaRows:
         media = media_tokens(processor, chat)
 
     def conversation(row: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the messages that Axolotl makes of a row; no image is opened for it."""
+        """Return the messages that Axolotl makes of a row, without opening images."""
         example = dict(row)
         for column in ("images", "image"):
             if isinstance(example.get(column), list):
-                # Axolotl takes the first of them, and says so of each row that has more.
-                example[column] = [_NOTHING] * min(1, len(example[column]))
+                # Axolotl uses the first image, and logs a message for each row that has more.
+                example[column] = [_TINY_IMAGE] * min(1, len(example[column]))
         (read,) = strategy([example])
         return {"messages": read["messages"]}
 
@@ -73,6 +73,6 @@ def rows_of(strategy: ProcessingStrategy) -> MediaRows:
 
 
 _KINDS = ("image", "video", "audio")
-"""What transformers' `apply_chat_template`, which Axolotl's collator calls, opens."""
+"""Kinds of media that transformers' `apply_chat_template` opens, which Axolotl's collator calls."""
 
-_NOTHING = Image.new("RGB", (1, 1))
+_TINY_IMAGE = Image.new("RGB", (1, 1))

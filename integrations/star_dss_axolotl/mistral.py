@@ -1,4 +1,4 @@
-"""Conversations that Mistral's own code renders (`tokenizer_use_mistral_common`), with media."""
+"""Render conversations with mistral-common (`tokenizer_use_mistral_common`), also with media."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from star_dss_plugin.data.decoding import decode, token_boundaries
 from star_dss_plugin.data.templates.chat import ChatTokenizer, Encoded, whole_text
 from star_dss_plugin.errors import DataError
 
-__all__ = ["MistralChat", "is_mistrals"]
+__all__ = ["MistralChat", "is_mistral_common"]
 
 
-def is_mistrals(tokenizer: PreTrainedTokenizerBase) -> bool:
+def is_mistral_common(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Return whether a tokenizer is mistral-common's, which has no chat template."""
     return isinstance(tokenizer, MistralCommonBackend)
 
 
 class MistralChat(ChatTokenizer):
-    """A tokenizer of mistral-common; its own code takes the place of a chat template.
+    """Render messages with a mistral-common tokenizer instead of a chat template.
 
-    It renders a conversation as tokens, and only with media that can be opened: the smallest ones
-    stand where the row has its own.
+    mistral-common makes tokens, not text, and opens the media of a conversation. So the media of a
+    row are replaced by tiny ones, and the tokens are decoded.
     """
 
     def render(self, messages: Sequence[Mapping[str, Any]], /, **kwargs: Any) -> str:
-        """Return the text of the tokens that are made of some messages, one for each medium.
+        """Return the decoded tokens of messages, with one token for each image or sound.
 
         Raises:
-            DataError: There are no messages, or Mistral's code refuses them.
+            DataError: There are no messages, or mistral-common rejects them.
         """
         if not messages:
             raise DataError("The row has no messages: its list is empty. Remove the row.")
@@ -46,7 +46,7 @@ class MistralChat(ChatTokenizer):
             made: Any = self.tokenizer.apply_chat_template(
                 list(map(_with_media, messages)), tokenize=True, return_dict=True, **kwargs
             )
-        except Exception as error:  # of pydantic, of mistral-common, of what opens media
+        except Exception as error:  # pydantic, mistral-common and media libraries have their own
             raise DataError(
                 "Mistral's own code (mistral-common) cannot make tokens of the row's messages: "
                 f"{type(error).__name__}: {error}"
@@ -56,7 +56,7 @@ class MistralChat(ChatTokenizer):
     def encode_all(
         self, texts: Sequence[str], *, add_special_tokens: bool = False
     ) -> list[Encoded]:
-        """Tokenize texts that `render` returns, control tokens in their places.
+        """Tokenize texts of `render`, with control tokens as single ids.
 
         Raises:
             DataError: A text holds a lone surrogate.
@@ -74,7 +74,7 @@ class MistralChat(ChatTokenizer):
         return Encoded(ids, [0, *ends[:-1]] if ends else [], ends)
 
     def _once(self, ids: Sequence[int]) -> list[int]:
-        """Return tokens without those that go on with a medium."""
+        """Return tokens with each medium's run of tokens reduced to its distinct tokens."""
         found: list[int] = []
         for medium, run in groupby(ids, self.media.__contains__):
             tokens = list(run)
@@ -97,7 +97,7 @@ class MistralChat(ChatTokenizer):
 
 
 def _with_media(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a message with a medium wherever a part says that there is one."""
+    """Return a message whose media parts are replaced by tiny media."""
     content = message.get("content")
     if not isinstance(content, list):
         return dict(message)
@@ -121,7 +121,7 @@ def _smallest_sound() -> str:
 
 _SMALLEST: dict[Any, dict[str, Any]] = {
     "image": {"type": "image", "base64": _smallest_image()},
-    # As the tokenizer hands on what it read from a file: other forms are checked less.
+    # The form that the tokenizer makes of a file's content; other forms are checked less.
     "audio": {"type": "input_audio", "input_audio": {"data": _smallest_sound(), "format": "wav"}},
 }
-"""What is opened in place of a row's own media: a pixel, and a tenth of a second of silence."""
+"""The media opened instead of a row's own: one pixel, and a tenth of a second of silence."""

@@ -1,4 +1,4 @@
-"""`StarDSSPlugin`: the hooks that Axolotl calls, one by one."""
+"""Implement the hooks that Axolotl calls (`StarDSSPlugin`)."""
 
 from __future__ import annotations
 
@@ -21,30 +21,31 @@ __all__ = ["StarDSSPlugin"]
 
 
 class StarDSSPlugin(BasePlugin):  # type: ignore[misc]
-    """Score the data for Axolotl, bring the trainer with the loss, and check that it is used.
+    """Score the data for Axolotl, provide the trainer with the loss, and check that it is used.
 
-    Axolotl's heavier modules are imported inside the hooks: they fix the classes of all plugins
-    when they are first imported.
+    Axolotl's heavier modules are imported inside the hooks: their first import builds classes from
+    the plugins that are registered by then.
     """
 
     def register(self, cfg: Any) -> None:
-        """Stop a configuration without the block or with settings that exclude it.
+        """Check a configuration for the block and for conflicts, and adapt its settings.
 
-        What STAR-DSS replaces (fused losses) is switched off, with one line in the log. The model
-        `smollm2` becomes the folder that it is loaded from.
+        Settings that STAR-DSS replaces (fused losses) are switched off, with a log line for each.
+        The model `smollm2` is replaced by the folder that it is loaded from.
 
         Args:
-            cfg: As written, with what the command line changes, before Axolotl's own checks.
+            cfg: The configuration as written, with the command line's changes, before Axolotl
+                validates it.
 
         Raises:
-            ConfigError: The block is missing, or all settings that must go.
+            ConfigError: The block is missing, or settings conflict with STAR-DSS; all are listed.
         """
         if not is_listed(cfg):
             return  # Axolotl asks every plugin that this process has ever registered
         if cfg.get("star_dss") is None:
             raise ConfigError(
-                f"The plugin {PLUGIN} is listed, but the configuration has no star_dss block, so "
-                "it is not known which guard to ask. Add one, for example\n"
+                f"The plugin {PLUGIN} is listed, but the configuration has no star_dss block that "
+                "names a guard. Add one, for example\n"
                 "star_dss:\n  guard: qwen3guard-gen-0.6b\n"
                 "or remove the plugin for plain finetuning."
             )
@@ -87,15 +88,15 @@ class StarDSSPlugin(BasePlugin):  # type: ignore[misc]
         return loaded
 
     def pre_model_load(self, cfg: Any) -> None:
-        """Keep guards and references apart from the kernels of the trained model."""
+        """Keep Axolotl's LoRA kernels from breaking guards and references."""
         if options_of(cfg) is not None:
             keep_other_models_whole(cfg)
 
     def get_trainer_cls(self, cfg: Any) -> Any:
-        """Return the trainer with the loss; None where the plugin is not used.
+        """Return the trainer class with the loss; None if the plugin is not used.
 
         Raises:
-            ConfigError: Another plugin has a trainer for this run, and its loss would be lost.
+            ConfigError: Another plugin provides a trainer for this run, which would be replaced.
         """
         if options_of(cfg) is None:
             return None
@@ -110,15 +111,15 @@ class StarDSSPlugin(BasePlugin):  # type: ignore[misc]
         return StarDSSAxolotlTrainer
 
     def _others(self) -> list[tuple[str, Any]]:
-        """Return the other plugins that Axolotl asks, by name."""
+        """Return (name, plugin) of the other registered plugins."""
         plugins = PluginManager.get_instance().plugins.items()
         return [(n, plugin) for n, plugin in plugins if not isinstance(plugin, StarDSSPlugin)]
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        """Stop a run whose trainer is another one.
+        """Check that Axolotl made the trainer with the loss.
 
         Raises:
-            StarDSSError: The trainer does not have the loss.
+            StarDSSError: It made another one.
         """
         if options_of(cfg) is None or getattr(trainer, "star_dss_state", None) is not None:
             return

@@ -1,4 +1,4 @@
-"""Settings that STAR-DSS changes: what it does itself is switched off, packs are kept apart."""
+"""Change settings for STAR-DSS: fused losses off, prompts not trained, attention for packs set."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ __all__ = ["change_settings"]
 
 _FUSED_LOSSES = ("cut_cross_entropy", "liger_fused_linear_cross_entropy", "liger_cross_entropy")
 _FUSED = (
-    "{names} switched off: a fused loss gives no log-probability per token to weigh. STAR-DSS "
-    "computes them from the last hidden states, a chunk of tokens at a time, so the logits of a "
-    "whole batch are not held either. All other kernels stay."
+    "{names} switched off: a fused loss gives no per-token log-probabilities. STAR-DSS computes "
+    "them from the last hidden states, a chunk of tokens at a time, so the logits of a whole batch "
+    "are not held either. All other kernels stay."
 )
 _INPUTS = (
     "train_on_inputs switched off: a guard judges what the assistant says, so the tokens of "
@@ -31,11 +31,12 @@ _ATTENTION = (
 
 
 def change_settings(cfg: MutableMapping[str, Any]) -> list[str]:
-    """Change what STAR-DSS replaces or needs, in place, and return a line for the log about each.
+    """Change settings that STAR-DSS replaces or requires; return a log line for each change.
 
     Args:
-        cfg: The configuration as it is written, before Axolotl has validated it: afterwards it
-            would have refused a fused loss whose package or precision is missing.
+        cfg: The configuration as written, changed in place. This must happen before Axolotl
+            validates it: validation rejects a fused loss whose package is not installed or that
+            does not support the precision.
     """
     lines = []
     fused = [name for name in _FUSED_LOSSES if cfg.get(name)]
@@ -64,8 +65,8 @@ def change_settings(cfg: MutableMapping[str, Any]) -> list[str]:
 
 
 def _names_attention(cfg: MutableMapping[str, Any]) -> bool:
-    """Return whether an attention is chosen, also by one of the older switches for each kind."""
-    no_choice = "large_head_attention"  # a kernel beside the attention that is chosen
+    """Return whether the configuration chooses an attention, also by an older switch per kind."""
+    no_choice = "large_head_attention"  # a kernel in addition to the chosen attention
     switches = [name for name in cfg if str(name).endswith("_attention") and name != no_choice]
     names = ["attn_implementation", "gemma4_hybrid_attn_impl", *switches]
     return any(cfg.get(name) for name in names)

@@ -1,4 +1,4 @@
-"""Axolotl's tokenized data sets, scored."""
+"""Score Axolotl's tokenized data sets."""
 
 from __future__ import annotations
 
@@ -24,15 +24,18 @@ __all__ = ["chat_of", "chat_templates", "score"]
 def score(
     dataset: Any, cfg: Any, tokenizer: PreTrainedTokenizerBase, options: StarDSSOptions, name: str
 ) -> Any:
-    """Return a data set of Axolotl's with `star_scores`; as it is where nothing is to be scored.
+    """Add `star_scores` to a data set of Axolotl's, unless it needs none now.
+
+    Raw rows that the collator tokenizes, and streams, are returned unchanged: the trainer scores
+    them later.
 
     Args:
-        dataset: As Axolotl's loader returns it: with `input_ids` and `labels`; raw where the
-            collator tokenizes, or a stream (the trainer has these scored later); or None.
+        dataset: The result of Axolotl's loader: a data set with `input_ids` and `labels`, raw rows,
+            a stream, or None.
         cfg: Axolotl's configuration.
-        tokenizer: The one that made the tokens.
+        tokenizer: The tokenizer that made the tokens.
         options: The run's options.
-        name: "train" or "eval": for messages.
+        name: "train" or "eval", for messages.
 
     Raises:
         StarDSSError: The data cannot be scored.
@@ -42,7 +45,7 @@ def score(
     if not isinstance(dataset, Dataset):
         raise DataError(
             f"Axolotl loaded the {name} data as a {type(dataset).__name__}, whose rows cannot be "
-            "scored. Remove what loads it (pretraining_dataset, a plugin)."
+            "scored. Remove the setting or the plugin that loads it (such as pretraining_dataset)."
         )
     raw = cfg.get("processor_type") and "input_ids" not in dataset.column_names
     if raw:
@@ -57,11 +60,11 @@ def score(
 
 
 def chat_of(cfg: Any, tokenizer: PreTrainedTokenizerBase) -> ChatTokenizer:
-    """Return the tokenizer with every template and format that may have made the rows.
+    """Return the tokenizer with every chat template and format that may have made the rows.
 
     Args:
         cfg: Axolotl's configuration.
-        tokenizer: The run's.
+        tokenizer: The run's tokenizer.
     """
     templates = chat_templates(cfg, tokenizer)
     chats = [ChatTokenizer(tokenizer, source, kwargs) for source, kwargs in templates]
@@ -73,11 +76,11 @@ def chat_of(cfg: Any, tokenizer: PreTrainedTokenizerBase) -> ChatTokenizer:
 def chat_templates(
     cfg: Any, tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[str, dict[str, Any]]]:
-    """Return the chat templates that may have made the rows, with their arguments, each once.
+    """Return the distinct chat templates that may have made the rows, with their arguments.
 
     Args:
         cfg: Axolotl's configuration.
-        tokenizer: The run's.
+        tokenizer: The run's tokenizer.
     """
     from axolotl.utils.chat_templates import get_chat_template_from_config
 
@@ -91,7 +94,7 @@ def chat_templates(
             }
             found.append((source, dict(given)))
     if isinstance(tokenizer.chat_template, str):
-        found.append((tokenizer.chat_template, {}))  # of rows that came tokenized
+        found.append((tokenizer.chat_template, {}))  # for rows that came tokenized
     return [entry for i, entry in enumerate(found) if entry not in found[:i]]
 
 

@@ -15,7 +15,7 @@ __all__ = ["configuration"]
 
 
 def configuration(start: Start) -> str:
-    """Return a YAML of Axolotl with the plugin and its block.
+    """Return a YAML for Axolotl with the plugin and its block.
 
     Raises:
         ConfigError: Axolotl cannot read rows of this form.

@@ -1,4 +1,4 @@
-"""Axolotl's streams: rows as they come, and their packs."""
+"""Load Axolotl's streams without its packing, and pack their rows after they are scored."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ Row = dict[str, Any]
 
 
 def load_stream(cfg: Any) -> Any:
-    """Return Axolotl's own data, the rows of its stream not packed yet.
+    """Load Axolotl's data with the rows of its stream unpacked.
 
-    Axolotl packs a stream where it tokenizes it, in one step. Packed rows cannot be scored: nobody
-    can tell which context a response had.
+    Axolotl tokenizes and packs a stream in one step, and packed rows cannot be scored: the prompt
+    of each response cannot be recovered.
 
     Args:
-        cfg: Axolotl's configuration, as it was; it is the same afterwards.
+        cfg: Axolotl's configuration. It is changed while the data is loaded, and then restored.
     """
     from axolotl.common.datasets import load_datasets
 
     if not cfg.sample_packing:
         return load_datasets(cfg=cfg)
-    # Only with its own packing does Axolotl load evaluation data beside a stream.
+    # Axolotl loads evaluation data for a stream only with sample_packing on.
     kept = {"micro_batch_size": cfg.micro_batch_size, "sample_packing": cfg.sample_packing}
     evaluated = load_datasets(cfg=cfg).eval_dataset if cfg.test_datasets else None
     try:
@@ -44,39 +44,39 @@ def load_stream(cfg: Any) -> Any:
 
 
 def fitting(stream: IterableDataset, args: Any) -> IterableDataset:
-    """Leave out the rows that Axolotl packs nowhere: too long, or a token or less.
+    """Drop rows that cannot be packed: of more than `max_seq_length` tokens, or of less than two.
 
     Args:
-        stream: Tokenized rows.
+        stream: The stream of tokenized rows.
         args: Axolotl's training arguments.
     """
     return stream.filter(lambda row: 1 < len(row["input_ids"]) <= args.max_seq_length)
 
 
 class PackedStream(torch.utils.data.IterableDataset[list[Row]]):
-    """Join the scored rows of a stream in packs, as Axolotl joins those of a data set.
+    """Pack the scored rows of a stream as Axolotl packs those of a data set.
 
-    Each element is a list of rows, which Axolotl's collator makes one sequence of.
+    Each item is a list of rows, of which Axolotl's collator makes one sequence.
 
     Args:
-        rows: The scored rows.
+        rows: The stream of scored rows.
         args: Axolotl's training arguments.
-        buffer: How many rows are packed together.
+        buffer: Number of rows among which packs are formed.
     """
 
-    column_names = None  # Axolotl looks for lengths among those of a data set
+    column_names = None  # Axolotl looks for a column of lengths in it
 
     def __init__(self, rows: IterableDataset, args: Any, buffer: int) -> None:
         self.rows = rows
         self.args = args
         self.buffer = buffer
         self.epoch = 0
-        # As Axolotl has it: packs that are rows of a batch, or one long one in place of a batch.
+        # As in Axolotl: several packs per batch, or one long pack instead of a batch.
         self.batch_size = args.per_device_train_batch_size if args.multipack_real_batches else 1
         self.capacity = args.max_seq_length * args.per_device_train_batch_size // self.batch_size
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw packs anew, and let the stream shuffle anew."""
+        """Set the epoch, with which packs are drawn and the stream is shuffled."""
         self.epoch = epoch
         self.rows.set_epoch(epoch)
 
@@ -91,7 +91,7 @@ class PackedStream(torch.utils.data.IterableDataset[list[Row]]):
 
     def _sampler(self, buffer: list[Row], number: int) -> Any:
         args = self.args
-        # All processes pack alike, whatever random numbers they have used.
+        # The same packs in all processes, independent of their random states.
         seed = np.random.SeedSequence((args.seed, self.epoch, number)).generate_state(1)
         generator = torch.Generator().manual_seed(int(seed[0]))
         order = (
@@ -112,9 +112,9 @@ class PackedStream(torch.utils.data.IterableDataset[list[Row]]):
         )
 
     def _placed(self, row: Mapping[str, Any]) -> Row:
-        """Return a row with the positions that tell it from the others of its pack."""
+        """Return a row with `position_ids`, which separate it from the other rows of its pack."""
         placed = {**row, "position_ids": list(range(len(row["input_ids"])))}
         if self.args.sample_packing_drop_attention_mask:
-            # Beside a mask, attention that is not flash would not look at the positions.
+            # With a mask, attention other than FlashAttention would ignore the positions.
             placed.pop("attention_mask", None)
         return placed

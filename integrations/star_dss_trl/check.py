@@ -33,11 +33,11 @@ def check(path: Path, raw: dict[str, Any], *, data: bool) -> Findings:
 
     Args:
         path: The file.
-        raw: Its contents, which the parser reads again.
+        raw: Its contents (not used: the parser reads the file).
         data: Whether to load the data.
 
     Returns:
-        What a run would do, and what would stop it or make it plain finetuning.
+        Notes on the run, and problems that would stop it or make it plain finetuning.
     """
     try:
         script_args, training_args, model_args, mixture_args = parse(["--config", str(path)])

@@ -1,4 +1,4 @@
-"""`StarDSSConfig`: TRL's `SFTConfig` with the options of STAR-DSS beside its own."""
+"""Define `StarDSSConfig`, TRL's `SFTConfig` with the options of STAR-DSS."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from star_dss_plugin.options import StarDSSOptions
 __all__ = ["HOST_LOSS_TYPES", "StarDSSConfig"]
 
 HOST_LOSS_TYPES = ("nll", "dft", "chunked_nll")
-"""TRL's own loss types: with them a StarDSSTrainer is an SFTTrainer and nothing else."""
+"""TRL's own loss types, with which a StarDSSTrainer behaves exactly like an SFTTrainer."""
 
 
 @dataclass
 class StarDSSConfig(StarDSSOptions, SFTConfig):  # type: ignore[misc]
-    """Configuration of [`StarDSSTrainer`].
+    """Configure a [`StarDSSTrainer`].
 
     Takes every argument of [`~trl.SFTConfig`] and every option of `StarDSSOptions`, by their names.
     `loss_type` takes the modes of STAR-DSS (`"star_dss"`, the default, `"hard"`, `"static"`,
-    `"rejection"`, `"kl_only"`, `"sft"`, or a plugin's weight map) beside TRL's own values, which
+    `"rejection"`, `"kl_only"`, `"sft"`, or a plugin's weight map) and TRL's own values, which
     behave exactly as in TRL.
 
     Raises:
-        ConfigError: A value that cannot work, before any model is loaded.
+        ConfigError: An option's value is invalid. This is checked before any model is loaded.
     """
 
     def __post_init__(self) -> None:
@@ -41,5 +41,5 @@ class StarDSSConfig(StarDSSOptions, SFTConfig):  # type: ignore[misc]
 
     @property
     def star_dss_active(self) -> bool:
-        """Whether the loss is one of STAR-DSS and not one of TRL's own."""
+        """Whether `loss_type` is one of STAR-DSS, not one of TRL's own."""
         return self.loss_type not in HOST_LOSS_TYPES

@@ -1,4 +1,4 @@
-"""TRL's rows with images: how its collator for them reads a row, and what it does not read."""
+"""Read rows with images as TRL's vision collator does, and reject media that it does not read."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ __all__ = ["closed_to_media", "has_images", "load_processor", "rows_of"]
 
 
 def has_images(columns: Iterable[str]) -> bool:
-    """Return whether TRL takes rows with these columns for rows with images."""
+    """Return whether TRL treats rows with these columns as rows with images."""
     return bool({"image", "images"} & set(columns))
 
 
 def load_processor(name: str) -> ProcessorMixin:
-    """Load what makes tokens of text and media, without running code that comes with it.
+    """Load a model's processor without running remote code.
 
     Args:
         name: Hugging Face Hub id or folder.
 
     Raises:
-        ConfigError: There is none, or it cannot be loaded.
+        ConfigError: The model has no processor, or it cannot be loaded.
     """
     try:
         found = AutoProcessor.from_pretrained(resolve_model(name), trust_remote_code=False)
@@ -41,7 +41,7 @@ def load_processor(name: str) -> ProcessorMixin:
             f"The processor of {name!r} cannot be loaded: {error}. Rows with images need a model "
             "that reads them."
         ) from error
-    if not isinstance(found, ProcessorMixin):  # a model of text has a tokenizer alone
+    if not isinstance(found, ProcessorMixin):  # of a text model AutoProcessor loads the tokenizer
         raise ConfigError(
             f"{name!r} has no processor: it reads text alone, and the rows hold images. Name a "
             "model that reads them, or remove the column."
@@ -50,22 +50,22 @@ def load_processor(name: str) -> ProcessorMixin:
 
 
 def rows_of(processor: Any, template: str | None, assistant_only_loss: bool) -> MediaRows:
-    """Return how TRL's collator reads rows with images.
+    """Return the reader of rows with images for TRL's vision collator.
 
     Args:
-        processor: The model's.
+        processor: The model's processor.
         template: The chat template that TRL uses; None: the processor's own.
-        assistant_only_loss: TRL's option.
+        assistant_only_loss: TRL's option of that name.
     """
     chat = ChatTokenizer(processor.tokenizer, template or processor.chat_template)
     return MediaRows(chat, media_tokens(processor, chat), _conversation, assistant_only_loss)
 
 
 def _conversation(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row's messages as TRL's collator hands them to the processor.
+    """Return a row's messages as TRL's collator passes them to the processor.
 
     Raises:
-        ValueError: They are no messages, or their signs for images are not as many as its images.
+        ValueError: The row is no conversation, or has more or fewer images than placeholders.
     """
     single = row.get("image")
     images = row.get("images") if single is None else [single]
@@ -83,21 +83,21 @@ def _conversation(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def closed_to_media(dataset: Any, processor: Any, name: str) -> Any:
-    """Return rows that TRL tokenizes as text, none of which may hold media.
+    """Check that no row that TRL tokenizes as text holds media.
 
-    TRL would have the processor open them, and keep their tokens without what these stand for: the
-    model would be trained on answers about a picture or a sound that it does not get.
+    TRL would keep the placeholder tokens of the media without the media themselves: the model would
+    be trained on answers about an image or a sound that it does not get.
 
     Args:
-        dataset: A data set or a stream, as it was given.
-        processor: What tokenizes it; a tokenizer opens nothing.
-        name: "train", "eval", …: for messages.
+        dataset: A data set or a stream, as the user gave it.
+        processor: The processor that tokenizes it; with a tokenizer nothing is checked.
+        name: Name of the data ("train", "eval", …) for messages.
 
     Returns:
-        The data set; of a stream one that checks rows when they are read.
+        The data set; a stream is returned as one that checks each row when it is read.
 
     Raises:
-        DataError: A row holds media, with its number.
+        DataError: A row holds media; its number is in the message.
     """
     if not isinstance(processor, ProcessorMixin):
         return dataset
@@ -125,10 +125,10 @@ def _refuses(name: str) -> Callable[[Mapping[str, Any]], None]:
                     if kind in MEDIA:
                         raise DataError(
                             f"A message of the {name} data holds a part of type {kind!r}, and TRL "
-                            "opens images alone, from a column 'images' (or 'image') that the "
-                            "first row has: it would train the answer, and the model would not "
-                            "get what it is about. Put images into that column, in the order of "
-                            "their parts; train on sounds and videos with Axolotl (processor_type)."
+                            "opens only images, and only from a column 'images' (or 'image') that "
+                            "the first row has: it would train the answer without the medium. Put "
+                            "images into that column, in the order of their parts; train on sounds "
+                            "and videos with Axolotl (processor_type)."
                         )
 
     return check

@@ -1,4 +1,4 @@
-"""`star-dss sft`: TRL's `trl sft`, with its flags and YAML, and the options of STAR-DSS.
+"""Run `star-dss sft`: TRL's `trl sft`, with its flags and YAML, and the options of STAR-DSS.
 
 Run it as `star-dss sft --config run.yaml`, or on several devices as
 `accelerate launch -m star_dss_trl.sft --config run.yaml`.
@@ -34,10 +34,13 @@ __all__ = ["load_data", "main", "parse", "used_splits"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train from command-line arguments (default: those of the process).
+    """Train as the command line says.
+
+    Args:
+        argv: The arguments; None: those of the process.
 
     Raises:
-        StarDSSError: What was given, why it cannot work and what to change.
+        StarDSSError: The configuration or the data cannot be used.
     """
     script_args, training_args, model_args, mixture_args = parse(argv)
     training_args.model_init_kwargs = {
@@ -77,13 +80,13 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Any, StarDSSConfig, Any, A
         *parsed, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
     except StarDSSError:
         raise
-    except Exception as error:  # of YAML, argparse, the dataclasses: a file may say anything
-        # transformers says what to assign, not how: bfloat16 is TRL's default, also without a GPU.
+    except Exception as error:  # YAML, argparse and the dataclasses raise various errors
+        # transformers' message on bfloat16, TRL's default also without a GPU, names no option.
         how = " (use_cpu: true, or --use_cpu true)" if "assign use_cpu" in str(error) else ""
         raise ConfigError(
             f"The command line or the configuration is not valid: {str(error) or type(error)}{how}"
         ) from error
-    # An error, unlike in `trl sft`: a misspelt `chunk_sise` must not be lost.
+    # `trl sft` ignores unknown arguments; here a misspelt `chunk_sise` is an error.
     if unknown:
         raise _unknown_options(unknown, [action.dest for action in parser._actions])
     script_args, training_args, model_args, mixture_args = parsed
@@ -105,10 +108,10 @@ def load_data(script_args: Any, mixture_args: Any) -> Mapping[str, Dataset | Ite
     """Return the data as `trl sft` loads it; `dataset_name` may also be a file or a scored folder.
 
     Returns:
-        By split; streams if `dataset_streaming` (of a mixture, `streaming`) is set.
+        The data by split; streams if `dataset_streaming` (of a mixture, `streaming`) is set.
 
     Raises:
-        StarDSSError: There is none, it cannot be read, or a column holds media.
+        StarDSSError: No data is named, it cannot be read, or a column holds media.
     """
     if mixture_args.datasets:
         for one in mixture_args.datasets:

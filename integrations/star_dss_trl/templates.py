@@ -1,4 +1,4 @@
-"""The chat template that TRL trains with."""
+"""Find the chat template that TRL trains with."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ __all__ = ["training_template"]
 
 
 def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return the template that TRL renders with if `assistant_only_loss` is set.
+    """Return the chat template that TRL renders with if `assistant_only_loss` is set.
 
     Returns:
-        TRL's own variant, which marks what is generated; None: the tokenizer's own template, as it
-        marks that itself or TRL has no variant of it.
+        TRL's variant of the template, which marks the generated tokens; None if TRL uses the
+        tokenizer's own, which marks them itself or has no variant in TRL.
     """
     if "generation" in str(tokenizer.chat_template or ""):
         return None
     try:
         template: str | None = get_training_chat_template(tokenizer)
-    except ValueError:  # TRL knows no variant of the template
+    except ValueError:  # TRL has no variant of the template
         return None
     return template

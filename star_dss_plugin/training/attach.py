@@ -1,4 +1,4 @@
-"""Switch the shaped loss on in a trainer: check it, score its data, keep columns in place."""
+"""Switch the shaped loss on in a trainer: check its settings, score its data, wrap its collator."""
 
 from __future__ import annotations
 
@@ -25,11 +25,15 @@ from star_dss_plugin.training.reference.choice import choose_reference
 from star_dss_plugin.training.reference.column import reference_means
 from star_dss_plugin.training.reference.packs import packs_read_together
 from star_dss_plugin.training.rows.known_rows import KnownRows
-from star_dss_plugin.training.rows.late import Carriers, scored_collator
 from star_dss_plugin.training.rows.prepare import DatasetSummary
+from star_dss_plugin.training.rows.raw_rows import FillerRows, scored_collator
 from star_dss_plugin.training.rows.stream import ScoredStream
 from star_dss_plugin.training.rows.stream_checks import check_stream, read_in_this_process
-from star_dss_plugin.training.sequence_parts import PartsCollator, fixed_length, parts_per_row
+from star_dss_plugin.training.sequence_parallel import (
+    SequenceParallelCollator,
+    fixed_length,
+    sequence_parallel_size,
+)
 from star_dss_plugin.training.sharding import Ranks, runnable
 from star_dss_plugin.training.state import StarDSSState
 from star_dss_plugin.training.trainer_data import prepare_raw, prepare_rows, prepare_stream
@@ -39,25 +43,28 @@ __all__ = ["attach", "set_up"]
 logger = logging.getLogger(__name__)
 
 _REFERENCES_APART = 0.05
-"""Nats: by how much mean log-probabilities of one model may differ between ranks."""
+"""Largest difference between ranks of one model's mean log-probabilities, in nats."""
 
 
 def attach(trainer: Trainer, options: StarDSSOptions | None = None, **changes: Any) -> Trainer:
-    """Give a trainer that already exists the STAR-DSS loss.
+    """Give an existing trainer the STAR-DSS loss.
 
     Works on an unmodified `SFTTrainer`, a plain `transformers.Trainer` and their subclasses. It
-    scores the trainer's data sets, adds the columns, the loss and a `StarDSSCallback`.
+    scores the trainer's data sets, and adds the columns, the loss and a `StarDSSCallback`.
 
     Args:
-        trainer: Not yet trained; with tokenized data sets and a tokenizer (`processing_class`).
-        options: All options, or None to give them by name.
-        **changes: Options by name: `attach(trainer, guard="qwen3guard-gen-0.6b", chunk_size=5)`.
+        trainer: A trainer that has not trained yet, with tokenized data sets and a tokenizer
+            (`processing_class`).
+        options: The options; None: the defaults.
+        **changes: Options by name, which override those of `options`:
+            `attach(trainer, guard="qwen3guard-gen-0.6b", chunk_size=5)`.
 
     Returns:
         The same trainer.
 
     Raises:
-        StarDSSError: Something in the trainer cannot work with the loss; the trainer keeps its own.
+        StarDSSError: The trainer has settings or data that the loss does not support. The trainer
+            then keeps its own loss.
     """
     unknown = sorted(set(changes) - set(StarDSSOptions().star_dss_dict()))
     if unknown:
@@ -65,8 +72,8 @@ def attach(trainer: Trainer, options: StarDSSOptions | None = None, **changes: A
             f"attach got unknown options {', '.join(unknown)}. Known: "
             f"{', '.join(StarDSSOptions().star_dss_dict())}."
         )
-    # Not `replace`: of a StarDSSConfig it would make training arguments again, which begins with
-    # a reset of accelerate's state, under the trainer that uses it.
+    # Not `replace`: it would construct a StarDSSConfig's training arguments again, and that resets
+    # the accelerate state that the trainer is using.
     given = (options or StarDSSOptions()).star_dss_dict()
     options = StarDSSOptions(**{**given, **changes})
     if isinstance(trainer, StarDSSMixin):
@@ -86,19 +93,21 @@ def attach(trainer: Trainer, options: StarDSSOptions | None = None, **changes: A
 def set_up(trainer: StarDSSMixin, options: StarDSSOptions) -> None:
     """Score a trainer's data and switch its shaped loss on.
 
+    Every process of the run must call this.
+
     Raises:
-        StarDSSError: What was given, why it cannot work and what to change.
+        StarDSSError: The options, the trainer or its data cannot be used.
     """
     options.validate()
     if options.loss_type == "nll":
         raise ConfigError(
             "loss_type is 'nll', the trainer's own loss, with which nothing is shaped. Set "
-            "loss_type='star_dss', or 'sft' for plain finetuning that is measured alike."
+            "loss_type='star_dss', or 'sft' for plain finetuning with the same metrics."
         )
     tokenizer = _tokenizer(trainer)
     check_trainer(trainer)
     shaping = options.shaping()
-    if shaping.needs_last_scores and parts_per_row(trainer.accelerator) > 1:
+    if shaping.needs_last_scores and sequence_parallel_size(trainer.accelerator) > 1:
         raise ConfigError(
             f"loss_type {options.loss_type!r} reads the score at the end of each response, and "
             "with sequence parallelism (sp_size) that may be in another process's part of the "
@@ -107,12 +116,12 @@ def set_up(trainer: StarDSSMixin, options: StarDSSOptions) -> None:
     expose_logits(trainer)
     switch_fused_loss_off(trainer.args)
     model = trainer.model
-    assert model is not None  # a Trainer makes it, or does not begin
+    assert model is not None  # a Trainer's constructor raises an error without a model
     ranks = Ranks.of(
         trainer.accelerator,
         model,
         exchange=trainer.ranks_exchange_tokens(),
-        alike=trainer.get_tp_size(),
+        tp_size=trainer.get_tp_size(),
     )
     with runnable(model, trainer.accelerator):
         _set_up(trainer, options, tokenizer, shaping, model, ranks)
@@ -126,27 +135,30 @@ def _set_up(
     model: nn.Module,
     ranks: Ranks,
 ) -> None:
-    # Before anything that only some options do on all ranks together, where others would wait.
+    # First, because with other options a rank would not take part in a collective call below, and
+    # the other ranks would wait for it.
     ranks.agree(_facts(trainer, options))
     media = trainer.media_rows()
     several = trainer.accelerator.num_processes > 1
-    carriers = Carriers() if media is not None and several else None
-    live = "data that is tokenized in the data collator" if media is not None else ""
+    fillers = FillerRows() if media is not None and several else None
+    obstacle = "data that is tokenized in the data collator" if media is not None else ""
     for name, dataset in _data_sets(trainer).items():
         if isinstance(dataset, IterableDataset):
             check_stream(name, options, raw=media is not None)
-            live = "a data set that is a stream"
-    with trainer.accelerator.autocast():  # as in training: some attentions take 16 bits alone
-        # Before the reference is chosen: some quantized weights change when they are first used.
+            obstacle = "a data set that is a stream"
+    with trainer.accelerator.autocast():  # as in training: some attentions need 16 bits
+        # Before the reference's fingerprint: some quantized weights change on their first use.
         projects = _projects(trainer, model, ranks)
-        if not live and shaping.needs_reference:
-            live = packs_read_together(model, trainer.data_collator, trainer.train_dataset, ranks)
+        if not obstacle and shaping.needs_reference:
+            obstacle = packs_read_together(
+                model, trainer.data_collator, trainer.train_dataset, ranks
+            )
         reference = choose_reference(
             options.reference,
             model,
             tokenizer,
             estimator=options.kl_estimator,
-            live=live,
+            obstacle=obstacle,
             needed=shaping.needs_reference,
             projects=projects,
             ranks=ranks,
@@ -162,7 +174,7 @@ def _set_up(
             if reference.kind == "precomputed":
                 raise ConfigError(
                     f"The {name} data set is a stream, and the reference of this run was computed "
-                    "before training, for which a stream's rows were not there. Set "
+                    "before training, which cannot be done for rows that are read later. Set "
                     "reference='copy' (or 'adapter'), or pass the stream to the trainer's "
                     "constructor as eval_dataset."
                 )
@@ -173,15 +185,16 @@ def _set_up(
                 stream.dataset = trainer.pack_stream(stream.dataset, options.stream_buffer)
             streams.append(stream)
             return stream.dataset
-        # Rows that are given 1 everywhere, unread, would train as in plain finetuning.
+        # An evaluation set that got the score 1 without a guard must not be trained on later: the
+        # loss would be that of plain finetuning.
         unread = name != "train" and not options.score_eval and shaping.needs_scores
         trainable = not unread or SCORES_COLUMN in getattr(dataset, "column_names", ())
         if media is not None:
             dataset, scored, summaries[name] = prepare_raw(
                 trainer, options, media, ranks, dataset, name
             )
-            if carriers is not None:
-                carriers.add(dataset)
+            if fillers is not None:
+                fillers.add(dataset)
         else:
             dataset, summaries[name] = prepare_rows(
                 trainer, options, tokenizer, shaping, reference, ranks, dataset, name
@@ -200,20 +213,23 @@ def _set_up(
         }
     else:
         evaluation = prepare(trainer.eval_dataset, "eval")
-    # Until here the trainer trains as before; from here on nothing can fail.
+    # Errors before this line leave the trainer with its own loss; nothing after it can fail.
     trainer.train_dataset, trainer.eval_dataset = train, evaluation
     if reference.kind == "precomputed":
         reference.model = None
     alignment = None if media is None else Alignment(media.chat, media.media)
-    collator: Any = scored_collator(trainer.data_collator, rows, alignment, carriers)
-    if (parts := parts_per_row(trainer.accelerator)) > 1:
+    collator: Any = scored_collator(trainer.data_collator, rows, alignment, fillers)
+    if (parts := sequence_parallel_size(trainer.accelerator)) > 1:
         padding = tokenizer.pad_token_id
         assert isinstance(padding, int)  # the trainer's own collator pads
-        collator = PartsCollator(collator, parts, padding, fixed_length(trainer.accelerator))
+        collator = SequenceParallelCollator(
+            collator, parts, padding, fixed_length(trainer.accelerator)
+        )
     trainer.data_collator = collator
-    # The loss is divided by the tokens of the optimizer batch, which the Trainer must count. It
-    # must not divide again, unless a subclass counts none: transformers >= 5.19 decides that at
-    # each step if the second one is None, older versions always do.
+    # The first attribute makes the Trainer count the trained tokens of the optimizer batch, by
+    # which the loss is divided. The Trainer must then not divide by the accumulation steps, unless
+    # a subclass counts no tokens: transformers >= 5.19 decides this at each step if the second
+    # attribute is None, older versions always decide it at each step.
     trainer.model_accepts_loss_kwargs = True
     trainer.loss_is_scaled_for_ga = None
     trainer._signature_columns = None
@@ -230,34 +246,35 @@ def _set_up(
         streams=streams,
         kept=kept,
         alignment=alignment,
-        carriers=carriers,
+        fillers=fillers,
     )
     trainer.add_callback(StarDSSCallback(trainer))
 
 
 def _projects(trainer: Trainer, model: nn.Module, ranks: Ranks) -> bool:
-    """Return whether logits can be computed a few at a time; all ranks must call this."""
-    # A head that is split over ranks gives whole logits, but no rank has all of its weight.
-    alone = ranks.can_run and ranks.alike == 1
+    """Return whether logits can be computed in chunks of tokens; every rank must call this."""
+    # With tensor parallelism no rank has the whole weight of the head.
+    alone = ranks.can_run and ranks.tp_size == 1
     projects = alone and ranks.first_decides(lambda: can_project(model))
-    # A static graph is reduced by what DDP hangs on the model's outputs; hidden states are none.
-    # A compiled model calls no hook that could show them.
+    # With a static graph DDP reduces gradients by hooks on the model's outputs, which the hidden
+    # states at the head are not. A compiled model calls none of our hooks.
     compiles = trainer.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
     projects = projects and not compiles and not getattr(trainer.args, "ddp_static_graph", False)
     if not projects:
         logger.info(
-            "The logits of every token are held at each step: the head of this model is not one "
-            "linear layer that can be used by itself, or it is compiled, or ddp_static_graph is on."
+            "The logits of all tokens are held at each step: the head of this model is not a plain "
+            "linear layer, or is split by tensor parallelism, or the model is compiled, or "
+            "ddp_static_graph is on."
         )
     return projects
 
 
 def _facts(trainer: Trainer, options: StarDSSOptions) -> dict[str, Any]:
-    """Return what must be the same on every rank before any of them scores a row."""
+    """Return the facts that must agree on all ranks before scoring: options and data sets."""
     facts: dict[str, Any] = {
         f"option {name}": str(value)
         for name, value in options.star_dss_dict().items()
-        if name != "score_cache_dir"  # each machine may have its own
+        if name != "score_cache_dir"  # may differ between machines
     }
     for name, dataset in _data_sets(trainer).items():
         if isinstance(dataset, Dataset):
@@ -268,7 +285,7 @@ def _facts(trainer: Trainer, options: StarDSSOptions) -> dict[str, Any]:
 
 
 def _data_sets(trainer: Trainer) -> dict[str, Any]:
-    """Return a trainer's data sets, by name."""
+    """Return a trainer's data sets by name ("train", "eval", or the names of a dict)."""
     evaluation = trainer.eval_dataset
     several = evaluation if isinstance(evaluation, dict) else {"eval": evaluation}
     return {"train": trainer.train_dataset} | several

@@ -1,4 +1,4 @@
-"""Say that the loss is active, and prove it on one real batch before the first step."""
+"""Verify the loss on one real row before the first step, and announce that it is active."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ logger = logging.getLogger(__name__)
 
 
 class StarDSSCallback(TrainerCallback):
-    """Guard a run against training without the shaped loss.
+    """Stop a run that would train without the shaped loss.
 
-    Before the first step it takes one real batch, gives it made-up scores, and compares what the
-    trainer's `compute_loss` returns with the loss computed the plain way from the model's logits.
-    If they differ, training does not start. Then it prints the start-up line and writes
-    `star_dss.json` (options, guard, statistics, versions) to the output folder. When training ends
-    it prints the first and the last values of the metrics.
+    Before the first step it gives one real row made-up scores, and compares the result of the
+    trainer's `compute_loss` with Eq. (3) computed from the model's logits. If they differ, training
+    does not start. Then it prints the start-up line and writes `star_dss.json` (options, guard,
+    statistics, versions) to the output folder. When training ends it prints the first and the last
+    values of the metrics.
 
-    `StarDSSTrainer` and `attach` add it by themselves. Add it by hand, `trainer.add_callback(
-    StarDSSCallback(trainer))`, to any trainer that is meant to have the loss: if something
-    replaced it, or it was never there, training does not start.
+    `StarDSSTrainer` and `attach` add this callback. You can add it to any trainer that must have
+    the loss, with `trainer.add_callback(StarDSSCallback(trainer))`: training then does not start if
+    the loss was never added or something replaced it.
 
     Args:
         trainer: The trainer that this callback is added to.
@@ -65,11 +65,11 @@ class StarDSSCallback(TrainerCallback):
     def on_train_begin(
         self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any
     ) -> None:
-        """Check and announce the loss.
+        """Check the loss and announce it.
 
         Raises:
-            StarDSSError: The shaped loss is not the one in effect, or the trainer was given a
-                setting since that it cannot go with.
+            StarDSSError: The shaped loss is not in effect, or the trainer was given an unsupported
+                setting since set-up.
         """
         active: StarDSSState | None = getattr(self.trainer, "star_dss_state", None)
         if active is None:
@@ -78,7 +78,7 @@ class StarDSSCallback(TrainerCallback):
                 "this trainer was never given it. Use StarDSSTrainer with a STAR-DSS "
                 "loss_type, or star_dss_plugin.attach(trainer, guard=...)",
             )
-        check_trainer(self.trainer)  # type: ignore[arg-type]  # it may have been changed since
+        check_trainer(self.trainer)  # type: ignore[arg-type]  # again: settings may have changed
         if train_dataloader is None:
             train_dataloader = self.trainer.get_train_dataloader()
         self._describe_data(active)
@@ -93,18 +93,17 @@ class StarDSSCallback(TrainerCallback):
                     "before: %s.",
                     changed,
                 )
-            # Printed and not logged: a run must say this whatever its log level is.
+            # Printed, not logged, so that it is shown at any log level.
             print(startup_line(active), flush=True)  # noqa: T201
             _write_record(active, args.output_dir)
         self._began = time.monotonic()
         self._waited = sum(stream.seconds for stream in active.streams)
 
     def _describe_data(self, active: StarDSSState) -> None:
-        """Sum the training set up again if it is not the one that was prepared.
+        """Check and sum up the training set again if it was replaced since set-up.
 
         Raises:
-            StarDSSError: It has rows that were not prepared, is another one on other ranks, or is
-                a stream.
+            StarDSSError: It is a stream, has rows that were not prepared, or differs between ranks.
         """
         dataset: Any = self.trainer.train_dataset
         if dataset is active.train_dataset:
@@ -112,22 +111,22 @@ class StarDSSCallback(TrainerCallback):
         if isinstance(dataset, IterableDataset | torch.utils.data.IterableDataset):
             raise DataError(
                 "The training set is a stream that took the place of the one that STAR-DSS was "
-                "set up with, so nobody scores it. Give it to the trainer's constructor, or call "
-                "attach after the last change."
+                "set up with, so its rows are not scored. Give it to the trainer's constructor, or "
+                "call attach after the last change."
             )
         if not isinstance(dataset, Dataset):  # a list, or torch's Subset
             dataset = active.rows.as_dataset(dataset)
         if dataset is None or SCORES_COLUMN not in dataset.column_names:
-            return  # the check of a batch says what it lacks
+            return  # `check_loss` reports what the data set lacks
         active.ranks.agree({"training rows": active.rows.digest(dataset)})
         summary = summary_of(dataset, active.options, active.summaries["train"].guard)
         active.summaries["train"], active.train_dataset = summary, self.trainer.train_dataset
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop before the weights move if a micro-batch of this step was not shaped.
+        """Stop before the weights change if a micro-batch of this step did not have the loss.
 
         Raises:
-            StarDSSError: The trainer's training step does not call its `compute_loss`.
+            StarDSSError: The trainer's training step does not call its `compute_loss` for each.
         """
         active: StarDSSState | None = getattr(self.trainer, "star_dss_state", None)
         steps = getattr(self.trainer, "current_gradient_accumulation_steps", 1)
@@ -142,7 +141,7 @@ class StarDSSCallback(TrainerCallback):
         self._shaped = active.shaped
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Print the run's first and last metrics, and what it has read of a stream."""
+        """Print the first and the last metrics of the run, and statistics of a training stream."""
         active: StarDSSState | None = getattr(self.trainer, "star_dss_state", None)
         if active is None:
             return
@@ -157,7 +156,7 @@ class StarDSSCallback(TrainerCallback):
             terminal().print(table)
 
     def _sum_up_stream(self, active: StarDSSState, output_dir: str, first: bool) -> None:
-        """Print and record what was read of a training set that is a stream."""
+        """Print and record statistics of the rows read so far, if the training set is a stream."""
         stream = next((one for one in active.streams if one.dataset is active.train_dataset), None)
         if stream is None:
             return

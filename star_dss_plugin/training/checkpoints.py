@@ -1,8 +1,8 @@
-"""Whether a trainer's checkpoint was written to its end, asked before it is resumed from.
+"""Check before a run resumes that a trainer's checkpoint was written completely.
 
-transformers writes a checkpoint file by file into its final place, `trainer_state.json` last. A run
-that is killed, or out of disk space, while it saves leaves a folder that looks like the others; the
-trainer then fails with the first file it misses, or goes on with a new optimizer and says nothing.
+transformers writes a checkpoint's files one by one into its final folder, `trainer_state.json`
+last. A run that is killed or out of disk space while it saves leaves an incomplete folder. Resuming
+from it fails at the first missing file, or silently starts with a new optimizer.
 """
 
 from __future__ import annotations
@@ -33,20 +33,21 @@ _ZIPPED = (
     "scaler.pt",
     "rng_state",
 )
-"""What the trainer writes with `torch.save`: zip archives, whose end says what is in them."""
+"""Files of `torch.save`: zip archives, whose directory is at their end."""
 
 
 def check_checkpoint(asked: str | os.PathLike[str] | bool, output_dir: str) -> None:
-    """Refuse to resume from anything but a complete checkpoint.
+    """Check that the checkpoint to resume from is complete.
 
-    Reads headers and small files only: what is missing or cut off is found, a flipped bit is not.
+    Reads headers and small files only: it finds missing and truncated files, not flipped bits.
 
     Args:
-        asked: What `Trainer.train` got as `resume_from_checkpoint`; True: the last one.
-        output_dir: Of the run.
+        asked: The argument `resume_from_checkpoint` of `Trainer.train`; True: the last checkpoint.
+        output_dir: The run's output folder.
 
     Raises:
-        CheckpointError: Which checkpoint, what it lacks, and from which one to resume.
+        CheckpointError: A file is missing or truncated. The message names the newest complete
+            checkpoint.
     """
     folder = _last(output_dir) if isinstance(asked, bool) else Path(asked)
     if not folder.is_dir():
@@ -58,7 +59,7 @@ def check_checkpoint(asked: str | os.PathLike[str] | bool, output_dir: str) -> N
         others = _newest_whole(folder.parent, without=folder)
         raise CheckpointError(
             f"Training cannot resume from the checkpoint {folder}: it was not written to its end "
-            f"({lacking}). A run that is killed, or out of disk space, while it saves leaves this. "
+            f"({lacking}). A run that is killed or out of disk space while it saves leaves this. "
             f"Remove that folder. {_advice(others)}"
         )
 
@@ -94,7 +95,7 @@ def _newest_whole(output_dir: Path, without: Path | None = None) -> Path | None:
 
 
 def _lacking(folder: Path) -> str | None:
-    """Return which part of a checkpoint is missing or cut off; None if it is complete."""
+    """Return what a checkpoint lacks, for messages; None if it is complete."""
     names = {path.name for path in folder.iterdir() if path.is_file()}
     if missing := _missing(folder, names):
         return f"{missing} is missing"
@@ -110,16 +111,16 @@ def _lacking(folder: Path) -> str | None:
 
 
 def _missing(folder: Path, names: set[str]) -> str | None:
-    """Return a missing file that the other files require."""
+    """Return the name of a required file that is missing; None if none is."""
     if _STATE not in names:
         return _STATE
-    # DeepSpeed, FSDP and several adapters have folders of their own, which the trainer judges.
+    # DeepSpeed, FSDP and several adapters write subfolders, which the trainer itself checks.
     if any(path.is_dir() for path in folder.iterdir()):
         return None
     if not any(name.endswith(_WEIGHTS) and not name.startswith(_NO_WEIGHTS) for name in names):
         return "every file of weights"
-    # With save_only_model none of these is there. Where some are, transformers would start the
-    # others anew, and another run comes out.
+    # save_only_model writes none of these. If only some are missing, transformers would initialize
+    # them anew, and the run would differ.
     together = {
         "optimizer.pt": any(name.endswith(("optimizer.pt", "optimizer.bin")) for name in names),
         "scheduler.pt": "scheduler.pt" in names,
@@ -130,7 +131,7 @@ def _missing(folder: Path, names: set[str]) -> str | None:
 
 
 def _readable(path: Path) -> bool:
-    """Whether a file reaches to its end, as far as its format says where that is."""
+    """Return whether a file is complete, as far as its format tells."""
     if path.name in _JSON or path.name.endswith(_INDEX):
         try:
             return isinstance(json.loads(path.read_bytes()), dict)

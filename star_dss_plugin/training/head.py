@@ -1,10 +1,11 @@
-"""Compute what a step needs of the logits a few positions at a time, never (batch, seq, vocab).
+"""Read logits at the LM head a few positions at a time, never as one (batch, seq, vocab) tensor.
 
 A causal language model is a backbone, whose last hidden states are (batch, seq, hidden), and a
-linear head. Only trained positions need logits, and only until their log-probability is known, so
-the head is given, for one call, a function that does its part in chunks (`logprobs.py`). The call
-is the head's own: a model that is sharded (FSDP, DeepSpeed ZeRO-3) gathers the head's weight for
-it, once a pass however many chunks there are, and again in the backward pass.
+linear head. Only trained positions need logits, and only until their log-probability is known. So
+for one call the head's `forward` is replaced by a function that projects hidden states in chunks
+(`logprobs.py`). Because the head module itself is called, a sharded model (FSDP, DeepSpeed ZeRO-3)
+gathers the head's weight for it, once per forward pass for all chunks, and again in the backward
+pass.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ __all__ = [
     "first_output",
     "forward_inputs",
     "from_logits",
-    "nothing_of",
     "without_logits",
+    "zero_of",
 ]
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Projection:
-    """The head of a causal language model: hidden states to logits, as the model computes them.
+    """Project hidden states to logits as the head of a causal language model does.
 
     Attributes:
         weight: (vocab, hidden).
@@ -68,18 +69,18 @@ class Projection:
         return logits
 
     def detached(self) -> Projection:
-        """Return the projection by the values that the head holds now, without gradients."""
+        """Return the projection with the head's present weights and without gradients."""
         bias = None if self.bias is None else self.bias.detach()
         return replace(self, weight=self.weight.detach(), bias=bias)
 
 
 @dataclass(frozen=True)
 class States:
-    """What logits are made of: hidden states and their projection, or the logits themselves.
+    """Hold hidden states with the projection that makes logits of them, or logits.
 
     Attributes:
-        rows: (batch, seq, hidden) or, of logits, (batch, seq, vocab).
-        project: (n, hidden) to (n, vocab); None if the rows are logits.
+        rows: Hidden states, (batch, seq, hidden), or logits, (batch, seq, vocab).
+        project: Maps (n, hidden) to (n, vocab); None if `rows` are logits.
     """
 
     rows: Tensor
@@ -87,7 +88,7 @@ class States:
 
 
 def forward_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a model takes of a batch to return logits, and no loss."""
+    """Return a batch without labels and STAR-DSS columns, for a forward pass without a loss."""
     columns = ("labels", "shift_labels", *TOKEN_COLUMNS)
     bare = {name: value for name, value in batch.items() if name not in columns}
     return {**bare, "use_cache": False}
@@ -100,14 +101,17 @@ def at_head(
     *,
     wanted: Callable[[Mapping[str, Any]], bool] = lambda kwargs: True,
 ) -> Iterator[list[T]]:
-    """Collect what a function makes of each forward pass's hidden states, inside the head's call.
+    """Apply a function to the last hidden states of each forward pass, inside the head's call.
 
     Args:
-        model: For which `can_project` holds; not what DDP, FSDP1 or DeepSpeed wrap around it.
+        model: A model for which `can_project` holds, without DDP's, FSDP1's or DeepSpeed's wrapper.
         function: Takes the last hidden states, (batch, seq, hidden), and the projection, and
             returns a tensor or a tuple of tensors.
-        wanted: Whether a pass is of interest, by the keyword arguments that the model was called
-            with.
+        wanted: Takes the model's keyword arguments; forward passes for which it returns False are
+            left alone.
+
+    Yields:
+        A list that gets the function's result of each forward pass.
     """
     causal = causal_lm(model)
     head = causal.get_output_embeddings()
@@ -149,14 +153,14 @@ def from_logits(
     project: bool,
     call: nn.Module | None = None,
 ) -> T:
-    """Run a model on a batch and return what a function makes of its logits.
+    """Run a model on a batch and return a function's result for its logits.
 
     Args:
         model: A causal language model, unwrapped.
-        batch: `input_ids` and what else its forward pass takes; labels and scores are left out.
-        function: Takes hidden states and their projection or, without one, logits and None.
+        batch: `input_ids` and the other inputs of its forward pass; labels and scores are dropped.
+        function: Called with hidden states and their projection, or with logits and None.
         project: Whether `can_project` holds for the model.
-        call: What is called in the model's place: the model as it is wrapped.
+        call: The wrapped model, to be called instead of `model`; None: `model` is called.
     """
     inputs = forward_inputs(batch)
     run = model if call is None else call
@@ -169,7 +173,7 @@ def from_logits(
 
 @contextlib.contextmanager
 def first_output(model: nn.Module) -> Iterator[list[Any]]:
-    """Collect what a model returns when it is first called; an empty list if it never is."""
+    """Yield a list that gets the output of the model's first call; it stays empty without one."""
     found: list[Any] = []
 
     def keep(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -183,17 +187,15 @@ def first_output(model: nn.Module) -> Iterator[list[Any]]:
         handle.remove()
 
 
-def nothing_of(output: Mapping[str, Any]) -> Tensor | float:
-    """Return a zero that depends on a model's outputs: FSDP1 begins its backward pass at them."""
+def zero_of(output: Mapping[str, Any]) -> Tensor | float:
+    """Return a zero that depends on all outputs of a model, to which FSDP1 attaches its hooks."""
     values = (value for value in output.values() if isinstance(value, Tensor))
     return sum((value.reshape(-1)[:0].sum() for value in values if value.requires_grad), 0.0)
 
 
 @contextlib.contextmanager
 def without_logits(model: nn.Module) -> Iterator[None]:
-    """Let a trainer call a model with labels without computing its logits and its loss.
-
-    What it gets as the loss is a zero that has no gradient.
+    """Skip logits and loss in a model's calls with labels; the loss returned is a constant zero.
 
     Raises:
         ConfigError: The model returns no logits, because something fuses the loss into it.
@@ -207,8 +209,8 @@ def without_logits(model: nn.Module) -> Iterator[None]:
         if output.logits is None:
             raise ConfigError(
                 "The model's forward pass returned no logits although it was called without "
-                "labels, so its loss cannot be weighed. Switch off what fuses the loss into the "
-                "model (a kernel or a patch)."
+                "labels, so the loss cannot be weighted by token. Switch off what fuses the loss "
+                "into the model (a kernel or a patch)."
             )
         output["loss"] = output.logits.new_zeros(())
         return output
@@ -225,15 +227,15 @@ def without_logits(model: nn.Module) -> Iterator[None]:
 
 
 def can_project(model: nn.Module) -> bool:
-    """Return whether `Projection` gives the very logits of a model: tried on a few tokens.
+    """Return whether `Projection` reproduces a model's logits on a few tokens (to 1e-3).
 
     Args:
-        model: Unwrapped, with weights that can be used (see `sharding.runnable`).
+        model: The unwrapped model, which can be run (see `sharding.runnable`).
     """
     causal = causal_lm(model)
     backbone = getattr(causal, "base_model", causal)
     head: Any = getattr(causal, "get_output_embeddings", lambda: None)()
-    # Adapters on the head and quantized heads compute something else than one product.
+    # A head with an adapter, or a quantized one, computes more than one matrix product.
     plain = type(head) is nn.Linear and backbone is not causal
     if not plain or "logits_to_keep" not in inspect.signature(causal.forward).parameters:
         return False
@@ -262,7 +264,7 @@ def causal_lm(model: nn.Module) -> Any:
 
 
 def _shape_of_logits(config: Any) -> tuple[float, float | None]:
-    """Return scale and soft cap by the names that model configurations have for them."""
+    """Return scale and soft cap of the logits from a model's configuration."""
     softcap = getattr(config, "final_logit_softcapping", None)
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         if (factor := getattr(config, name, None)) is not None:

@@ -1,4 +1,4 @@
-"""Refuse what a host trainer must not be doing, and switch off what takes the loss's place."""
+"""Reject trainer settings that STAR-DSS does not support, and switch fused losses off."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from accelerate.utils import DistributedType
 from transformers import Trainer
 
 from star_dss_plugin.errors import ConfigError
-from star_dss_plugin.training.parts_checks import refused_with_parts
+from star_dss_plugin.training.sequence_parallel_checks import unsupported_with_sequence_parallel
 
 if TYPE_CHECKING:
     from star_dss_plugin.training.mixin import StarDSSMixin
@@ -20,18 +20,17 @@ logger = logging.getLogger(__name__)
 
 
 def check_arguments(args: Any) -> None:
-    """Refuse training arguments for which no trainer need be made to see that they cannot work.
+    """Reject unsupported training arguments that can be found without a trainer.
 
     Raises:
-        ConfigError: The first of them, why it cannot work and what to change.
+        ConfigError: The first unsupported setting, why it cannot work and what to change.
     """
     _refuse(
         [
             (
                 args.label_smoothing_factor,
                 f"label_smoothing_factor is {args.label_smoothing_factor}: smoothing spreads "
-                "weight "
-                "over tokens that no guard has scored",
+                "weight over tokens that no guard has scored",
                 "Set label_smoothing_factor=0",
             ),
         ]
@@ -39,12 +38,12 @@ def check_arguments(args: Any) -> None:
 
 
 def check_trainer(trainer: StarDSSMixin) -> None:
-    """Refuse every setting under which the shaped loss would be wrong or not in effect.
+    """Reject settings under which the shaped loss would be wrong or not in effect.
 
-    What `check_arguments` refuses, too.
+    Includes `check_arguments`.
 
     Raises:
-        ConfigError: The first such setting, why it cannot work and what to change.
+        ConfigError: The first unsupported setting, why it cannot work and what to change.
     """
     args: Any = trainer.args
     check_arguments(args)
@@ -60,16 +59,14 @@ def check_trainer(trainer: StarDSSMixin) -> None:
             ),
             (
                 trainer.model_init is not None,
-                "model_init is given, with which every call of train starts from another model "
-                "than "
+                "model_init is given, so every call of train would start from another model than "
                 "the one that the reference is made of",
-                "Pass model in its place",
+                "Pass model instead",
             ),
             (
                 getattr(args, "packing", False) and not trainer.packs_scored_rows,
-                "the trainer has packed its rows already, and what the guard must read of each "
-                "(its "
-                "messages) is gone",
+                "the trainer has packed its rows already, and the messages of each, which the "
+                "guard must read, are gone",
                 "Use StarDSSTrainer, which scores before it packs, or set packing=False",
             ),
             (
@@ -81,10 +78,10 @@ def check_trainer(trainer: StarDSSMixin) -> None:
             ),
             (
                 bool(adapters) and trainer.get_tp_size() > 1,
-                "the model is split by tensor parallelism and trains an adapter, of whose "
-                "gradients each process then computes a part that peft (tried: 0.21) does not "
-                "add to the others', with and without STAR-DSS",
-                "Train all weights, or shard the model with FSDP or DeepSpeed in place of tensor "
+                "the model is split by tensor parallelism and trains an adapter: each process "
+                "computes a part of the adapter's gradients, and peft (tried: 0.21) does not sum "
+                "them, with or without STAR-DSS",
+                "Train all weights, or shard the model with FSDP or DeepSpeed instead of tensor "
                 "parallelism",
             ),
             (
@@ -93,7 +90,7 @@ def check_trainer(trainer: StarDSSMixin) -> None:
                 "was not tried: torch's ring attention does not run on a CPU",
                 "Set cp_size=1, or split rows with DeepSpeed's sequence parallelism (sp_size)",
             ),
-            *refused_with_parts(trainer),
+            *unsupported_with_sequence_parallel(trainer),
             (
                 accelerator.distributed_type == DistributedType.MEGATRON_LM,
                 "Megatron-LM runs the model and its loss itself, without this trainer",
@@ -120,9 +117,9 @@ def _refuse(settings: list[tuple[Any, str, str]]) -> None:
 
 
 def switch_fused_loss_off(args: Any) -> None:
-    """Leave Liger's fused loss out of what `use_liger_kernel` replaces; its other kernels stay.
+    """Exclude Liger's fused loss from what `use_liger_kernel` patches; its other kernels stay.
 
-    It returns one number, from which no token's part can be taken. transformers applies Liger when
+    The fused loss returns one number without per-token values. transformers applies Liger when
     training starts, after this.
     """
     if not getattr(args, "use_liger_kernel", False):
@@ -133,14 +130,15 @@ def switch_fused_loss_off(args: Any) -> None:
     args.liger_kernel_config = {**config, "fused_linear_cross_entropy": False}
     logger.warning(
         "STAR-DSS has switched off Liger's fused_linear_cross_entropy, which gives no per-token "
-        "log-probabilities; in its place the head is applied to a few hundred trained tokens at a "
-        "time, so that all logits are never held. Liger's other kernels stay on."
+        "log-probabilities; instead the head is applied to a few hundred trained tokens at a time, "
+        "so the logits of all tokens are never held at once. Liger's other kernels stay on."
     )
 
 
 def expose_logits(trainer: Trainer) -> None:
-    """Undo TRL 1.7–1.14's `chunked_nll`, which replaces the model's forward by one that returns
-    a loss and no logits. It can go with the support for TRL < 1.15, whose fused LM head returns
+    """Undo the `chunked_nll` of TRL 1.7 to 1.14, which patches `forward` to return no logits.
+
+    To be removed with the support for TRL < 1.15; from 1.15 on TRL's fused LM head returns
     per-token log-probabilities.
     """
     args: Any = trainer.args

@@ -1,4 +1,4 @@
-"""A guard that stays in memory while a model is trained."""
+"""Keep a guard in memory while a model is trained on streams."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ __all__ = ["KeptGuard"]
 
 
 class KeptGuard:
-    """Load a guard when it is first needed, and keep it for the buffers that follow.
+    """Load a guard on first use and keep it for later buffers.
 
     Args:
-        options: Which guard, computed by what.
+        options: The run's options, which name the guard and its engine.
     """
 
     def __init__(self, options: StarDSSOptions) -> None:
@@ -22,7 +22,7 @@ class KeptGuard:
 
     @property
     def loaded(self) -> bool:
-        """Whether it was needed."""
+        """Whether the guard has been loaded."""
         return self._guard is not None
 
     def get(self) -> Guard:
@@ -36,6 +36,6 @@ class KeptGuard:
         return self._guard
 
     def close(self) -> None:
-        """Free the guard's memory; it is loaded again if it is needed again."""
+        """Free the guard's memory; the guard loads itself again on its next use."""
         if self._guard is not None:
             self._guard.close()

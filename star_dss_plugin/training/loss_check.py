@@ -1,4 +1,4 @@
-"""Prove on one real batch that the shaped loss is the one in effect."""
+"""Verify on one real row that the trainer trains with the shaped loss."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN, TOKEN_COLUMNS
 from star_dss_plugin.errors import StarDSSError
 from star_dss_plugin.logprobs import IGNORE_INDEX
-from star_dss_plugin.training.parts_checks import check_averaging
 from star_dss_plugin.training.plain import (
     Plain,
     head_watched,
@@ -24,41 +23,49 @@ from star_dss_plugin.training.plain import (
     unit_of_its_own,
 )
 from star_dss_plugin.training.rows.even import no_rows
-from star_dss_plugin.training.rows.late import text_of_row
+from star_dss_plugin.training.rows.raw_rows import text_of_row
+from star_dss_plugin.training.sequence_parallel_checks import check_averaging
 
 if TYPE_CHECKING:
     from star_dss_plugin.training.state import StarDSSState
-from star_dss_plugin.training.sequence_parts import (
+from star_dss_plugin.training.sequence_parallel import (
     fixed_length,
-    group_of_parts,
     padded,
     part_of,
-    parts_per_row,
+    sequence_parallel_group,
+    sequence_parallel_size,
 )
 from star_dss_plugin.training.step import policy_of, times_averaged
 
 __all__ = ["check_loss"]
 
 _MOVED = {"16 bits": 0.5, "32 bits": 0.05}
-"""Nats, by what the model computes in: more than rounding moves a row's log-probabilities.
+"""Largest mean difference of a row's log-probabilities, in nats, that rounding may explain.
 
-Measured with SmolLM2, by how it is padded: in 32 bits a mean of 6e-6, in 16 a mean of 0.06 and 0.3
-for one token, which may be all that a row has.
+By the model's precision. With SmolLM2 other padding moved them by 6e-6 on average in 32 bits, in 16
+bits by 0.06 on average and by up to 0.3 for one token, and a row may have only one.
 """
 
 
 def check_loss(trainer: Any, active: StarDSSState, dataloader: Any) -> None:
-    """Compare the trainer's loss with the plain computation, on one real row.
+    """Compare the trainer's loss with Eq. (3) computed from the logits, on one real row.
 
-    Both hold the distributions of a few hundred positions at a time, as training does.
+    The row gets three made-up lists of scores, one after the other. Both computations hold the
+    logits of a few hundred positions at a time, as training does. All processes must call this.
+
+    Args:
+        trainer: The trainer, whose model is wrapped for training.
+        active: The trainer's `star_dss_state`.
+        dataloader: The training data loader.
 
     Raises:
-        StarDSSError: They differ, or the trainer's batches or outputs lack what the loss needs.
+        StarDSSError: The losses differ, or the trainer's batches or outputs lack what the loss
+            needs.
     """
     policy = policy_of(trainer, trainer.model)
     own = active.stream_of(trainer.train_dataset)
-    size = parts_per_row(trainer.accelerator)
-    loader = dataloader.dl if size > 1 else dataloader  # around which DeepSpeed cuts batches
+    size = sequence_parallel_size(trainer.accelerator)
+    loader = dataloader.dl if size > 1 else dataloader  # without DeepSpeed's, which splits batches
     fixed = fixed_length(trainer.accelerator)
     row = _shortest_row(
         loader.dataset,
@@ -79,10 +86,10 @@ def check_loss(trainer: Any, active: StarDSSState, dataloader: Any) -> None:
             "collator or the data set was replaced after STAR-DSS was set up; give them to the "
             "trainer's constructor",
         )
-    if size > 1:  # of a stream each process may have another row
+    if size > 1:  # all processes take rank 0's row: of a stream each may have read another
         batch = active.ranks.gather(batch)[0]
     batch = trainer._prepare_inputs(batch)
-    if size > 1:  # padding would fill parts, and prove nothing
+    if size > 1:  # a part that is padding alone would test nothing
         kept = -(-int(batch["attention_mask"].sum()) // size) * size
         batch = {n: c[:, :kept] if isinstance(c, Tensor) else c for n, c in batch.items()}
     labels = batch["labels"]
@@ -100,9 +107,9 @@ def check_loss(trainer: Any, active: StarDSSState, dataloader: Any) -> None:
                 reference = reference_of(active, trainer, batch, labels)
                 with head_watched(policy) as sharded_heads:
                     plain = plain_terms(active, trainer, policy, batch, reference)
-                # Tensor parallelism splits the head, too, and gives whole logits.
-                whole = active.ranks.alike > 1 or not any(sharded_heads)
-                if not whole and not trainer.host_leaves_logits_alone():
+                # With tensor parallelism the head is sharded, too, but its logits are complete.
+                gathered = active.ranks.tp_size > 1 or not any(sharded_heads)
+                if not gathered and not trainer.host_leaves_logits_alone():
                     raise unit_of_its_own(
                         "gives a wrong loss, with or without STAR-DSS, in trainers that read the "
                         "head's weight outside of its forward pass, as TRL's do"
@@ -128,7 +135,7 @@ def check_loss(trainer: Any, active: StarDSSState, dataloader: Any) -> None:
             _restore(trainer, host)
     scale = times_averaged(trainer, part=False)
     for given, shaped_loss in zip(found, expected, strict=True):
-        # The auxiliary loss is a mean over each micro-batch and is not scaled.
+        # The auxiliary loss is a mean over each micro-batch, so it is not scaled.
         wanted = shaped_loss * scale + extra
         if not plain.close(given, wanted):
             raise not_in_effect(
@@ -146,40 +153,41 @@ def check_loss(trainer: Any, active: StarDSSState, dataloader: Any) -> None:
                 trainer,
                 f"one real row that is cut into {size} parts (sp_size) has a loss of "
                 f"{given.item():.6f}, and {shaped_loss.item():.6f} as a whole, so its attention "
-                "does not exchange the parts rightly. Set sp_attn_implementation to what the "
-                "model, and a reference that is run beside it, use (sdpa), or sp_size=1",
+                "does not exchange the parts correctly. Set sp_attn_implementation to the "
+                "attention that the model and its reference use (sdpa), or sp_size=1",
             )
 
 
 def _loss_in_parts(
     trainer: Any, active: StarDSSState, batch: Mapping[str, Any], trained: int, size: int
 ) -> Tensor:
-    """Return the loss of a row of which each process of a group computes a part."""
-    part = part_of(batch, size, torch.distributed.get_rank(group_of_parts()))
-    rows = int(trainer.args.train_batch_size)  # attention exchanges full batches alone
+    """Return the loss of a row that the sequence-parallel group computes in parts."""
+    part = part_of(batch, size, torch.distributed.get_rank(sequence_parallel_group()))
+    rows = int(trainer.args.train_batch_size)  # Ulysses' attention is set up for full batches
     part = {name: column.repeat(rows, 1) for name, column in part.items()}
     mine = trainer.compute_loss(trainer.model_wrapped, part, num_items_in_batch=trained * rows)
     losses = active.ranks.gather(float(mine) / times_averaged(trainer, part=True))
-    groups = len(losses) // size  # each has this row
+    groups = len(losses) // size  # each group computes this same row
     return torch.as_tensor(sum(losses) / groups, device=part["input_ids"].device)
 
 
 _WINDOW = 512
-"""Tokens of a row on which the model's own loss, which needs all their logits, is looked at."""
+"""Tokens of a long row on which the host's own loss, which holds all their logits, is checked."""
 
 
 def _base_beyond_cross_entropy(
     trainer: Any, active: StarDSSState, policy: nn.Module, batch: Mapping[str, Any], plain: Plain
 ) -> Tensor:
-    """Return what the base class's loss has beside cross-entropy: an auxiliary loss, or 0.
+    """Return the base class's loss minus cross-entropy: the auxiliary loss of experts, or 0.
 
     Raises:
-        StarDSSError: It is another loss.
+        StarDSSError: The model has no auxiliary loss, and the base class's loss is not
+            cross-entropy.
     """
     auxiliary = _has_auxiliary_loss(trainer)
     length = batch["labels"].shape[1]
-    words_alone = set(batch) <= {"input_ids", "labels", "attention_mask", *TOKEN_COLUMNS}
-    if trainer.host_leaves_logits_alone() and length > _WINDOW and words_alone and not auxiliary:
+    text_only = set(batch) <= {"input_ids", "labels", "attention_mask", *TOKEN_COLUMNS}
+    if trainer.host_leaves_logits_alone() and length > _WINDOW and text_only and not auxiliary:
         first = int((batch["labels"][0, 1:] != IGNORE_INDEX).nonzero()[0])
         part = slice(first, first + _WINDOW)
         batch = {name: batch[name][:1, part] for name in ("input_ids", "labels")}
@@ -203,7 +211,11 @@ def _base_beyond_cross_entropy(
 def _check_start(
     trainer: Any, active: StarDSSState, batch: Mapping[str, Any], plain: Plain
 ) -> None:
-    """Check that the model is still the one whose log-probabilities are the reference."""
+    """Check that the model still gives the precomputed reference's log-probabilities.
+
+    Raises:
+        StarDSSError: Their mean difference on the row is more than rounding explains.
+    """
     labels = batch["labels"]
     weights = active.shaping.weights(batch[SCORES_COLUMN].float(), labels)
     held = weights.kl != 0
@@ -219,9 +231,11 @@ def _check_start(
 
 
 def _probes(labels: Tensor) -> list[Tensor]:
-    """Return made-up scores, (batch, seq) each: real ones may all be 1, which is plain finetuning.
+    """Return three lists of made-up scores, (batch, seq) each.
 
-    Mixed scores, their opposites (so that no response ends safely in both), and all unsafe.
+    Real scores may all be 1, with which the shaped loss is plain finetuning's. These are mixed
+    scores; 1 minus these, so that each response ends safe in one list and unsafe in the other; and
+    zeros.
     """
     pattern = torch.tensor([0.0, 1.0, 0.75, 0.25], device=labels.device)
     mixed = pattern.repeat(labels.shape[1] // 4 + 1)[: labels.shape[1]].expand(labels.shape)
@@ -229,26 +243,32 @@ def _probes(labels: Tensor) -> list[Tensor]:
 
 
 def _has_auxiliary_loss(trainer: Any) -> bool:
-    """Return whether a load-balancing loss (mixture of experts) is part of the model's loss."""
+    """Return whether the model's loss includes a load-balancing loss (mixture of experts)."""
     config = policy_of(trainer, trainer.model).config.get_text_config()
     return bool(getattr(config, "output_router_logits", False))
 
 
 _FEW = 32
-"""Rows among which the shortest is sought."""
+"""Trained rows among which the shortest is taken."""
 
 
 def _shortest_row(
     dataset: Any, buffer: int, read: Callable[[Any], Iterator[Any]], beyond: int = 0
 ) -> Mapping[str, Any] | None:
-    """Return the shortest of the first few rows with trained tokens: it takes the least memory.
+    """Return the shortest of the first `_FEW` rows with trained tokens: it needs the least memory.
 
-    None if no row has any.
+    Rows with reference log-probabilities come first, because `_check_start` compares these with the
+    model's.
 
-    A row without any would prove nothing, nor would one without the reference's log-probabilities
-    if there are some: those are what the model as it starts is compared with. Of a stream no more
-    is read than the buffer that is scored already, if one of its rows will do. Rows have more than
-    `beyond` tokens if some do, and as many as there are else.
+    Args:
+        dataset: The loader's data set; items may be rows or lists of rows (packs).
+        buffer: Rows of a stream that are scored together. Beyond the first buffer, which is scored
+            already, a stream is read only if that has no row with trained tokens.
+        read: Reads a stream, with its errors.
+        beyond: Prefer rows of more tokens than this; if there are none, the longest row.
+
+    Returns:
+        The row; None if no row has a trained token.
     """
     if isinstance(dataset, IterableDatasetShard):
         dataset = dataset.dataset  # so that all processes read, and score, the same rows
@@ -268,7 +288,7 @@ def _shortest_row(
 
 
 def _trained(rows: Iterable[Mapping[str, Any]], most: int) -> Iterator[Mapping[str, Any]]:
-    """Yield the first rows that have a trained token."""
+    """Yield the first rows that have a trained token, at most `most` of them."""
     trained = (
         row
         for row in rows
@@ -281,7 +301,7 @@ _STEPS = "current_gradient_accumulation_steps"
 
 
 def _snapshot(trainer: Any) -> Any:
-    """Return what the check must leave as it was: TRL's metrics, the accumulation in progress."""
+    """Save the trainer's state that the check changes: TRL's metrics, the accumulation steps."""
     steps = trainer.__dict__.get(_STEPS)
     trainer.current_gradient_accumulation_steps = 1  # the check is one batch
     metrics = getattr(trainer, "_metrics", None)
@@ -292,6 +312,7 @@ def _snapshot(trainer: Any) -> Any:
 
 
 def _restore(trainer: Any, snapshot: Any) -> None:
+    """Put the state that `_snapshot` saved back."""
     steps, kept, tokens = snapshot
     trainer.__dict__.pop(_STEPS)
     if steps is not None:

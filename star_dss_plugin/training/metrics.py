@@ -1,4 +1,4 @@
-"""What is logged under `star_dss/` while it trains: sums and counts, divided once per log line."""
+"""Collect the `star_dss/` training metrics as sums and counts, divided once per log line."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ _SUMS = (
 
 
 class TokenMetrics:
-    """Running sums over trained tokens, apart for training and evaluation.
+    """Hold running sums over trained tokens, separate for training and evaluation.
 
-    Logged, as means over the trained tokens since the last log line where nothing else is said:
+    The metrics are means over the trained tokens since the last log line unless noted otherwise:
 
     - `star_dss/mean_score`: mean s_t.
     - `star_dss/share_below_threshold`: share of tokens with s_t < τ.
-    - `star_dss/ce`, `star_dss/kl`: the two parts of the loss, weights included.
-    - `star_dss/kl_weight_mass`: Σ KL weights / Σ of both weights.
+    - `star_dss/ce`, `star_dss/kl`: the weighted cross-entropy and KL terms of the loss.
+    - `star_dss/kl_weight_mass`: Σ KL weights / Σ (cross-entropy weights + KL weights).
     - `star_dss/ce_unweighted`: −log π_θ(y_t) of all trained tokens.
-    - `star_dss/kl_unweighted`: KL_t of the tokens with a KL weight; others have no reference.
-    - `star_dss/kl_safe`, `star_dss/kl_unsafe`: the same, of those with s_t >= τ and s_t < τ.
-    - `star_dss/kl_gradient_share`: how much of the pull on the trained tokens' log-probabilities
-      comes from the KL part: Σ |∂(KL part)/∂ log π_θ(y_t)| / Σ of that of both parts. For the
-      cross-entropy part the derivative is its weight; for the KL part its weight times `kl_slope`.
+    - `star_dss/kl_unweighted`: KL_t, over the tokens with a KL weight; others have no reference.
+    - `star_dss/kl_safe`, `star_dss/kl_unsafe`: KL_t, over those with s_t >= τ and with s_t < τ.
+    - `star_dss/kl_gradient_share`: the KL term's share of the gradient on the trained tokens'
+      log-probabilities: Σ |∂(KL term)/∂ log π_θ(y_t)| / Σ of that of both terms. The derivative of
+      the cross-entropy term is its weight, that of the KL term its weight times `kl_slope`.
 
     A mean over no tokens is not logged.
     """
@@ -76,7 +76,7 @@ class TokenMetrics:
             on, held = weights.trained, weights.kl != 0
             below = scores < threshold
             kl = torch.zeros_like(logps) if kl_terms is None else kl_terms
-            if kl_slopes is None:  # nothing pulls, or nobody can say how much
+            if kl_slopes is None:  # no KL term, or (`full`) a slope that is not defined
                 kl_slopes = torch.full_like(logps, 0.0 if kl_terms is None else torch.nan)
             parts = (
                 on,
@@ -124,5 +124,5 @@ class TokenMetrics:
             "star_dss/kl_unsafe": (v["unsafe_kl"], v["unsafe"]),
             "star_dss/kl_gradient_share": (v["kl_pull"], v["kl_pull"] + v["ce_weight"]),
         }
-        # The comparison is False for NaN too, the pull of a KL part that has no slopes.
+        # The comparison is False for NaN, too: the gradient share with kl_estimator="full".
         return logged | {name: part / of for name, (part, of) in ratios.items() if of > 0}

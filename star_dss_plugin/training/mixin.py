@@ -1,9 +1,8 @@
-"""Hook into any transformers Trainer: its data are scored, and its loss is that of Eq. (3).
+"""Override the methods of a transformers Trainer that STAR-DSS needs, and no others.
 
-`StarDSSMixin` overrides only what STAR-DSS has to do with, so that everything else in the user's
-stack stays as it is. First come the methods of its own, most of which a host's trainer answers;
-then the Trainer's: its data, its steps, its log. Each of these does the base class's work and hands
-the rest over: a step's loss to `step.py`, resuming to `checkpoints.py`, streams to `stream.py`.
+The class begins with attributes and methods of its own that a host's trainer overrides. Then come
+the Trainer's methods, for data, steps and logging. Each calls the base class and delegates the
+rest: a step's loss to `step.py`, resuming to `checkpoints.py`, streams to `rows/stream.py`.
 """
 
 from __future__ import annotations
@@ -19,15 +18,15 @@ from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN, TEXT_COLUMN,
 from star_dss_plugin.data.media_rows import MediaRows
 from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.training.checkpoints import check_checkpoint
-from star_dss_plugin.training.parts_checks import check_resuming
 from star_dss_plugin.training.rows.stream import ScoredStream
 from star_dss_plugin.training.run_record import add_section
-from star_dss_plugin.training.sequence_parts import (
-    group_of_parts,
-    one_pass,
-    parts_per_row,
+from star_dss_plugin.training.sequence_parallel import (
+    one_epoch,
+    sequence_parallel_group,
+    sequence_parallel_size,
     trained_tokens,
 )
+from star_dss_plugin.training.sequence_parallel_checks import check_resuming
 from star_dss_plugin.training.state import StarDSSState
 from star_dss_plugin.training.step import mode_of, shaped_step
 
@@ -40,58 +39,58 @@ __all__ = ["StarDSSMixin"]
 
 
 class StarDSSMixin(_Base):
-    """Put the STAR-DSS loss in front of a Trainer class; list it before the Trainer.
+    """Give a Trainer class the STAR-DSS loss; list the mixin before the Trainer among the bases.
 
-    Inactive, and exactly its base class, until `set_up` is called.
+    Until `set_up` is called the class behaves exactly like its base class.
     """
 
     star_dss_state: StarDSSState | None = None
     host_wants_loss_alone = False
-    """Whether a base class with a `compute_loss` of its own leaves the model's logits alone."""
+    """Whether a base class that overrides `compute_loss` reads no logits in it."""
 
     packs_scored_rows = False
-    """Whether `pack` joins rows, so that the trainer's own packing is not used."""
+    """Whether `pack` replaces the trainer's own packing."""
 
-    trains_parts = True
-    """Whether each process may have a part of every row (`sequence_parts`)."""
+    supports_sequence_parallel = True
+    """Whether the trainer was tried with sequence parallelism."""
 
     def media_rows(self) -> MediaRows | None:
-        """Return how rows are read that the collator tokenizes; None if they are tokenized before.
+        """Return the reader of rows that the data collator tokenizes; None for tokenized rows.
 
         Raises:
-            ConfigError: Such rows are given in a form that cannot work.
+            ConfigError: The trainer's settings for these rows cannot work.
         """
         return None
 
     def chat_of_streams(self, chat: ChatTokenizer) -> ChatTokenizer:
-        """Return the tokenizer with the templates that may have made a stream's tokens."""
+        """Return the tokenizer with the chat templates that may have rendered a stream's rows."""
         return chat
 
     def pack(self, dataset: Dataset, *, evaluation: bool) -> Dataset:
-        """Pack scored rows where the trainer is told to; `seq_lengths` says where they join."""
+        """Pack scored rows if the trainer's arguments ask for it, with a column `seq_lengths`."""
         return dataset
 
     def pack_stream(self, stream: IterableDataset, buffer: int) -> Any:
-        """Return what the trainer reads of a scored stream, if its packs are no rows themselves.
+        """Return the stream to train on: packs of scored rows if the host packs streams.
 
         Args:
-            stream: Rows with scores.
-            buffer: How many of them are scored together.
+            stream: The scored rows.
+            buffer: How many rows are scored together.
         """
         return stream
 
     def ranks_exchange_tokens(self) -> bool:
-        """Whether a forward pass waits for one of every other rank, without shards of weights."""
+        """Return whether ranks exchange tokens in a forward pass (expert parallelism)."""
         return False
 
     def host_leaves_logits_alone(self) -> bool:
-        """Whether nothing below this class reads the model's logits."""
+        """Return whether the base classes' `compute_loss` reads no logits."""
         hosts = type(self).__mro__[type(self).__mro__.index(StarDSSMixin) + 1 :]
         host = next(cls for cls in hosts if "compute_loss" in cls.__dict__)
         return host is Trainer or self.host_wants_loss_alone
 
     def base_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """Return the base class's own loss of a batch: its mean over the batch."""
+        """Return the base class's own loss of a batch, a mean over the batch."""
         bare = {name: value for name, value in inputs.items() if name not in TOKEN_COLUMNS}
         loss = super().compute_loss(model, bare)
         assert isinstance(loss, Tensor)
@@ -106,26 +105,27 @@ class StarDSSMixin(_Base):
     def get_train_dataloader(self) -> Any:
         loader = super().get_train_dataloader()
         divided = self._divide(loader, self.train_dataset)
-        # accelerate skips what a resumed run has read in a loader of its own alone. DeepSpeed's,
-        # which skips nothing, is put around it: each of its batches waits for all processes.
-        return loader if parts_per_row(self.accelerator) == 1 else divided
+        # A resumed run skips batches only in accelerate's own loader, so that one is returned;
+        # `get_batch_samples` evens out its batches. With sequence parallelism nothing is skipped,
+        # and DeepSpeed's loader, which wraps this one, needs equally many batches in each process.
+        return loader if sequence_parallel_size(self.accelerator) == 1 else divided
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        dataset = self._scored_late(eval_dataset)
+        dataset = self._scored_for_eval(eval_dataset)
         loader = super().get_eval_dataloader(dataset)
         if isinstance(dataset, str):
             dataset = self.eval_dataset[dataset]  # type: ignore[index]
         return self._divide(loader, self.eval_dataset if dataset is None else dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
-        dataset = self._scored_late(test_dataset)
+        dataset = self._scored_for_eval(test_dataset)
         return self._divide(super().get_test_dataloader(dataset), dataset)
 
     def _divide(self, loader: Any, dataset: Any) -> Any:
-        """Tell a stream whether its loader gives each process a part of it to read.
+        """Tell a stream by its loader whether each process reads its own part of the stream.
 
         Returns:
-            The loader, of which each process then reads equally many batches.
+            A loader with equally many batches in each process; for a data set `loader` itself.
         """
         stream = self._stream(dataset)
         if stream is None:
@@ -133,21 +133,21 @@ class StarDSSMixin(_Base):
         return stream.divide(loader, self.accelerator.num_processes // self.get_tp_size())
 
     def _stream(self, dataset: Any) -> ScoredStream | None:
-        """Return the stream of ours that a data set is; None if it is none."""
+        """Return the `ScoredStream` of a data set; None if the data set is no scored stream."""
         state = self.star_dss_state
         return None if state is None else state.stream_of(dataset)
 
-    def _scored_late(self, dataset: Any) -> Any:
-        """Score a data set that was handed to `evaluate` or `predict` directly."""
+    def _scored_for_eval(self, dataset: Any) -> Any:
+        """Score a data set that was passed to `evaluate` or `predict`, unless it is scored."""
         state = self.star_dss_state
         if state is None or not isinstance(dataset, Dataset | IterableDataset):
             return dataset
         return dataset if self._is_own(dataset) else state.prepare(dataset, "eval")
 
     def _is_own(self, dataset: Dataset | IterableDataset) -> bool:
-        """Whether `dataset` was prepared when STAR-DSS was set up.
+        """Return whether `dataset` was prepared when STAR-DSS was set up.
 
-        One that took the place of such a one lacks the columns.
+        A data set that the user assigned to the trainer since then lacks the columns.
         """
         state, evaluated = self.star_dss_state, self.eval_dataset
         assert state is not None
@@ -164,11 +164,11 @@ class StarDSSMixin(_Base):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """Train as the base class does, and resume only from a complete checkpoint.
+        """Train as the base class does, but resume only from a complete checkpoint.
 
         Raises:
-            CheckpointError: It is not; see `check_checkpoint`.
-            ConfigError: What it has read cannot be skipped.
+            CheckpointError: The checkpoint is not complete; see `check_checkpoint`.
+            ConfigError: With sequence parallelism the batches read before cannot be skipped.
         """
         if self.star_dss_state is not None and resume_from_checkpoint:
             check_resuming(self)
@@ -176,9 +176,10 @@ class StarDSSMixin(_Base):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Run the base class's epoch, unless the resumed run had reached its last step.
+        """Run the base class's epoch, unless a resumed run has already reached `max_steps`.
 
-        transformers (5.16 to 5.23) looks at max_steps after a step only, and trains one too many.
+        transformers (5.16 to 5.23) compares with `max_steps` only after a step, and would train one
+        step too many.
         """
         if self.star_dss_state is not None and self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
@@ -187,35 +188,35 @@ class StarDSSMixin(_Base):
         if stream is not None and stream.even is not None:
             skipped = kwargs.get("steps_trained_in_current_epoch", 0)
             stream.even.skipped = 0 if self.args.ignore_data_skip else skipped
-        if self.star_dss_state is not None and parts_per_row(self.accelerator) > 1:
-            kwargs["train_dataloader"] = one_pass(kwargs["train_dataloader"])
+        if self.star_dss_state is not None and sequence_parallel_size(self.accelerator) > 1:
+            kwargs["train_dataloader"] = one_epoch(kwargs["train_dataloader"])
         super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, *args: Any) -> Any:
-        """Take equally many batches in each process, also of parts of a stream."""
+        """Take the next batches, equally many in each process also if each reads its own files."""
         stream = self._stream(self.train_dataset)
-        if stream is not None and parts_per_row(self.accelerator) == 1:
+        if stream is not None and sequence_parallel_size(self.accelerator) == 1:
             epoch_iterator = stream.batches(epoch_iterator, num_batches)
         return super().get_batch_samples(epoch_iterator, num_batches, *args)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], *args: Any) -> Any:
-        """Count trained tokens also of parts of rows: of all processes, or of those of one group.
+        """Count the trained tokens of a step, with sequence parallelism by `trained_tokens`.
 
-        The base class counts none of parts, and divides those of whole rows by the parts' number.
+        The base class counts no shifted labels, and divides the count of whole rows by `sp_size`.
         """
-        parts = self.star_dss_state is not None and parts_per_row(self.accelerator) > 1
+        parts = self.star_dss_state is not None and sequence_parallel_size(self.accelerator) > 1
         if parts and batch_samples:
             alone = not self.args.average_tokens_across_devices
             return trained_tokens(
-                batch_samples, self.accelerator.device, group_of_parts() if alone else None
+                batch_samples, self.accelerator.device, sequence_parallel_group() if alone else None
             )
         return super()._get_num_items_in_batch(batch_samples, *args)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Do the base class's work, but keep scores and reference in float32.
+        """Prepare inputs as the base class does, but keep scores and reference in float32.
 
-        With DeepSpeed it casts every floating-point input to the model's dtype, in which a
-        log-probability of −10 is off by up to 0.03.
+        With DeepSpeed the base class casts floating-point inputs to the model's dtype; in bfloat16
+        a log-probability of −10 is off by up to 0.03.
         """
         prepared: dict[str, Any] = super()._prepare_inputs(inputs)
         if self.star_dss_state is not None:
@@ -230,7 +231,7 @@ class StarDSSMixin(_Base):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the shaped loss; outputs, metrics and signature are those of the base class."""
+        """Return the shaped loss; signature, outputs and metrics are those of the base class."""
         state = self.star_dss_state
         if state is None:
             return super().compute_loss(
@@ -248,7 +249,7 @@ class StarDSSMixin(_Base):
         )
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the base class's loop with the metrics of this evaluation or prediction alone."""
+        """Run the base class's loop with metrics that begin at zero."""
         if self.star_dss_state is not None:
             self.star_dss_state.metrics.drop("eval")
         return super().evaluation_loop(*args, **kwargs)
@@ -260,7 +261,7 @@ class StarDSSMixin(_Base):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> Any:
-        """Do the base class's step; logits are made only where something reads them."""
+        """Run the base class's step; without outputs to return, the model makes no logits."""
         state = self.star_dss_state
         if state is None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
@@ -271,16 +272,17 @@ class StarDSSMixin(_Base):
             state.outputs_unread = False
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the `star_dss/` metrics to the trainer's own log lines."""
+        """Log as the base class does, with the `star_dss/` metrics added to lines with a loss."""
         if self.star_dss_state is not None:
-            # In place: `evaluate` returns this very dict, and metric_for_best_model looks into it.
+            # In place: `evaluate` returns this dict, and metric_for_best_model is looked up in it.
             logs.update(self._metrics_for(logs, self.star_dss_state))
         super().log(logs, start_time)
 
     def _metrics_for(self, logs: dict[str, float], state: StarDSSState) -> dict[str, float]:
-        """Return what goes with a line of the trainer's, which has a loss.
+        """Return the metrics to add to a log line; none if the line has no loss.
 
-        Nothing with a user's: it may come from one process alone, and would wait for the others.
+        A line without a loss is the user's own. One process alone may log it, and the metrics'
+        all-reduce would wait for the other processes.
         """
         if mode_of(self) == "train":
             if not logs.keys() & {"loss", "train_loss"}:
@@ -296,7 +298,7 @@ class StarDSSMixin(_Base):
         return {prefix + name: value for name, value in found.items()}
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the base class's card, and a section on how the loss was shaped."""
+        """Write the base class's model card with a section on STAR-DSS."""
         super().create_model_card(*args, **kwargs)
         if self.star_dss_state is not None and self.is_world_process_zero():
             add_section(Path(str(self.args.output_dir)))

@@ -1,4 +1,4 @@
-"""Compute one row's log-probabilities and KL terms the plain way, for the check of the loss."""
+"""Compute log-probabilities and KL terms of one row by their definitions, for the loss check."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def not_in_effect(trainer: Any, why: str) -> StarDSSError:
 
 @dataclass(frozen=True)
 class Plain:
-    """What the model gives for one row, computed the plain way.
+    """Hold log-probabilities and KL terms of one row, computed by their definitions.
 
     Attributes:
-        logps: (1, seq − 1): log π_θ(y_t), 0 where not trained.
-        kl: (1, seq − 1): KL_t, where it is trained; None without a reference.
+        logps: log π_θ(y_t), (1, seq − 1), 0 where not trained.
+        kl: KL_t, (1, seq − 1), meaningful where trained; None without a reference.
         half: Whether the model computes in 16 bits.
     """
 
@@ -53,13 +53,13 @@ class Plain:
     half: bool
 
     def close(self, one: Tensor, two: Tensor) -> bool:
-        """Return whether two losses are equal up to the model's precision."""
+        """Return whether two losses are equal up to the model's rounding."""
         relative, absolute = (3e-2, 1e-2) if self.half else (1e-3, 1e-3)
         return torch.allclose(one, two, rtol=relative, atol=absolute)
 
 
 _POSITIONS = 256
-"""Positions whose distributions are held at once; training holds more."""
+"""Positions whose logits are held at once, fewer than in training."""
 
 
 def plain_terms(
@@ -69,7 +69,18 @@ def plain_terms(
     batch: Mapping[str, Any],
     reference: Tensor | States | None,
 ) -> Plain:
-    """Return log-probabilities and KL terms of a batch by their definitions."""
+    """Return log-probabilities and KL terms of a batch by their definitions.
+
+    Args:
+        active: The trainer's `star_dss_state`.
+        trainer: The trainer.
+        policy: The trained model, unwrapped.
+        batch: One row.
+        reference: Of `reference_of`; None: no KL terms.
+
+    Raises:
+        ConfigError: FSDP2 shards the LM head as a unit of its own, which rounds to 16 bits.
+    """
     labels = batch["labels"][:, 1:]
     trained = labels != IGNORE_INDEX
 
@@ -112,7 +123,11 @@ def _spread(values: Tensor, where: Tensor) -> Tensor:
 def reference_of(
     active: StarDSSState, trainer: Any, batch: Mapping[str, Any], labels: Tensor
 ) -> Tensor | States | None:
-    """Return log π_ref, (1, seq − 1), or what the reference's distributions are made of."""
+    """Return log π_ref(y_t), (1, seq − 1), or with `full` the reference's `States`.
+
+    Raises:
+        StarDSSError: The reference is precomputed, and the batch lacks its column.
+    """
     kind = active.reference.kind
     if kind == "none":
         return None
@@ -141,7 +156,10 @@ def reference_of(
 
 @contextlib.contextmanager
 def head_watched(policy: nn.Module) -> Iterator[list[bool]]:
-    """Collect whether the head's weight is sharded when the backbone has been run."""
+    """Yield a list that gets, after each run of the backbone, whether the head is still sharded.
+
+    It is if FSDP2 wraps the head as a unit of its own.
+    """
     causal, found = causal_lm(policy), []
     head = getattr(causal, "get_output_embeddings", lambda: None)()
 
@@ -156,7 +174,7 @@ def head_watched(policy: nn.Module) -> Iterator[list[bool]]:
 
 
 def unit_of_its_own(why: str) -> ConfigError:
-    """Return the error for a head that FSDP2 shards by itself, and why that cannot work."""
+    """Return the error for an LM head that is an FSDP2 unit of its own; `why` says what fails."""
     return ConfigError(
         f"The model's head (lm_head) is an FSDP2 unit of its own, which {why}. Let "
         "fsdp_transformer_layer_cls_to_wrap name the decoder layer alone, in place of a "

@@ -1,7 +1,7 @@
-"""Find what a configuration asks for, and everything that would stop it, for `star-dss check`.
+"""Describe what a configuration does, and list what would stop it, for `star-dss check`.
 
-A host may go on without STAR-DSS where it cannot use it (Axolotl drops a block whose plugin is not
-listed, and logs a plugin that it cannot import), so what a run cannot find out by itself is found
+A host may silently train without STAR-DSS (Axolotl drops the block of a plugin that is not listed,
+and only logs a plugin that it cannot import). A run cannot report that itself, so it is checked
 here.
 """
 
@@ -26,7 +26,7 @@ __all__ = ["check_options", "describe_stream", "estimate", "estimate_of_media", 
 
 
 def check_options(options: StarDSSOptions) -> Findings:
-    """Look up what the options name; the guard's weights are not loaded."""
+    """Check the options and the names in them, without loading the guard's weights."""
     found = Findings()
     try:
         options.validate()
@@ -48,30 +48,30 @@ def check_options(options: StarDSSOptions) -> Findings:
 
 
 def lacks_guard(dataset: Dataset, options: StarDSSOptions) -> bool:
-    """Tell whether a data set would have to be scored and no guard is named."""
+    """Return whether a data set would have to be scored and no guard is named."""
     reads = options.shaping().needs_scores
     return reads and options.guard is None and SCORES_COLUMN not in dataset.column_names
 
 
 def describe_stream(dataset: IterableDataset, options: StarDSSOptions) -> str:
-    """Say in one line how a stream would be scored; its first row is read.
+    """Describe in one line how a stream would be scored; its first row is read.
 
     Args:
-        dataset: Its rows, raw or tokenized.
+        dataset: The stream, of raw or tokenized rows.
         options: The run's options.
 
     Raises:
-        StarDSSError: It would have to be scored and no guard is named.
+        StarDSSError: The stream would have to be scored and no guard is named.
     """
     if SCORES_COLUMN in next(iter(dataset), {}):
         return "a stream that brings its scores: nothing to score"
     if not options.shaping().needs_scores:
-        return "a stream, of which no score is read"
+        return "a stream, and this loss_type reads no scores"
     if options.guard is None:
         raise missing_guard()
     return (
         f"a stream, scored {options.stream_buffer} rows at a time while the model waits; how much "
-        "the guard would read cannot be counted before"
+        "the guard would read cannot be counted beforehand"
     )
 
 
@@ -84,18 +84,19 @@ def estimate(
     assistant_only_loss: bool = False,
     keep_end: bool = False,
 ) -> str:
-    """Say in one line how much a guard would read to score a data set. It says no time.
+    """Describe in one line how many tokens a guard would read to score a data set (no time).
 
     Args:
-        dataset: Raw rows; or with `input_ids` and `labels`, and if known the messages.
-        chat: The tokenizer and the template that made the tokens.
+        dataset: Raw rows; or rows with `input_ids`, `labels` and, if known, the messages.
+        chat: The tokenizer and the chat template that made the tokens.
         options: The run's options.
-        max_length: Raw rows are cut to this many tokens.
-        assistant_only_loss: Whether of raw rows only what the template marks as generated counts.
-        keep_end: Whether the end of raw rows is kept where they are cut, and not the beginning.
+        max_length: Raw rows are truncated to this many tokens.
+        assistant_only_loss: Whether only the tokens of raw rows that the template marks as
+            generated are trained.
+        keep_end: Whether truncation of raw rows keeps the end instead of the beginning.
 
     Raises:
-        DataError: What cannot be scored, with the row's number.
+        DataError: A row cannot be scored; its number is in the message.
     """
     if SCORES_COLUMN in dataset.column_names or options.guard is None:
         return f"{len(dataset)} rows: nothing to score"
@@ -132,16 +133,16 @@ def estimate(
 def estimate_of_media(
     dataset: Dataset, name: str, media: MediaRows, options: StarDSSOptions
 ) -> str:
-    """Say in one line what a guard would read of rows with images, sounds or videos: their text.
+    """Describe in one line how much a guard would read of rows with media: their text alone.
 
     Args:
-        dataset: Raw rows; no file that they name is opened.
-        name: "train", "eval", …: for messages.
-        media: How the host reads them.
+        dataset: Raw rows; the files that they name are not opened.
+        name: Name of the data set ("train", "eval", …) for messages.
+        media: The host's reader of these rows.
         options: The run's options.
 
     Raises:
-        DataError: What cannot be scored, with the row's number.
+        DataError: A row cannot be scored; its number is in the message.
     """
     rows = media.text_rows(dataset, name)
     marked = sum(map(bool, rows["media"]))

@@ -1,4 +1,4 @@
-"""Say what a run trains with when it starts, what it did when it ends, and record both."""
+"""Describe a run at its start and its end, and record it in `star_dss.json` and the model card."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ _PREFIX = "star_dss/"
 def summary_table(
     log_history: Sequence[Mapping[str, Any]], train: DatasetSummary, loss_type: str
 ) -> Sheet | None:
-    """Return the loss and every `star_dss/` metric, at the first and the last logged step.
+    """Return a table of the loss and every `star_dss/` metric at the first and last logged step.
 
     Args:
-        log_history: What the trainer logged (`trainer.state.log_history`).
-        train: What was trained on.
-        loss_type: How it was weighted.
+        log_history: The trainer's log (`trainer.state.log_history`).
+        train: Summary of the training set.
+        loss_type: The run's loss type.
 
     Returns:
         The table; None if no training step with these metrics was logged.
@@ -72,10 +72,10 @@ _PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft")
 
 
 def startup_line(active: StarDSSState) -> str:
-    """Return the one line that every run with an active loss prints."""
+    """Return the line that every run with an active loss prints at its start."""
     options, train = active.options, active.summaries["train"]
     share = train.below_threshold / train.trained_tokens
-    # Right if the data is that safe; also what a broken guard or a made-up column looks like.
+    # Correct for data that is all safe, but also the sign of a broken guard or a made-up column.
     so_far = " so far" if train.streamed else ""
     plain = (
         f" Every score{so_far} is 1, so this is plain finetuning: check the guard, or where the "
@@ -92,26 +92,26 @@ def startup_line(active: StarDSSState) -> str:
 
 
 def _streamed(active: StarDSSState) -> str:
-    """Return what there is to say of a training set that is a stream, before its first rows."""
+    """Return the words of the start-up line on a training stream; "" for a data set."""
     train = active.summaries["train"]
     if not train.streamed:
         return ""
     said = "the training data is a stream"
     if active.kept is not None and active.kept.loaded:
         said += (
-            f", scored {active.options.stream_buffer} rows at a time, for which training waits "
-            "and the guard stays in memory (scored beforehand, it would not)"
+            f", scored {active.options.stream_buffer} rows at a time: training waits for that, and "
+            "the guard stays in memory (not if the data is scored beforehand)"
         )
     return f"{said}; of its first {train.rows} rows: "
 
 
 def stream_line(train: DatasetSummary, seconds: float, of: float) -> str:
-    """Return the line on what a run has read of a stream.
+    """Return the line on the rows that a run has read from a stream.
 
     Args:
-        train: Of all that was read.
-        seconds: How long reading and scoring took this process.
-        of: How long the run took.
+        train: Summary of these rows.
+        seconds: Seconds that reading and scoring took in this process.
+        of: Seconds that training took.
     """
     return (
         f"STAR-DSS has read {train.rows} rows of the stream: {train.responses} responses scored, "
@@ -123,7 +123,7 @@ def stream_line(train: DatasetSummary, seconds: float, of: float) -> str:
 
 
 def run_record(active: StarDSSState) -> dict[str, Any]:
-    """Return what is needed to make the run again: `star_dss.json`."""
+    """Return the contents of `star_dss.json`: options, reference, data, versions."""
     hosts = (host.integration.host for host in load_plugins().hosts())
     return {
         "options": active.options.star_dss_dict(),
@@ -135,7 +135,7 @@ def run_record(active: StarDSSState) -> dict[str, Any]:
 
 
 def changed_options(active: StarDSSState, output_dir: str | Path) -> str:
-    """Return which options differ from the record in an output folder; "" if none does."""
+    """Return the options that differ from the record in an output folder; "" if none differs."""
     path = Path(output_dir) / "star_dss.json"
     try:
         before = json.loads(path.read_text(encoding="utf-8"))["options"]
@@ -149,10 +149,10 @@ def changed_options(active: StarDSSState, output_dir: str | Path) -> str:
 
 
 def check_reference(active: StarDSSState, output_dir: str | Path) -> None:
-    """Check that a resumed run's reference is the model that the run began with.
+    """Check that a resumed run has the reference that it began with.
 
     Raises:
-        ConfigError: The record in the output folder names other weights.
+        ConfigError: The record in the output folder has the fingerprint of other weights.
     """
     try:
         record = json.loads((Path(output_dir) / "star_dss.json").read_text(encoding="utf-8"))
@@ -176,7 +176,7 @@ def _installed(names: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def add_section(output_dir: Path) -> None:
-    """Append the section to README.md in the output folder, if there is one; or renew it."""
+    """Add a section on STAR-DSS to the README.md in the output folder, or replace it there."""
     card, record = output_dir / "README.md", output_dir / "star_dss.json"
     if not card.is_file() or not record.is_file():
         return

@@ -1,9 +1,11 @@
-"""Sharded models (FSDP, DeepSpeed): run one before training, decide once, and agree on all ranks.
+"""Run a model before FSDP or DeepSpeed shards it, and coordinate decisions over all ranks.
 
-Before the first step a rank may hold the whole model (FSDP, ZeRO-1 and -2), a part of each
-parameter (ZeRO-3, whose parameters are partitioned as they load), or no values at all (FSDP with
-`cpu_ram_efficient_loading`, where each machine's first rank alone reads the weights; the others
-hold parameters without values or, up to transformers 5.16 at least, zeros).
+Before the first step a rank holds one of these:
+
+- the whole model (FSDP, ZeRO-1 and -2);
+- a shard of each parameter (ZeRO-3, which partitions parameters as they load);
+- no weights (FSDP with `cpu_ram_efficient_loading`: only each machine's first rank reads them; the
+  others hold meta tensors or, up to transformers 5.16 at least, zeros).
 """
 
 from __future__ import annotations
@@ -30,11 +32,11 @@ T = TypeVar("T")
 
 
 def _sharding_of(accelerator: Any, loaded: bool) -> str | None:
-    """Return what shards a run's parameters in training, as messages name it; None: nothing.
+    """Name what shards the parameters during training, for messages; None if nothing does.
 
     Args:
-        accelerator: The trainer's.
-        loaded: Whether transformers has sharded them as it loaded the model.
+        accelerator: The trainer's accelerator.
+        loaded: Whether transformers applied FSDP2 when it loaded the model.
     """
     if loaded:
         return "FSDP2"
@@ -47,13 +49,16 @@ def _sharding_of(accelerator: Any, loaded: bool) -> str | None:
 
 @contextlib.contextmanager
 def runnable(model: nn.Module, accelerator: Any) -> Iterator[None]:
-    """Let a model be called for a while, before the trainer wraps it and places it.
+    """Make a model runnable before the trainer wraps it: on its device, partitions gathered.
 
     All ranks must enter; with ZeRO-3 all must then run equally many forward passes.
 
     Args:
         model: The trained model, unwrapped.
-        accelerator: The trainer's.
+        accelerator: The trainer's accelerator.
+
+    Raises:
+        StarDSSError: The whole model does not fit on the device.
     """
     if is_partitioned(model):
         with _zero3_engine(model, accelerator):
@@ -81,14 +86,14 @@ def runnable(model: nn.Module, accelerator: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _zero3_engine(model: nn.Module, accelerator: Any) -> Iterator[None]:
-    """Gather partitioned parameters in forward passes, by an engine without an optimizer."""
+    """Wrap a partitioned model in a DeepSpeed engine without an optimizer, for forward passes."""
     import deepspeed
 
     config = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
     config["zero_optimization"].pop("offload_optimizer", None)
     for name in ("optimizer", "scheduler"):
         config.pop(name, None)
-    # "auto" is filled in when training begins; without an optimizer these change nothing.
+    # The trainer fills "auto" in when training begins; no forward pass depends on these settings.
     config["train_micro_batch_size_per_gpu"] = 1
     for name in ("train_batch_size", "gradient_accumulation_steps", "gradient_clipping"):
         config.pop(name, None)
@@ -109,56 +114,56 @@ def _zero3_engine(model: nn.Module, accelerator: Any) -> Iterator[None]:
 
 
 def _has_weights(model: nn.Module) -> bool:
-    """Return whether this rank has a model's values, or the part of them that is its own."""
+    """Return whether this rank holds a model's weights, or with ZeRO-3 its shard of them."""
     if any(parameter.is_meta for parameter in model.parameters()):
         return False
     if is_partitioned(model):
         return True
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     weight = getattr(embeddings, "weight", None)
-    # Where transformers puts zeros in place of weights, all are 0, and an adapter's are not.
+    # A rank without weights may have zeros. Embeddings, because a new adapter's weights are real.
     return not isinstance(weight, torch.Tensor) or bool(weight.any())
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Hold what the processes of a run can do with the trained model before training shards it.
+    """Describe how the ranks of a run hold the trained model before training shards it.
 
     Attributes:
-        share: What this process does of the work that all of its machine do together.
+        share: This process's share of work that the processes of one machine divide.
         gather: Returns a value of every rank, in the order of ranks; every rank must call it.
-        device: Where this rank computes.
-        sharding: What shards the parameters in training, as messages name it; None: nothing.
-        together: Whether every rank must run equally many forward passes: each gathers weights
-            from all others (ZeRO-3, or FSDP2 that transformers applied as it loaded the model),
-            sends them tokens (experts that are spread over ranks), or computes a part of each
-            layer (tensor parallelism).
-        alike: How many ranks, one after the other, must run them on the same rows: those that share
-            each layer.
-        first_only: Whether each machine's first rank alone has the model's weights.
-        has_weights: Whether this rank has them.
+        device: This rank's device.
+        sharding: What shards the parameters during training, for messages; None: nothing.
+        collective: Whether a forward pass communicates, so that every rank must run equally many:
+            it gathers weights (ZeRO-3, or FSDP2 that transformers applied when it loaded the
+            model), exchanges tokens (expert parallelism), or computes a part of each layer (tensor
+            parallelism).
+        tp_size: Size of a tensor-parallel group. Its ranks are consecutive and must run the same
+            rows.
+        first_only: Whether only each machine's first rank holds the model's weights.
+        has_weights: Whether this rank holds them.
     """
 
     share: Share = ALONE
     gather: Callable[[Any], list[Any]] = lambda value: [value]
     device: torch.device | str = "cpu"
     sharding: str | None = None
-    together: bool = False
-    alike: int = 1
+    collective: bool = False
+    tp_size: int = 1
     first_only: bool = False
     has_weights: bool = True
 
     @classmethod
     def of(
-        cls, accelerator: Any, model: nn.Module, *, exchange: bool = False, alike: int = 1
+        cls, accelerator: Any, model: nn.Module, *, exchange: bool = False, tp_size: int = 1
     ) -> Ranks:
-        """Find it out for a trainer's accelerator and its unwrapped model, on every rank.
+        """Describe the ranks of a trainer's run; every rank must call this.
 
         Args:
-            accelerator: The trainer's.
+            accelerator: The trainer's accelerator.
             model: The trained model, unwrapped.
-            exchange: Whether the ranks send each other tokens in every forward pass.
-            alike: The size of the groups of tensor parallelism.
+            exchange: Whether ranks exchange tokens in every forward pass (expert parallelism).
+            tp_size: Size of a tensor-parallel group.
         """
 
         def gather(value: Any) -> list[Any]:
@@ -175,8 +180,8 @@ class Ranks:
             gather,
             accelerator.device,
             _sharding_of(accelerator, loaded),
-            together=exchange or alike > 1 or loaded or is_partitioned(model),
-            alike=alike,
+            collective=exchange or tp_size > 1 or loaded or is_partitioned(model),
+            tp_size=tp_size,
             first_only=not all(gather(has_weights)),
             has_weights=has_weights,
         )
@@ -185,32 +190,36 @@ class Ranks:
     def can_run(self) -> bool:
         """Whether the model can be run before training shards it.
 
-        Not if the first rank, which alone has its weights, needs the others for a forward pass.
+        It cannot if only the first rank has weights and a forward pass needs the other ranks.
         """
-        return not (self.together and self.first_only)
+        return not (self.collective and self.first_only)
 
     def fingerprint(self, model: nn.Module) -> str:
-        """Return `model_fingerprint` of a model, the same on every rank; all must call this.
+        """Return `model_fingerprint` of a model, the same on every rank; every rank must call this.
 
-        Where ranks have experts of their own it covers those of all of them.
+        With expert parallelism it covers the experts of all ranks.
         """
         found = self.first_decides(lambda: model_fingerprint(model))
-        parts = list(dict.fromkeys(self.gather(found))) if self.together else [found]
+        parts = list(dict.fromkeys(self.gather(found))) if self.collective else [found]
         return parts[0] if len(parts) == 1 else hashlib.sha256("".join(parts).encode()).hexdigest()
 
     def mine(self, work: Sequence[T]) -> list[T]:
-        """Return what this rank does of work that is done with the trained model: see `alike`."""
-        groups = max(1, self.share.ranks // self.alike)
-        return list(work[self.share.rank // self.alike % groups :: groups])
+        """Return this rank's share of work, which a tensor-parallel group does together."""
+        groups = max(1, self.share.ranks // self.tp_size)
+        return list(work[self.share.rank // self.tp_size % groups :: groups])
 
     def first_decides(self, decide: Callable[[], T]) -> T:
-        """Return what a function finds out about the model's weights, also where a rank has none.
+        """Return what a function of the model's weights returns, also on ranks without weights.
+
+        If only first ranks hold weights, every rank gets the result of rank 0; else each rank gets
+        its own.
 
         Args:
-            decide: Called on every rank that has weights; every rank must call this.
+            decide: The function, called only on ranks that hold weights. Every rank must call
+                `first_decides`.
 
         Raises:
-            StarDSSError: What `decide` raises on the first rank, on every rank.
+            StarDSSError: On every rank, if `decide` raised it on rank 0.
         """
         if not self.first_only:
             return decide()
@@ -227,13 +236,13 @@ class Ranks:
         return cast(T, found)
 
     def agree(self, facts: Mapping[str, Any]) -> None:
-        """Compare facts over all ranks; every rank must call this.
+        """Check that facts are equal on all ranks; every rank must call this.
 
         Args:
-            facts: By the name that an error has for it: anything that can be compared and pickled.
+            facts: Comparable, picklable values, by the name for each in an error message.
 
         Raises:
-            StarDSSError: A fact differs; on every rank.
+            StarDSSError: On every rank, if a fact differs.
         """
         given = self.gather(dict(facts))
         for name in dict.fromkeys(name for one in given for name in one):
@@ -243,15 +252,15 @@ class Ranks:
                 raise _apart(name, other)
 
     def agree_about(self, name: str, values: Sequence[float], within: float) -> None:
-        """Compare numbers over all ranks that need not be equal; every rank must call this.
+        """Check that numbers are equal on all ranks up to a tolerance; every rank must call this.
 
         Args:
-            name: What the numbers are of, for the error.
-            values: Equally many on every rank.
-            within: How far two of them may be apart.
+            name: Name of the numbers in an error message.
+            values: The numbers, equally many on every rank.
+            within: Largest allowed absolute difference from rank 0.
 
         Raises:
-            StarDSSError: They are further apart; on every rank.
+            StarDSSError: On every rank, if a number differs by more.
         """
         given = self.gather(list(values))
         for other, found in enumerate(given):

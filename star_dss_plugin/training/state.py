@@ -1,4 +1,4 @@
-"""Carry what a trainer with an active STAR-DSS loss needs."""
+"""Define the state that STAR-DSS adds to a trainer."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from star_dss_plugin.training.kept_guard import KeptGuard
 from star_dss_plugin.training.metrics import TokenMetrics
 from star_dss_plugin.training.reference.model import Reference
 from star_dss_plugin.training.rows.known_rows import KnownRows
-from star_dss_plugin.training.rows.late import Carriers
 from star_dss_plugin.training.rows.prepare import DatasetSummary
+from star_dss_plugin.training.rows.raw_rows import FillerRows
 from star_dss_plugin.training.rows.stream import ScoredStream
 from star_dss_plugin.training.sharding import Ranks
 
@@ -23,26 +23,26 @@ __all__ = ["StarDSSState"]
 
 @dataclass
 class StarDSSState:
-    """What a trainer with an active STAR-DSS loss carries.
+    """Hold the state of a trainer whose STAR-DSS loss is active.
 
     Attributes:
         options: The run's options.
-        shaping: Scores to weights.
+        shaping: Maps scores to weights.
         reference: π_ref.
-        prepare: Scores a data set, given its name.
-        summaries: What was scored, by data set ("train", "eval", …).
+        prepare: Takes a data set and its name ("train", "eval", …); returns it scored.
+        summaries: Statistics of the scored data, by name of the data set.
         metrics: Running sums for the log.
-        extra_metrics: By full name: what callbacks add to the next training log line.
-        shaped: How many training losses were shaped so far.
-        projects: Whether the policy's logits can be made a few positions at a time.
-        ranks: The processes of the run.
-        rows: The rows that were prepared.
-        train_dataset: What `summaries["train"]` describes.
-        streams: Streams that are scored as they are read.
+        extra_metrics: Values that callbacks add to the next training log line, by full name.
+        shaped: Number of training losses shaped so far.
+        projects: Whether the policy's logits can be computed a few positions at a time.
+        ranks: The ranks of the run.
+        rows: Digests of the rows that were prepared.
+        train_dataset: The data set that `summaries["train"]` describes.
+        streams: The streams that are scored as they are read.
         kept: The guard that scores them.
-        alignment: Lays scores onto tokens in the collator; None: rows are tokenized before.
-        carriers: Rows with media for batches without; None: no other process waits for this one.
-        outputs_unread: Whether an evaluation step asks for outputs that it does not read.
+        alignment: Assigns scores to tokens in the data collator; None if rows come tokenized.
+        fillers: Rows with media to add to batches without; None in a run of one process.
+        outputs_unread: Whether the running evaluation step drops the outputs that it asks for.
     """
 
     options: StarDSSOptions
@@ -60,12 +60,12 @@ class StarDSSState:
     streams: list[ScoredStream] = field(default_factory=list)
     kept: KeptGuard | None = None
     alignment: Alignment | None = None
-    carriers: Carriers | None = None
+    fillers: FillerRows | None = None
     outputs_unread: bool = False
 
     @property
     def sharded(self) -> bool:
-        """Whether a rank holds a part of each parameter, and gathers it from the others."""
+        """Whether each rank holds a shard of the parameters during training."""
         return self.ranks.sharding is not None
 
     @property
@@ -74,5 +74,5 @@ class StarDSSState:
         return self.options.kl_estimator == "full" and self.reference.kind != "none"
 
     def stream_of(self, dataset: Any) -> ScoredStream | None:
-        """Return the stream whose rows a data set gives; None if it is none of them."""
+        """Return the `ScoredStream` that a data set belongs to; None if there is none."""
         return next((stream for stream in self.streams if stream.dataset is dataset), None)

@@ -1,7 +1,7 @@
-"""Compute one step's loss of Eq. (3): the reference's pass, the host's forward pass, then the sum.
+"""Compute the loss of Eq. (3) for a batch: the reference's pass, the host's forward pass, the sum.
 
-The trainer's own `compute_loss` does the policy's forward pass. Its logits are read while it runs,
-inside the head's call (`head.py`), and the loss it returns is replaced.
+The host's own `compute_loss` runs the policy. Its logits are read during that forward pass, at the
+call of the LM head (`head.py`), and the loss that it returns is replaced.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from star_dss_plugin.training.head import (
     at_head,
     first_output,
     forward_inputs,
-    nothing_of,
     without_logits,
+    zero_of,
 )
-from star_dss_plugin.training.sequence_parts import (
-    balancing,
-    exchanging,
-    framed,
+from star_dss_plugin.training.sequence_parallel import (
+    balancing_over_group,
+    exchanging_in_eval,
     is_part,
-    parts_per_row,
+    sequence_parallel_size,
+    unshifted,
 )
 from star_dss_plugin.training.state import StarDSSState
 
@@ -49,18 +49,19 @@ def shaped_step(
     return_outputs: bool,
     num_items_in_batch: Tensor | int | None,
 ) -> Any:
-    """Return the shaped loss of a batch, as a Trainer's `compute_loss` does, and log its parts.
+    """Return the shaped loss of a batch, as a Trainer's `compute_loss` does, and log its terms.
 
     Args:
-        trainer: Whose step it is.
-        active: What it carries.
-        model: As it is wrapped.
-        inputs: The batch, with `labels`, `star_scores` and, if it was computed before training,
-            the reference's column.
+        trainer: The trainer.
+        active: The trainer's `star_dss_state`.
+        model: The model as the trainer has wrapped it.
+        inputs: The batch, with `labels`, `star_scores` and, for a precomputed reference,
+            `ref_logps`; or with their shifted columns if the batch holds parts of rows.
         host_loss: `compute_loss` of the trainer's base class.
         logits_unread: Whether `host_loss` reads no logits.
-        return_outputs: Whether the host's outputs are returned, too.
-        num_items_in_batch: Trained tokens of the optimizer batch; None: of this batch.
+        return_outputs: Whether to return (loss, outputs of the model) instead of the loss.
+        num_items_in_batch: Trained tokens of the optimizer batch, by which the loss is divided;
+            None: those of this batch.
 
     Raises:
         StarDSSError: The batch or the host's forward pass lacks what the loss needs.
@@ -71,7 +72,7 @@ def shaped_step(
             "A batch of parts of rows (sp_size) came without the number of trained tokens of all "
             "processes. Use a trainer that counts them in get_batch_samples, as transformers does."
         )
-    given = framed(inputs) if part else inputs
+    given = unshifted(inputs) if part else inputs
     scores, ref_logps = given.get(SCORES_COLUMN), given.get(REF_COLUMN)
     labels = given.get("labels")
     # transformers asks Liger's fused loss for skip_logits.
@@ -86,12 +87,12 @@ def shaped_step(
         inputs["labels"] = inputs["shift_labels"]
     mode = mode_of(trainer)
     shaping = active.shaping
-    if mode == "train":  # evaluations have λ whole, so that they compare
+    if mode == "train":  # evaluations use the full λ, so that they can be compared over steps
         shaping = shaping.at_step(trainer.state.global_step, active.options.kl_warmup_steps)
     weights = shaping.weights(_checked(scores), labels)
-    # Before the policy's forward pass: switching an adapter off between that and the backward
-    # pass would confuse checkpointing.
-    with exchanging(trainer.model) if part else contextlib.nullcontext():
+    # Before the policy's forward pass: gradient checkpointing would recompute that pass wrongly if
+    # an adapter were switched off between it and the backward pass.
+    with exchanging_in_eval(trainer.model) if part else contextlib.nullcontext():
         ref = _reference(trainer, active, model, inputs, labels, ref_logps, weights)
 
     def terms(rows: Tensor, project: Projection | None) -> tuple[Tensor, ...]:
@@ -101,8 +102,8 @@ def shaped_step(
 
     with contextlib.ExitStack() as stack:
         if part:
-            stack.enter_context(exchanging(trainer.model))
-            stack.enter_context(balancing(trainer.model))
+            stack.enter_context(exchanging_in_eval(trainer.model))
+            stack.enter_context(balancing_over_group(trainer.model))
         result, outputs, found = _forward(
             trainer, active, model, inputs, host_loss, logits_unread, return_outputs, terms
         )
@@ -127,25 +128,28 @@ def shaped_step(
         loss = loss * times_averaged(trainer, part=part)
     loss = _with_auxiliary_loss(trainer, loss, outputs, num_items_in_batch)
     if active.sharded:
-        loss = loss + nothing_of(outputs)
+        loss = loss + zero_of(outputs)
     return (loss, result[1]) if return_outputs else loss
 
 
 def times_averaged(trainer: Any, *, part: bool) -> int:
-    """Return over how many processes that divide a loss by the same N its gradients are averaged.
+    """Return the factor that undoes the averaging of gradients over processes.
+
+    It is the number of processes whose trained tokens are counted together in
+    `num_items_in_batch`: their losses must be summed, and DDP, FSDP and DeepSpeed average.
 
     Args:
-        trainer: Whose N counts the tokens of all processes, or of this one alone: of all that have
-            a part of its rows.
-        part: Whether the loss is that of a part of rows.
+        trainer: The trainer. With `average_tokens_across_devices` it counts the tokens of all
+            processes, else those of one process or one sequence-parallel group.
+        part: Whether the batch holds parts of rows (sequence parallelism).
     """
     if trainer.args.average_tokens_across_devices:
         return int(trainer.accelerator.num_processes // trainer.get_tp_size())
-    return parts_per_row(trainer.accelerator) if part else 1
+    return sequence_parallel_size(trainer.accelerator) if part else 1
 
 
 def mode_of(trainer: Trainer) -> str:
-    """Return "train" or "eval", as the trainer's model is."""
+    """Return "train" or "eval", the mode of the trainer's model."""
     assert trainer.model is not None
     return "train" if trainer.model.training else "eval"
 
@@ -159,7 +163,7 @@ def _checked(scores: Tensor) -> Tensor:
     """Return a batch's scores as float32.
 
     Raises:
-        StarDSSError: One of them is no probability.
+        StarDSSError: A score is outside [0, 1].
     """
     inside = (scores >= 0) & (scores <= 1)
     if not bool(inside.all()):
@@ -180,7 +184,11 @@ def _reference(
     ref_logps: Tensor | None,
     weights: TokenWeights,
 ) -> Tensor | States | None:
-    """Return log π_ref, shifted, or what its distributions are made of; None: not needed."""
+    """Return the reference's log π_ref(y_t), (batch, seq − 1), or with `full` its `States`.
+
+    None without a reference, and if no token of the batch has a KL weight (unless the reference is
+    precomputed, or other ranks wait for this forward pass).
+    """
     kind, held = active.reference.kind, weights.kl != 0
     if kind == "precomputed":
         if ref_logps is None:
@@ -196,8 +204,8 @@ def _reference(
                 "found to need no reference. The weight map must depend on its arguments alone."
             )
         return None
-    # Each rank's pass waits for those of all others: none may be left out.
-    if not (active.sharded or active.ranks.together) and not bool(held.any()):
+    # Every rank must run a forward pass that communicates, even if it needs no result.
+    if not (active.sharded or active.ranks.collective) and not bool(held.any()):
         return None
 
     def function(rows: Tensor, project: Projection | None) -> Any:
@@ -224,16 +232,16 @@ def _forward(
     return_outputs: bool,
     terms: Callable[[Tensor, Projection | None], tuple[Tensor, ...]],
 ) -> tuple[Any, Any, tuple[Tensor, ...] | None]:
-    """Return the host's own result, the policy's outputs, and `terms` of its logits.
+    """Return `host_loss`'s result, the policy's outputs, and `terms` of the policy's logits.
 
-    None in place of the terms: the outputs hold log-probabilities, from a fused head.
+    The terms are None if the outputs hold log-probabilities from a fused LM head instead.
     """
     policy = policy_of(trainer, model)
     read = return_outputs and not active.outputs_unread
     alone = active.projects and logits_unread and not read
 
-    def at_head_of(kwargs: Mapping[str, Any]) -> bool:
-        """Leave a pass alone whose outputs are enough: all logits, or log-probabilities."""
+    def reads_at_head(kwargs: Mapping[str, Any]) -> bool:
+        """Return whether to read logits at the head, because the outputs will not hold them all."""
         lacking = active.sharded or bool(kwargs.get("fused_lm_head"))
         return alone or (active.needs_distributions and lacking)
 
@@ -241,7 +249,7 @@ def _forward(
         captured = stack.enter_context(first_output(model))
         found: list[tuple[Tensor, ...]] = []
         if active.projects:
-            found = stack.enter_context(at_head(policy, terms, wanted=at_head_of))
+            found = stack.enter_context(at_head(policy, terms, wanted=reads_at_head))
         if alone:
             stack.enter_context(without_logits(model))
         result = host_loss(model, dict(inputs), return_outputs=return_outputs)
@@ -255,7 +263,7 @@ def _forward(
     logits = getattr(captured[0], "logits", None)
     if logits is not None and logits.shape[:2] == inputs["labels"].shape:
         return result, captured[0], terms(logits, None)
-    if active.needs_distributions:  # a second pass: the host's own never had the logits
+    if active.needs_distributions:  # a second forward pass: the host's made no logits
         call = model if active.sharded else policy
         return result, captured[0], terms(call(**forward_inputs(inputs)).logits, None)
     return result, captured[0], None
@@ -269,9 +277,9 @@ def _kl_terms(
     ref: Tensor | States | None,
     weights: TokenWeights,
 ) -> tuple[Tensor, ...]:
-    """Return KL_t and, where it is a function of log π_θ(y_t), its slope.
+    """Return (KL_t,) for `full`, (KL_t, slope) for the estimators, () without a reference.
 
-    Nothing without a reference.
+    The slope is the derivative of KL_t by log π_θ(y_t).
     """
     if ref is None:
         return ()
@@ -292,7 +300,7 @@ def _fused_logps(outputs: Any, labels: Tensor) -> Tensor:
         return fused.float()
     raise ConfigError(
         "The model's forward pass returned neither per-token log-probabilities nor logits "
-        "for every token, so its loss cannot be weighed. Switch off what fuses the loss "
+        "for every token, so the loss cannot be weighted by token. Switch off what fuses the loss "
         "into the model: cut_cross_entropy, or the kernel's own patch."
     )
 
@@ -300,7 +308,7 @@ def _fused_logps(outputs: Any, labels: Tensor) -> Tensor:
 def _with_auxiliary_loss(
     trainer: Trainer, loss: Tensor, outputs: Any, num_items_in_batch: Tensor | int | None
 ) -> Tensor:
-    """Add a mixture-of-experts model's load-balancing loss."""
+    """Add the load-balancing loss of a mixture-of-experts model."""
     auxiliary = getattr(outputs, "aux_loss", None)
     if auxiliary is None:
         return loss
@@ -311,7 +319,7 @@ def _with_auxiliary_loss(
         coefficient = getattr(config, "router_aux_loss_coef", 0.0)
     steps = 1
     if num_items_in_batch is not None:
-        # The Trainer sets it in its training loop; the check before the first step is earlier.
+        # The Trainer sets it in its training loop, after the check of the loss.
         steps = getattr(trainer, "current_gradient_accumulation_steps", 1)
     shaped: Tensor = loss + coefficient * auxiliary / steps
     return shaped

@@ -1,4 +1,4 @@
-"""A trainer's data sets, each made ready in the way that its rows come."""
+"""Prepare a trainer's data sets: tokenized rows, streams, and rows that the collator tokenizes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,13 @@ def prepare_rows(
     dataset: Any,
     name: str,
 ) -> tuple[Dataset, DatasetSummary]:
-    """Return a data set with `star_scores` and, where they are needed, `ref_logps`."""
+    """Score and pack a data set; add `ref_logps` if the reference is precomputed.
+
+    Every rank must call this.
+
+    Returns:
+        The data set, and the summary of its scores.
+    """
     args, policy = trainer.args, trainer.model
     assert policy is not None
     if reference.kind != "precomputed" and isinstance(dataset, Dataset):
@@ -61,18 +67,19 @@ def prepare_rows(
         num_proc=getattr(args, "dataset_num_proc", None) or 1,
         progress=progress,
     )
-    # What is packed is scored: by then nobody can tell where a document's messages were.
+    # Scored before it is packed, because packing drops the messages.
     with args.main_process_first(desc=f"STAR-DSS packing of {name}"):
         dataset = trainer.pack(dataset, evaluation=name != "train")
-    # All ranks compute it where one must: they wait for each other.
+    # If one rank must compute it, all do: they wait for each other.
     if reference.kind == "precomputed" and not all(
         ranks.gather(has_reference_logps(dataset, reference, shaping))
     ):
         if reference.model is None and _has_moved(trainer, policy, reference, ranks):
             raise ConfigError(
-                f"The {name} data set came after training had started, when the reference "
-                "(the model as it starts, or a named one) is gone. Pass it to the trainer's "
-                "constructor as eval_dataset, or set reference='copy' (or 'adapter')."
+                f"The {name} data set came after training had started, and the reference "
+                "(the model as it starts, or a named one) is in memory no longer. Pass the data "
+                "set to the trainer's constructor as eval_dataset, or set reference='copy' (or "
+                "'adapter')."
             )
         dataset = add_reference_logps(
             dataset,
@@ -90,12 +97,12 @@ def prepare_rows(
 
 
 def _chat(trainer: Trainer, tokenizer: PreTrainedTokenizerBase) -> ChatTokenizer:
-    """Return the tokenizer with TRL's template that made the tokens, maybe not its own."""
+    """Return the tokenizer with TRL's chat template, which may not be the tokenizer's own."""
     return ChatTokenizer(tokenizer, getattr(trainer, "chat_template", None))
 
 
 def _truncation(trainer: Trainer) -> tuple[int | None, str | None]:
-    """Return how TRL cut rows."""
+    """Return (max_length, truncation_mode) with which TRL truncated rows."""
     args = trainer.args
     return getattr(args, "max_length", None), getattr(args, "truncation_mode", None)
 
@@ -110,7 +117,7 @@ def prepare_stream(
     dataset: IterableDataset,
     name: str,
 ) -> ScoredStream:
-    """Return a stream whose rows are scored, and packed where that is asked for, as they come."""
+    """Return a stream whose rows are scored, and packed if the trainer packs, as they are read."""
     chat = trainer.chat_of_streams(_chat(trainer, tokenizer))
     truncation = _truncation(trainer)
 
@@ -129,7 +136,7 @@ def prepare_stream(
             guard=kept.get() if asks_guard(options, name) and not scored else None,
             part=True,
         )
-        # Some collators make tensors of every column.
+        # Some collators make tensors of all columns.
         buffer = buffer.remove_columns([c for c in buffer.column_names if c not in columns])
         packed = trainer.pack(buffer, evaluation=name != "train")
         return packed, replace(summary, streamed=True)
@@ -145,7 +152,11 @@ def prepare_raw(
     dataset: Any,
     name: str,
 ) -> tuple[Dataset, Dataset, DatasetSummary]:
-    """Return raw rows with `star_text`, the same as scored rows of text, and their summary."""
+    """Score rows that the data collator tokenizes, by their rendered text.
+
+    Returns:
+        The raw rows with `star_text`; the scored rows of text; and the summary of the scores.
+    """
     check_kind(dataset, name)
     scored, summary = prepare_dataset(
         media.text_rows(dataset, name),
@@ -163,9 +174,9 @@ def prepare_raw(
 def _has_moved(
     trainer: StarDSSMixin, policy: nn.Module, reference: Reference, ranks: Ranks
 ) -> bool:
-    """Return whether the trained model is not the reference any more.
+    """Return whether the trained model may differ from the reference: it was trained or sharded.
 
-    Once a model is sharded it can no longer be told, nor be called on one rank.
+    A sharded model's fingerprint cannot be computed, and the model cannot be run on one rank.
     """
     if ranks.sharding is not None and trainer.accelerator._models:
         return True

@@ -115,7 +115,7 @@ def make_trainer(kind, folder, ranks, case, changes):
     from trl.trainer import sft_trainer
 
     from star_dss_plugin.training import step
-    from star_dss_plugin.training.sequence_parts import exchanging
+    from star_dss_plugin.training.sequence_parallel import exchanging_in_eval
     from support.trl_runs import lora_config
 
     own = {name: case[name] for name in OWN if name in case}
@@ -123,7 +123,7 @@ def make_trainer(kind, folder, ranks, case, changes):
     differs = own.get("differs") if os.environ.get("RANK") == "1" else None
     vision, lora = own.get("vision"), own.get("lora")
     source = vision_folder(folder, vision) if vision else model_folder(folder, shape_of(own))
-    step.exchanging = contextlib.nullcontext if own.get("alone") else exchanging
+    step.exchanging_in_eval = contextlib.nullcontext if own.get("alone") else exchanging_in_eval
     set_seed(1)  # adapters begin with random values
     tokenizer = (AutoProcessor if vision else AutoTokenizer).from_pretrained(source)
     out = Path(folder) / f"{kind}-{changes.pop('name')}-{ranks}"

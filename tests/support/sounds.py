@@ -11,7 +11,7 @@ from star_dss_plugin.data.alignment import Alignment
 from star_dss_plugin.data.columns import SCORES_COLUMN
 from star_dss_plugin.data.media_rows import MediaRows, with_text_column
 from star_dss_plugin.training.rows.known_rows import KnownRows
-from star_dss_plugin.training.rows.late import LateCollator
+from star_dss_plugin.training.rows.raw_rows import RawRowsCollator
 
 
 def tone(path: Path, n: int) -> None:
@@ -30,5 +30,5 @@ def laid(collator: Any, read: MediaRows, raw: Dataset) -> dict[str, Any]:
     known = KnownRows()
     names = {f"star_text.{name}": name for name in ("input_ids", "labels", SCORES_COLUMN)}
     known.add(with_text_column(raw, scored).flatten().rename_columns(names))
-    late = LateCollator(collator, Alignment(read.chat, read.media), known)
+    late = RawRowsCollator(collator, Alignment(read.chat, read.media), known)
     return late(list(with_text_column(raw, scored)))

@@ -160,4 +160,4 @@ def test_a_stream_with_scores_has_nothing_to_score():
     stream = Dataset.from_list([{"star_scores": [1.0]}]).to_iterable_dataset()
     assert "brings its scores" in describe_stream(stream, StarDSSOptions())
     rows = Dataset.from_list([{"input_ids": [1]}]).to_iterable_dataset()
-    assert "no score is read" in describe_stream(rows, StarDSSOptions(loss_type="sft"))
+    assert "reads no scores" in describe_stream(rows, StarDSSOptions(loss_type="sft"))

@@ -1,8 +1,8 @@
-"""`star-dss demo`: the whole pipeline on a small model and a small real data set.
+"""Run `star-dss demo`: the whole pipeline on a small model and a small real data set.
 
-Starts from SmolLM2-135M-Instruct with an adapter that makes it decline harmful requests, scores 102
-conversations with the demonstration guard, finetunes with LoRA once with plain SFT and once with
-STAR-DSS, and counts what each of the three models still declines, and what it learned.
+It starts from SmolLM2-135M-Instruct with an adapter that makes it decline harmful requests, scores
+102 conversations with the demonstration guard, and finetunes with LoRA, once with plain SFT and
+once with STAR-DSS. It then measures what each of the three models declines and has learned.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ _LOG = "demo.log"
 
 
 def run(output: Path, *, steps: int = 13, prompt_count: int = 20) -> dict[str, Any]:
-    """Run the demonstration, and write what came of it.
+    """Run the demonstration, and write its results.
 
     Args:
-        output: Folder of `index.html`, `scores.html`, `report.md`, `results.json` and `demo.log`,
+        output: Folder for `index.html`, `scores.html`, `report.md`, `results.json` and `demo.log`,
             which are replaced.
-        steps: Optimizer steps of each run, 8 rows a step.
-        prompt_count: How many prompts of each kind are answered by each model, at most.
+        steps: Optimizer steps of each run, of 8 rows each.
+        prompt_count: Largest number of prompts of each kind that each model answers.
 
     Returns:
-        What `results.json` holds.
+        The contents of `results.json`.
 
     Raises:
         ConfigError: Another demonstration is writing to the folder.
@@ -71,7 +71,7 @@ def run(output: Path, *, steps: int = 13, prompt_count: int = 20) -> dict[str, A
             return _run(output, console, steps, prompt_count)
         except BaseException:
             traceback.print_exc()
-            console.print(f"The demonstration stopped. The libraries' own words: {log}")
+            console.print(f"The demonstration stopped. What the libraries said: {log}")
             raise
 
 
@@ -79,8 +79,8 @@ def _run(output: Path, console: Console, steps: int, prompt_count: int) -> dict[
     started = time.monotonic()
     console.print(
         "A small model that declines harmful requests is finetuned on useful and harmful "
-        "conversations, as usual and with STAR-DSS. Some minutes on two cores.\n"
-        "The guard is a linear probe on a 135M model: it shows how it all works and protects "
+        "conversations, as usual and with STAR-DSS. This takes some minutes on two cores.\n"
+        "The guard is a linear probe on a 135M model: it shows how the method works and protects "
         "nobody.\n"
     )
     prompts = [p for kind in (HARMFUL, BENIGN) for p in demo_prompts(kind, limit=prompt_count)]
@@ -137,7 +137,7 @@ def _run(output: Path, console: Console, steps: int, prompt_count: int) -> dict[
 def _measured(
     model: Any, tokenizer: Any, harmful: Any, tasks: Any, prompts: list[Prompt], advance: Any
 ) -> dict[str, Any]:
-    """Return what a model has learned and what it declines."""
+    """Return a model's cross-entropies, answers and refusals."""
     learned = cross_entropies(model, harmful, advance)
     held_out = cross_entropies(model, tasks, advance)
     said = answers(model, tokenizer, prompts, advance)

@@ -1,4 +1,4 @@
-"""Say what came of the demonstration: a picture for the terminal, a report, a page."""
+"""Present the demonstration's results: bars for the terminal, a Markdown report, an HTML page."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from star_dss_trl.demo.training import trained_scores
 __all__ = ["LABELS", "figures", "page", "picture", "report", "story", "token_shares"]
 
 LABELS = {"start": "start", "sft": "plain SFT", "star_dss": "STAR-DSS"}
-"""Names of the three models, for people."""
+"""Displayed names of the three models."""
 
 _ROWS_SHOWN = 8
 _WIDTH = 30
 _AS_WELL, _MOST = 0.9, 0.5
-"""Shares of what plain SFT learned from which on STAR-DSS learned as well, or most of it."""
+"""Least shares of plain SFT's gain to say that STAR-DSS learned "as well" or "most of" it."""
 
 
 def figures(results: Mapping[str, Any]) -> list[Bars]:
-    """Return what is compared: refusals of both kinds of prompts, and the task loss."""
+    """Return the figures to compare: refusals of both kinds of prompts, and the task loss."""
     models, prompts = results["models"], results["prompts"]
     found = [
         Bars(
@@ -68,7 +68,7 @@ def picture(results: Mapping[str, Any], *, plain: bool) -> str:
 
 
 def story(results: Mapping[str, Any]) -> str:
-    """Say in sentences what happened, from the figures alone."""
+    """Return the result in sentences, derived from the figures alone."""
     start, sft, shaped = (results["models"][name] for name in LABELS)
     return f"{_safety(start, sft, shaped)} {_learning(start, sft, shaped)} {_harmless(results)}"
 
@@ -96,7 +96,7 @@ def _safety(start: Any, sft: Any, shaped: Any) -> str:
 def _learning(start: Any, sft: Any, shaped: Any) -> str:
     plain, gain = (start["task_ce"] - model["task_ce"] for model in (sft, shaped))
     if plain <= 0:
-        return "Plain finetuning did not learn the task, so there is nothing to compare that with."
+        return "Plain finetuning did not learn the task, so there is nothing to compare."
     if gain <= 0:
         return "STAR-DSS did not learn the task, which plain finetuning did."
     share = f"it got {gain / plain:.0%} of the improvement in task loss"
@@ -172,7 +172,7 @@ def _rows(results: Mapping[str, Any]) -> Iterable[tuple[str, ...]]:
 
 
 def token_shares(scored: Dataset) -> dict[str, dict[str, float]]:
-    """Return of each group the trained tokens, their mean score, and the share below 0.5."""
+    """Return trained tokens, mean score and share of scores below 0.5, by group of rows."""
     shares = {}
     labels = np.asarray(scored["label"])
     for label, which in (("benign", labels == 1), ("harmful", labels == 0)):

@@ -1,4 +1,4 @@
-"""Show one line for each stage of the demonstration, and put what others print into a log."""
+"""Show one line for each stage of the demonstration, and redirect other output to a log."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Advance = Callable[[], None]
 
 @contextlib.contextmanager
 def only_in(log: Path) -> Iterator[TextIO]:
-    """Send what this process prints to a file: Python's output, warnings, and that of libraries.
+    """Redirect all output of this process to a file: Python's, warnings, and that of C libraries.
 
     Args:
-        log: The file; replaced.
+        log: The file, which is replaced.
 
     Yields:
-        What still reaches the user.
+        A stream that still reaches the user.
     """
     with contextlib.ExitStack() as undo:
         file = undo.enter_context(
@@ -38,7 +38,7 @@ def only_in(log: Path) -> Iterator[TextIO]:
         if _descriptor(shown) == 1:
             copy = os.fdopen(os.dup(1), "w", encoding=shown.encoding, errors="replace")
             shown = undo.enter_context(copy)
-        # Below Python: C code, and handlers that keep the streams they have found.
+        # At the file descriptors, for C code and for log handlers that hold the old streams.
         for number in (1, 2):
             kept = os.dup(number)
             undo.callback(os.close, kept)
@@ -58,11 +58,11 @@ def _descriptor(stream: Any) -> int | None:
 
 
 class Stages:
-    """Show stages one after the other: live with the time left, or a line each in a file.
+    """Show stages one after the other: live with the time left, or in a file one line each.
 
     Args:
-        console: Where to.
-        count: How many there will be.
+        console: The console to show them on.
+        count: The number of stages.
     """
 
     def __init__(self, console: Console, count: int) -> None:
@@ -93,11 +93,11 @@ class Stages:
         """Show a stage while a block runs.
 
         Args:
-            what: What it does, in a few words.
-            steps: How many steps it has.
+            what: Description of the stage, in a few words.
+            steps: Number of its steps.
 
         Yields:
-            A function to call after each step; what was not needed counts as done at the end.
+            A function to call after each step; at the end all steps count as done.
         """
         self._begun += 1
         text = f"{self._begun}/{self._count} {what}"

@@ -1,4 +1,4 @@
-"""Score, finetune and measure what the demonstration compares."""
+"""Score the demonstration's data, finetune its models, and measure them."""
 
 from __future__ import annotations
 
@@ -46,17 +46,18 @@ Advance = Callable[[], None]
 
 
 def aligned_start() -> tuple[Any, PreTrainedTokenizerBase]:
-    """Return SmolLM2-135M-Instruct that declines harmful requests, and its tokenizer.
+    """Return a SmolLM2-135M-Instruct that declines harmful requests, and its tokenizer.
 
-    The model as published answers most of them. `scripts/make_aligned_adapter.py` made the adapter,
-    which is merged, so that the result is a plain model with something to lose.
+    The published model answers most harmful requests. The adapter that makes it decline them, by
+    `scripts/make_aligned_adapter.py`, is merged, so the result is a plain model with an alignment
+    to lose.
     """
     with as_file(files("star_dss_trl").joinpath("demo_assets", _ADAPTER)) as folder:
         return load_whole_model(str(folder), base=SMOLLM2)
 
 
 def mixture() -> tuple[Dataset, Dataset]:
-    """Return the training rows, and benign rows that are held out."""
+    """Return the training rows, and the benign rows that are held out for the task loss."""
     rows = packaged("star_dss_plugin.data", "demo_mix.jsonl")
     benign = [i for i, label in enumerate(rows["label"]) if label == 1]
     kept = benign[::_HELD_OUT]
@@ -64,7 +65,7 @@ def mixture() -> tuple[Dataset, Dataset]:
 
 
 class _Watched(DemoGuard):
-    """The demonstration guard, which tells how far it is."""
+    """Report the demonstration guard's progress, one call for each scored response."""
 
     def __init__(self, advance: Advance) -> None:
         super().__init__()
@@ -78,7 +79,7 @@ class _Watched(DemoGuard):
 
 
 def scored(rows: Dataset, tokenizer: PreTrainedTokenizerBase, advance: Advance) -> Dataset:
-    """Return rows with tokens and scores, by the demonstration guard; one step a response."""
+    """Tokenize rows and score them with the demonstration guard; one step per response."""
     return score_dataset(
         rows, tokenizer, guard=_Watched(advance), max_length=_MAX_LENGTH, progress=False
     )
@@ -101,7 +102,7 @@ def finetuned(
     folder: Path,
     advance: Advance,
 ) -> tuple[Any, list[dict[str, Any]]]:
-    """Finetune with LoRA, 8 rows a step; return the model, and what was logged."""
+    """Finetune with LoRA, 8 rows a step; return the model and its log lines."""
     set_seed(_SEED)
     args = StarDSSConfig(
         output_dir=str(folder),
@@ -137,7 +138,7 @@ def finetuned(
 def cross_entropies(
     model: Any, rows: Iterable[Mapping[str, Any]], advance: Advance
 ) -> list[tuple[float, int]]:
-    """Return of each row the sum of −log π over its trained tokens, in nats, and their number."""
+    """Return for each row the sum of −log π in nats and the number of its trained tokens."""
     found = []
     device = next(model.parameters()).device
     for row in rows:
@@ -153,7 +154,7 @@ def cross_entropies(
 def answers(
     model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], advance: Advance
 ) -> list[str]:
-    """Return greedy answers to prompts, in their order."""
+    """Return greedy answers, in the order of the prompts."""
     asked = [prompt_ids(tokenizer, prompt.messages) for prompt in prompts]
     said = [""] * len(asked)
     for i, answer in greedy_answers(

@@ -1,1 +1,1 @@
-"""The reference π_ref: chosen, run, or computed once as a column."""
+"""Choose and run the reference π_ref, or compute it once as a column."""

@@ -1,4 +1,4 @@
-"""Choose π_ref by the option `reference`, the model, the data and the processes of a run."""
+"""Choose the kind of reference from the option `reference`, the model, the data and the ranks."""
 
 from __future__ import annotations
 
@@ -28,20 +28,21 @@ def choose_reference(
     needed: bool,
     projects: bool,
     ranks: Ranks,
-    live: str = "",
+    obstacle: str = "",
 ) -> Reference:
-    """Decide what `reference=name` means for this run.
+    """Return the reference that `reference=name` means for this run; every rank must call this.
 
     Args:
-        name: An option of `options.REFERENCES`, or a model id or folder.
-        policy: The model as it starts.
-        tokenizer: The policy's.
+        name: One of `options.REFERENCES`, or a model's Hub id or folder.
+        policy: The trained model as it starts.
+        tokenizer: The policy's tokenizer.
         estimator: The KL estimator.
         needed: Whether any token can get a KL weight.
         projects: Whether `can_project` holds for the policy.
-        ranks: The processes of the run; all of them must call this.
-        live: What data there are of whose rows nothing right can be computed before they are
-            trained on: they are not there, have no tokens, or are read together; "" if none.
+        ranks: The ranks of the run.
+        obstacle: Name, for messages, of data whose reference cannot be precomputed: a stream, rows
+            that the data collator tokenizes, or packs whose documents the model reads together. ""
+            if there is none.
 
     Raises:
         ConfigError: The choice contradicts the mode, the estimator, the model or its sharding.
@@ -59,7 +60,7 @@ def choose_reference(
         return ranks.first_decides(lambda: decide(policy))
 
     if name == "auto":
-        early = not live and estimator != "full" and ranks.can_run
+        early = not obstacle and estimator != "full" and ranks.can_run
         name = "precomputed" if early else "copy"
         if name == "copy" and is_peft(policy) and fresh():
             name = "copy" if _trained_outside(policy) else "adapter"
@@ -86,10 +87,10 @@ def choose_reference(
         return Reference("adapter", what, projects=projects)
     if name in ("precomputed", "copy") and not ranks.can_run:
         raise ConfigError(
-            f"reference is {name!r}, for which the model is run, or its values are kept, before "
-            "training shards it. But its experts are spread over the ranks, and the first rank "
-            "alone has its other weights until then. Set cpu_ram_efficient_loading to false, or "
-            "train a new adapter with reference='adapter', or name the model as it starts."
+            f"reference is {name!r}, which needs the model's weights before training shards it. "
+            "But its experts are spread over the ranks, and only the first rank has its other "
+            "weights until then. Set cpu_ram_efficient_loading to false, or train a new adapter "
+            "with reference='adapter', or name the model as it starts."
         )
     if name == "precomputed":
         if estimator == "full":
@@ -98,11 +99,12 @@ def choose_reference(
                 "distribution at every step. Set reference='adapter' or 'copy', or "
                 "kl_estimator='k2'."
             )
-        if live:
+        if obstacle:
             raise ConfigError(
-                "reference is 'precomputed', which is computed of each row by itself, before "
-                f"training, and cannot be for {live}. Set reference='auto' (the base model under "
-                "an adapter, or a frozen copy of what is trained), or name the model as it starts."
+                "reference is 'precomputed', which is computed for each row by itself before "
+                f"training, and that is not possible for {obstacle}. Set reference='auto' (the "
+                "base model under an adapter, or a frozen copy of the trained parameters), or name "
+                "the model as it starts."
             )
         what = "the model as it starts (precomputed log-probabilities)"
         fingerprint = ranks.fingerprint(policy)
@@ -110,34 +112,35 @@ def choose_reference(
             "precomputed", what, fingerprint=fingerprint, projects=projects, is_start=True
         )
     if name == "copy":
-        split = "tensor parallelism" if ranks.alike > 1 else ranks.sharding
+        split = "tensor parallelism" if ranks.tp_size > 1 else ranks.sharding
         if split is not None:
             why = f"kl_estimator={estimator!r}"
             other = "Set kl_estimator='k2', whose reference is computed before training; or name"
-            if live:
-                why, other = live, "Name"
+            if obstacle:
+                why, other = obstacle, "Name"
             raise ConfigError(
-                f"reference='copy', which {why} gets here, keeps the trained "
-                f"parameters' values as they start and puts them in place at each step, and "
-                f"{split} leaves no rank whole parameters to put them in. {other} the "
+                f"reference is 'copy' (with {why}), which swaps the trained parameters for their "
+                f"values at the start at each step, and {split} leaves no rank whole parameters "
+                f"that could be swapped. {other} the "
                 "model as it starts (reference='org/model' or its folder), of which every rank "
                 "then holds a whole copy; or train an adapter with reference='adapter'."
             )
         trained = {n: p.detach().clone() for n, p in policy.named_parameters() if p.requires_grad}
-        what = "the model as it starts (a frozen copy of what is trained)"
+        what = "the model as it starts (a frozen copy of the trained parameters)"
         return Reference("copy", what, starting=trained, projects=projects)
     assert name not in REFERENCES
     named = _load_named(name, policy, tokenizer).to(ranks.device)
     projects = can_project(named)
-    if live or estimator == "full":
+    if obstacle or estimator == "full":
         return Reference("model", name, named, projects=projects)
     return Reference("precomputed", name, named, model_fingerprint(named), projects=projects)
 
 
 def _adapter_is_fresh(policy: nn.Module) -> bool:
-    """Return whether switching the adapter off changes nothing, tried on a few tokens.
+    """Return whether switching the adapter off changes no logits, tried on a few tokens.
 
-    In a model that reads images they do not pass through every adapter.
+    In a model that reads images these tokens do not run every adapted layer, so there every
+    `lora_B` must be zero, too.
     """
     config: Any = policy.config
     if config.get_text_config() is not config and any(
@@ -147,27 +150,27 @@ def _adapter_is_fresh(policy: nn.Module) -> bool:
     vocab = policy.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
     device = next(policy.parameters()).device
     ids = torch.arange(1, 33, device=device).remainder(vocab)[None]
-    live = Reference("adapter", "")
+    without = Reference("adapter", "")
     training = policy.training
     policy.eval()
     try:
         with torch.no_grad():
             on = policy(input_ids=ids, use_cache=False).logits.float()
-        off = live.run(policy, {"input_ids": ids}, lambda logits, _: logits).float()
+        off = without.run(policy, {"input_ids": ids}, lambda logits, _: logits).float()
     finally:
         policy.train(training)
     return bool(torch.allclose(on, off, rtol=1e-3, atol=1e-3))
 
 
 def _adapter_begins_at_zero(policy: nn.Module) -> bool:
-    """Return whether switching the adapter off changes nothing, by its values alone."""
-    second = ("lora_B", "lora_embedding_B")  # of the two factors; the first one is random
+    """Return whether every second LoRA factor is zero, so that the adapter changes nothing."""
+    second = ("lora_B", "lora_embedding_B")  # the first factor of the two starts at random
     outer = [p for name, p in policy.named_parameters() if any(part in name for part in second)]
     return bool(outer) and not any(bool(parameter.any()) for parameter in outer)
 
 
 def _trained_outside(policy: nn.Module) -> list[str]:
-    """Return the trained parameters that stay in place when the adapter is switched off."""
+    """Return the trained parameters that switching the adapter off leaves in effect."""
     configs = policy.peft_config.values()  # type: ignore[operator]
     if any(getattr(config, "bias", "none") != "none" for config in configs):
         return [name for name, p in policy.named_parameters() if p.requires_grad and "bias" in name]
@@ -178,11 +181,11 @@ def _trained_outside(policy: nn.Module) -> list[str]:
 def _load_named(name: str, policy: nn.Module, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
     parameter = next(policy.parameters())
     config: Any = policy.config
-    # A model that reads images is no AutoModelForCausalLM; its own class loads one like it.
+    # A model that reads images is no AutoModelForCausalLM; the policy's own class loads it.
     alone = config.get_text_config() is config
     auto = AutoModelForCausalLM if alone else type(causal_lm(policy))
     try:
-        # Without a word here transformers would ask on the terminal whether to run a model's code.
+        # Without trust_remote_code=False transformers would ask on the terminal.
         theirs = AutoTokenizer.from_pretrained(resolve_model(name), trust_remote_code=False)
         model = read_model(auto, name, dtype=parameter.dtype, trust_remote_code=False)
     except UNLOADABLE as error:

@@ -1,7 +1,8 @@
-"""Compute log π_ref of every trained token once, before training, and carry it as a column.
+"""Compute log π_ref of every trained token once before training, as the column `ref_logps`.
 
-k1, k2 and k3 compare one number per token. The model as it starts is the reference, so its numbers
-can be taken before the first step; a step then costs what a step of plain finetuning costs.
+k1, k2 and k3 need one reference log-probability per token. The reference is the model as it starts,
+so these can be computed before the first step, and a step costs what a step of plain finetuning
+costs.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ from star_dss_plugin.training.sharding import Ranks
 __all__ = ["add_reference_logps", "has_reference_logps", "reference_means"]
 
 _BATCH_TOKENS = 2048
-"""Padded tokens per forward pass: their logits are what needs memory."""
+"""Padded tokens per forward pass, limited for the memory of their logits."""
 _ROUNDING = 1e-3
-"""By how much a log-probability may seem to be more than 0."""
+"""How far a log-probability may exceed 0 by rounding."""
 
 
 def has_reference_logps(
@@ -46,9 +47,9 @@ def has_reference_logps(
     reference: Reference,
     shaping: Shaping,
 ) -> bool:
-    """Return whether a data set has the column, of this reference and for these very tokens.
+    """Return whether a data set has the column, computed by this reference for these tokens.
 
-    A column that came with the data may be another model's, or hold zeros where it was not needed.
+    A column that came with the data may be another model's, or lack tokens that need it now.
     """
     if REF_COLUMN not in dataset.column_names or (known := read_note(dataset, "reference")) is None:
         return False
@@ -57,9 +58,10 @@ def has_reference_logps(
 
 
 def reference_means(dataset: Dataset) -> list[float]:
-    """Return the mean log-probability of each of 64 parts of the column, by which ranks compare it.
+    """Return the mean log-probability in each of 64 groups of rows, with which ranks compare it.
 
-    Equal models differ in last bits, which depend on padding; other models by more than that.
+    Padding changes the last bits of one model's log-probabilities, so these cannot be compared by a
+    digest; another model changes the means by more.
     """
     column = dataset.with_format("numpy").select_columns([REF_COLUMN])
     totals, counts = np.zeros(64), np.zeros(64)
@@ -71,7 +73,7 @@ def reference_means(dataset: Dataset) -> list[float]:
 
 
 def _content(dataset: Dataset, shaping: Shaping) -> str:
-    """Hash what the column depends on beside the reference: tokens, and which rows need it."""
+    """Hash what the column depends on besides the reference: tokens, and which rows need it."""
     digest = hashlib.sha256()
     for row in _plain(dataset):
         for document in _documents(row):
@@ -89,7 +91,7 @@ def _plain(dataset: Dataset) -> Dataset:
 
 
 def _documents(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the documents of a packed row, each of which the model sees by itself."""
+    """Return the documents of a packed row; the reference reads each by itself."""
     starts = document_starts(row)
     return [
         {name: row[name][start:end] for name in ("input_ids", "labels", SCORES_COLUMN)}
@@ -112,20 +114,26 @@ def add_reference_logps(
 ) -> Dataset:
     """Add the column `ref_logps`: log π_ref of every trained token that has a KL weight.
 
+    Every rank must call this; the ranks share the work.
+
     Args:
-        dataset: With `input_ids`, `labels` and `star_scores`; packed rows with `seq_lengths`.
-        reference: Of kind "precomputed".
-        policy: The model as it starts, which is the reference unless that has one of its own.
-        shaping: Which tokens need it.
-        pad_token_id: For the batches.
+        dataset: The data set, with `input_ids`, `labels` and `star_scores`; packed rows also with
+            `seq_lengths`.
+        reference: A reference of kind "precomputed".
+        policy: The trained model as it starts, which is run unless `reference.model` is set.
+        shaping: Maps scores to weights, and so says which tokens need the reference.
+        pad_token_id: Padding of the batches.
         cache_dir: Root of the cache.
-        autocast: Makes the trainer's precision context.
-        precision: Its name.
-        ranks: The processes of the run, which share the work; all of them must call this.
+        autocast: Makes the trainer's mixed-precision context.
+        precision: Name of that precision, part of the cache's key.
+        ranks: The ranks of the run.
         progress: Whether to show a progress bar.
 
     Returns:
         The data set with float32 `ref_logps`, one per token of `input_ids`, 0 where not needed.
+
+    Raises:
+        CacheError: A log-probability that was just computed cannot be read from the cache.
     """
     namespace = {"what": REF_COLUMN, "version": 1, "model": reference.fingerprint}
     namespace["precision"] = precision
@@ -144,7 +152,7 @@ def add_reference_logps(
     lengths = {key: length for row in keys for key, length in row}
 
     def known(key: str) -> tuple[float, ...] | None:
-        """Return a cached entry if it can be an answer: another process may have written it."""
+        """Return a cached entry if it is valid; another process may have written another."""
         found = cache.get(key)
         if found is None or len(found.scores) != lengths[key] or found.scores[:1] != (0.0,):
             return None
@@ -165,17 +173,17 @@ def add_reference_logps(
         )
 
     def fill(part: str, of: Callable[[list[str]], list[str]]) -> None:
-        # Looked up before it is locked: a complete cache may be read-only.
+        # Looked up before locking, because a complete cache may be read-only.
         if any(known(key) is None for key in wanted):
             with cache.lock(part):
                 mine = {key: wanted[key] for key in of(list(wanted))}
-                # Batches depend on the data alone: the last bits of a result depend on how it was
-                # padded, and a run that goes on must find what an undisturbed one finds.
+                # Batches are made of all documents, not of the missing ones: padding changes the
+                # last bits, and an interrupted run must get the results of an undisturbed one.
                 parts = [b for b in _batches(mine, lengths) if any(known(k) is None for k in b)]
                 compute(parts, mine)
 
     def fill_together() -> None:
-        """Run equally many forward passes on every rank: each waits for those of all others."""
+        """Run equally many forward passes on every rank, because each pass communicates."""
         lacking = set().union(*ranks.gather({key for key in wanted if known(key) is None}))
         parts = [b for b in _batches(wanted, lengths) if not lacking.isdisjoint(b)]
         mine = ranks.mine(parts)
@@ -183,7 +191,7 @@ def add_reference_logps(
         compute([*mine, *parts[:1] * (most - len(mine))], wanted)
 
     trained = reference.model is None
-    if trained and ranks.together:
+    if trained and ranks.collective:
         fill_together()
     elif trained and ranks.first_only:
         if ranks.has_weights:
@@ -192,18 +200,18 @@ def add_reference_logps(
         fill(f"-{ranks.share.rank}-of-{ranks.share.ranks}", ranks.share.mine)
     ranks.share.meet()
     cache.refresh()
-    if not (trained and (ranks.together or ranks.first_only)):
+    if not (trained and (ranks.collective or ranks.first_only)):
         fill("", list)
 
     def values(key: str, length: int) -> Any:
         if key not in wanted:
             return np.zeros(length)
         found = known(key)
-        if found is None:  # zeros would be a reference that is certain of every token
+        if found is None:  # not zeros: a log-probability of 0 is a probability of 1
             raise CacheError(
                 f"The reference log-probabilities that were just computed cannot be read from the "
                 f"cache in {cache.folder}: another process writes other values there, or the model "
-                "computes no numbers, or the processes of this machine do not share the folder. "
+                "computes NaN, or the processes of this machine do not share the folder. "
                 "Name another score_cache_dir, or remove that folder."
             )
         return np.asarray(found)
@@ -236,9 +244,9 @@ def _compute(
     autocast: Callable[[], contextlib.AbstractContextManager[None]],
     progress: bool,
 ) -> None:
-    """Compute the log-probabilities that are missing batch by batch and cache them.
+    """Compute the missing log-probabilities batch by batch, and cache them.
 
-    `places` maps a key to (row, document).
+    `parts` lists the keys of each batch; `places` maps a key to (row, index of the document).
     """
     device = next(model.parameters()).device
     training = model.training
@@ -280,7 +288,7 @@ def _token_logprobs(rows: Tensor, project: Project | None, *, labels: Tensor) ->
 
 
 def _batches(wanted: Mapping[str, tuple[int, int]], lengths: Mapping[str, int]) -> list[list[str]]:
-    """Return documents of similar length: at most `_BATCH_TOKENS` padded tokens, or one."""
+    """Return batches of similar length: at most `_BATCH_TOKENS` padded tokens, or one key."""
     keys = sorted(wanted, key=lambda key: wanted[key])
     found = batches([lengths[key] for key in keys], _BATCH_TOKENS)
     return [[keys[i] for i in batch] for batch in found]

@@ -1,8 +1,9 @@
-"""Run π_ref: the aligned model before finetuning, frozen (paper, Eq. 3).
+"""Run the reference model π_ref: the aligned model before finetuning, frozen (paper, Eq. 3).
 
-k1, k2 and k3 need one number per token from it, so those are computed once, before the first step,
-and carried as a column: a step then costs what a step of plain finetuning costs. `full` needs the
-whole distribution at every step: a LoRA run switches its adapter off, others keep a frozen copy.
+k1, k2 and k3 need one log-probability per token of it. These are computed once before the first
+step and kept in a column, so that a step costs what a step of plain finetuning costs. `full` needs
+the whole distribution at every step: a LoRA run switches its adapter off for it, other runs keep a
+frozen copy.
 """
 
 from __future__ import annotations
@@ -25,19 +26,19 @@ T = TypeVar("T")
 
 @dataclass
 class Reference:
-    """Hold how a run gets π_ref.
+    """Describe how a run computes π_ref, and run it.
 
     Attributes:
-        kind: "none", "precomputed", "adapter" (the policy without it), "copy" (the policy with the
-            values that its trained parameters had at the start) or "model" (a frozen one beside
-            it).
-        description: For the start-up line.
-        model: The frozen model of kind "model", or the one to precompute from if it is not the
-            trained model itself.
-        fingerprint: Of kind "precomputed": identifies the weights of the model as it starts.
-        starting: Of kind "copy": values of the trained parameters, by name.
-        projects: Whether its logits are made a few positions at a time.
-        is_start: Whether it is the trained model as it starts.
+        kind: "none"; "precomputed" (a column of log-probabilities); "adapter" (the policy with its
+            adapter switched off); "copy" (the policy with a frozen copy of its trained parameters);
+            or "model" (a separate frozen model).
+        description: Description for the start-up line.
+        model: The frozen model of kind "model"; of kind "precomputed" the named model to compute
+            with, or None for the policy as it starts.
+        fingerprint: Of kind "precomputed": identifies the reference's weights.
+        starting: Of kind "copy": the trained parameters' values at the start, by name.
+        projects: Whether its logits are computed a few positions at a time.
+        is_start: Of kind "precomputed": whether the reference is the policy as it starts.
     """
 
     kind: str
@@ -50,7 +51,7 @@ class Reference:
 
     @contextlib.contextmanager
     def active(self, policy: nn.Module) -> Iterator[nn.Module]:
-        """Lend the reference as a module to call, in eval mode and without gradients.
+        """Yield the reference as a module to call, in eval mode and without gradients.
 
         Args:
             policy: The trained model, unwrapped.
@@ -82,13 +83,13 @@ class Reference:
         *,
         call: nn.Module | None = None,
     ) -> T:
-        """Run the reference on a batch, without gradients; return what a function makes of it.
+        """Run the reference on a batch without gradients, and a function on its logits.
 
         Args:
             policy: The trained model, unwrapped.
-            batch: `input_ids` and what else the forward pass takes.
-            function: Takes hidden states and their projection or, without one, logits and None.
-            call: The trained model as it is wrapped, if it is sharded.
+            batch: `input_ids` and the other inputs of the forward pass.
+            function: Called with hidden states and their projection, or with logits and None.
+            call: The wrapped policy if it is sharded, to be called instead of `policy`.
         """
         with self.active(policy) as model:
             wrapped = call if model is policy else None
@@ -97,9 +98,9 @@ class Reference:
 
 @contextlib.contextmanager
 def adapter_off(policy: nn.Module) -> Iterator[None]:
-    """Switch a PEFT model's adapter off for a while; what was frozen before is so afterwards.
+    """Switch a PEFT model's adapter off for a while, and restore every `requires_grad` afterwards.
 
-    PEFT makes all of an active adapter trainable when it switches it on again.
+    PEFT makes all parameters of an active adapter trainable when it switches the adapter on again.
     """
     trained = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
     try:
@@ -113,7 +114,11 @@ def adapter_off(policy: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _with_values(policy: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let parameters hold other values for a while; nothing is copied."""
+    """Swap the data of parameters for other values for a while; the swap copies no data.
+
+    Raises:
+        StarDSSError: A parameter became trainable after set-up, or one of `values` is gone.
+    """
     parameters = dict(policy.named_parameters())
     moving = [n for n, p in parameters.items() if p.requires_grad and n not in values]
     if moving:
@@ -133,7 +138,7 @@ def _with_values(policy: nn.Module, values: Mapping[str, Tensor]) -> Iterator[No
         for name, value in values.items():
             parameter = parameters[name]
             parameter.data = value.to(parameter.device, parameter.dtype)
-        torch.clear_autocast_cache()  # it knows parameters by identity, not by value
+        torch.clear_autocast_cache()  # its keys are parameters, whatever their values
         yield
     finally:
         for name, data in held.items():

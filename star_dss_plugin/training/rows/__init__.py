@@ -1,1 +1,1 @@
-"""Rows and streams of a trainer: made ready, and recognised in a batch with their columns."""
+"""Prepare rows and streams of a trainer, and collate them with their scores."""

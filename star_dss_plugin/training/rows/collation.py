@@ -1,4 +1,4 @@
-"""Wrap any collator so that `star_scores` and `ref_logps` stay with their tokens, or raise."""
+"""Wrap a data collator so that `star_scores` and `ref_logps` stay aligned with their tokens."""
 
 from __future__ import annotations
 
@@ -20,21 +20,25 @@ _PADDING = {SCORES_COLUMN: 1.0, REF_COLUMN: 0.0}
 
 
 class TokenColumnsCollator:
-    """Let another collator make the batch, then adds `star_scores` and `ref_logps` to it.
+    """Add `star_scores` and `ref_logps`, (batch, seq) float32, to the batch of another collator.
 
-    The columns are laid where the other collator put each row's tokens. If it changed them (cut,
-    shuffled or masked), there is no right place, and that is an error: a score on the wrong token
-    would be worse than none.
+    Each row's tokens are looked up in the batch, and the columns are put at the same positions. If
+    the inner collator changed the tokens (cut, shuffled or masked them), this raises an error
+    instead of putting a score on the wrong token.
 
-    A feature is a row; a row of several documents (`seq_lengths`, TRL's packing); or a list of rows
-    that the other collator joins into one sequence (Axolotl's packing). The other collator may also
-    join all rows of a batch (`padding_free`), if its `position_ids` begin again at each. The first
-    token of a joined document is not trained: it would be predicted from the document before it,
-    for which neither a score nor a reference was computed.
+    A feature is one of these:
+
+    - a row;
+    - a packed row of several documents, with `seq_lengths` (TRL's packing);
+    - a list of rows that the inner collator packs into one sequence (Axolotl's packing).
+
+    The inner collator may also join all rows of a batch (`padding_free`) if its `position_ids`
+    restart at each row. The first token of each packed document is not trained: its prediction
+    reads the document before, for which neither a score nor a reference was computed.
 
     Args:
         inner: The trainer's collator.
-        known: The rows that were prepared: any other one is an error. None: any row is taken.
+        known: Digests of the prepared rows; any other row is an error. None: every row is accepted.
     """
 
     def __init__(
@@ -88,7 +92,7 @@ class TokenColumnsCollator:
                 n: _join(row[n] for row in sequence) for n in ("input_ids", "labels", *columns)
             }
             where = _find(input_ids[i], labels[i], feature)
-            if where is None and len(sequence) == 1:  # a collator that joins rows, given one
+            if where is None and len(sequence) == 1:  # a collator that packs rows, given only one
                 where = _find(input_ids[i], labels[i], _separate(sequence[0]))
             if where is None:
                 raise _moved("a row's tokens or labels are not the ones it was given")
@@ -98,7 +102,7 @@ class TokenColumnsCollator:
 
 
 def document_starts(row: Mapping[str, Any]) -> list[int]:
-    """Return where the documents of a row begin; `seq_lengths` says how long they are."""
+    """Return the start index of each document of a row, from `seq_lengths` if the row has it."""
     return _starts(row.get("seq_lengths") or [len(row["input_ids"])])
 
 
@@ -108,14 +112,14 @@ def _starts(lengths: Iterable[int]) -> list[int]:
 
 
 def _separate(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row none of whose documents is predicted from what stands before it."""
+    """Return a row in which the first token of each document is not trained."""
     labels = torch.as_tensor(row["labels"]).clone()
     labels[document_starts(row)] = IGNORE_INDEX
     return {**row, "labels": labels.tolist()}
 
 
 def _flattened(batch: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether a collator joined all rows, and said where each begins."""
+    """Return whether a collator joined all rows into one, with positions that restart at each."""
     positions = batch.get("position_ids")
     if positions is None or len(batch["input_ids"]) != 1 or "attention_mask" in batch:
         return False
@@ -141,10 +145,13 @@ def _check_lengths(row: Mapping[str, Any], columns: Sequence[str]) -> None:
 
 
 def _find(padded_ids: Tensor, padded_labels: Tensor, feature: Mapping[str, Any]) -> slice | None:
-    """Return where a row's tokens lie in its padded sequence: at its start or at its end.
+    """Return the slice of a padded sequence that holds a row, at its start or at its end.
 
-    Tokens alone do not tell where padding looks like text (often it is the end-of-text token);
-    labels do, for padding has none. Where both ends fit, nothing is trained.
+    Labels are compared, too, because padding may look like text (often it is the end-of-text
+    token). If both ends match, no token of the row is trained and either is right.
+
+    Returns:
+        The slice; None if neither end matches.
     """
     ids = torch.as_tensor(feature["input_ids"], dtype=padded_ids.dtype)
     labels = torch.as_tensor(feature["labels"], dtype=padded_labels.dtype)

@@ -1,7 +1,7 @@
-"""Let processes that each read a part of a stream read equally many batches of it.
+"""Read equally many batches in every process when each reads its own files of a stream.
 
-Parts are files, or what a filter leaves of them, and differ in length. Each step of training and of
-evaluation waits for all processes: one whose part had ended earlier would leave the others waiting.
+Files differ in length, also by what a filter leaves of them. Each step of training and evaluation
+waits for all processes, so a process whose files ended early would leave the others waiting.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def no_rows(rank: int, name: str) -> DataError:
-    """Return the error for a process whose part of a stream has no rows to train on."""
+    """Return the error for a rank whose files of a stream have no rows to train on."""
     return DataError(
         f"Process {rank} got no row of the {name} stream that has trained tokens, while others "
         "got some: each reads files of its own. Put such rows into every file, or give fewer files "
@@ -29,18 +29,18 @@ def no_rows(rank: int, name: str) -> DataError:
 
 
 class EvenLoader:
-    """Read a process's part of a stream until the longest part has ended.
+    """Read a process's files of a stream until the longest process has read its own.
 
-    A process whose part ends earlier begins with it again, as accelerate fills a last batch up with
-    the rows of the first one.
+    A process whose files end earlier reads them again from the beginning, as accelerate fills up a
+    last batch with the rows of the first one.
 
     Args:
-        loader: Of this process's part.
-        name: "train", "eval", …: for messages.
-        gather: Returns a value of every process, in the order of ranks; each must call it.
+        loader: Loader of this process's files.
+        name: Name of the stream ("train", "eval", …) for messages.
+        gather: Returns a value of every rank, in the order of ranks; every rank must call it.
 
     Attributes:
-        skipped: How many batches of the next pass a resumed run leaves out.
+        skipped: Number of batches that a resumed run skips at the beginning of the next pass.
     """
 
     def __init__(self, loader: Any, name: str, gather: Callable[[Any], list[Any]]) -> None:
@@ -66,14 +66,14 @@ class EvenLoader:
         """Return the next batches of a pass, equally many in every process; each must call this.
 
         Args:
-            batches: The pass that this process makes over its part, the same object each time.
-            most: How many are wanted.
+            batches: The iterator over this process's files, the same object throughout a pass.
+            most: How many batches to return at most.
 
         Returns:
-            At most so many; none if the pass is over in every process.
+            The batches; empty if the pass is over in every process.
 
         Raises:
-            DataError: The part of one of them gives no batch at all; in every process.
+            DataError: In every process, if the files of one give no batch at all.
         """
         if batches is not self._pass:
             self._pass, self._over, self._given = batches, False, 0
@@ -89,7 +89,7 @@ class EvenLoader:
             self._close()
             return []
         if (0, 0) in counts:
-            # A part has no rows, or no more of them than a resumed run skips.
+            # The files of a process have no rows, or no more than a resumed run skips.
             if not found and not self._given:
                 with contextlib.suppress(StopIteration):
                     found.append(self._repeated())
@@ -102,16 +102,16 @@ class EvenLoader:
         return found
 
     def _repeated(self) -> Any:
-        """Return a batch of another pass over this process's part.
+        """Return the next batch of another pass over this process's files.
 
         Raises:
-            StopIteration: The part gives none.
+            StopIteration: They give no batch.
         """
         batch = None if self._again is None else next(self._again, None)
         if batch is None:
             self._again = iter(self.loader)
             if not self._given and self._left_out:
-                # The run had begun with the part again before it was stopped.
+                # Before it was stopped, the resumed run was already reading its files again.
                 length = sum(1 for _ in self._again)
                 self._again = iter(self.loader)
                 for _ in range(self._left_out % length if length else 0):
@@ -129,7 +129,7 @@ class EvenLoader:
         return batch
 
     def _close(self) -> None:
-        """End a pass that was begun again; accelerate would take its loader for the current one."""
+        """End a repeated pass: else accelerate would take its loader for the active one."""
         if self._again is not None:
             self.loader.end()
         self._again = None

@@ -1,4 +1,4 @@
-"""Bind scores to tokens: remember each prepared row by a digest, and recognise it in a batch."""
+"""Remember a digest of each prepared row, and reject batches with any other row."""
 
 from __future__ import annotations
 
@@ -20,26 +20,25 @@ _COLUMNS = {
     "labels": np.int64,
     SCORES_COLUMN: np.float32,
     REF_COLUMN: np.float32,
-    # Where one document of a packed row ends, which says what its scores are summed up over. Masks
-    # and positions are made from these columns by whoever collates.
+    # The document boundaries of a packed row. Masks and positions follow from these columns.
     "seq_lengths": np.int64,
 }
 
 
 _PASSING = 65536
-"""Rows of a stream: more than lie between the scoring of a row and its batch."""
+"""Rows of a stream to remember: more than are read between a row's scoring and its batch."""
 
 
 class _Passing:
-    """Hold the digests of the last rows of a stream, and of the first of the latest pass.
+    """Hold digests of a stream's latest rows, and of the first rows of the latest pass.
 
-    What a last batch lacks is made up of the rows of the first one, where several processes share
-    a stream out by rows.
+    The first rows, because accelerate fills up the last batch of a pass with rows of the first
+    batch where processes take turns with the rows of a stream.
     """
 
     def __init__(self) -> None:
         self._first: set[int] = set()
-        self._last: OrderedDict[int, None] = OrderedDict()  # a set that knows its order
+        self._last: OrderedDict[int, None] = OrderedDict()  # an ordered set
 
     def __contains__(self, digest: int) -> bool:
         return digest in self._last or digest in self._first
@@ -48,7 +47,7 @@ class _Passing:
         return len(self._last) + len(self._first)
 
     def add(self, digests: Iterable[int], *, first: bool) -> None:
-        """Remember a buffer, with which a pass may begin."""
+        """Remember the rows of a buffer; `first` says that a pass begins with it."""
         found = list(digests)
         if first:
             self._first = set()
@@ -57,15 +56,15 @@ class _Passing:
         for digest in found:
             self._last[digest] = None
             self._last.move_to_end(digest)
-        # Of the buffer before this one there may be rows that are in no batch yet.
+        # Rows of the buffer before this one may still wait for their batch.
         while len(self._last) > max(_PASSING, 2 * len(found)):
             self._last.popitem(last=False)
 
 
 class KnownRows:
-    """Hold a digest of every row that was prepared: of tokens, labels, scores and reference.
+    """Hold a digest of every prepared row: of its tokens, labels, scores and reference.
 
-    A row that was edited since, or got another row's scores, has a digest that is not here.
+    A row that was edited since then, or got another row's scores, has an unknown digest.
     """
 
     def __init__(self) -> None:
@@ -77,13 +76,13 @@ class KnownRows:
         """Remember a prepared data set's rows.
 
         Args:
-            dataset: With the columns of tokens.
-            trainable: Whether the rows may be trained on: not those of an evaluation set that
-                count as safe unseen (`score_eval=False`).
+            dataset: The data set, with `input_ids`, `labels` and `star_scores`.
+            trainable: Whether the rows may be trained on. False for an evaluation set that got the
+                score 1 everywhere without a guard (`score_eval=False`).
 
         Returns:
-            A digest of the whole, in order, but for the reference: its last bits depend on how rows
-            were padded, which may differ from rank to rank.
+            A digest of the data set in its order, without the reference: the last bits of that
+            depend on how rows were padded, which may differ from rank to rank.
         """
         found = _digests(dataset)
         self._digests = np.union1d(self._digests, found)
@@ -92,25 +91,29 @@ class KnownRows:
         return _without_reference(dataset)
 
     def pass_by(self, dataset: Dataset, stream: str, *, first: bool) -> str:
-        """Remember a buffer of a stream until the batches that are made of it have gone by.
+        """Remember a buffer of a stream until its batches have been made.
 
         Args:
-            dataset: With the columns of tokens.
-            stream: Its name: an evaluation, however long, leaves the rows of training known.
-            first: Whether a pass begins with it.
+            dataset: The buffer, with `input_ids`, `labels` and `star_scores`.
+            stream: Name of the stream. Each has its own memory, so that a long evaluation does not
+                displace rows of the training stream.
+            first: Whether a pass begins with this buffer.
 
         Returns:
-            What `add` does.
+            A digest of the buffer, as `add` returns it.
         """
         passing = self._passing.setdefault(stream, _Passing())
         passing.add(_digests(dataset).tolist(), first=first)
         return _without_reference(dataset)
 
     def digest(self, dataset: Dataset) -> str:
-        """Return what `add` returns of a training set whose rows are all known and trainable.
+        """Check that all rows of a training set are known and trainable; return its digest.
+
+        Returns:
+            A digest of the data set, as `add` returns it.
 
         Raises:
-            DataError: One is not.
+            DataError: A row is unknown, or was not scored for training.
         """
         found = _digests(dataset)
         unknown = np.flatnonzero(~np.isin(found, self._trainable))
@@ -119,13 +122,13 @@ class KnownRows:
         return _without_reference(dataset)
 
     def as_dataset(self, rows: Sequence[Any]) -> Dataset | None:
-        """Return known rows that are no data set as one, of tokens alone.
+        """Return a sequence of known rows (a list, torch's Subset) as a data set.
 
         Returns:
-            None if they lack scores.
+            The data set, with the columns that a digest covers; None if a row lacks scores.
 
         Raises:
-            DataError: One of them is not known.
+            DataError: A row is unknown.
         """
         found = [rows[i] for i in range(len(rows))]
         if not all(isinstance(row, Mapping) and SCORES_COLUMN in row for row in found):
@@ -136,10 +139,10 @@ class KnownRows:
         return Dataset.from_list([{name: row[name] for name in names} for row in found])
 
     def check(self, row: Mapping[str, Any]) -> None:
-        """Check one row of a batch.
+        """Check that a row of a batch was prepared.
 
         Raises:
-            DataError: It is not known.
+            DataError: The row is unknown.
         """
         found = _digest(row)
         if any(found in passing for passing in self._passing.values()):
@@ -172,11 +175,11 @@ def _digest(row: Mapping[str, Any]) -> int:
 
 
 def _numbers(given: Any, dtype: Any) -> np.ndarray[Any, Any]:
-    """Return a column of one row as an array.
+    """Return a column of one row as a one-dimensional array.
 
     Raises:
-        DataError: It is no list of numbers: numpy would read texts, and lists of one number each,
-            as the same numbers.
+        DataError: The column is no flat list of numbers. (numpy would convert strings, and lists
+            of one number each, to the same numbers.)
     """
     try:
         values = np.asarray(given)

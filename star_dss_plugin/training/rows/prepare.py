@@ -1,4 +1,4 @@
-"""A trainer's tokenized data set, made ready for the loss: scored, measured, checked."""
+"""Prepare a trainer's tokenized data set for the loss: score it, check the scores, sum it up."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DatasetSummary:
-    """What the start-up line says of one data set.
+    """Hold statistics of a scored data set, for the start-up line and the run's record.
 
     Attributes:
         rows: Number of rows.
         responses: Number of runs of trained tokens.
         trained_tokens: Number of trained tokens.
-        below_threshold: Trained tokens with a score below τ.
-        mean_score: Mean score of the trained tokens.
-        guard: Who scored it.
-        provenance: How, if that is known.
-        streamed: Whether these are rows that a stream gave, and there may be more.
+        below_threshold: Number of trained tokens with a score below τ.
+        mean_score: Mean score of the trained tokens; 1 if there are none.
+        guard: Name of the guard that scored it, as messages show it.
+        provenance: The data set's provenance note; None if it has none.
+        streamed: Whether these are the rows read so far from a stream.
     """
 
     rows: int
@@ -62,10 +62,10 @@ class DatasetSummary:
     streamed: bool = False
 
     def plus(self, more: DatasetSummary) -> DatasetSummary:
-        """Return the summary of these rows and of more of the same data set."""
+        """Return the summary of these rows and of further rows of the same data set."""
         tokens = self.trained_tokens + more.trained_tokens
         total = sum(one.mean_score * one.trained_tokens for one in (self, more))
-        # Some rows may have brought scores that are not of the guard that scored the others.
+        # Some rows may have brought scores by another guard.
         guards = dict.fromkeys((*self.guard.split(" and "), *more.guard.split(" and ")))
         return replace(
             self,
@@ -101,7 +101,7 @@ _NAMES = (
 
 
 def _joined(one: dict[str, Any] | None, more: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return what the notes on two parts of the data say of both: who scored it, and counts."""
+    """Merge the provenance notes of two parts of a data set: names of the first, counts summed."""
     if one is None or more is None:
         return one
     counts = {name: one[name] + more[name] for name in _COUNTS if name in one and name in more}
@@ -121,20 +121,23 @@ def prepare_dataset(
     guard: Guard | None = None,
     part: bool = False,
 ) -> tuple[Dataset, DatasetSummary]:
-    """Score a tokenized data set, unless it is scored already, and check the scores.
+    """Score a tokenized data set, unless it brings scores, and check the scores.
 
     Args:
-        dataset: With `input_ids` and `labels`.
-        chat: The tokenizer and the template that made the tokens.
+        dataset: The data set, with `input_ids` and `labels`.
+        chat: The tokenizer and the chat template that made the tokens.
         options: The run's options.
-        name: "train", "eval", …: for messages.
-        truncation: (max_length, truncation_mode) that the trainer applied to `input_ids` and
-            `labels`, and not to columns it does not know.
-        share: This process's part of the scoring.
-        num_proc: Processes that render and tokenize rows.
+        name: Name of the data set ("train", "eval", …) for messages.
+        truncation: (max_length, truncation_mode) with which the trainer cut `input_ids` and
+            `labels`. It does not cut columns that it does not know, such as `star_scores`.
+        share: This process's share of the scoring.
+        num_proc: Number of processes that render and tokenize rows.
         progress: Whether to show a progress bar.
-        guard: The guard that the options name, if it is loaded; it stays so.
-        part: Whether there are more rows elsewhere, so that none of these need be trained.
+        guard: The options' guard, already loaded, which stays loaded; None: it is loaded and freed.
+        part: Whether these rows are one buffer of a stream, which may lack trained tokens.
+
+    Returns:
+        The data set with `star_scores`, and its summary.
 
     Raises:
         StarDSSError: The data set cannot be used.
@@ -150,8 +153,8 @@ def prepare_dataset(
         )
     if "seq_lengths" in dataset.column_names and SCORES_COLUMN not in dataset.column_names:
         raise DataError(
-            f"The {name} data set is packed already, so nobody can tell which context a response "
-            "had. Give it unpacked, with packing=True if its rows are to be joined."
+            f"The {name} data set is packed already, so the prompt of each response cannot be "
+            "recovered. Give it unpacked; packing=True packs its rows after they are scored."
         )
     if SCORES_COLUMN in dataset.column_names:
         if options.guard is not None and not _scored_as_told(dataset, options):
@@ -163,13 +166,13 @@ def prepare_dataset(
                 SCORES_COLUMN,
             )
         given = dataset
-        # Whoever scored it trained responses only; labels made since then may train all tokens.
+        # Scored data trains responses only, but a trainer may have made labels of all tokens since.
         dataset = only_responses(dataset, chat, needed=not part)
         check_bound(dataset, name)
         dataset = _fit_scores(dataset, name, *truncation)
         changed = dataset is not given
     elif not asks_guard(options, name):
-        # The same tokens are trained as in the modes that read scores.
+        # So that this mode trains the same tokens as the modes that read scores.
         dataset = only_responses(dataset, chat, needed=not part)
         plain = dataset.with_format(None)
         ones = [np.ones(len(ids), dtype=np.float32) for ids in plain["input_ids"]]
@@ -197,25 +200,26 @@ def prepare_dataset(
 
 
 def check_kind(dataset: Any, name: str) -> None:
-    """Check that a data set can be scored before training.
+    """Check that a data set is a `datasets.Dataset`, which can be scored before training.
 
     Args:
-        dataset: What the trainer was given.
-        name: "train", "eval", …: for messages.
+        dataset: The trainer's data set.
+        name: Name of the data set ("train", "eval", …) for messages.
 
     Raises:
-        DataError: It is not one of the library `datasets` whose rows are there.
+        DataError: It is of another type.
     """
     if not isinstance(dataset, Dataset):
         raise DataError(
-            f"The {name} data set is a {type(dataset).__name__}. STAR-DSS scores rows of a "
-            "datasets.Dataset, or of a datasets.IterableDataset as they come: not of a torch one. "
-            "Convert it, or score it with `star-dss score` and load the result."
+            f"The {name} data set is a {type(dataset).__name__}. STAR-DSS scores a "
+            "datasets.Dataset before training and a datasets.IterableDataset while it is read, and "
+            "no data set of torch. Convert it, or score it with `star-dss score` and load the "
+            "result."
         )
 
 
 def _scored_as_told(dataset: Dataset, options: StarDSSOptions) -> bool:
-    """Whether the scores of a data set are noted to be what its options would give."""
+    """Return whether a data set's provenance has the guard and the chunks that the options name."""
     noted = provenances_of(dataset)
     guard = options.guard if isinstance(options.guard, str) else None
     told = (options.segmenter, options.chunk_size)
@@ -226,14 +230,14 @@ def _scored_as_told(dataset: Dataset, options: StarDSSOptions) -> bool:
 
 
 def asks_guard(options: StarDSSOptions, name: str) -> bool:
-    """Whether a data set ("train", "eval", …) without scores gets some."""
+    """Return whether a guard scores a data set ("train", "eval", …) that brings no scores."""
     if name != "train" and not options.score_eval:
         return False
     return options.shaping().needs_scores
 
 
 def _fit_scores(dataset: Dataset, name: str, max_length: int | None, mode: str | None) -> Dataset:
-    """Cut a `star_scores` column as the trainer cut the tokens, and check it row by row."""
+    """Truncate the column `star_scores` as the trainer truncated the tokens, and check each row."""
     column, changed = [], False
     for i, row in enumerate(plain_rows(dataset, ["input_ids", SCORES_COLUMN])):
         length, scores = len(row["input_ids"]), row[SCORES_COLUMN]
@@ -252,14 +256,14 @@ def _fit_scores(dataset: Dataset, name: str, max_length: int | None, mode: str |
 
 
 def check_scores(scores: Any, length: int) -> None:
-    """Check one row's `star_scores`.
+    """Check that one row's `star_scores` are one probability per token.
 
     Args:
-        scores: What the row has.
-        length: Its number of tokens.
+        scores: The row's value of the column.
+        length: The row's number of tokens.
 
     Raises:
-        DataError: They are not `length` probabilities.
+        DataError: It is no list of `length` numbers in [0, 1].
     """
     listed = isinstance(scores, Sequence) and not isinstance(scores, str | bytes)
     if not listed or len(scores) != length:
@@ -281,7 +285,13 @@ def check_scores(scores: Any, length: int) -> None:
 
 
 def summary_of(dataset: Dataset, options: StarDSSOptions, guard: str | None) -> DatasetSummary:
-    """Sum a scored data set up; `guard` names its guard where no provenance does."""
+    """Return statistics of a scored data set.
+
+    Args:
+        dataset: The data set, with `labels` and `star_scores`.
+        options: The run's options.
+        guard: Name of its guard; None: the names in its provenance notes.
+    """
     known = provenances_of(dataset)
     provenance = known[0] if known else None
     if guard is None:
@@ -300,6 +310,6 @@ def summary_of(dataset: Dataset, options: StarDSSOptions, guard: str | None) -> 
         tokens += len(scores)
         below += int((scores < options.threshold).sum())
         total += float(scores.sum())
-    # Without a trained token, which a part of the data may be, nothing is unsafe.
+    # A buffer of a stream may have no trained token.
     mean = total / tokens if tokens else 1.0
     return DatasetSummary(len(dataset), responses, tokens, below, mean, guard, provenance)

@@ -1,7 +1,7 @@
-"""Streams: rows that are there only when the model is to be trained on them.
+"""Score a stream (`datasets.IterableDataset`) while the trainer reads it, a buffer at a time.
 
-They are read and scored a buffer at a time, as the trainer asks for them, by the ordinary scoring:
-same cache, same scores. The guard stays in memory until training ends.
+The scores and the cache are those of a data set that is scored before training. The guard stays in
+memory until training ends.
 """
 
 from __future__ import annotations
@@ -32,30 +32,32 @@ __all__ = ["ScoredStream"]
 Score = Callable[[Dataset, Share], tuple[Dataset, DatasetSummary]]
 
 _READ = (*SAYING, SCORES_COLUMN, REF_COLUMN, ASKED_COLUMN, "seq_lengths")
-"""Columns that scoring reads or makes; the others of a row are only handed on."""
+"""Columns that scoring reads or makes; a row's other columns are passed through."""
 
 _FORM = ("data.rows", "data.row_responses", "training.rows.prepare")
-"""Modules that say of what form rows are: the same of each buffer."""
+"""Modules whose log messages on the form of rows would be repeated for each buffer."""
 
 
 class ScoredStream:
-    """Read a stream in buffers and hand its rows on with their scores.
+    """Read a stream in buffers and yield its rows with their scores.
 
     Args:
-        dataset: A stream of tokenized rows.
-        name: "train", "eval", …: for messages.
-        rows: How many rows are read and scored together.
-        score: Returns a buffer with scores, and its summary.
-        known: Remembers the rows that were handed on.
-        ranks: The processes of the run.
+        dataset: The stream of tokenized rows.
+        name: Name of the stream ("train", "eval", …) for messages.
+        rows: Number of rows that are read and scored together.
+        score: Takes a buffer and this process's share of the scoring; returns the buffer with
+            scores and its summary.
+        known: Remembers digests of the rows that were yielded.
+        ranks: The ranks of the run.
 
     Attributes:
-        dataset: The same stream with `star_scores`, or packs of its rows; reading it scores it.
-        summary: Of what was read in the longest pass so far; None before the first.
-        seconds: Time that reading and scoring took, of all passes.
-        together: Whether all processes read the same rows now, and share out their scoring; else
-            each has a part of the stream to itself.
-        even: In that case, the loader by which all processes read equally many batches.
+        dataset: The stream with `star_scores`, or packs of its rows; reading it scores it.
+        summary: Statistics of the longest pass so far; None before the first buffer.
+        seconds: Time that reading and scoring took in all passes.
+        together: Whether all processes read the same rows and divide their scoring. If not, each
+            process reads files of its own.
+        even: The loader with which processes that read their own files get equally many batches;
+            None if `together`.
     """
 
     def __init__(
@@ -80,7 +82,7 @@ class ScoredStream:
         self._description = dataset.info.description or ""
         self._reached = 0
         plain = dataset.with_format(None)
-        # Otherwise the columns of a buffer stay beside the packed rows that are made of it.
+        # `map` would otherwise keep the buffer's columns beside those of the packed rows.
         self._columns = plain.column_names or list(next(iter(plain), {}))
         self.dataset: Any = plain.map(self._count, with_indices=True).map(
             self._scored,
@@ -91,10 +93,11 @@ class ScoredStream:
         )
 
     def begin(self) -> DatasetSummary:
-        """Read the first buffer and sum it up; every process must call this.
+        """Read the first buffer and return its summary; every process must call this.
 
         Raises:
-            StarDSSError: There is none, it trains nothing, or it cannot be scored.
+            StarDSSError: The stream is empty, or the buffer has no trained token or cannot be
+                scored.
         """
         next(self.reading(self.dataset), None)
         if self.summary is None:
@@ -112,10 +115,10 @@ class ScoredStream:
         return self.summary
 
     def reading(self, found: Iterable[Any]) -> Iterator[Any]:
-        """Yield what a pass over the stream gives: rows of it, packs or batches.
+        """Yield the rows, packs or batches of a pass over the stream; errors name the row.
 
         Raises:
-            DataError: Code that makes the rows, the user's or the host's, fails: with the row.
+            DataError: The user's or the host's code that makes the rows fails.
         """
         try:
             yield from self._named(found)
@@ -123,14 +126,15 @@ class ScoredStream:
             self._reached = 0
 
     def batches(self, found: Iterator[Any], most: int) -> Iterator[Any]:
-        """Return the next batches of a pass; every process must call this.
+        """Yield the next batches of a pass; every process must call this.
 
         Args:
-            found: The pass, the same object each time.
-            most: How many are wanted.
+            found: The iterator of the pass, the same object throughout it.
+            most: How many batches to yield at most if processes read their own files; if not, the
+                caller takes from the iterator what it needs.
 
         Raises:
-            DataError: As `reading` does.
+            DataError: As `reading` raises it.
         """
         return self._named(found if self.even is None else self._even(self.even, found, most))
 
@@ -139,7 +143,7 @@ class ScoredStream:
 
     def _named(self, found: Iterable[Any]) -> Iterator[Any]:
         try:
-            # Not `yield from`, which closes an iterator that others go on with.
+            # Not `yield from`: it would close `found`, which the next call goes on with.
             for one in found:  # noqa: UP028
                 yield one
             self._reached = 0  # the pass is over
@@ -154,17 +158,17 @@ class ScoredStream:
             ).at(file=f"The {self.name} stream", rows=(self._reached,)) from error
 
     def divide(self, loader: Any, processes: int) -> Any:
-        """Find out from a loader whether each process has a part of the stream to itself.
+        """Set `together` by how the data loader divides the stream among processes.
 
         Args:
-            loader: Of this stream.
-            processes: How many read rows of their own, on all machines.
+            loader: The stream's data loader.
+            processes: Number of processes on all machines that train on different rows.
 
         Returns:
-            The loader, of which each process then reads equally many batches.
+            A loader of the same batches, equally many in each process.
 
         Raises:
-            ConfigError: The loader does not read it in the process that trains.
+            ConfigError: The loader does not read the stream in the training process.
         """
         if isinstance(loader, DataLoaderDispatcher) or getattr(loader, "num_workers", 0) > 0:
             raise ConfigError(
@@ -176,24 +180,24 @@ class ScoredStream:
         together = processes == 1 or isinstance(loader.dataset, IterableDatasetShard)
         if together != self.together:
             self.together = together
-            # What was read together would count once for each process.
+            # The rows of the first buffer, which all processes read, would be counted for each.
             self.summary = self._pass = None
         self.even = None if together else EvenLoader(loader, self.name, self._ranks.gather)
         return _ReadingLoader(self.even or loader, self.reading)
 
     def read(self) -> DatasetSummary:
-        """Sum up what all processes have read; every process must call this."""
+        """Return the summary of the rows of all processes; every process must call this."""
         assert self.summary is not None  # `begin` or the check of a batch comes first
         found: list[DatasetSummary] = self._ranks.gather(self.summary)
         if self.together:
             return self.summary
         total = found[0]
-        for other in found[self._ranks.alike :: self._ranks.alike]:
+        for other in found[self._ranks.tp_size :: self._ranks.tp_size]:
             total = total.plus(other)
         return total
 
     def _count(self, row: dict[str, Any], index: int) -> dict[str, Any]:
-        """Remember the number of the row that will be read next."""
+        """Remember the number of the row that will be read next, for error messages."""
         self._reached = index + 1
         return {}
 
@@ -202,7 +206,7 @@ class ScoredStream:
         share = self._ranks.share if self.together else ALONE
         read = {name: values for name, values in batch.items() if name in _READ}
         try:
-            # A guard takes no random numbers away from the training that it interrupts.
+            # A guard that draws random numbers must not change those of the training.
             with torch.random.fork_rng(_devices()), self._said.quiet():
                 dataset, summary = self._score(self._table(read), share)
             self._check_judged(summary)
@@ -218,18 +222,18 @@ class ScoredStream:
         self.seconds += time.monotonic() - started
         found: dict[str, list[Any]] = dataset.with_format(None)[:]
         if found["input_ids"] != read["input_ids"]:
-            # Packed: nothing else belongs to these rows. What the first row of the stream lacked
-            # is not removed by itself, and must be as long as the packs.
+            # Packed, so the columns that are passed through are dropped. `map` does not drop a
+            # column that the first row of the stream lacked: give it the length of the packs.
             late = [name for name in batch if name not in (*self._columns, *found)]
             return {**found, **dict.fromkeys(late, [None] * len(dataset))}
         others = {name: values for name, values in batch.items() if name not in _READ}
         return {**others, **found}
 
     def _check_judged(self, summary: DatasetSummary) -> None:
-        """Check that the guard can score something: one buffer may be too small to tell.
+        """Check that the guard does not fail for all responses, counted over buffers.
 
         Raises:
-            GuardError: It could score none of many responses.
+            GuardError: It has failed for more than `FEW` responses and scored none.
         """
         note = summary.provenance or {}
         failed = note.get("guard_errors", 0)
@@ -242,7 +246,7 @@ class ScoredStream:
         """Return the rows of a buffer as a data set.
 
         Raises:
-            DataError: They differ in form.
+            DataError: A column has values of different types.
         """
         info = DatasetInfo(description=self._description)
         try:
@@ -255,7 +259,7 @@ class ScoredStream:
 
 
 class _ReadingLoader:
-    """Read a loader by way of a function."""
+    """Wrap a loader so that iterating over it goes through a function."""
 
     def __init__(self, loader: Any, read: Callable[[Any], Iterator[Any]]) -> None:
         self._loader, self._read = loader, read
@@ -272,7 +276,7 @@ def _devices() -> list[int]:
 
 
 class _SaidOnce(logging.Filter):
-    """Let each message on the form of rows through once: it holds for every buffer."""
+    """Let each message on the form of rows through once, not once for every buffer."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What streams do not go with, and the settings that are changed for them."""
+"""Reject settings that streams do not support, and adapt the data loader's settings to streams."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ logger = logging.getLogger(__name__)
 
 
 def check_stream(name: str, options: StarDSSOptions, *, raw: bool = False) -> None:
-    """Refuse what needs data that is there before training.
+    """Reject options for which all rows must be available before training.
 
     Args:
-        name: "train", "eval", …: for messages.
+        name: Name of the stream ("train", "eval", …) for messages.
         options: The run's options.
-        raw: Whether rows are tokenized in the data collator.
+        raw: Whether the data collator tokenizes the rows.
 
     Raises:
-        StarDSSError: What was given, why it cannot work and what to change.
+        StarDSSError: An option that a stream does not support.
     """
     if raw:
         raise DataError(
@@ -32,22 +32,23 @@ def check_stream(name: str, options: StarDSSOptions, *, raw: bool = False) -> No
     if options.trajectory == "probed":
         raise ConfigError(
             f"trajectory is 'probed' and the {name} data set is a stream: a probe learns from a "
-            "sample of all the data, which nobody has of a stream. Use trajectory='exact' or "
-            "'adaptive', or score the data beforehand with star-dss score."
+            "sample of all the data, which cannot be drawn from a stream. Use trajectory='exact' "
+            "or 'adaptive', or score the data beforehand with star-dss score."
         )
     if options.reference == "precomputed" and options.shaping().needs_reference:
         raise ConfigError(
-            f"reference is 'precomputed' and the {name} data set is a stream, for which nothing "
-            "can be computed before training. Set reference='auto' (the base model under an "
-            "adapter, or a frozen copy of what is trained), or name the model as it starts."
+            f"reference is 'precomputed' and the {name} data set is a stream, for whose rows "
+            "nothing can be computed before training. Set reference='auto' (the base model under "
+            "an adapter, or a frozen copy of the trained parameters), or name the model as it "
+            "starts."
         )
 
 
 def read_in_this_process(trainer: Any) -> None:
-    """Have each process of the run read its streams itself, and say where that is a change.
+    """Make each training process read streams itself: no loader workers, no dispatched batches.
 
-    The data loader's workers have no guard, and what one process reads for all others would be
-    padded by it alone.
+    The data loader's workers have no guard, and with `dispatch_batches` one process would read and
+    pad the batches of all others. A change of `dataloader_num_workers` is logged.
     """
     args = trainer.args
     if args.dataloader_num_workers:

@@ -17,7 +17,7 @@ from support.vision_models import MAKE, gemma3, smolvlm
 from support.vision_runs import asked_and_answered, batch_of, each_model, make, numbers, talk, talks
 
 from star_dss_plugin.data.columns import SCORES_COLUMN
-from star_dss_plugin.training.rows.late import Carriers, LateCollator
+from star_dss_plugin.training.rows.raw_rows import FillerRows, RawRowsCollator
 
 
 @each_model
@@ -162,11 +162,11 @@ class OtherRanks:
     """What a run on two processes has beside its batches."""
 
     def __init__(self, trainer):
-        self.carriers = Carriers()
-        self.carriers.add(trainer.train_dataset)
+        self.fillers = FillerRows()
+        self.fillers.add(trainer.train_dataset)
         inner = trainer.data_collator
         args = (inner.inner, inner.alignment, inner.known)
-        self.collator = LateCollator(*args, self.carriers)
+        self.collator = RawRowsCollator(*args, self.fillers)
 
 
 @each_model

@@ -8,15 +8,15 @@ from accelerate.utils import DistributedType
 from support.models import tiny_llama, tiny_qwen3_moe
 
 from star_dss_plugin import ConfigError, StarDSSError
-from star_dss_plugin.training.parts_checks import (
+from star_dss_plugin.training.sequence_parallel_checks import (
     check_averaging,
     check_resuming,
-    refused_with_parts,
+    unsupported_with_sequence_parallel,
 )
 
 
 def trainer(*, size=2, zero=None, stage=3, config=None, handler=None, **changes):
-    """What `refused_with_parts` reads of a trainer that it lets pass."""
+    """What `unsupported_with_sequence_parallel` reads of a trainer that it lets pass."""
     model = changes.pop("model", None) or tiny_llama()
     for name, value in (config or {}).items():
         setattr(model.config, name, value)
@@ -29,7 +29,7 @@ def trainer(*, size=2, zero=None, stage=3, config=None, handler=None, **changes)
         state=SimpleNamespace(deepspeed_plugin=plugin),
     )
     own = {
-        "trains_parts": True,
+        "supports_sequence_parallel": True,
         "media_rows": lambda: None,
     }
     own |= {name: changes.pop(name) for name in list(own) if name in changes}
@@ -39,7 +39,7 @@ def trainer(*, size=2, zero=None, stage=3, config=None, handler=None, **changes)
 
 FIXED = {"sp_seq_length_is_variable": False}
 REFUSED = [
-    ({"trains_parts": False}, "was not tried in"),
+    ({"supports_sequence_parallel": False}, "was not tried in"),
     ({"kind": DistributedType.MULTI_GPU}, "DeepSpeed, which cuts rows, is not on"),
     ({"stage": 2}, "makes gradients 2 times as large"),
     ({"zero": {"reduce_scatter": False}}, "makes gradients 2 times as large"),
@@ -49,7 +49,7 @@ REFUSED = [
     ({"padding_free": True}, "would see each other"),
     ({"config": {"sliding_window": 8}}, "a window of tokens"),
     ({"config": {"layer_types": ["sliding_attention", "full_attention"]}}, "a window of tokens"),
-    ({"config": {"output_router_logits": True}}, "its parts cannot be put together"),
+    ({"config": {"output_router_logits": True}}, "no load_balancing_loss_func to replace"),
     ({"media_rows": lambda: object()}, "can neither cut images"),
     ({"handler": FIXED | {"sp_seq_length": 33}}, "is 33, which cannot be cut into equal parts"),
 ]
@@ -57,10 +57,14 @@ REFUSED = [
 
 @pytest.mark.parametrize(("changes", "words"), REFUSED)
 def test_what_cannot_go_with_parts_is_refused_in_words(changes, words):
-    found = [why for condition, why, _ in refused_with_parts(trainer(**changes)) if condition]
+    found = [
+        why
+        for condition, why, _ in unsupported_with_sequence_parallel(trainer(**changes))
+        if condition
+    ]
     assert len(found) == 1
     assert words in found[0]
-    assert refused_with_parts(trainer(size=1, **changes)) == []
+    assert unsupported_with_sequence_parallel(trainer(size=1, **changes)) == []
 
 
 def test_a_plain_run_in_parts_is_not_refused():
@@ -72,7 +76,7 @@ def test_a_plain_run_in_parts_is_not_refused():
         trainer(handler=FIXED | {"sp_seq_length": 34}),
         trainer(model=tiny_qwen3_moe(), config={"output_router_logits": True}),
     ):
-        assert not any(condition for condition, *_ in refused_with_parts(given))
+        assert not any(condition for condition, *_ in unsupported_with_sequence_parallel(given))
 
 
 def test_a_run_in_parts_resumes_only_if_no_row_is_to_be_skipped():

@@ -1,10 +1,10 @@
-"""Train where each process has a part of every row: DeepSpeed's Ulysses sequence parallelism.
+"""Support sequence parallelism (DeepSpeed Ulysses), where each process holds a part of every row.
 
-accelerate's `sp_size` makes groups of processes. DeepSpeed cuts every (batch, seq) tensor of a
-training batch into as many parts, one for each process of a group, after it has moved the labels by
-one token (`shift_labels`); attention exchanges parts, so that every token sees those before it.
-Scores and the reference's log-probabilities are moved the same way before the cut. Evaluations read
-whole rows, each process its own, with attention as usual.
+accelerate's `sp_size` sets the size of a sequence-parallel group. DeepSpeed's data loader shifts
+the labels by one token (`shift_labels`) and then splits every (batch, seq) tensor of a training
+batch along its tokens, one part per process of the group; an all-to-all in attention lets every
+token attend to all tokens before it. Scores and reference log-probabilities are shifted in the same
+way before the split. Evaluation is not split: each process reads whole rows of its own.
 """
 
 from __future__ import annotations
@@ -26,56 +26,56 @@ from star_dss_plugin.logprobs import IGNORE_INDEX
 from star_dss_plugin.training.head import causal_lm
 
 __all__ = [
-    "PartsCollator",
-    "balances_experts",
-    "balancing",
-    "exchanging",
+    "SequenceParallelCollator",
+    "balancing_over_group",
+    "can_balance_over_group",
+    "exchanging_in_eval",
     "fixed_length",
-    "framed",
-    "group_of_parts",
     "is_part",
-    "one_pass",
+    "one_epoch",
     "padded",
     "part_of",
-    "parts_per_row",
+    "sequence_parallel_group",
+    "sequence_parallel_size",
     "trained_tokens",
+    "unshifted",
 ]
 
 _PADDING = {"attention_mask": 0, "labels": IGNORE_INDEX, SCORES_COLUMN: 1.0, REF_COLUMN: 0.0}
 
 
-def parts_per_row(accelerator: Any) -> int:
-    """Return into how many parts DeepSpeed cuts each row; 1: none is cut."""
+def sequence_parallel_size(accelerator: Any) -> int:
+    """Return the size of a sequence-parallel group (accelerate's `sp_size`), 1 if there is none."""
     parallelism = getattr(accelerator, "parallelism_config", None)
     return int(getattr(parallelism, "sp_size", None) or 1)
 
 
-def group_of_parts() -> Any:
-    """Return the processes that share each row with this one."""
+def sequence_parallel_group() -> Any:
+    """Return the process group whose members hold the parts of this process's rows."""
     from deepspeed.utils import groups
 
     return groups._get_sequence_parallel_group()
 
 
 def fixed_length(accelerator: Any) -> int | None:
-    """Return the length that DeepSpeed wants every whole batch to have; None: each has its own."""
+    """Return `sp_seq_length`, the length of every unsplit batch; None if lengths may vary."""
     handler: Any = getattr(getattr(accelerator, "parallelism_config", None), "sp_handler", None)
     if getattr(handler, "sp_seq_length_is_variable", True):
         return None
     return int(handler.sp_seq_length)
 
 
-class PartsCollator:
-    """Make batches that can be cut into parts, and can be read whole, too.
+class SequenceParallelCollator:
+    """Collate rows into batches that DeepSpeed can split along their tokens.
 
-    Rows are padded on the right to a multiple of the parts' number. The columns of STAR-DSS are
-    added a second time, moved by one token as DeepSpeed moves labels.
+    Rows are padded on the right to a multiple of the group's size. The columns of STAR-DSS are
+    added a second time under other names, shifted by one token as DeepSpeed shifts labels.
 
     Args:
-        inner: Makes a batch with `star_scores`.
-        size: Parts of a row.
-        pad_token_id: For `input_ids`.
-        length: Of every batch; None: of its longest row.
+        inner: The data collator; its batches have `star_scores`.
+        size: Size of the sequence-parallel group.
+        pad_token_id: Padding of `input_ids`.
+        length: Length of every batch; None: that of its longest row, rounded up.
     """
 
     def __init__(
@@ -91,13 +91,13 @@ class PartsCollator:
         self.length = length
 
     def __call__(self, features: Sequence[Any]) -> dict[str, Any]:
-        """Return a batch of rows.
+        """Return a padded batch with `position_ids` and the shifted columns.
 
         Raises:
-            DataError: Rows are joined, padded on the left, or longer than a fixed length.
+            DataError: Rows are packed, padded on the left, or longer than the fixed length.
         """
         batch = dict(self.inner(list(features)))
-        _check_alone(batch)
+        _check_unpacked(batch)
         tokens = batch["input_ids"].shape[1]
         length = self.length or -(-tokens // self.size) * self.size
         if tokens > length:
@@ -110,14 +110,14 @@ class PartsCollator:
         batch = padded(batch, length, self.pad_token_id)
         batch["position_ids"] = torch.arange(length).repeat(len(batch["input_ids"]), 1)
         return batch | {
-            moved: _moved(batch[name], _PADDING[name])
-            for name, moved in MOVED_COLUMNS.items()
+            shifted: _shifted(batch[name], _PADDING[name])
+            for name, shifted in MOVED_COLUMNS.items()
             if name in batch
         }
 
 
 def padded(batch: Mapping[str, Any], length: int, pad_token_id: int = 0) -> dict[str, Any]:
-    """Return a batch whose rows are padded on the right to a length."""
+    """Pad a batch's token columns on the right to a length."""
     more = length - batch["input_ids"].shape[1]
     paddings = {"input_ids": pad_token_id, **_PADDING}
     return {
@@ -126,12 +126,13 @@ def padded(batch: Mapping[str, Any], length: int, pad_token_id: int = 0) -> dict
     }
 
 
-def _check_alone(batch: Mapping[str, Any]) -> None:
+def _check_unpacked(batch: Mapping[str, Any]) -> None:
+    """Check that a batch has one document per row, padded on the right."""
     mask, positions = batch.get("attention_mask"), batch.get("position_ids")
-    alone = mask is not None and mask.dim() == 2 and bool((mask[:, 1:] <= mask[:, :-1]).all())
-    if alone and positions is not None:
-        alone = bool(((positions == torch.arange(positions.shape[1])) | (mask == 0)).all())
-    if not alone:
+    valid = mask is not None and mask.dim() == 2 and bool((mask[:, 1:] <= mask[:, :-1]).all())
+    if valid and positions is not None:
+        valid = bool(((positions == torch.arange(positions.shape[1])) | (mask == 0)).all())
+    if not valid:
         raise DataError(
             "sp_size gives each process a part of every row, for which rows must not be joined, "
             "and must be padded on the right: attention takes no mask then. The data collator's "
@@ -140,57 +141,61 @@ def _check_alone(batch: Mapping[str, Any]) -> None:
         )
 
 
-def _moved(column: Tensor, padding: float) -> Tensor:
+def _shifted(column: Tensor, padding: float) -> Tensor:
     return F.pad(column[:, 1:], (0, 1), value=padding)
 
 
 def part_of(batch: Mapping[str, Tensor], size: int, index: int) -> dict[str, Tensor]:
-    """Return a part of a whole batch, as DeepSpeed cuts it.
+    """Return the part of a batch that DeepSpeed gives to one process of the group.
 
     Args:
-        batch: Of `PartsCollator`, or one with other `star_scores`.
-        size: Parts of a row.
-        index: Which of them.
+        batch: An unsplit batch of `SequenceParallelCollator`; its shifted columns are made anew.
+        size: Size of the sequence-parallel group.
+        index: Rank within the group.
     """
     rows, tokens = batch["input_ids"].shape
     length = tokens // size
     cut = slice(index * length, (index + 1) * length)
     whole = {name: batch[name] for name in ("input_ids", "attention_mask")}
     whole["position_ids"] = torch.arange(tokens, device=batch["input_ids"].device).repeat(rows, 1)
-    whole["shift_labels"] = _moved(batch["labels"], IGNORE_INDEX)
-    for name, moved in MOVED_COLUMNS.items():
+    whole["shift_labels"] = _shifted(batch["labels"], IGNORE_INDEX)
+    for name, shifted in MOVED_COLUMNS.items():
         if name in batch:
-            whole[moved] = _moved(batch[name], _PADDING[name])
+            whole[shifted] = _shifted(batch[name], _PADDING[name])
     return {name: column[:, cut].contiguous() for name, column in whole.items()}
 
 
 def is_part(batch: Mapping[str, Any]) -> bool:
-    """Return whether a batch holds parts of rows."""
+    """Return whether a batch holds parts of rows, which have shifted labels alone."""
     return "shift_labels" in batch and "labels" not in batch
 
 
-def framed(part: Mapping[str, Any]) -> dict[str, Any]:
-    """Return labels and columns of a part as whole rows have them: one more stands in front.
+def unshifted(part: Mapping[str, Any]) -> dict[str, Any]:
+    """Undo the shift of a part's labels and columns by prepending one untrained position.
 
-    What is made of them and shifted then belongs to the part's own positions, to the last one.
+    The loss drops the first position of labels, scores and reference as it does for whole rows;
+    what remains belongs to the predictions at the part's own positions, including the last.
+
+    Returns:
+        `labels`, `star_scores` and `ref_logps`, (batch, part + 1) each, where the part has them.
     """
     names = {"labels": "shift_labels", **MOVED_COLUMNS}
     return {
-        name: F.pad(part[moved], (1, 0), value=_PADDING[name])
-        for name, moved in names.items()
-        if moved in part
+        name: F.pad(part[shifted], (1, 0), value=_PADDING[name])
+        for name, shifted in names.items()
+        if shifted in part
     }
 
 
 def trained_tokens(
     batches: Sequence[Mapping[str, Any]], device: torch.device | str, group: Any = None
 ) -> Tensor:
-    """Return the number of trained tokens in the batches of several processes.
+    """Return the number of trained tokens in the batches of a process group, by an all-reduce.
 
     Args:
-        batches: Of this process.
-        device: Where it computes.
-        group: Those whose tokens count; all of them must call this. None: all that there are.
+        batches: This process's batches, of parts or of whole rows.
+        device: This process's device.
+        group: The process group, every member of which must call this; None: all processes.
     """
     targets = [b["shift_labels"] if is_part(b) else b["labels"][:, 1:] for b in batches]
     total = torch.stack([(labels != IGNORE_INDEX).sum() for labels in targets]).sum().to(device)
@@ -198,14 +203,15 @@ def trained_tokens(
     return total
 
 
-def one_pass(loader: Iterator[Any]) -> Iterator[Any]:
-    """Yield the batches of one pass over what DeepSpeed's loader cuts.
+def one_epoch(loader: Iterator[Any]) -> Iterator[Any]:
+    """Yield the batches of one epoch from DeepSpeed's sequence-parallel loader.
 
-    It says once that a pass has ended, and then goes on with the next: to someone who counts
-    batches, as transformers does where it can, it says so at the beginning of the next pass.
+    That loader raises StopIteration once per epoch and then goes on with the next epoch.
+    transformers stops after a counted number of batches, so it meets an epoch's StopIteration only
+    when it asks for the first batch of the next one.
     """
     first = next(loader, None)
-    if first is None:
+    if first is None:  # the end of the epoch before
         first = next(loader, None)
     if first is not None:
         yield first
@@ -213,22 +219,26 @@ def one_pass(loader: Iterator[Any]) -> Iterator[Any]:
 
 
 _BALANCE = "load_balancing_loss_func"
-"""What transformers calls in each module of a model with experts, and TRL in Mixtral's."""
+"""The function for the load-balancing loss in transformers' modules of mixture-of-experts models.
+
+A model calls the one of its own module; TRL calls Mixtral's for every model.
+"""
 
 
-def balances_experts(model: Any) -> bool:
-    """Return whether the load-balancing loss of a model's experts can be made of all parts."""
+def can_balance_over_group(model: Any) -> bool:
+    """Return whether `balancing_over_group` can replace a model's load-balancing loss."""
     return hasattr(sys.modules[type(causal_lm(model)).__module__], _BALANCE)
 
 
 @contextlib.contextmanager
-def balancing(model: Any) -> Iterator[None]:
-    """Let the load-balancing loss of experts be that of whole rows, in each process.
+def balancing_over_group(model: Any) -> Iterator[None]:
+    """Compute the load-balancing loss of experts over the tokens of the whole group, for a while.
 
-    It multiplies means over tokens, so that those of parts do not add up to it.
+    The loss multiplies two means over tokens, so the losses of parts do not average to that of the
+    whole rows.
 
     Args:
-        model: Whose experts they are.
+        model: The mixture-of-experts model.
     """
     usual = {
         module: getattr(module, _BALANCE)
@@ -240,11 +250,12 @@ def balancing(model: Any) -> Iterator[None]:
         def loss(
             gate_logits: Any, num_experts: Any = None, top_k: Any = 2, attention_mask: Any = None
         ) -> Any:
-            gathered = tuple(_of_all_parts(logits) for logits in gate_logits)
-            mask = None if attention_mask is None else _of_all_parts(attention_mask)
+            gathered = tuple(_gathered(logits) for logits in gate_logits)
+            mask = None if attention_mask is None else _gathered(attention_mask)
             found = function(gathered, num_experts, top_k, mask)
-            # Gradients are averaged over processes, of which each has those of its part.
-            size = torch.distributed.get_world_size(group_of_parts())
+            # Each process has the gradient of its own part alone, and DeepSpeed averages over
+            # processes where these must be summed: so the gradient, not the value, times `size`.
+            size = torch.distributed.get_world_size(sequence_parallel_group())
             return found + (size - 1) * (found - found.detach())
 
         return loss
@@ -258,9 +269,9 @@ def balancing(model: Any) -> Iterator[None]:
             setattr(module, _BALANCE, function)
 
 
-def _of_all_parts(column: Tensor) -> Tensor:
-    """Return the tokens of all parts; gradients pass through this process's own alone."""
-    group, own = group_of_parts(), column.detach().contiguous()
+def _gathered(column: Tensor) -> Tensor:
+    """Gather a column from the group, with gradients through this process's own part alone."""
+    group, own = sequence_parallel_group(), column.detach().contiguous()
     parts = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size(group))]
     torch.distributed.all_gather(parts, own, group=group)
     parts[torch.distributed.get_rank(group)] = column
@@ -268,13 +279,14 @@ def _of_all_parts(column: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def exchanging(model: Any) -> Iterator[None]:
-    """Let attention exchange parts also in modules that do not train, as a reference's do not.
+def exchanging_in_eval(model: Any) -> Iterator[None]:
+    """Make attention exchange parts in eval mode, too, for a while, as the reference needs it.
 
-    accelerate has DeepSpeed leave the exchange out there, for evaluations, which read whole rows.
+    accelerate tells DeepSpeed to leave the exchange out in eval mode, because evaluations read
+    whole rows.
 
     Args:
-        model: Whose kind of attention it is.
+        model: The model whose attention implementation is meant.
     """
     kind = model.config._attn_implementation
     usual = ALL_ATTENTION_FUNCTIONS[kind]

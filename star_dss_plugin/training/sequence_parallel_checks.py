@@ -1,4 +1,4 @@
-"""Refuse what rows in parts (`sequence_parts`) cannot go with; try how gradients are averaged."""
+"""Reject settings that sequence parallelism does not support; check how gradients are averaged."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from star_dss_plugin.errors import ConfigError, StarDSSError
-from star_dss_plugin.training.sequence_parts import (
-    balances_experts,
+from star_dss_plugin.training.sequence_parallel import (
+    can_balance_over_group,
     fixed_length,
-    parts_per_row,
+    sequence_parallel_size,
 )
 
-__all__ = ["check_averaging", "check_resuming", "refused_with_parts"]
+__all__ = ["check_averaging", "check_resuming", "unsupported_with_sequence_parallel"]
 
 
-def refused_with_parts(trainer: Any) -> list[tuple[Any, str, str]]:
-    """Return what cannot go with rows in parts: whether it is there, why, and what to change."""
-    size, args = parts_per_row(trainer.accelerator), trainer.args
+def unsupported_with_sequence_parallel(trainer: Any) -> list[tuple[Any, str, str]]:
+    """Return the settings that sequence parallelism does not support as (is set, reason, remedy).
+
+    Empty without sequence parallelism.
+    """
+    size, args = sequence_parallel_size(trainer.accelerator), trainer.args
     if size == 1:
         return []
     config = trainer.model.config.get_text_config()
@@ -32,7 +35,7 @@ def refused_with_parts(trainer: Any) -> list[tuple[Any, str, str]]:
     without = "or switch sequence parallelism off (sp_size=1)"
     return [
         (
-            not trainer.trains_parts,
+            not trainer.supports_sequence_parallel,
             f"{what}, which was not tried in {type(trainer).__name__}",
             f"Use StarDSSTrainer, or attach to a plain Trainer, {without}",
         ),
@@ -44,32 +47,33 @@ def refused_with_parts(trainer: Any) -> list[tuple[Any, str, str]]:
         (
             not _averages_gradients(trainer.accelerator),
             f"{what}; DeepSpeed (tried: 0.19.8) then makes gradients {size} times as large as "
-            "they are, unless it is ZeRO-3 that scatters them, in full precision",
+            "they should be, except with ZeRO-3 that reduce-scatters them in full precision",
             "Set zero_stage to 3, reduce_scatter to true and zero_quantized_gradients to false, "
             f"{without}",
         ),
         (
             packing or (getattr(args, "eval_packing", None) or False),
-            f"{what}; its attention takes no mask, so that documents that are joined into one row "
+            f"{what}; its attention takes no mask, so documents that are packed into one row "
             "would see each other",
             f"Set packing and padding_free to false, {without}",
         ),
         (
             layers != {"full_attention"} or window,
-            f"{what}; its attention takes no mask, so that layers that see a window of tokens "
-            "would see all of them",
+            f"{what}; its attention takes no mask, so layers that attend to a window of tokens "
+            "would attend to all of them",
             f"Use a model with full attention in every layer, {without}",
         ),
         (
-            getattr(config, "output_router_logits", False) and not balances_experts(trainer.model),
-            f"{what}; the load-balancing loss of experts is made of whole rows, and this model "
-            "computes it where its parts cannot be put together",
+            getattr(config, "output_router_logits", False)
+            and not can_balance_over_group(trainer.model),
+            f"{what}; the load-balancing loss of experts is computed over whole rows, and in this "
+            "model it cannot be: its module has no load_balancing_loss_func to replace",
             f"Set router_aux_loss_coef=0, {without}",
         ),
         (
             trainer.media_rows() is not None,
             f"{what}; DeepSpeed's loader cuts every tensor of a batch along its tokens, and can "
-            "neither cut images nor say which of them stand in which part",
+            "neither cut images nor assign each image to a part",
             f"Give rows of text alone, {without}",
         ),
         (
@@ -82,12 +86,12 @@ def refused_with_parts(trainer: Any) -> list[tuple[Any, str, str]]:
 
 
 def check_resuming(trainer: Any) -> None:
-    """Refuse to resume where the rows that a run has read cannot be skipped.
+    """Reject resuming where transformers would have to skip the batches that were read before.
 
     Raises:
-        ConfigError: Rows are in parts, and they shall be.
+        ConfigError: Sequence parallelism is on, and `ignore_data_skip` is off.
     """
-    if parts_per_row(trainer.accelerator) > 1 and not trainer.args.ignore_data_skip:
+    if sequence_parallel_size(trainer.accelerator) > 1 and not trainer.args.ignore_data_skip:
         raise ConfigError(
             "A run with sequence parallelism (sp_size) is to be resumed, but the loader with which "
             "DeepSpeed cuts rows can neither skip the rows that were read nor find the order of a "
@@ -97,9 +101,10 @@ def check_resuming(trainer: Any) -> None:
 
 
 def _averages_gradients(accelerator: Any) -> bool:
-    """Return whether DeepSpeed averages gradients over all processes, as losses are averaged.
+    """Return whether DeepSpeed's settings are those with which it averages over all processes.
 
-    Elsewhere it divides their sum by the number of groups.
+    With other settings DeepSpeed 0.19.8 divides the sum of gradients by the number of
+    sequence-parallel groups.
     """
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     if plugin is None:
@@ -110,16 +115,16 @@ def _averages_gradients(accelerator: Any) -> bool:
 
 
 def check_averaging(engine: Any) -> None:
-    """Check on a weight of its own that DeepSpeed averages gradients over all processes.
+    """Check with a model of one weight that DeepSpeed averages gradients over all processes.
 
-    Another release may divide their sum by the number of groups everywhere, as 0.19.8 does without
-    ZeRO-3: weights would move too far, and no loss would show it.
+    Another release may divide their sum by the number of sequence-parallel groups also with ZeRO-3,
+    as 0.19.8 does without it. Gradients would be too large, and no loss would show it.
 
     Args:
         engine: The trained model as DeepSpeed has wrapped it; all processes must call this.
 
     Raises:
-        StarDSSError: It does not.
+        StarDSSError: The gradient is another multiple of the average.
     """
     import deepspeed
 
@@ -143,7 +148,7 @@ def check_averaging(engine: Any) -> None:
     if abs(found - 1) > 1e-3:
         raise StarDSSError(
             f"Training was stopped before the weights changed: this release of DeepSpeed "
-            f"({deepspeed.__version__}) makes gradients {found:g} times as large as they are with "
-            "sequence parallelism (sp_size). Install a release for which that was tried (0.19.8), "
-            "or set sp_size=1."
+            f"({deepspeed.__version__}) makes gradients {found:g} times as large as they should be "
+            "with sequence parallelism (sp_size). Install a release that was tried (0.19.8), or "
+            "set sp_size=1."
         )

@@ -15,19 +15,19 @@ from star_dss_plugin import DataError, StarDSSError, attach
 from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN
 from star_dss_plugin.logprobs import full_kl, token_logprobs
 from star_dss_plugin.loss import Shaping, shaped_loss
-from star_dss_plugin.training import sequence_parts
+from star_dss_plugin.training import sequence_parallel
 from star_dss_plugin.training.loss_check import _shortest_row
 from star_dss_plugin.training.rows.collation import TokenColumnsCollator
-from star_dss_plugin.training.sequence_parts import (
-    PartsCollator,
-    balancing,
-    exchanging,
-    framed,
+from star_dss_plugin.training.sequence_parallel import (
+    SequenceParallelCollator,
+    balancing_over_group,
+    exchanging_in_eval,
     is_part,
-    one_pass,
+    one_epoch,
     padded,
     part_of,
     trained_tokens,
+    unshifted,
 )
 from star_dss_plugin.training.step import times_averaged
 
@@ -55,7 +55,7 @@ def collate(features, size, side="right", length=None):
     tokenizer = make_tokenizer()
     tokenizer.padding_side = side
     inner = TokenColumnsCollator(DataCollatorForSeq2Seq(tokenizer))
-    return PartsCollator(inner, size, PAD, length)(features)
+    return SequenceParallelCollator(inner, size, PAD, length)(features)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
@@ -121,7 +121,7 @@ def test_the_losses_of_parts_add_up_to_the_loss_of_the_whole(loss_type):
         part = part_of(batch, size, index)
         count += int((part["shift_labels"] != -100).sum())
         cut = slice(index * 5, (index + 1) * 5)
-        total += loss_of(framed(part), logits[:, cut], others[:, cut], items)
+        total += loss_of(unshifted(part), logits[:, cut], others[:, cut], items)
     assert count == items
     torch.testing.assert_close(total, whole)
 
@@ -193,17 +193,17 @@ class Cut:
 @pytest.mark.parametrize("asked", [2, 3])
 def test_a_pass_ends_once_whether_or_not_it_was_asked_for_more(asked):
     cut = Cut()
-    first = one_pass(cut)
+    first = one_epoch(cut)
     assert [next(first, None) for _ in range(asked)] == [1, 2, None][:asked]
-    second = one_pass(cut)
+    second = one_epoch(cut)
     assert [next(second, None) for _ in range(4)] == [3, 4, None, None]
-    assert list(one_pass(Cut())) == [1, 2]
+    assert list(one_epoch(Cut())) == [1, 2]
 
 
 def test_a_pass_over_nothing_ends():
     cut = Cut()
     cut.left = [StopIteration] * 2
-    assert list(one_pass(cut)) == []
+    assert list(one_epoch(cut)) == []
 
 
 @pytest.mark.parametrize("module", [modeling_qwen3_moe, modeling_mixtral])
@@ -221,7 +221,7 @@ def test_the_load_balancing_loss_of_parts_is_that_of_the_whole(monkeypatch, modu
         for half in (slice(5), slice(5, 10))
     ]
     found = torch.zeros_like(gradient)
-    monkeypatch.setattr(sequence_parts, "group_of_parts", lambda: "group")
+    monkeypatch.setattr(sequence_parallel, "sequence_parallel_group", lambda: "group")
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 2)
     for rank, half in enumerate((slice(5), slice(5, 10))):
 
@@ -233,7 +233,7 @@ def test_the_load_balancing_loss_of_parts_is_that_of_the_whole(monkeypatch, modu
         monkeypatch.setattr(torch.distributed, "all_gather", gather)
         monkeypatch.setattr(torch.distributed, "get_rank", lambda group, rank=rank: rank)
         *logits, part = halves[rank]
-        with balancing(tiny_qwen3_moe()):
+        with balancing_over_group(tiny_qwen3_moe()):
             loss = module.load_balancing_loss_func(tuple(logits), 4, 2, part)
         torch.testing.assert_close(loss, whole)
         # Averaged over both processes, of which the other has none.
@@ -253,12 +253,12 @@ def test_rows_that_attention_could_not_keep_apart_are_refused(joined):
             "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]]),
         }
         with pytest.raises(DataError, match="must not be joined"):
-            PartsCollator(lambda _: batch, 2, PAD)([])
+            SequenceParallelCollator(lambda _: batch, 2, PAD)([])
         without = {name: batch[name] for name in ("input_ids", "labels")}
         with pytest.raises(DataError, match="must not be joined"):
-            PartsCollator(lambda _: without, 2, PAD)([])
+            SequenceParallelCollator(lambda _: without, 2, PAD)([])
         batch["position_ids"] = torch.arange(6)[None]
-        assert PartsCollator(lambda _: batch, 2, PAD)([])["position_ids"].shape == (1, 6)
+        assert SequenceParallelCollator(lambda _: batch, 2, PAD)([])["position_ids"].shape == (1, 6)
     else:
         with pytest.raises(DataError, match="padded on the right"):
             collate(rows([9, 13]), 2, side="left")
@@ -277,7 +277,7 @@ def test_attention_exchanges_parts_in_modules_that_do_not_train():
     ALL_ATTENTION_FUNCTIONS[kind] = watched
     try:
         with torch.no_grad():
-            with exchanging(model):
+            with exchanging_in_eval(model):
                 model(torch.arange(6)[None])
             exchanged, seen = seen, []
             model(torch.arange(6)[None])

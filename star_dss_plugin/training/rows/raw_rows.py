@@ -1,4 +1,8 @@
-"""Data that is tokenized in the collator: scored before training as text, laid onto tokens late."""
+"""Collate rows that the data collator tokenizes (rows with images), with their scores.
+
+These rows are scored as text before training (column `star_text`). The scores are aligned with the
+collator's tokens when a batch is made.
+"""
 
 from __future__ import annotations
 
@@ -16,24 +20,23 @@ from star_dss_plugin.logprobs import IGNORE_INDEX
 from star_dss_plugin.training.rows.collation import TokenColumnsCollator
 from star_dss_plugin.training.rows.known_rows import KnownRows
 
-__all__ = ["Carriers", "LateCollator", "scored_collator", "text_of_row"]
+__all__ = ["FillerRows", "RawRowsCollator", "scored_collator", "text_of_row"]
 
 Collator = Callable[[list[Any]], Mapping[str, Any]]
 
 
-class Carriers:
-    """Keep a row with each kind of media, for batches that have none of it.
+class FillerRows:
+    """Keep one row for each kind of media, to be added to batches without this kind.
 
-    A batch without images does not pass through the part of the model that reads images. Where
-    several processes compute a step together, those that do pass through it would wait for this
-    one: each gathers weights, or sums gradients, with all others.
+    A batch without images does not run the vision encoder. In a run of several processes those
+    with an image would wait there for this one, to gather weights or to all-reduce gradients.
     """
 
     def __init__(self) -> None:
         self._rows: list[tuple[str, dict[str, Any]]] = []
 
     def add(self, dataset: Dataset) -> None:
-        """Keep the shortest row of each kind of a data set with `star_text`."""
+        """Keep the shortest row for each kind of media in a data set with `star_text`."""
         best: dict[str, tuple[int, int]] = {}
         for i, row in enumerate(dataset.with_format(None).select_columns([TEXT_COLUMN])):
             length = (len(row[TEXT_COLUMN]["input_ids"]), i)
@@ -42,7 +45,7 @@ class Carriers:
         self._rows += [(kind, dataset[i]) for kind, (_, i) in sorted(best.items())]
 
     def for_batch(self, features: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """Return rows with the media that a batch lacks and rows of its columns have."""
+        """Return kept rows with the kinds of media that a batch lacks, cut to its columns."""
         there = {kind for row in features for kind in row[TEXT_COLUMN]["media"]}
         found: list[Mapping[str, Any]] = []
         for kind, row in self._rows:
@@ -52,18 +55,17 @@ class Carriers:
         return found
 
 
-class LateCollator:
-    """Let another collator make a batch of raw rows, then add `star_scores` to it.
+class RawRowsCollator:
+    """Add `star_scores` to the batch that another collator makes of raw rows.
 
-    Its labels are kept where an assistant speaks, and are -100 elsewhere: some hosts train all of a
-    conversation, images included.
+    Labels outside of assistant turns are set to -100: some hosts train the whole conversation,
+    image tokens included.
 
     Args:
-        inner: The trainer's collator: one sequence for each row, of `input_ids` and `labels`.
-        alignment: Lays scores onto its tokens.
-        known: The rows that were prepared: any other one is an error.
-        carriers: Rows with media; they are added to batches without and train nothing. None: no
-            other process waits for this one.
+        inner: The trainer's collator. It makes one sequence of `input_ids` and `labels` per row.
+        alignment: Assigns scores to the collator's tokens.
+        known: Digests of the prepared rows; any other row is an error.
+        fillers: Rows with media, added untrained to batches without; None in a run of one process.
     """
 
     def __init__(
@@ -71,19 +73,19 @@ class LateCollator:
         inner: Collator,
         alignment: Alignment,
         known: KnownRows,
-        carriers: Carriers | None = None,
+        fillers: FillerRows | None = None,
     ) -> None:
         self.inner = inner
         self.alignment = alignment
         self.known = known
-        self.carriers = carriers
+        self.fillers = fillers
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if any(TEXT_COLUMN not in row for row in features):
             raise _unscored("A row of a batch")
         texts = [row[TEXT_COLUMN] for row in features]
-        if self.carriers is not None:
-            features = [*features, *self.carriers.for_batch(features)]
+        if self.fillers is not None:
+            features = [*features, *self.fillers.for_batch(features)]
         bare = [{k: v for k, v in row.items() if k != TEXT_COLUMN} for row in features]
         batch = self._collated(bare, [row[TEXT_COLUMN]["row"] for row in features])
         missing = [name for name in ("input_ids", "labels") if name not in batch]
@@ -114,8 +116,9 @@ class LateCollator:
         """Return the inner collator's batch.
 
         Raises:
-            DataError: The processor refuses a row (it compares the media with their places in the
-                text, and opens them), with the row's number if it does so of the row alone.
+            DataError: The processor rejects a row: a file cannot be opened, or the media do not
+                match their placeholders in the text. The error names the row if the processor
+                rejects it by itself, else all rows of the batch.
         """
         try:
             return dict(self.inner([dict(row) for row in rows]))
@@ -153,19 +156,19 @@ def scored_collator(
     inner: Collator,
     known: KnownRows,
     alignment: Alignment | None,
-    carriers: Carriers | None = None,
-) -> TokenColumnsCollator | LateCollator:
-    """Return a trainer's collator with scores: of tokenized rows, or of raw ones."""
+    fillers: FillerRows | None = None,
+) -> TokenColumnsCollator | RawRowsCollator:
+    """Wrap a trainer's collator so that it adds scores; with an alignment, to raw rows."""
     if alignment is None:
         return TokenColumnsCollator(inner, known)
-    return LateCollator(inner, alignment, known, carriers)
+    return RawRowsCollator(inner, alignment, known, fillers)
 
 
 def text_of_row(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return what is known of a row's tokens before it is collated.
+    """Return a row's tokens, labels and scores: of a raw row those of its text (`star_text`).
 
     Raises:
-        DataError: Nothing is: it has not been scored.
+        DataError: The row was not scored.
     """
     text: Mapping[str, Any] = row.get(TEXT_COLUMN, row)
     if "labels" not in text:
