@@ -114,10 +114,11 @@ def choose_reference(
     if name == "copy":
         split = "tensor parallelism" if ranks.tp_size > 1 else ranks.sharding
         if split is not None:
-            why = f"kl_estimator={estimator!r}"
-            other = "Set kl_estimator='k2', whose reference is computed before training; or name"
+            why, other = f"kl_estimator={estimator!r}", "Set reference='precomputed', or name"
             if obstacle:
                 why, other = obstacle, "Name"
+            elif estimator == "full":
+                other = "Set kl_estimator='k2' and reference='precomputed', or name"
             raise ConfigError(
                 f"reference is 'copy' (with {why}), which swaps the trained parameters for their "
                 f"values at the start at each step, and {split} leaves no rank whole parameters "
