@@ -141,8 +141,8 @@ def begin(
     options = (options or ScoringOptions()).scoring(**changes)
     if options.score_cache_dir is not None:
         raise ConfigError(
-            f"score_cache_dir is {options.score_cache_dir!r}, but unfinished shards keep their "
-            "caches beside the output, and share none. Leave it out."
+            f"score_cache_dir is {options.score_cache_dir!r}, but each unfinished shard has a "
+            "cache beside the output, and they share no cache. Leave it out."
         )
     at_least("shard_rows", shard_rows, 1, integer=True)
     dataset = read_dataset(data, split)
