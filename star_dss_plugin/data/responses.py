@@ -64,7 +64,10 @@ def tokens_of(row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
         )
     if ids and not (min(ids) >= 0 and max(ids) < _IDS):
         wrong = [i for i in ids if not 0 <= i < _IDS]
-        raise DataError(f"input_ids holds {wrong[0]}, which is no token of any tokenizer.")
+        raise DataError(
+            f"input_ids holds {wrong[0]}, which is no token of any tokenizer. Tokenize the row "
+            "again, or remove it."
+        )
     for start, end in runs(labels):
         if labels[start:end] != ids[start:end]:
             raise DataError(
@@ -83,7 +86,10 @@ def _integers(row: Mapping[str, Any], column: str) -> list[int]:
         )
     if other := set(map(type, found)) - {int}:
         names = " and ".join(sorted(kind.__name__ for kind in other))
-        raise DataError(f"{column} holds {names}; it must be a list of integers.")
+        raise DataError(
+            f"{column} holds {names}; it must be a list of integers. Tokenize the row again, or "
+            "remove it."
+        )
     return list(found)
 
 

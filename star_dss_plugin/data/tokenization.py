@@ -99,7 +99,7 @@ def read_rows(
 
 
 def _finished(plans: Sequence[Plan], chat: ChatTokenizer) -> Iterator[Tokenized]:
-    """Tokenize plans, of which either all or none have `plain` set, and finish them."""
+    """Tokenize plans in one call, and finish them; `plain` is the same for all."""
     if plans:
         texts = [plan.text for plan in plans]
         encoded = chat.encode_all(texts, add_special_tokens=plans[0].plain)

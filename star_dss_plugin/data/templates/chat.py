@@ -21,7 +21,7 @@ from star_dss_plugin.data.decoding import (
 from star_dss_plugin.data.requests import Message
 from star_dss_plugin.errors import DataError
 
-__all__ = ["ChatTokenizer", "Encoded", "same_beginning", "whole_text"]
+__all__ = ["ChatTokenizer", "Encoded", "common_prefix_length", "whole_text"]
 
 _TAILS = 1024  # entries of `_tails` at most, each of at most `_TAIL` characters
 _TAIL = 64
@@ -145,7 +145,7 @@ class ChatTokenizer:
         _, ends, _ = token_boundaries(self.tokenizer, ids)
         return Encoded(ids, [0, *ends[:-1]] if ends else [], ends)
 
-    def begins_like(self, encoded: Encoded, text: str, question: str) -> int:
+    def shared_tokens(self, encoded: Encoded, text: str, question: str) -> int:
         """Return how many leading tokens a conversation and a rendered prompt share.
 
         Args:
@@ -156,19 +156,19 @@ class ChatTokenizer:
         Raises:
             DataError: `question` contains a lone surrogate.
         """
-        parted = self._parted(encoded, text, question) if self._fast else None
-        if parted is None:
-            return same_beginning(encoded.ids, self.encode(question).ids)
-        n, rest = parted
+        separated = self._last_separator(encoded, text, question) if self._fast else None
+        if separated is None:
+            return common_prefix_length(encoded.ids, self.encode(question).ids)
+        n, rest = separated
         own = self._tails.get(rest)
         if own is None:
             own = self.encode(rest).ids
             if len(rest) <= _TAIL and len(self._tails) < _TAILS:
                 self._tails[rest] = own
-        return n + same_beginning(encoded.ids[n : n + len(own)], own)
+        return n + common_prefix_length(encoded.ids[n : n + len(own)], own)
 
-    def _parted(self, encoded: Encoded, text: str, question: str) -> tuple[int, str] | None:
-        """Find the last separator token (see `_parting`) in the common prefix of two texts.
+    def _last_separator(self, encoded: Encoded, text: str, question: str) -> tuple[int, str] | None:
+        """Find the last separator token (see `_separators`) in the common prefix of two texts.
 
         Both texts have the same tokens before it, so only the rest of `question` is tokenized.
 
@@ -176,15 +176,15 @@ class ChatTokenizer:
             The separator's token index in `encoded`, and `question` from the separator on; None if
             the common prefix has no separator.
         """
-        shared = len(question) if text.startswith(question) else _same(text, question)
+        shared = len(question) if text.startswith(question) else _common_text_length(text, question)
         for n in range(bisect_right(encoded.ends, shared) - 1, -1, -1):
-            token = self._parting.get(encoded.ids[n])
+            token = self._separators.get(encoded.ids[n])
             if token is not None and text.startswith(token, encoded.starts[n]):
                 return n, question[encoded.starts[n] :]
         return None
 
     @cached_property
-    def _parting(self) -> dict[int, str]:
+    def _separators(self) -> dict[int, str]:
         """The separators by id: added tokens that split the text wherever they are spelled.
 
         The text before one is tokenized independently of the text after it.
@@ -275,11 +275,11 @@ class ChatTokenizer:
             return ""
         asked = asked.rpartition(_PROBE.format(0))[2]
         between = talk.partition(_PROBE.format(1))[0].rpartition(_PROBE.format(0))[2]
-        both = asked[: _same(asked, between)]
+        both = asked[: _common_text_length(asked, between)]
         if asked == alone != between:  # the template ignores `add_generation_prompt`
             own = between.removeprefix(alone) if between.startswith(alone) else ""
         else:
-            shared = _same(alone, both)
+            shared = _common_text_length(alone, both)
             within = [m.start() for m in self.added.finditer(both) if m.start() < shared < m.end()]
             own = both[min([shared, *within]) :]
         if not own.strip() and not between[len(both) :].strip():
@@ -309,7 +309,7 @@ def _encoded(text: str, ids: list[int], offsets: Sequence[tuple[int, int]]) -> E
     return Encoded(ids, starts, ends)
 
 
-def _same(one: str, two: str) -> int:
+def _common_text_length(one: str, two: str) -> int:
     """Return how many leading characters two texts share."""
     low, high = 0, min(len(one), len(two))
     while low < high:
@@ -321,7 +321,7 @@ def _same(one: str, two: str) -> int:
     return low
 
 
-def same_beginning(one: Sequence[int], two: Sequence[int]) -> int:
+def common_prefix_length(one: Sequence[int], two: Sequence[int]) -> int:
     """Return how many leading tokens two sequences share."""
     most = min(len(one), len(two))
     return next((i for i in range(most) if one[i] != two[i]), most)

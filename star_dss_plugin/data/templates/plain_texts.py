@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from star_dss_plugin.data.templates.chat import ChatTokenizer, Encoded, same_beginning, whole_text
+from star_dss_plugin.data.templates.chat import (
+    ChatTokenizer,
+    Encoded,
+    common_prefix_length,
+    whole_text,
+)
 from star_dss_plugin.data.templates.layout import Layout, Turn, lay_out
 from star_dss_plugin.data.templates.rendered import is_rendered, parsed_chat, parsed_prompt
 from star_dss_plugin.data.templates.tokenized import Plan, Tokenized, joined_runs
@@ -14,7 +19,7 @@ __all__ = ["of_text", "of_texts"]
 
 
 def of_text(text: str, chat: ChatTokenizer) -> Plan:
-    """Plan a text of which every token is trained."""
+    """Plan a plain text; every token is trained."""
     whole = _with_eos(chat, text)
     rendered = is_rendered(text, chat)
 
@@ -26,7 +31,7 @@ def of_text(text: str, chat: ChatTokenizer) -> Plan:
 
 
 def of_texts(prompt: str, completion: str, chat: ChatTokenizer) -> Plan:
-    """Plan a plain-text prompt and completion, of which the completion is trained."""
+    """Plan a plain-text prompt and completion; the completion is trained."""
     text = whole_text(prompt + _with_eos(chat, completion))
     asked = chat.ids(prompt)
     rendered = is_rendered(prompt, chat)
@@ -36,7 +41,7 @@ def of_texts(prompt: str, completion: str, chat: ChatTokenizer) -> Plan:
         source = [*source, {"role": "assistant", "content": completion}]
 
     def behind_the_prompt(encoded: Encoded) -> Tokenized:
-        common = same_beginning(encoded.ids, asked)
+        common = common_prefix_length(encoded.ids, asked)
         trained = joined_runs([(common, len(encoded.ids))])
         unread = source is None
         return Tokenized(encoded, text, trained, layout, source, rendered=unread, plain=True)

@@ -32,7 +32,7 @@ def of_conversation(
     first: int,
     assistant_only_loss: bool,
 ) -> Plan:
-    """Plan a conversation of which the assistant turns from message `first` on are trained."""
+    """Plan a conversation; the assistant turns from message `first` on are trained."""
     arguments = template_arguments(row)
     text, layout = lay_out(chat, source, arguments)
     generated = layout.generated if layout else generated_spans(chat, source, arguments, text)
@@ -108,14 +108,14 @@ def _of_turn(encoded: Encoded, chat: ChatTokenizer, text: str, turn: Turn) -> Ru
 def of_completion(
     row: Mapping[str, Any], source: list[dict[str, Any]], chat: ChatTokenizer
 ) -> Plan:
-    """Plan a prompt of messages and an assistant's completion, all of which is trained."""
+    """Plan a prompt of messages and an assistant's completion; the whole completion is trained."""
     arguments, prompt = template_arguments(row), row["prompt"]
     text, layout = lay_out(chat, source, arguments)
     question = chat.render(prompt, add_generation_prompt=True, **arguments)
     whole_text(question)
 
     def behind_the_question(encoded: Encoded) -> Tokenized:
-        common = chat.begins_like(encoded, text, question)
+        common = chat.shared_tokens(encoded, text, question)
         trained = joined_runs([(common, len(encoded.ids))])
         return Tokenized(encoded, text, trained, layout, source)
 
