@@ -62,7 +62,7 @@ class RowReader:
         chat: The tokenizer and the template that made the tokens.
         ids: The row's tokens.
         row: The row, with its messages if they are known.
-        made: The result of `read_row` for the row, if known.
+        tokenized: The result of `read_row` for the row, if known.
         recover: Whether to parse the messages from the tokens if the row has none.
 
     Raises:
@@ -74,17 +74,17 @@ class RowReader:
         chat: ChatTokenizer,
         ids: Sequence[int],
         row: Mapping[str, Any],
-        made: Tokenized | None = None,
+        tokenized: Tokenized | None = None,
         *,
         recover: bool = False,
     ) -> None:
         self._chat = chat
         self._ids = list(ids)
-        self._made = made
-        if recover and made is None and source_messages(row) is None:
+        self._tokenized = tokenized
+        if recover and tokenized is None and source_messages(row) is None:
             found = parsed_tokens(ids, chat)
             row = row if found is None else {"messages": found}
-        self._placed = None if made is None else place(chat, self._ids, made)
+        self._placed = None if tokenized is None else place(chat, self._ids, tokenized)
         for one in (chat, *chat.others) if self._placed is None and source_messages(row) else ():
             # A template that cannot render the messages did not make the tokens.
             with contextlib.suppress(DataError):
@@ -123,9 +123,9 @@ class RowReader:
 
         None if it is uncertain what the tokens spell, so that they must be decoded.
         """
-        if self._made is None:
+        if self._tokenized is None:
             return None
-        own = self._made.encoded
+        own = self._tokenized.encoded
         count = len(self._ids)
         return [0, *own.ends[:count]] if own.exact and own.ids[:count] == self._ids else None
 
@@ -134,8 +134,8 @@ class RowReader:
             asked = self._chat.read_prompt(self._ids[:start])
             if asked is not None:
                 return Reading(asked, False, "", text, ends, complete)
-        if self._made is not None and self._reached is not None:
-            decoded = self._made.text[: self._reached[start]]
+        if self._tokenized is not None and self._reached is not None:
+            decoded = self._tokenized.text[: self._reached[start]]
         else:
             decoded = decode(self._chat.tokenizer, self._ids[:start])
         context: tuple[Message, ...] = ()
@@ -160,8 +160,8 @@ class RowReader:
             if ids[cut] in special:
                 last = cut
         known = None
-        if self._made is not None and self._reached is not None:
-            known = self._made.text[self._reached[start + first] :]
+        if self._tokenized is not None and self._reached is not None:
+            known = self._tokenized.text[self._reached[start + first] :]
         body, inner, whole = token_boundaries(self._chat.tokenizer, ids[first:last], known)
         behind = len(ids) - last
         return (

@@ -52,14 +52,14 @@ def _count_runs(labels: list[int]) -> int:
 
 
 def assistant_labels(
-    row: Mapping[str, Any], chat: ChatTokenizer, made: Tokenized | None = None
+    row: Mapping[str, Any], chat: ChatTokenizer, tokenized: Tokenized | None = None
 ) -> list[int]:
     """Return labels of a tokenized row with only its assistant turns trained.
 
     Args:
         row: `input_ids` (possibly truncated at either end) and the messages they were made from.
         chat: The tokenizer and the template that made `input_ids`.
-        made: The result of `read_row` for the row, if known.
+        tokenized: The result of `read_row` for the row, if known.
 
     Returns:
         One label per token of `input_ids`.
@@ -71,15 +71,15 @@ def assistant_labels(
     if has_mask(row):
         tokens = zip(given, *(row[m] for m in MASKS if row.get(m) is not None), strict=True)
         return [token if all(bits) else IGNORE_INDEX for token, *bits in tokens]
-    made = made or read_row(row, chat)
-    if made.trained is None:
-        raise DataError(made.problem)
-    ids, trained = made.encoded.ids, made.trained
+    tokenized = tokenized or read_row(row, chat)
+    if tokenized.trained is None:
+        raise DataError(tokenized.problem)
+    ids, trained = tokenized.encoded.ids, tokenized.trained
     for start in (0, max(0, len(ids) - len(given))):
         kept = slice(start, start + len(given))
         if ids[kept] == given:
             return labels_of(given, runs_within(trained, kept))
-    if made.plain:
+    if tokenized.plain:
         raise DataError(
             "All tokens of a prompt and its completion are trained, and they are not those of the "
             "two texts, so the completion cannot be found in them. Set completion_only_loss=True, "

@@ -84,7 +84,7 @@ class MediaRows:
         media: list[list[str]] = []
         for i, row in enumerate(map(dict, undecoded(dataset))):
             conversation, kinds = in_row(i, self._conversation, row)
-            made = in_row(
+            tokenized = in_row(
                 i,
                 tokenize_row,
                 conversation,
@@ -93,8 +93,8 @@ class MediaRows:
             )
             conversations.append(conversation)
             media.append(kinds)
-            ids.append(made["input_ids"])
-            labels.append(made["labels"])
+            ids.append(tokenized["input_ids"])
+            labels.append(tokenized["labels"])
         check_trained(labels)
         if counts := Counter(kind for kinds in media for kind in kinds):
             marks = [MEDIA[kind] for kind in sorted(counts)]
@@ -132,9 +132,9 @@ class MediaRows:
         except (ValueError, TypeError, LookupError, AttributeError) as error:  # the host's own code
             raise DataError(f"The trainer's collator could not read the row: {error}") from error
         kinds: list[str] = []
-        made: dict[str, Any] = {}
+        conversation: dict[str, Any] = {}
         for column, messages in given.items():
-            made[column] = []
+            conversation[column] = []
             for message in messages:
                 content = message.get("content")
                 parts = content if isinstance(content, list) else []
@@ -149,8 +149,8 @@ class MediaRows:
                 if isinstance(content, list):
                     message = {**message, "content": [_bare(part) for part in parts]}
                 self._check_spelling(message)
-                made[column].append(dict(message))
-        return made, kinds
+                conversation[column].append(dict(message))
+        return conversation, kinds
 
     def _kind(self, part: Any) -> str | None:
         """Return a content part's kind of media; None if it is text.

@@ -105,7 +105,7 @@ def find_responses(
     chat: ChatTokenizer,
     segmenter: Segmenter,
     chunk_size: int,
-    made: Tokenized | None = None,
+    tokenized: Tokenized | None = None,
 ) -> list[Response]:
     """Return all responses of a tokenized row.
 
@@ -115,13 +115,13 @@ def find_responses(
         chat: The tokenizer and the template that made `input_ids`.
         segmenter: Decides where chunks end.
         chunk_size: M, in the segmenter's units.
-        made: The result of `read_row` for the row, if known.
+        tokenized: The result of `read_row` for the row, if known.
 
     Raises:
         DataError: As for `tokens_of` and `RowReader`.
     """
     ids, labels = tokens_of(row)
-    reader = RowReader(chat, ids, row, made, recover=is_answered(labels))
+    reader = RowReader(chat, ids, row, tokenized, recover=is_answered(labels))
     return responses_in(runs(labels), reader, segmenter, chunk_size)
 
 

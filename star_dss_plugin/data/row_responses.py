@@ -169,23 +169,23 @@ def _read_piece(
             yield in_row(i, _read_tokenized, row, chat, options)
         return
     only = options.assistant_only_loss
-    made = read_rows(plain_rows(dataset), chat, assistant_only_loss=only)
+    tokenized = read_rows(plain_rows(dataset), chat, assistant_only_loss=only)
     for i in range(start, start + len(dataset)):
-        yield in_row(i, _read_raw, in_row(i, next, made), chat, options)
+        yield in_row(i, _read_raw, in_row(i, next, tokenized), chat, options)
 
 
-def _read_raw(made: Tokenized, chat: ChatTokenizer, options: RowOptions) -> _Read:
-    ids, trained = cut_row(made, options.max_length, keep_end=options.keep_end)
-    silent = "" if trained else _CUT if made.trained else _SILENT
-    reader = RowReader(chat, ids, {}, made)
+def _read_raw(tokenized: Tokenized, chat: ChatTokenizer, options: RowOptions) -> _Read:
+    ids, trained = cut_row(tokenized, options.max_length, keep_end=options.keep_end)
+    silent = "" if trained else _CUT if tokenized.trained else _SILENT
+    reader = RowReader(chat, ids, {}, tokenized)
     found = responses_in(trained, reader, options.segmenter, options.chunk_size)
-    return _Read(ids, labels_of(ids, trained), False, found, silent, made.rendered)
+    return _Read(ids, labels_of(ids, trained), False, found, silent, tokenized.rendered)
 
 
 def _read_tokenized(row: Mapping[str, Any], chat: ChatTokenizer, options: RowOptions) -> _Read:
-    labels, narrowed, made = own_labels(row, chat)
+    labels, narrowed, tokenized = own_labels(row, chat)
     trained = runs(labels)
-    reader = RowReader(chat, row["input_ids"], row, made, recover=is_answered(labels))
+    reader = RowReader(chat, row["input_ids"], row, tokenized, recover=is_answered(labels))
     found = responses_in(trained, reader, options.segmenter, options.chunk_size)
     return _Read(row["input_ids"], labels, narrowed, found, "" if trained else _MASKED, False)
 

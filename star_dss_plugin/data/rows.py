@@ -109,9 +109,9 @@ def own_labels(
     _, labels = tokens_of(row)
     if not needs_assistant_labels(row):
         return labels, False, None
-    made = None if has_mask(row) else read_row(row, chat)
-    found = assistant_labels(row, chat, made)
-    return found, found != labels, made
+    tokenized = None if has_mask(row) else read_row(row, chat)
+    found = assistant_labels(row, chat, tokenized)
+    return found, found != labels, tokenized
 
 
 def labelled_by_masks(dataset: Dataset) -> Dataset:

@@ -42,30 +42,30 @@ def tokenize_row(
     Raises:
         DataError: The row has none of these columns, or the assistant's turns cannot be located.
     """
-    made = read_row(row, chat, assistant_only_loss=assistant_only_loss)
-    ids, trained = cut_row(made, max_length)
+    tokenized = read_row(row, chat, assistant_only_loss=assistant_only_loss)
+    ids, trained = cut_row(tokenized, max_length)
     return {"input_ids": ids, "labels": labels_of(ids, trained)}
 
 
 def cut_row(
-    made: Tokenized, max_length: int | None, *, keep_end: bool = False
+    tokenized: Tokenized, max_length: int | None, *, keep_end: bool = False
 ) -> tuple[list[int], Runs]:
     """Truncate a tokenized row, and return its token ids and the runs of trained ones.
 
     Args:
-        made: The result of `read_row`.
+        tokenized: The result of `read_row`.
         max_length: Tokens to keep; None: all.
         keep_end: Whether to keep the last tokens, as TRL's truncation_mode "keep_end" does.
 
     Raises:
         DataError: It is uncertain which tokens are trained.
     """
-    if made.trained is None:
-        raise DataError(made.problem)
-    tokens = len(made.encoded.ids)
+    if tokenized.trained is None:
+        raise DataError(tokenized.problem)
+    tokens = len(tokenized.encoded.ids)
     most = tokens if max_length is None else min(max_length, tokens)
     kept = slice(tokens - most, tokens) if keep_end else slice(0, most)
-    return made.encoded.ids[kept], runs_within(made.trained, kept)
+    return tokenized.encoded.ids[kept], runs_within(tokenized.trained, kept)
 
 
 def read_rows(

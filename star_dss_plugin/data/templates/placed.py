@@ -62,17 +62,17 @@ def place_bytes(chat: ChatTokenizer, ids: Sequence[int], row: Mapping[str, Any])
     return None
 
 
-def place(chat: ChatTokenizer, ids: Sequence[int], made: Tokenized) -> Placed | None:
+def place(chat: ChatTokenizer, ids: Sequence[int], tokenized: Tokenized) -> Placed | None:
     """Locate a row's tokens among those of its conversation; None if they do not occur there."""
-    if made.layout is None or made.source is None:
+    if tokenized.layout is None or tokenized.source is None:
         return None
-    full = made.encoded
+    full = tokenized.encoded
     bos = chat.tokenizer.bos_token_id
     # A host may have put a bos token before the template's text.
     for skipped in (0, 1) if bos is not None and ids[:1] == [bos] else (0,):
         rest = list(ids[skipped:])
         if rest == full.ids and not skipped:
-            return Placed(made.layout, made.source, full, True)
+            return Placed(tokenized.layout, tokenized.source, full, True)
         for start in (0, len(full.ids) - len(rest)):
             cut = slice(start, start + len(rest))
             if start >= 0 and full.ids[cut] == rest:
@@ -81,12 +81,12 @@ def place(chat: ChatTokenizer, ids: Sequence[int], made: Tokenized) -> Placed | 
                 head = [first] * skipped
                 exact = full.exact and not skipped
                 places = Encoded(list(ids), head + starts, head + ends, exact)
-                return Placed(made.layout, made.source, places, start == 0)
+                return Placed(tokenized.layout, tokenized.source, places, start == 0)
     # Hosts may tokenize the text in pieces, which gives other tokens for the same text.
     text, reached, _ = token_boundaries(chat.tokenizer, ids)
-    if made.text.startswith(text.rstrip(REPLACEMENT)):
+    if tokenized.text.startswith(text.rstrip(REPLACEMENT)):
         places = Encoded(list(ids), [0, *reached[:-1]], reached)
-        return Placed(made.layout, made.source, places, True)
+        return Placed(tokenized.layout, tokenized.source, places, True)
     return None
 
 

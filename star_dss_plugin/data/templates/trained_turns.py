@@ -47,12 +47,12 @@ def _turns(
     source: list[dict[str, Any]],
     chat: ChatTokenizer,
     first: int,
-    made: tuple[str, Layout | None, Encoded],
+    parts: tuple[str, Layout | None, Encoded],
     generated: Sequence[tuple[int, int]] | None,
     assistant_only_loss: bool,
 ) -> Tokenized:
     """Return a tokenized conversation with the runs of its trained tokens."""
-    text, layout, encoded = made
+    text, layout, encoded = parts
     turns = [t for t in layout.turns if t.message >= first] if layout else []
     if generated is not None:
         begin = turns[0].begin if first and turns else 0
