@@ -1,8 +1,8 @@
 """STAR-DSS: finetuning that keeps a model's safety (Peng et al., NeurIPS 2025, arXiv 2505.17196).
 
-A guard scores every prefix of every response; safe tokens are learned with cross-entropy, unsafe
-ones are held to a frozen reference. Names are imported on first use: importing this package loads
-no framework.
+A guard scores every prefix of every response. Safe tokens are trained with cross-entropy, and
+unsafe tokens are kept close to a frozen reference. Names are imported on first use, so that
+importing this package loads no framework.
 """
 
 from __future__ import annotations

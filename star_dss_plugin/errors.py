@@ -1,7 +1,7 @@
-"""Every error a user of this project can meet, named by what has to be changed.
+"""Define all errors of this project, one class for each kind of thing that the user has to change.
 
-All of them stop a run before its first step. A message says what was given, why it cannot work and
-what to do. None derives from ImportError: host frameworks log those and train on without STAR-DSS.
+A message says what was given, why it cannot work and what to do. No class derives from ImportError,
+because host frameworks log ImportErrors and continue to train without STAR-DSS.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ __all__ = [
 ]
 
 _LISTED = 5
-"""Rows that a message names one by one."""
+"""How many rows a message lists."""
 
 
 @dataclass(frozen=True)
 class Where:
-    """Say which part of the input an error is about.
+    """Locate an error in the input.
 
     Attributes:
         file: The file or folder, as it was given; "" if unknown.
-        rows: Numbers of the rows, counted from 0; a `range` is one run of rows.
-        line: Line of the file on which the row begins, counted from 1; 0 if unknown.
+        rows: Indices of the rows, from 0; a `range` stands for consecutive rows.
+        line: Line of the file on which the row begins, from 1; 0 if unknown.
         field: Name of the field or column; "" if unknown.
     """
 
@@ -64,29 +64,30 @@ class StarDSSError(ValueError):
     """Base of all errors raised on purpose by STAR-DSS.
 
     Attributes:
-        where: Which part of the input it is about; `str(error)` begins with it.
+        where: The location of the error in the input; `str(error)` begins with it.
     """
 
     where: Where = Where()
 
     def at(self, **place: Any) -> Self:
-        """Add what is not known yet about where the error is.
+        """Add to the error's location.
 
         Args:
-            **place: Fields of `Where`. What the error says already stays: it was closer.
+            **place: Fields of `Where`. Fields that are set already stay, because they were set
+                closer to the error.
 
         Returns:
-            The error itself, so that a class with a constructor of its own survives.
+            The error itself: a copy could not be made of a subclass with another constructor.
         """
         missing = {name: value for name, value in place.items() if not getattr(self.where, name)}
         self.where = replace(self.where, **missing)
         return self
 
     def counted_from(self, start: int) -> Self:
-        """Move the rows of an error about a part of the data, whose first row is row `start`.
+        """Convert rows from indices in a part of the data to indices in the whole data.
 
         Args:
-            start: Number of the part's first row in the whole.
+            start: Index of the part's first row in the whole data.
 
         Returns:
             The error itself.
@@ -95,12 +96,12 @@ class StarDSSError(ValueError):
         return self
 
     def __str__(self) -> str:
-        """Return the message, in which no character of untrusted text acts on a terminal."""
+        """Return the message with its location, safe to print even if it quotes untrusted text."""
         return visible(f"{self.where}{super().__str__()}")
 
 
 class ConfigError(StarDSSError):
-    """An option has a value that cannot work, alone or with the options beside it."""
+    """An option has an invalid value, or one that conflicts with other options."""
 
 
 class DataError(StarDSSError):
@@ -112,7 +113,7 @@ class GuardError(StarDSSError):
 
     Args:
         message: What happened.
-        request: Which request of a batch it is about, if it is about one.
+        request: The index of the failed request in its batch; None if not about one request.
     """
 
     def __init__(self, message: str, *, request: int | None = None) -> None:
@@ -121,16 +122,16 @@ class GuardError(StarDSSError):
 
 
 class CacheError(StarDSSError):
-    """The score cache cannot be read or written, or was given something it cannot hold."""
+    """A cache cannot be read or written, or was given something that it cannot store."""
 
 
 class CheckpointError(StarDSSError):
-    """Training cannot resume from what it was given: it was not written to its end."""
+    """Training cannot resume from a checkpoint, because it was not written completely."""
 
 
 class OutputError(StarDSSError):
-    """A result cannot be written: the disk is full, or the folder does not allow it."""
+    """A result cannot be written, because the disk is full or the folder is read-only."""
 
 
 class PluginError(StarDSSError):
-    """A plugin cannot be loaded or registers something that cannot be used."""
+    """A plugin cannot be loaded, or registers something invalid."""

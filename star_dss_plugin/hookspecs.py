@@ -1,4 +1,4 @@
-"""Declare the four hooks, and what a plugin hands over in each of them.
+"""Declare the four hooks, and the objects that a plugin registers through them.
 
 A plugin is a package with an entry point in the group `star_dss` that names a module (or object)
 with any of these functions, each marked with `hookimpl`. The built-in guards, segmenters, weight
@@ -54,22 +54,22 @@ Reads = Literal["shared", "once", "again"]
 
 @dataclass(frozen=True)
 class GuardInfo:
-    """State what users want to know of a guard before its weights are loaded.
+    """Describe a guard for users before its weights are loaded.
 
-    `star-dss guards` lists it, `star-dss check` estimates with it, and `engine` is refused for a
-    guard that takes none. Every field may be left out.
+    `star-dss guards` lists these facts, `star-dss check` estimates costs with them, and the option
+    `engine` is rejected for a guard without `takes_engine`. Every field is optional.
 
     Attributes:
         licence: The licence of the weights; empty: not stated.
         gated: Whether the hub asks for a login and an agreement.
         billions: Parameters, in units of 10⁹; None: not stated.
-        f1: Published F1 of harmful whole responses, in percent; None: none published.
-        reads: How a response is read: "shared": prefixes share one computation, and each costs
-            `per_prefix` more; "once": one pass scores every prefix; "again": each prefix is read
-            from its beginning; None: not stated.
-        per_prefix: With "shared": how many tokens of the guard's own words follow each prefix,
-            about; None: not known without its files.
-        takes_engine: Whether it takes the options `engine` and `engine_options`.
+        f1: Published F1 for harmful whole responses, in percent; None: none published.
+        reads: How the guard reads a response. "shared": prefixes share one forward pass, and each
+            adds `per_prefix` tokens; "once": one pass scores all prefixes; "again": each prefix is
+            read from its beginning; None: not stated.
+        per_prefix: With "shared", about how many tokens of the guard's prompt follow each prefix;
+            None: not known without the guard's files.
+        takes_engine: Whether the guard accepts the options `engine` and `engine_options`.
 
     Raises:
         ValueError: A field is out of range, or contradicts another.
@@ -98,7 +98,7 @@ class GuardInfo:
 
     @property
     def cost(self) -> str:
-        """Say in words what one more prefix costs."""
+        """Describe what each further prefix costs."""
         if self.reads is None:
             return "not stated"
         if self.reads == "shared":
@@ -107,18 +107,18 @@ class GuardInfo:
 
     @property
     def terms(self) -> str:
-        """Say in words under which terms the weights can be had; empty if nothing is stated."""
+        """Describe the terms of the weights; empty if nothing is stated."""
         words = [self.licence, "gated" if self.gated else "ungated"]
         return ", ".join(words) if self.licence or self.gated else ""
 
 
 @dataclass
 class Findings:
-    """Collect what a check has found.
+    """Collect the results of a check.
 
     Attributes:
         notes: What the run would do.
-        problems: What would stop it, or would make it plain finetuning; each with what to change.
+        problems: What would stop the run or turn it into plain finetuning, each with its remedy.
     """
 
     notes: list[str] = field(default_factory=list)
@@ -129,38 +129,38 @@ class Check(Protocol):
     """Check a configuration of a host framework."""
 
     def __call__(self, path: Path, raw: dict[str, Any], *, data: bool) -> Findings:
-        """Find everything that would stop a run, or would make it plain finetuning.
+        """Find everything that would stop a run or turn it into plain finetuning.
 
         Args:
             path: The file, for messages or for the host's own parser.
-            raw: Its contents, as `yaml.safe_load` reads them; all keys are strings.
-            data: Whether to load the data, to say what scoring it would cost.
+            raw: The file's contents from `yaml.safe_load`; all keys are strings.
+            data: Whether to load the data and estimate the cost of scoring it.
 
         Raises:
-            StarDSSError: The check itself cannot go on.
+            StarDSSError: The check cannot continue.
         """
         ...
 
 
 RowForm = Literal["messages", "conversations", "prompt-completion", "text", "scored"]
-"""What rows of data are; see `Start`."""
+"""The form of a data set's rows; see `Start`."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """Hold what `star-dss init` was told and what it found: a first run is written from it.
+    """Hold the answers to `star-dss init` and what it detected, for writing a first configuration.
 
     Attributes:
         model: Hugging Face Hub id or folder of the model, or "smollm2".
         data: File, folder or id of the data, as it was given, or "demo".
-        file: Path of the data's file if it is a file; of "demo" that in the package; else None.
-        folder: "saved" if it is a folder that `save_to_disk` wrote, "splits" if there are several
-            in it, "shards" for one of `star-dss score --shard-rows`, "files" for one of files; else
-            None.
-        form: What its rows are: a column `messages`; ShareGPT's `conversations`; texts in `prompt`
-            and `completion`, or messages there; `text`; or tokens with `star_scores`.
-        keys: The keys of a message, of rows that are conversations.
-        guard: A registered guard or its mapping; None for data that is scored.
+        file: Path of the data file; for "demo" the file in the package; None if `data` is no file.
+        folder: The kind of folder: "saved" (written by `save_to_disk`), "splits" (saved with
+            several splits), "shards" (written by `star-dss score --shard-rows`) or "files" (of data
+            files); None if `data` is no folder.
+        form: The form of the rows: a column `messages`; ShareGPT's `conversations`; texts or
+            messages in `prompt` and `completion`; `text`; or tokens with `star_scores`.
+        keys: The keys of a message, if the rows are conversations.
+        guard: A registered guard or its mapping; None for scored data.
         gpu: Whether there is a GPU.
     """
 
@@ -179,11 +179,11 @@ class Starter:
     """Describe a file that `star-dss init --host NAME` writes.
 
     Attributes:
-        file: Its name, unless the user gives another ("run.yaml").
-        write: Given a `Start`, returns the text. It raises a ConfigError for what the host cannot
-            run.
-        then: The commands that come next; "{file}" stands for the file.
-        summary: What it is, in a few words.
+        file: The file's default name ("run.yaml").
+        write: Given a `Start`, returns the file's text; raises a ConfigError for what the host
+            cannot run.
+        then: The commands to run next; "{file}" stands for the file.
+        summary: A short description.
     """
 
     file: str
@@ -194,26 +194,24 @@ class Starter:
 
 @dataclass(frozen=True)
 class Integration:
-    """Describe a host framework and what STAR-DSS brings to it.
+    """Describe the integration of a host framework.
 
-    Targets are "module:object" (or the object itself) and are imported when they are used, so that
-    an integration can be registered, and can say how to install its host, where the host is not
-    installed.
+    Targets are "module:object" (or the object itself) and are imported on first use, so that an
+    integration can be registered, and tell how to install its host, without the host installed.
 
     Attributes:
-        host: The host's distribution name, as pip knows it.
-        versions: The versions of it that were tested, as a PEP 440 specifier (">=1.9,<2").
-        install: What `pip install` is given to get the host with this integration.
+        host: The host's distribution name for pip.
+        versions: The tested versions of the host, as a PEP 440 specifier (">=1.9,<2").
+        install: The argument of `pip install` that installs the host with this integration.
         trainer: The trainer, or the class that the host loads as its plugin.
-        options: The class whose arguments are the options of `StarDSSOptions`, as users of this
-            host write them.
-        configuration: What a configuration file of it looks like, in a few words.
-        claims: Given a parsed YAML mapping, whether it is such a configuration. It must not import
-            the host.
-        check: A `Check` of such a file.
-        commands: Which of `HOST_COMMANDS` it runs, and what is called for them: "sft" with the list
-            of words behind it, "demo" with the report's folder, `steps` and `prompt_count`.
-        starters: What `star-dss init --host NAME` writes, by name.
+        options: The class with the options of `StarDSSOptions` as users of this host write them.
+        configuration: A short description of the host's configuration file.
+        claims: Returns whether a parsed YAML mapping is a configuration of this host. It must not
+            import the host.
+        check: The `Check` for these configurations.
+        commands: Targets for `HOST_COMMANDS`: "sft" is called with the list of its command line
+            arguments, "demo" with the report's folder, `steps` and `prompt_count`.
+        starters: The files that `star-dss init --host NAME` can write, by name.
     """
 
     host: str
@@ -238,7 +236,7 @@ class Register(Protocol):
 
         Args:
             name: What the configuration calls it; lower case, unique over all plugins.
-            target: The object itself, or "module:object" to import it only when it is used.
+            target: The object itself, or "module:object", which is imported on first use.
             summary: One line for lists.
         """
 
@@ -258,9 +256,9 @@ class RegisterGuard(Protocol):
 
         Args:
             name: What the configuration calls it; lower case, unique over all plugins.
-            target: The object itself, or "module:object" to import it only when it is used.
+            target: The object itself, or "module:object", which is imported on first use.
             summary: One line for lists.
-            info: Its licence, size and cost, and whether it takes an engine.
+            info: The guard's licence, size and cost, and whether it accepts an engine.
         """
 
 
@@ -272,7 +270,7 @@ class RegisterIntegration(Protocol):
 
         Args:
             name: The integration's name ("trl").
-            integration: What it brings.
+            integration: The integration's description.
         """
 
 
@@ -280,9 +278,9 @@ class RegisterIntegration(Protocol):
 def star_dss_register_guards(register: RegisterGuard) -> None:
     """Register guards: `target(**options)` returns a `star_dss_plugin.guards.base.Guard`.
 
-    `options` are the remaining keys of the user's `guard:` mapping, plus `device` and `dtype`
-    and `batch_tokens`; `engine` and `engine_options` too where the user has set them and the
-    guard's `info` says that it takes them.
+    `options` are the remaining keys of the user's `guard:` mapping, plus `device`, `dtype` and
+    `batch_tokens`, and `engine` and `engine_options` if the user has set them and the guard's
+    `info` has `takes_engine`.
     """
 
 
@@ -304,4 +302,4 @@ def star_dss_register_weight_maps(register: Register) -> None:
 
 @hookspec
 def star_dss_register_integrations(register: RegisterIntegration) -> None:
-    """Register host frameworks: `star-dss check` and `star-dss plugins` ask them."""
+    """Register integrations of host frameworks, which the `star-dss` commands use."""

@@ -1,7 +1,7 @@
 """Compute log-probabilities of trained tokens, and the divergence from a reference.
 
-Positions are shifted here and nowhere else: entry t of a shifted tensor belongs to the token at t +
-1, which is predicted from position t. Untrained positions hold 0.
+Positions are shifted only here: entry t of a shifted tensor belongs to the token at t + 1, which is
+predicted from position t. Entries of untrained tokens are 0.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def token_logprobs(states: Tensor, labels: Tensor, project: Project | None = Non
     Args:
         states: Logits, (batch, seq, vocab), any floating dtype. With `project`, hidden states,
             (batch, seq, hidden), which are projected in chunks, and again in the backward pass.
-        labels: (batch, seq), int64, unshifted, -100 on tokens that are not trained; or one more
-            than states, of which then the last predicts a token, too.
+        labels: (batch, seq), int64, unshifted, -100 on untrained tokens. Or (batch, seq + 1), if
+            the last state predicts a token too.
         project: Maps hidden states to logits.
 
     Returns:
-        (batch, seq − 1), float32 (float64 for float64 logits): shifted; 0 where not trained.
+        (batch, labels − 1), float32 (float64 for float64 logits): shifted; 0 where not trained.
     """
     targets = labels[:, 1:]
     trained = targets != IGNORE_INDEX
@@ -67,8 +67,8 @@ def token_logprobs(states: Tensor, labels: Tensor, project: Project | None = Non
 
 
 def _in_chunks(function: Callable[[Tensor, Tensor], Tensor], one: Tensor, two: Tensor) -> Tensor:
-    """Apply `function` to aligned rows, holding one chunk of distributions at a time."""
-    # At least one chunk, even if it is empty, so that the result depends on the model.
+    """Apply `function` to aligned rows in chunks, holding one chunk of distributions at a time."""
+    # An empty input is still one chunk, so that the result has gradients to the model.
     starts = range(0, max(len(one), 1), _ROWS_PER_CHUNK)
     chunks = [slice(start, start + _ROWS_PER_CHUNK) for start in starts]
     if not torch.is_grad_enabled():

@@ -1,9 +1,9 @@
 """The loss (paper, Eq. 3): L = 1/N · Σ_t [ a_t · CE_t + b_t · KL_t ].
 
-a_t and b_t are the weights that a weight map made of the STAR scores (`weights.py`); for the
-paper's method they are s_t and λ(1 − s_t). N is the number of trained tokens in the whole optimizer
-batch, never the sum of the weights: a down-weighted token makes a smaller step, it does not make
-its neighbours' steps larger.
+A weight map (`weights.py`) computes a_t and b_t from the STAR scores; in the paper's method they
+are s_t and λ(1 − s_t). N is the number of trained tokens in the whole optimizer batch, not the sum
+of the weights: down-weighting a token makes the step smaller, and does not increase the weight of
+other tokens.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ __all__ = ["ShapedLoss", "Shaping", "TokenWeights", "shaped_loss", "star_dss_los
 
 @dataclass(frozen=True)
 class Shaping:
-    """How scores become the two weights of Eq. (3).
+    """A weight map with its parameters: computes the two weights of Eq. (3) from scores.
 
     Attributes:
-        weight_map: Scores to weights.
+        weight_map: Maps scores to weights.
         kl_coef: λ >= 0.
         threshold: τ in [0, 1].
     """
@@ -45,7 +45,7 @@ class Shaping:
 
     @classmethod
     def named(cls, loss_type: str, *, kl_coef: float, threshold: float) -> Shaping:
-        """Look up the weight map of a `loss_type`; "nll" is TRL's name of "sft".
+        """Look up the weight map of a `loss_type`; "nll" is TRL's name for "sft".
 
         Raises:
             ConfigError: No weight map has this name.
@@ -54,7 +54,7 @@ class Shaping:
         return cls(load_plugins().weight_map(name), kl_coef, threshold)
 
     def __call__(self, scores: Tensor, last_scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the CE and the KL weights of scores, of any shape."""
+        """Return the CE and the KL weights for scores of any shape."""
         return self.weight_map(scores, last_scores, kl_coef=self.kl_coef, threshold=self.threshold)
 
     @cached_property
@@ -65,17 +65,17 @@ class Shaping:
 
     @cached_property
     def needs_last_scores(self) -> bool:
-        """Whether the score of a response's end is read, so that responses must be whole."""
+        """Whether weights depend on a response's last score, so that responses must be whole."""
         return any(bool((table != table[:, :1]).any()) for table in self._on_grid())
 
     @cached_property
     def needs_reference(self) -> bool:
-        """Whether any score leads to a KL weight other than 0, so that π_ref is needed."""
+        """Whether any score gives a KL weight other than 0, so that π_ref is needed."""
         _, kl = self._on_grid()
         return bool((kl != 0).any())
 
     def _on_grid(self) -> tuple[Tensor, Tensor]:
-        """Return both weights on a grid (score, last score) that holds the threshold's vicinity."""
+        """Return both weights on a grid of (score, last score) that includes points around τ."""
         tau = self.threshold
         near = torch.tensor([tau - 1e-6, tau, tau + 1e-6], dtype=torch.float64)
         points = torch.cat([torch.linspace(0, 1, 65, dtype=torch.float64), near.clamp(0, 1)])
@@ -88,7 +88,7 @@ class Shaping:
 
         Args:
             step: Optimizer steps done so far.
-            warmup_steps: n >= 0; 0: λ is whole from the first step.
+            warmup_steps: n >= 0; 0: no warmup.
         """
         if not warmup_steps:
             return self
@@ -102,7 +102,7 @@ class Shaping:
             labels: (batch, seq), int64, unshifted, -100 where not trained.
 
         Raises:
-            DataError: The two differ in shape.
+            DataError: The shapes differ.
         """
         if star_scores.shape != labels.shape:
             raise DataError(
@@ -140,7 +140,7 @@ class ShapedLoss:
     """The loss and its two parts, each a scalar tensor with gradients; `loss = ce + kl`.
 
     Attributes:
-        loss: What is minimised.
+        loss: The total, which is minimised.
         ce: 1/N Σ a_t CE_t.
         kl: 1/N Σ b_t KL_t, λ included.
     """
@@ -165,12 +165,12 @@ def shaped_loss(
         num_items_in_batch: N; by default the trained tokens of this batch.
 
     Returns:
-        Scalars of the dtype of `logps`; zero, with a gradient of zero, where nothing is weighed.
+        Scalars of the dtype of `logps`; zero, with zero gradient, if all weights are 0.
     """
     n: Tensor | int = weights.trained.sum() if num_items_in_batch is None else num_items_in_batch
     n = torch.as_tensor(n, device=logps.device).clamp(min=1)
-    # where() and not a product: 0 · inf is NaN, and a token without weight must not be able to
-    # contribute anything, whatever its log-probability.
+    # where() instead of a product, because 0 · inf is NaN, and a token with weight 0 must not
+    # contribute, whatever its log-probability.
     zero = logps.new_zeros(())
     ce = torch.where(weights.ce != 0, weights.ce * -logps, zero).sum() / n
     if kl_terms is None:
@@ -201,8 +201,8 @@ def star_dss_loss(
         star_scores: (batch, seq), floating point in [0, 1], unshifted, one per token.
         ref_logits: (batch, seq, vocab) of the frozen reference on the same tokens. Needed when a
             token has a KL weight, unless `ref_logps` is given.
-        ref_logps: (batch, seq), unshifted: log π_ref of each trained token, in place of
-            `ref_logits`. Not enough for `kl_estimator="full"`.
+        ref_logps: (batch, seq), unshifted: log π_ref of each trained token, instead of
+            `ref_logits`. Not sufficient for `kl_estimator="full"`.
         loss_type: A weight map: "star_dss", "hard", "static", "rejection", "kl_only", "sft" (or
             "nll"), or a plugin's.
         kl_coef: λ >= 0.
@@ -215,8 +215,8 @@ def star_dss_loss(
         An object with scalar tensors `loss`, `ce` and `kl`; `loss = ce + kl`.
 
     Raises:
-        ConfigError: Unknown names, or a reference that is needed and missing.
-        DataError: Shapes that do not belong together.
+        ConfigError: A name is unknown, or a reference is needed and not given.
+        DataError: `star_scores` and `labels` differ in shape.
     """
     if kl_estimator not in KL_ESTIMATORS:
         raise unknown_name("kl_estimator", kl_estimator, KL_ESTIMATORS)

@@ -1,4 +1,4 @@
-"""Load pretrained models for guards, references and evaluations; incomplete files are an error."""
+"""Load pretrained models for guards, references and evaluations, and reject incomplete files."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def read_model(
         auto: The class whose `from_pretrained` loads the model.
         source: Hugging Face Hub id or folder, or "smollm2".
         dtype: Torch dtype of the weights; "auto" keeps the dtype in which they are stored.
-        exact: Whether weights that the model does not have are an error as well.
+        exact: Whether weights in the files that the model does not have are an error too.
         **hub: Further arguments of `from_pretrained`, such as `trust_remote_code`.
 
     Raises:
@@ -95,14 +95,14 @@ _RAM_EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 def _whole() -> Iterator[None]:
     """Let transformers load a complete model on every rank, even if the trained one is sharded.
 
-    Otherwise it would partition the model for ZeRO-3, or load values on the first rank only for
-    FSDP. Guards and references belong to no engine that would gather them.
+    Otherwise it would partition the model for ZeRO-3, or load weights only on rank 0 for FSDP.
+    Guards and references are not part of an engine that would gather their parameters.
     """
     weak: Any = vars(hf_deepspeed)["_hf_deepspeed_config_weak_ref"]
     config = None if weak is None else weak()
     efficient = os.environ.pop(_RAM_EFFICIENT, None)
     hf_deepspeed.unset_hf_deepspeed_config()
-    # Axolotl puts a function that always says yes in the place of both.
+    # Axolotl replaces both functions by one that always returns True.
     asked: list[Any] = [hf_deepspeed, modeling_utils]
     answers = [module.is_deepspeed_zero3_enabled for module in asked]
     for module in asked:
@@ -147,7 +147,7 @@ def load_tokenizer(name: str, *, only_local: bool = False) -> PreTrainedTokenize
     """Load a tokenizer by id or folder, without running code that comes with it.
 
     Args:
-        name: Hugging Face Hub id or folder, or "smollm2", which the tokenizer then goes by.
+        name: Hugging Face Hub id or folder, or "smollm2", which is then its `name_or_path`.
         only_local: Whether downloads are forbidden, as for names that come from the data.
 
     Raises:
@@ -166,7 +166,7 @@ def load_tokenizer(name: str, *, only_local: bool = False) -> PreTrainedTokenize
         ) from error
     assert isinstance(found, PreTrainedTokenizerBase)
     if name == SMOLLM2:
-        found.name_or_path = name  # scored data notes it, for readers with another cache folder
+        found.name_or_path = name  # provenance must not name this machine's cache folder
     return found
 
 
@@ -182,7 +182,7 @@ def is_partitioned(model: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def _gathered(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Lend a parameter whole that ZeRO-3 has partitioned, or that is split over ranks."""
+    """Gather a parameter that ZeRO-3 has partitioned, or that is a DTensor, within the block."""
     if isinstance(tensor, DTensor):
         whole: torch.Tensor = tensor.full_tensor()
         yield whole
@@ -251,7 +251,7 @@ def weights_digest(model: PreTrainedModel) -> str:
     """Return the SHA-256 of a model's configuration and of all its weights, which are on the CPU.
 
     Unlike `model_fingerprint`, which sums weights on their device, it does not depend on the number
-    of threads: a resumed run must recognize its model on any machine.
+    of threads, so that a resumed run recognizes its model on any machine.
     """
     settings = json.dumps(settings_of(model.config), sort_keys=True, default=str)
     digest = hashlib.sha256(settings.encode())
@@ -295,7 +295,7 @@ def load_weights(
         source: Hugging Face Hub id or folder.
         device: Torch device.
         dtype: Torch dtype of the weights.
-        exact: Whether weights that the model does not have are an error as well.
+        exact: Whether weights in the files that the model does not have are an error too.
         **hub: Further arguments of `from_pretrained`.
 
     Raises:
@@ -327,8 +327,8 @@ def weights_fingerprint(source: str, config: Any) -> str:
     """Return a hash that identifies weights without reading all of them (8B guards have 16 GB).
 
     For a Hub model it is the commit. For a folder it covers the configuration and each weight
-    file's name, size and blocks from all over the file, because a finetuned copy may differ in
-    inner layers only.
+    file's name, size and 512 evenly spaced blocks, because a finetuned copy may differ only in some
+    layers.
     """
     commit = getattr(config, "_commit_hash", None)
     if commit:

@@ -1,7 +1,7 @@
-"""The options: the same names in Python, in YAML and on the command line.
+"""Define and validate the options, with the same names in Python, YAML and the command line.
 
-`StarDSSOptions` joins how data is scored and how scores shape the loss. Integrations extend it;
-they add nothing to it and check nothing twice.
+`StarDSSOptions` combines the options of scoring and of the loss. Integrations derive from it, add
+no options, and leave validation to it.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ def _option(default: Any, help_text: str) -> Any:
 
 @dataclass
 class ScoringOptions:
-    """Say how responses are scored: which guard, computed by what, asked how often.
+    """Define how responses are scored: the guard, its engine, chunks and prefixes.
 
-    `score_dataset`, `star-dss score`, shards and both hosts take it whole; the command line's
-    flags are made from it.
+    `score_dataset`, `star-dss score`, shards and both hosts use this class, and the flags of
+    `star-dss score` are generated from it.
 
     Raises:
-        ConfigError: From `validate`, for values that cannot work.
+        ConfigError: From `validate`, for an invalid value or combination.
     """
 
-    # `str` last before None: HfArgumentParser then reads the command line's value as a string.
+    # `str` comes last before None so that HfArgumentParser reads a string from the command line.
     guard: dict[str, Any] | str | None = _option(
         None,
         "The guard model: a preset ('qwen3guard-gen-0.6b'), a plugin's guard, or a mapping that "
@@ -63,19 +63,19 @@ class ScoringOptions:
     trajectory: str = _option(
         "exact",
         "'exact' scores every prefix; 'adaptive' only where the score moves or is not safe, and "
-        "interpolates the others; 'probed' learns from a sample to score from one pass over each "
-        "response, and asks where that is not sure enough.",
+        "interpolates the others; 'probed' trains a probe on a sample, which scores a response in "
+        "one pass, and asks the guard where the probe is not sure enough.",
     )
     trajectory_epsilon: float = _option(
         0.02, "ε in [0, 1] of trajectory='adaptive': what counts as moving, and as not safe."
     )
     probe_sample: int = _option(
-        256, "Of trajectory='probed': from how many responses is learned, at least 20."
+        256, "For trajectory='probed': how many responses the probe learns from, at least 20."
     )
     probe_tolerance: float = _option(
         0.05,
-        "Of trajectory='probed', in (0, 1]: how far a score may be from the guard's; 95 % are "
-        "nearer, or all are exact.",
+        "For trajectory='probed', in (0, 1]: how far a score may be from the guard's. 95 of 100 "
+        "scores of the probe are nearer, else the guard scores all prefixes.",
     )
     guard_device: str | None = _option(
         None, "Where the guard runs ('cuda', 'cpu'); by default the GPU if there is one."
@@ -91,17 +91,17 @@ class ScoringOptions:
     )
     on_guard_error: str = _option(
         "raise",
-        "What becomes of a response that the guard cannot score: 'raise' stops, 'unsafe' gives it "
-        "the score 0. Never safe.",
+        "What happens to a response that the guard cannot score: 'raise' stops, 'unsafe' gives it "
+        "the score 0. It never counts as safe.",
     )
 
     def validate(self) -> None:
         """Check every option against the registered names and its range.
 
         Raises:
-            ConfigError: What was given, why it cannot work and what to change.
+            ConfigError: An option is invalid; the message says what to change.
         """
-        # Not at the top: they bring torch, and `--help` must answer at once.
+        # Imported here because they import torch, which would slow down `--help`.
         from star_dss_plugin.engines.selection import choose_engine
         from star_dss_plugin.guards.spec import parse_guard
         from star_dss_plugin.plugins import load_plugins
@@ -122,8 +122,8 @@ class ScoringOptions:
         probability("probe_tolerance", self.probe_tolerance)
         if self.trajectory == "probed" and self.probe_tolerance == 0:
             raise ConfigError(
-                "probe_tolerance is 0, and no probe is exact. Give a difference that does not "
-                "matter to you, such as 0.05, or use trajectory='exact'."
+                "probe_tolerance is 0, and no probe is exact. Give a tolerance such as 0.05, or "
+                "use trajectory='exact'."
             )
         if self.trajectory == "probed" and self.engine != "local":
             raise ConfigError(
@@ -135,13 +135,13 @@ class ScoringOptions:
             raise unknown_name("on_guard_error", self.on_guard_error, _GUARD_ERRORS)
 
     def scoring(self, **changes: Any) -> ScoringOptions:
-        """Return the options of this class alone, also of a subclass, with some changed.
+        """Return a copy as plain `ScoringOptions`, without a subclass's options.
 
         Args:
-            **changes: Options by name.
+            **changes: Options to change, by name.
 
         Raises:
-            ConfigError: There is no option of that name.
+            ConfigError: There is no scoring option of that name.
         """
         known = {f.name: getattr(self, f.name) for f in fields(ScoringOptions)}
         for name in changes:
@@ -152,10 +152,10 @@ class ScoringOptions:
 
 @dataclass
 class LossOptions:
-    """Say how scores shape the loss; docs/method.md has the symbols (paper, Eq. 3).
+    """Define how scores shape the loss; docs/method.md explains the symbols (paper, Eq. 3).
 
     Raises:
-        ConfigError: From `validate`, for values that cannot work.
+        ConfigError: From `validate`, for an invalid value or combination.
     """
 
     loss_type: str = _option(
@@ -179,19 +179,19 @@ class LossOptions:
     )
     stream_buffer: int = _option(
         512,
-        "n >= 1: of a data set that is a stream, n rows are read and scored together, whenever "
-        "training needs more.",
+        "n >= 1: of a streamed data set, n rows are read and scored together whenever training "
+        "needs more rows.",
     )
     kl_warmup_steps: int = _option(
         0, "n >= 0: λ grows linearly to kl_coef over the first n optimizer steps."
     )
     unsafe_lookahead: int = _option(
         0,
-        "n >= 0: the n chunks before a response's first unsafe one get at most its score, for a "
-        "guard notices late.",
+        "n >= 0: the n chunks before a response's first unsafe one get at most its score, because "
+        "a guard notices harm late.",
     )
     monotone: bool = _option(
-        False, "Whether a response that turned unsafe stays so: from there on no score rises."
+        False, "Whether scores never rise again after a response's first unsafe chunk."
     )
     reference: str = _option(
         "auto",
@@ -204,7 +204,7 @@ class LossOptions:
         """Check every option against the registered names and its range.
 
         Raises:
-            ConfigError: What was given, why it cannot work and what to change.
+            ConfigError: An option is invalid; the message says what to change.
         """
         from star_dss_plugin.logprobs import KL_ESTIMATORS
         from star_dss_plugin.smollm2 import SMOLLM2
@@ -235,35 +235,35 @@ class LossOptions:
 
 @dataclass
 class StarDSSOptions(ScoringOptions, LossOptions):
-    """Say what a STAR-DSS run does: how its data is scored, and how scores shape the loss.
+    """Define a STAR-DSS run: how its data is scored, and how scores shape the loss.
 
     Raises:
-        ConfigError: From `validate`, for values that cannot work.
+        ConfigError: From `validate`, for an invalid value or combination.
     """
 
     def validate(self) -> None:
         """Check every option against the registered names and its range.
 
         Raises:
-            ConfigError: What was given, why it cannot work and what to change.
+            ConfigError: An option is invalid; the message says what to change.
         """
         ScoringOptions.validate(self)
         LossOptions.validate(self)
 
     def star_dss_dict(self) -> dict[str, Any]:
-        """Return the options of this class alone, also when called on a subclass."""
+        """Return the options of `StarDSSOptions` by name, without a subclass's fields."""
         return {f.name: getattr(self, f.name) for f in fields(StarDSSOptions)}
 
 
 def _check_kinds(options: Any, cls: type) -> None:
-    """Check texts and switches of the options that one class declares."""
-    # Not `fields`: transformers' argument parser replaces their types by what they evaluate to.
+    """Check the types of the string and boolean options that a class declares."""
+    # `fields` is not used because HfArgumentParser replaces their annotations by evaluated types.
     for name, kind in cls.__annotations__.items():
         _check_kind(name, getattr(options, name), kind)
 
 
 def _check_kind(name: str, value: Any, annotation: str) -> None:
-    """Check a text or switch: YAML makes numbers, lists and texts ("no") of look-alikes."""
+    """Check the type of a string or boolean, for which YAML may give a number, list or "no"."""
     if annotation == "bool" and not isinstance(value, bool):
         raise ConfigError(f"{name} is {value!r}; it must be true or false, without quotes.")
     if annotation == "str" and not isinstance(value, str):
@@ -273,8 +273,8 @@ def _check_kind(name: str, value: Any, annotation: str) -> None:
 
 
 def _looks_like_a_model(name: str) -> bool:
-    """Tell a hub id (it has a slash) or a folder (it exists) from a misspelt keyword."""
+    """Return whether a name is a hub id (has a slash) or a folder, not a misspelt keyword."""
     try:
         return "/" in name or Path(name).is_dir()
-    except OSError:  # longer than a name can be
+    except OSError:  # the name is too long for a path
         return False

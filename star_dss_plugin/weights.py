@@ -1,8 +1,8 @@
-"""Map scores to weights: how much cross-entropy and how much KL each trained token gets.
+"""Map scores to the weights of cross-entropy and KL for each trained token.
 
 A *weight map* turns the STAR score of every token into the two weights of the loss (paper, Eq. 3):
-the weight of cross-entropy on the target and the weight of the KL term to the reference. Every
-`loss_type` of this project is one weight map; the loss itself does not change.
+the weight of cross-entropy on the target and the weight of the KL term to the reference. Each
+`loss_type` of this project is a weight map; the formula of the loss is always the same.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ class WeightMap(Protocol):
 def star_dss(
     scores: Tensor, last_scores: Tensor, *, kl_coef: float, threshold: float
 ) -> tuple[Tensor, Tensor]:
-    """Weigh by the score of each chunk, the paper's method: (s_t, λ(1 − s_t))."""
+    """Weight tokens by their chunk's score, the paper's method: (s_t, λ(1 − s_t))."""
     return scores, kl_coef * (1 - scores)
 
 
 def hard(
     scores: Tensor, last_scores: Tensor, *, kl_coef: float, threshold: float
 ) -> tuple[Tensor, Tensor]:
-    """Weigh by a threshold on each chunk's score: (1, 0) where s_t >= τ, else (0, λ)."""
+    """Weight tokens by a threshold on their chunk's score: (1, 0) if s_t >= τ, else (0, λ)."""
     safe = (scores >= threshold).to(scores.dtype)
     return safe, kl_coef * (1 - safe)
 
@@ -62,14 +62,14 @@ def hard(
 def static(
     scores: Tensor, last_scores: Tensor, *, kl_coef: float, threshold: float
 ) -> tuple[Tensor, Tensor]:
-    """Weigh every token of a turn by the turn's last score: (s_last, λ(1 − s_last))."""
+    """Weight every token of a turn by the turn's last score: (s_last, λ(1 − s_last))."""
     return last_scores, kl_coef * (1 - last_scores)
 
 
 def rejection(
     scores: Tensor, last_scores: Tensor, *, kl_coef: float, threshold: float
 ) -> tuple[Tensor, Tensor]:
-    """Drop turns with s_last < τ and train on the others, the paper's RS: (1, 0) or (0, 0)."""
+    """Drop turns with s_last < τ and train on the rest, the paper's RS: (0, 0) or (1, 0)."""
     keep = (last_scores >= threshold).to(scores.dtype)
     return keep, torch.zeros_like(scores)
 
@@ -77,14 +77,14 @@ def rejection(
 def kl_only(
     scores: Tensor, last_scores: Tensor, *, kl_coef: float, threshold: float
 ) -> tuple[Tensor, Tensor]:
-    """Stay close to the reference everywhere: (0, λ)."""
+    """Train every token only towards the reference: (0, λ)."""
     return torch.zeros_like(scores), torch.full_like(scores, kl_coef)
 
 
 def sft(
     scores: Tensor, last_scores: Tensor, *, kl_coef: float, threshold: float
 ) -> tuple[Tensor, Tensor]:
-    """Train by plain supervised finetuning: (1, 0)."""
+    """Train every token by plain supervised finetuning: (1, 0)."""
     return torch.ones_like(scores), torch.zeros_like(scores)
 
 
@@ -96,8 +96,8 @@ def last_scores(scores: Tensor, trained: Tensor) -> Tensor:
         trained: (batch, seq), bool: True on trained tokens. A response is a maximal run of them.
 
     Returns:
-        (batch, seq), dtype of `scores`: for a trained token the score of the last token of its run,
-        for other tokens their own score.
+        (batch, seq), dtype of `scores`: for a trained token the score of its run's last token, for
+        other tokens their own score.
     """
     length = scores.shape[-1]
     positions = torch.arange(length, device=scores.device)

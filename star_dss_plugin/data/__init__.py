@@ -1,1 +1,1 @@
-"""Files to rows, rows to tokens, tokens to responses; and results back to files."""
+"""Read files into rows, tokenize rows, find responses, and write results to files."""

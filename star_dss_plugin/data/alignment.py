@@ -1,9 +1,9 @@
-"""Lay scores onto the tokens that a collator made, by character.
+"""Transfer labels and scores to the tokens of a host's data collator, character by character.
 
-A row's conversation was rendered, tokenized and scored as text, with one sign where an image stood.
-The collator's tokens say the same, but for what its processor writes in place of each sign: tokens
-of media, and white space around them. Without these the two texts are equal character by character,
-or the collator's is the beginning of the other, if it cuts rows; otherwise the row is refused.
+A row's conversation was rendered, tokenized and scored as text, with one placeholder per image. In
+the collator's tokens the processor has replaced each placeholder by media tokens with white space
+around them. Without these, both texts must be equal character by character, or the collator's text
+must be a prefix of the row's text (if it truncates); otherwise the row is rejected.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _SHOWN = 40  # characters of each text in an error
 
 @dataclass(frozen=True)
 class _Words:
-    """What tokens say beside media.
+    """The text of tokens without media.
 
     Attributes:
-        text: The characters that are kept.
-        spans: For each token the first of them and one past its last; empty for tokens of media.
+        text: The text without media tokens and the white space around them.
+        spans: Each token's span [start, end) in `text`; empty for media tokens.
     """
 
     text: str
@@ -43,7 +43,7 @@ class _Words:
 
 @dataclass(frozen=True, eq=False)
 class Alignment:
-    """Which token of a collator is which of a rendered conversation.
+    """Match a collator's tokens with those of the rendered conversation.
 
     Attributes:
         chat: The tokenizer of both.
@@ -56,22 +56,22 @@ class Alignment:
     def lay(
         self, known: Mapping[str, Any], ids: Sequence[int], labels: Sequence[int]
     ) -> tuple[list[int], list[float]]:
-        """Return labels and scores of a collator's tokens.
+        """Return labels and scores for a collator's tokens.
 
         Args:
             known: The row as text: `input_ids`, `labels` and `star_scores`.
-            ids: The collator's tokens of this row, padding left out.
-            labels: Its labels of them, unshifted.
+            ids: The collator's tokens of this row, without padding.
+            labels: The collator's labels for `ids`, unshifted.
 
         Returns:
-            The labels, -100 wherever no assistant speaks; the scores, 1 where nothing is trained.
-            A token that reaches over the end of a chunk has the lower score of the two.
+            The labels, -100 outside assistant turns; the scores, 1 for untrained tokens. A token
+            that spans two chunks has the lower of their scores.
 
         Raises:
-            DataError: The tokens do not say what the row says, media were cut away, or a label is
-                not its token.
+            DataError: The tokens and the row have different texts, truncation removed media, or a
+                label is neither -100 nor its token.
         """
-        # What the processor writes around media; and a first token that the host adds.
+        # The tokens that the processor adds around media, and a bos token that the host adds.
         inserted = (self._added & set(ids)) - set(known["input_ids"])
         skipped = self.media | inserted
         rendered = self._words(known["input_ids"], skipped)
@@ -110,10 +110,16 @@ class Alignment:
         ids: Sequence[int],
         length: int,
     ) -> None:
-        """Check that a row that was cut has all of its media.
+        """Check that truncation removed no media tokens.
+
+        Args:
+            rendered: The tokens of the row's text.
+            spans: The spans of `rendered`.
+            ids: The collator's tokens.
+            length: Characters of the row's text that the collator kept.
 
         Raises:
-            DataError: The model would get an image whose place is not there, or not as long.
+            DataError: The model would get an image without all of its tokens.
         """
         behind = accumulate((end for _, end in spans), max)
         lost = any(
@@ -143,7 +149,7 @@ class Alignment:
         spans = [
             (0, 0)
             if token in skipped
-            # A token inside a character is of the character that it helps to spell.
+            # A token that ends inside a character has the span of that character.
             else (int(before[start]), int(before[max(end, min(start + 1, len(text)))]))
             for start, end, token in zip(starts, ends, ids, strict=True)
         ]
@@ -163,7 +169,7 @@ def _unlike(rendered: str, collated: str) -> DataError:
     shown = [visible_line(text[same : same + _SHOWN]) for text in (rendered, collated)]
     return DataError(
         f"The collator's tokens do not say what the row says, from character {same} on: the chat "
-        f"template gives {shown[0]!r} and the collator {shown[1]!r}. Scores cannot be laid onto "
-        "them. Give the row to the trainer as it is to be trained, with the template that its "
-        "processor uses."
+        f"template gives {shown[0]!r} and the collator {shown[1]!r}, so scores cannot be "
+        "transferred. Give the row to the trainer as it is to be trained, with the template that "
+        "its processor uses."
     )

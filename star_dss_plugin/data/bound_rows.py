@@ -1,7 +1,8 @@
-"""Bind scores to tokens from the moment they are made: a note with one digest for each scored row.
+"""Detect rows whose tokens, labels or scores changed after scoring, by one digest per scored row.
 
-A digest is over a row's tokens, which of them are trained, and their scores. Rows may be selected,
-shuffled and joined; a row whose scores were edited, or are another row's, has none in the note.
+A digest covers a row's tokens, which of them are trained, and their scores. The digests are a note
+in the data set's description, so rows may be selected, shuffled and concatenated; a row whose
+scores were edited or exchanged has no matching digest.
 """
 
 from __future__ import annotations
@@ -34,18 +35,18 @@ _NOTE = "rows"
 
 
 def bind_rows(dataset: Dataset, columns: Sequence[str] = (SCORES_COLUMN,)) -> None:
-    """Note the digests of a data set's rows.
+    """Write the note with the digests of a data set's rows.
 
     Args:
-        dataset: With `input_ids`, `labels` and scores.
-        columns: The columns of scores; each may be trained with under the name `star_scores`.
+        dataset: Rows with `input_ids`, `labels` and scores.
+        columns: The columns of scores; any of them may be renamed to `star_scores` and trained.
     """
     found = [digest for name in columns for _, digest in _digests(dataset, name)]
     write_note(dataset, _NOTE, _packed(np.asarray(found, np.uint64)))
 
 
 def bind_anew(dataset: Dataset) -> None:
-    """Note the digests of rows that this package itself has cut or changed, if any are noted."""
+    """Add the digests of rows that this package changed itself, if the data set has a note."""
     if noted := notes(dataset, _NOTE):
         found = [digest for _, digest in _digests(dataset, SCORES_COLUMN)]
         known = np.concatenate([_known(noted), np.asarray(found, np.uint64)])
@@ -53,21 +54,25 @@ def bind_anew(dataset: Dataset) -> None:
 
 
 def unbind_rows(dataset: Dataset) -> None:
-    """Forget the digests: rows were joined, or somebody changes scores on purpose."""
+    """Remove the digests, because rows were merged or scores are changed on purpose."""
     remove_note(dataset, _NOTE)
 
 
 def note_of_rows(dataset: Dataset) -> str | None:
-    """Return the note of a data set's rows, for a file that cannot keep a description."""
+    """Return a data set's digests as one text, for files without a description; None if none."""
     found: list[Any] = notes(dataset, _NOTE)
     return _packed(_known(found)) if found else None
 
 
 def write_row_notes(dataset: Dataset, found: Iterable[Any]) -> None:
-    """Note the rows of several parts, given what `note_of_rows` returned for each; None: nothing.
+    """Write the digests of several parts, unless a part has none.
+
+    Args:
+        dataset: The rows of all parts.
+        found: The result of `note_of_rows` for each part.
 
     Raises:
-        DataError: One of them is damaged.
+        DataError: A note is damaged.
     """
     parts = list(found)
     if parts and None not in parts:
@@ -75,13 +80,13 @@ def write_row_notes(dataset: Dataset, found: Iterable[Any]) -> None:
 
 
 def check_bound(dataset: Dataset, name: str) -> None:
-    """Check that rows are as they were scored, if the data set has notes of that.
+    """Check that rows are as they were scored, if the data set has digests.
 
-    Rows that were cut or packed since cannot be told, and are not checked here.
+    Rows with `seq_lengths` (packed ones) have other digests and are not checked here.
 
     Args:
-        dataset: Any.
-        name: "train", "eval", …: for the message.
+        dataset: Any data set.
+        name: The data set's name in the message: "train", "eval", …
 
     Raises:
         DataError: A row's tokens, labels or scores were changed, or a note is damaged.
@@ -104,7 +109,7 @@ def check_bound(dataset: Dataset, name: str) -> None:
 
 
 def _digests(dataset: Dataset, column: str) -> Iterator[tuple[int, np.uint64]]:
-    """Yield the number and the digest of each row that has one score for each token."""
+    """Yield the index and digest of each row that has one score per token."""
     plain = dataset.with_format("arrow").select_columns(["input_ids", "labels", column])
     i = 0
     for table in plain.iter(batch_size=1000):
@@ -116,7 +121,7 @@ def _digests(dataset: Dataset, column: str) -> Iterator[tuple[int, np.uint64]]:
 
 
 def _as_long(*lists: Any) -> bool:
-    """Return whether these are lists of one length; what is none has an error of its own."""
+    """Return whether these are lists of equal length; other values raise elsewhere."""
     return all(isinstance(one, list) for one in lists) and len(set(map(len, lists))) == 1
 
 
@@ -124,7 +129,7 @@ def _digest(ids: Any, labels: Any, scores: Any) -> np.uint64:
     try:
         tokens, values = np.asarray(ids, np.int64), np.asarray(scores, np.float32)
         targets = np.asarray(labels, np.int64)
-    except (TypeError, ValueError, OverflowError):  # nothing that was ever scored
+    except (TypeError, ValueError, OverflowError):  # scored rows are never like this
         return np.uint64(0)
     trained = targets != IGNORE_INDEX
     if not np.array_equal(targets[trained], tokens[trained]):
@@ -136,15 +141,15 @@ def _digest(ids: Any, labels: Any, scores: Any) -> np.uint64:
 
 
 def _packed(digests: NDArray[np.uint64]) -> str:
-    """Return sorted digests as text, 11 characters each."""
+    """Return sorted digests in base64, about 11 characters each."""
     return base64.b64encode(np.unique(digests).astype("<u8").tobytes()).decode("ascii")
 
 
 def _known(noted: Sequence[Any]) -> NDArray[np.uint64]:
-    """Return the sorted digests of some notes.
+    """Return the sorted digests in notes.
 
     Raises:
-        DataError: One of them is damaged.
+        DataError: A note is damaged.
     """
     parts = []
     for one in noted:

@@ -1,14 +1,14 @@
-"""Keep on disk what guards and reference models answered: arrays of floats by their contents.
+"""Cache the outputs of guards and reference models on disk, as arrays of floats by content hash.
 
-A cache is a folder of *shards* that are written once, whole, and never changed: a writer collects
-entries in memory and `flush` moves a finished file into place. So readers need no lock, a killed
-writer loses what it had not flushed and nothing else, and any number of processes may write.
+A cache is a folder of immutable *shards*: a writer collects entries in memory, and `flush` moves a
+finished file into place. So readers need no lock, a killed writer loses only entries that it had
+not flushed, and any number of processes may write.
 
-A shard (`data/shard_format.py`) that does not match its checksum is set aside, and its entries are
-computed again. One of another format is left as it is.
+A shard (`data/shard_format.py`) with a wrong checksum is renamed, and its entries are computed
+again. A shard of another format is left alone.
 
-Others may write to the folder. Pipes, devices, links and files of any size that are named like
-shards or locks are skipped with a warning, and change nothing outside the folder.
+The folder may be writable for others. Pipes, devices, links and oversized files with the names of
+shards or locks are skipped with a warning, and never change anything outside the folder.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ _SHARD = ".shard"
 _DAY = 24 * 60 * 60.0
 _FLUSH_SECONDS = 20.0
 _MAX_SHARD_BYTES = 1 << 30
-"""More than is computed between two flushes."""
+"""Limit of a shard's size; entries computed between two flushes take far less."""
 _DIGITS = 20
-"""Of the time, in nanoseconds, that a shard's name begins with."""
+"""Digits of the time in nanoseconds with which a shard's name begins."""
 
 
 def default_cache_dir() -> Path:
@@ -56,19 +56,19 @@ def default_cache_dir() -> Path:
     if chosen := os.environ.get("STAR_DSS_CACHE"):
         return Path(chosen).expanduser()
     xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    # The XDG specification says that relative paths are to be ignored.
+    # The XDG specification says to ignore relative paths.
     return (xdg if xdg.is_absolute() else Path.home() / ".cache") / "star_dss"
 
 
 class ScoreCache:
-    """Keep the entries of one namespace below one root folder.
+    """Store the entries of one namespace below a root folder.
 
-    Entries are bit-for-bit what was put. Of several values for one key the latest counts.
+    Entries are returned bit for bit. If a key was put several times, the latest value counts.
 
     Args:
         root: The cache folder; created by the first `flush`.
-        namespace: JSON values that everything in this cache depends on (which guard, which
-            template). Other values, other folder; `namespace.json` in it says which.
+        namespace: JSON values on which all entries depend (the guard, its template). Each namespace
+            has its own folder, in which `namespace.json` contains these values.
     """
 
     def __init__(self, root: Path, namespace: Mapping[str, Any]) -> None:
@@ -85,7 +85,7 @@ class ScoreCache:
     def get(self, key: str) -> Trajectory | None:
         """Return an entry that was put here or was on disk at the last `refresh`, or None.
 
-        The first call refreshes.
+        The first call calls `refresh`.
         """
         if not self._loaded:
             self.refresh()
@@ -93,7 +93,7 @@ class ScoreCache:
         return None if found is None else found.unpack()
 
     def put(self, key: str, entry: Trajectory) -> None:
-        """Remember an entry; `flush` writes it.
+        """Add an entry, which `flush` will write.
 
         Raises:
             CacheError: The entry contains NaN.
@@ -108,7 +108,7 @@ class ScoreCache:
         self._pending[key] = shard_format.Packed("", data, 0, len(entry.scores), masses)
 
     def flush_if_due(self) -> None:
-        """Flush if an entry has waited for 20 seconds, which is what a kill may cost.
+        """Flush if an entry is older than 20 seconds, to limit what a killed run loses.
 
         Raises:
             CacheError: As `flush`.
@@ -117,15 +117,15 @@ class ScoreCache:
             self.flush()
 
     def flush(self) -> None:
-        """Write what was put since the last flush, as one shard: all of it or nothing.
+        """Write the entries since the last flush atomically, as one shard.
 
         Raises:
             CacheError: The folder cannot be written. The entries stay pending.
         """
         if not self._pending:
             return
-        # Shard names sort by time, so that all processes agree which of two values is the latest:
-        # ours, whatever the clocks of those whose shards are here already.
+        # Shard names sort by time, so that all processes agree which of two values is the latest.
+        # This shard sorts last even if the clocks of other writers are ahead.
         newest = max((int(n[:_DIGITS]) for n in self._seen if n[:_DIGITS].isdecimal()), default=0)
         stamp = max(self._stamp + 1, newest + 1, time.time_ns())
         self._stamp = min(stamp, 10**_DIGITS - 1)
@@ -138,7 +138,7 @@ class ScoreCache:
         self._pending.clear()
 
     def refresh(self) -> None:
-        """Pick up the shards that other processes have written; warn of damaged ones, once.
+        """Read the shards that other processes have written; warn about each damaged one once.
 
         Raises:
             CacheError: The folder cannot be listed.
@@ -152,13 +152,13 @@ class ScoreCache:
 
     @contextlib.contextmanager
     def lock(self, part: str = "") -> Iterator[None]:
-        """Keep other processes with this namespace out, so that nothing is computed twice.
+        """Lock the namespace, so that no two processes compute the same entries.
 
-        Waits if another process is in; afterwards its entries are here. The lock of a process that
-        dies is free at once.
+        Waits for another process that holds the lock, and then reads its entries. A process that
+        dies releases its lock.
 
         Args:
-            part: Only processes that do the same part of the work are kept out.
+            part: The part of the work; processes with different parts do not exclude each other.
 
         Raises:
             CacheError: The folder cannot be written.
@@ -184,16 +184,16 @@ class ScoreCache:
         self._check_folder()
 
     def _check_folder(self) -> None:
-        """Check that the folder is none of other files, which a link could make it.
+        """Check that the folder is not a link, which could point anywhere.
 
         Raises:
-            NotADirectoryError: It is a link, or no folder.
+            NotADirectoryError: The folder is a link.
         """
         if self.folder.is_symlink():
             raise NotADirectoryError("it is a link; remove it")
 
     def _set_aside_if_no_file(self, path: Path) -> None:
-        """Rename what is in the place of a file: a link could name any file, a pipe blocks."""
+        """Rename a path that is not a regular file: a link may point anywhere, a pipe blocks."""
         with contextlib.suppress(FileNotFoundError):
             if kind := kind_of(path):
                 aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.damaged")
@@ -201,16 +201,17 @@ class ScoreCache:
                 os.replace(path, aside)
 
     def _prepare(self) -> None:
-        """Make the folder and say what it is for."""
+        """Create the folder with `namespace.json`."""
         self._make_folder()
         if not os.path.lexists(self.folder / "namespace.json"):
             text = json.dumps(self._namespace, indent=2, sort_keys=True, ensure_ascii=False)
             self._write("namespace.json", text.encode())
 
     def _tidy(self, now: float) -> None:
-        """Remove what killed writers left behind a day ago, by the clock of the file system.
+        """Remove temporary files of killed writers that are older than a day.
 
-        The clock of this machine may be wrong, and the writer of another one at work.
+        Args:
+            now: The file system's time in seconds; the machine's own clock may differ from it.
         """
         for path in self.folder.glob(f"*{SCRATCH}"):
             with contextlib.suppress(OSError):  # another process may be removing it too
@@ -218,10 +219,10 @@ class ScoreCache:
                     path.unlink()
 
     def _write(self, name: str, data: bytes) -> float:
-        """Write a file whole or not at all.
+        """Write a file atomically.
 
         Returns:
-            When the file system says it was written, in seconds.
+            The file's modification time in seconds.
         """
         with atomic_file(self.folder / name) as file:
             file.write(data)
@@ -236,8 +237,8 @@ class ScoreCache:
                 self._seen.add(name)
                 if not self._foreign:
                     logger.warning(
-                        "Left %s alone, and whatever is like it: it has the format %d of another "
-                        "version of star-dss-plugin. What it holds is computed again.",
+                        "Left %s alone, and others like it: it has the format %d of another "
+                        "version of star-dss-plugin. Its entries are computed again.",
                         _shown(path),
                         other,
                     )
@@ -249,11 +250,11 @@ class ScoreCache:
         except (OSError, ValueError) as error:
             self._seen.add(name)
             logger.warning(
-                "Ignored %s: %s. What it held is computed again.",
+                "Ignored %s: %s. Its entries are computed again.",
                 _shown(path),
                 visible_line(str(error)),
             )
-            # A file that cannot be read here stays; so does every file of a read-only folder.
+            # A damaged file is renamed; an unreadable one stays, as does a read-only folder's.
             if isinstance(error, ValueError):
                 with contextlib.suppress(OSError):
                     os.replace(path, path.with_name(f"{name}.damaged"))
@@ -280,5 +281,5 @@ class ScoreCache:
 
 
 def _shown(path: Path) -> str:
-    """Return a path for a log: others may have given the file its name."""
+    """Return a path that is safe to log, although others may have named the file."""
     return visible_line(str(path), 500)

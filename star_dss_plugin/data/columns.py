@@ -1,4 +1,4 @@
-"""Name the columns of STAR-DSS, and add columns so that equal contents give equal files."""
+"""Name the columns of STAR-DSS, and add columns with reproducible fingerprints."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ SCORES_COLUMN = "star_scores"
 REF_COLUMN = "ref_logps"
 """log π_ref(y_t) of every token of `input_ids`: float32, 0.0 where it is not needed."""
 ASKED_COLUMN = "star_asked"
-"""Whether the guard gave the score of each token of `input_ids`: bool, False where a probe did. It
-is there with `trajectory="probed"` alone, for reports; training leaves it out.
+"""Whether the guard gave the score of each token of `input_ids`: bool, False if a probe gave it.
+Only `trajectory="probed"` writes this column; reports read it, and training removes it.
 """
 MOVED_COLUMNS = {name: f"shift_{name}" for name in (SCORES_COLUMN, REF_COLUMN)}
-"""In batches that are cut into parts of rows: the same, of the token behind each position."""
+"""In batches of sequence parallelism: the same columns, shifted to the next token's value."""
 TOKEN_COLUMNS = (SCORES_COLUMN, REF_COLUMN, *MOVED_COLUMNS.values())
 TEXT_COLUMN = "star_text"
-"""A row that a collator tokenizes, as text: its number, tokens, labels and `star_scores`."""
+"""For rows that a collator tokenizes, their text: row number, tokens, labels and `star_scores`."""
 
 
 def with_column(dataset: Dataset, name: str, column: Sequence[Any], feature: Any) -> Dataset:
@@ -45,10 +45,10 @@ def with_column(dataset: Dataset, name: str, column: Sequence[Any], feature: Any
         dataset: The rows.
         name: The column's name.
         column: One list or array per row.
-        feature: Its type.
+        feature: The column's type.
 
     Returns:
-        A data set whose fingerprint depends on its contents alone, never on time or chance.
+        A data set whose fingerprint depends only on its contents, not on time or chance.
     """
     if name in dataset.column_names:
         dataset = dataset.remove_columns(name)
@@ -66,10 +66,10 @@ def with_column(dataset: Dataset, name: str, column: Sequence[Any], feature: Any
 
 
 def _in_one_piece(arrays: Sequence[NDArray[Any]]) -> pa.ListArray | None:
-    """Return rows of numbers as Arrow has them, at a fraction of what it takes to convert each.
+    """Return numeric rows as one Arrow array, which is faster than converting each row.
 
     Returns:
-        None if they are not all rows of one kind of numbers.
+        None if the rows are not one-dimensional arrays of one numeric type.
     """
     filled = [array for array in arrays if array.size]
     kinds = {array.dtype for array in filled}
@@ -77,18 +77,18 @@ def _in_one_piece(arrays: Sequence[NDArray[Any]]) -> pa.ListArray | None:
         return None
     offsets = np.zeros(len(arrays) + 1, np.int64)
     np.cumsum([len(array) for array in arrays], out=offsets[1:])
-    if offsets[-1] > np.iinfo(np.int32).max:  # what Arrow's lists can count
+    if offsets[-1] > np.iinfo(np.int32).max:  # the limit of Arrow's list offsets
         return None
     return pa.ListArray.from_arrays(offsets.astype(np.int32), np.concatenate(filled))
 
 
 def without_marks(dataset: Dataset) -> Dataset:
-    """Leave out what only reports read: collators may make tensors of every column."""
+    """Remove the column that only reports read, because collators may stack every column."""
     return dataset.remove_columns([c for c in dataset.column_names if c == ASKED_COLUMN])
 
 
 def with_attention_mask(dataset: Dataset) -> Dataset:
-    """Add an `attention_mask` of ones: Axolotl takes rows for tokenized only if they have one."""
+    """Add an `attention_mask` of ones, by which Axolotl recognises tokenized rows."""
     if "attention_mask" in dataset.column_names:
         return dataset
     ids = dataset.with_format(None)["input_ids"]

@@ -1,9 +1,9 @@
-"""Say what a guard reads of a run of trained tokens: what was said before it, and what it says.
+"""Determine what a guard reads of a run of trained tokens: its context and its text.
 
-Which message a run belongs to is known by position: the row's messages are rendered once, and the
-row's tokens are those of the rendered conversation, or of its beginning or end. Where they are not,
-or the run is no assistant's, the context is *raw*: the decoded tokens before the run, unless these
-are a prompt that its host's format can be taken from.
+A run's message is known by position: the row's messages are rendered once, and the row's tokens are
+matched with those of the rendered conversation, or of its beginning or end. If they do not match,
+or the run is not an assistant's, the context is *raw*: the decoded tokens before the run. An
+exception are prompts that the host's own format can parse (`ChatTokenizer.read_prompt`).
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ class Reading:
     """What a guard reads of a run of trained tokens.
 
     Attributes:
-        context: What was said before, oldest first.
+        context: The messages before the turn, oldest first.
         raw: Whether the context is decoded tokens.
-        before: What the same turn says before the run, which is not trained.
-        text: What the run says.
-        ends: For each token of the run the number of characters of `text` that are complete after
+        before: The untrained text of the same turn before the run.
+        text: The run's text.
+        ends: For each token of the run, the number of characters of `text` that are complete after
             it; never decreasing.
-        complete: For each token whether a character is complete after it.
+        complete: For each token, whether it ends at a character's boundary.
     """
 
     context: tuple[Message, ...]
@@ -61,13 +61,12 @@ class RowReader:
     Args:
         chat: The tokenizer and the template that made the tokens.
         ids: The row's tokens.
-        row: With its messages, if they are known.
-        made: What `read_row` returns for the row, if that is known.
-        recover: Whether messages that are not known are sought in the tokens: those of which the
-            template makes these tokens.
+        row: The row, with its messages if they are known.
+        tokenized: The result of `read_row` for the row, if known.
+        recover: Whether to parse the messages from the tokens if the row has none.
 
     Raises:
-        DataError: The messages are not messages.
+        DataError: The row's messages are malformed.
     """
 
     def __init__(
@@ -75,17 +74,17 @@ class RowReader:
         chat: ChatTokenizer,
         ids: Sequence[int],
         row: Mapping[str, Any],
-        made: Tokenized | None = None,
+        tokenized: Tokenized | None = None,
         *,
         recover: bool = False,
     ) -> None:
         self._chat = chat
         self._ids = list(ids)
-        self._made = made
-        if recover and made is None and source_messages(row) is None:
+        self._tokenized = tokenized
+        if recover and tokenized is None and source_messages(row) is None:
             found = parsed_tokens(ids, chat)
             row = row if found is None else {"messages": found}
-        self._placed = None if made is None else place(chat, self._ids, made)
+        self._placed = None if tokenized is None else place(chat, self._ids, tokenized)
         for one in (chat, *chat.others) if self._placed is None and source_messages(row) else ():
             # A template that cannot render the messages did not make the tokens.
             with contextlib.suppress(DataError):
@@ -96,10 +95,10 @@ class RowReader:
                 break
 
     def read(self, start: int, end: int) -> Reading:
-        """Return what a guard reads of the tokens from `start` to `end`, at least one.
+        """Return what a guard reads of the tokens [start, end), at least one.
 
         Raises:
-            DataError: They are words of somebody else than an assistant.
+            DataError: The tokens belong to another role than the assistant.
         """
         placed = self._placed
         turns = placed.turns(start, end) if placed is not None else ()
@@ -120,13 +119,13 @@ class RowReader:
 
     @cached_property
     def _reached(self) -> list[int] | None:
-        """How far the row's text reaches before each token, and behind the last one.
+        """The length of the row's text before each token, and after the last one.
 
-        None where tokens have to be decoded: it is not certain what they spell.
+        None if it is uncertain what the tokens spell, so that they must be decoded.
         """
-        if self._made is None:
+        if self._tokenized is None:
             return None
-        own = self._made.encoded
+        own = self._tokenized.encoded
         count = len(self._ids)
         return [0, *own.ends[:count]] if own.exact and own.ids[:count] == self._ids else None
 
@@ -135,8 +134,8 @@ class RowReader:
             asked = self._chat.read_prompt(self._ids[:start])
             if asked is not None:
                 return Reading(asked, False, "", text, ends, complete)
-        if self._made is not None and self._reached is not None:
-            decoded = self._made.text[: self._reached[start]]
+        if self._tokenized is not None and self._reached is not None:
+            decoded = self._tokenized.text[: self._reached[start]]
         else:
             decoded = decode(self._chat.tokenizer, self._ids[:start])
         context: tuple[Message, ...] = ()
@@ -145,9 +144,9 @@ class RowReader:
         return Reading(context, True, "", text, ends, complete)
 
     def _bare(self, start: int, end: int) -> tuple[str, list[int], list[bool]]:
-        """Return a run's text without the control tokens at its beginning and its end.
+        """Return text, ends and complete of a run without control tokens at its beginning and end.
 
-        The end is its last stretch of control tokens, with white space behind or between.
+        At the end, white space behind and between the control tokens is left out too.
         """
         ids, special = self._ids[start:end], self._chat.special
         first, last = 0, len(ids)
@@ -161,8 +160,8 @@ class RowReader:
             if ids[cut] in special:
                 last = cut
         known = None
-        if self._made is not None and self._reached is not None:
-            known = self._made.text[self._reached[start + first] :]
+        if self._tokenized is not None and self._reached is not None:
+            known = self._tokenized.text[self._reached[start + first] :]
         body, inner, whole = token_boundaries(self._chat.tokenizer, ids[first:last], known)
         behind = len(ids) - last
         return (

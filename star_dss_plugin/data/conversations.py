@@ -1,4 +1,4 @@
-"""The messages of a row, and which of them were said before a response."""
+"""Read the messages and template arguments of a row."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = [
     "text_of",
 ]
 
-# What a row may not set: all that the tokenizer's method takes beside a template's own variables.
+# Arguments of the tokenizer's method that are not template variables: a row must not set them.
 _OURS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {
     "self",
     "tools",
@@ -33,33 +33,33 @@ _OURS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template)
 
 
 CONVERSATIONS = "conversations"
-"""ShareGPT's name for the column of messages; TRL takes it too."""
+"""ShareGPT's name for the column of messages, which TRL accepts too."""
 
 _ROLES = {
     *("system", "developer", "user", "assistant"),
-    # What tools and environments answer, by the names that chat templates know.
+    # The roles of tools and environments in chat templates.
     *("tool", "function", "ipython", "observation", "environment", "tool_response", "context"),
     *("document", "documents", "control"),
 }
 
-# Assistants may think or call, and tools return nothing.
+# Roles that need a content. An assistant may only think or call a tool, and a tool return nothing.
 _SPEAKING = ("system", "developer", "user")
 
 
 def conversation_of(row: Mapping[str, Any]) -> Any:
-    """Return what a row has in its column of messages; None if it has no such column."""
+    """Return the value of a row's `messages` or `conversations`; None if it has neither."""
     messages = row.get("messages")
     return row.get(CONVERSATIONS) if messages is None else messages
 
 
 def source_messages(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """Return the conversation of a row, whatever columns it is in; None if there is none.
+    """Return a row's conversation from its message, prompt or completion columns; None if none.
 
     Messages with `from` and `value` (ShareGPT's) get `role` and `content`, as in TRL. A plain-text
-    `prompt` counts as one user message, a plain-text `completion` as the answer.
+    `prompt` becomes one user message, and a plain-text `completion` the assistant's.
 
     Raises:
-        DataError: One of them is not a message with a role and a content.
+        DataError: A message has no valid role or content.
     """
     messages = conversation_of(row)
     if messages is not None:
@@ -75,7 +75,7 @@ def source_messages(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
 
 
 def _checked(column: str, messages: Any) -> list[dict[str, Any]]:
-    """Return the messages of a column; each has a role, and text or typed parts for content."""
+    """Return a column's messages after checking that each has a role, and text or typed parts."""
     if not isinstance(messages, list):
         raise DataError(
             f"{column!r} is a {type(messages).__name__}; it must be a text or a list of messages "
@@ -122,7 +122,7 @@ def _checked(column: str, messages: Any) -> list[dict[str, Any]]:
 
 
 def _with_calls(message: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return a message whose calls of functions are a list, also if it gives them as JSON."""
+    """Return a message with `tool_calls` parsed if they are JSON text."""
     calls = message.get("tool_calls")
     if not isinstance(calls, str):
         return dict(message)
@@ -141,7 +141,7 @@ def _chatml(message: Any) -> Any:
 
 
 def _short(value: Any) -> str:
-    """Return a value as an error shows it: its type, and its beginning."""
+    """Return a value's type and its shortened text, for errors."""
     return f"{type(value).__name__} {shortened(value)}"
 
 
@@ -161,7 +161,7 @@ MEDIA = {
     **dict.fromkeys(("video", "video_url"), "[video]"),
     **dict.fromkeys(("audio", "audio_url", "input_audio"), "[audio]"),
 }
-"""By the type of a part that is no text: what is read in its place."""
+"""The mark that a guard reads instead of a media part, by the part's type."""
 
 
 def text_of(content: Any) -> str:
@@ -171,8 +171,8 @@ def text_of(content: Any) -> str:
         content: A text, a list of typed parts, or None.
 
     Returns:
-        The texts of the parts joined, with a mark such as `[image]` where something else stood, on
-        a line of its own; "" for None.
+        The joined texts of the parts, with a mark such as `[image]` on its own line for each media
+        part; "" for None.
     """
     if not isinstance(content, list):
         return content or ""
@@ -187,11 +187,11 @@ def text_of(content: Any) -> str:
 
 
 def template_arguments(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a row gives to its chat template beside its messages.
+    """Return a row's own template variables: `tools` and `chat_template_kwargs`.
 
     Raises:
-        DataError: It would give the template itself, or another argument of `apply_chat_template`:
-            data must not choose how it is rendered. Or `tools` or the arguments cannot be read.
+        DataError: They are malformed, or `chat_template_kwargs` contains the template or another
+            argument of `apply_chat_template`, which data must not choose.
     """
     tools = row.get("tools")
     if isinstance(tools, str):
@@ -204,12 +204,12 @@ def template_arguments(row: Mapping[str, Any]) -> dict[str, Any]:
         raise DataError(
             f"chat_template_kwargs is {_short(given)}; it must be a mapping from names to values."
         )
-    # A column of mappings has every row's names, with null where a row has them not.
+    # In a column of mappings every row has all names, with null for those that it did not set.
     given = {name: value for name, value in given.items() if name not in _OURS or value is not None}
     if "chat_template" in given:
         raise DataError(
             "chat_template_kwargs brings a chat_template, which is a program: it may come with the "
-            "tokenizer, not with the data. Remove it from the row and set the tokenizer's."
+            "tokenizer, but not with the data. Remove it from the row and set the tokenizer's."
         )
     if ours := sorted(_OURS & given.keys()):
         raise DataError(

@@ -1,4 +1,4 @@
-"""Turn tokens back into text, exactly: which characters are complete after which token."""
+"""Decode tokens into text, with the number of complete characters after each token."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ __all__ = [
 ]
 
 _OVERLAP = 8
-"""Boundaries back from which tokens are decoded again, so that a decoder sees a token's left
-neighbours (some strip the first token's leading space)."""
-REPLACEMENT = "\ufffd"  # what decoders write for a character whose bytes are not all there
+"""How many boundaries before a token its decoding window begins, so that the decoder sees the
+token's left neighbours (some decoders strip the first token's leading space)."""
+REPLACEMENT = "\ufffd"  # decoders write it for incomplete UTF-8
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """Return the text of some tokens, special ones included, nothing tidied up."""
+    """Decode tokens, special ones included, without cleaning up spaces."""
     text = tokenizer.decode(
         list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
     )
@@ -41,17 +41,17 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 def token_boundaries(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], known: str | None = None
 ) -> tuple[str, list[int], list[bool]]:
-    """Return the text of some tokens, and how far it reaches after each of them.
+    """Decode tokens, and return how much of the text is complete after each of them.
 
     Args:
-        tokenizer: Whose tokens they are.
+        tokenizer: The tokens' tokenizer.
         ids: The tokens.
-        known: A text that begins with the one that these tokens were made of, if that is known.
+        known: A text that begins with the text that was tokenized, if known; a shortcut.
 
     Returns:
-        The decoded text; for each token the number of its characters that are complete after that
-        token; for each token whether the text is complete there (False inside a character that is
-        spread over several tokens).
+        The decoded text; for each token the number of characters of the text that are complete
+        after that token; for each token whether it ends at a character's boundary (False if the
+        next token continues the same character).
     """
     if (quick := _by_bytes(tokenizer, ids, known)) is not None:
         return quick
@@ -59,72 +59,71 @@ def token_boundaries(
     whole, rest = ids[:kept], len(ids) - kept
     ends, complete = _boundaries(tokenizer, whole, text, _OVERLAP)
     if whole and not (complete[-1] and ends[-1] == len(text)):
-        # A decoder whose output depends on tokens further back: decode every prefix in full.
+        # The decoder's output depends on tokens further back: decode every prefix in full.
         ends, complete = _boundaries(tokenizer, whole, text, len(whole))
     return text, ends + [len(text)] * rest, complete + [True] * rest
 
 
-# One decoder call for all tokens, and arithmetic on their bytes
+# Fast path: one decoder call for all tokens, and positions from their bytes
 
 
 def _by_bytes(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], known: str | None
 ) -> tuple[str, list[int], list[bool]] | None:
-    """Return what `token_boundaries` does, from the bytes that each token stands for.
+    """Compute `token_boundaries` from each token's bytes.
 
     Returns:
-        None if the tokenizer's tokens are not known to be bytes, or their bytes are not the text
-        that it decodes.
+        None if the tokens' bytes are not known, or differ from the decoded text.
     """
     table = _table(tokenizer)
-    if not (table.of_letters or table.of_pieces):
+    if not (table.byte_level or table.byte_fallback):
         return None
     spelled = _spelled(table, ids)
     if spelled is None:
         return None
     joined, begun, inside = spelled
-    # The bytes are checked against what they were made of, or else against the decoded whole.
-    same = table.of_letters and known is not None and known.startswith(joined)
+    # The bytes are checked against the known text, or else against the decoded text.
+    same = table.byte_level and known is not None and known.startswith(joined)
     text = joined if same else decode(tokenizer, ids)
     stripped = 0
     if text != joined:
-        # Decoders of pieces leave out the space that the tokenizer put before the text.
-        if not table.of_pieces or joined != " " + text:
+        # SentencePiece decoders drop the space that the tokenizer put before the text.
+        if not table.byte_fallback or joined != " " + text:
             return None
         stripped = 1
     if stripped:
         begun = [count - 1 for count in begun]
     if not inside:
         return text, begun, [True] * len(ids)
-    # A character is complete where the next token begins another one.
+    # A token ends at a boundary if the next token begins a new character.
     complete = [not within for within in inside[1:]] + [True]
-    # Until then the text reaches to the last token that completed one.
+    # Elsewhere the complete text ends at the last boundary before.
     ends = accumulate((n if whole else 0 for n, whole in zip(begun, complete, strict=True)), max)
     return text, list(ends), complete
 
 
 def spells_bytes(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether a tokenizer's tokens spell bytes, so that places follow from them."""
-    return _table(tokenizer).of_letters
+    """Return whether a tokenizer is byte-level, so that offsets follow from its tokens' bytes."""
+    return _table(tokenizer).byte_level
 
 
 def byte_places(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: str
 ) -> tuple[list[int], list[int], bool] | None:
-    """Return where tokens lie in a text that begins with theirs, from their bytes alone.
+    """Return the character offsets of tokens in a text that begins with them.
 
     Args:
-        tokenizer: Whose tokens they are.
+        tokenizer: The tokens' tokenizer.
         ids: The tokens.
-        text: What they may have been made of, or the beginning of that.
+        text: The text whose beginning they may spell.
 
     Returns:
-        For each token its first character and one past its last one; tokens that share a character
-        all have it. Then whether there are no such tokens. None if their bytes are not known, or
-        not those that the text begins with.
+        Each token's start; each token's end; and whether no character is split between tokens
+        (tokens that share a character all include it). None if the tokenizer is not byte-level, or
+        the text does not begin with the tokens' bytes.
     """
     table = _table(tokenizer)
-    if not table.of_letters:
+    if not table.byte_level:
         return None
     spelled = _spelled(table, ids)
     if spelled is None or not text.startswith(spelled[0]):
@@ -136,19 +135,19 @@ def byte_places(
     return starts, ends, not inside
 
 
-def _spelled(table: _Bytes, ids: Sequence[int]) -> tuple[str, list[int], list[bool]] | None:
-    """Return what tokens spell.
+def _spelled(table: _TokenBytes, ids: Sequence[int]) -> tuple[str, list[int], list[bool]] | None:
+    """Join the bytes of tokens.
 
     Returns:
-        The text; how many characters of it begin up to the end of each token; for each token
-        whether a character goes on in it that has begun before, empty if that is true of none.
-        None if they are not tokens of bytes, or the bytes no text.
+        The text; the number of characters that have begun by the end of each token; for each token
+        whether it begins within a character (an empty list if no token does). None if a token's
+        bytes are not known, or the joined bytes are not UTF-8.
     """
     try:
         texts = list(map(table.texts.__getitem__, ids))
         return "".join(texts), list(accumulate(map(len, texts))), []
     except (KeyError, UnicodeDecodeError):
-        pass  # a token is none of bytes, or has a part of a character
+        pass  # a token's bytes are unknown or not whole characters
     try:
         parts = list(map(table.__getitem__, ids))
         joined = b"".join(map(_BYTES, parts)).decode("utf-8")
@@ -160,16 +159,16 @@ def _spelled(table: _Bytes, ids: Sequence[int]) -> tuple[str, list[int], list[bo
 _BYTES, _BEGINS, _INSIDE = itemgetter(0), itemgetter(1), itemgetter(2)
 
 
-class _Bytes(dict[int, tuple[bytes, int, bool]]):
-    """The bytes of each token, how many characters begin in them, and whether one goes on in them.
+class _TokenBytes(dict[int, tuple[bytes, int, bool]]):
+    """By token id: its bytes, how many characters begin in it, whether it begins within one.
 
     Args:
-        tokenizer: Whose tokens they are. A missing key is an id that is no token of bytes.
+        tokenizer: The tokens' tokenizer. An id without a token raises KeyError.
 
     Attributes:
-        of_letters: Whether tokens spell bytes as letters (GPT-2's way).
-        of_pieces: Whether tokens are pieces of text, and single bytes `<0x0A>` (SentencePiece's).
-        texts: What each token spells; a token with a part of a character is a UnicodeDecodeError.
+        byte_level: Whether each letter of a token stands for a byte (as in GPT-2).
+        byte_fallback: Whether tokens are text or single bytes such as `<0x0A>` (SentencePiece).
+        texts: Each token's text; UnicodeDecodeError if it contains only a part of a character.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -178,21 +177,21 @@ class _Bytes(dict[int, tuple[bytes, int, bool]]):
         decoder = json.loads(backend.to_str())["decoder"] if backend is not None else None
         steps = [] if decoder is None else decoder.get("decoders", [decoder])
         kinds = [step["type"] for step in steps]
-        self.of_letters = kinds == ["ByteLevel"]
+        self.byte_level = kinds == ["ByteLevel"]
         replace = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
         strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
-        self.of_pieces = kinds[:3] == ["Replace", "ByteFallback", "Fuse"] and (
+        self.byte_fallback = kinds[:3] == ["Replace", "ByteFallback", "Fuse"] and (
             steps[0] == replace and steps[3:] in ([], [strip])
         )
-        self.texts = _Texts(self)
-        # Not the tokenizer itself, which would keep itself in the table of tables.
+        self.texts = _TokenTexts(self)
+        # A reference to the tokenizer would keep its own weak key in `_tables` alive.
         self._token = backend.id_to_token if backend is not None else None
 
     def __missing__(self, key: int) -> tuple[bytes, int, bool]:
         token = self._token(key) if self._token is not None else None
         if token is None:
             raise KeyError(key)
-        if self.of_letters:
+        if self.byte_level:
             letters = _letters()
             try:
                 found = bytes(letters[letter] for letter in token)
@@ -208,10 +207,10 @@ class _Bytes(dict[int, tuple[bytes, int, bool]]):
         return self[key]
 
 
-class _Texts(dict[int, str]):
-    """The whole characters that each token spells, by the bytes of the tokens."""
+class _TokenTexts(dict[int, str]):
+    """The text of each token that consists of whole characters, by token id."""
 
-    def __init__(self, table: _Bytes) -> None:
+    def __init__(self, table: _TokenBytes) -> None:
         super().__init__()
         self._table = table
 
@@ -220,20 +219,20 @@ class _Texts(dict[int, str]):
         return self[key]
 
 
-_tables: WeakKeyDictionary[PreTrainedTokenizerBase, _Bytes] = WeakKeyDictionary()
+_tables: WeakKeyDictionary[PreTrainedTokenizerBase, _TokenBytes] = WeakKeyDictionary()
 
 
-def _table(tokenizer: PreTrainedTokenizerBase) -> _Bytes:
-    """Return the bytes of a tokenizer's tokens, which are looked up once."""
+def _table(tokenizer: PreTrainedTokenizerBase) -> _TokenBytes:
+    """Return the cached table of a tokenizer's token bytes."""
     table = _tables.get(tokenizer)
     if table is None:
-        table = _tables[tokenizer] = _Bytes(tokenizer)
+        table = _tables[tokenizer] = _TokenBytes(tokenizer)
     return table
 
 
 @cache
 def _letters() -> dict[str, int]:
-    """Return the byte that each letter of a byte-level vocabulary spells."""
+    """Return the byte that each letter of a byte-level vocabulary stands for."""
     printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printed]
     return {chr(byte): byte for byte in printed} | {
@@ -241,14 +240,17 @@ def _letters() -> dict[str, int]:
     }
 
 
-# Decoding windows of tokens: for any tokenizer
+# Slow path for any tokenizer: decoding windows of tokens
 
 
 def _readable(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, int]:
-    """Return the text of some tokens, and how many of them it takes.
+    """Return the text of tokens, without an incomplete last character that spoils earlier text.
 
-    All of them, but for this: truncation may leave the first bytes of a character, for which
-    decoders that fall back to bytes give up on all the bytes before it too. Those are left out.
+    Truncation may leave only the first bytes of a character, and byte-fallback decoders then
+    replace all bytes before it too.
+
+    Returns:
+        The text, and the number of leading tokens that it decodes.
     """
     text = decode(tokenizer, ids)
     if text.endswith(REPLACEMENT):
@@ -262,11 +264,19 @@ def _readable(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[s
 def _boundaries(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: str, overlap: int
 ) -> tuple[list[int], list[bool]]:
+    """Compute `token_boundaries` of a decoded text by decoding a window for each token.
+
+    Args:
+        tokenizer: The tokens' tokenizer.
+        ids: The tokens.
+        text: Their text.
+        overlap: How many boundaries before a token its window begins.
+    """
     ends: list[int] = []
     complete: list[bool] = []
     chars, seen = 0, ""  # up to the last boundary: characters, text of the window
-    # A window begins at a boundary: where bytes are tokens, a decoder that meets the second half of
-    # a character gives up on all bytes behind it too.
+    # A window begins at a boundary because a byte-fallback decoder that begins within a character
+    # replaces all the bytes that follow.
     starts = deque([0], maxlen=overlap + 1)
     for n in range(1, len(ids) + 1):
         start = starts[0]
@@ -289,9 +299,9 @@ def _boundaries(
 def _cuts_replacement(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], start: int, n: int, window: str
 ) -> bool:
-    """Return whether a window ends inside a U+FFFD that the text itself holds.
+    """Return whether a window ends inside a U+FFFD that the text itself contains.
 
-    Its first byte looks like all of it, and the text does not grow with the other two.
+    Its first byte decodes to U+FFFD already, so the text does not grow with the other two.
     """
     later = range(n + 1, min(n + 2, len(ids)) + 1)
     return window.endswith(REPLACEMENT) and any(
@@ -300,9 +310,9 @@ def _cuts_replacement(
 
 
 def added_tokens(tokenizer: PreTrainedTokenizerBase) -> Mapping[int, Any]:
-    """Return the tokens that were added to a tokenizer's vocabulary, by id.
+    """Return a tokenizer's added tokens by id.
 
-    Tokenizers of mistral-common add none: their control tokens are part of the vocabulary.
+    mistral-common's tokenizers have none: their control tokens are part of the vocabulary.
     """
     added: Any = tokenizer.added_tokens_decoder  # mistral-common's: a method, not implemented
     return added if isinstance(added, Mapping) else {}

@@ -1,4 +1,4 @@
-"""Hash contents: of rows, of data sets, of tokenizers."""
+"""Hash the contents of requests, rows, data sets and tokenizers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["content_key", "request_key", "row_keys", "sample_of", "words_of"]
 
 
 def content_key(*parts: Any) -> str:
-    """Return the SHA-256 of JSON values, whatever the order of keys in their mappings.
+    """Return the SHA-256 of JSON values; the order of keys in mappings does not matter.
 
     Raises:
         TypeError, ValueError: A part is not a JSON value (NaN and infinities are not).
@@ -26,13 +26,13 @@ def content_key(*parts: Any) -> str:
 
 
 def request_key(request: PrefixRequest) -> str:
-    """Return a hash over what a guard is asked: context, text and prefixes."""
+    """Return a hash of a guard request: context, text and prefix ends."""
     context = [[m["role"], m["content"]] for m in request.context]
     return content_key(context, request.text, request.ends)
 
 
 def row_keys(dataset: Dataset) -> list[str]:
-    """Return a hash of each row's contents, whatever rows stand before it."""
+    """Return a hash of each row's contents, independent of its position."""
     names = list(dataset.column_names)
     return [
         hashlib.sha256(repr([(name, row[name]) for name in names]).encode()).hexdigest()
@@ -44,12 +44,12 @@ _SAMPLE = 64
 
 
 def sample_of(dataset: Dataset) -> str:
-    """Return a hash over column names and some rows from all over a data set."""
-    rows = undecoded(dataset)  # images as they are stored: objects differ from process to process
+    """Return a hash of the column names and about 64 evenly spaced rows of a data set."""
+    rows = undecoded(dataset)  # the repr of a decoded image differs between processes
     some = range(0, len(rows), max(1, len(rows) // _SAMPLE))
     return content_key(list(rows.column_names), [repr(rows[i]) for i in some])
 
 
 def words_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a hash over a tokenizer's vocabulary and chat template."""
+    """Return a hash of a tokenizer's vocabulary and chat template."""
     return content_key(tokenizer.get_vocab(), tokenizer.chat_template)

@@ -1,4 +1,4 @@
-"""Labels of rows that a host has tokenized: what they leave open, and what they train too much.
+"""Restrict the labels of rows that a host tokenized to the assistant's turns.
 
 On a conversation, TRL trains every token unless `assistant_only_loss` is set. A response is what an
 assistant says (paper, section 3), so only those tokens stay trained.
@@ -19,18 +19,18 @@ from star_dss_plugin.logprobs import IGNORE_INDEX
 __all__ = ["MASKS", "assistant_labels", "has_mask", "needs_assistant_labels"]
 
 MASKS = ("completion_mask", "assistant_masks")
-"""Columns with 1 for trained tokens and 0 for others, as TRL writes and reads them."""
+"""TRL's columns with 1 for trained tokens and 0 for others."""
 
 
 def needs_assistant_labels(row: Mapping[str, Any]) -> bool:
-    """Return whether a tokenized row trains on turns that are not an assistant's.
+    """Return whether the labels of a tokenized row train turns of other roles than the assistant.
 
-    True where every token of a conversation or of a prompt with its completion is trained, or a
-    completion that holds other turns than the assistant's is trained in one piece.
+    True if every token of a conversation, or of a prompt and its completion, is trained, or if a
+    completion that includes turns of other roles is trained as one run.
     """
     messages, completion = conversation_of(row), row.get("completion")
     if isinstance(messages, list) or isinstance(completion, list):
-        source_messages(row)  # or an error that says what is wrong with them
+        source_messages(row)  # raises a DataError if they are not messages
     if has_mask(row) and IGNORE_INDEX not in row["labels"]:
         return True
     if isinstance(messages, list):
@@ -38,48 +38,48 @@ def needs_assistant_labels(row: Mapping[str, Any]) -> bool:
         return others and IGNORE_INDEX not in row["labels"]
     if isinstance(completion, list):
         others = any(m["role"] != "assistant" for m in completion)
-        # Several pieces: whoever made the labels (assistant_only_loss) has told the turns apart.
-        in_one_piece = _pieces(row["labels"]) == 1
-        return IGNORE_INDEX not in row["labels"] or (others and in_one_piece)
+        # Several runs: the host has excluded other roles already (assistant_only_loss).
+        in_one_run = _count_runs(row["labels"]) == 1
+        return IGNORE_INDEX not in row["labels"] or (others and in_one_run)
     said = isinstance(row.get("prompt"), str) and isinstance(completion, str)
     return said and bool(row["prompt"]) and IGNORE_INDEX not in row["labels"]
 
 
-def _pieces(labels: list[int]) -> int:
+def _count_runs(labels: list[int]) -> int:
     """Return the number of runs of trained tokens."""
     trained = [label != IGNORE_INDEX for label in labels]
     return sum(now and not before for before, now in zip([False, *trained], trained, strict=False))
 
 
 def assistant_labels(
-    row: Mapping[str, Any], chat: ChatTokenizer, made: Tokenized | None = None
+    row: Mapping[str, Any], chat: ChatTokenizer, tokenized: Tokenized | None = None
 ) -> list[int]:
     """Return labels of a tokenized row with only its assistant turns trained.
 
     Args:
-        row: `input_ids` (possibly truncated, at either end) and the messages they were made from.
+        row: `input_ids` (possibly truncated at either end) and the messages they were made from.
         chat: The tokenizer and the template that made `input_ids`.
-        made: What `read_row` returns for the row, if that is known.
+        tokenized: The result of `read_row` for the row, if known.
 
     Returns:
         One label per token of `input_ids`.
 
     Raises:
-        DataError: The row's tokens are not those of its messages.
+        DataError: The row's messages render to other tokens.
     """
     given = list(row["input_ids"])
     if has_mask(row):
         tokens = zip(given, *(row[m] for m in MASKS if row.get(m) is not None), strict=True)
         return [token if all(bits) else IGNORE_INDEX for token, *bits in tokens]
-    made = made or read_row(row, chat)
-    if made.trained is None:
-        raise DataError(made.problem)
-    ids, trained = made.encoded.ids, made.trained
+    tokenized = tokenized or read_row(row, chat)
+    if tokenized.trained is None:
+        raise DataError(tokenized.problem)
+    ids, trained = tokenized.encoded.ids, tokenized.trained
     for start in (0, max(0, len(ids) - len(given))):
         kept = slice(start, start + len(given))
         if ids[kept] == given:
             return labels_of(given, runs_within(trained, kept))
-    if made.plain:
+    if tokenized.plain:
         raise DataError(
             "All tokens of a prompt and its completion are trained, and they are not those of the "
             "two texts, so the completion cannot be found in them. Set completion_only_loss=True, "
@@ -93,10 +93,10 @@ def assistant_labels(
 
 
 def has_mask(row: Mapping[str, Any]) -> bool:
-    """Return whether a row's own masks say what is trained, and nothing else is needed for it.
+    """Return whether a row's own masks determine its trained tokens.
 
-    A host that cuts rows may leave masks as long as they were; the messages tell then. A completion
-    that holds turns of others needs them too.
+    They do not if a host truncated `input_ids` but not the masks, or if the completion includes
+    turns of other roles; then the row's messages are used.
     """
     masks = [row[m] for m in MASKS if row.get(m) is not None]
     completion = row.get("completion")

@@ -1,4 +1,4 @@
-"""Columns of media, whose values name files: refuse them, or leave the files closed."""
+"""Reject columns of media, whose values name files, or read them without opening the files."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ __all__ = ["check_features", "undecoded"]
 def check_features(
     features: Mapping[str, Any], source: str = "", columns: Iterable[str] | None = None
 ) -> None:
-    """Check that no column holds images, sounds or the like.
+    """Check that no column contains images, audio or video.
 
     Args:
-        features: Of the data set.
+        features: The data set's features.
         source: The file or folder, for the message.
-        columns: Which of them are read; None: all.
+        columns: The columns to check; None: all.
 
     Raises:
-        DataError: One does: its files would be opened, and copied into whatever is written.
+        DataError: A column does. Reading it would open the files that its values name, and writing
+            the data would copy them.
     """
     for name in features if columns is None else columns:
         if _names_files(features[name]):
@@ -35,7 +36,7 @@ def check_features(
 
 
 def _names_files(feature: Any) -> bool:
-    """Tell whether a column holds media, at any depth."""
+    """Return whether a feature contains media, at any depth."""
     if isinstance(feature, List | LargeList):
         return _names_files(feature.feature)
     if isinstance(feature, dict):
@@ -44,14 +45,14 @@ def _names_files(feature: Any) -> bool:
 
 
 def undecoded(dataset: Dataset) -> Dataset:
-    """Return the same rows as plain Python values; no file that they name is opened when read."""
+    """Return the same rows as plain Python values, without opening files that they name."""
     closed = Features({name: _closed(feature) for name, feature in dataset.features.items()})
-    # The same table under other features: to cast a column would be to copy all images.
+    # The table is reused with other features, because casting a column would copy all images.
     return Dataset(dataset.data, DatasetInfo(features=closed), indices_table=dataset._indices)
 
 
 def _closed(feature: Any) -> Any:
-    """Return a feature whose images, sounds and videos stay as they are stored, at any depth."""
+    """Return a feature with decoding of media switched off, at any depth."""
     if isinstance(feature, List | LargeList):
         feature = copy(feature)
         feature.feature = _closed(feature.feature)

@@ -1,9 +1,9 @@
-"""Rows with images, sounds or videos, as rows of text: what a guard reads of them, and what trains.
+"""Convert rows with images, audio or video to tokenized rows of text, which a guard can read.
 
-A host tokenizes such rows in its collator, for an image becomes pixels and a number of tokens only
-there. What an assistant says is there before, and so is the chat template: a row's conversation is
-rendered with the template's own sign in place of each image, and is then a row of text like any
-other. `alignment.py` lays what was found out about its tokens onto the collator's.
+A host tokenizes rows with media in its data collator, because only there an image becomes pixels
+and a number of tokens. Scoring comes before that and needs only the text, so a row's conversation
+is rendered with the template's placeholder for each image and then treated as a row of text.
+`alignment.py` transfers the labels and scores of the text's tokens to the collator's tokens.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ class MediaRows:
     """How a host reads rows with media.
 
     Attributes:
-        chat: The processor's tokenizer and the template of its conversations.
+        chat: The processor's tokenizer and its chat template.
         media: Ids of the tokens that stand for media, see `media_tokens`.
-        messages: Return a row's conversation as the host hands it to its processor: `messages`, or
-            `prompt` and `completion`.
-        assistant_only_loss: Whether only what the template marks as generated is trained.
-        kinds: Types of the parts that the collator opens; any other part must be text.
+        messages: Returns a row's conversation as the host passes it to its processor: `messages`,
+            or `prompt` and `completion`.
+        assistant_only_loss: Whether only text within `{% generation %}` is trained.
+        kinds: Part types that the collator loads; any other part must be text.
     """
 
     chat: ChatTokenizer
@@ -60,19 +60,19 @@ class MediaRows:
     kinds: tuple[str, ...] = ("image",)
 
     def text_rows(self, dataset: Dataset, name: str) -> Dataset:
-        """Return the rows as tokenized rows of text.
+        """Convert rows with media to tokenized rows of text.
 
         Args:
-            dataset: Raw rows; no file that they name is opened, and no image decoded.
-            name: "train", "eval", …: for messages.
+            dataset: Raw rows. Files that they name are not opened, and images are not decoded.
+            name: The data set's name in messages: "train", "eval", …
 
         Returns:
-            As many rows with `input_ids`, `labels` (what assistants say is trained), `media` (the
-            kinds of them that a row has) and the conversation, media replaced by parts that have a
-            type only.
+            As many rows, with `input_ids`, `labels` (assistant turns are trained), `media` (the
+            kinds of media in the row) and the conversation, in which a media part has only its
+            type.
 
         Raises:
-            DataError: A row cannot be read, with its number.
+            DataError: A row cannot be read; the error has its number.
         """
         if SCORES_COLUMN in dataset.column_names:
             raise DataError(
@@ -84,7 +84,7 @@ class MediaRows:
         media: list[list[str]] = []
         for i, row in enumerate(map(dict, undecoded(dataset))):
             conversation, kinds = in_row(i, self._conversation, row)
-            made = in_row(
+            tokenized = in_row(
                 i,
                 tokenize_row,
                 conversation,
@@ -93,15 +93,14 @@ class MediaRows:
             )
             conversations.append(conversation)
             media.append(kinds)
-            ids.append(made["input_ids"])
-            labels.append(made["labels"])
+            ids.append(tokenized["input_ids"])
+            labels.append(tokenized["labels"])
         check_trained(labels)
         if counts := Counter(kind for kinds in media for kind in kinds):
             marks = [MEDIA[kind] for kind in sorted(counts)]
             logger.warning(
-                "In %d of %d rows of the %s data the guard reads %s in place of what no guard "
-                "reads (%s): it judges the text alone, and cannot know what a picture or a sound "
-                "adds to it.",
+                "In %d of %d rows of the %s data the guard reads %s in place of media (%s): it "
+                "judges the text alone, and does not know what an image or a sound adds to it.",
                 sum(map(bool, media)),
                 len(media),
                 name,
@@ -127,15 +126,15 @@ class MediaRows:
         )
 
     def _conversation(self, row: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Return a row's conversation without its media, and the kind of each of these."""
+        """Return a row's conversation without its media, and the kind of each medium."""
         try:
             given = self.messages(row)
         except (ValueError, TypeError, LookupError, AttributeError) as error:  # the host's own code
             raise DataError(f"The trainer's collator could not read the row: {error}") from error
         kinds: list[str] = []
-        made: dict[str, Any] = {}
+        conversation: dict[str, Any] = {}
         for column, messages in given.items():
-            made[column] = []
+            conversation[column] = []
             for message in messages:
                 content = message.get("content")
                 parts = content if isinstance(content, list) else []
@@ -150,14 +149,14 @@ class MediaRows:
                 if isinstance(content, list):
                     message = {**message, "content": [_bare(part) for part in parts]}
                 self._check_spelling(message)
-                made[column].append(dict(message))
-        return made, kinds
+                conversation[column].append(dict(message))
+        return conversation, kinds
 
     def _kind(self, part: Any) -> str | None:
-        """Return the kind of media that a part of a content is; None: it is text.
+        """Return a content part's kind of media; None if it is text.
 
         Raises:
-            DataError: It is neither text nor what the host's collator opens.
+            DataError: The part is neither text nor media that the host's collator loads.
         """
         if not isinstance(part, Mapping):
             raise DataError(
@@ -169,9 +168,9 @@ class MediaRows:
         if kind != "text" or not isinstance(part.get("text"), str):
             raise DataError(
                 f"A part of a content has the type {shortened(kind)}, of which the trainer's "
-                "collator makes neither words nor media: the model would not see it, or would see "
-                f"an empty place. It takes {', '.join(['text', *self.kinds])}. Change the part, or "
-                "remove the row."
+                "collator makes neither words nor media: the model would see nothing, or an empty "
+                f"place. The collator takes {', '.join(['text', *self.kinds])}. Change the part, "
+                "or remove the row."
             )
         named = sorted(set(MEDIA) & {key for key, value in part.items() if value is not None})
         if named:
@@ -182,7 +181,7 @@ class MediaRows:
         return None
 
     def _check_spelling(self, message: Mapping[str, Any]) -> None:
-        """Refuse a text that spells a media token: the processor would take it for an image."""
+        """Reject text that spells a media token, which the processor would take for an image."""
         for text in _texts(message):
             for token in self._spelled:
                 if token in text:
@@ -199,7 +198,7 @@ class MediaRows:
 
 
 def _texts(message: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what a message says as text, at any depth."""
+    """Yield every string in a message except its role, at any depth."""
     pending: list[Any] = [value for key, value in message.items() if key != "role"]
     while pending:
         value = pending.pop()
@@ -212,18 +211,18 @@ def _texts(message: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _bare(part: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a part of a content without its media: the type is what templates ask for."""
+    """Return a content part without its media: a media part keeps only its type."""
     if part.get("type") in MEDIA:
         return {"type": part["type"]}
     return {key: value for key, value in part.items() if value is not None}
 
 
 def with_text_column(dataset: Dataset, scored: Dataset) -> Dataset:
-    """Return raw rows with the column `star_text`: their tokens as text, and the scores of these.
+    """Return raw rows with the column `star_text`: the tokens, labels and scores of their text.
 
     Args:
         dataset: The raw rows.
-        scored: What `text_rows` made of them, with `star_scores`.
+        scored: The result of `text_rows`, with `star_scores`.
     """
     names = ["media", "input_ids", "labels", SCORES_COLUMN]
     plain = scored.with_format(None).select_columns(names)
@@ -242,14 +241,15 @@ _PROBE = ("user", "assistant", "user", "assistant")
 
 
 def media_tokens(processor: ProcessorMixin, chat: ChatTokenizer) -> frozenset[int]:
-    """Return the ids of the tokens by which a processor writes media into a text.
+    """Return the ids of the tokens that stand for media in a processor's text.
 
-    They are the tokens that processor and tokenizer name as their own (`image_token`, `boi_token`,
-    `audio_token`, …), less those that a conversation of words has as well: ends of turns.
+    They are the tokens that the processor and the tokenizer have as attributes (`image_token`,
+    `boi_token`, `audio_token`, …), without those that conversations of text contain too, such as
+    end-of-turn tokens.
 
     Args:
-        processor: A model's.
-        chat: Its tokenizer, and the template of its conversations.
+        processor: The model's processor.
+        chat: The processor's tokenizer and its chat template.
     """
     tokenizer = chat.tokenizer
     known = {str(token): i for i, token in added_tokens(tokenizer).items()}
@@ -263,11 +263,11 @@ def media_tokens(processor: ProcessorMixin, chat: ChatTokenizer) -> frozenset[in
         for name, value in own.items()
         if name.endswith(("token", "tag")) and str(value) in known
     }
-    return frozenset(named - _of_words(chat))
+    return frozenset(named - _text_tokens(chat))
 
 
-def _of_words(chat: ChatTokenizer) -> set[int]:
-    """Return the ids of the tokens of a conversation of words."""
+def _text_tokens(chat: ChatTokenizer) -> set[int]:
+    """Return the ids of the tokens in a conversation of text, and of bos, eos, pad and the like."""
     tokenizer = chat.tokenizer
     names = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
     ordinary = {getattr(tokenizer, f"{name}_token_id") for name in names}

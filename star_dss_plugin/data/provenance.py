@@ -1,7 +1,7 @@
-"""Note in a data set how its columns were made: one JSON line each in its description.
+"""Record in a data set's description how its columns were made, as one JSON line per note.
 
-A description stays with a data set through `map`, `select` and `save_to_disk`; a column that was
-made elsewhere has none.
+`map`, `select` and `save_to_disk` keep the description. A column that was made elsewhere has no
+note.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 _MARK = "star_dss "
-_NOTED: dict[str, type] = {  # what readers of a note on scores rely on
+_NOTED: dict[str, type] = {  # fields that every reader of the "scores" note needs
     "guard": str,
     "demonstration_guard": bool,
     "guard_identity": dict,
@@ -38,11 +38,15 @@ _NOTED: dict[str, type] = {  # what readers of a note on scores rely on
 
 
 def notes(dataset: Dataset, name: str) -> list[Any]:
-    """Return the JSON values noted under a name: several if data sets were joined."""
+    """Return the JSON values noted under a name: several if data sets were concatenated.
+
+    Raises:
+        DataError: A note is damaged.
+    """
     mark = f"{_MARK}{name}: "
     found = []
     description = dataset.info.description or ""
-    if not isinstance(description, str):  # a file may say anything
+    if not isinstance(description, str):  # it comes from a file, and may be anything
         raise damaged_note(name)
     for line in description.splitlines():
         if line.startswith(mark):
@@ -59,14 +63,14 @@ def read_note(dataset: Dataset, name: str) -> Any:
 
 
 def write_note(dataset: Dataset, name: str, value: Any) -> None:
-    """Note a JSON value under a name, in place of what was noted there."""
+    """Note a JSON value under a name, replacing earlier notes."""
     remove_note(dataset, name)
     lines = (dataset.info.description or "").splitlines()
     dataset.info.description = "\n".join([*lines, describe(name, value)])
 
 
 def remove_note(dataset: Dataset, name: str) -> None:
-    """Remove what is noted under a name."""
+    """Remove the notes under a name."""
     mark = f"{_MARK}{name}: "
     lines = (dataset.info.description or "").splitlines()
     kept = [line for line in lines if not line.startswith(mark)]
@@ -74,12 +78,12 @@ def remove_note(dataset: Dataset, name: str) -> None:
 
 
 def describe(name: str, value: Any) -> str:
-    """Return the line of a description that notes a JSON value under a name."""
+    """Return a note as a line of a description."""
     return f"{_MARK}{name}: {json.dumps(value, sort_keys=True)}"
 
 
 def provenance_of(dataset: Dataset) -> dict[str, Any] | None:
-    """Return how a data set's `star_scores` were made; None if it does not say.
+    """Return how a data set's `star_scores` were made; None if it has no note on them.
 
     Returns:
         JSON values by name, such as `guard` and `guard_identity`, `segmenter` and `chunk_size`,
@@ -87,16 +91,16 @@ def provenance_of(dataset: Dataset) -> dict[str, Any] | None:
         [0, 1], `label_mass`, `attempts` to fool the guard, and `versions`.
 
     Raises:
-        DataError: What it says is damaged.
+        DataError: The note is damaged.
     """
     return next(iter(provenances_of(dataset)), None)
 
 
 def provenances_of(dataset: Dataset) -> list[dict[str, Any]]:
-    """Return what `provenance_of` does, one entry for each source of a concatenated data set.
+    """Return the result of `provenance_of` for each source of a concatenated data set.
 
     Raises:
-        DataError: What one of them says is damaged.
+        DataError: A note is damaged.
     """
     found = notes(dataset, "scores")
     for one in found:
@@ -110,11 +114,11 @@ def provenances_of(dataset: Dataset) -> list[dict[str, Any]]:
 
 
 def damaged_note(name: str) -> DataError:
-    """Make the error for a note that another program wrote, or that was changed."""
+    """Return the error for a note that another program wrote or changed."""
     return DataError(
         f"What the data set's description notes as {_MARK + name!r} is not what this package "
         "writes there. Score the data again, or clear dataset.info.description if you trust the "
-        "scores all the same."
+        "scores anyway."
     )
 
 

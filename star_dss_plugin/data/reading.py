@@ -1,4 +1,4 @@
-"""Read data sets: files and folders by their names, and data sets of the hub by their ids."""
+"""Read data sets from files, folders and the hub."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ __all__ = [
 ]
 
 DEMO = "demo"
-"""The name of the data that comes with the package, in place of a file, a folder or an id."""
+"""The name of the data that comes with the package, accepted where a file or folder is."""
 DEMO_MEANS = "the data that comes with the package"
-"""What the name stands for, in a few words."""
+"""What `DEMO` stands for, for messages."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
@@ -51,13 +51,14 @@ def read_dataset(source: str, split: str = "train", *, config: str | None = None
     """Return a data set from a .jsonl, .json or .parquet file, a folder, or the hub.
 
     Args:
-        source: Name of the file or folder, as it is; "demo": the conversations that come with the
-            package, unless there is a file of that name; else the id of a data set on the hub.
-        split: Which split of a folder or of the hub.
-        config: Which configuration of a data set on the hub.
+        source: Name of a file or folder, without patterns; "demo" for the conversations that come
+            with the package (an error if a file has that name); or a data set's id on the hub.
+        split: The split to read from a folder or the hub.
+        config: The configuration of a data set on the hub.
 
     Raises:
-        DataError: It cannot be read; the reason is in the message.
+        DataError: The data set cannot be read; the message has the reason.
+        ConfigError: `source` is "demo", and a file or folder has that name.
     """
     if not source.strip():
         raise DataError("No data is named. Give a file, a folder, or the id of a data set.")
@@ -69,12 +70,12 @@ def read_dataset(source: str, split: str = "train", *, config: str | None = None
 
 @contextlib.contextmanager
 def _explained(source: str) -> Iterator[None]:
-    """Turn what readers raise into an error that says what cannot be read."""
+    """Turn any exception of a reader into a DataError that names the source."""
     try:
         yield
     except StarDSSError:
         raise
-    except Exception as error:  # readers raise whatever their formats raise
+    except Exception as error:  # each format's reader raises its own exceptions
         cause = error.__cause__ or error
         if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
             copies = datasets.config.HF_DATASETS_CACHE
@@ -90,15 +91,15 @@ def _explained(source: str) -> Iterator[None]:
 
 
 def read_splits(source: str, split: str, *, config: str | None = None) -> dict[str, Dataset]:
-    """Return all splits of what `read_dataset` reads.
+    """Return all splits of a data set.
 
     Args:
         source: As for `read_dataset`.
-        split: One that it has to have; the name of all rows of a single file.
+        split: A split that must exist; for a single file, the name for its rows.
         config: As for `read_dataset`.
 
     Raises:
-        DataError: As `read_dataset`.
+        DataError: As for `read_dataset`.
     """
     first = read_dataset(source, split, config=config)
     others = [name for name in _splits(source, Path(source), config) if name != split]
@@ -108,7 +109,7 @@ def read_splits(source: str, split: str, *, config: str | None = None) -> dict[s
 def read_streams(
     source: str, split: str, *, config: str | None = None
 ) -> dict[str, IterableDataset]:
-    """Return all splits as streams: of the hub, and of scored shards, only what is used is read.
+    """Return all splits as streams; data of the hub and scored shards are read on demand.
 
     Args:
         source: As for `read_dataset`.
@@ -116,7 +117,7 @@ def read_streams(
         config: As for `read_dataset`.
 
     Raises:
-        DataError: As `read_dataset`.
+        DataError: As for `read_dataset`.
     """
     path = Path(source)
     if is_sharded(path):
@@ -129,7 +130,7 @@ def read_streams(
 
 
 def _splits(source: str, path: Path, config: str | None) -> Iterable[str]:
-    """Return the names of the splits of a data set that could be read."""
+    """Return the split names of a data set that `read_dataset` can read."""
     if source == DEMO:
         return ()
     if not path.exists():
@@ -141,7 +142,7 @@ def _splits(source: str, path: Path, config: str | None) -> Iterable[str]:
 
 @contextlib.contextmanager
 def in_file(source: str) -> Iterator[None]:
-    """Add the file or folder to a StarDSSError about a row."""
+    """Add the file or folder to any StarDSSError about a row."""
     try:
         yield
     except StarDSSError as error:
@@ -154,8 +155,8 @@ def packaged(package: str, name: str) -> Dataset:
     """Return the rows of a .jsonl file that comes with the package.
 
     Args:
-        package: The package with the folder `assets`.
-        name: The file in that folder.
+        package: The package whose folder `assets` contains the file.
+        name: The file's name.
     """
     with as_file(files(package).joinpath("assets", name)) as path:
         return json_dataset([path])
@@ -191,12 +192,17 @@ def _load(source: str, path: Path, split: str, config: str | None) -> Dataset:
 
 
 def is_saved(path: Path) -> bool:
-    """Tell whether a folder was written by `save_to_disk` (as `star-dss score` does)."""
+    """Return whether `save_to_disk` wrote a folder (`star-dss score` uses it)."""
     return any((path / name).exists() for name in ("state.json", "dataset_dict.json"))
 
 
 def _hub_builder(source: str, config: str | None) -> DatasetBuilder:
-    """Return what reads a data set of the hub, if its repository keeps its files itself."""
+    """Return the builder of a data set on the hub.
+
+    Raises:
+        DataError: `source` is not a data set's id, or the data set names files outside its own
+            repository or has columns of media.
+    """
     if Path(source).suffix in FORMATS or not _HUB_ID.fullmatch(source):
         raise DataError(
             f"{source} cannot be read: there is no file or folder of this name, and it is no id of "
@@ -217,22 +223,21 @@ def _hub_builder(source: str, config: str | None) -> DatasetBuilder:
 
 
 def _cause(error: BaseException) -> str:
-    """Return what a reader stumbled over: `datasets` wraps it in an error that says nothing."""
+    """Return the original error as text; `datasets` wraps it in an uninformative one."""
     while isinstance(error, DatasetGenerationError) and error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {error}."
 
 
 def check_readable(dataset: Dataset, source: str) -> None:
-    """Check a data set that came from a file, before any of its values is used.
+    """Validate a data set that was read from a file, before any of its values is used.
 
     Args:
-        dataset: As read.
-        source: Where from, for messages.
+        dataset: The data set as read.
+        source: The file, for messages.
 
     Raises:
-        DataError: Its bytes are not what they should be, or a column holds media, whose rows name
-            files: those would be opened, and copied into whatever is written.
+        DataError: The Arrow data is damaged, or a column contains media (see `check_features`).
     """
     check_features(dataset.features, source)
     try:

@@ -1,4 +1,4 @@
-"""Define what a guard is asked and what it answers: messages, prefixes, trajectories."""
+"""Define a guard's input and output: messages, requests and trajectories."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Message = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class PrefixRequest:
-    """One response of which some prefixes are to be scored.
+    """One response and the prefixes of it that a guard scores.
 
     Attributes:
         context: The messages before the response, oldest first; may be empty.
@@ -42,10 +42,10 @@ class Trajectory:
 
     Attributes:
         scores: P(safe) in [0, 1], one per prefix end of the request.
-        label_mass: Probability that the guard gave to all its label words together before they
-            were renormalised, one per prefix; None for guards that have no label words.
-        asked: Whether the guard itself gave each score, or a probe that learned from it did
-            (`trajectory="probed"`); None: the guard gave all.
+        label_mass: Total probability of the guard's label words before renormalisation, one per
+            prefix; None for guards without label words.
+        asked: Whether the guard gave each score itself; False for scores of a probe that learned
+            from the guard (`trajectory="probed"`). None: the guard gave all scores.
     """
 
     scores: tuple[float, ...]

@@ -1,8 +1,8 @@
-"""Which tokens of a row are a response, what text they are, and what was said before them.
+"""Find the responses of a row, with their text, context and chunks.
 
 A *response* is a maximal run of trained tokens (`labels != -100`). Its text is the exact decoding
-of those tokens, without the special tokens around it; its context is the messages before it, or,
-where only tokens are known, the decoded tokens before it.
+of those tokens, without the special tokens around it. Its context is the messages before it, or the
+decoded tokens before it if the messages are unknown.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from star_dss_plugin.segmenters import Segmenter, chunk_ends
 
 __all__ = ["Response", "find_responses", "is_answered", "responses_in", "runs", "tokens_of"]
 
-_IDS = 2**32  # what decoders can be given
+_IDS = 2**32  # token ids that decoders accept are below this
 
 
 @dataclass(frozen=True)
 class Response:
-    """One response of a row and how it is cut.
+    """One response of a row and its chunks.
 
     Attributes:
-        start: First token of the run in the row.
-        end: One past the run's last token.
-        chunk_ends: One past the last token of each chunk, in the row; strictly increasing, the last
-            one is `end`: chunks partition the run, special tokens included.
+        start: Index of the run's first token in the row.
+        end: One past the index of its last token.
+        chunk_ends: One past the index of each chunk's last token; strictly increasing. The last is
+            `end`, so that the chunks partition the run, special tokens included.
         request: Context, text and prefix ends for the guard, one prefix per chunk.
-        raw_context: True if the context is decoded tokens, because no message matched the run.
+        raw_context: Whether the context is decoded tokens, because no message matched the run.
     """
 
     start: int
@@ -50,11 +50,11 @@ class Response:
 
 
 def tokens_of(row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
-    """Return `input_ids` and `labels` of a row.
+    """Return `input_ids` and `labels` of a row after checking them.
 
     Raises:
-        DataError: One of them is no list of integers, they differ in length, or a label is not its
-            token.
+        DataError: One of them is not a list of integers, they differ in length, an id is out of
+            range, or a label is neither -100 nor its token.
     """
     ids, labels = _integers(row, "input_ids"), _integers(row, "labels")
     if len(ids) != len(labels):
@@ -64,7 +64,10 @@ def tokens_of(row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
         )
     if ids and not (min(ids) >= 0 and max(ids) < _IDS):
         wrong = [i for i in ids if not 0 <= i < _IDS]
-        raise DataError(f"input_ids holds {wrong[0]}, which is no token of any tokenizer.")
+        raise DataError(
+            f"input_ids holds {wrong[0]}, which is no token of any tokenizer. Tokenize the row "
+            "again, or remove it."
+        )
     for start, end in runs(labels):
         if labels[start:end] != ids[start:end]:
             raise DataError(
@@ -83,7 +86,10 @@ def _integers(row: Mapping[str, Any], column: str) -> list[int]:
         )
     if other := set(map(type, found)) - {int}:
         names = " and ".join(sorted(kind.__name__ for kind in other))
-        raise DataError(f"{column} holds {names}; it must be a list of integers.")
+        raise DataError(
+            f"{column} holds {names}; it must be a list of integers. Tokenize the row again, or "
+            "remove it."
+        )
     return list(found)
 
 
@@ -99,31 +105,30 @@ def find_responses(
     chat: ChatTokenizer,
     segmenter: Segmenter,
     chunk_size: int,
-    made: Tokenized | None = None,
+    tokenized: Tokenized | None = None,
 ) -> list[Response]:
     """Return all responses of a tokenized row.
 
     Args:
         row: `input_ids` and `labels`, and if known the messages (`messages`, or `prompt` and
-            `completion`); else they are sought in the tokens, unless all of these are trained.
+            `completion`). Unknown messages are parsed from the tokens, unless all are trained.
         chat: The tokenizer and the template that made `input_ids`.
-        segmenter: Where chunks end.
+        segmenter: Decides where chunks end.
         chunk_size: M, in the segmenter's units.
-        made: What `read_row` returns for the row, if that is known.
+        tokenized: The result of `read_row` for the row, if known.
 
     Raises:
-        DataError: `input_ids` or `labels` are no tokens, they differ in length, or a label is not
-            its token.
+        DataError: As for `tokens_of` and `RowReader`.
     """
     ids, labels = tokens_of(row)
-    reader = RowReader(chat, ids, row, made, recover=is_answered(labels))
+    reader = RowReader(chat, ids, row, tokenized, recover=is_answered(labels))
     return responses_in(runs(labels), reader, segmenter, chunk_size)
 
 
 def is_answered(labels: Sequence[int]) -> bool:
-    """Return whether something in a row is not trained.
+    """Return whether a row has untrained tokens.
 
-    A row that is trained as a whole is a text, whatever it looks like.
+    A row without any is treated as plain text, even if it looks like a chat.
     """
     return IGNORE_INDEX in labels
 
@@ -131,7 +136,7 @@ def is_answered(labels: Sequence[int]) -> bool:
 def responses_in(
     trained: Runs, reader: RowReader, segmenter: Segmenter, chunk_size: int
 ) -> list[Response]:
-    """Return the responses in the runs of trained tokens of one row; else as `find_responses`."""
+    """Return one response per run of trained tokens of a row."""
     return [
         _response(reader.read(start, end), start, end, segmenter, chunk_size)
         for start, end in trained
@@ -141,7 +146,7 @@ def responses_in(
 def _response(
     reading: Reading, start: int, end: int, segmenter: Segmenter, chunk_size: int
 ) -> Response:
-    """Cut a run into chunks. What the template writes before and behind words is not counted."""
+    """Split a run into chunks; tokens without text at its beginning and end are not counted."""
     ends = reading.ends
     first = bisect_right(ends, 0)
     last = bisect_left(ends, len(reading.text)) + 1 if reading.text else first
@@ -161,7 +166,7 @@ def _response(
 
 
 def _merge_empty(tokens: list[int], prefix_ends: list[int]) -> tuple[list[int], list[int]]:
-    """Join chunks that add no text (tokens that decode to nothing) to the chunk after them."""
+    """Merge each chunk that adds no text (its tokens decode to nothing) into the chunk before."""
     if not any(map(eq, prefix_ends, prefix_ends[1:])):
         return tokens, prefix_ends
     keep = [i for i, (a, b) in enumerate(pairwise([*prefix_ends, -1])) if a != b]

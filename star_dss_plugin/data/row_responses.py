@@ -1,4 +1,4 @@
-"""Read the responses of a data set: every row is rendered and tokenized once, in any process."""
+"""Find the responses of a data set, rendering and tokenizing every row once."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ __all__ = ["ReadRows", "RowOptions", "read_responses", "without_question"]
 logger = logging.getLogger(__name__)
 
 _ROWS_NAMED = 5
-_UNASKED = 0.1  # the share of responses that answer nothing from which on it is said
-_ROWS_A_PIECE = 64  # that a process reads before it hands them back
+_UNASKED = 0.1  # share of responses without context from which a warning is logged
+_ROWS_A_PIECE = 64  # rows that a process reads before it returns them
 
 _CUT = "max_length cuts off all that is trained"
 _SILENT = "no assistant says anything in them"
@@ -46,12 +46,11 @@ class RowOptions:
     """How rows become responses.
 
     Attributes:
-        segmenter: Where chunks end.
+        segmenter: Decides where chunks end.
         chunk_size: M >= 1, in the segmenter's units.
-        max_length: Raw rows are cut to this many tokens; None: they are not.
-        assistant_only_loss: Whether of raw rows only what the chat template marks as generated is
-            trained.
-        keep_end: Whether the end of raw rows is kept where they are cut, and not the beginning.
+        max_length: Raw rows are truncated to this many tokens; None: they are not.
+        assistant_only_loss: Whether only text within `{% generation %}` is trained, in raw rows.
+        keep_end: Whether truncation keeps the end of raw rows instead of the beginning.
     """
 
     segmenter: Segmenter
@@ -62,12 +61,12 @@ class RowOptions:
 
 
 class ReadRows(NamedTuple):
-    """What was found in a data set.
+    """A data set and its responses.
 
     Attributes:
-        dataset: With `input_ids` and `labels`.
-        responses: Of each row.
-        untrained: How many rows train nothing, by why.
+        dataset: The rows, with `input_ids` and `labels`.
+        responses: The responses of each row.
+        untrained: The number of rows without a trained token, by reason.
     """
 
     dataset: Dataset
@@ -77,7 +76,16 @@ class ReadRows(NamedTuple):
 
 @dataclass(frozen=True)
 class _Read:
-    """What was found in one row."""
+    """One row and its responses.
+
+    Attributes:
+        ids: `input_ids`.
+        labels: `labels`.
+        narrowed: Whether tokens of other roles were removed from the row's own labels.
+        responses: The row's responses.
+        silent: Why the row has no trained token; "" if it has one.
+        rendered: Whether the row is a rendered chat that could not be parsed.
+    """
 
     ids: list[int]
     labels: list[int]
@@ -95,22 +103,22 @@ def read_responses(
     needed: bool = True,
     num_proc: int = 1,
 ) -> ReadRows:
-    """Return a tokenized data set in which only responses are trained, and its responses.
+    """Tokenize a data set if it is raw, train only assistants' words, and find the responses.
 
     Args:
         dataset: Raw rows, or rows with `input_ids` and `labels` (or masks).
-        chat: The trained model's tokenizer and the template of its conversations.
+        chat: The trained model's tokenizer and its chat template.
         options: How rows become responses.
-        needed: Whether some row has to have a trained token.
-        num_proc: Processes that read rows, at least 1. They read the same for any number.
+        needed: Whether at least one row must have a trained token.
+        num_proc: Processes that read rows, at least 1. The result does not depend on it.
 
     Raises:
-        DataError: What cannot be read, with the row's number.
+        DataError: A row cannot be read; the error has its number.
     """
     raw = "input_ids" not in dataset.column_names
     if not raw:
         dataset = labelled_by_masks(dataset)
-    read = list(_each(dataset, chat, options, num_proc))
+    read = list(_read_all(dataset, chat, options, num_proc))
     labels = [row.labels for row in read]
     if needed:
         check_trained(labels, (row.silent for row in read if row.silent))
@@ -119,25 +127,25 @@ def read_responses(
             dataset = with_column(dataset, name, column, List(Value("int64")))
     else:
         dataset = with_labels(dataset, labels, sum(row.narrowed for row in read))
-    _say_what_is_missing(read)
+    _warn_about_rows(read)
     silent = Counter(row.silent for row in read if row.silent)
     return ReadRows(dataset, [row.responses for row in read], dict(sorted(silent.items())))
 
 
-def _each(
+def _read_all(
     dataset: Dataset, chat: ChatTokenizer, options: RowOptions, num_proc: int
 ) -> Iterator[_Read]:
-    """Yield what is in each row, in their order."""
+    """Read the rows in order."""
     pieces = range(0, len(dataset), _ROWS_A_PIECE)
     workers = min(num_proc, len(pieces))
     if workers < 2 or "fork" not in multiprocessing.get_all_start_methods():
-        yield from _piece(dataset, chat, options, 0)
+        yield from _read_piece(dataset, chat, options, 0)
         return
-    # Forked processes need no copy of the data, and segmenters that cannot be pickled work too.
+    # Forked processes share the data, and their segmenter need not be picklable.
     _work["forked"] = dataset, chat, options
     try:
         with multiprocessing.get_context("fork").Pool(workers) as pool:
-            for found in pool.imap(_forked, pieces):
+            for found in pool.imap(_read_forked, pieces):
                 yield from found
     finally:
         del _work["forked"]
@@ -146,14 +154,14 @@ def _each(
 _work: dict[str, tuple[Dataset, ChatTokenizer, RowOptions]] = {}
 
 
-def _forked(start: int) -> list[_Read]:
+def _read_forked(start: int) -> list[_Read]:
     """Read one piece of the data in a forked process."""
     dataset, chat, options = _work["forked"]
     stop = min(start + _ROWS_A_PIECE, len(dataset))
-    return list(_piece(dataset.select(range(start, stop)), chat, options, start))
+    return list(_read_piece(dataset.select(range(start, stop)), chat, options, start))
 
 
-def _piece(
+def _read_piece(
     dataset: Dataset, chat: ChatTokenizer, options: RowOptions, start: int
 ) -> Iterator[_Read]:
     if "input_ids" in dataset.column_names:
@@ -161,47 +169,47 @@ def _piece(
             yield in_row(i, _read_tokenized, row, chat, options)
         return
     only = options.assistant_only_loss
-    made = read_rows(plain_rows(dataset), chat, assistant_only_loss=only)
+    tokenized = read_rows(plain_rows(dataset), chat, assistant_only_loss=only)
     for i in range(start, start + len(dataset)):
-        yield in_row(i, _read_raw, in_row(i, next, made), chat, options)
+        yield in_row(i, _read_raw, in_row(i, next, tokenized), chat, options)
 
 
-def _read_raw(made: Tokenized, chat: ChatTokenizer, options: RowOptions) -> _Read:
-    ids, trained = cut_row(made, options.max_length, keep_end=options.keep_end)
-    silent = "" if trained else _CUT if made.trained else _SILENT
-    reader = RowReader(chat, ids, {}, made)
+def _read_raw(tokenized: Tokenized, chat: ChatTokenizer, options: RowOptions) -> _Read:
+    ids, trained = cut_row(tokenized, options.max_length, keep_end=options.keep_end)
+    silent = "" if trained else _CUT if tokenized.trained else _SILENT
+    reader = RowReader(chat, ids, {}, tokenized)
     found = responses_in(trained, reader, options.segmenter, options.chunk_size)
-    return _Read(ids, labels_of(ids, trained), False, found, silent, made.rendered)
+    return _Read(ids, labels_of(ids, trained), False, found, silent, tokenized.rendered)
 
 
 def _read_tokenized(row: Mapping[str, Any], chat: ChatTokenizer, options: RowOptions) -> _Read:
-    labels, narrowed, made = own_labels(row, chat)
+    labels, narrowed, tokenized = own_labels(row, chat)
     trained = runs(labels)
-    reader = RowReader(chat, row["input_ids"], row, made, recover=is_answered(labels))
+    reader = RowReader(chat, row["input_ids"], row, tokenized, recover=is_answered(labels))
     found = responses_in(trained, reader, options.segmenter, options.chunk_size)
     return _Read(row["input_ids"], labels, narrowed, found, "" if trained else _MASKED, False)
 
 
 def without_question(unasked: int, responses: int) -> str:
-    """Say that responses have nothing before them; nothing where that is true of few.
+    """Return a warning about responses without context; "" if they are less than a tenth.
 
     Args:
-        unasked: How many have nothing before them.
-        responses: How many there are.
+        unasked: The number of responses without context.
+        responses: The number of responses.
     """
     if not unasked or unasked < _UNASKED * responses:
         return ""
     return (
         f"{unasked} of {responses} responses have nothing said before them: their rows are trained "
-        "from the beginning, so the guard takes all of it for the assistant's words, a user's, "
-        "too, and a refusal behind an unsafe question scores low with it. Give question and answer "
-        "apart: messages, or a prompt and its completion (Axolotl: type chat_template, alpaca or "
+        "from the first token, so the guard takes a user's words in them for the assistant's, and "
+        "a refusal behind an unsafe question scores low. Give question and answer separately: "
+        "messages, or a prompt and its completion (Axolotl: type chat_template, alpaca or "
         "input_output in place of completion)"
     )
 
 
-def _say_what_is_missing(read: Sequence[_Read]) -> None:
-    """Warn of rows that train nothing, of raw or no contexts, and of texts that are chats."""
+def _warn_about_rows(read: Sequence[_Read]) -> None:
+    """Warn about rows without trained tokens, unparsed chats, and raw or missing contexts."""
     silent: dict[str, list[int]] = defaultdict(list)
     for i, row in enumerate(read):
         if row.silent:
@@ -216,8 +224,8 @@ def _say_what_is_missing(read: Sequence[_Read]) -> None:
         )
     if rendered := [i for i, row in enumerate(read) if row.rendered]:
         logger.warning(
-            "%d texts are chats that are rendered already (rows %s), and the tokenizer's chat "
-            "template does not give them, so nobody can tell their turns apart. Give messages.",
+            "%d texts are chats that are rendered already (rows %s), but not with the tokenizer's "
+            "chat template, so their turns cannot be told apart. Give messages.",
             len(rendered),
             _named(rendered),
         )
@@ -227,8 +235,8 @@ def _say_what_is_missing(read: Sequence[_Read]) -> None:
         logger.warning("%s.", said)
     if raw := sum(response.raw_context for response in responses):
         logger.warning(
-            "For %d responses the guard reads the decoded tokens before them: the data has tokens "
-            "or texts only, or the chat template does not make these tokens of the messages.",
+            "For %d responses the guard reads the decoded tokens before them instead of messages: "
+            "the data has none, or the chat template does not render them to these tokens.",
             raw,
         )
 

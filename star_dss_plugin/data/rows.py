@@ -1,4 +1,4 @@
-"""Data sets as responses need them: tokenized, and with nothing trained that is not a response."""
+"""Prepare data sets for scoring: plain rows, labels, and no trained tokens outside responses."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_AT_ONCE = 64  # rows that are made Python's in one step, which takes less time
+_AT_ONCE = 64  # rows converted to Python in one step, which is faster
 
 SAYING = (
     "input_ids",
@@ -52,11 +52,11 @@ SAYING = (
     "completion_mask",
     "assistant_masks",
 )
-"""Columns of tokenized rows that say what was said, and which of it is trained."""
+"""Columns of tokenized rows that determine the messages and the trained tokens."""
 
 
 def known_rows(dataset: Dataset) -> Iterator[dict[str, Any]]:
-    """Yield the rows as plain Python values, with the columns that say what was said."""
+    """Yield the rows as plain Python values, with the columns in `SAYING` only."""
     return plain_rows(dataset, [c for c in SAYING if c in dataset.column_names])
 
 
@@ -70,15 +70,15 @@ def in_row(i: int, function: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def only_responses(dataset: Dataset, chat: ChatTokenizer, *, needed: bool = True) -> Dataset:
-    """Take the turns that are not an assistant's out of the labels, where they were trained.
+    """Restrict the labels of a tokenized data set to the assistant's turns.
 
     Args:
-        dataset: With `input_ids` and `labels`.
+        dataset: Rows with `input_ids` and `labels`.
         chat: The tokenizer and the template that made the tokens.
-        needed: Whether some row has to have a trained token.
+        needed: Whether at least one row must have a trained token.
 
     Raises:
-        DataError: No row has a trained token, or the assistant's turns cannot be found.
+        DataError: No row has a trained token, or the assistant's turns cannot be located.
     """
     column, changed = [], 0
     for i, row in enumerate(known_rows(dataset)):
@@ -93,32 +93,32 @@ def only_responses(dataset: Dataset, chat: ChatTokenizer, *, needed: bool = True
 def own_labels(
     row: Mapping[str, Any], chat: ChatTokenizer
 ) -> tuple[list[int], bool, Tokenized | None]:
-    """Return the labels of a tokenized row, with only what an assistant says trained.
+    """Return the labels of a tokenized row, restricted to the assistant's turns.
 
     Args:
-        row: With `input_ids` and `labels`, or with masks in place of labels.
+        row: Has `input_ids`, `labels` and, if known, masks or the messages.
         chat: The tokenizer and the template that made the tokens.
 
     Returns:
-        The labels; whether they are others than the row's own; the row's conversation, if it had to
-        be rendered.
+        The labels; whether they differ from the row's own; the row's conversation, if it had to be
+        rendered.
 
     Raises:
-        DataError: They are no tokens, or the assistant's turns cannot be found in them.
+        DataError: The row's tokens are malformed, or the assistant's turns cannot be located.
     """
     _, labels = tokens_of(row)
     if not needs_assistant_labels(row):
         return labels, False, None
-    made = None if has_mask(row) else read_row(row, chat)
-    found = assistant_labels(row, chat, made)
-    return found, found != labels, made
+    tokenized = None if has_mask(row) else read_row(row, chat)
+    found = assistant_labels(row, chat, tokenized)
+    return found, found != labels, tokenized
 
 
 def labelled_by_masks(dataset: Dataset) -> Dataset:
-    """Return tokenized rows with `labels`, made of their masks where they have none.
+    """Return tokenized rows with `labels`, which are made from masks if the column is missing.
 
     Raises:
-        DataError: They have neither.
+        DataError: The rows have neither labels nor masks, or a mask is not as long as its row.
     """
     if "labels" in dataset.column_names:
         return dataset
@@ -145,7 +145,7 @@ def check_trained(column: Sequence[Sequence[int]], why: Iterable[str] = ()) -> N
 
     Args:
         column: The labels of each row.
-        why: What is known of why rows train nothing.
+        why: Reasons why rows have no trained token, for the message.
     """
     if not any(label != IGNORE_INDEX for labels in column for label in labels):
         reasons = " and ".join(dict.fromkeys(why)) or "every label is -100"
@@ -156,12 +156,12 @@ def check_trained(column: Sequence[Sequence[int]], why: Iterable[str] = ()) -> N
 
 
 def with_labels(dataset: Dataset, column: Sequence[Sequence[int]], changed: int) -> Dataset:
-    """Replace the labels, and say so, if some of them changed."""
+    """Replace the labels and log a warning if `changed` rows is not 0."""
     if not changed:
         return dataset
     logger.warning(
-        "In %d of %d conversations what the user says was trained too; it is not any more. "
-        "STAR-DSS shapes what the assistant says.",
+        "In %d of %d conversations what the user says was trained too. It is not any more, "
+        "because STAR-DSS shapes only what the assistant says.",
         changed,
         len(column),
     )
@@ -173,10 +173,10 @@ def plain_rows(dataset: Dataset, columns: Sequence[str] | None = None) -> Iterat
 
     Args:
         dataset: The rows.
-        columns: Which columns; None: all.
+        columns: The columns to read; None: all.
 
     Raises:
-        DataError: A value cannot be read, or a column holds media, whose values name files.
+        DataError: A value cannot be read, or a column contains media, whose values name files.
     """
     plain = dataset.with_format(None)
     check_features(plain.features, columns=columns)
@@ -186,7 +186,7 @@ def plain_rows(dataset: Dataset, columns: Sequence[str] | None = None) -> Iterat
         for batch in plain.iter(_AT_ONCE):
             names, columns = batch.keys(), batch.values()
             yield from (dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True))
-    except ValueError as error:  # UnicodeDecodeError; text that is not the JSON it should be
+    except ValueError as error:  # a UnicodeDecodeError, or invalid text in a JSON column
         raise unreadable(plain, error) from error
 
 
@@ -195,7 +195,7 @@ def unreadable(dataset: Dataset, error: Exception) -> DataError:
 
     Args:
         dataset: The rows.
-        error: What reading them raised, for the message if no single value is at fault.
+        error: The reader's exception, for the message if no single value fails.
     """
     plain = dataset.with_format(None)
     for name in plain.column_names:

@@ -1,8 +1,8 @@
 """Read and write the shards of a score cache.
 
 A shard is one line `star-dss-cache 1 <sha256 of the rest>`, one line with a JSON list of
-[key, number of scores, number of label masses or null], and the little-endian float64 of all
-entries. Another format has another number there.
+[key, number of scores, number of label masses or null], and the entries as little-endian float64.
+The 1 is the format's number.
 """
 
 from __future__ import annotations
@@ -23,7 +23,15 @@ _ANY_FORMAT = re.compile(rb"star-dss-cache (\d+) ")
 
 
 class Packed(NamedTuple):
-    """Hold one entry: where its floats are in the bytes of its shard, scores first."""
+    """Locate one entry's floats in the bytes of its shard: its scores, then its label masses.
+
+    Attributes:
+        shard: The shard's name.
+        data: The shard's body.
+        offset: Where the entry's floats begin in `data`, in bytes.
+        scores: The number of scores.
+        masses: The number of label masses; None if the guard has no label words.
+    """
 
     shard: str
     data: bytes
@@ -49,16 +57,16 @@ def encode(entries: Mapping[str, Packed]) -> bytes:
 
 
 def other_format(data: bytes) -> int | None:
-    """Return the number of a shard's format if it is another one, whether it is whole or not."""
+    """Return a shard's format number if it is not this version's, even if the shard is damaged."""
     found = None if data.startswith(MAGIC) else _ANY_FORMAT.match(data)
     return found and int(found[1])
 
 
 def checked(data: bytes) -> bytes:
-    """Return the body of a shard whose every bit is as it was written.
+    """Return the body of a shard after verifying its checksum.
 
     Raises:
-        ValueError: It is not.
+        ValueError: The checksum differs, or the data is not a shard.
     """
     head, newline, body = data.partition(b"\n")
     if not data.startswith(MAGIC):
@@ -69,10 +77,10 @@ def checked(data: bytes) -> bytes:
 
 
 def entries(shard: str, body: bytes) -> list[tuple[str, Packed]]:
-    """Parse the body of a shard. A checksum finds damage, and says nothing of the writer.
+    """Parse the body of a shard, which may come from any writer despite its valid checksum.
 
     Raises:
-        ValueError: Index and length disagree, or an entry is of the wrong type.
+        ValueError: The index is malformed, or does not match the body's length.
     """
     found: list[tuple[str, Packed]] = []
     try:

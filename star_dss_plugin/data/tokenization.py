@@ -1,6 +1,6 @@
-"""Rows to tokens and labels: for `star-dss score`, and where a host left labels open.
+"""Tokenize and label rows that no host has tokenized, and restore labels that a host left open.
 
-The frameworks tokenize their own data. This module serves rows that no framework has seen yet.
+Hosts tokenize their own data; this module serves rows that no host has tokenized yet.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["cut_row", "read_row", "read_rows", "tokenize_row"]
 
 _AT_ONCE = 64
 _CHARACTERS_AT_ONCE = 1 << 18
-"""Rows, and characters of them, that are tokenized in one call."""
+"""Limits of one tokenizer call, in rows and in characters."""
 
 
 def tokenize_row(
@@ -32,46 +32,46 @@ def tokenize_row(
     """Return `input_ids` and `labels` of a raw row, as TRL's SFTTrainer makes them.
 
     Args:
-        row: With `messages` (only assistant turns are trained), `prompt` and `completion` (plain
-            or messages; the completion is trained) or `text` (all of it is trained).
+        row: Has `messages` (only assistant turns are trained), `prompt` and `completion` (plain
+            texts or messages; the completion is trained) or `text` (all of it is trained).
         chat: The trained model's tokenizer and its template.
         max_length: Tokens kept from the start; None: all.
-        assistant_only_loss: Whether only what the template marks as generated is trained, also of
-            completions.
+        assistant_only_loss: Whether only text within `{% generation %}` is trained, in completions
+            too.
 
     Raises:
-        DataError: No such column, or a conversation whose turns cannot be found in its tokens.
+        DataError: The row has none of these columns, or the assistant's turns cannot be located.
     """
-    made = read_row(row, chat, assistant_only_loss=assistant_only_loss)
-    ids, trained = cut_row(made, max_length)
+    tokenized = read_row(row, chat, assistant_only_loss=assistant_only_loss)
+    ids, trained = cut_row(tokenized, max_length)
     return {"input_ids": ids, "labels": labels_of(ids, trained)}
 
 
 def cut_row(
-    made: Tokenized, max_length: int | None, *, keep_end: bool = False
+    tokenized: Tokenized, max_length: int | None, *, keep_end: bool = False
 ) -> tuple[list[int], Runs]:
-    """Return a row that was read, cut to `max_length` tokens: these, and which are trained.
+    """Truncate a tokenized row, and return its token ids and the runs of trained ones.
 
     Args:
-        made: What `read_row` returns.
-        max_length: Tokens that are kept; None: all.
-        keep_end: Whether those at the end are kept, as TRL's truncation_mode of this name does.
+        tokenized: The result of `read_row`.
+        max_length: Tokens to keep; None: all.
+        keep_end: Whether to keep the last tokens, as TRL's truncation_mode "keep_end" does.
 
     Raises:
-        DataError: It is not certain which of its tokens are trained.
+        DataError: It is uncertain which tokens are trained.
     """
-    if made.trained is None:
-        raise DataError(made.problem)
-    tokens = len(made.encoded.ids)
+    if tokenized.trained is None:
+        raise DataError(tokenized.problem)
+    tokens = len(tokenized.encoded.ids)
     most = tokens if max_length is None else min(max_length, tokens)
     kept = slice(tokens - most, tokens) if keep_end else slice(0, most)
-    return made.encoded.ids[kept], runs_within(made.trained, kept)
+    return tokenized.encoded.ids[kept], runs_within(tokenized.trained, kept)
 
 
 def read_rows(
     rows: Iterable[Mapping[str, Any]], chat: ChatTokenizer, *, assistant_only_loss: bool = False
 ) -> Iterator[Tokenized]:
-    """Read rows as `read_row` does one; several are tokenized at once, which takes less time.
+    """Yield the result of `read_row` for each row, tokenizing several rows in one call.
 
     Args:
         rows: As for `tokenize_row`.
@@ -79,7 +79,7 @@ def read_rows(
         assistant_only_loss: As for `tokenize_row`.
 
     Raises:
-        DataError: As `read_row` does, behind the rows before that row.
+        DataError: As for `read_row`, after all earlier rows were yielded.
     """
     waiting: list[Plan] = []
     length = 0
@@ -99,7 +99,7 @@ def read_rows(
 
 
 def _finished(plans: Sequence[Plan], chat: ChatTokenizer) -> Iterator[Tokenized]:
-    """Tokenize rows of one kind."""
+    """Tokenize plans in one call, and finish them; `plain` is the same for all."""
     if plans:
         texts = [plan.text for plan in plans]
         encoded = chat.encode_all(texts, add_special_tokens=plans[0].plain)
@@ -113,17 +113,17 @@ def read_row(
     assistant_only_loss: bool = False,
     whole_completion: bool = True,
 ) -> Tokenized:
-    """Tokenize a row, and find what stands where in it.
+    """Tokenize a row, and locate its messages and trained tokens.
 
     Args:
         row: As for `tokenize_row`.
         chat: As for `tokenize_row`.
         assistant_only_loss: As for `tokenize_row`.
-        whole_completion: Whether all of a completion that an assistant says is trained, what the
-            template writes around it included.
+        whole_completion: Whether all tokens behind the prompt are trained if the completion has
+            only assistant turns, the template's own text included.
 
     Raises:
-        DataError: No such column, or messages that cannot be rendered.
+        DataError: The row has none of the columns, or its messages cannot be rendered.
     """
     plan = _plan(row, chat, assistant_only_loss, whole_completion)
     return plan.finish(chat.encode(plan.text, add_special_tokens=plan.plain))
@@ -132,7 +132,7 @@ def read_row(
 def _plan(
     row: Mapping[str, Any], chat: ChatTokenizer, assistant_only_loss: bool, whole_completion: bool
 ) -> Plan:
-    """Return the text of a row, and how its tokens are read."""
+    """Render a row."""
     given = {name for name, value in row.items() if value is not None}
     if conversation_of(row) is not None:
         messages = source_messages(row)

@@ -1,4 +1,4 @@
-"""Write results whole or not at all."""
+"""Write files and folders atomically."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ __all__ = [
 ]
 
 SCRATCH = ".tmp"
-"""How the name of what is not whole yet ends."""
+"""Suffix of files and folders that are still being written."""
 
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn an error of the file system into one that says what to do.
+    """Turn an OSError into an OutputError that says what to do.
 
     Args:
         path: The result that is being written.
 
     Raises:
-        OutputError: In place of an OSError.
+        OutputError: The block raised an OSError.
     """
     try:
         yield
@@ -54,13 +54,13 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a new file that takes the place of `path` when the block ends without an error.
+    """Open a temporary file that replaces `path` when the block ends without an error.
 
-    It gets there whole, with the mode that the umask leaves, and stays after a power cut. The
-    folders above it are made.
+    The file is synced before it replaces `path`, so a power cut loses nothing. Its mode follows the
+    umask. Parent folders are created.
 
     Raises:
-        OSError: It cannot be written; what was at `path` is as it was.
+        OSError: The file cannot be written; `path` is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = _scratch(path)
@@ -84,10 +84,10 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Make a new folder that is called `path` when the block ends without an error.
+    """Create a temporary folder that is renamed to `path` when the block ends without an error.
 
     Raises:
-        OSError: It cannot be written, or there is something at `path` already.
+        OSError: The folder cannot be written, or `path` exists already.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = _scratch(path)
@@ -101,17 +101,15 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def _scratch(path: Path) -> Path:
-    """Return a name beside `path` that no other writer has, and that is not too long for a name."""
+    """Return a unique temporary path in the folder of `path`, not longer than names may be."""
     return path.with_name(f".{path.name[:32]}.{uuid.uuid4().hex}{SCRATCH}")
 
 
 def write_dataset(dataset: Dataset, folder: Path) -> None:
-    """Write a scored data set and its provenance (`star_dss.json`) to a new folder.
-
-    The folder appears when it is complete: a killed run leaves nothing that looks like a result.
+    """Write a scored data set and its provenance (`star_dss.json`) to a new folder, atomically.
 
     Raises:
-        OutputError: It cannot be written.
+        OutputError: The folder cannot be written.
     """
     dataset = with_attention_mask(dataset)
     with writing(folder), atomic_folder(folder) as building:
@@ -121,10 +119,10 @@ def write_dataset(dataset: Dataset, folder: Path) -> None:
 
 
 def check_writable(output: Path) -> None:
-    """Check before hours of work that something can be made where a result will go.
+    """Check that the folder of `output` is writable, before hours of work.
 
     Raises:
-        OutputError: Nothing can.
+        OutputError: It is not.
     """
     with writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -133,10 +131,10 @@ def check_writable(output: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file whole or not at all; replace what was there.
+    """Write or replace a UTF-8 file, atomically.
 
     Raises:
-        OutputError: It cannot be written.
+        OutputError: The file cannot be written.
     """
     with writing(path), atomic_file(path) as file:
         file.write(text.encode("utf-8"))

@@ -1,1 +1,1 @@
-"""Guards' answers to the column `star_scores`, cached and shared among processes."""
+"""Score data sets with guards: the column `star_scores`, cached and shared among processes."""

@@ -1,4 +1,4 @@
-"""Trajectories from the cache; guards are asked, batch by batch, for those that it lacks."""
+"""Return trajectories from the cache, and ask guards for missing ones in batches."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["FEW", "CachedTrajectories", "none_scored"]
 logger = logging.getLogger(__name__)
 
 FEW = 20
-"""In a part of the data: so few responses, all of which failed, still say little of the guard."""
+"""With at most this many responses in a part of the data, it is no error if all of them fail."""
 
 
 @dataclass
@@ -33,15 +33,15 @@ class CachedTrajectories:
     """Look up the trajectories of a data set's responses, and ask guards for cache misses.
 
     Attributes:
-        requests: What is to be scored, by key, in the order of the data.
+        requests: The requests by key, in the order of the data.
         rows: The first row of each key, for messages.
         root: The cache folder.
         progress: Whether to show a progress bar.
         strict: Whether a response that cannot be scored is an error; else it counts as unsafe.
-        part: Whether there are more responses elsewhere: a few of which none can be scored say
-            little of the guard.
-        share: This process's part of the work; all processes of the run must ask alike.
-        members: If several guards were asked, the trajectories of each by its name.
+        part: Whether these are only some of the data's responses; then it is no error if all of at
+            most `FEW` responses fail.
+        share: This process's part of the work; all processes must have the same requests.
+        members: The trajectories of each guard of an ensemble, by the guard's name.
         failed: Keys of the responses that could not be scored.
     """
 
@@ -56,16 +56,17 @@ class CachedTrajectories:
     failed: set[str] = field(default_factory=set)
 
     def trajectories(self, guard: Guard) -> dict[str, Trajectory]:
-        """Return all trajectories of a guard, which may be made of several.
+        """Return all trajectories of a guard, which may combine several guards.
 
         Raises:
-            GuardError: A response cannot be scored, or the guard cannot be trusted.
+            GuardError: A response cannot be scored and `strict` is set, no response can be scored,
+                or the guard's label mass is too low.
         """
         found, self.failed = self._of(guard)
         return found
 
     def _of(self, guard: Guard) -> tuple[dict[str, Trajectory], set[str]]:
-        """Return all trajectories, and the keys that the guard or a part of it could not score."""
+        """Return all trajectories, and the keys that the guard or one of its parts failed on."""
         if not isinstance(guard, CombinedGuard):
             return self._ask(guard)
         answers, failed = [], set[str]()
@@ -74,10 +75,10 @@ class CachedTrajectories:
             answers.append(answer)
             failed |= unknown
             if len(guard.parts) > 1:
-                part.close()  # memory holds one at a time
+                part.close()  # only one guard is in memory at a time
                 self.members[self._free_name(part.name)] = answer
         found = {key: guard.combine([answer[key] for answer in answers]) for key in self.requests}
-        # Whatever the other parts say of a response that one could not score.
+        # A response that one part failed on is unsafe, whatever the other parts' scores are.
         return found | self._unsafe(failed), failed
 
     def _free_name(self, name: str) -> str:
@@ -97,8 +98,8 @@ class CachedTrajectories:
         cache.refresh()
         found: dict[str, Trajectory] = {}
         if self.share.ranks > 1:
-            found, _ = _known(guard, cache, self.requests)
-        # Every rank asks again for what no rank could score, without the rest of those batches.
+            found, _ = _valid_entries(guard, cache, self.requests)
+        # Every rank retries the responses that no rank could score.
         left = {key: asked for key, asked in self.requests.items() if key not in found}
         more, failed = self._fill(guard, cache, left, "")
         found |= more
@@ -110,25 +111,32 @@ class CachedTrajectories:
     def _fill(
         self, guard: Guard, cache: ScoreCache, wanted: Mapping[str, PrefixRequest], part: str
     ) -> tuple[dict[str, Trajectory], set[str]]:
-        """Return the trajectories of some requests, and the keys that could not be scored."""
-        found, _ = _known(guard, cache, wanted)
-        # Looked up before it is locked: a complete cache may be read-only.
+        """Return the trajectories of requests, and the keys that could not be scored.
+
+        Args:
+            guard: The guard to ask.
+            cache: The guard's cache.
+            wanted: The requests by key.
+            part: The lock's name (see `ScoreCache.lock`).
+        """
+        found, _ = _valid_entries(guard, cache, wanted)
+        # The cache is read before it is locked, because a complete cache may be read-only.
         if len(found) == len(wanted):
             return found, set()
         with cache.lock(part):
-            found, strange = _known(guard, cache, wanted)
-            if strange:
+            found, invalid = _valid_entries(guard, cache, wanted)
+            if invalid:
                 logger.warning(
-                    "Ignored %d entries of the cache in %s, which are no answers of %r to what is "
-                    "asked; they are computed again.",
-                    strange,
+                    "Ignored %d entries of the cache in %s, which do not fit the requests to %r; "
+                    "they are computed again.",
+                    invalid,
                     cache.folder,
                     guard.name,
                 )
             return found, self._ask_missing(guard, wanted, found, cache)
 
     def _unsafe(self, keys: Iterable[str]) -> dict[str, Trajectory]:
-        """Return trajectories of zeros: a response that cannot be scored counts as unsafe."""
+        """Return trajectories of zeros, for responses that could not be scored."""
         return {key: Trajectory((0.0,) * len(self.requests[key].ends)) for key in keys}
 
     def _ask_missing(
@@ -138,11 +146,11 @@ class CachedTrajectories:
         found: dict[str, Trajectory],
         cache: ScoreCache,
     ) -> set[str]:
-        """Ask for every batch with a response that `found` lacks, and add the answers to it.
+        """Ask the guard for every batch with a response that is not in `found`, and add it there.
 
         Returns:
-            The keys that the guard could not score. They are not remembered: the next run asks
-            again.
+            The keys that the guard could not score. They are not cached, so the next run retries
+            them.
         """
         keys, wanted = list(requests), list(requests.values())
         todo = [b for b in guard.plan(wanted) if any(keys[i] not in found for i in b)]
@@ -151,7 +159,7 @@ class CachedTrajectories:
             desc=f"STAR scores by {guard.name}",
             unit="prefix",
             disable=not self.progress or not todo,
-            smoothing=0,  # the data's order says nothing about what is left: the mean is the guess
+            smoothing=0,  # estimate from the overall mean: recent batches do not predict later ones
         )
         started = time.monotonic()
         responses, failed = 0, set[str]()
@@ -175,7 +183,7 @@ class CachedTrajectories:
         return failed
 
     def _ask_batch(self, guard: Guard, batch: Mapping[str, PrefixRequest]) -> dict[str, Trajectory]:
-        """Return a batch's trajectories; unless `strict`, leave out what cannot be scored."""
+        """Return a batch's trajectories; unless `strict`, leave out responses that fail."""
         left = dict(batch)
         while left:
             keys, requests = list(left), list(left.values())
@@ -196,22 +204,24 @@ class CachedTrajectories:
 
 
 def none_scored(name: str, responses: int) -> GuardError:
-    """Return the error for a guard that can score none of the data: all would be unsafe."""
+    """Return the error for a guard that could not score any response."""
     return GuardError(
         f"Guard {name!r} could not score a single one of {responses} responses. With "
-        "on_guard_error='unsafe' all would count as unsafe; the warnings above say what is wrong."
+        "on_guard_error='unsafe' all would count as unsafe. The warnings above say why."
     )
 
 
-def _known(
+def _valid_entries(
     guard: Guard, cache: ScoreCache, wanted: Mapping[str, PrefixRequest]
 ) -> tuple[dict[str, Trajectory], int]:
-    """Return the cached trajectories that fit their requests: any process may have written them.
+    """Return the valid cached trajectories of requests.
+
+    Entries are checked because any process may have written them.
 
     Returns:
-        Key → trajectory, and the number of entries that do not fit.
+        The trajectories by key, and the number of invalid entries.
     """
-    found, strange = {}, 0
+    found, invalid = {}, 0
     for key, request in wanted.items():
         known = cache.get(key)
         if known is None:
@@ -219,10 +229,10 @@ def _known(
         try:
             check_trajectories(guard.name, [request], [known])
         except GuardError:
-            strange += 1
+            invalid += 1
         else:
             found[key] = known
-    return found, strange
+    return found, invalid
 
 
 def _check_label_mass(guard: Guard, found: Iterable[Trajectory]) -> None:

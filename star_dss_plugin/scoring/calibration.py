@@ -1,7 +1,7 @@
-"""Calibrate a guard on labelled responses: a temperature and a threshold, and how good they are.
+"""Calibrate a guard on labelled responses with a temperature and a threshold, and evaluate both.
 
-The two numbers are Platt's (1999): P(safe) = sigmoid((logit p − logit θ) / T), fitted by maximum
-likelihood with his smoothed targets, which keep T above 0 where a guard tells all rows apart.
+The method is Platt scaling (1999): P(safe) = sigmoid((logit p − logit θ) / T), fitted by maximum
+likelihood. Its smoothed targets keep T above 0 for a guard that separates all rows.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Quality:
-    """Measure scores as probabilities and as decisions; "harmful" is the positive class.
+    """Hold metrics of scores, as probabilities and as decisions; "harmful" is the positive class.
 
     Attributes:
         brier: Mean squared error of P(safe); 0 is best, a constant 0.5 has 0.25.
         auroc: Probability that a safe response scores higher than a harmful one.
         f1: F1 of "harmful" for scores below 0.5.
-        bins: The reliability curve: for each tenth of [0, 1] that scores fall in, their number,
-            their mean, and the share that is safe.
+        bins: The reliability curve: for each tenth of [0, 1] with scores, the number of scores,
+            their mean, and the share of safe responses.
     """
 
     brier: float
@@ -54,12 +54,12 @@ class Calibration:
 
     Attributes:
         guard: The guard's name.
-        rows: Labelled responses.
-        safe: How many of them are safe.
+        rows: The number of labelled responses.
+        safe: The number of safe ones.
         temperature: T.
-        threshold: θ: the raw score that becomes 0.5.
-        raw: The guard's scores as they are.
-        calibrated: Calibrated, each fifth of the rows by a fit on the others.
+        threshold: θ, the raw score that becomes 0.5.
+        raw: Metrics of the guard's raw scores.
+        calibrated: Metrics of calibrated scores, by five-fold cross-validation.
     """
 
     guard: str
@@ -71,7 +71,7 @@ class Calibration:
     calibrated: Quality
 
     def as_dict(self) -> dict[str, Any]:
-        """Return JSON values; `calibration` is what goes into the guard's mapping."""
+        """Return JSON values; `calibration` is meant for the guard's mapping."""
         values = asdict(self)
         return {
             "guard": self.guard,
@@ -81,10 +81,11 @@ class Calibration:
 
 
 def labelled_rows(dataset: Dataset) -> tuple[list[list[Message]], list[int]]:
-    """Return conversations and their labels (1 safe, 0 harmful); rows without one are left out.
+    """Return conversations and their labels (1 safe, 0 harmful), without unlabelled rows.
 
     Raises:
-        DataError: Columns are missing, a label is neither, or there are too few of a kind.
+        DataError: Columns are missing, a label is not 0 or 1, a row has no response, or a label has
+            fewer than 10 rows.
     """
     columns = set(dataset.column_names)
     talks = "messages" in columns
@@ -131,22 +132,30 @@ def labelled_rows(dataset: Dataset) -> tuple[list[list[Message]], list[int]]:
 def fit_guard(
     guard: Guard, conversations: Sequence[Sequence[Message]], labels: Sequence[int]
 ) -> tuple[Calibration, list[float]]:
-    """Score whole responses and fit; return the raw scores, too.
+    """Calibrate a guard on whole responses.
+
+    Args:
+        guard: The guard, not calibrated.
+        conversations: Messages, of which the last is the response.
+        labels: 1 safe, 0 harmful.
+
+    Returns:
+        The calibration, and the guard's raw scores.
 
     Raises:
         ConfigError: The guard is calibrated already.
         GuardError: The guard's scores do not rise with safety on these rows.
     """
     if isinstance(guard, CalibratedGuard):
-        # The numbers would be those of a second calibration, and a mapping has one.
+        # The fit would be on top of the first calibration, and a mapping holds only one.
         raise ConfigError(
-            "The guard's mapping has a 'calibration' already. Leave it out: the numbers that are "
-            "fitted take its place."
+            "The guard's mapping has a 'calibration' already. Leave it out: the fitted numbers "
+            "replace it."
         )
     scores = guard.score(conversations)
     temperature, threshold = fit(scores, labels)
     held_out = np.empty(len(labels))
-    # Every fifth row of each label: the folds have both, and nothing is random.
+    # Every fifth row of each label, so that all folds have both labels without a random draw.
     order = sorted(range(len(labels)), key=lambda i: labels[i])
     for fold in range(_FOLDS):
         outside = order[fold::_FOLDS]
@@ -166,14 +175,14 @@ def fit_guard(
 
 
 def fit(scores: Sequence[float], labels: Sequence[int]) -> tuple[float, float]:
-    """Return T and θ of greatest likelihood, by Newton's method on a convex function.
+    """Fit T and θ by maximum likelihood, with Newton's method on a convex loss.
 
     Args:
         scores: P(safe) in [0, 1].
         labels: 1 safe, 0 harmful; both occur.
 
     Raises:
-        GuardError: The scores do not rise with safety, or say too little.
+        GuardError: The scores do not rise with safety, or hardly depend on it.
     """
     clipped = np.clip(np.asarray(scores, dtype=np.float64), NEAREST, 1 - NEAREST)
     x = np.log(clipped / (1 - clipped))
@@ -216,7 +225,7 @@ def fit(scores: Sequence[float], labels: Sequence[int]) -> tuple[float, float]:
 def quality(scores: Sequence[float], labels: Sequence[int]) -> Quality:
     """Return Brier score, AUROC, F1 and reliability of P(safe); labels are 1 safe, 0 harmful."""
     p, y = np.asarray(scores, dtype=np.float64), np.asarray(labels)
-    # Ties count half: the mean rank of equal scores.
+    # Equal scores get their mean rank, so that ties count half.
     _, inverse, counts = np.unique(p, return_inverse=True, return_counts=True)
     ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
     safe, harmful = int((y == 1).sum()), int((y == 0).sum())

@@ -1,4 +1,4 @@
-"""Statistics of guards in a data set's provenance: attempts to fool them, disagreement, mass."""
+"""Compute and merge guard statistics for the provenance: attempts, disagreement, label mass."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["ROWS_NAMED", "attempt_notes", "label_mass", "member_notes", "merged"
 logger = logging.getLogger(__name__)
 
 ROWS_NAMED = 5
-"""How many of the rows with an attempt are named."""
+"""How many rows with an attempt to fool the guard are named."""
 
 
 def attempt_notes(
@@ -33,17 +33,17 @@ def attempt_notes(
     responses: Iterable[tuple[int, PrefixRequest, bool]],
     own_marks: re.Pattern[str] | None = None,
 ) -> dict[str, Any]:
-    """Count text that seems made to fool the guard, and conversations that did not fit it.
+    """Count texts that seem meant to fool the guard, and conversations that exceed its context.
 
     Args:
-        guard: The guard; no weights are needed.
-        responses: Row, request, and whether the context is decoded tokens: its control tokens are
-            those of the chat format, and no attempt.
-        own_marks: Matches the trained model's control tokens, which decoded tokens hold.
+        guard: The guard; its weights are not needed.
+        responses: For each response its row, its request, and whether its context is decoded
+            tokens, which contain control tokens of the chat template that are not attempts.
+        own_marks: Matches the trained model's control tokens.
 
     Returns:
-        `attempts`: for each kind that occurs the number of responses and the first rows;
-        `truncated_contexts`: the number of responses of which some guard read only the end of the
+        `attempts`: for each kind that occurs, the number of responses and the first rows;
+        `truncated_contexts`: the number of responses for which a guard read only the end of the
         conversation.
     """
     guards = leaves(guard)
@@ -79,17 +79,17 @@ def attempt_notes(
 def member_notes(
     members: Mapping[str, Mapping[str, Trajectory]], keys: Sequence[str]
 ) -> dict[str, Any]:
-    """Return the statistics of each guard of an ensemble, and how far apart they are.
+    """Return the statistics of each guard of an ensemble, and their disagreement.
 
     Args:
         members: Each guard's trajectories by key.
-        keys: One per response of the data.
+        keys: The key of each response in the data.
 
     Returns:
-        `members`: by name the mean prefix score and the label mass; `disagreement`: mean and 95%
-        quantile over prefixes of the highest score minus the lowest, and the share of prefixes
-        that some guard finds safe (0.5 or more) and another does not. Empty if there is one guard,
-        or no response.
+        `members`: by name, the mean prefix score and the label mass. `disagreement`: over prefixes,
+        the mean and the 95% quantile of the highest minus the lowest score, and the share of
+        prefixes that one guard scores as safe (0.5 or more) and another does not. Empty if there is
+        only one guard, or no response.
     """
     if not members or not keys:
         return {}
@@ -119,12 +119,12 @@ def member_notes(
 
 
 def remarks(provenance: Mapping[str, Any]) -> list[str]:
-    """Return what a reader of scores should know of them, one sentence each.
+    """Return remarks on scores for the report and the log, one sentence each.
 
-    Provenance of older versions says less.
+    Provenance of older versions gives fewer remarks.
 
     Raises:
-        DataError: The notes are damaged.
+        DataError: The provenance is damaged.
     """
     try:
         return _remarks(provenance)
@@ -160,7 +160,7 @@ def _remarks(provenance: Mapping[str, Any]) -> list[str]:
 
 
 def _of_probe(probe: Mapping[str, Any]) -> str:
-    """Say what a probe has learned of a guard, or why it was not used."""
+    """Return a remark on a guard's probe: how good it is, or why it was not used."""
     name = visible_line(str(probe["guard"]))
     if why := probe["fell_back"]:
         return f"trajectory='probed' was not used for {name}, all scores are exact: {why}"
@@ -173,7 +173,7 @@ def _of_probe(probe: Mapping[str, Any]) -> str:
 
 
 def label_mass(found: Mapping[str, Trajectory], keys: Sequence[str]) -> dict[str, float] | None:
-    """Return mean, minimum and 5% quantile of the label mass; None without label words."""
+    """Return mean, minimum and 5% quantile of the label mass; None for guards without labels."""
     masses: NDArray[np.float64] = np.array([m for k in keys for m in found[k].label_mass or ()])
     if not masses.size:
         return None
@@ -211,7 +211,7 @@ def merged(notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Merge the provenance of all shards.
 
     Raises:
-        DataError: They were not made in one way.
+        DataError: Shards were scored in different ways, or no shard has a response.
     """
     counted = {*_SUMS, *_MERGED}
     first = {name: value for name, value in notes[0].items() if name not in counted}
@@ -220,7 +220,7 @@ def merged(notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             if note.get(name) != first.get(name):
                 raise DataError(
                     f"Shard {number} was scored with {name} {note.get(name)!r}, shard 0 with "
-                    f"{first.get(name)!r}. Remove the folder and score all of it in one way."
+                    f"{first.get(name)!r}. Remove the folder and score all of it again."
                 )
     full = [note for note in notes if note["prefixes"]]
     if not full:
@@ -250,13 +250,13 @@ def merged(notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _weighted(values: Sequence[float], prefixes: Sequence[int]) -> float:
-    """Return the mean over all prefixes, given the mean over those of each shard."""
+    """Return the mean over all prefixes from each shard's mean and number of prefixes."""
     return float(np.average(values, weights=prefixes))
 
 
 def _mean_of(parts: Sequence[Mapping[str, Any]], prefixes: Sequence[int]) -> dict[str, Any]:
     """Merge the mean score and the label mass of one guard over all shards."""
-    # A shard of which nothing could be scored has no label mass.
+    # A shard without any scored response has no label mass.
     known = [
         (part["label_mass"], n)
         for part, n in zip(parts, prefixes, strict=True)
@@ -274,7 +274,7 @@ def _mean_of(parts: Sequence[Mapping[str, Any]], prefixes: Sequence[int]) -> dic
 
 
 def _attempts(notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Merge attempts to fool the guard, by kind; rows count from the first of all shards."""
+    """Merge attempts to fool the guard by kind, converting rows to indices in the whole data."""
     found: dict[str, Any] = {}
     start = 0
     for note in notes:

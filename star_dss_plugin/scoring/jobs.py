@@ -1,7 +1,7 @@
-"""Plan a run over shards, resume it where it stopped, and put its shards together.
+"""Plan a run over shards, resume it, and merge its shards.
 
-A job is what all workers agree on. It lies beside the shards as JSON, so a command that would mix
-shards of two runs is refused.
+A job is the description of a run that all workers share. It is stored as JSON next to the shards,
+so that a command with other settings is rejected instead of mixing shards of two runs.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ _JOB_FILE = "job.json"
 
 @dataclass(frozen=True)
 class Job:
-    """Hold all that a worker needs to score a shard, as JSON values.
+    """Hold everything that a worker needs to score a shard, as JSON values.
 
     Attributes:
-        data: What `read_dataset` reads.
-        split: Of a data set that has splits.
+        data: The source for `read_dataset`.
+        split: The split to read.
         tokenizer: Id or folder of the model to be trained.
-        output: The folder that is to be made.
-        rows: Of the data.
+        output: The folder to create.
+        rows: The number of rows in the data.
         shard_rows: Rows of every shard but the last.
-        sample: A hash over some rows, by which a worker that reads other data notices.
-        tokens: A hash of the tokenizer and its template, likewise.
+        sample: A hash of some rows, by which a worker detects other data.
+        tokens: A hash of the tokenizer and its template, by which a worker detects other ones.
         guard: The guard's identity.
-        options: The fields of `ScoringOptions`; begun shards have caches of their own.
-        per_guard: Whether each guard of several gets a column.
-        max_length: Rows are cut to this many tokens; None: they are not.
-        assistant_only_loss: Whether only what the chat template marks as generated is trained.
+        options: The fields of `ScoringOptions`, without `score_cache_dir`.
+        per_guard: Whether each guard of an ensemble gets a column.
+        max_length: Rows are truncated to this many tokens; None: they are not.
+        assistant_only_loss: Whether only text within `{% generation %}` is trained.
         chat_template: The template of raw rows; None: the tokenizer's own.
         num_proc: Processes that render and tokenize the rows of a shard.
-        versions: Of the packages that scores depend on.
+        versions: Versions of the packages on which scores depend.
     """
 
     data: str
@@ -74,12 +74,12 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """The folder that collects shards until all are there."""
+        """The folder that collects shards until the run is complete."""
         return Path(f"{self.output}.incomplete")
 
     @property
     def begun(self) -> Path:
-        """The folder in which workers keep what they have of unfinished shards."""
+        """The folder with the caches of unfinished shards."""
         return self.folder / "begun"
 
     @property
@@ -89,15 +89,15 @@ class Job:
 
     @property
     def learns(self) -> bool:
-        """Whether shards need what the first one learns for all."""
+        """Whether all shards use a probe, which the worker with the first shard fits."""
         return bool(self.options["trajectory"] == "probed")
 
     def path(self, index: int) -> Path:
-        """Return the file of a shard."""
+        """Return the path of a shard's file."""
         return self.folder / DATA / shard_name(index, self.shards)
 
     def missing(self) -> list[int]:
-        """Return the numbers of the shards that are not there yet."""
+        """Return the indices of the shards that do not exist yet."""
         return [index for index in range(self.shards) if not self.path(index).exists()]
 
 
@@ -116,33 +116,33 @@ def begin(
     num_proc: int = 1,
     **changes: Any,
 ) -> Job:
-    """Plan a run, or resume the one that was begun in the same place.
+    """Plan a run, or resume the run that was begun with the same output.
 
     Args:
-        data: What `read_dataset` reads; every worker reads it for itself.
+        data: The source for `read_dataset`; every worker reads it itself.
         tokenizer: Id or folder of the model to be trained.
-        output: The folder to make; until it is complete it is called `<output>.incomplete`.
-        options: How responses are scored, or None to give the options by name; no
-            `score_cache_dir`: begun shards have caches of their own.
-        split: Of a data set that has splits.
-        shard_rows: Rows of a shard, at least 1.
-        per_guard: Whether to add a column for each guard of several.
-        max_length: Rows are cut to this many tokens before they are scored.
+        output: The folder to create; until the run is complete its name is `<output>.incomplete`.
+        options: Scoring options, or None to give them by name. `score_cache_dir` must not be set,
+            because each unfinished shard has its own cache.
+        split: The split to read.
+        shard_rows: Rows per shard, at least 1.
+        per_guard: Whether to add a column for each guard of an ensemble.
+        max_length: Rows are truncated to this many tokens before they are scored.
         assistant_only_loss: As for `score_dataset`.
         chat_template: As for `score_dataset`.
         num_proc: As for `score_dataset`.
         **changes: Options of `ScoringOptions` by name.
 
     Raises:
-        StarDSSError: The run cannot be done, or another one was begun there. Nothing was scored.
+        StarDSSError: The run is not possible, or another run was begun with this output.
     """
     if output.exists():
         raise ConfigError(f"{output} exists. Name a new folder, or remove it first.")
     options = (options or ScoringOptions()).scoring(**changes)
     if options.score_cache_dir is not None:
         raise ConfigError(
-            f"score_cache_dir is {options.score_cache_dir!r}, but shards keep what they have begun "
-            "beside the output, and share no cache. Leave it out."
+            f"score_cache_dir is {options.score_cache_dir!r}, but each unfinished shard has a "
+            "cache beside the output, and they share no cache. Leave it out."
         )
     at_least("shard_rows", shard_rows, 1, integer=True)
     dataset = read_dataset(data, split)
@@ -186,7 +186,7 @@ def begin(
                 f"{known} is damaged ({error}), so it is unknown how the shards beside it were "
                 f"scored. Remove the whole folder {job.folder} and start again."
             ) from error
-        free = {"num_proc"}  # what a shard holds does not depend on it
+        free = {"num_proc"}  # a shard's contents do not depend on it
         if changed := [name for name in sorted(now.keys() - free) if before.get(name) != now[name]]:
             raise ConfigError(
                 f"{job.folder} holds shards of another run: {', '.join(changed)} differ from "
@@ -206,7 +206,7 @@ def finish(job: Job) -> dict[str, Any]:
 
     Raises:
         DataError: A shard is missing or damaged, or no row has a response.
-        GuardError: Not one response could be scored.
+        GuardError: No response could be scored.
     """
     notes = list(_notes(job))
     provenance = merged(notes)
@@ -215,7 +215,7 @@ def finish(job: Job) -> dict[str, Any]:
     write_card(job.folder, provenance)
     shutil.rmtree(job.begun, ignore_errors=True)
     job.folder.rename(job.output)
-    # Last: shards without it could be taken for those of any run.
+    # The job is removed last, because without it shards could be mistaken for another run's.
     (Path(job.output) / _JOB_FILE).unlink()
     return provenance
 

@@ -1,7 +1,7 @@
 """Score the shards of a job on a Ray cluster (Ray Data, one actor per worker).
 
-Ray hands out shards, restarts workers that die, and gives their shards to others. What a shard
-holds does not depend on that (`shards.py`), so neither does the result.
+Ray assigns shards to workers, restarts workers that die, and reassigns their shards. The contents
+of a shard do not depend on that (see `shards.py`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from star_dss_plugin.validation import at_least, require
 __all__ = ["score_on_ray"]
 
 _TRIES = 5
-"""Workers that may die on a shard. Ray itself would go on for ever."""
+"""How many workers may die on a shard; Ray itself would retry for ever."""
 
 
 class _Worker:
@@ -36,7 +36,7 @@ class _Worker:
         try:
             _count_try(self._job, shard)
             self._score(shard)
-        except StarDSSError as error:  # in words: the driver raises it again
+        except StarDSSError as error:  # returned as text, for the driver to raise again
             return {"kind": type(error).__name__, "error": str(error)}
         return {"kind": "", "error": ""}
 
@@ -52,17 +52,16 @@ def score_on_ray(
     """Score the missing shards of a job on a cluster.
 
     Args:
-        job: From `shards.begin`; its data and output must be where all machines see them.
-        num_workers: Workers, at least 1; each takes one CPU.
-        address: Of a cluster ("auto": the one that this machine belongs to); None starts one on
-            this machine and ends it afterwards. A cluster that this process is connected to is used
-            as it is.
-        gpus_per_worker: GPUs that each worker takes; None: one, if the cluster has any and the
-            guard is not computed by a server.
+        job: From `jobs.begin`; all machines must see its data and output at the same paths.
+        num_workers: The number of workers, at least 1; each takes one CPU.
+        address: The cluster's address ("auto": the cluster of this machine); None starts a cluster
+            on this machine and stops it afterwards. Ignored if this process is connected already.
+        gpus_per_worker: GPUs per worker; None: one if the cluster has any and the guard does not
+            run on a server, else none.
         progress: Whether to show a progress bar.
 
     Raises:
-        StarDSSError: Ray is missing or cannot be reached; or what a worker could not score.
+        StarDSSError: Ray is missing or cannot be reached, or a worker's error.
     """
     at_least("num_workers", num_workers, 1, integer=True)
     for module in ("ray", "ray.data"):
@@ -82,11 +81,11 @@ def score_on_ray(
         gpus = _gpus(ray, job, gpus_per_worker)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
-        # What a probe learns is learned once, by the worker with the first shard.
+        # The worker with the first shard fits the probe that all shards use.
         rounds = [todo[:1], todo[1:]] if job.learns else [todo]
         with bar(job, progress) as advance:
             for shards in filter(None, rounds):
-                # A block per shard: the cluster hands out blocks.
+                # One block per shard, because Ray assigns blocks to workers.
                 items = [{"shard": i} for i in shards]
                 rows = ray.data.from_items(items, override_num_blocks=len(items))
                 done = rows.map(
@@ -100,7 +99,7 @@ def score_on_ray(
                 )
                 for result in done.iter_rows():
                     if result["kind"]:
-                        # A plugin may have derived one of its own.
+                        # An error class of a plugin is raised as StarDSSError.
                         raise getattr(errors, result["kind"], StarDSSError)(result["error"])
                     advance.update()
     except ray.exceptions.RayError as error:
@@ -114,7 +113,7 @@ def score_on_ray(
 
 
 def _count_try(job: Job, shard: int) -> None:
-    """Count on disk that a worker begins a shard: a worker that dies cannot report it."""
+    """Count on disk how often workers began a shard, because a worker that dies cannot report."""
     with writing(job.begun):
         job.begun.mkdir(exist_ok=True)
         with (job.begun / f"{shard:05d}.tries").open("a") as file:
@@ -142,14 +141,14 @@ def _connect(ray: Any, address: str | None, num_workers: int) -> None:
 
 
 def _gpus(ray: Any, job: Job, wanted: float | None) -> float:
-    """Return GPUs per worker. A worker that asks for none sees none, and computes on its CPU."""
+    """Return the GPUs per worker. A worker with 0 sees no GPU and computes on its CPU."""
     if wanted is not None:
         return wanted
     return 1.0 if ray.cluster_resources().get("GPU", 0) and not _served(job.guard) else 0.0
 
 
 def _served(identity: Mapping[str, Any]) -> bool:
-    """Whether servers compute a guard, or all guards of several."""
+    """Return whether a guard, or every guard of an ensemble, runs on a server."""
     if "guards" in identity:
         return all(map(_served, identity["guards"]))
     engine = identity.get("engine")

@@ -1,11 +1,14 @@
-"""Trajectories by probes: a sample is asked in part, a probe learns from it and scores the rest.
+"""Score a sample with the guard, fit a probe to it, and score the rest with the probe.
 
 The sample is drawn by the content of responses, so it does not depend on the order of the data, on
-ranks or on what is cached. A first round asks the guard once about each of a pool, at the end;
-then as many responses are taken from each band of these scores as there are, so that rare kinds are
-learned too. Prefixes of one response are much alike, so of each only every fourth is asked, from a
-drawn one on: any prefix is as likely as any other, and each counts for four. Each response of the
-sample counts for as many as its band has in the pool.
+ranks or on the cache.
+
+1. The guard scores the last prefix of each response in a pool (`POOL` times the sample's size).
+2. The sample takes equally many responses from each band of these scores, as far as the band has
+   them, so that the probe learns rare kinds too. A sampled response is weighted by the number of
+   pool responses in its band per sampled one.
+3. Prefixes of one response are similar, so the guard scores only every fourth (`STRIDE`) prefix of
+   a sampled response, from a random first one on; each of these has weight four.
 """
 
 from __future__ import annotations
@@ -37,20 +40,20 @@ logger = logging.getLogger(__name__)
 
 SEED = 0
 POOL = 2
-"""The first round asks about so many times `probe_sample` responses."""
+"""Size of the pool as a multiple of `probe_sample`."""
 STRIDE = 4
-"""Of a response in the sample each prefix so far from the one before is asked."""
+"""Distance between the prefixes of a sampled response that the guard scores."""
 _BANDS = (0.05, 0.35, 0.65, 0.95)
 _MOST_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Hold responses to learn from that are kept apart from those to be scored.
+    """Hold the responses from which a sample is drawn, if they are not the scored responses.
 
     Attributes:
-        requests: By key, from all over the data.
-        rows: Where they stand, for messages.
+        requests: Requests by key, from the whole data set.
+        rows: The row of each key, for messages.
         root: A cache folder that all shards share.
     """
 
@@ -61,11 +64,11 @@ class Pool:
 
 @dataclass
 class ProbedTrajectories(CachedTrajectories):
-    """Look up and ask like `CachedTrajectories`; guards that are to be learned are learned.
+    """Extend `CachedTrajectories` by fitting a probe to each `ProbingGuard`.
 
     Attributes:
-        pool: What is learned from; None: the responses themselves.
-        notes: What was learned of each guard, in the order in which they were asked.
+        pool: The responses from which the sample is drawn; None: the scored responses.
+        notes: For the provenance, facts about each guard's probe, in the order of the guards.
     """
 
     pool: Pool | None = None
@@ -74,7 +77,7 @@ class ProbedTrajectories(CachedTrajectories):
     def _ask(self, guard: Guard) -> tuple[dict[str, Trajectory], set[str]]:
         if not isinstance(guard, ProbingGuard):
             return super()._ask(guard)
-        learned, known, why = self._learned(guard)
+        learned, known, why = self._learn(guard)
         facts: dict[str, Any] = dict(learned.facts) if learned else {}
         if learned is None or why:
             logger.warning(
@@ -111,15 +114,17 @@ class ProbedTrajectories(CachedTrajectories):
         return found, failed
 
     def plainly(self, guard: Guard) -> tuple[dict[str, Trajectory], set[str]]:
-        """Return the trajectories and failed keys of a guard that is asked as it is."""
+        """Return the trajectories and failed keys of a guard without fitting a probe."""
         return super()._ask(guard) if self.requests else ({}, set())
 
-    def _learned(
+    def _learn(
         self, guard: ProbingGuard
     ) -> tuple[Learned | None, dict[str, dict[int, float]], str | None]:
-        """Return a probe, the scores that were asked for it, and why the probe is not used.
+        """Fit a probe to a sample.
 
-        Scores are by key and by the end of the prefix.
+        Returns:
+            The probe, or None without one; the guard's exact scores by key and prefix end; the
+            reason why the probe is not used, or None if it is.
         """
         pool = self.pool or Pool(self.requests, self.rows, self.root)
         keys = drawn(pool.requests)[: POOL * guard.sample]
@@ -127,11 +132,11 @@ class ProbedTrajectories(CachedTrajectories):
             few = f"the data has {len(keys)} different responses"
             return None, {}, f"{few}, and probe_sample is {guard.sample}"
         firsts = {key: _at_the_end(pool.requests[key]) for key in keys}
-        ends, failed = self._exactly(guard, pool, firsts)
+        ends, failed = self._exact(guard, pool, firsts)
         last = {key: ends[key].scores[-1] for key in keys if key not in failed}
         weights = stratified(last, guard.sample)
-        some = {key: _some(key, pool.requests[key]) for key in weights}
-        exact, failed = self._exactly(guard, pool, some)
+        some = {key: _every_fourth(key, pool.requests[key]) for key in weights}
+        exact, failed = self._exact(guard, pool, some)
         sample = {key: exact[key] for key in weights if key not in failed}
         if len(sample) <= guard.sample // 2:
             return None, {}, f"only {len(sample)} responses of the sample could be scored"
@@ -141,11 +146,11 @@ class ProbedTrajectories(CachedTrajectories):
             known[key] |= zip(some[key].ends, answer.scores, strict=True)
         return learned, known, learned.refused
 
-    def _exactly(
+    def _exact(
         self, guard: ProbingGuard, pool: Pool, requests: Mapping[str, PrefixRequest]
     ) -> tuple[dict[str, Trajectory], set[str]]:
-        """Return exact trajectories of some responses, and the keys that could not be scored."""
-        # The cache knows a request by all of its prefixes.
+        """Return the guard's exact trajectories of responses, and the keys that it failed on."""
+        # These requests have other prefixes than the data's, hence other cache keys.
         named = {key: request_key(asked) for key, asked in requests.items()}
         asking = CachedTrajectories(
             {named[key]: asked for key, asked in requests.items()},
@@ -167,41 +172,42 @@ class ProbedTrajectories(CachedTrajectories):
         sample: Mapping[str, Trajectory],
         weights: Mapping[str, float],
     ) -> Learned:
-        """Return the probe of a sample, which the first rank fits and keeps for the others."""
-        made_of = [[key, weights[key], list(found.scores)] for key, found in sample.items()]
+        """Return the probe of a sample; rank 0 fits it and writes it to the cache."""
+        contents = [[key, weights[key], list(found.scores)] for key, found in sample.items()]
         namespace = {"what": "probe", "guard": guard.identity}
-        path = ScoreCache(pool.root, namespace).folder / f"{content_key(made_of)}.json"
+        path = ScoreCache(pool.root, namespace).folder / f"{content_key(contents)}.json"
         learned = _read(path)
         requests = {key: pool.requests[key] for key in sample}
-        told = (
+        examples = (
             list(requests.values()),
             [places(key, len(asked.ends)) for key, asked in requests.items()],
             list(sample.values()),
             [weights[key] * min(STRIDE, len(asked.ends)) for key, asked in requests.items()],
         )
         if learned is None and self.share.rank == 0:
-            learned = guard.learn(*told)
+            learned = guard.learn(*examples)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, learned.dump())
         self.share.meet()
-        # Without the file this rank computes the same.
-        return learned or _read(path) or guard.learn(*told)
+        # A rank that cannot read the file fits the same probe itself.
+        return learned or _read(path) or guard.learn(*examples)
 
 
 def drawn(keys: Mapping[str, Any]) -> list[str]:
-    """Return keys in random order, by the seed: the order in which they were given is nothing."""
+    """Return keys in a pseudo-random order that depends only on the keys and the seed."""
     return sorted(keys, key=lambda key: hashlib.sha256(f"{SEED} {key}".encode()).digest())
 
 
 def stratified(scores: Mapping[str, float], count: int) -> dict[str, float]:
-    """Draw responses from all bands of their scores, as many from each as there are.
+    """Draw responses stratified by score: equally many from each band, while the band has them.
 
     Args:
-        scores: By key, in random order.
-        count: How many are drawn, if there are so many.
+        scores: Scores by key, in random order.
+        count: How many responses to draw; fewer if `scores` has fewer.
 
     Returns:
-        By key, in the order of `scores`, how many responses each stands for.
+        Each drawn response's weight by key, in the order of `scores`: the number of responses in
+        its band per drawn one.
     """
     bands: dict[int, list[str]] = {}
     for key, score in scores.items():
@@ -217,12 +223,15 @@ def stratified(scores: Mapping[str, float], count: int) -> dict[str, float]:
 
 
 def places(key: str, count: int) -> range:
-    """Return which of a response's prefixes are asked, at least one: drawn by the key's content."""
+    """Return the indices of the prefixes that the guard scores, at least one.
+
+    They are every fourth prefix, from one on that is drawn by the key's hash.
+    """
     draw = int.from_bytes(hashlib.sha256(f"{SEED} start {key}".encode()).digest()[:8])
     return range(draw % min(STRIDE, count), count, STRIDE)
 
 
-def _some(key: str, request: PrefixRequest) -> PrefixRequest:
+def _every_fourth(key: str, request: PrefixRequest) -> PrefixRequest:
     ends = tuple(request.ends[place] for place in places(key, len(request.ends)))
     return PrefixRequest(request.context, request.text, ends)
 
@@ -232,7 +241,7 @@ def _at_the_end(request: PrefixRequest) -> PrefixRequest:
 
 
 def _read(path: Path) -> Learned | None:
-    """Return a probe that was kept; None if there is none, or something else in its place."""
+    """Return a probe from the cache; None if the file is missing or damaged."""
     try:
         return Learned.parse(read_regular(path, _MOST_BYTES))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Work that the ranks of one run divide before training: scores, reference log-probabilities."""
+"""Divide the scoring before training, by guards and the reference model, among a run's ranks."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ T = TypeVar("T")
 class Share:
     """Divide work among the processes of one machine.
 
-    Each does its part, writes it to the cache that all share, waits for the others and reads the
-    whole.
+    Each process does its part and writes it to the shared cache, waits at a barrier, and then reads
+    all results from the cache.
 
     Attributes:
-        rank: This process's number on its machine, from 0.
-        ranks: Processes on this machine.
-        meet: Barrier over all processes of the run. Every process must call it the same number of
-            times.
+        rank: This process's local rank on its machine, from 0.
+        ranks: The number of processes on this machine.
+        meet: Barrier over all processes of the run. Every process must call it equally often.
     """
 
     rank: int
@@ -34,7 +33,7 @@ class Share:
     meet: Callable[[], None]
 
     def mine(self, work: Sequence[T]) -> list[T]:
-        """Return this rank's items, dealt out in turn so that long and short ones are spread."""
+        """Return this rank's items: every `ranks`-th, so that long and short ones are spread."""
         return list(work[self.rank :: self.ranks])
 
 
@@ -43,10 +42,10 @@ ALONE = Share(0, 1, lambda: None)
 
 @contextlib.contextmanager
 def waiting() -> Iterator[None]:
-    """Say in words that other processes of the run cannot be waited for.
+    """Turn torch's error at a barrier into one that says what may have happened.
 
     Raises:
-        StarDSSError: torch's own error, of a connection or a time-out, names neither.
+        StarDSSError: The connection broke or timed out.
     """
     try:
         yield
@@ -68,6 +67,6 @@ def share_of(accelerator: Any) -> Share:
 
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
     if accelerator.num_processes == 1 or ranks == 1:
-        # Alone on its machine; still, all ranks must reach the same number of barriers.
+        # Even a process that is alone on its machine must reach the same barriers as the others.
         return Share(0, 1, meet)
     return Share(accelerator.local_process_index, ranks, meet)

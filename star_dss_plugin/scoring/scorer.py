@@ -1,7 +1,7 @@
-"""Score rows: every prefix of every response is scored once, and remembered.
+"""Score data sets: compute the column `star_scores`, using the cache.
 
-The guard is asked only for what the cache does not hold. Batches depend on the data alone, so a run
-that was killed and started again gives, byte for byte, what an undisturbed run gives.
+The guard scores only prefixes that the cache lacks. Batches depend only on the data, so a run that
+was killed and restarted gives the same bytes as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ class _Row:
 
 @dataclass(frozen=True)
 class PoolRows:
-    """Hold rows that parts of a data set learn from together.
+    """Hold the rows from which all shards of a data set draw the same sample for a probe.
 
     Attributes:
-        dataset: The rows, as `pool_rows` has chosen them.
-        places: Their numbers, for messages.
-        root: A cache folder that all parts share.
+        dataset: The rows that `pool_rows` has chosen.
+        places: The rows' indices, for messages.
+        root: A cache folder that all shards share.
     """
 
     dataset: Dataset
@@ -91,39 +91,38 @@ def score_dataset(
         dataset: Tokenized rows (`input_ids`, `labels`, and if possible the messages they came
             from), or raw ones (`messages`, `prompt` and `completion`, or `text`), which are
             tokenized here.
-        tokenizer: The trained model's; a `ChatTokenizer` brings its template.
-        options: How responses are scored, or None to give the options by name.
-        per_guard: Whether to add a column `star_scores_NAME` for each guard of several.
-        max_length: Raw rows are cut to this many tokens before they are scored.
-        chat_template: The template that made the tokens, or makes those of raw rows; None: the
-            tokenizer's own.
-        assistant_only_loss: Whether of raw rows only what the chat template marks as generated
-            (`{% generation %}`) is trained, as with TRL's option of this name.
+        tokenizer: The trained model's tokenizer, or a `ChatTokenizer` with its template.
+        options: Scoring options, or None to give them by name.
+        per_guard: Whether to add a column `star_scores_NAME` for each guard of an ensemble.
+        max_length: Raw rows are truncated to this many tokens before they are scored.
+        chat_template: The chat template of the rows; None: the tokenizer's own.
+        assistant_only_loss: Whether only text within `{% generation %}` of raw rows is trained, as
+            with TRL's option of this name.
         num_proc: Processes that render and tokenize rows, at least 1; scores do not depend on it.
         share: This process's part of the work, if several processes score the same data set; each
-            of them gets all of it back.
-        part: Whether these rows are a part of the data. Then it is no error if they hold no
-            response, or a few of which none can be scored; whatever joins the parts checks all.
-        pool: With `trajectory="probed"` and rows that are a part of the data: the rows from all
-            over it of which all parts draw the same sample.
+            of them returns all rows.
+        part: Whether these rows are only a part of the data (a shard). Then it is no error if they
+            have no response, or at most 20 responses that all fail; `jobs.finish` checks the whole.
+        pool: With `trajectory="probed"` and `part`: the rows of the whole data set from which all
+            parts draw the same sample.
         progress: Whether to show a progress bar.
         **changes: Options of `ScoringOptions` by name: `score_dataset(rows, tokenizer,
             guard="qwen3guard-gen-0.6b", chunk_size=5)`. `guard` may also be a loaded guard.
 
     Returns:
         The same rows with `input_ids`, `labels` and `star_scores` (float32, one per token of
-        `input_ids`, 1.0 outside responses); where user turns were trained, `labels` now leaves
-        them out. Its provenance is in its description (`provenance_of`).
+        `input_ids`, 1.0 outside responses). If user turns were trained, they are -100 in `labels`
+        now. The description contains the provenance (`provenance_of`).
 
     Raises:
-        StarDSSError: What cannot be scored, with the row's number.
+        StarDSSError: An option is invalid, or a row cannot be scored; the error has its number.
     """
     loaded = changes.get("guard")
     if isinstance(loaded, Guard):
         changes = {**changes, "guard": None}
     else:
         loaded = None
-    # Whoever trains with these scores looks at them from there; else 0.5 is what divides them.
+    # Training options have a threshold, near which a probe must be exact; for scoring it is 0.5.
     threshold = getattr(options, "threshold", 0.5)
     options = (options or ScoringOptions()).scoring(**changes)
     options.validate()
@@ -200,18 +199,18 @@ def score_dataset(
 
 
 def _first_rows(rows: Sequence[_Row]) -> dict[str, int]:
-    """Return the first row of each key."""
+    """Return the index of the first row with each key."""
     return {key: i for i, row in reversed(list(enumerate(rows))) for key in row.keys}
 
 
 def pool_rows(dataset: Dataset, options: ScoringOptions) -> list[int]:
-    """Return the rows, from all over a data set, of which its parts draw a probe's sample."""
+    """Return the indices of the rows from which all shards draw the sample for a probe."""
     first = {key: i for i, key in reversed(list(enumerate(row_keys(dataset))))}
     return [first[key] for key in drawn(first)[: POOL * options.probe_sample]]
 
 
 def _pool(rows: PoolRows, chat: ChatTokenizer, how: RowOptions) -> Pool:
-    """Return the responses of a pool's rows."""
+    """Return the pool of responses in these rows."""
     read = read_responses(rows.dataset, chat, how, needed=False).responses
     found = [_Row(0, one, [request_key(r.request) for r in one]) for one in read]
     places = {key: rows.places[i] for key, i in _first_rows(found).items()}
@@ -219,7 +218,7 @@ def _pool(rows: PoolRows, chat: ChatTokenizer, how: RowOptions) -> Pool:
 
 
 def _unique_requests(rows: Iterable[_Row]) -> dict[str, PrefixRequest]:
-    """Return each distinct (context, prefixes) pair once, in the order of the data."""
+    """Return each distinct request once, in the order of the data."""
     return {
         key: response.request
         for row in rows
@@ -233,7 +232,7 @@ def _provenance(
     rows: list[_Row],
     trajectories: Mapping[str, Trajectory],
 ) -> dict[str, Any]:
-    """Return how the scores were made, without anything that differs between equal runs."""
+    """Return the provenance of the scores, which is the same for repeated runs."""
     responses = [(key, r) for row in rows for key, r in zip(row.keys, row.responses, strict=True)]
     scores = np.array([s for key, _ in responses for s in trajectories[key].scores])
     return {
@@ -255,7 +254,7 @@ def _provenance(
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the packages that can change a score."""
+    """Return the versions of the packages on which scores depend."""
     return {
         "star-dss-plugin": __version__,
         "torch": torch.__version__,
@@ -264,12 +263,12 @@ def versions() -> dict[str, str]:
 
 
 def _scores(rows: list[_Row], trajectories: Mapping[str, Trajectory]) -> list[Any]:
-    """Return one float32 array per row: each token's score."""
+    """Return each token's score: one float32 array per row."""
     return _per_token(rows, trajectories, np.float32, lambda found: found.scores)
 
 
 def _asked(rows: list[_Row], trajectories: Mapping[str, Trajectory]) -> list[Any]:
-    """Return one array per row: whether the guard itself gave each token's score."""
+    """Return whether the guard gave each token's score itself: one bool array per row."""
     return _per_token(
         rows, trajectories, bool, lambda found: found.asked or [True] * len(found.scores)
     )
@@ -281,7 +280,11 @@ def _per_token(
     dtype: type,
     values: Callable[[Trajectory], Sequence[float]],
 ) -> list[Any]:
-    """Return one array per row: each chunk's value at all of its tokens, and 1 elsewhere."""
+    """Spread each chunk's value over its tokens; tokens outside responses get 1.
+
+    Returns:
+        One array per row.
+    """
     columns = []
     for row in rows:
         column: NDArray[Any] = np.ones(row.length, dtype=dtype)
@@ -295,7 +298,11 @@ def _per_token(
 
 
 def guard_of(options: ScoringOptions) -> Guard:
-    """Load the guard that options name, computed as they say; raise what `load_guard` raises."""
+    """Load the guard that the options name.
+
+    Raises:
+        StarDSSError: No guard is set, or as for `load_guard`.
+    """
     if options.guard is None:
         raise missing_guard()
     return load_guard(

@@ -1,9 +1,9 @@
-"""Score data in shards: more rows than one process should hold, or one machine can score.
+"""Score a data set in shards, for data that is too large for one process or one machine.
 
-The data is cut into runs of `shard_rows` rows; each is scored alone (`score_dataset`) and written
-as one parquet file. Its bytes do not depend on which process made it, when, or after how many
-failures. Existing shards are kept, so the same command resumes a run that was killed; begun shards
-have caches of their own.
+The data is split into consecutive shards of `shard_rows` rows. Each is scored on its own
+(`score_dataset`) and written as one parquet file, whose bytes do not depend on which process wrote
+it, when, or after how many failures. Existing shards are kept, so the same command resumes a killed
+run. Each unfinished shard has its own cache.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ __all__ = ["ShardScorer", "bar", "score_shards"]
 
 
 class ShardScorer:
-    """Score shards of a job; data, tokenizer and guard are loaded once, on the first shard.
+    """Score shards of a job, loading data, tokenizer and guard on the first call.
 
     Args:
-        job: What to do.
+        job: The job from `jobs.begin`.
 
     Raises:
-        StarDSSError: From a call, with the rows it is about.
+        StarDSSError: A call failed; the error has the rows' indices in the whole data set.
     """
 
     def __init__(self, job: Job) -> None:
         self.job = job
 
     def __call__(self, index: int) -> None:
-        """Score and write a shard that is not there yet."""
+        """Score and write a shard, unless it exists."""
         job, path = self.job, self.job.path(index)
         if path.exists():
             return
@@ -75,20 +75,20 @@ class ShardScorer:
                 progress=False,
             )
         except StarDSSError as error:
-            # Rows of a shard count from its first one.
+            # Row numbers in the error are relative to the shard.
             error.counted_from(start).at(rows=range(start, stop))
             raise
         write_shard(with_attention_mask(scored), path)
         shutil.rmtree(begun, ignore_errors=True)
 
     def _pool(self, start: int) -> PoolRows | None:
-        """Return what the probe is learned from: rows of all shards, and a cache beside theirs.
+        """Return the rows of all shards from which the probe's sample is drawn, and their cache.
 
-        Whoever scores the first shard fills that cache.
+        The worker with the first shard fills the cache.
         """
         if not self.job.learns:
             return None
-        # A shard's rows count from its first one, and whoever reports an error adds that.
+        # Row numbers are relative to the shard, because error handling adds the shard's start.
         places = [row - start for row in self._pool_rows]
         return PoolRows(self._dataset.select(self._pool_rows), places, self.job.begun / "probe")
 
@@ -130,7 +130,7 @@ class ShardScorer:
     @cached_property
     def _loaded_guard(self) -> Guard:
         guard = guard_of(ScoringOptions(**self.job.options))
-        # Through JSON, as the job went: a tuple comes back as a list.
+        # Compared as JSON, in which the job was stored: tuples have become lists.
         if json.loads(json.dumps(guard.identity)) != json.loads(json.dumps(self.job.guard)):
             raise ConfigError(
                 "A worker loads another guard than the run was begun with: its weights, template "
@@ -153,7 +153,7 @@ def score_shards(job: Job, *, progress: bool = True) -> None:
 
 
 def bar(job: Job, progress: bool) -> Any:
-    """Return a progress bar over a job's shards that counts those already there."""
+    """Return a progress bar over a job's shards, advanced by the existing ones."""
     return tqdm(
         total=job.shards,
         initial=job.shards - len(job.missing()),

@@ -1,8 +1,8 @@
-"""Rules that lower scores around a response's first unsafe chunk.
+"""Lower scores around a response's first unsafe chunk: `unsafe_lookahead` and `monotone`.
 
-A guard notices harm when it is said, which is later than where the response turned to it, and it
-may find what follows harmless by itself. Both rules only ever lower scores, and come before the
-weight map, so that they serve every `loss_type`. Off by default: the paper has neither.
+A guard notices harm only when it is said, which is after the response turned towards it, and may
+score the chunks after it as harmless. Both rules only lower scores, and apply before the weight
+map, so they work with every `loss_type`. Both are off by default; the paper has neither.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ def stricter_scores(
     """Return a response's scores, lowered around its first unsafe chunk.
 
     Args:
-        scores: One for each chunk, in [0, 1].
+        scores: One score per chunk, in [0, 1].
         threshold: τ: a chunk with a score below it is unsafe.
         unsafe_lookahead: n >= 0: the n chunks before the first unsafe one get at most its score.
-        monotone: Whether no chunk behind it has a higher score than one before (from it on).
+        monotone: Whether scores never rise from the first unsafe chunk on.
 
     Returns:
-        As many scores, none higher than it was; the same ones if no chunk is unsafe.
+        One score per chunk, none higher than before; unchanged if no chunk is unsafe.
     """
     found = list(scores)
     first = next((k for k, score in enumerate(found) if score < threshold), None)
@@ -53,17 +53,18 @@ def stricter_scores(
 
 
 def stricter_dataset(dataset: Dataset, chat: ChatTokenizer, options: StarDSSOptions) -> Dataset:
-    """Return a scored data set whose `star_scores` follow `unsafe_lookahead` and `monotone`.
+    """Apply `unsafe_lookahead` and `monotone` to the `star_scores` of a data set.
+
+    A note in the data set's description prevents applying the rules twice.
 
     Args:
-        dataset: With `input_ids`, `labels` and `star_scores`; it notes what was done, so that
-            nothing is done twice.
+        dataset: Rows with `input_ids`, `labels` and `star_scores`.
         chat: The tokenizer and the template that made the tokens.
         options: The run's options.
 
     Raises:
-        DataError: The data set was treated before, with other options; or it does not say how its
-            chunks were cut.
+        DataError: The rules were applied before with other options, or the data set's provenance
+            does not determine its chunks.
     """
     rules: dict[str, Any] = {
         "threshold": options.threshold,
@@ -87,10 +88,10 @@ def stricter_dataset(dataset: Dataset, chat: ChatTokenizer, options: StarDSSOpti
     provenance = provenance_of(dataset)
     if provenance is None or joined or "seq_lengths" in dataset.features:
         raise DataError(
-            "unsafe_lookahead and monotone need to know how the responses were cut, and this "
-            "star_scores column does not say: it came from elsewhere, from several data sets that "
-            "were scored apart, or packed. Score all of the data with star-dss score, or remove "
-            "the column and set a guard."
+            "unsafe_lookahead and monotone need to know how the responses were cut into chunks, "
+            "and this star_scores column does not say: it was made elsewhere, joined from data "
+            "sets that were scored separately, or packed. Score all of the data with star-dss "
+            "score, or remove the column and set a guard."
         )
     segmenter = load_plugins().segmenter(provenance["segmenter"])
     column = []

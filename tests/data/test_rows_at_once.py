@@ -16,7 +16,7 @@ from test_segments import sentencepiece_like
 
 from star_dss_plugin import DataError
 from star_dss_plugin.data import tokenization
-from star_dss_plugin.data.templates.chat import ChatTokenizer, same_beginning
+from star_dss_plugin.data.templates.chat import ChatTokenizer, common_prefix_length
 from star_dss_plugin.data.templates.placed import _joined, place
 from star_dss_plugin.data.tokenization import read_row, read_rows
 
@@ -134,8 +134,8 @@ def test_a_completion_begins_where_its_prompts_tokens_end(name, asked, said, cut
     question = chat.render(prompt, add_generation_prompt=True)
     question = question[: len(question) - cut] + more
     encoded = chat.encode(text)
-    slowly = same_beginning(encoded.ids, chat.encode(question).ids)
-    assert chat.begins_like(encoded, text, question) == slowly
+    slowly = common_prefix_length(encoded.ids, chat.encode(question).ids)
+    assert chat.shared_tokens(encoded, text, question) == slowly
 
 
 def watch(monkeypatch):
@@ -165,7 +165,7 @@ def test_a_prompt_is_not_tokenized_again_where_a_token_parts_it(monkeypatch, way
     question = chat.render(row["prompt"], add_generation_prompt=True)
     parts = not any(way.values())
     assert (question in texts) is not parts
-    first = same_beginning(made.encoded.ids, chat.encode(question).ids)
+    first = common_prefix_length(made.encoded.ids, chat.encode(question).ids)
     assert made.trained == [(first, len(made.encoded.ids))]
 
 

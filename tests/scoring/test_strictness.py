@@ -190,7 +190,7 @@ def test_other_chunks_than_those_that_were_scored_are_refused(tmp_path, tokenize
     with pytest.raises(DataError, match="not cut as they were"):
         make(tmp_path, tokenizer, later, monotone=True)
     joined = concatenate_datasets([scored, make(tmp_path, tokenizer, chunk_size=3).train_dataset])
-    with pytest.raises(DataError, match="scored apart"):
+    with pytest.raises(DataError, match="scored separately"):
         make(tmp_path, tokenizer, joined, monotone=True)
 
 

@@ -1,1 +1,1 @@
-"""Files that become rows: formats, folders, types of columns, and shards."""
+"""Read files as rows: formats, folders, column types and shards."""

@@ -1,9 +1,9 @@
-"""Convert files of rows to Arrow, in the folder where `datasets` keeps copies of what it reads.
+"""Convert data files to Arrow files in the cache folder of `datasets`.
 
-A copy is named by the contents it was made from, and mapped into memory. Files are opened by their
-names: nothing in a name or in a file is a pattern, a path or an address. A file that holds much
-more than its size is refused before it is expanded: rows that repeat compress a thousand times and
-more, and a few kB can fill any memory.
+A converted file is named by a hash of its sources' contents and mapped into memory. File names and
+contents are never used as patterns, paths or addresses. A file that would expand to many times its
+size is rejected before it is expanded, because repeated rows compress more than a thousandfold and
+a few kB could fill any memory.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ from star_dss_plugin.errors import ConfigError, DataError
 __all__ = ["MAX_EXPANSION", "json_dataset", "parquet_dataset", "parquet_tables"]
 
 MAX_EXPANSION = "STAR_DSS_MAX_EXPANSION"
-"""Environment variable: how many times its size a file may hold, at least 1; default 200."""
-_EXPANSION = 200.0
+"""Environment variable: to how many times its size a file may expand, at least 1; default 200."""
+_DEFAULT_EXPANSION = 200.0
 _ALWAYS = 64 << 20
-"""Bytes that a file of any size may hold."""
-_FORMAT = b"star-dss-copy 1\n"  # counts up when the same file would be converted differently
+"""Bytes to which a file of any size may expand."""
+_FORMAT = b"star-dss-copy 1\n"  # increase the number when the conversion changes
 _BATCH_ROWS = 1000
 _BATCH_BYTES = 64 << 20
-"""What a batch of rows may take in memory, unless a single row takes more."""
+"""Limit of a batch in memory; exceeded only if a single row is larger."""
 
 
 def json_dataset(paths: Sequence[Path]) -> Dataset:
     """Return the rows of JSON files; each column has the type that keeps its values as written.
 
     Raises:
-        DataError: It cannot be read; the message says at which row, line and field.
-        OSError: The file cannot be opened, or its copy not be written.
+        DataError: A file cannot be read; the error has the row, line and field.
+        OSError: A file cannot be opened, or the Arrow file cannot be written.
     """
 
     def write(file: BinaryIO) -> None:
@@ -57,18 +57,18 @@ def json_dataset(paths: Sequence[Path]) -> Dataset:
             raise DataError("its rows have no fields. Give objects with named fields.").at(
                 file=str(paths[0])
             )
-        room, features = _Room(paths), features_of(types)
+        expansion, features = _Expansion(paths), features_of(types)
         with ArrowWriter(features=features, stream=file, writer_batch_size=_BATCH_ROWS) as writer:
             for row in _rows(paths):
                 writer.write(stored(row, types))
-                room.check(file.tell())
+                expansion.check(file.tell())
             writer.finalize(close_stream=False)
 
     return _copy(paths, write)
 
 
 def _rows(paths: Sequence[Path]) -> Iterator[JsonRow]:
-    """Return the rows of JSON files; errors say in which file they are."""
+    """Yield the rows of JSON files; errors name the file."""
     for path in paths:
         try:
             yield from json_rows(path)
@@ -78,11 +78,11 @@ def _rows(paths: Sequence[Path]) -> Iterator[JsonRow]:
 
 
 def parquet_dataset(paths: Sequence[Path]) -> Dataset:
-    """Return the rows of parquet files of one schema, one file after the other.
+    """Return the rows of parquet files with the same schema, in order.
 
     Raises:
-        DataError: A column holds media, whose values name files, or a file holds too much.
-        OSError: A file cannot be opened, or their copy not be written.
+        DataError: A column contains media, whose values name files, or a file expands too much.
+        OSError: A file cannot be opened, or the Arrow file cannot be written.
         pyarrow.ArrowException: A file is damaged.
     """
 
@@ -98,7 +98,7 @@ def parquet_dataset(paths: Sequence[Path]) -> Dataset:
 
 
 def parquet_tables(paths: Sequence[Path]) -> Iterator[pa.Table]:
-    """Return the rows of parquet files in tables of bounded size; the first one may have no rows.
+    """Yield the rows of parquet files in tables of bounded size, after an empty first table.
 
     Raises:
         As `parquet_dataset`.
@@ -117,18 +117,17 @@ def parquet_tables(paths: Sequence[Path]) -> Iterator[pa.Table]:
 
 
 def _measured(path: Path, parquet: pq.ParquetFile) -> int:
-    """Check what a parquet file holds before it is expanded.
+    """Measure the expanded size of a parquet file without expanding it.
 
-    Texts are read as numbers of a dictionary, as files store them, so that a text which is in a
-    million rows is in memory once.
+    Strings are read in dictionary encoding, so that a string in a million rows is in memory once.
 
     Returns:
         How many rows fit into a batch.
 
     Raises:
-        DataError: It holds too much.
+        DataError: The file expands too much.
     """
-    room = _Room([path])
+    expansion = _Expansion([path])
     metadata = parquet.metadata
     texts, fixed = set(), 0
     for group in range(metadata.num_row_groups):
@@ -136,24 +135,24 @@ def _measured(path: Path, parquet: pq.ParquetFile) -> int:
             column = metadata.row_group(group).column(i)
             if column.physical_type == "BYTE_ARRAY":
                 texts.add(column.path_in_schema)
-                width = 4  # of a missing text too: one row may be a list of any number of them
+                width = 4  # counted for nulls too: one row may be a list of any number of them
             else:
                 width = max(8, metadata.schema.column(i).length or 0)
             fixed += max(0, column.num_values) * width
-    room.check(fixed)
+    expansion.check(fixed)
     largest = 0
     with path.open("rb") as file:
         measured = pq.ParquetFile(file, read_dictionary=sorted(texts))
-        for group in range(metadata.num_row_groups):  # each has dictionaries of its own
+        for group in range(metadata.num_row_groups):  # each has its own dictionaries
             for batch in measured.iter_batches(batch_size=_BATCH_ROWS, row_groups=[group]):
                 size = sum(_plain_bytes(column) for column in batch.columns)
                 largest = max(largest, size)
-                room.add(size)
+                expansion.add(size)
     return max(1, min(_BATCH_ROWS, _BATCH_ROWS * _BATCH_BYTES // max(1, largest)))
 
 
 def _plain_bytes(array: pa.Array) -> int:
-    """Return how many bytes an array takes with each text written out."""
+    """Return an array's size in bytes without dictionary encoding."""
     kind = array.type
     if pa.types.is_dictionary(kind):
         lengths = pc.binary_length(array.dictionary)
@@ -166,35 +165,35 @@ def _plain_bytes(array: pa.Array) -> int:
     return int(array.nbytes)
 
 
-class _Room:
-    """Count what files hold, up to what they may."""
+class _Expansion:
+    """Count the expanded bytes of files, up to their limit."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._name = str(paths[0]) if len(paths) == 1 else str(paths[0].parent)
         self._size = sum(path.stat().st_size for path in paths)
-        self._most = max(_ALWAYS, int(_expansion() * self._size))
+        self._most = max(_ALWAYS, int(_limit() * self._size))
         self._held = 0
 
     def add(self, held: int) -> None:
-        """Count bytes; raise a DataError if that makes too many."""
+        """Add bytes to the count; raise a DataError if it exceeds the limit."""
         self._held += held
         self.check(self._held)
 
     def check(self, held: int) -> None:
-        """Raise a DataError if so many bytes are too many."""
+        """Raise a DataError if `held` bytes exceed the limit."""
         if held > self._most:
             raise DataError(
                 f"it has {self._size:,} bytes and holds more than {self._most:,}, as if made to "
                 "fill the memory. If you trust it, set the environment variable "
-                f"{MAX_EXPANSION} to more than {_expansion():g}, the number of times its size that "
-                "a file may hold."
+                f"{MAX_EXPANSION} to more than {_limit():g}, the number of times its size that a "
+                "file may hold."
             ).at(file=self._name)
 
 
-def _expansion() -> float:
+def _limit() -> float:
     given = os.environ.get(MAX_EXPANSION, "").strip()
     try:
-        found = float(given) if given else _EXPANSION
+        found = float(given) if given else _DEFAULT_EXPANSION
     except ValueError:
         found = math.nan
     if not 1 <= found < math.inf:
@@ -206,9 +205,9 @@ def _expansion() -> float:
 
 
 def _copy(paths: Sequence[Path], write: Any) -> Dataset:
-    """Return the data set that `write` makes of files, from the copy that is kept if there is one.
+    """Return the data set that `write` converts files to, from the cached Arrow file if it exists.
 
-    Its fingerprint depends on the files' contents alone, never on their names or times.
+    The data set's fingerprint depends only on the files' contents, not on their names or times.
     """
     digest = hashlib.sha256(_FORMAT + paths[0].suffix.encode())
     for path in paths:

@@ -1,6 +1,7 @@
-"""Read data sets from local folders: only regular files that lie in them, by their names.
+"""Read data sets from the regular files in a local folder.
 
-What a folder says of itself (`state.json`, `README.md`, links) chooses neither paths nor downloads.
+A folder's own metadata (`state.json`, `README.md`, links) can neither name other paths nor start
+downloads.
 """
 
 from __future__ import annotations
@@ -34,21 +35,21 @@ __all__ = [
 ]
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-"""Endings of the files of rows that are read."""
+"""Formats of data files by their suffix."""
 _SETTINGS_BYTES = 64 << 20
-"""More than any file beside the rows has."""
+"""Limit for metadata files, which are much smaller."""
 _IN_NO_NAME = frozenset("/\\\0")
 _SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval", "evaluation")
 _NAMED = re.compile(rf"({'|'.join(_SPLITS)})(?:[-_.].*)?", re.DOTALL)
 _DECLARED = re.compile(r"\A\s*---\s*\n.*?\bdata_files\b.*?^---\s*$", re.DOTALL | re.MULTILINE)
-"""A data set card whose header says which files belong to which split."""
+"""Matches a data set card whose header assigns files to splits."""
 
 
 def regular_file(folder: Path, name: Any) -> Path:
-    """Return the path of a regular file that lies in a folder.
+    """Return the path of a regular file in a folder.
 
     Raises:
-        DataError: The name is not that of a file in this folder, or the file is a link, a pipe, a
+        DataError: The name is not a plain file name, or the file is missing, a link, a pipe, a
             device or a folder.
     """
     if not isinstance(name, str) or name in ("", ".", "..") or set(name) & _IN_NO_NAME:
@@ -73,7 +74,7 @@ def read_settings(folder: Path, name: str) -> dict[str, Any]:
     """Return the JSON object in a file of a folder.
 
     Raises:
-        DataError: It is not there as a regular file, is too large, or holds something else.
+        DataError: The file is missing, not regular, too large, or not a JSON object.
     """
     path = regular_file(folder, name)
     if path.stat().st_size > _SETTINGS_BYTES:
@@ -104,10 +105,10 @@ def saved_splits(folder: Path) -> list[str] | None:
 def load_saved(folder: Path, split: str) -> Dataset:
     """Return a data set that `save_to_disk` wrote, mapped into memory.
 
-    Formats such as "torch" that it was saved with are not set: rows are plain values.
+    A saved format such as "torch" is ignored: rows are plain values.
 
     Raises:
-        DataError: It has no such split, or is not as `save_to_disk` writes it.
+        DataError: The folder has no such split, or `save_to_disk` did not write it.
     """
     splits = saved_splits(folder)
     if splits is not None:
@@ -139,10 +140,11 @@ def load_saved(folder: Path, split: str) -> Dataset:
 
 
 def _mapped(path: Path) -> MemoryMappedTable:
-    """Map an Arrow file into memory, if that is all it takes to read it.
+    """Map an uncompressed Arrow file into memory.
 
-    `save_to_disk` compresses nothing; a compressed file would be expanded in memory, of whatever
-    size.
+    Raises:
+        DataError: The file is compressed, which `save_to_disk` never does: expanding it could fill
+            the memory.
     """
     with pa.memory_map(str(path)) as source:
         for message in pa.ipc.MessageReader.open_stream(source):
@@ -155,10 +157,11 @@ def _mapped(path: Path) -> MemoryMappedTable:
 
 
 def _is_compressed(message: pa.ipc.Message) -> bool:
-    """Tell whether a message is anything but a record batch with its bytes as they are.
+    """Return whether a message is anything but an uncompressed record batch.
 
-    The metadata is a flatbuffer: a table begins with the distance to the list of its fields'
-    offsets; `compression` is the fourth field of a record batch, which is the third of a message.
+    The metadata is a flatbuffer: a table begins with the distance to its vtable, which lists the
+    offsets of its fields. `compression` is the fourth field of a record batch, and the record batch
+    is the third field of a message.
     """
     if message.type != "record batch":
         return True
@@ -179,11 +182,11 @@ def _is_compressed(message: pa.ipc.Message) -> bool:
 
 
 def check_folder(folder: Path) -> None:
-    """Check a local folder that a host framework will read, which believes what it says of itself.
+    """Check a local folder before a host framework reads it and trusts its metadata.
 
     Raises:
-        DataError: Its name is a pattern or an address, its README.md chooses files, or something in
-            it is not a regular file or a folder.
+        DataError: The folder's name is a glob pattern or an address, its README.md assigns files to
+            splits, or it contains something other than regular files and folders.
     """
     if not folder.is_dir():
         return
@@ -201,13 +204,15 @@ def check_folder(folder: Path) -> None:
 
 
 def load_files(folder: Path, split: str) -> Dataset:
-    """Return the rows of the .jsonl, .json or .parquet files in a folder, or in its folder `data`.
+    """Return the rows of one split of the .jsonl, .json or .parquet files in a folder.
 
-    Files and folders whose names begin with a split's ("train-00000-of-00002.parquet") belong to
-    it. Without any such name all files are "train".
+    The files lie in the folder or in its subfolder `data`. A file belongs to the split with which
+    its name begins ("train-00000-of-00002.parquet"). If no file's name begins with a split, all
+    files are "train".
 
     Raises:
-        DataError: There are none, or not of one format; or a README.md says otherwise.
+        DataError: The split has no files or files of several formats, or README.md assigns files to
+            splits.
     """
     by_split = file_splits(folder)
     found = by_split.get(split, [])
@@ -227,10 +232,10 @@ def load_files(folder: Path, split: str) -> Dataset:
 
 
 def file_splits(folder: Path) -> dict[str, list[Path]]:
-    """Return the files of rows of each split of a folder, in the order of their names.
+    """Return the data files of each split of a folder, sorted by name.
 
     Raises:
-        DataError: One is not a regular file, or the folder's README.md says otherwise.
+        DataError: A file is not regular, or README.md assigns files to splits.
     """
     _check_card(folder)
     named: dict[str, list[Path]] = {}
@@ -248,10 +253,10 @@ def file_splits(folder: Path) -> dict[str, list[Path]]:
 
 
 def _check_card(folder: Path) -> None:
-    """Refuse a data set card that says which files are read: following it, or not, would surprise.
+    """Reject a data set card that assigns files to splits, since this module does not follow it.
 
     Raises:
-        DataError: It does.
+        DataError: The header of README.md has `data_files`.
     """
     if not os.path.lexists(folder / "README.md"):
         return
@@ -266,6 +271,6 @@ def _check_card(folder: Path) -> None:
 
 
 def _listed(by_split: dict[str, list[Path]]) -> str:
-    """Return the first files of a folder for a message."""
+    """Return the names of a folder's first files for a message."""
     names = [shortened(path.name) for paths in by_split.values() for path in paths]
     return ", ".join(names[:5]) + (", …" if len(names) > 5 else "") if names else "none"

@@ -1,7 +1,7 @@
-"""Read rows from JSON files, with the line of each, and keep values as JSON lines.
+"""Read rows and their line numbers from JSON files, and store values as JSON lines.
 
-The rows of a file are objects: one a line, several in a line, one over several lines, or in a list.
-Values are read as they are written: a text that looks like a date stays a text.
+A file's rows are objects: one or several per line, one over several lines, or items of one list.
+Values keep their type: a string that looks like a date stays a string.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ __all__ = ["JsonRow", "append_lines", "json_rows", "read_lines"]
 _SPACE = re.compile(r"[ \t\r\n]*")
 _NEXT = re.compile(r"[ \t\r\n]*([,\]]?)[ \t\r\n]*")
 _DEPTH = 200
-"""Deeper than any row of text is nested, and within Python's own limit."""
+"""Limit of nesting, below Python's recursion limit."""
 _HALF = re.compile(rb"\\u[dD][89a-fA-F]")
-"""An escape that may stand for half a character."""
+"""Matches an escape that may be a lone surrogate."""
 _LONG = re.compile(rb"[0-9]{19}")
-"""Digits that may be no 64-bit integer."""
+"""Matches digits that may exceed a 64-bit integer."""
 _INTEGERS = range(-(2**63), 2**63)
 
 
@@ -34,8 +34,8 @@ class JsonRow(NamedTuple):
     """One row of a JSON file.
 
     Attributes:
-        number: Of the row, counted from 0.
-        line: On which it begins, counted from 1.
+        number: The row's index, from 0.
+        line: The line on which the row begins, from 1.
         value: The object; integers beyond 64 bits are floats.
     """
 
@@ -45,14 +45,15 @@ class JsonRow(NamedTuple):
 
 
 def json_rows(path: Path) -> Iterator[JsonRow]:
-    """Return the rows of a file, in order.
+    """Yield the rows of a file, in order.
 
-    A file with one object per line is read line by line; any other layout is held in memory.
+    A file with whole objects on each line is read line by line; any other layout is read into
+    memory at once.
 
     Raises:
-        DataError: It is empty or not UTF-8, or a row is not an object, has a field twice, half a
-            character or too deep a nesting. It says at which row and line.
-        OSError: It cannot be opened.
+        DataError: The file is empty or not UTF-8, or a row is not an object, has a field twice,
+            contains a lone surrogate or is nested too deeply. The error has the row and line.
+        OSError: The file cannot be opened.
     """
     whole = False
     with path.open("rb") as file:
@@ -74,7 +75,7 @@ def json_rows(path: Path) -> Iterator[JsonRow]:
 
 
 def _document(data: bytes) -> Iterator[JsonRow]:
-    """Return the rows of a file that is one list, or objects that take several lines each."""
+    """Yield the rows of a file that is one list, or has objects over several lines."""
     text = _decoded(data, 0, 0)
     start = _end(_SPACE, text, 0)
     listed = text.startswith("[", start)
@@ -89,14 +90,15 @@ def _document(data: bytes) -> Iterator[JsonRow]:
 def _values(
     text: str, number: int, line: int, data: bytes, listed: bool = False
 ) -> Iterator[tuple[dict[str, Any], int]]:
-    """Return the objects that a text holds one after the other, and where each begins.
+    """Yield the consecutive objects in a text, and the position of each.
 
     Args:
-        text: JSON, decoded.
-        number: Of the first row in it.
-        line: On which the text begins.
-        data: Its bytes, in which special cases are found fast.
-        listed: Whether they are the items of a list.
+        text: Decoded JSON.
+        number: The index of the text's first row.
+        line: The line on which the text begins.
+        data: The text's bytes, or bytes that contain them; searching these for special cases is
+            fast.
+        listed: Whether the objects are items of a list.
     """
     decoder = json.JSONDecoder(
         object_pairs_hook=_no_field_twice,
@@ -114,7 +116,7 @@ def _values(
                 shown = shortened(text[start : start + 40])
                 raise DataError(f"it begins with {shown}, which is not an object. {_WANTED}")
             after = _NEXT.match(text, end)
-            assert after is not None  # it matches nothing, too
+            assert after is not None  # the pattern also matches an empty string
             if listed and (not after[1] or (after[1] == "]") != (after.end() == len(text))):
                 at, shown = end, shortened(text[end : end + 20])
                 raise DataError(f"it is not JSON: the list goes on with {shown}. {_WANTED}")
@@ -138,9 +140,9 @@ _WANTED = "Each row must be an object with named fields."
 
 
 def _end(pattern: re.Pattern[str], text: str, start: int, wanted: str = "") -> int:
-    """Return where a match that begins at `start` ends; -1 if its group is not what is wanted."""
+    """Return the end of the match at `start`; -1 if `wanted` is set and its group differs."""
     found = pattern.match(text, start)
-    assert found is not None  # these patterns match nothing, too
+    assert found is not None  # these patterns also match an empty string
     return -1 if wanted and found[1] != wanted else found.end()
 
 
@@ -149,8 +151,8 @@ def _decoded(data: bytes, number: int, line: int) -> str:
 
     Args:
         data: A line, or a whole file.
-        number: Of the row that a line holds.
-        line: Its number; 0 for a whole file.
+        number: The index of the line's first row.
+        line: The line's number; 0 for a whole file.
     """
     try:
         return data.removeprefix(codecs.BOM_UTF8 if line <= 1 else b"").decode("utf-8")
@@ -163,9 +165,9 @@ def _decoded(data: bytes, number: int, line: int) -> str:
 
 
 def _is_whole(text: str) -> bool:
-    """Tell whether a line begins with a whole JSON value, which is then one of those that follow.
+    """Return whether a line begins with a complete JSON value.
 
-    A line with half an object is the beginning of an object over several lines, or damaged.
+    An incomplete one is an object over several lines, or damaged.
     """
     try:
         json.JSONDecoder(parse_int=_number).raw_decode(text)
@@ -177,7 +179,7 @@ def _is_whole(text: str) -> bool:
 
 
 def _number(digits: str) -> int | float:
-    """Return an integer, or a float where it has more than 64 bits."""
+    """Parse an integer; return a float if it exceeds 64 bits."""
     value = int(digits) if len(digits) <= 20 else None
     return value if value is not None and value in _INTEGERS else float(digits)
 
@@ -192,7 +194,7 @@ def _no_field_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check(value: Any, halves: bool, depth: int, field: str = "") -> None:
-    """Check the nesting of a value and, if asked, that no text holds half a character."""
+    """Check a value's nesting and, if `halves`, that no string contains a lone surrogate."""
     if depth > _DEPTH:
         raise DataError(f"its values are nested more than {_DEPTH} deep. {_WANTED}")
     if isinstance(value, dict):
@@ -213,9 +215,9 @@ def _check(value: Any, halves: bool, depth: int, field: str = "") -> None:
 
 
 def read_lines(path: Path) -> list[Any]:
-    """Return the values of all whole lines; none if there is no file.
+    """Return the values of all complete lines; an empty list if there is no file.
 
-    Half a line at the end, which a killed run leaves, is cut off the file.
+    An incomplete last line, which a killed run leaves, is removed from the file.
 
     Raises:
         ValueError: A line is not JSON.
@@ -229,10 +231,10 @@ def read_lines(path: Path) -> list[Any]:
 
 
 def append_lines(path: Path, values: Iterable[Any]) -> None:
-    """Write a line for each value, at once; the file and its folder are made if need be.
+    """Append one line per value in a single write; create the file and its folder if needed.
 
     Raises:
-        OutputError: They cannot be written.
+        OutputError: The file cannot be written.
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)

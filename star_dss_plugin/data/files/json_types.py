@@ -1,4 +1,4 @@
-"""Find the type of each column of JSON rows: the one that keeps every value as it was written."""
+"""Infer the column types of JSON rows that keep every value as it was written."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from star_dss_plugin.errors import DataError
 __all__ = ["features_of", "stored", "types_of"]
 
 Type = Any
-"""None (nulls alone), a name of `_SCALARS`, _JSON, ("list", Type) or ("dict", {name: Type})."""
+"""None (only nulls), a value of `_SCALARS`, _JSON, ("list", Type) or ("dict", {name: Type})."""
 
 _SCALARS = {str: "string", bool: "bool", int: "int64", float: "float64", type(None): None}
 _JSON = "json"
-"""The type of values that share no other: each is kept as the text that it was in the file."""
+"""The type of values without a common type: each is stored as JSON text."""
 _DEPTH = 16
-"""Deeper values are kept as JSON: Arrow's files end at 64 levels."""
+"""Deeper values are stored as JSON text, because Arrow files have at most 64 levels."""
 _FIELDS = 1000
-"""More than any data set's rows have; each row has a place for every one of them."""
+"""Limit of columns, because every row stores a value for every column."""
 
 
 def types_of(rows: Iterable[JsonRow]) -> dict[str, Type]:
-    """Return the type of each field, in the order in which the fields first appear.
+    """Return the type of each field, in the order of first appearance.
 
     Raises:
-        DataError: There are more fields than rows of one kind have.
+        DataError: The rows have more than 1000 different fields.
     """
     found: dict[str, Type] = {}
     for row in rows:
@@ -44,15 +44,15 @@ def types_of(rows: Iterable[JsonRow]) -> dict[str, Type]:
 
 
 def features_of(types: Mapping[str, Type]) -> Features:
-    """Return the features of a data set whose columns have some types."""
+    """Return the features of a data set with these column types."""
     return Features({name: _feature(kind) for name, kind in types.items()})
 
 
 def stored(row: JsonRow, types: Mapping[str, Type]) -> dict[str, Any]:
-    """Return the values of a row as columns of some types store them.
+    """Convert a row's values to its columns' types.
 
     Raises:
-        DataError: A field that is kept as JSON holds a number that JSON does not have.
+        DataError: A field that is stored as JSON text contains NaN or an infinity.
     """
     found = {}
     for name, kind in types.items():
@@ -61,7 +61,7 @@ def stored(row: JsonRow, types: Mapping[str, Type]) -> dict[str, Any]:
         except ValueError as error:
             raise DataError(
                 "it holds NaN or an infinity, and other kinds of values in other rows. Write null "
-                "in its place."
+                "instead."
             ).at(rows=(row.number,), line=row.line, field=name) from error
     return found
 
@@ -77,7 +77,7 @@ def _stored(value: Any, kind: Type) -> Any:
         form, inner = kind
         if form == "dict":
             return {name: _stored(value[name], one) for name, one in inner.items()}
-        # Most lists are long ones of tokens, which are stored as they are.
+        # Most lists are long lists of tokens, which need no conversion.
         return value if inner in _AS_IS else [_stored(one, inner) for one in value]
     return value
 
@@ -107,7 +107,7 @@ def _type(value: Any, depth: int) -> Type:
 
 
 def _both(one: Type, other: Type) -> Type:
-    """Return the type of values of either type."""
+    """Return the type that holds values of both types."""
     if one is None or one == other:
         return other
     if other is None:

@@ -1,10 +1,10 @@
-"""Keep scored data as a folder of parquet shards, each of which says how it was scored.
+"""Write and read scored data as a folder of parquet shards, each with its own provenance.
 
-    FOLDER/data/train-00000-of-00200.parquet …   the layout of the hub: `load_dataset(FOLDER)` works
-    FOLDER/README.md                             a data set card that carries the provenance
+    FOLDER/data/train-00000-of-00200.parquet …   the hub's layout: `load_dataset(FOLDER)` works
+    FOLDER/README.md                             a data set card with the provenance
     FOLDER/star_dss.json                         the provenance of all shards together
 
-Nothing but parquet, JSON and text is written, and nothing is unpickled.
+Only parquet, JSON and text are written, and nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ _NAME = re.compile(r"train-(\d{5,})-of-(\d{5,})\.parquet")
 
 
 def shard_name(index: int, shards: int) -> str:
-    """Return the file name of a shard, as the hub numbers them."""
+    """Return a shard's file name in the hub's numbering."""
     return f"train-{index:05d}-of-{shards:05d}.parquet"
 
 
 def write_shard(dataset: Dataset, path: Path) -> None:
-    """Write scored rows with their provenance as one parquet file, whole or not at all.
+    """Write scored rows with their provenance as one parquet file, atomically.
 
-    Equal rows give equal bytes with equal versions of pyarrow.
+    With the same version of pyarrow, equal rows give equal bytes.
 
     Raises:
-        OutputError: It cannot be written.
+        OutputError: The file cannot be written.
     """
     table: pa.Table = dataset.with_format("arrow")[:]
     schema = dataset.features.arrow_schema
@@ -70,10 +70,10 @@ def write_shard(dataset: Dataset, path: Path) -> None:
 
 
 def shard_note(path: Path) -> dict[str, Any]:
-    """Return the provenance of one shard, from the end of its file.
+    """Return the provenance of one shard, reading only the file's footer.
 
     Raises:
-        DataError: It cannot be read.
+        DataError: The shard is damaged, or has another number of rows than its provenance says.
     """
     try:
         metadata = pq.read_metadata(path)
@@ -90,7 +90,7 @@ def shard_note(path: Path) -> dict[str, Any]:
 
 
 def write_card(folder: Path, provenance: Mapping[str, Any]) -> None:
-    """Write `star_dss.json`, and a card from which `load_dataset` reads the same."""
+    """Write `star_dss.json`, and a data set card from which `load_dataset` gets the provenance."""
     text = json.dumps(provenance, indent=2, sort_keys=True)
     write_text(folder / PROVENANCE_FILE, text + "\n")
     header = yaml.safe_dump(
@@ -117,7 +117,7 @@ def write_card(folder: Path, provenance: Mapping[str, Any]) -> None:
 
 
 def is_sharded(folder: str | Path) -> bool:
-    """Tell whether a folder was written as parquet shards, to its end."""
+    """Return whether a folder contains all shards of a finished run."""
     path = Path(folder)
     return (path / PROVENANCE_FILE).is_file() and (path / DATA).is_dir()
 
@@ -129,15 +129,15 @@ def load_scored(folder: str | Path, *, streaming: Literal[False]) -> Dataset: ..
 @overload
 def load_scored(folder: str | Path, *, streaming: Literal[True]) -> IterableDataset: ...
 def load_scored(folder: str | Path, *, streaming: bool = False) -> Dataset | IterableDataset:
-    """Return the rows of a folder of shards, in their order, with their provenance.
+    """Return the rows of a folder of shards, in order, with their provenance.
 
     Args:
-        folder: What `star-dss score --shard-rows` or `--ray` wrote.
-        streaming: False: memory-mapped, after a conversion on disk. True: read from the shards as
-            they are needed.
+        folder: Output of `star-dss score --shard-rows` or `--ray`.
+        streaming: False: convert the shards to Arrow on disk and map that into memory. True: read
+            the shards on demand.
 
     Raises:
-        DataError: It is no such folder, or a shard is missing.
+        DataError: The folder has no shards, or some are missing.
     """
     path = Path(folder)
     if not is_sharded(path):
@@ -171,7 +171,7 @@ def load_scored(folder: str | Path, *, streaming: bool = False) -> Dataset | Ite
 
 
 def _row_note(path: Path) -> str | None:
-    """Return what a shard notes of its rows; None if it was written without, or elsewhere."""
+    """Return a shard's note about its rows (see `data.bound_rows`); None if it has none."""
     found = (pq.read_metadata(path).metadata or {}).get(_ROWS)
     return None if found is None else found.decode("ascii", "replace")
 

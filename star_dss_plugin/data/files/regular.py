@@ -1,4 +1,4 @@
-"""Open files in folders that others may write to: regular ones only, never through a link."""
+"""Open files in folders that others can write to: only regular files, never through a link."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ __all__ = ["NotRegularError", "kind_of", "read_regular"]
 
 
 class NotRegularError(OSError):
-    """What should be a regular file is something else, or is too large to be one of ours."""
+    """A file is not regular, or is larger than the plugin writes it."""
 
 
 def kind_of(path: Path) -> str:
-    """Return what is at a path itself, for messages; "" for a regular file.
+    """Return what a path is, without following links, for messages; "" for a regular file.
 
     Raises:
-        FileNotFoundError: There is nothing.
+        FileNotFoundError: The path does not exist.
     """
     mode = path.lstat().st_mode
     kinds = (
@@ -34,12 +34,12 @@ def read_regular(path: Path, max_bytes: int) -> bytes:
     """Return the contents of a regular file, without waiting for a pipe or following a link.
 
     Raises:
-        NotRegularError: It is no regular file, or has more than `max_bytes`.
-        OSError: It cannot be opened.
+        NotRegularError: The path is not a regular file, or has more than `max_bytes`.
+        OSError: The file cannot be opened.
     """
     if kind := kind_of(path):
         raise NotRegularError(f"it is {kind} and not a file")
-    # Between that look and this one it may have been replaced.
+    # The file may have been replaced since `kind_of`.
     handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     with os.fdopen(handle, "rb") as file:
         status = os.fstat(handle)

@@ -1,4 +1,4 @@
-"""Keep a tokenizer and the chat template that is used with it together."""
+"""Render and tokenize conversations with a tokenizer and its chat template."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from star_dss_plugin.data.decoding import (
 from star_dss_plugin.data.requests import Message
 from star_dss_plugin.errors import DataError
 
-__all__ = ["ChatTokenizer", "Encoded", "same_beginning", "whole_text"]
+__all__ = ["ChatTokenizer", "Encoded", "common_prefix_length", "whole_text"]
 
-_TAILS = 1024  # that are kept at most, of this many characters each
+_TAILS = 1024  # entries of `_tails` at most, each of at most `_TAIL` characters
 _TAIL = 64
-_PROBE = "\ue0f0{}\ue0f1"  # private-use characters: no template looks for them
+_PROBE = "\ue0f0{}\ue0f1"  # private-use characters, which no template treats specially
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """The tokens of a text, and where they lie in it.
+    """The tokens of a text and their character offsets.
 
     Attributes:
         ids: Token ids.
-        starts: First character of each token; never decreasing.
-        ends: One past the last character of each token. Tokens that share a character all reach to
-            its end.
-        exact: Whether each token's bytes are known to spell its characters, none of which is spread
-            over several tokens.
+        starts: Offset of each token's first character; never decreasing.
+        ends: Offset one past each token's last character. Tokens that share a character all end
+            behind it.
+        exact: Whether each token's bytes are known to be exactly the characters between its
+            offsets, so that no character is split between tokens.
     """
 
     ids: list[int]
@@ -54,10 +54,10 @@ class ChatTokenizer:
     Attributes:
         tokenizer: The trained model's.
         chat_template: The Jinja source; None: the tokenizer's own.
-        template_arguments: Variables of the template that every row is rendered with.
-        others: Other templates that may have made a tokenized row.
-        read_prompt: Returns the messages of a prompt's tokens that no template made; None where
-            they are not certain.
+        template_arguments: Template variables for every row.
+        others: Other templates that a tokenized row may have been rendered with.
+        read_prompt: Returns the messages of a prompt that was tokenized without a chat template
+            (an instruction format, for example), or None if they are uncertain.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -67,14 +67,14 @@ class ChatTokenizer:
     read_prompt: Callable[[Sequence[int]], tuple[Message, ...] | None] | None = None
 
     def render(self, messages: Sequence[Mapping[str, Any]], /, **kwargs: Any) -> str:
-        """Return the chat template's text for some messages.
+        """Render messages with the chat template.
 
         Args:
             messages: At least one message.
-            **kwargs: Variables of the template, and arguments of `apply_chat_template`.
+            **kwargs: Template variables, and arguments of `apply_chat_template`.
 
         Raises:
-            DataError: There are no messages or no template, or it cannot render these messages.
+            DataError: There are no messages, there is no template, or the template fails.
         """
         if not messages:
             raise DataError("The row has no messages: its list is empty. Remove the row.")
@@ -83,7 +83,7 @@ class ChatTokenizer:
             text = self.tokenizer.apply_chat_template(
                 [dict(m) for m in messages], tokenize=False, **kwargs
             )
-        except Exception as error:  # a template is a program, and may stop with anything
+        except Exception as error:  # a template is a program and can raise anything
             raise DataError(
                 f"The chat template cannot render the row's messages: {str(error) or type(error)}"
             ) from error
@@ -91,14 +91,15 @@ class ChatTokenizer:
         return text
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> Encoded:
-        """Tokenize a text, and say which characters each token stands for.
+        """Tokenize a text, and return the tokens with their character offsets.
 
         Args:
-            text: Any text; a rendered conversation brings its special tokens itself.
-            add_special_tokens: Whether the tokenizer adds its own (as hosts do to plain texts).
+            text: Any text.
+            add_special_tokens: Whether the tokenizer adds its special tokens, as hosts do for
+                plain texts. A rendered conversation contains them already.
 
         Raises:
-            DataError: The text holds a lone surrogate, which no tokenizer takes.
+            DataError: The text contains a lone surrogate, which no tokenizer accepts.
         """
         (found,) = self.encode_all([text], add_special_tokens=add_special_tokens)
         return found
@@ -106,21 +107,21 @@ class ChatTokenizer:
     def encode_all(
         self, texts: Sequence[str], *, add_special_tokens: bool = False
     ) -> list[Encoded]:
-        """Tokenize texts as `encode` does one; several at once take less time.
+        """Tokenize texts in one batch, which is faster than calling `encode` for each.
 
         Raises:
-            DataError: A text holds a lone surrogate.
+            DataError: A text contains a lone surrogate.
         """
         texts = [whole_text(text) for text in texts]
         if not self._fast:
             return [self._one(text, add_special_tokens) for text in texts]
-        # What the tokenizer's own call does, without what it makes for models.
+        # The backend is called directly because the tokenizer's own call also builds model inputs.
         backend = self.tokenizer.backend_tokenizer
         if not spells_bytes(self.tokenizer):
             batch = backend.encode_batch(texts, add_special_tokens=add_special_tokens)
             made = zip(texts, batch, strict=True)
             return [_encoded(text, found.ids, found.offsets) for text, found in made]
-        # Places follow from the bytes at a fraction of what the tokenizer takes for them.
+        # Computing offsets from the tokens' bytes is much faster than asking the backend for them.
         batch = backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
         encoded = []
         for text, found in zip(texts, batch, strict=True):
@@ -134,7 +135,7 @@ class ChatTokenizer:
         return encoded
 
     def _one(self, text: str, add_special_tokens: bool) -> Encoded:
-        """Tokenize a text by the tokenizer's own call."""
+        """Tokenize a text through the tokenizer instead of its backend."""
         if self.tokenizer.is_fast:
             made = self.tokenizer(
                 text, add_special_tokens=add_special_tokens, return_offsets_mapping=True
@@ -144,48 +145,49 @@ class ChatTokenizer:
         _, ends, _ = token_boundaries(self.tokenizer, ids)
         return Encoded(ids, [0, *ends[:-1]] if ends else [], ends)
 
-    def begins_like(self, encoded: Encoded, text: str, question: str) -> int:
-        """Return how many first tokens a text and another text share.
+    def shared_tokens(self, encoded: Encoded, text: str, question: str) -> int:
+        """Return how many leading tokens a conversation and a rendered prompt share.
 
         Args:
             encoded: The tokens of `text`.
-            text: A rendered conversation.
-            question: What may be its beginning, up to where an answer begins.
+            text: The rendered conversation.
+            question: The rendered prompt, usually a prefix of `text`.
 
         Raises:
-            DataError: `question` holds a lone surrogate.
+            DataError: `question` contains a lone surrogate.
         """
-        parted = self._parted(encoded, text, question) if self._fast else None
-        if parted is None:
-            return same_beginning(encoded.ids, self.encode(question).ids)
-        n, rest = parted
+        separated = self._last_separator(encoded, text, question) if self._fast else None
+        if separated is None:
+            return common_prefix_length(encoded.ids, self.encode(question).ids)
+        n, rest = separated
         own = self._tails.get(rest)
         if own is None:
             own = self.encode(rest).ids
             if len(rest) <= _TAIL and len(self._tails) < _TAILS:
                 self._tails[rest] = own
-        return n + same_beginning(encoded.ids[n : n + len(own)], own)
+        return n + common_prefix_length(encoded.ids[n : n + len(own)], own)
 
-    def _parted(self, encoded: Encoded, text: str, question: str) -> tuple[int, str] | None:
-        """Find the last token of a text that parts it, and that another text has there too.
+    def _last_separator(self, encoded: Encoded, text: str, question: str) -> tuple[int, str] | None:
+        """Find the last separator token (see `_separators`) in the common prefix of two texts.
 
-        The two are the same tokens before it.
+        Both texts have the same tokens before it, so only the rest of `question` is tokenized.
 
         Returns:
-            Its number, and the other text from it on; None if there is none.
+            The separator's token index in `encoded`, and `question` from the separator on; None if
+            the common prefix has no separator.
         """
-        shared = len(question) if text.startswith(question) else _same(text, question)
+        shared = len(question) if text.startswith(question) else _common_text_length(text, question)
         for n in range(bisect_right(encoded.ends, shared) - 1, -1, -1):
-            token = self._parting.get(encoded.ids[n])
+            token = self._separators.get(encoded.ids[n])
             if token is not None and text.startswith(token, encoded.starts[n]):
                 return n, question[encoded.starts[n] :]
         return None
 
     @cached_property
-    def _parting(self) -> dict[int, str]:
-        """The added tokens that part what is before them from what is behind them, by id.
+    def _separators(self) -> dict[int, str]:
+        """The separators by id: added tokens that split the text wherever they are spelled.
 
-        Whatever a text goes on with, it has such a token where it has its characters.
+        The text before one is tokenized independently of the text after it.
         """
         added = added_tokens(self.tokenizer)
         every = [str(token) for token in added.values()]
@@ -193,18 +195,18 @@ class ChatTokenizer:
             i: str(token)
             for i, token in added.items()
             if not (token.normalized or token.lstrip or token.rstrip or token.single_word)
-            # Of those that are part of a longer one, the longer one may take the place.
+            # A token that is contained in a longer added token may be matched as the longer one.
             and sum(str(token) in other for other in every) == 1
         }
 
     @cached_property
     def _tails(self) -> dict[str, list[int]]:
-        """The tokens of what templates write behind a question."""
+        """Cached tokens of the text from a prompt's last separator to its end."""
         return {}
 
     @property
     def _fast(self) -> bool:
-        """Whether the tokenizer's backend can be called in place of the tokenizer."""
+        """Whether the backend may be called instead of the tokenizer."""
         if not self.tokenizer.is_fast:
             return False
         backend = self.tokenizer.backend_tokenizer
@@ -212,7 +214,7 @@ class ChatTokenizer:
 
     @cached_property
     def _direct(self) -> bool:
-        """Whether the tokenizer's backend gives the tokens that the tokenizer gives."""
+        """Whether the backend and the tokenizer return the same tokens for a test text."""
         probe = f"It's {self.tokenizer.eos_token or ''}\n\n {self.header} 3 + 3  = six, é."
         backend = self.tokenizer.backend_tokenizer
         for special in (False, True):
@@ -222,10 +224,10 @@ class ChatTokenizer:
         return True
 
     def ids(self, text: str) -> list[int]:
-        """Return the tokens of a plain text, with the special ones that the tokenizer adds.
+        """Return a plain text's token ids, with the special tokens that the tokenizer adds.
 
         Raises:
-            DataError: The text holds a lone surrogate.
+            DataError: The text contains a lone surrogate.
         """
         return list(self.tokenizer(whole_text(text))["input_ids"])
 
@@ -236,7 +238,7 @@ class ChatTokenizer:
 
     @cached_property
     def added(self) -> re.Pattern[str]:
-        """Match any added token that is not white space: `<|im_end|>`, `<think>`, …"""
+        """A pattern of all added tokens that are not white space: `<|im_end|>`, `<think>`, …"""
         texts = {str(token) for token in added_tokens(self.tokenizer).values()}
         texts |= {str(token) for token in self.tokenizer.all_special_tokens}
         wanted = sorted((t for t in texts if t.strip()), key=len, reverse=True)
@@ -244,7 +246,7 @@ class ChatTokenizer:
 
     @cached_property
     def control(self) -> re.Pattern[str]:
-        """Match any control token."""
+        """A pattern of all control tokens."""
         texts = map(str, self.tokenizer.convert_ids_to_tokens(sorted(self.special)))
         wanted = sorted((t for t in texts if t.strip()), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, wanted)) or r"(?!)")
@@ -259,9 +261,9 @@ class ChatTokenizer:
 
     @cached_property
     def header(self) -> str:
-        """What the template writes last before an answer: `<|im_start|>assistant` and a line feed.
+        r"""The generation prompt, which precedes every answer: `<|im_start|>assistant\n`.
 
-        Empty where that cannot be told.
+        Empty if it cannot be determined.
         """
         question = [{"role": "user", "content": _PROBE.format(0)}]
         answer = [{"role": "assistant", "content": _PROBE.format(1)}]
@@ -273,25 +275,25 @@ class ChatTokenizer:
             return ""
         asked = asked.rpartition(_PROBE.format(0))[2]
         between = talk.partition(_PROBE.format(1))[0].rpartition(_PROBE.format(0))[2]
-        both = asked[: _same(asked, between)]
-        if asked == alone != between:  # the template knows no `add_generation_prompt`
+        both = asked[: _common_text_length(asked, between)]
+        if asked == alone != between:  # the template ignores `add_generation_prompt`
             own = between.removeprefix(alone) if between.startswith(alone) else ""
         else:
-            shared = _same(alone, both)
+            shared = _common_text_length(alone, both)
             within = [m.start() for m in self.added.finditer(both) if m.start() < shared < m.end()]
             own = both[min([shared, *within]) :]
         if not own.strip() and not between[len(both) :].strip():
-            own = both  # the end of the question is all that there is: [/INST]
+            own = both  # only the end of the user's turn precedes the answer: [/INST]
         return own if own.strip() else ""
 
     @cached_property
     def scaffolds(self) -> dict[str, Any]:
-        """What the template wrote around messages of some form (`layout`), by that form."""
+        """Scaffolds of conversations by their form (see `layout`)."""
         return {}
 
 
 def _encoded(text: str, ids: list[int], offsets: Sequence[tuple[int, int]]) -> Encoded:
-    """Return tokens with offsets that leave nothing out between them."""
+    """Return tokens with monotonic offsets that include the white space between tokens."""
     if not ids:
         return Encoded([], [], [])
     starts, ends = map(list, zip(*offsets, strict=True))
@@ -299,7 +301,7 @@ def _encoded(text: str, ids: list[int], offsets: Sequence[tuple[int, int]]) -> E
         return Encoded(ids, starts, ends)
     reached = begun = 0
     for n, (start, end) in enumerate(offsets):
-        # Some tokenizers leave spaces out of their offsets (GPT-2's, Llama 3's).
+        # Some tokenizers exclude spaces from their offsets (GPT-2's, Llama 3's).
         if start > reached and text[reached:start].isspace():
             start = reached
         begun, reached = max(begun, start), max(reached, end)
@@ -307,8 +309,8 @@ def _encoded(text: str, ids: list[int], offsets: Sequence[tuple[int, int]]) -> E
     return Encoded(ids, starts, ends)
 
 
-def _same(one: str, two: str) -> int:
-    """Return how many first characters two texts share."""
+def _common_text_length(one: str, two: str) -> int:
+    """Return how many leading characters two texts share."""
     low, high = 0, min(len(one), len(two))
     while low < high:
         middle = (low + high + 1) // 2
@@ -319,17 +321,17 @@ def _same(one: str, two: str) -> int:
     return low
 
 
-def same_beginning(one: Sequence[int], two: Sequence[int]) -> int:
-    """Return how many first tokens two texts share."""
+def common_prefix_length(one: Sequence[int], two: Sequence[int]) -> int:
+    """Return how many leading tokens two sequences share."""
     most = min(len(one), len(two))
     return next((i for i in range(most) if one[i] != two[i]), most)
 
 
 def whole_text(text: str) -> str:
-    """Return a text that tokenizers take.
+    """Return a text unchanged after checking that it can be encoded in UTF-8.
 
     Raises:
-        DataError: It holds half a character: a lone surrogate, which JSON can spell.
+        DataError: The text contains a lone surrogate, which JSON can spell and tokenizers reject.
     """
     try:
         text.encode("utf-8")

@@ -1,10 +1,10 @@
-"""From the text of a rendered conversation back to its messages: a chat template's inverse.
+"""Parse a rendered conversation back into its messages: the inverse of a chat template.
 
-Some hosts keep tokens only, and some data sets hold chats that are rendered already; a guard should
-read a conversation and not a rendered prompt. The template is given conversations whose contents
-are marks; what stands between the marks is what it writes around messages. Every result is rendered
-again and must give the text it came from, and the inverse as a whole must give back known
-conversations, else it is not used.
+Some hosts keep only tokens, and some data sets hold rendered chats, but a guard should read the
+conversation. To learn the template's text between messages, the template renders conversations
+whose contents are marks (see `probes`). Two checks guard against a wrong parse: every result is
+rendered again and must equal the input, and the inverse is used only if it recovers two known
+conversations.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from star_dss_plugin.errors import DataError
 
 __all__ = ["TemplateInverse"]
 
-_NAME = re.compile(r"[\w.$:-]*")  # of a function or an argument, which may be cut
+_NAME = re.compile(r"[\w.$:-]*")  # a function's or argument's name, possibly truncated
 _INSTRUCTING = ("system", "developer")
 _KNOWN = (
     {"role": "system", "content": "Answer in one line."},
@@ -45,16 +45,16 @@ _KNOWN = (
 
 
 class TemplateInverse:
-    """Messages from a chat template's text.
+    """Recover messages from a chat template's output.
 
     Args:
         tokenizer: Renders the template.
         chat_template: The Jinja source; None: the tokenizer's own.
-        template_kwargs: What it is given beside the messages.
+        template_kwargs: Template variables.
 
     Attributes:
         chat: The tokenizer with the template.
-        reliable: Whether known conversations come back.
+        reliable: Whether the inverse recovers the known conversations.
     """
 
     def __init__(
@@ -67,41 +67,41 @@ class TemplateInverse:
         self._openings: set[tuple[str, str]] = set()  # (text, slot)
         self._between: dict[str, set[tuple[str, str]]] = defaultdict(set)  # slot: (text, next slot)
         self._closings: dict[str, set[str]] = defaultdict(set)
-        self._as_text = False  # whether the template takes arguments of calls as JSON text only
+        self._as_text = False  # whether the template accepts call arguments only as JSON text
         for kinds in map(str.split, PROBES):
             thinks = any("thinking" in kind for kind in kinds)
             for name in REASONING if thinks else REASONING[:1]:
                 for linked in (True, False) if "tool" in kinds else (False,):
                     self._learn(kinds, name, linked)
-        self._join_alike()
-        self.reliable = all(self._gives_back(_KNOWN[first:]) for first in (0, 1))
+        self._merge_system_into_user()
+        self.reliable = all(self._recovers(_KNOWN[first:]) for first in (0, 1))
 
     def messages(self, text: str) -> list[dict[str, Any]] | None:
-        """Return the messages that the template renders as `text`, or as a text that begins so.
+        """Return the messages whose rendering is `text` or begins with it.
 
         Args:
-            text: The text, or what a tokenizer decodes that writes a space before each stretch of
-                text.
+            text: The rendered or decoded text. A space that SentencePiece decodes behind each
+                added token is tolerated.
 
         Returns:
-            None if there are none, or the inverse cannot be trusted.
+            None if the text cannot be parsed, or the inverse is not reliable.
         """
-        return next(self._found(text), None)
+        return next(self._candidates(text), None)
 
     def of_tokens(self, ids: Sequence[int]) -> list[dict[str, Any]] | None:
-        """Return the messages that the template and the tokenizer make some tokens of.
+        """Return the messages whose rendering has these tokens.
 
         Returns:
-            None if there are none, the inverse cannot be trusted, or the conversation does not give
-            these tokens (but for the last few, where a row was cut).
+            None if the text cannot be parsed, the inverse is not reliable, or the parsed messages
+            have other tokens (the last four may differ if the row was truncated).
         """
         if not self.reliable:
             return None
         text = decode(self.chat.tokenizer, ids)
         controls = sum(token in self.chat.special for token in ids)
         if len(self.chat.control.findall(text)) != controls:
-            return None  # some are spelled in ordinary tokens: words, and no end of a turn
-        for found in self._found(text):
+            return None  # ordinary tokens spell a control token, which then does not end a turn
+        for found in self._candidates(text):
             again = self.chat.encode(self.chat.render(found)).ids
             cut = 0 if len(again) == len(ids) else 4
             checked = max(0, len(ids) - cut)
@@ -109,22 +109,22 @@ class TemplateInverse:
                 return found
         return None
 
-    def _found(self, text: str) -> Iterator[list[dict[str, Any]]]:
-        """Yield the messages of a text, and of what it is if the tokenizer wrote spaces into it."""
+    def _candidates(self, text: str) -> Iterator[list[dict[str, Any]]]:
+        """Yield the messages of a text as it is, and without spaces that the tokenizer added."""
         for variant in dict.fromkeys((text, self._without_spaces(text))) if self.reliable else ():
             found = self._parse(variant)
             if found is not None:
                 yield found
 
     def question(self, text: str) -> list[dict[str, Any]] | None:
-        """Return the messages of a text that ends where an answer is to begin.
+        """Return the messages of a rendered prompt, which ends where the answer begins.
 
         Returns:
-            None if the template does not render them, with the opening of an answer, as `text`.
+            None if no messages render as `text` with `add_generation_prompt`.
         """
         if not self.reliable or not self.chat.header:
             return None
-        for behind in ("", "?"):  # a header may end in white space that a prompt lacks
+        for behind in ("", "?"):  # a header may end in white space that the prompt lacks
             found = self._parse(text.rstrip() + behind if behind else text, exact=False)
             if found is None or found[-1]["role"] != "assistant":
                 continue
@@ -137,18 +137,18 @@ class TemplateInverse:
         return None
 
     def _without_spaces(self, text: str) -> str:
-        """Return a decoded text without the space that SentencePiece puts behind added tokens."""
+        """Return a decoded text without the space that SentencePiece adds after added tokens."""
         return re.sub(f"({self.chat.added.pattern}) ", r"\1", text)
 
     def _learn(self, kinds: Sequence[str], reasoning: str, linked: bool) -> None:
-        """Take what the template writes around the messages of some kinds."""
+        """Learn the template's text around messages of these kinds."""
         text = None
         for as_text in (False, True) if any("call" in kind for kind in kinds) else (False,):
             made, marked = probe(kinds, reasoning, as_text=as_text, linked=linked)
             try:
                 text = self.chat.render(made)
             except DataError:
-                continue  # templates may refuse a role, an order, or arguments that are no text
+                continue  # templates may refuse a role, an order, or arguments that are not text
             self._as_text |= as_text
             break
         taken = None if text is None else pieces_of(text, marked)
@@ -157,15 +157,18 @@ class TemplateInverse:
         slots, pieces = taken
         self._openings.add((pieces[0], slots[0]))
         for slot, piece, following in zip(slots, pieces[1:], slots[1:], strict=False):
-            # Where answers have no header, what is between two of them is the end of one.
+            # If answers have no header, the text between two of them only ends the first.
             header = self.chat.header
             parts = {slot, following} != {"assistant"} or (header and header in piece)
             if piece and parts:
                 self._between[slot].add((piece, following))
         self._closings[slots[-1]].add(pieces[-1])
 
-    def _join_alike(self) -> None:
-        """Take for a user's every turn that the template writes as one: guards read these."""
+    def _merge_system_into_user(self) -> None:
+        """Parse a system or developer turn as a user's if the template renders both the same way.
+
+        Guards read user turns.
+        """
         users = {text for text, slot in self._openings if slot == "user"}
         alike = {slot for text, slot in self._openings if text in users and slot in _INSTRUCTING}
         begin = self.chat.tokenizer.bos_token or ""
@@ -176,29 +179,28 @@ class TemplateInverse:
                 for piece, f in behind
             }
 
-    def _gives_back(self, known: Sequence[Mapping[str, str]]) -> bool:
-        """Return whether a known conversation comes back.
+    def _recovers(self, known: Sequence[Mapping[str, str]]) -> bool:
+        """Return whether the inverse recovers a known conversation.
 
-        Its system turn may have become part of the first question, or may be refused, as templates
-        do.
+        The system turn is exempt: templates may refuse it or merge it into the first user turn.
         """
         try:
             found = self._parse(self.chat.render(known))
         except DataError:
             return known[0]["role"] == "system"
-        # What was asked and answered, from the first answer on, must be there in any case.
+        # Everything from the first answer on must be recovered exactly.
         answers = 3 if known[0]["role"] == "system" else len(known)
         return found is not None and found[-answers:] == list(known)[-answers:]
 
     def _parse(self, text: str, *, exact: bool = True) -> list[dict[str, Any]] | None:
-        # A call that cannot be told apart is read as words that the turn says.
+        # If parsing tool calls fails, they are parsed as the turn's text.
         for known in (True, False):
             for opening, slot in self._sorted_openings:
                 if text.startswith(opening):
                     slots, behind = self._slots(text, len(opening), slot, calls=known)
                     if any(self._overruns(*one) for one in slots):
                         continue
-                    said = text[: len(text) - behind]  # the template's own words may be cut
+                    said = text[: len(text) - behind]  # the template's last words may be truncated
                     found = self._said(slots, said if exact else None)
                     if found is not None:
                         return found
@@ -208,16 +210,16 @@ class TemplateInverse:
     def _sorted_openings(self) -> list[tuple[str, str]]:
         """The openings in the order in which they are tried.
 
-        The longest first: it may hold a default system turn. "user" before "system", where both
-        look alike: the template makes one turn of them. "system" before "developer", its newer
-        name.
+        The longest come first because they may contain a default system turn. Of equal openings
+        "user" precedes "system", because the template renders them as one turn, and "system"
+        precedes "developer", its newer name.
         """
         ranks = {"user": 0, "system": 1}
         return sorted(self._openings, key=lambda o: (-len(o[0]), ranks.get(o[1], 2), o))
 
     @cached_property
     def _structure(self) -> set[str]:
-        """The control tokens around messages: the template's, and those that begin or end texts."""
+        """The control tokens around messages: the template's, and bos, eos and pad."""
         pieces = [piece for piece, _ in self._openings]
         pieces += [piece for behind in self._between.values() for piece, _ in behind]
         pieces += [piece for closings in self._closings.values() for piece in closings]
@@ -226,11 +228,11 @@ class TemplateInverse:
         return edges | {token for piece in pieces for token in self.chat.control.findall(piece)}
 
     def _overruns(self, slot: str, text: str) -> bool:
-        """Return whether what seems to stand in a slot holds what comes behind it."""
+        """Return whether a slot's text contains text of the template that should follow it."""
         if self._header and self._header in text:
-            return True  # of the next answer
+            return True  # the next answer's header
         if any(token in text for token in self._structure):
-            return True  # a message that no probe has: of another role, or at another place
+            return True  # a message that no probe has: another role, or another position
         if slot in NAMES:
             return not _NAME.fullmatch(text)
         if slot not in IN_CALLS:
@@ -240,14 +242,14 @@ class TemplateInverse:
 
     @cached_property
     def _header(self) -> str:
-        """What stands before every answer: without a thought that headers of prompts begin."""
+        """The generation prompt without the `<think>` tag that some templates add to it."""
         pieces = TAGS.split(self.chat.header)
         return pieces[0].strip() or self.chat.header.strip()
 
     def _said(
         self, slots: Sequence[tuple[str, str]], text: str | None
     ) -> list[dict[str, Any]] | None:
-        """Return the messages of some slots; None if there are none that give a text."""
+        """Return the messages of slots; None if none of their readings renders as `text`."""
         calls = any(slot in IN_CALLS for slot, _ in slots)
         for linked in (False, True) if calls else (False,):
             for reasoning in (*REASONING, None):
@@ -259,9 +261,19 @@ class TemplateInverse:
     def _slots(
         self, text: str, position: int, slot: str, *, calls: bool
     ) -> tuple[list[tuple[str, str]], int]:
-        """Return what stands in each slot from a position on, and how much follows the last."""
+        """Split a text into slots.
+
+        Args:
+            text: The rendered text.
+            position: Where the first slot begins.
+            slot: The first slot's kind.
+            calls: Whether slots of tool calls are recognised.
+
+        Returns:
+            (kind, text) of each slot, and the number of characters behind the last slot.
+        """
         found: list[tuple[str, str]] = []
-        ahead: dict[str, int] = {}  # where each piece comes next; −1: nowhere
+        ahead: dict[str, int] = {}  # each piece's next position; -1: it does not occur
 
         def next_of(piece: str) -> int:
             if 0 <= ahead.get(piece, 0) < max(position, 1):
@@ -284,18 +296,18 @@ class TemplateInverse:
         return [*found, (slot, last)], len(text) - position - len(last)
 
     def _unclosed(self, last: str, slot: str) -> str:
-        """Return the last content without what the template writes behind it, which may be cut."""
+        """Return the last content without the template's text behind it, which may be truncated."""
         behind = self._closings[slot] | {piece for piece, _ in self._between[slot]}
         endings = {piece[:n] for piece in behind for n in self._cuts(piece)}
         return last.removesuffix(max((e for e in endings if last.endswith(e)), key=len, default=""))
 
     def _cuts(self, piece: str) -> list[int]:
-        """Return where a piece may be cut, its end included: not within an added token."""
+        """Return the lengths to which a piece may be truncated: never within an added token."""
         within = [match.span() for match in self.chat.added.finditer(piece)]
         return [n for n in range(1, len(piece) + 1) if not any(a < n < b for a, b in within)]
 
     def _renders(self, messages: Sequence[Mapping[str, Any]], text: str) -> bool:
-        """Return whether the messages give the text; rows may be cut within a character."""
+        """Return whether the messages render as `text`, which may be truncated in a character."""
         try:
             rendered = self.chat.render(messages)
         except DataError:

@@ -1,10 +1,10 @@
-"""Find where each message stands in a rendered conversation.
+"""Locate each message in a rendered conversation.
 
-The template is rendered once with marks in place of what is said, which shows what it writes around
-messages: the *scaffold*. Filled with what is said, the scaffold must give the rendered text,
-character by character; then every message's place is known, and nothing was guessed. Conversations
-of one form (the same roles, fields and white space) share a scaffold, so that each of them is
-rendered once.
+The conversation is rendered a second time with marks in place of its contents. The text between the
+marks is the *scaffold*: what the template writes around messages. Filled with the contents, the
+scaffold must equal the rendered text, character by character; then every message's position is
+certain. Conversations of the same form (roles, fields and white space) share a scaffold, so the
+second rendering is needed only once per form.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from star_dss_plugin.errors import DataError
 __all__ = ["TAGS", "Layout", "Turn", "generated_spans", "lay_out"]
 
 _OPEN, _CLOSE, _BEGIN, _END = "\ue0f0", "\ue0f1", "\ue0f2", "\ue0f3"
-_SCAFFOLDS = 2048  # kept at most, each about as long as a conversation
+_SCAFFOLDS = 2048  # cached at most, each about as long as a conversation
 _SPOKEN = ("reasoning_content", "reasoning", "thinking", "tool_plan", "content")
 TAGS = re.compile(
     r"(</?think>|</?thought>|</?tool_response>|\[/?THINK\]|<\|(?:START|END)_THINKING\|>)"
 )
-"""What templates look for in a content, which stays in its place."""
+"""Tags that templates search for in a content; marks must not replace them."""
 _GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One assistant's turn in a rendered conversation.
+    """One assistant turn in a rendered conversation; positions are in characters.
 
     Attributes:
-        message: Its index.
-        begin: First character behind what the template writes before an answer.
-        words: Spans of what is said: reasoning, content and tool calls, in order. A turn that says
-            nothing has an empty span.
-        whole: Whether the words are the message's content and nothing else.
-        right: Where the next words of another message begin, or the text ends.
-        calls: Whether the turn ends with a call of a function.
+        message: The message's index.
+        begin: Where the turn begins: the end of the generation prompt.
+        words: Spans [start, end) of the reasoning, content and tool calls, in order. A turn without
+            text has one empty span.
+        whole: Whether the words are exactly the message's content.
+        right: Where the next message's text begins, or the conversation's end.
+        calls: Whether the turn ends with a tool call.
     """
 
     message: int
@@ -59,13 +59,13 @@ class Turn:
 
 @dataclass(frozen=True)
 class Layout:
-    """A rendered conversation, and where everything stands in it.
+    """A rendered conversation and the positions of its messages, in characters.
 
     Attributes:
         text: The rendered conversation.
-        turns: The assistant's turns that stand in it, in order.
-        others: (first character, one past the last, message) of what others say, in order.
-        generated: What the template itself marks as generated; None if it marks nothing.
+        turns: The assistant turns that it contains, in order.
+        others: (start, end, message index) of the text of other roles, in order.
+        generated: Spans that the template marks with `{% generation %}`; None if it marks none.
     """
 
     text: str
@@ -74,7 +74,7 @@ class Layout:
     generated: tuple[tuple[int, int], ...] | None
 
     def turns_in(self, start: int, end: int) -> tuple[Turn, ...]:
-        """Return the turns that say something within some characters."""
+        """Return the turns with words between two characters."""
         first = bisect_left(self.turns, start, key=lambda turn: turn.words[-1][1])
         last = bisect_right(self.turns, end, key=lambda turn: turn.words[0][0])
         return self.turns[first:last]
@@ -82,7 +82,15 @@ class Layout:
 
 @dataclass(frozen=True)
 class _Mark:
-    """What stands in one place: some words of a message, or the name of a function it calls."""
+    """What a mark replaces: a text of a message, or the name of a function that it calls.
+
+    Attributes:
+        message: The message's index.
+        text: The text, without white space around it.
+        lead: White space before the text.
+        trail: White space behind it.
+        call: The tool call's index, if `text` is a function's name.
+    """
 
     message: int
     text: str
@@ -94,23 +102,23 @@ class _Mark:
 def lay_out(
     chat: ChatTokenizer, messages: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any]
 ) -> tuple[str, Layout | None]:
-    """Render a conversation and find its messages.
+    """Render a conversation and locate its messages.
 
     Args:
         chat: The tokenizer and its template.
         messages: The conversation as it is given.
-        arguments: Of the template.
+        arguments: Template variables.
 
     Returns:
-        The text, and its layout; None where the messages' places are not certain, because the
-        template rewrites what is said.
+        The text and its layout. The layout is None if the messages' positions are uncertain because
+        the template rewrites contents.
 
     Raises:
         DataError: The template cannot render the messages.
     """
     text = chat.render(messages, **arguments)
     for empty in (True, False):
-        marked, marks, opening, form = _marked(messages, arguments, empty, _minds_tags(chat.source))
+        marked, marks, opening, form = _marked(messages, arguments, empty, _reads_tags(chat.source))
         if form not in chat.scaffolds:
             if len(chat.scaffolds) >= _SCAFFOLDS:
                 chat.scaffolds.clear()
@@ -126,17 +134,17 @@ def lay_out(
 def _marked(
     messages: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any], empty: bool, tags: bool
 ) -> tuple[list[dict[str, Any]], list[_Mark], str, str]:
-    """Put marks in place of what is said.
+    """Replace a conversation's contents by marks.
 
     Args:
         messages: The conversation.
-        arguments: Of the template; they must not look like marks either.
-        empty: Whether a content that says nothing gets a mark too.
-        tags: Whether the template looks for tags of thought in a content.
+        arguments: Template variables, which must not contain marks either.
+        empty: Whether a blank content gets a mark too.
+        tags: Whether the template searches contents for reasoning tags.
 
     Returns:
-        The conversation with marks, what each mark stands for, how marks begin, and the form:
-        conversations that have the same one share a scaffold.
+        The conversation with marks, what each mark replaces, the string that opens a mark, and the
+        conversation's form: the key of its scaffold.
     """
     opening = _OPEN
     while True:
@@ -147,7 +155,7 @@ def _marked(
         shown = json.dumps([marked, dict(arguments)], default=repr, ensure_ascii=False)
         if shown.count(opening) == len(marks):
             return marked, marks, opening, opening + shown
-        opening += _OPEN  # the data holds it: it may come from an attacker
+        opening += _OPEN  # the data contains the opening, perhaps an attacker's
 
 
 def _marked_message(
@@ -160,7 +168,7 @@ def _marked_message(
     def of_text(text: str, empty: bool) -> str:
         if not text.strip():
             return text + mark("", text) if empty else text
-        # To a template that knows no such tags they are words like any other.
+        # To a template that does not search for reasoning tags they are ordinary text.
         pieces = TAGS.split(text) if tags and _has_tags(text) else [text]
         made = []
         for i, piece in enumerate(pieces):
@@ -169,7 +177,7 @@ def _marked_message(
                 made.append(piece)
                 continue
             before, _, behind = piece.partition(body)
-            # White space beside a tag is the tag's.
+            # White space next to a tag belongs to the tag.
             shown = mark(body, before, behind) if len(pieces) == 1 else mark(body)
             made.append(before + shown + behind)
         return "".join(made)
@@ -201,16 +209,25 @@ def _scaffold(
     arguments: Mapping[str, Any],
     opening: str,
 ) -> list[str] | None:
-    """Render a conversation with marks: literal texts, with a mark's number or a sign between."""
+    """Render a conversation with marks, and split it at marks and signs.
+
+    Returns:
+        A flat list of triples: a literal text, then a mark's number or None, then a sign (see
+        `_with_signs`) or None. A literal text ends the list. None if rendering the marks fails.
+    """
     try:
-        text = chat.render(marked, **{**arguments, **_signed(chat, opening)})
+        text = chat.render(marked, **{**arguments, **_with_signs(chat, opening)})
     except DataError:
         return None
     return re.split(f"{opening}(?:([0-9]+){_CLOSE}|({_BEGIN}|{_END}))", text)
 
 
-def _signed(chat: ChatTokenizer, opening: str) -> dict[str, str]:
-    """Return the argument for a template that writes signs where generated text begins and ends."""
+def _with_signs(chat: ChatTokenizer, opening: str) -> dict[str, str]:
+    """Return a `chat_template` argument that writes signs at `{% generation %}` boundaries.
+
+    Returns:
+        Empty if the template has no `{% generation %}`.
+    """
     begin, end = opening + _BEGIN, opening + _END
 
     def sign(match: re.Match[str]) -> str:
@@ -229,12 +246,12 @@ def generated_spans(
     arguments: Mapping[str, Any],
     text: str,
 ) -> tuple[tuple[int, int], ...] | None:
-    """Return what the template marks as generated, wherever messages stand.
+    """Return what the template marks with `{% generation %}`, without a layout.
 
     Args:
         chat: The tokenizer and its template.
         messages: The conversation.
-        arguments: Of the template.
+        arguments: Template variables.
         text: The rendered conversation.
 
     Returns:
@@ -243,7 +260,7 @@ def generated_spans(
     opening = _OPEN
     while opening in text:
         opening += _OPEN
-    if not (signed := _signed(chat, opening)):
+    if not (signed := _with_signs(chat, opening)):
         return None
     pieces = re.split(
         f"{opening}[{_BEGIN}{_END}]", chat.render(messages, **{**arguments, **signed})
@@ -257,11 +274,11 @@ def generated_spans(
 def _fill(
     text: str, scaffold: Sequence[str] | None, marks: Sequence[_Mark]
 ) -> tuple[list[tuple[int, int, _Mark]], list[int]] | None:
-    """Compare a text with a filled scaffold.
+    """Fill a scaffold with the contents, and compare the result with the rendered text.
 
     Returns:
-        Where marks stand, and where what is generated begins and ends in turn; None if the texts
-        differ.
+        (start, end, mark) of each mark, and the positions where generated text alternately begins
+        and ends; None if the texts differ.
     """
     if scaffold is None:
         return None
@@ -294,7 +311,7 @@ def _layout(
     places: Sequence[tuple[int, int, _Mark]],
     generated: Sequence[int],
 ) -> Layout | None:
-    """Return the layout of a filled scaffold; None if a turn stands in several places."""
+    """Return the layout of a filled scaffold; None if a turn is repeated or out of order."""
     spoken = [m["role"] == "assistant" for m in messages]
     expected = Counter(mark.message for mark in marks)
     seen: set[int] = set()
@@ -304,7 +321,7 @@ def _layout(
         again = id(mark) in seen
         seen.add(id(mark))
         if mark.call is not None and again:
-            continue  # a function's name may be written again where its result is
+            continue  # a template may repeat a function's name with the function's result
         if groups and groups[-1][0][2].message == mark.message:
             groups[-1].append(place)
         else:
@@ -333,33 +350,33 @@ def _layout(
 
 
 @cache
-def _minds_tags(template: str) -> bool:
-    """Return whether a template looks for tags of thought in what a turn says."""
+def _reads_tags(template: str) -> bool:
+    """Return whether a template searches contents for reasoning tags."""
     return bool(TAGS.search(template))
 
 
 def _has_tags(text: str) -> bool:
-    """Return whether tags of thought stand in a text."""
+    """Return whether a text contains reasoning tags."""
     return ("<" in text or "[" in text) and bool(TAGS.search(text))
 
 
 def _reasons(chat: ChatTokenizer, message: Mapping[str, Any]) -> bool:
-    """Return whether a message says something beside its content, or marks parts of it."""
+    """Return whether a message has reasoning, in a field of its own or in tags in its content."""
     content = message.get("content")
     if any(isinstance(message.get(n), str) and message[n].strip() for n in _SPOKEN[:-1]):
         return True
-    return isinstance(content, str) and _minds_tags(chat.source) and _has_tags(content)
+    return isinstance(content, str) and _reads_tags(chat.source) and _has_tags(content)
 
 
 def _begin(chat: ChatTokenizer, text: str, left: int, place: tuple[int, int, _Mark]) -> int:
-    """Return where an answer begins: behind the template's header, or with its first word."""
+    """Return where a turn begins: after the generation prompt, or else at its first text."""
     first, _, mark = place
     at = text.rfind(chat.header, left, first) if chat.header else -1
     if at >= 0:
         return at + len(chat.header)
     if mark.call is None:
         return first
-    # A call has words of the template's before the function's name.
+    # Before a tool call's function name the template writes text of its own.
     return max((m.end() for m in chat.added.finditer(text, left, first)), default=first)
 
 
@@ -371,7 +388,7 @@ def _words(
     right: int,
     message: Mapping[str, Any],
 ) -> list[tuple[int, int]]:
-    """Return the spans of what a turn says, with the white space that belongs to it."""
+    """Return the spans of a turn's words, with the white space of the message around them."""
     found: list[tuple[int, int]] = []
     calls = calls_of(message)
     for i, (start, end, mark) in enumerate(group):

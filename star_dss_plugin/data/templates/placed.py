@@ -1,4 +1,4 @@
-"""Find a row's tokens in its rendered conversation, and what is said before and in some of them."""
+"""Locate a row's tokens in its rendered conversation, and return the text in and before them."""
 
 from __future__ import annotations
 
@@ -29,15 +29,16 @@ from star_dss_plugin.data.templates.tokenized import Tokenized
 __all__ = ["Placed", "place", "place_bytes"]
 
 _BETWEEN = "\n\n"
-"""Stands for what a template writes between two things that an assistant says."""
+"""Replaces the template's text between two spans of an assistant's words."""
 _INSTRUCTING = ("system", "developer")
 
 
 def place_bytes(chat: ChatTokenizer, ids: Sequence[int], row: Mapping[str, Any]) -> Placed | None:
-    """Find a row's tokens at the beginning of its conversation, which need not be tokenized.
+    """Locate a row's tokens by their bytes, without tokenizing its conversation.
 
     Returns:
-        None if their bytes are not what the conversation begins with, or not known.
+        None if the row has no conversation or no certain layout, or if the tokens' bytes are
+        unknown or not a prefix of the rendered conversation.
     """
     if conversation_of(row) is None and not isinstance(row.get("prompt"), list):
         return None
@@ -61,17 +62,17 @@ def place_bytes(chat: ChatTokenizer, ids: Sequence[int], row: Mapping[str, Any])
     return None
 
 
-def place(chat: ChatTokenizer, ids: Sequence[int], made: Tokenized) -> Placed | None:
-    """Find a row's tokens among those of its conversation; None if they are others."""
-    if made.layout is None or made.source is None:
+def place(chat: ChatTokenizer, ids: Sequence[int], tokenized: Tokenized) -> Placed | None:
+    """Locate a row's tokens among those of its conversation; None if they do not occur there."""
+    if tokenized.layout is None or tokenized.source is None:
         return None
-    full = made.encoded
+    full = tokenized.encoded
     bos = chat.tokenizer.bos_token_id
-    # A host may have put the token that begins texts before what the template writes.
+    # A host may have put a bos token before the template's text.
     for skipped in (0, 1) if bos is not None and ids[:1] == [bos] else (0,):
         rest = list(ids[skipped:])
         if rest == full.ids and not skipped:
-            return Placed(made.layout, made.source, full, True)
+            return Placed(tokenized.layout, tokenized.source, full, True)
         for start in (0, len(full.ids) - len(rest)):
             cut = slice(start, start + len(rest))
             if start >= 0 and full.ids[cut] == rest:
@@ -80,24 +81,24 @@ def place(chat: ChatTokenizer, ids: Sequence[int], made: Tokenized) -> Placed | 
                 head = [first] * skipped
                 exact = full.exact and not skipped
                 places = Encoded(list(ids), head + starts, head + ends, exact)
-                return Placed(made.layout, made.source, places, start == 0)
-    # The same text in other tokens: hosts may tokenize it in pieces.
+                return Placed(tokenized.layout, tokenized.source, places, start == 0)
+    # Hosts may tokenize the text in pieces, which gives other tokens for the same text.
     text, reached, _ = token_boundaries(chat.tokenizer, ids)
-    if made.text.startswith(text.rstrip(REPLACEMENT)):
+    if tokenized.text.startswith(text.rstrip(REPLACEMENT)):
         places = Encoded(list(ids), [0, *reached[:-1]], reached)
-        return Placed(made.layout, made.source, places, True)
+        return Placed(tokenized.layout, tokenized.source, places, True)
     return None
 
 
 @dataclass(frozen=True)
 class Placed:
-    """A row's tokens in its rendered conversation.
+    """A row's tokens and their positions in its rendered conversation.
 
     Attributes:
-        layout: Of the conversation.
-        source: Its messages.
-        places: The tokens, and where they lie in the conversation's text.
-        whole: Whether they begin where it begins.
+        layout: The conversation's layout.
+        source: The conversation's messages.
+        places: The row's tokens, with offsets into the conversation's text.
+        whole: Whether the tokens begin at the conversation's beginning.
     """
 
     layout: Layout
@@ -108,7 +109,11 @@ class Placed:
     def said(
         self, chat: ChatTokenizer, turns: Sequence[Turn], start: int, end: int
     ) -> tuple[str, list[int], list[bool]]:
-        """Return what turns say in some tokens, as `Reading` has it: text, ends, complete."""
+        """Return the words of turns in the tokens [start, end).
+
+        Returns:
+            `text`, `ends` and `complete` as in `context.Reading`.
+        """
         text, places = self.layout.text, self.places
         first, last = places.starts[start], places.ends[end - 1]
         if places.exact:
@@ -120,9 +125,10 @@ class Placed:
         return *_joined(decoded, ends, spans), complete
 
     def turns(self, start: int, end: int) -> tuple[Turn, ...]:
-        """Return the turns that some tokens are of; none if others speak in these tokens too.
+        """Return the assistant turns in the tokens [start, end); none if another role speaks there.
 
-        The first token may hold the end of a question, and the last the beginning of the next.
+        The first token may contain the end of a user's turn, and the last the beginning of the
+        next.
         """
         starts, ends, others = self.places.starts, self.places.ends, self.layout.others
         low = bisect_right(others, ends[start], key=lambda other: other[1])
@@ -133,9 +139,12 @@ class Placed:
         return self.layout.turns_in(starts[start], ends[end - 1])
 
     def other(self, start: int, end: int) -> str | None:
-        """Return the role of somebody else whose words some tokens are; None if an assistant's too.
+        """Return the other role that speaks in the tokens [start, end).
 
-        Words that share a token with the template's, or with an assistant's, do not count.
+        Only tokens that lie entirely within that role's words count.
+
+        Returns:
+            None if an assistant speaks there too, or no other role does.
         """
         starts, ends = self.places.starts, self.places.ends
         if self.layout.turns_in(starts[start], ends[end - 1]):
@@ -149,21 +158,22 @@ class Placed:
     def _inside(
         self, turns: Sequence[Turn], start: int, end: int, text: str, ends: Sequence[int]
     ) -> list[tuple[int, int]]:
-        """Return where some tokens' decoded text is what turns say.
+        """Return the spans of decoded tokens that are words of turns.
 
         Args:
-            turns: Those that the tokens are of.
+            turns: The turns that the tokens belong to.
             start: The first token.
             end: One past the last token.
             text: The decoded text of the tokens.
-            ends: How far it reaches after each of them.
+            ends: The length of `text` after each token.
         """
         first = self.places.starts[start]
         spans = [span for turn in turns for span in turn.words]
         known = text if self.layout.text.startswith(text, first) else text.rstrip(REPLACEMENT)
         if self.layout.text.startswith(known, first):
             return _within(((a - first, b - first) for a, b in spans), 0, len(known))
-        # The tokens stand for another spelling (NFC), or bring spaces of their own (SentencePiece).
+        # The decoded text differs from the rendered one: normalised (NFC), or with spaces that the
+        # tokenizer added (SentencePiece).
         found = []
         for a, b in spans:
             low = bisect_right(self.places.ends, a, start, end)
@@ -176,7 +186,7 @@ class Placed:
         return found
 
     def before(self, turn: Turn, start: int) -> str:
-        """Return what a turn says before a token, up to what is said in that token."""
+        """Return a turn's words before a token, separated from the token's own words."""
         first = self.places.starts[start]
         earlier = [(a, min(b, first)) for a, b in turn.words if a < first]
         said = _BETWEEN.join(self.layout.text[a:b] for a, b in earlier)
@@ -184,7 +194,13 @@ class Placed:
         return said if goes_on or not said else said + _BETWEEN
 
     def context(self, turn: Turn, start: int) -> tuple[Message, ...] | None:
-        """Return the messages before a turn; None if they are not what stands before a token."""
+        """Return the messages before a turn that also precede the token `start`.
+
+        System messages that the template leaves out or moves behind the token are excluded.
+
+        Returns:
+            None if the text before the token has other messages than those before the turn.
+        """
         k = turn.message
         first = self.places.starts[start]
         before = bisect_right(self.layout.others, first, key=lambda other: other[1])
@@ -196,9 +212,10 @@ class Placed:
 
     @cached_property
     def _instructions(self) -> dict[int, int]:
-        """Where each system message ends; 0 if the template leaves it out.
+        """The position where each system message ends; 0 if the template leaves the message out.
 
-        Templates may drop one, or move it to a later question: the model is not shown it before.
+        Templates may drop a system message or move it into a later user turn; the model does not
+        see it before that.
         """
         found = {
             k: 0
@@ -212,12 +229,12 @@ class Placed:
 
     @cached_property
     def _latest(self) -> list[int]:
-        """The latest message, up to each place where others speak; templates may move messages."""
+        """The largest message index up to each entry of `layout.others`; templates may reorder."""
         return list(accumulate((m for _, _, m in self.layout.others), max))
 
     @cached_property
     def _missing(self) -> int:
-        """The first message of a user or a tool that is not in the text; beyond all if all are."""
+        """The index of the first user or tool message that the text lacks; `len(_said)` if none."""
         there = {m for _, _, m in self.layout.others}
         missing = (
             k
@@ -230,7 +247,7 @@ class Placed:
 
     @cached_property
     def _said(self) -> list[Message]:
-        """The messages, with what stands in the text of the assistant's."""
+        """The messages, with the assistant's contents as the template rendered them."""
         said = [text_message(message) for message in self.source]
         there = {turn.message: turn for turn in self.layout.turns}
         for k, message in enumerate(said):
@@ -242,7 +259,7 @@ class Placed:
 
 
 def _within(spans: Iterable[tuple[int, int]], first: int, last: int) -> list[tuple[int, int]]:
-    """Return the parts of spans that lie between two characters."""
+    """Return the parts of spans that lie within [first, last)."""
     cut = ((max(a, first), min(b, last)) for a, b in spans)
     return [(a, b) for a, b in cut if a < b]
 
@@ -250,12 +267,15 @@ def _within(spans: Iterable[tuple[int, int]], first: int, last: int) -> list[tup
 def _joined(
     text: str, ends: Sequence[int], spans: Sequence[tuple[int, int]]
 ) -> tuple[str, list[int]]:
-    """Return the parts of a text that spans name, and how far they reach after each token.
+    """Join spans of a text.
 
     Args:
         text: Any text.
-        ends: How far it reaches after each token; never decreasing.
-        spans: In order, and none of them empty.
+        ends: The length of `text` after each token; never decreasing.
+        spans: Non-empty spans in order.
+
+    Returns:
+        The joined text, and its length after each token.
     """
     parts: list[str] = []
     reached: list[int] = []

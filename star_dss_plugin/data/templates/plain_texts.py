@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from star_dss_plugin.data.templates.chat import ChatTokenizer, Encoded, same_beginning, whole_text
+from star_dss_plugin.data.templates.chat import (
+    ChatTokenizer,
+    Encoded,
+    common_prefix_length,
+    whole_text,
+)
 from star_dss_plugin.data.templates.layout import Layout, Turn, lay_out
 from star_dss_plugin.data.templates.rendered import is_rendered, parsed_chat, parsed_prompt
 from star_dss_plugin.data.templates.tokenized import Plan, Tokenized, joined_runs
@@ -14,7 +19,7 @@ __all__ = ["of_text", "of_texts"]
 
 
 def of_text(text: str, chat: ChatTokenizer) -> Plan:
-    """Read a text that is trained as a whole."""
+    """Plan a plain text; every token is trained."""
     whole = _with_eos(chat, text)
     rendered = is_rendered(text, chat)
 
@@ -26,7 +31,7 @@ def of_text(text: str, chat: ChatTokenizer) -> Plan:
 
 
 def of_texts(prompt: str, completion: str, chat: ChatTokenizer) -> Plan:
-    """Join a prompt and a completion that are texts."""
+    """Plan a plain-text prompt and completion; the completion is trained."""
     text = whole_text(prompt + _with_eos(chat, completion))
     asked = chat.ids(prompt)
     rendered = is_rendered(prompt, chat)
@@ -36,7 +41,7 @@ def of_texts(prompt: str, completion: str, chat: ChatTokenizer) -> Plan:
         source = [*source, {"role": "assistant", "content": completion}]
 
     def behind_the_prompt(encoded: Encoded) -> Tokenized:
-        common = same_beginning(encoded.ids, asked)
+        common = common_prefix_length(encoded.ids, asked)
         trained = joined_runs([(common, len(encoded.ids))])
         unread = source is None
         return Tokenized(encoded, text, trained, layout, source, rendered=unread, plain=True)
@@ -51,14 +56,14 @@ def _plain_layout(
     source: Sequence[Mapping[str, Any]],
     chat: ChatTokenizer,
 ) -> Layout:
-    """Return where a prompt's messages and a completion stand in their text."""
+    """Return the layout of a prompt's messages and its completion."""
     k = len(source)
     turn = _rendered_turn(prompt, completion, source, chat)
     if turn is None:
         inner = _without_control(completion, chat)
         begin, end = len(prompt) + inner[0], len(prompt) + inner[1]
         turn = Turn(k, len(prompt), ((begin, end),), inner == (0, len(completion)), len(text))
-    # What was said before is known as a whole, not where in the prompt.
+    # The messages of the prompt are known, but not their positions in it.
     earlier = [m for m in range(k) if source[m]["role"] == "assistant"]
     turns = (*(Turn(m, 0, ((0, 0),), True, 0) for m in earlier), turn)
     return Layout(text, turns, tuple((0, len(prompt), m) for m in range(k)), None)
@@ -67,9 +72,9 @@ def _plain_layout(
 def _rendered_turn(
     prompt: str, completion: str, source: Sequence[Mapping[str, Any]], chat: ChatTokenizer
 ) -> Turn | None:
-    """Return the turn of a completion with which a rendered prompt goes on; None if it is none.
+    """Return the turn of the completion of a rendered prompt; None if it cannot be parsed.
 
-    So what the template writes within an answer, as around a thought, is none of its words.
+    Its words exclude what the template writes within an answer, such as the tags of a thought.
     """
     text = (prompt + completion).rstrip()
     messages = parsed_chat(text, chat) if is_rendered(prompt, chat) else None
@@ -83,7 +88,7 @@ def _rendered_turn(
 
 
 def _without_control(completion: str, chat: ChatTokenizer) -> tuple[int, int]:
-    """Return the part of a completion that lies within the control tokens around it."""
+    """Return the span of a completion without the added tokens at its beginning and end."""
     start, end = 0, len(completion)
     while (match := chat.added.match(completion, start)) is not None and match.end() > start:
         start = match.end()

@@ -1,7 +1,7 @@
-"""Conversations of marks: what a chat template writes between them is what it writes around words.
+"""Conversations of marks, which show the text that a chat template writes around contents.
 
-A mark stands in a *slot*: what a user says, a thought, the name of a function that is called, a key
-or a value of its arguments. Templates that write arguments as JSON have one slot for all of them.
+Each mark fills a *slot*: a message's content, a thought, a called function's name, or a key or
+value of its arguments. Templates that write arguments as JSON have one slot for all of them.
 """
 
 from __future__ import annotations
@@ -32,20 +32,21 @@ __all__ = [
 THOUGHT, CALL, ARGUMENTS, KEY, VALUE = "reasoning", "call", "arguments", "key", "value"
 CALL_ID, TOOL_ID, TOOL_NAME = "call id", "tool's call id", "tool's name"
 AGAIN = "again"
-"""What has been written before in the text: the name of a function, or the id of its call."""
+"""The slot of a name or id that the text repeats."""
 IN_CALLS = frozenset({CALL, ARGUMENTS, KEY, VALUE, CALL_ID})
 NAMES = frozenset({CALL, KEY, CALL_ID, TOOL_ID, TOOL_NAME})
-"""Slots of one word."""
+"""Slots that hold one word."""
 REASONING = ("reasoning_content", "thinking", "reasoning")
-"""Fields that templates look for reasoning in."""
+"""Message fields in which templates look for reasoning."""
 
-_MARK = re.compile("\ue0f0([0-9]+)\ue0f1")  # private use: in no template
-_UNWRITTEN = frozenset({CALL_ID, TOOL_ID, TOOL_NAME})  # by most templates
-_REPEATED = frozenset({CALL, *_UNWRITTEN})  # by some, where the result is
+_MARK = re.compile("\ue0f0([0-9]+)\ue0f1")  # private-use characters, which no template contains
+_UNWRITTEN = frozenset({CALL_ID, TOOL_ID, TOOL_NAME})  # slots that most templates leave out
+_REPEATED = frozenset({CALL, *_UNWRITTEN})  # slots that some templates repeat with the result
 _TURN = frozenset({"thinking", "answer", "call", "bare"})
 
-# Kinds of messages that are learned from. An assistant's turn is its parts: "thinking" is a thought
-# before what is said, "call" the call of a function, "bare" one without arguments.
+# The conversations that the inverse learns from. An assistant turn is written as its parts:
+# "thinking" (a thought), "answer" (the content), "call" (a tool call) and "bare" (a tool call
+# without arguments).
 PROBES = (
     "user answer",
     "system user answer",
@@ -98,16 +99,16 @@ def probe(
     """Return a conversation of marks, and the slot of each mark.
 
     Args:
-        kinds: Of its messages, as in `PROBES`.
+        kinds: The kinds of its messages, as in `PROBES`.
         reasoning: The field for thoughts.
-        as_text: Whether calls have their arguments as JSON text.
-        linked: Whether results have the ids of their calls, and a function's name.
+        as_text: Whether call arguments are JSON text.
+        linked: Whether results have their call's id and a function's name.
     """
     slots: list[str] = []
 
     def mark(slot: str) -> str:
         slots.append(slot)
-        # Nine characters: templates may ask that of an id.
+        # Nine characters, because some templates require ids of that length.
         return f"\ue0f0{len(slots) - 1:07d}\ue0f1"
 
     def call(arguments: int) -> dict[str, Any]:
@@ -140,15 +141,15 @@ def probe(
 
 
 def pieces_of(text: str, slots: Sequence[str]) -> tuple[list[str], list[str]] | None:
-    """Take a rendered probe apart.
+    """Split a rendered probe into slots and the template's text around them.
 
     Args:
         text: The rendered probe.
-        slots: Of its marks.
+        slots: The slot of each mark.
 
     Returns:
-        The slots in the order of the text, and the template's own words before, between and behind
-        them; None if a message was dropped, written twice or moved: then there is no way back.
+        The slots in the order of the text, and the template's text before, between and behind
+        them. None if the template dropped, repeated or moved a message, which cannot be inverted.
     """
     numbers = [int(n) for n in _MARK.findall(text)]
     pieces = _MARK.split(text)[::2]
@@ -157,7 +158,7 @@ def pieces_of(text: str, slots: Sequence[str]) -> tuple[list[str], list[str]] | 
         again = n in seen
         if again and slots[n] not in _REPEATED:
             return None
-        # The id of a call stands with its result too.
+        # A call's id is written again as its result's id.
         found.append((TOOL_ID if slots[n] == CALL_ID else AGAIN) if again else slots[n])
         seen.add(n)
         if not again and slots[n] not in _UNWRITTEN:
@@ -168,7 +169,7 @@ def pieces_of(text: str, slots: Sequence[str]) -> tuple[list[str], list[str]] | 
 
 
 def _with_json(slots: Sequence[str], pieces: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Make one slot of arguments that are written as a JSON object, braces included."""
+    """Merge the keys and values of a JSON object into one slot that includes the braces."""
     found: list[str] = []
     words = [pieces[0]]
     i = 0

@@ -1,4 +1,4 @@
-"""Recognise what is a chat already: rendered prompts in plain columns, and rows of tokens."""
+"""Recognise rendered chats in plain texts and tokenized rows, and parse them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _inverses: WeakKeyDictionary[ChatTokenizer, TemplateInverse] = WeakKeyDictionary
 
 
 def is_rendered(text: str, chat: ChatTokenizer) -> bool:
-    """Return whether a plain text holds the tokenizer's own marks of turns.
+    """Return whether a plain text contains the model's own turn markers.
 
-    They are the template's header of an answer, if a control token is part of it, or any control
-    token within the text that does not just begin or end texts.
+    These are the generation prompt, if an added token is part of it, or any control token other
+    than bos, eos and pad.
     """
     header = chat.header.strip()
     if header and chat.added.search(header) and header in text:
@@ -28,17 +28,17 @@ def is_rendered(text: str, chat: ChatTokenizer) -> bool:
 
 
 def parsed_prompt(prompt: str, chat: ChatTokenizer) -> list[dict[str, Any]] | None:
-    """Return the messages of a rendered prompt; None if the template does not render it so."""
+    """Return the messages that the template renders as this prompt; None if there are none."""
     return _inverse(chat).question(prompt) if chat.source else None
 
 
 def parsed_chat(text: str, chat: ChatTokenizer) -> list[dict[str, Any]] | None:
-    """Return the messages of a rendered chat; None if the template does not render it so."""
+    """Return the messages that the template renders as this chat; None if there are none."""
     return _inverse(chat).messages(text) if chat.source else None
 
 
 def parsed_tokens(ids: Sequence[int], chat: ChatTokenizer) -> list[dict[str, Any]] | None:
-    """Return the messages of which one of the known templates makes some tokens; None if none."""
+    """Return the messages that one of the known templates renders as these tokens, or None."""
     for one in (chat, *chat.others):
         found = _inverse(one).of_tokens(ids) if one.source else None
         if found is not None:

@@ -1,4 +1,4 @@
-"""The messages that the slots of a taken-apart conversation make."""
+"""Build messages from the slots of a parsed conversation."""
 
 from __future__ import annotations
 
@@ -28,42 +28,42 @@ _OF_TOOLS = {TOOL_ID: "tool_call_id", TOOL_NAME: "name"}
 def messages_of(
     slots: Sequence[tuple[str, str]], reasoning: str | None, *, as_text: bool, linked: bool
 ) -> list[dict[str, Any]] | None:
-    """Return the messages that some slots make.
+    """Return the messages that slots form.
 
     Args:
-        slots: Kinds and texts.
-        reasoning: The field for reasoning; None: it stands in the content, between tags.
-        as_text: Whether arguments of calls stay JSON text.
-        linked: Whether calls and results that have no ids get some, and results their function's
-            name.
+        slots: (kind, text) of each slot.
+        reasoning: The field for reasoning; None: the content holds it, between `<think>` tags.
+        as_text: Whether call arguments stay JSON text.
+        linked: Whether to give missing ids to calls and results, and the function's name to
+            results.
 
     Returns:
-        None if a call's arguments are not JSON, or too deep to be read, or there is another field
-        for no reasoning.
+        None if a call's arguments are not valid JSON or nested too deeply, or if no slot is a
+        thought and `reasoning` is not the first of `REASONING` (the messages would be the same).
     """
     if not any(slot == THOUGHT for slot, _ in slots) and reasoning != REASONING[0]:
         return None
-    made = _Made(reasoning, as_text)
+    builder = _Builder(reasoning, as_text)
     try:
         for slot, text in slots:
-            made.add(slot, text)
+            builder.add(slot, text)
     except (ValueError, RecursionError):
         return None
     if linked:
-        _link(made.messages)
-    return made.messages
+        _link(builder.messages)
+    return builder.messages
 
 
 @dataclass
-class _Made:
-    """Messages that grow by what stands in each slot.
+class _Builder:
+    """Messages under construction.
 
     Attributes:
         reasoning: The field for reasoning; None: the content.
-        as_text: Whether arguments of calls stay JSON text.
-        messages: Those that are there.
-        open: The assistant's turn that what it says will be added to.
-        ahead: What was told of a call or a result that is still to come.
+        as_text: Whether call arguments stay JSON text.
+        messages: The messages so far.
+        open: The assistant turn whose thought has been added and whose content comes next.
+        ahead: Fields (ids, a tool's name) of a call or result that has not been added yet.
     """
 
     reasoning: str | None
@@ -73,11 +73,10 @@ class _Made:
     ahead: dict[str, str] = field(default_factory=dict)
 
     def add(self, slot: str, text: str) -> None:
-        """Add what stands in a slot.
+        """Add a slot's text to the messages.
 
         Raises:
-            ValueError: A call's arguments are not what the template takes, or no call stands
-                before them.
+            ValueError: Arguments come before any call, or have another form than `as_text` says.
         """
         if slot == THOUGHT:
             self.open = self._turn()
@@ -122,15 +121,16 @@ class _Made:
         elif slot == KEY:
             calls[-1]["function"]["arguments"][text] = ""
         else:
-            # Whatever the value was, as a text it is written like this.
+            # The value's type is unknown, but as a string it is rendered the same.
             arguments = calls[-1]["function"]["arguments"]
             arguments[next(reversed(arguments))] = text
 
 
 def _link(messages: Sequence[dict[str, Any]]) -> None:
-    """Give calls and results ids, and results names, where they have none; results come in order.
+    """Add missing ids to calls and results, and missing function names to results.
 
-    The ids have nine characters, which templates may ask for.
+    Results are matched to calls in order. Ids have nine characters because some templates require
+    that.
     """
     count = 0
     waiting: list[dict[str, Any]] = []

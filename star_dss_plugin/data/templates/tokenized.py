@@ -1,4 +1,4 @@
-"""Say what a row's text is as tokens, and what stands where in it."""
+"""Hold a row's rendered text, its tokens, and which of them are trained."""
 
 from __future__ import annotations
 
@@ -17,19 +17,18 @@ Runs = list[tuple[int, int]]
 
 @dataclass(frozen=True)
 class Tokenized:
-    """A row's text as tokens, and what stands where in it.
+    """A tokenized row, and the positions of its messages and trained tokens.
 
     Attributes:
         encoded: The tokens of `text`.
         text: The rendered conversation, or the plain text.
-        trained: The runs [start, end) of tokens that are trained, in order: what assistants say,
-            ends of turn included. They are not empty, and do not touch each other. None: the row's
-            form does not tell.
-        layout: Where the messages stand; None if that is not certain, or there are none.
+        trained: The runs [start, end) of trained tokens, in order: assistant turns with their
+            end-of-turn tokens. No run is empty and no two touch. None if it cannot be determined.
+        layout: The positions of the messages; None if they are uncertain or there are no messages.
         source: The messages; None for a plain text.
         problem: Why `trained` is None.
-        rendered: Whether a plain text is a chat that is rendered already, and not understood.
-        plain: Whether the row has a plain prompt and completion.
+        rendered: Whether a plain text is a rendered chat that could not be parsed.
+        plain: Whether the row has a plain-text prompt and completion.
     """
 
     encoded: Encoded
@@ -44,12 +43,12 @@ class Tokenized:
 
 @dataclass(frozen=True)
 class Plan:
-    """A row as a text that is to be tokenized.
+    """A row that has been rendered but not tokenized.
 
     Attributes:
         text: The rendered conversation, or the plain text.
-        finish: Makes the row's tokens what `read_row` returns.
-        plain: Whether the tokenizer adds its own special tokens.
+        finish: Turns the tokens of `text` into the result of `read_row`.
+        plain: Whether the tokenizer adds its special tokens.
     """
 
     text: str
@@ -61,7 +60,7 @@ class Plan:
 
 
 def joined_runs(found: Iterable[tuple[int, int]]) -> Runs:
-    """Return runs of tokens in order, those that touch or overlap joined, empty ones left out."""
+    """Sort runs of tokens, merge those that touch or overlap, and drop empty ones."""
     joined: Runs = []
     for start, end in sorted(found):
         if start >= end:
@@ -74,14 +73,14 @@ def joined_runs(found: Iterable[tuple[int, int]]) -> Runs:
 
 
 def runs_within(found: Runs, kept: slice) -> Runs:
-    """Return the runs of some tokens, counted from the first of these on."""
+    """Return the parts of runs within `kept`, with indices relative to `kept.start`."""
     first, last = kept.start, kept.stop
     cut = ((max(start, first) - first, min(end, last) - first) for start, end in found)
     return [(start, end) for start, end in cut if start < end]
 
 
 def labels_of(ids: Sequence[int], trained: Runs) -> list[int]:
-    """Return one label for each token: itself where it is trained, and -100 elsewhere."""
+    """Return one label per token: the token's id if it is trained, else -100."""
     labels = [IGNORE_INDEX] * len(ids)
     for start, end in trained:
         labels[start:end] = ids[start:end]

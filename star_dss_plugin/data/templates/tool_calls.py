@@ -1,4 +1,4 @@
-"""Find what a tool call says in a rendered conversation."""
+"""Locate tool calls in a rendered conversation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 __all__ = ["call_spans", "calls_of", "named"]
 
-# Words that templates write between control tokens; they say who speaks to whom, and how.
+# Words of channel and recipient headers, which templates write between control tokens.
 _RESIDUE = frozenset({"analysis", "assistant", "commentary", "final", "function", "json", "model"})
 _CLOSING = re.compile(r"[\s}\]\"']*")
 
@@ -27,7 +27,7 @@ def calls_of(message: Mapping[str, Any]) -> list[tuple[Any, Any, Any]]:
 
 
 def named(call: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return a tool call with another name for its function."""
+    """Return a tool call with its function renamed."""
     if isinstance(call.get("function"), Mapping):
         return {**call, "function": {**call["function"], "name": name}}
     return {**call, "name": name}
@@ -36,17 +36,17 @@ def named(call: Mapping[str, Any], name: str) -> dict[str, Any]:
 def call_spans(
     text: str, place: tuple[int, int, int, int], arguments: Any, control: re.Pattern[str]
 ) -> list[tuple[int, int]]:
-    """Return the spans of a tool call without the control tokens around and in it.
+    """Return the spans of a tool call, without the control tokens in and around it.
 
     Args:
         text: The rendered conversation.
-        place: Where the turn's earlier words end, the function's name begins and ends, and the next
-            words begin.
-        arguments: Of the call: a mapping, or its JSON text.
+        place: Four positions: the end of the turn's earlier words, the begin and end of the
+            function's name, and the beginning of the next words.
+        arguments: The call's arguments: a mapping, or JSON text.
         control: Matches control tokens.
 
     Returns:
-        From the piece that holds the name to the end of the arguments, at least the name.
+        The spans from the piece with the name to the end of the arguments; at least the name.
     """
     reached, start, end, limit = place
     before = [match.end() for match in control.finditer(text, reached, start)]
@@ -69,7 +69,7 @@ def call_spans(
 
 
 def _end_of(text: str, start: int, limit: int, arguments: Any, otherwise: int) -> int:
-    """Return where the arguments of a call end; as they are spelled, or leaf by leaf."""
+    """Return where a call's arguments end; `otherwise` if they are not found."""
     known = arguments
     if isinstance(arguments, str):
         at = text.find(arguments, start, limit)
@@ -81,13 +81,17 @@ def _end_of(text: str, start: int, limit: int, arguments: Any, otherwise: int) -
             return otherwise
     try:
         found = _end_of_known(text, start, limit, known)
-    except RecursionError:  # newer Pythons read JSON that is deeper than they write or walk
+    except RecursionError:  # newer Pythons read deeper JSON than they can write or traverse
         found = None
     return otherwise if found is None else found
 
 
 def _end_of_known(text: str, start: int, limit: int, known: Any) -> int | None:
-    """Return where arguments end that are no text; None if they are spelled in another way."""
+    """Return where parsed arguments end: spelled as JSON, or else key by key and value by value.
+
+    Returns:
+        None if a key or value is not found.
+    """
     for separators in ((", ", ": "), (",", ":")):
         for ascii_only in (False, True):
             spelled = json.dumps(known, separators=separators, ensure_ascii=ascii_only, default=str)
@@ -104,7 +108,7 @@ def _end_of_known(text: str, start: int, limit: int, known: Any) -> int | None:
 
 
 def _leaves(value: Any) -> Iterator[str]:
-    """Yield keys and values, as they are written."""
+    """Yield the keys and values in nested arguments as text."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield str(key)

@@ -1,4 +1,4 @@
-"""Find which tokens of a rendered conversation are trained: what assistants say."""
+"""Determine the trained tokens of a rendered conversation: the assistant's turns."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def of_conversation(
     first: int,
     assistant_only_loss: bool,
 ) -> Plan:
-    """Render a conversation; the assistant's turns from message `first` on are trained."""
+    """Plan a conversation; the assistant turns from message `first` on are trained."""
     arguments = template_arguments(row)
     text, layout = lay_out(chat, source, arguments)
     generated = layout.generated if layout else generated_spans(chat, source, arguments, text)
@@ -47,12 +47,12 @@ def _turns(
     source: list[dict[str, Any]],
     chat: ChatTokenizer,
     first: int,
-    made: tuple[str, Layout | None, Encoded],
+    parts: tuple[str, Layout | None, Encoded],
     generated: Sequence[tuple[int, int]] | None,
     assistant_only_loss: bool,
 ) -> Tokenized:
-    """Find which tokens of a rendered conversation are trained."""
-    text, layout, encoded = made
+    """Return a tokenized conversation with the runs of its trained tokens."""
+    text, layout, encoded = parts
     turns = [t for t in layout.turns if t.message >= first] if layout else []
     if generated is not None:
         begin = turns[0].begin if first and turns else 0
@@ -67,7 +67,7 @@ def _turns(
 
 
 def _speaking(source: list[dict[str, Any]], first: int) -> int:
-    """Return how many assistant turns from message `first` on say something."""
+    """Return how many assistant turns from message `first` on are not empty."""
     return sum(
         m["role"] == "assistant" and bool(text_of(m.get("content")) or m.get("tool_calls"))
         for m in source[first:]
@@ -75,16 +75,16 @@ def _speaking(source: list[dict[str, Any]], first: int) -> int:
 
 
 def _tokens(encoded: Encoded, start: int, end: int) -> tuple[int, int]:
-    """Return the run of tokens of some characters."""
+    """Return the run of tokens that overlap the characters [start, end)."""
     return bisect_right(encoded.ends, start), bisect_left(encoded.starts, end)
 
 
 def _of_turn(encoded: Encoded, chat: ChatTokenizer, text: str, turn: Turn) -> Runs:
-    """Return which tokens of a turn are trained, with its end: the model must learn to stop.
+    """Return the runs of a turn's trained tokens: its words and its end-of-turn tokens.
 
-    The end is the first control token behind the words. Where the token that stops generation
-    stands behind others (Cohere's), it is all of them up to that one. Behind a call of a function
-    the template's own text may come first.
+    The end of a turn is trained because the model must learn to stop. It is the first control token
+    after the words, or all control tokens up to eos if eos follows others (Cohere's template).
+    After a tool call, text of the template may come before it.
     """
     end = turn.words[-1][1]
     words = _tokens(encoded, turn.begin, end)
@@ -108,14 +108,14 @@ def _of_turn(encoded: Encoded, chat: ChatTokenizer, text: str, turn: Turn) -> Ru
 def of_completion(
     row: Mapping[str, Any], source: list[dict[str, Any]], chat: ChatTokenizer
 ) -> Plan:
-    """Render a prompt of messages and a completion that an assistant says, trained as a whole."""
+    """Plan a prompt of messages and an assistant's completion; the whole completion is trained."""
     arguments, prompt = template_arguments(row), row["prompt"]
     text, layout = lay_out(chat, source, arguments)
     question = chat.render(prompt, add_generation_prompt=True, **arguments)
     whole_text(question)
 
     def behind_the_question(encoded: Encoded) -> Tokenized:
-        common = chat.begins_like(encoded, text, question)
+        common = chat.shared_tokens(encoded, text, question)
         trained = joined_runs([(common, len(encoded.ids))])
         return Tokenized(encoded, text, trained, layout, source)
 
