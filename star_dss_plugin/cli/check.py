@@ -112,9 +112,9 @@ def _choose(path: Path, raw: dict[str, Any], plugins: Plugins) -> str:
             f"{path} could be a configuration for each of {' and '.join(claimants)}:\n{known}\n"
             f"Remove what belongs to the others, or say which it is: --integration {claimants[0]}"
         )
-    keys = ", ".join(raw) if raw else "nothing"
+    keys = f"the keys {', '.join(raw)}" if raw else "no keys"
     raise ConfigError(
-        f"{path} has {keys}, and no integration recognizes it by these. Known are:\n{known}\n"
+        f"{path} has {keys}, and no integration recognizes it. Known are:\n{known}\n"
         "Correct its keys, name its integration with --integration NAME, or install the plugin "
         "that has it (`star-dss plugins` lists those that are installed)."
     )

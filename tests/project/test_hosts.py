@@ -269,12 +269,14 @@ def path(tmp_path):
 
 
 def test_a_file_that_no_integration_knows_is_an_error_that_lists_them(path):
-    with pytest.raises(ConfigError, match="has mine, and no integration recognizes it") as error:
+    with pytest.raises(
+        ConfigError, match="has the keys mine, and no integration recognizes it"
+    ) as error:
         check_config(path, data=False)
     for host in load_plugins().hosts():
         assert f"{host.name}: {host.integration.configuration}" in str(error.value)
     path.write_text("{}")
-    with pytest.raises(ConfigError, match="has nothing, by which"):
+    with pytest.raises(ConfigError, match="has no keys, and no integration recognizes it"):
         check_config(path, data=False)
 
 
