@@ -49,7 +49,6 @@ class Qwen3GuardStreamModel(_qwen3.Qwen3PreTrainedModel):  # type: ignore[misc]
         super().__init__(config)
         self.model = _qwen3.Qwen3Model(config)
         hidden, inner = config.hidden_size, config.guard_inner_size
-        norm = _qwen3.Qwen3RMSNorm
         for query in ("", "query_"):
             risks = getattr(config, f"num_{query}risk_level")
             categories = getattr(config, f"num_{query}category")
@@ -63,7 +62,7 @@ class Qwen3GuardStreamModel(_qwen3.Qwen3PreTrainedModel):  # type: ignore[misc]
             }
             for name, layer in layers.items():
                 self.add_module(name, layer)
-        self.post_init()  # type: ignore[no-untyped-call]
+        self.post_init()
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Return risk logits of the response up to each token: (B, T) ids to (B, T, levels)."""
