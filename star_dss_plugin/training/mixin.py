@@ -24,7 +24,9 @@ from star_dss_plugin.training.rows.stream import ScoredStream
 from star_dss_plugin.training.run_record import add_section
 from star_dss_plugin.training.sequence_parts import (
     group_of_parts,
+    is_part,
     one_pass,
+    own_tokens,
     parts_per_row,
     trained_tokens,
 )
@@ -205,10 +207,12 @@ class StarDSSMixin(_Base):
         """
         parts = self.star_dss_state is not None and parts_per_row(self.accelerator) > 1
         if parts and batch_samples:
-            alone = not self.args.average_tokens_across_devices
-            return trained_tokens(
-                batch_samples, self.accelerator.device, group_of_parts() if alone else None
-            )
+            device = self.accelerator.device
+            if self.args.average_tokens_across_devices:
+                return trained_tokens(batch_samples, device)
+            if is_part(batch_samples[0]):
+                return trained_tokens(batch_samples, device, group_of_parts())
+            return own_tokens(batch_samples, device)  # an evaluation's, whole
         return super()._get_num_items_in_batch(batch_samples, *args)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:

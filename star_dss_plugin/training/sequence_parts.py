@@ -35,6 +35,7 @@ __all__ = [
     "group_of_parts",
     "is_part",
     "one_pass",
+    "own_tokens",
     "padded",
     "part_of",
     "parts_per_row",
@@ -192,10 +193,15 @@ def trained_tokens(
         device: Where it computes.
         group: Those whose tokens count; all of them must call this. None: all that there are.
     """
-    targets = [b["shift_labels"] if is_part(b) else b["labels"][:, 1:] for b in batches]
-    total = torch.stack([(labels != IGNORE_INDEX).sum() for labels in targets]).sum().to(device)
+    total = own_tokens(batches, device)
     torch.distributed.all_reduce(total, group=group)
     return total
+
+
+def own_tokens(batches: Sequence[Mapping[str, Any]], device: torch.device | str) -> Tensor:
+    """Return the number of trained tokens in the batches of this process alone."""
+    targets = [b["shift_labels"] if is_part(b) else b["labels"][:, 1:] for b in batches]
+    return torch.stack([(labels != IGNORE_INDEX).sum() for labels in targets]).sum().to(device)
 
 
 def one_pass(loader: Iterator[Any]) -> Iterator[Any]:
