@@ -12,7 +12,7 @@ def keep_other_models_whole(cfg: Any) -> None:
 
     For `lora_qkv_kernel` and `lora_o_kernel` Axolotl rewrites the attention's class, whose forward
     pass then calls methods that it gives to the layers of the trained model alone. Any other model
-    of the class, such as a guard, would stop with an AttributeError. So the class gets
+    of the class, such as a named reference, would stop with an AttributeError. So the class gets
     the methods that compute what was there before; the trained model's own come first.
 
     Args:
