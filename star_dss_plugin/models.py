@@ -27,6 +27,7 @@ from transformers.integrations import deepspeed as hf_deepspeed
 
 from star_dss_plugin.errors import ConfigError, GuardError, StarDSSError
 from star_dss_plugin.smollm2 import SMOLLM2, resolve_model
+from star_dss_plugin.unpatched import unpatched
 
 __all__ = [
     "UNLOADABLE",
@@ -83,9 +84,27 @@ def read_model(
     if missing := sorted(report["missing_keys"]):
         # transformers initializes them at random and continues.
         raise ValueError(f"its files lack the weights {missing[:3]}")
-    if exact and (unexpected := sorted(report["unexpected_keys"])):
+    unexpected = sorted(report["unexpected_keys"])
+    if exact and unexpected:
         raise ValueError(f"its files have weights of another model: {unexpected[:3]}")
+    if lost := [name for name in unexpected if _is_of_a_layer(model, name)]:
+        raise ValueError(
+            f"{type(model).__name__} has no place for weights of its own layers, such as "
+            f"{lost[0]}: something has replaced these layers in this process (Liger's have no biases)"
+        )
     return model.eval()
+
+
+def _is_of_a_layer(model: nn.Module, name: str) -> bool:
+    """Return whether a file's weight or bias belongs to a layer that the model has."""
+    path, _, kind = name.rpartition(".")
+    if kind not in ("weight", "bias"):  # scales of quantized files, buffers of older ones
+        return False
+    try:
+        layer = model.get_submodule(path)
+    except AttributeError:
+        return False
+    return layer is not model and not any(layer.children()) and any(layer._parameters)
 
 
 _RAM_EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
@@ -287,7 +306,7 @@ def load_weights(
     exact: bool = False,
     **hub: Any,
 ) -> Any:
-    """Load a guard's frozen model.
+    """Load a guard's frozen model, by classes of transformers that no host has patched.
 
     Args:
         auto: The class whose `from_pretrained` loads the model.
@@ -302,7 +321,8 @@ def load_weights(
         GuardError: The files are missing, damaged or incomplete.
     """
     try:
-        model = read_model(auto, source, dtype=dtype, exact=exact, **hub)
+        with unpatched():
+            model = read_model(auto, source, dtype=dtype, exact=exact, **hub)
     except UNLOADABLE as error:
         raise not_loadable(name, source, error) from error
     return torch.nn.Module.to(model.requires_grad_(False), device)

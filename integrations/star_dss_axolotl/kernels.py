@@ -12,9 +12,9 @@ def keep_other_models_whole(cfg: Any) -> None:
 
     For `lora_qkv_kernel` and `lora_o_kernel` Axolotl patches the attention class so that its
     forward pass calls `apply_qkv` and `apply_o`, and sets these methods on the trained model's
-    layers. Any other model of the class, such as a guard, would raise an AttributeError. With the
-    original computation as methods of the class, other models run unchanged; the trained model's
-    instance methods take precedence.
+    layers. Any other model of the class, such as a named reference, would raise an AttributeError.
+    With the original computation as methods of the class, other models run unchanged; the trained
+    model's instance methods take precedence.
 
     Args:
         cfg: Axolotl's configuration. Call this after Axolotl has patched the class and before it

@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, Qwen3Config, Qwen3Model, Qwen3PreTrainedModel
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+from transformers import AutoTokenizer, Qwen3Config
 
 from star_dss_plugin.data.requests import Message, PrefixRequest
 from star_dss_plugin.guards.attempts import Markers
@@ -30,6 +29,7 @@ from star_dss_plugin.models import (
     resolve_dtype,
     weights_fingerprint,
 )
+from star_dss_plugin.unpatched import unpatched_module
 from star_dss_plugin.validation import probability
 
 __all__ = ["Qwen3GuardStreamModel", "Qwen3StreamGuard"]
@@ -39,26 +39,30 @@ logger = logging.getLogger(__name__)
 _LABELS = ("Safe", "Unsafe", "Controversial")
 _RESPONSES_PER_CALL = 64
 
+_qwen3: Any = unpatched_module("transformers.models.qwen3.modeling_qwen3")
 
-class Qwen3GuardStreamModel(Qwen3PreTrainedModel):
+
+class Qwen3GuardStreamModel(_qwen3.Qwen3PreTrainedModel):  # type: ignore[misc]
     """Add four heads to a Qwen3. The heads named `query_` judge questions and are not used here."""
 
     def __init__(self, config: Qwen3Config) -> None:
         super().__init__(config)
-        self.model = Qwen3Model(config)
+        self.model = _qwen3.Qwen3Model(config)
         hidden, inner = config.hidden_size, config.guard_inner_size
         for query in ("", "query_"):
             risks = getattr(config, f"num_{query}risk_level")
             categories = getattr(config, f"num_{query}category")
             layers = {
                 f"{query}risk_level_category_pre": nn.Linear(hidden, inner, bias=False),
-                f"{query}risk_level_category_layernorm": Qwen3RMSNorm(inner, config.rms_norm_eps),
+                f"{query}risk_level_category_layernorm": _qwen3.Qwen3RMSNorm(
+                    inner, config.rms_norm_eps
+                ),
                 f"{query}risk_level_head": nn.Linear(inner, risks, bias=False),
                 f"{query}category_head": nn.Linear(inner, categories, bias=False),
             }
             for name, layer in layers.items():
                 self.add_module(name, layer)
-        self.post_init()  # type: ignore[no-untyped-call]
+        self.post_init()
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Return risk logits, (B, T, levels), of the response up to each token of (B, T) ids."""

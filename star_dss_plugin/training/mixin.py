@@ -21,7 +21,9 @@ from star_dss_plugin.training.checkpoints import check_checkpoint
 from star_dss_plugin.training.rows.stream import ScoredStream
 from star_dss_plugin.training.run_record import add_section
 from star_dss_plugin.training.sequence_parallel import (
+    is_part,
     one_epoch,
+    own_tokens,
     sequence_parallel_group,
     sequence_parallel_size,
     trained_tokens,
@@ -206,10 +208,12 @@ class StarDSSMixin(_Base):
         """
         parts = self.star_dss_state is not None and sequence_parallel_size(self.accelerator) > 1
         if parts and batch_samples:
-            alone = not self.args.average_tokens_across_devices
-            return trained_tokens(
-                batch_samples, self.accelerator.device, sequence_parallel_group() if alone else None
-            )
+            device = self.accelerator.device
+            if self.args.average_tokens_across_devices:
+                return trained_tokens(batch_samples, device)
+            if is_part(batch_samples[0]):
+                return trained_tokens(batch_samples, device, sequence_parallel_group())
+            return own_tokens(batch_samples, device)  # an evaluation: whole rows
         return super()._get_num_items_in_batch(batch_samples, *args)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -33,6 +33,7 @@ __all__ = [
     "fixed_length",
     "is_part",
     "one_epoch",
+    "own_tokens",
     "padded",
     "part_of",
     "sequence_parallel_group",
@@ -197,10 +198,15 @@ def trained_tokens(
         device: This process's device.
         group: The process group, every member of which must call this; None: all processes.
     """
-    targets = [b["shift_labels"] if is_part(b) else b["labels"][:, 1:] for b in batches]
-    total = torch.stack([(labels != IGNORE_INDEX).sum() for labels in targets]).sum().to(device)
+    total = own_tokens(batches, device)
     torch.distributed.all_reduce(total, group=group)
     return total
+
+
+def own_tokens(batches: Sequence[Mapping[str, Any]], device: torch.device | str) -> Tensor:
+    """Return the number of trained tokens in the batches of this process alone."""
+    targets = [b["shift_labels"] if is_part(b) else b["labels"][:, 1:] for b in batches]
+    return torch.stack([(labels != IGNORE_INDEX).sum() for labels in targets]).sum().to(device)
 
 
 def one_epoch(loader: Iterator[Any]) -> Iterator[Any]:

@@ -15,7 +15,7 @@ from star_dss_plugin import DataError, StarDSSError, attach
 from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN
 from star_dss_plugin.logprobs import full_kl, token_logprobs
 from star_dss_plugin.loss import Shaping, shaped_loss
-from star_dss_plugin.training import sequence_parallel
+from star_dss_plugin.training import mixin, sequence_parallel
 from star_dss_plugin.training.loss_check import _shortest_row
 from star_dss_plugin.training.rows.collation import TokenColumnsCollator
 from star_dss_plugin.training.sequence_parallel import (
@@ -24,6 +24,7 @@ from star_dss_plugin.training.sequence_parallel import (
     exchanging_in_eval,
     is_part,
     one_epoch,
+    own_tokens,
     padded,
     part_of,
     trained_tokens,
@@ -136,6 +137,30 @@ def test_tokens_are_counted_in_parts_as_in_whole_rows(monkeypatch, group):
     parts = [part_of(batch, 2, index) for index in (0, 1)]
     assert trained_tokens(parts, "cpu", group) == trained_tokens([batch], "cpu", group) == 6 + 10
     assert counted == [(16, group)] * 2
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_an_evaluation_divides_by_the_tokens_that_its_loss_is_averaged_over(monkeypatch, together):
+    """It reads whole rows, each process its own: alone, the others' do not count."""
+    groups = []
+    monkeypatch.setattr(
+        torch.distributed, "all_reduce", lambda total, group: groups.append(group) or total.mul_(2)
+    )
+    monkeypatch.setattr(mixin, "sequence_parallel_group", lambda: "of this row")
+    given = SimpleNamespace(
+        star_dss_state=object(),
+        args=SimpleNamespace(average_tokens_across_devices=together),
+        accelerator=SimpleNamespace(
+            device="cpu", parallelism_config=SimpleNamespace(sp_size=2), num_processes=2
+        ),
+        get_tp_size=lambda: 1,
+    )
+    whole = collate(rows([9, 13]), 2)
+    for batch, part in ((whole, False), (part_of(whole, 2, 1), True)):
+        own = int(own_tokens([batch], "cpu"))
+        found = mixin.StarDSSMixin._get_num_items_in_batch(given, [batch])
+        assert int(found) == own * times_averaged(given, part=part), (together, part)
+    assert groups == ([None, None] if together else ["of this row"])
 
 
 @pytest.mark.parametrize(

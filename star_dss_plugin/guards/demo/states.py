@@ -19,6 +19,7 @@ from star_dss_plugin.data.requests import Message
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.guards.base import batches
 from star_dss_plugin.smollm2 import DEFAULT_SYSTEM, load_smollm2
+from star_dss_plugin.unpatched import unpatched
 
 __all__ = [
     "LAYERS",
@@ -76,7 +77,8 @@ class Backbone:
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, batch_tokens: int) -> None:
-        model, tokenizer = load_smollm2(dtype)
+        with unpatched():
+            model, tokenizer = load_smollm2(dtype)
         self._tokenizer: Any = tokenizer
         self._model: Any = model.get_decoder()
         self._model.layers = self._model.layers[: max(LAYERS)]

@@ -23,7 +23,7 @@ def attention(monkeypatch):
 
 
 def test_another_model_of_a_rewritten_class_computes_the_same(tmp_path, model_dir, attention):
-    """A guard or a named reference of the trained model's architecture."""
+    """A named reference, say, of the trained model's architecture."""
     cfg = loaded(tmp_path, configuration(tmp_path, model_dir, **LORA | KERNELS))
     ids = torch.arange(6)[None]
     model = AutoModelForCausalLM.from_pretrained(model_dir)

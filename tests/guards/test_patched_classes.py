@@ -1,0 +1,142 @@
+"""Guards in a process whose modules of transformers a host has patched, before or afterwards."""
+
+import pytest
+import torch
+from support.models import make_tokenizer, tiny_llama
+from support.standin_guards import TINY
+from support.verdict_guards import QUESTION, TEXT, describe
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Qwen3Config
+from transformers.models.llama import modeling_llama
+from transformers.models.qwen3 import modeling_qwen3
+
+from star_dss_plugin import ConfigError, load_guard
+from star_dss_plugin.data.requests import PrefixRequest
+from star_dss_plugin.guards.qwen3_stream import Qwen3GuardStreamModel
+from star_dss_plugin.models import load_weights, read_model
+from star_dss_plugin.training.reference.choice import _load_named
+
+REQUEST = PrefixRequest(tuple(QUESTION), TEXT, (4, 9, len(TEXT)))
+CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
+
+
+class WithoutBiases(nn.Module):
+    """An MLP that drops what it does not know, as Liger's does."""
+
+    def __init__(self, config):
+        super().__init__()
+        sizes = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(*sizes, bias=False)
+        self.up_proj = nn.Linear(*sizes, bias=False)
+        self.down_proj = nn.Linear(*reversed(sizes), bias=False)
+
+    def forward(self, x):
+        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def on_a_gpu_alone(*_, **__):
+    raise ValueError("Pointer argument (at 0) cannot be accessed from Triton (cpu tensor?)")
+
+
+def patch(monkeypatch, module, prefix):
+    """Replace what Liger and Axolotl replace, for the whole process."""
+    monkeypatch.setattr(module, "apply_rotary_pos_emb", on_a_gpu_alone)
+    monkeypatch.setattr(module, f"{prefix}MLP", WithoutBiases)
+    monkeypatch.setattr(getattr(module, f"{prefix}Attention"), "forward", on_a_gpu_alone)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tokenizer = make_tokenizer()
+    model = tiny_llama(len(tokenizer), mlp_bias=True)
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(weight)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_verdict_guard_gives_the_same_scores(folder, monkeypatch, late):
+    (expected,) = load_guard(describe(folder)).trajectories([REQUEST])
+    guard = load_guard(describe(folder))
+    if late:  # as with a stream, whose guard was there before the host's patches
+        guard.trajectories([REQUEST])
+    patch(monkeypatch, modeling_llama, "Llama")
+    (found,) = guard.trajectories([REQUEST])
+    assert found.scores == expected.scores
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_ligers_kernels_do_not_compute_a_guard(folder, monkeypatch, late):
+    """They would stop on a CPU."""
+    pytest.importorskip("liger_kernel")
+    from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+    (expected,) = load_guard(describe(folder)).trajectories([REQUEST])
+    guard = load_guard(describe(folder))
+    if late:
+        guard.trajectories([REQUEST])
+    for name in ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP"):
+        monkeypatch.setattr(modeling_llama, name, getattr(modeling_llama, name))
+    apply_liger_kernel_to_llama(fused_linear_cross_entropy=False)
+    assert modeling_llama.LlamaMLP.__name__ == "LigerSwiGLUMLP"
+    (found,) = guard.trajectories([REQUEST])
+    assert found.scores == expected.scores
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_classifier_gives_the_same_logits(folder, monkeypatch, late):
+    made = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    made.save_pretrained(folder)
+    ids = torch.arange(4, 16)[None]
+    expected = made(ids).logits
+
+    def load():
+        return load_weights(AutoModelForSequenceClassification, "test", str(folder), **CPU)
+
+    model = load() if late else None
+    patch(monkeypatch, modeling_llama, "Llama")
+    assert torch.equal((model or load())(ids).logits, expected)
+
+
+def test_a_streaming_guard_gives_the_same(monkeypatch):
+    config = Qwen3Config(**TINY, vocab_size=40, guard_inner_size=16)
+    for name in ("risk_level", "category", "query_risk_level", "query_category"):
+        setattr(config, f"num_{name}", 3)
+    model = Qwen3GuardStreamModel(config).eval()
+    expected = model(torch.arange(6)[None])
+    patch(monkeypatch, modeling_qwen3, "Qwen3")
+    assert torch.equal(model(torch.arange(6)[None]), expected)
+    again = Qwen3GuardStreamModel(config).eval()
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(torch.arange(6)[None]), expected)
+
+
+def test_the_trained_model_keeps_its_own_classes(folder):
+    guard = load_weights(AutoModelForCausalLM, "test", str(folder), **CPU)
+    trained = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(trained) is modeling_llama.LlamaForCausalLM
+    assert type(guard) is not type(trained)
+    assert type(guard).__name__ == type(trained).__name__
+    # transformers keeps a table of what it can record, by class; each finds its own.
+    for model in (guard, trained):
+        states = model(torch.arange(5)[None], output_hidden_states=True).hidden_states
+        assert len(states) == model.config.num_hidden_layers + 1
+
+
+def test_a_named_reference_that_lost_weights_to_a_patch_is_refused(folder, monkeypatch):
+    policy = AutoModelForCausalLM.from_pretrained(folder)
+    _load_named(str(folder), policy, make_tokenizer())
+    patch(monkeypatch, modeling_llama, "Llama")
+    with pytest.raises(ConfigError, match=r"mlp\.\w+_proj\.bias: something has replaced"):
+        _load_named(str(folder), policy, make_tokenizer())
+
+
+def test_weights_of_layers_that_a_model_lacks_are_left_aside(folder):
+    """A head beside the language model, say."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.v_head = nn.Linear(2, 2)
+    model.save_pretrained(folder)
+    read_model(AutoModelForCausalLM, str(folder), dtype=torch.float32)
