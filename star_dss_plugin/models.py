@@ -90,7 +90,8 @@ def read_model(
     if lost := [name for name in unexpected if _is_of_a_layer(model, name)]:
         raise ValueError(
             f"{type(model).__name__} has no place for weights of its own layers, such as "
-            f"{lost[0]}: something has replaced these layers in this process (Liger's have no biases)"
+            f"{lost[0]}: something has replaced these layers in this process (Liger's have no "
+            "biases)"
         )
     return model.eval()
 
