@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 __all__ = [
     "ASKED_COLUMN",
-    "MOVED_COLUMNS",
     "REF_COLUMN",
     "SCORES_COLUMN",
+    "SHIFTED_COLUMNS",
     "TEXT_COLUMN",
     "TOKEN_COLUMNS",
     "with_attention_mask",
@@ -31,9 +31,9 @@ ASKED_COLUMN = "star_asked"
 """Whether the guard gave the score of each token of `input_ids`: bool, False if a probe gave it.
 Only `trajectory="probed"` writes this column; reports read it, and training removes it.
 """
-MOVED_COLUMNS = {name: f"shift_{name}" for name in (SCORES_COLUMN, REF_COLUMN)}
+SHIFTED_COLUMNS = {name: f"shift_{name}" for name in (SCORES_COLUMN, REF_COLUMN)}
 """In batches of sequence parallelism: the same columns, shifted to the next token's value."""
-TOKEN_COLUMNS = (SCORES_COLUMN, REF_COLUMN, *MOVED_COLUMNS.values())
+TOKEN_COLUMNS = (SCORES_COLUMN, REF_COLUMN, *SHIFTED_COLUMNS.values())
 TEXT_COLUMN = "star_text"
 """For rows that a collator tokenizes, their text: row number, tokens, labels and `star_scores`."""
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.mixtral import modeling_mixtral
 
-from star_dss_plugin.data.columns import MOVED_COLUMNS, REF_COLUMN, SCORES_COLUMN
+from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN, SHIFTED_COLUMNS
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.logprobs import IGNORE_INDEX
 from star_dss_plugin.training.head import causal_lm
@@ -112,7 +112,7 @@ class SequenceParallelCollator:
         batch["position_ids"] = torch.arange(length).repeat(len(batch["input_ids"]), 1)
         return batch | {
             shifted: _shifted(batch[name], _PADDING[name])
-            for name, shifted in MOVED_COLUMNS.items()
+            for name, shifted in SHIFTED_COLUMNS.items()
             if name in batch
         }
 
@@ -160,7 +160,7 @@ def part_of(batch: Mapping[str, Tensor], size: int, index: int) -> dict[str, Ten
     whole = {name: batch[name] for name in ("input_ids", "attention_mask")}
     whole["position_ids"] = torch.arange(tokens, device=batch["input_ids"].device).repeat(rows, 1)
     whole["shift_labels"] = _shifted(batch["labels"], IGNORE_INDEX)
-    for name, shifted in MOVED_COLUMNS.items():
+    for name, shifted in SHIFTED_COLUMNS.items():
         if name in batch:
             whole[shifted] = _shifted(batch[name], _PADDING[name])
     return {name: column[:, cut].contiguous() for name, column in whole.items()}
@@ -180,7 +180,7 @@ def unshifted(part: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         `labels`, `star_scores` and `ref_logps`, (batch, part + 1) each, where the part has them.
     """
-    names = {"labels": "shift_labels", **MOVED_COLUMNS}
+    names = {"labels": "shift_labels", **SHIFTED_COLUMNS}
     return {
         name: F.pad(part[shifted], (1, 0), value=_PADDING[name])
         for name, shifted in names.items()
