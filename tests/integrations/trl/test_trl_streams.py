@@ -307,7 +307,7 @@ REFUSED = {
     "precomputed": (
         {"reference": "precomputed"},
         ConfigError,
-        "train data set is a stream, for which",
+        "train data set is a stream, for whose rows",
     ),
     "probed": ({"trajectory": "probed"}, ConfigError, "a sample of all the data"),
     "buffer": ({"stream_buffer": 0}, ConfigError, "stream_buffer is 0"),
