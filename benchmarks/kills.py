@@ -46,7 +46,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 GUARD = """
 import hashlib, os, time
-from star_dss_plugin import cache, hookimpl
+from star_dss_plugin import hookimpl
+from star_dss_plugin.data import cache
 from star_dss_plugin.guards.base import StreamingGuard
 
 cache._FLUSH_SECONDS = 0.2
