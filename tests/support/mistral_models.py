@@ -76,6 +76,6 @@ def mistral3(folder: Path) -> None:
     Mistral3ForConditionalGeneration(config).save_pretrained(folder)
 
 
-def ears() -> WhisperFeatureExtractor:
+def feature_extractor() -> WhisperFeatureExtractor:
     """Return the audio feature extractor of Voxtral's processor."""
     return WhisperFeatureExtractor(feature_size=16)

@@ -22,7 +22,7 @@ def tone(path: Path, n: int) -> None:
         file.writeframes((samples * 9000).astype(np.int16).tobytes())
 
 
-def laid(collator: Any, read: MediaRows, raw: Dataset) -> dict[str, Any]:
+def aligned_batch(collator: Any, read: MediaRows, raw: Dataset) -> dict[str, Any]:
     """Return a collated batch of all rows, in which each trained token has the score 0.5."""
     text = read.text_rows(raw, "train")
     scores = [[0.5 if label != -100 else 1.0 for label in row["labels"]] for row in text]
