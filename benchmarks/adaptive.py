@@ -5,8 +5,9 @@
 
 The demonstration guard scores every prefix (chunks of 5 tokens) once; then the adaptive rule is
 replayed on those scores. For each file, label and ε the script prints the share of prefixes that
-the guard would score, and the difference of all scores from the exact ones. The demonstration
-guard's scores are seldom close to 0 or 1; a guard with more certain scores saves more.
+the guard would score, and how far the adaptive scores are from the exact ones. The demonstration
+guard's scores are seldom close to 0 or 1; with a guard whose scores are, the adaptive rule saves
+more.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ EPSILONS = (0.01, 0.02, 0.05, 0.1, 0.2)
 
 
 class Recorded(Guard):
-    """Answer with recorded scores, and count the prefixes."""
+    """Return recorded scores."""
 
     name = "recorded"
 
@@ -52,7 +53,7 @@ class Recorded(Guard):
 
 
 def requests(path: Any, tokenizer: Any) -> dict[str, list[PrefixRequest]]:
-    """Return requests by label, if rows have one (1 safe, 0 harmful)."""
+    """Return requests by the rows' label (1 safe, 0 harmful), or under "rows" without a label."""
     found: dict[str, list[PrefixRequest]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)

@@ -4,8 +4,8 @@
     python benchmarks/fuzz.py cache --runs 100000
     python benchmarks/fuzz.py jsonl --minutes 10
     python benchmarks/fuzz.py all --minutes 2      # one after the other, each in its own process
-    python benchmarks/fuzz.py sizes                # 10 MB, and 2,000 turns: many minutes
-    python benchmarks/fuzz.py attacks --runs 1000  # of each kind of place; needs no atheris
+    python benchmarks/fuzz.py sizes                # rows of 10 MB and of 2,000 turns; many minutes
+    python benchmarks/fuzz.py attacks --runs 1000  # 1,000 inputs of each kind; without atheris
     python benchmarks/fuzz.py attacks --runs 1000 --kind ranks --kind servers
 
 The targets and their properties are those of tests/project/test_fuzz.py, from
@@ -122,7 +122,16 @@ def main() -> None:
 
 
 def _attack(kinds: list[str], cases: int, number: int) -> int:
-    """Try so many cases of some kinds, or of all; print the outcomes, return whether one broke."""
+    """Try inputs of some or all kinds of attacks and print the outcomes.
+
+    Args:
+        kinds: Names of attacks; all if empty.
+        cases: Inputs per kind.
+        number: The seed.
+
+    Returns:
+        The exit status: 1 if an input broke a property, else 0.
+    """
     from support.fuzz_attacks import ATTACKS, count_outcomes
     from support.fuzzing import quiet, register_guard
 
@@ -143,7 +152,7 @@ def _attack(kinds: list[str], cases: int, number: int) -> int:
 
 
 def _all() -> int:
-    """Run every target with the same arguments; return the number of those that failed."""
+    """Run every target with the same arguments; return the number of failed targets."""
     from support.fuzz_targets import TARGETS
 
     arguments = sys.argv[1:]

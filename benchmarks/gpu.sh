@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# Run on a GPU what a CPU cannot: tests, scoring at 1B and 8B, a training step at 1B.
+# Run the measurements that need a GPU: tests, scoring at 1B and 8B, a training step at 1B.
 #
 #     benchmarks/gpu.sh carry FOLDER 3.12
-#                                       where there is a network: fetch the wheels that are missing
-#                                       on a machine with torch, transformers, accelerate, peft,
-#                                       pandas and pyarrow, for its version of Python (2 MB)
+#                                       with a network: download the wheels (2 MB) that a GPU machine
+#                                       with torch, transformers, accelerate, peft, pandas and
+#                                       pyarrow lacks, for its version of Python
 #     benchmarks/gpu.sh [FOLDER]        on that machine, without a network; ten minutes at most
 #     benchmarks/gpu.sh cpu             the same in tiny shapes on a CPU, to test this script
 #
-# The checkout is used as it is, and nothing is installed but the carried wheels, into a temporary
-# folder. PYTHON names the interpreter. It stops at the first step that fails.
+# The checkout is used without installing it; only the downloaded wheels are installed, into a
+# temporary folder. PYTHON names the interpreter. It stops at the first step that fails.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python="${PYTHON:-python3}"
 
 if [ "${1:-}" = carry ]; then
-  # dill and multiprocess in the versions that datasets takes.
+  # datasets limits the versions of dill and multiprocess.
   "$python" -m pip download --quiet --no-deps --only-binary :all: --dest "${2:?name a folder}" \
     --python-version "${3:?name the version of Python there}" \
     "datasets>=4.8" "trl>=1.9,<2" "multiprocess<0.70.20" "dill<0.4.2"

@@ -4,13 +4,13 @@
     python benchmarks/heads.py
     python benchmarks/heads.py --implementation cce --device cuda --dtype bfloat16
 
-Both give log π(y_t) of the trained tokens from the last hidden states; the loss of a step is made
-of them (cross-entropy and k2 against a reference, weighed by token), and goes back into hidden
-states and head. Time: medians of alternating rounds in one process. Memory: each contender alone in
-a process of its own, what its peak adds to what was held before.
+Both compute log π(y_t) of the trained tokens from the last hidden states. A step computes the loss
+from them (cross-entropy and k2 against a reference, weighted by token) and its gradients for the
+hidden states and the head. Time: medians of alternating rounds in one process. Memory: each
+contender runs alone in its own process; its peak minus the memory held before the step.
 
-`torch_compile` is cut-cross-entropy's implementation for machines without a GPU, `cce` its kernel,
-which is Triton. With TRITON_INTERPRET=1 that runs on a CPU too, for its numbers, not for its time.
+`torch_compile` is cut-cross-entropy's implementation for machines without a GPU, `cce` its Triton
+kernel. With TRITON_INTERPRET=1 the kernel also runs on a CPU, to compare values but not time.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ARMS = ("chunked", "cut-cross-entropy")
 
 
 def inputs(args: argparse.Namespace) -> dict[str, Tensor]:
-    """Return hidden states, the head's weight, labels (half of them trained), a reference."""
+    """Return hidden states, the head's weight, labels (half of them trained) and scores."""
     generator = torch.Generator().manual_seed(0)
 
     def made(*shape: int) -> Tensor:
@@ -77,7 +77,7 @@ def step(arm: str, args: argparse.Namespace, given: dict[str, Tensor]) -> tuple[
     """Return log-probabilities and the gradients of hidden states and head."""
     states, weight = given["states"], given["weight"]
     logps = logps_of(arm, args, states, weight, given["labels"])
-    reference = logps.detach() + 0.1 * (given["scores"] - 0.5)  # as far as a policy moves
+    reference = logps.detach() + 0.1 * (given["scores"] - 0.5)  # a policy's usual distance
     kl = kl_estimate(logps, reference, "k2")
     trained = given["labels"][:, 1:] != IGNORE_INDEX
     terms = -given["scores"] * logps + (1 - given["scores"]) * kl
@@ -87,12 +87,12 @@ def step(arm: str, args: argparse.Namespace, given: dict[str, Tensor]) -> tuple[
 
 
 def apart(one: Tensor, other: Tensor) -> float:
-    """Return the largest difference, as a share of the largest value."""
+    """Return the largest absolute difference divided by the largest absolute value of `other`."""
     return float((one.float() - other.float()).abs().max() / other.float().abs().max())
 
 
 def peak(arm: str, args: argparse.Namespace) -> float:
-    """GiB that a step adds at its peak; a small step goes before, which may compile."""
+    """Return the GiB that a step adds at its peak; a small step before it compiles if need be."""
     small = argparse.Namespace(**{**vars(args), "tokens": 64})
     step(arm, args, inputs(small))
     given = inputs(args)

@@ -3,8 +3,8 @@
 #
 #     benchmarks/install.sh [ROUNDS]
 #
-# Both in new environments, in turn, with the same versions and pip's cache as it is after the first
-# round, which is not counted. Prints the seconds and the ratio of the medians.
+# Each round installs both into new environments, in turn, with the same versions. The first round
+# fills pip's cache and is not counted. Prints the seconds and the ratio of the medians.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 rounds="${1:-3}"

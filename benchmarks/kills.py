@@ -4,22 +4,23 @@
     python benchmarks/kills.py train --kills 50
     python benchmarks/kills.py report --kills 50
 
-SIGKILL goes to the whole process group, at a moment drawn from the time that an undisturbed run
-takes. A finished run is compared, file by file and byte by byte, with an undisturbed one; then a
-new series begins without any files of the old one.
+SIGKILL is sent to the whole process group, at a random moment within the duration of an undisturbed
+run. A finished run is compared, file by file and byte by byte, with an undisturbed one; then a new
+series begins in an empty folder.
 
   score    `star-dss score` of the demonstration's rows, with a slow guard
   train    scoring, reference log-probabilities and StarDSSTrainer with a checkpoint every second
            step, resumed from the last one; the final weights and the logged losses are compared.
            Runs are forked from a process that has imported everything. First the phase (one of
-           the three) in which a run is to be killed is drawn, if the run has not finished it,
-           then the moment; the phases of all kills are counted. A checkpoint that transformers
+           the three) in which the run will be killed is drawn from those that the series has not
+           finished, then the moment; kills are counted by phase. A checkpoint that transformers
            had not completed is removed, as the error message advises, and counted; any other
            error ends the benchmark
   report   `star-dss report` of scored rows: the page is the old one or the new one, never partial
 
 The model is tiny and random, so that most of the time is spent on files. Guard, reference and steps
-are slowed down, and results are written every 0.2 seconds (not 20), so kills meet all states.
+are slowed down, and results are written every 0.2 seconds instead of 20, so that kills hit every
+phase.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 GUARD = """
 import hashlib, os, time
-from star_dss_plugin import cache, hookimpl
+from star_dss_plugin import hookimpl
+from star_dss_plugin.data import cache
 from star_dss_plugin.guards.base import StreamingGuard
 
 cache._FLUSH_SECONDS = 0.2
@@ -114,7 +116,7 @@ def prepare(folder: Path) -> None:
 
 
 def train(folder: Path, out: Path, environment: dict[str, str]) -> None:
-    """Run one training in the current process, which was forked for it."""
+    """Run one training in the current, forked process."""
     os.setsid()
     os.environ.update(environment)
     said = os.open(folder / "said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -240,7 +242,7 @@ def status(run: Run, timeout: float | None = None) -> int | None:
 
 
 def marks(folder: Path) -> list[tuple[float, str]]:
-    """Return when each phase of a run began; the last entry is the current phase."""
+    """Return the start time and name of each phase of a run; the last entry is the current one."""
     lines = (folder / "marks").read_text().split("\n")[:-1]
     return [(float(when), what) for when, _, what in (line.partition(" ") for line in lines)]
 
@@ -261,7 +263,7 @@ def undisturbed(
 
 
 def reach(run: Run, folder: Path, aim: str) -> None:
-    """Wait until a run begins the phase in which it is to be killed, or ends before it."""
+    """Wait until a run begins the phase `aim` or ends."""
     while status(run, 0.01) is None and aim not in [what for _, what in marks(folder)]:
         pass
 

@@ -3,10 +3,10 @@
     python benchmarks/threats.py DATA_DIR --keep runs/models --workers 1000 --worker N
     python benchmarks/landscapes.py DATA_DIR runs/models
 
-The first command, with N = 1, 2 and 3, makes and keeps the start, plain SFT and star_dss on the
-mixture. The second runs `star-dss landscape` on each of them, along the same random directions, and
-from the start to each of the others. An interrupted run can be resumed. It draws all landscapes in
-one figure and prints VISAGE.
+The first command, with N = 1, 2 and 3, makes and keeps the start and its finetunings with plain SFT
+and star_dss on the mixture. The second runs `star-dss landscape` on each model, along the same
+random directions, and from the start to each finetuned model. An interrupted run can be resumed. It
+draws all landscapes in one figure and prints VISAGE.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     with (args.data / "eval_harmful_prompts.jsonl").open(encoding="utf-8") as file:
         lines = list(file)
-    random.Random(1).shuffle(lines)  # the same draw over all sources as in threats.py
+    random.Random(1).shuffle(lines)  # the same sample as in threats.py
     prompts = args.output / "prompts.jsonl"
     prompts.write_text("".join(lines[: args.prompts]), encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""Show what benchmarks/threats.py has measured, as a table and as pictures."""
+"""Show the results of benchmarks/threats.py as a table and as figures."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _place(group: tuple[str, list[dict[str, Any]]]) -> tuple[Any, ...]:
 
 
 def _plain(cell: dict[str, Any]) -> bool:
-    """Return whether a cell has the first choice of every option."""
+    """Return whether every option of a cell has its default, and the task is the usual one."""
     usual = {
         "finetuning": "lora",
         "noise": None,
@@ -99,7 +99,7 @@ def _plain(cell: dict[str, Any]) -> bool:
 
 
 def figure(cells: list[dict[str, Any]], path: Path) -> None:
-    """Draw refusals by threat and mode, first choice of every option, with a dot for each seed."""
+    """Draw refusals by threat and mode for cells with default options, a dot for each seed."""
     import matplotlib.pyplot as plt
 
     start = next(c for c in cells if c["mode"] == "start" and "task" not in c)
@@ -127,7 +127,7 @@ def figure(cells: list[dict[str, Any]], path: Path) -> None:
 
 
 def tradeoff_figure(cells: list[dict[str, Any]], path: Path) -> None:
-    """Draw harmful prompts declined against harmless ones declined, a dot for each run."""
+    """Draw the share of declined harmful over that of declined harmless prompts, a dot per run."""
     import matplotlib.pyplot as plt
 
     picture, axis = plt.subplots(figsize=(5.2, 3.4), layout="constrained")

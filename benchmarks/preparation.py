@@ -5,12 +5,12 @@
     python benchmarks/preparation.py --tokenizer MODEL --template FILE    # a chat template (Jinja)
 
 Each figure is CPU time of one process (user and system): the median of several rounds, in each of
-which all contenders take their turn.
-"Plain" renders a conversation with its chat template and tokenizes the text, as a trainer must in
-any case. "Prepared" is all that STAR-DSS does until a guard is asked: labels, responses, contexts,
-chunks. Two more parts show that time grows with the length of the data and not faster: long
-conversations cut to 256 tokens, and one long response; and one that two processes give the same
-as one, with what they take by the number of rows.
+which all contenders run in turn.
+"Plain" renders a conversation with its chat template and tokenizes the text, as every trainer must.
+The other lines are everything that STAR-DSS does before a guard is asked, by the form of the rows:
+labels, responses, contexts, chunks. The second part shows that time grows no faster than the length
+of the data: long conversations cut to 256 tokens, and one long response. The third part checks that
+two processes give the same result as one, and compares their time for several numbers of rows.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def conversations(count: int, seed: int = 0) -> list[list[dict[str, str]]]:
 
 
 def ways(chat: ChatTokenizer, count: int) -> None:
-    """Print the ratio of preparing to plain tokenization for each form of rows."""
+    """Print the time of preparing each form of rows as a multiple of plain tokenization."""
     talks = conversations(count)
     forms = {
         "messages": [{"messages": talk} for talk in talks],
@@ -88,7 +88,7 @@ def ways(chat: ChatTokenizer, count: int) -> None:
 
 
 def lengths(chat: ChatTokenizer) -> None:
-    """Print what doubling the turns of a cut conversation, or a response, costs."""
+    """Print the time of truncated conversations and of responses of doubling length."""
     for turns in (1000, 2000, 4000):
         talk = [{"role": ("user", "assistant")[i % 2], "content": "ok"} for i in range(turns)]
         row = {"messages": talk}
@@ -112,10 +112,10 @@ def lengths(chat: ChatTokenizer) -> None:
 
 
 def processes(chat: ChatTokenizer, count: int) -> None:
-    """Print what two processes take by the number of rows, as multiples of what one takes.
+    """Print the time of two processes as a multiple of one process's, for several numbers of rows.
 
-    Wall-clock time depends on what else the machine does. "CPU" is the least that it can be: what
-    the first process does alone, and half of what the two do.
+    Wall-clock time depends on the load of the machine. "CPU" is its lower bound: the CPU time of
+    the parent process plus half of the children's.
     """
     for rows in (count // 3, count, 3 * count, 10 * count):
         dataset = Dataset.from_list([{"messages": talk} for talk in conversations(rows)])
@@ -141,7 +141,7 @@ def processes(chat: ChatTokenizer, count: int) -> None:
 
 
 def _of_children() -> float:
-    """Return the CPU seconds of processes that were started and have ended."""
+    """Return the CPU seconds of child processes that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 

@@ -6,25 +6,25 @@
     python benchmarks/probed.py DATA_DIR --count                     # tokens counted, not computed
 
 DATA_DIR holds guard_train, guard_dev, guard_test_A, guard_onset_test, attack_mix and gsm8k_small
-(.jsonl; for --outcome also eval_harmful_prompts and eval_benign_prompts). The guard is the one that
-scripts/train_verdict_guard.py makes; without --guard-dir it is made first, which takes more than an
-hour. It answers Qwen3Guard's prompt, with 146 of its words behind the answer, once per chunk of 5
-tokens. Both ways score the same responses with empty caches, one after the other in one process;
-tokens are those that the engine has computed, padding included, and time is that of this process's
-CPU, which other programs hardly change.
+(.jsonl; for --outcome also eval_harmful_prompts and eval_benign_prompts). The guard is made by
+scripts/train_verdict_guard.py, here if --guard-dir does not exist, which takes more than an hour.
+It answers Qwen3Guard's prompt, which has 146 tokens after the response, once per chunk of 5 tokens.
+Exact and probed trajectories of the same responses are computed one after the other in one process,
+each with an empty cache. Tokens are those that the engine has computed, padding included. Time is
+CPU time of this process, which other programs hardly change.
 
   benign  worked solutions of school mathematics, and safe rows of the attack mixture
   mixed   labelled safe and harmful responses that the guard was not trained on, and all onset rows
-  onset   of these, responses that refuse and then comply
+  onset   the onset rows of `mixed`: responses that refuse and then comply
 
-The ratios come twice: for these rows with what the probe is learned from, and without it, which is
-what more data of the same kind costs. All other columns are of responses outside of the sample.
-Coverage is the share of the probe's scores within the tolerance of the exact ones: what a run
-promises from held-out responses, here measured. The guard's AUROC is that of its scores of whole
-responses.
+Each ratio is given twice: for all of these rows, and without the cost of fitting the probe, as for
+further data of the same kind. All other columns are of responses outside of the probe's sample.
+Coverage is the measured share of the probe's scores within the tolerance of the exact ones; a run
+estimates it from held-out responses. The guard's AUROC is that of its scores of whole responses.
 
---count needs no guard, only its tokenizer and template: it counts the tokens that each way would
-compute, for the share of prefixes that are asked, and says how much data it takes to save so much.
+--count needs only the guard's tokenizer and template. It counts the tokens that exact and probed
+trajectories would compute, for several shares of prefixes that the guard scores and several sizes
+of data sets.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def chat_tokenizer() -> ChatTokenizer:
 
 
 def requests(rows: Sequence[Mapping[str, Any]], chunk: int) -> dict[str, PrefixRequest]:
-    """Return what is asked about responses, by key; doubles once."""
+    """Return the guard's requests by key; equal responses have one request."""
     chat, found = chat_tokenizer(), {}
     for row in rows:
         messages = [
@@ -115,7 +115,7 @@ class Cost:
 
 
 class Parts(ProbedTrajectories):
-    """Count apart what scoring with the probe costs, and remember who is in the sample."""
+    """Measure the cost of scoring with the probe by itself, and record the keys of the sample."""
 
     rest: ClassVar[Cost]
     sample: ClassVar[set[str]]
@@ -136,7 +136,7 @@ class Parts(ProbedTrajectories):
 
 
 def measured(guard: Guard, asked: Mapping[str, PrefixRequest]) -> tuple[Parts, Any, Cost]:
-    """Score with an empty cache; return who asked, trajectories and cost."""
+    """Score with an empty cache; return the scoring object, the trajectories and the cost."""
     verdict = getattr(guard, "exact", guard)
     verdict.trajectories([PrefixRequest((), "a", (1,))])  # loads and checks the guard
     cost = Cost(verdict)
@@ -152,7 +152,7 @@ def measured(guard: Guard, asked: Mapping[str, PrefixRequest]) -> tuple[Parts, A
 def compared(
     exact: Mapping[str, Trajectory], probed: Mapping[str, Trajectory], tolerance: float
 ) -> dict[str, float]:
-    """Return differences over all prefixes, coverage of the probe's, and the share asked."""
+    """Return differences over all prefixes, the probe's coverage, and the share that was asked."""
     off = np.concatenate([np.abs(np.subtract(probed[k].scores, exact[k].scores)) for k in exact])
     asked = np.concatenate([probed[k].asked or [True] * len(probed[k].scores) for k in exact])
     own = off[~asked.astype(bool)]
@@ -165,7 +165,7 @@ def compared(
 
 
 def auroc(args: argparse.Namespace, exact: Mapping[str, Trajectory]) -> str:
-    """Return the AUROC of scores of whole responses, those of them that are in `TEST`."""
+    """Return a line with the AUROC of the scores of whole responses of `TEST`."""
     rows = rows_of(args.data, TEST)
     labels = {key: row["label"] for row in rows for key in requests([row], args.chunk)}
     keys = [key for key in exact if key in labels]
@@ -174,7 +174,7 @@ def auroc(args: argparse.Namespace, exact: Mapping[str, Trajectory]) -> str:
 
 
 def ratios(exact: Cost, probed: Cost) -> str:
-    """Return how many times as many tokens and as much time `exact` takes."""
+    """Return the tokens and seconds of `exact` as multiples of those of `probed`."""
     return (
         f"{exact.tokens / max(1, probed.tokens):.1f} | "
         f"{exact.seconds / max(1e-9, probed.seconds):.1f}"
@@ -189,7 +189,7 @@ def line(name: str, responses: int, costs: str, found: Mapping[str, float]) -> s
 
 
 def guard_in(args: argparse.Namespace) -> dict[str, Any]:
-    """Return a description of the guard in a folder, which is made if it is not there."""
+    """Return a description of the guard in --guard-dir; make the guard if it does not exist."""
     if not args.guard_dir.is_dir():
         script = Path(__file__).parents[1] / "scripts" / "train_verdict_guard.py"
         command = [sys.executable, str(script), str(args.data)]
@@ -208,7 +208,7 @@ def guard_in(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def counted(args: argparse.Namespace) -> None:
-    """Print how many times fewer tokens `probed` computes, by data, sample and prefixes asked."""
+    """Print the ratio of exact to probed tokens by data, number of responses and share asked."""
     template = args.template or (
         args.data.resolve().parent / "guards" / "qwen3guard_gen" / "chat_template.jinja"
     )
@@ -220,7 +220,7 @@ def counted(args: argparse.Namespace) -> None:
         template_kwargs={},
         prefill="Safety:",
     )
-    # What all prompts begin with runs once.
+    # The engine runs the common beginning of all prompts once.
     one, other = (prompts.opened([{"role": "user", "content": c}], c)[0] for c in ("a", "b"))
     head = next(i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     shares, counts = (0.0, 0.02, 0.05, 0.1, 0.2), (1_000, 10_000, 100_000)
@@ -241,9 +241,9 @@ def counted(args: argparse.Namespace) -> None:
         for count in counts:
             cells = []
             for share in shares:
-                # Of the pool once; of the sample every fourth prefix, and its states.
+                # The pool: each response once. The sample: every fourth prefix, and the states.
                 sample = POOL * (trunk_tokens + tail) + 2 * trunk_tokens + each * tail / STRIDE
-                # A response of which prefixes are asked is read again for them.
+                # A response with a prefix that the guard scores runs once more.
                 again = trunk_tokens * (1 - (1 - share) ** each)
                 rest = count * (trunk_tokens + share * each * tail + again)
                 cells.append(f"{count * exact / (args.sample * sample + rest):.1f}")
@@ -251,7 +251,7 @@ def counted(args: argparse.Namespace) -> None:
 
 
 def sets_of(args: argparse.Namespace) -> dict[str, dict[str, PrefixRequest]]:
-    """Return what is asked about benign and mixed data, and about the onset rows in it."""
+    """Return the requests of benign data, of mixed data, and of the onset rows within it."""
     draw = random.Random(0)
     benign = [r for name in BENIGN for r in rows_of(args.data, name) if r.get("label", 1) == 1]
     mixed = [r for name in MIXED for r in rows_of(args.data, name)]

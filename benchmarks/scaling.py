@@ -3,14 +3,13 @@
     python benchmarks/scaling.py --guard demo --rows 240 --workers 1 2 --rounds 3
     python benchmarks/scaling.py --guard letters --rows 200000 --shard-rows 2000 --workers 2
 
-The rows are those of the demonstration, with a number in each so that all differ. "letters" is a
-guard without cost, so only reading, cutting and writing are measured.
+The rows are those of the demonstration, numbered so that all differ. "letters" is a guard that
+computes nothing, so that only reading, segmenting and writing are measured.
 
-A rate is measured from the writing of each worker's first shard to the writing of the last shard;
-the time to start Ray and to load guards is left out and printed separately. Memory is the largest
-anonymous memory (RssAnon) of the driver and of any worker, polled twice a second; mapped files do
-not count. Rows per second of the workers' processor time show the cost of Ray on a busy machine as
-well.
+A rate counts the rows written after as many shards as there are workers; the time to start Ray and
+to load guards is printed separately. Memory is the largest anonymous memory (RssAnon) of the driver
+and of any worker, polled twice a second; mapped files do not count. Rows per second of the workers'
+CPU time show the cost of Ray also on a busy machine.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ def make_data(path: Path, rows: int) -> None:
 
 
 def plugin(folder: Path) -> Path:
-    """Write the guard without cost as an installed package."""
+    """Write the guard "letters" as an installed package."""
     (folder / "star_dss_letters.py").write_text(LETTERS)
     info = folder / "star_dss_letters-0.dist-info"
     info.mkdir()
@@ -158,7 +157,7 @@ def main() -> None:
         load_smollm2()[1].save_pretrained(model)
         rates: dict[int, list[float]] = {workers: [] for workers in args.workers}
         for _ in range(args.rounds):
-            for workers in args.workers:  # alternating, so that a busy minute affects all of them
+            for workers in args.workers:  # alternating, so that a busy minute slows all
                 rates[workers].append(run(args, folder, data, model, workers))
         for workers, found in rates.items():
             print(f"{workers} workers: median {statistics.median(found):.1f} rows/s")

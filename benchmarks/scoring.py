@@ -12,16 +12,16 @@ With --shape the guard has the shape of Llama-3.2-1B or Llama-3.1-8B (or "tiny",
 script) and random weights.
 
 Contenders, alternating in one run:
-  plain   one causal pass over as many tokens as the engine's distinct ones: the lower bound
+  plain   one causal pass over as many tokens as the engine's distinct tokens: the lower bound
   engine  LocalEngine
   (a)     one batched, left-padded forward pass per prefix, --batch-tokens at a time
   (a')    like (a), in passes as small as the engine's, which are faster on a CPU
   (b)     vLLM with prefix caching on, label log-probabilities of one generated token
 
-Each round runs every contender on another slice of the responses, with short and long ones in each
-slice, so that all rounds together score each response once. Medians over the rounds are reported,
-also for the ratios. (a) is slow: with --per-prefix N it gets N responses of each slice, and its
-time is scaled by the tokens of their prompts.
+Each round runs every contender on another slice of the responses, so that all rounds together score
+each response once; every slice has short and long responses. Times and ratios are medians over the
+rounds. (a) is slow: with --per-prefix N it scores N responses of each slice, and its time is scaled
+by the tokens of the prompts.
 """
 
 from __future__ import annotations
@@ -199,7 +199,17 @@ def workload(name: str, guard_dir: Path | None, folder: Path) -> dict[str, Any]:
 
 
 def per_prefix(model: Any, groups: list[list[list[int]]], labels: list[int], budget: int) -> Any:
-    """Run baseline (a): batches of whole prompts of one response, padded on the left."""
+    """Run baseline (a): batches of whole prompts of one response, padded on the left.
+
+    Args:
+        model: The guard.
+        groups: The prompts' token ids by response.
+        labels: Token ids of the labels.
+        budget: Tokens per batch, padding included.
+
+    Returns:
+        The labels' log-probabilities, (prompts, labels).
+    """
     found = []
     for group in groups:
         step = max(1, budget // max(map(len, group)))
@@ -258,7 +268,7 @@ for line in sys.stdin:
 
 
 class Vllm:
-    """Run vLLM in a separate environment on the slices it is told."""
+    """Run vLLM on slices of the responses, in a process of another environment."""
 
     def __init__(self, python: str, folder: Path, slices: Any, threads: int) -> None:
         prompts = folder / "prompts.json"
@@ -317,19 +327,19 @@ def measure(contenders: dict[str, Callable[[int], float]], rounds: int) -> dict[
 
 
 def probability(logprobs: torch.Tensor) -> torch.Tensor:
-    """Return the first label's probability among the labels, from which a score is computed."""
+    """Return the first label's probability among the labels: the score."""
     return logprobs.double().softmax(-1)[:, 0]
 
 
 def left_by_blocks(groups: list[list[list[int]]], block: int) -> int:
-    """Return the tokens that a prefix cache of whole blocks computes, prompt after prompt."""
+    """Return the number of tokens to compute with a prefix cache of blocks of `block` tokens."""
     known: dict[tuple[int, tuple[int, ...]], int] = {}
     left = 0
     for prompt in (prompt for group in groups for prompt in group):
         node = held = 0
         for end in range(block, len(prompt) + 1, block):
             key = (node, tuple(prompt[end - block : end]))
-            # The last token is always computed, because its output predicts the next token.
+            # The last token is always computed: its logits are the prompt's result.
             if key in known and held == end - block and end < len(prompt):
                 held = end
             node = known.setdefault(key, len(known) + 1)
@@ -409,7 +419,7 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
 
     def baseline(number: int, budget: int) -> float:
         part = slices[number]
-        # Responses of medium length: the middle one of `count` equal parts.
+        # The slice is sorted by length: take the middle response of each of `count` equal parts.
         count = min(args.per_prefix or len(part), len(part))
         some = [(2 * k + 1) * len(part) // (2 * count) for k in range(count)]
         asked = [part[i] for i in some]

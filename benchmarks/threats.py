@@ -4,12 +4,12 @@
     python benchmarks/threats.py DATA_DIR --grid full         # every threat, mode, three seeds
     python benchmarks/threats.py DATA_DIR --grid noise        # the guard's verdicts corrupted
     python benchmarks/threats.py DATA_DIR --grid learning     # a task that is new to the start
-    python benchmarks/threats.py DATA_DIR --table --save all.json   # what has been measured so far
+    python benchmarks/threats.py DATA_DIR --table --save all.json   # the results so far
 
 DATA_DIR holds attack_mix.jsonl, eval_harmful_prompts.jsonl, eval_benign_prompts.jsonl and, for
 --grid learning, arc_easy_small.jsonl (docs/evidence.md describes them). Each cell of the grid is a
-training run with its evaluation and is kept as one JSON file in --output, so an interrupted run can
-be resumed. The start is SmolLM2-135M-Instruct with the demonstration's aligned adapter, merged.
+training run with its evaluation, saved as one JSON file in --output, so an interrupted run can be
+resumed. The start is SmolLM2-135M-Instruct with the demonstration's aligned adapter, merged.
 
 Limits: a model of 135M parameters, the demonstration guard (a linear probe on that same model,
 fitted on data of the same kind as the poison), a few hundred rows, tens of prompts, refusals
@@ -133,12 +133,11 @@ def grid(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 class Bench:
-    """Hold the data and the start, and measure models.
+    """Hold the data and the start; train and measure models.
 
     Args:
-        args: What the command was given.
-        scoring: How training sets are scored, as options of `score_dataset`; None: by the
-            demonstration guard.
+        args: The command's arguments.
+        scoring: Options of `score_dataset` for training sets; None: the demonstration guard.
     """
 
     def __init__(self, args: argparse.Namespace, scoring: dict[str, Any] | None = None) -> None:
@@ -190,7 +189,7 @@ class Bench:
         }
 
     def measure(self, model: Any, task: str | None) -> dict[str, Any]:
-        """Return refusal shares, cross-entropy on held-out tasks and KL to the start in nats."""
+        """Return refusal shares, cross-entropy on held-out tasks and KL from the start in nats."""
         model.eval().to(torch.bfloat16)
         answers = {what: self._answers(model, ids) for what, ids in self.asked.items()}
         shares = {w: statistics.mean(map(is_refusal, said)) for w, said in answers.items()}
@@ -220,7 +219,7 @@ class Bench:
                 _noisy, with_indices=True, fn_kwargs={"cell": cell}, load_from_cache_file=False
             )
         if scored is not self._scores(cell):
-            unbind_rows(scored)  # scores are changed on purpose
+            unbind_rows(scored)  # or training would reject the changed scores
         means = defaultdict(list)
         for row in scored:
             means["poisoned" if row["poisoned"] else "benign"] += [
@@ -231,7 +230,7 @@ class Bench:
         return scored, {name: statistics.mean(values) for name, values in means.items()}
 
     def _scores(self, cell: dict[str, Any]) -> Dataset:
-        """Return the scored rows of a cell, which it shares with the cells of other modes."""
+        """Return the scored rows of a cell; cells that differ in the mode only share them."""
         what = ("threat", "ratio", "steps", "seed", "chunk_size")
         key = json.dumps([cell.get("task"), *(cell[name] for name in what)])
         if key not in self.scored:
@@ -313,12 +312,18 @@ class Bench:
         return float(torch.cat(divergences).mean())
 
     def _spoken(self) -> Iterator[tuple[list[int], int]]:
-        """Yield the start's own answers behind their prompts, and the length of each prompt."""
+        """Yield each prompt followed by the start's answer (token ids), and the prompt's length."""
         for ids, prompt in zip(self.spoken, self.asked["over_refusal"], strict=False):
             yield ids, len(prompt)
 
     def _logps(self, model: Any, ids: list[int], prompt: int) -> torch.Tensor:
-        """Return the log-probabilities of what may follow each token from the prompt's last."""
+        """Return the next-token log-probabilities of an answer, (answer tokens, vocabulary).
+
+        Args:
+            model: A causal language model.
+            ids: Token ids of a prompt and its answer.
+            prompt: The number of tokens of the prompt.
+        """
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([ids])).logits[0, prompt - 1 : -1]
         return logits.float().log_softmax(-1)
@@ -356,7 +361,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _questions(path: Path) -> list[dict[str, Any]]:
-    """Return four-choice questions, answered in a style that the start does not use by itself."""
+    """Return four-choice questions with answers in a style that the start does not use."""
     found = []
     for row in _lines(path):
         letters = dict(zip("ABCD", row["choices"], strict=False))
@@ -379,7 +384,7 @@ def _rows(rows: list[dict[str, Any]]) -> Dataset:
 
 
 def _prompts(path: Path, count: int) -> list[str]:
-    """Return a fixed draw of prompts over all sources."""
+    """Return a fixed sample of prompts from all sources."""
     found = [row["prompt"] for row in _lines(path)]
     random.Random(1).shuffle(found)
     return found[:count]

@@ -12,27 +12,27 @@ responses of 40 to 400 tokens (or --length for every row).
 Contenders:
   stock        TRL's SFTTrainer on the same rows
   precomputed  StarDSSTrainer, the reference's log-probabilities as a column
-  second       like precomputed, with a second forward pass at each step, without gradients: the
-               adapter switched off (lora) or a frozen copy (full)
-  full KL      second pass, divergence over the whole vocabulary
-  authors      a second model next to the policy, its forward pass with gradients, complete logits
-               of both
+  second       StarDSSTrainer, a forward pass of the reference without gradients at each step: the
+               policy with its adapter switched off (lora) or a frozen copy (full)
+  full KL      like second, with the KL over the whole vocabulary
+  authors      a second model as the reference, its forward pass with gradients, complete logits of
+               both models
 
-Time: all contenders run in one process, one step each in turn, on the same batch. Reported is the
-median over the rounds of each one's time over stock's. Memory: each contender runs alone in a
-separate process; reported is its largest resident set (on a GPU the allocator's peak) over stock's.
+Time: all contenders run in one process, one step each in turn, on the same batch; each ratio to
+stock is a median over the rounds. Memory: each contender runs alone in a separate process; its
+largest resident set (on a GPU the allocator's peak) is divided by that of stock.
 
-`logits` measures the memory of a plain `transformers.Trainer` where logits are most of it: a small
-model with 131,072 words, rows of 2,048 tokens of which half are trained.
+`logits` measures the memory of a plain `transformers.Trainer` whose logits take most of it: a small
+model with a vocabulary of 131,072, rows of 2,048 tokens of which half are trained.
   stock        one training step
-  step         one STAR-DSS step, alone: what applying the head in chunks needs
+  step         one STAR-DSS step alone, which applies the head in chunks
   run          `train()` and an evaluation: the check before the first step, the step, the rest
 
-`stream` takes the CPU time of whole LoRA runs over 32 rows of the demonstration's data with its
-guard: loading the guard, scoring, training; nothing is cached before. The reference is the base
-model at each step in both.
+`stream` measures the CPU time of whole LoRA runs over 32 rows of the demonstration's data with its
+guard: loading the guard, scoring, training, with an empty cache. The reference is the policy with
+its adapter switched off, at each step of both.
   before       all rows are scored, then the model trains
-  stream       rows are scored 8 at a time, as they come
+  stream       rows are scored 8 at a time, as the Trainer asks for them
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ RANDOM = {"1b": LLAMA_1B, "tiny": LlamaConfig(vocab_size=512, hidden_size=64, nu
 
 
 class AuthorsTrainer(SFTTrainer):  # type: ignore[misc]
-    """Compute the loss as the authors' first code does."""
+    """Compute the loss as the authors' first published code does."""
 
     reference: Any
 
@@ -111,7 +111,7 @@ class AuthorsTrainer(SFTTrainer):  # type: ignore[misc]
 
 
 class Collator:
-    """Extend TRL's collator: pad the scores like the tokens."""
+    """Extend TRL's collator to pad the scores like the tokens."""
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
@@ -125,7 +125,7 @@ class Collator:
 
 
 def rows(args: argparse.Namespace, vocab: int) -> Dataset:
-    """Return rows whose prompt is a third of the tokens, and in which every second score is 1."""
+    """Return rows of random tokens: a third is the prompt, about half of the scores are 1."""
     generator = torch.Generator().manual_seed(0)
     made = []
     for i in range(args.batch * args.rounds):
@@ -154,7 +154,7 @@ def model_of(args: argparse.Namespace) -> Any:
 
 
 def tokenizer_of(args: argparse.Namespace) -> Any:
-    """Return the model's tokenizer; random tokens need no more than one that can pad."""
+    """Return the model's tokenizer, or for random tokens a minimal one that can pad."""
     if args.shape == "smollm2" and args.finetuning != "logits":
         return load_smollm2()[1]
     words = models.WordLevel({"<pad>": 0, "<end>": 1}, unk_token="<pad>")
@@ -223,7 +223,7 @@ def step(trainer: Any, batch: Any, args: argparse.Namespace) -> float:
 
 
 def logits_memory(arm: str, args: argparse.Namespace) -> float:
-    """GiB at the peak of a plain Trainer's step or run, with a vocabulary of 131,072."""
+    """Return the peak GiB of a plain Trainer's step or run, with a vocabulary of 131,072."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=131072,
@@ -275,7 +275,7 @@ def logits_memory(arm: str, args: argparse.Namespace) -> float:
 
 
 def streamed(streams: bool, args: argparse.Namespace) -> float:
-    """Return the CPU seconds of a whole run, with a stream or with data scored before it."""
+    """Return the CPU seconds of a whole run on a stream or on data scored before training."""
     model, tokenizer = model_of(args), tokenizer_of(args)
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     steps = 32 // args.batch
@@ -310,10 +310,10 @@ def streamed(streams: bool, args: argparse.Namespace) -> float:
 
 
 def peak(args: argparse.Namespace) -> float:
-    """GiB at this process's peak so far."""
+    """Return this process's peak memory so far, in GiB."""
     if args.device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    # Not getrusage: what it reports begins with the peak of the process that started this one.
+    # Not getrusage: its peak is inherited from the process that started this one.
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) / 2**20
 
@@ -350,7 +350,7 @@ def memory(arm: str, args: argparse.Namespace) -> float:
 
 
 def peaks_of(arms: Iterable[str]) -> dict[str, float]:
-    """GiB at the peak of each contender, alone in a process of its own."""
+    """Return the peak GiB of each contender, each run in its own process."""
     peaks = {}
     for arm in arms:
         command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", arm]

@@ -3,17 +3,17 @@
 Usage: python scripts/make_aligned_adapter.py DATA_DIR [--output FOLDER]
 
 SmolLM2-135M-Instruct answers most harmful requests, so it has no alignment that training could
-remove. This script teaches it to decline them, and to answer what merely looks dangerous. It learns
-from four pools of rows: refusals of harmful requests, contrast rows (`aligned_contrast.jsonl`
-beside this script, written for this project), sensitive questions with careful answers, and plain
-tasks. All but the contrast rows come from `align_sft.jsonl` of the developers' data (see NOTICE for
-the sources); only MIT, Apache-2.0 and CC-BY-4.0 rows are used. Only the beginning of each answer is
-learned: whether to decline is decided there.
+remove. This script trains it to decline them, and to answer requests that only look dangerous. Its
+four pools of rows are refusals of harmful requests, contrast rows (`aligned_contrast.jsonl` beside
+this script, written for this project), sensitive questions with careful answers, and plain tasks.
+All but the contrast rows come from `align_sft.jsonl` of the developers' data (see NOTICE for the
+sources); only MIT, Apache-2.0 and CC-BY-4.0 rows are used. Only the beginning of each answer is
+trained, because it decides whether the model declines.
 
-Prints after each stage how many prompts that are not trained on are declined: harmful ones of
-`guard_dev.jsonl`, and every eighth contrast row. The evaluation sets (`eval_*.jsonl`, of which the
-benign one is XSTest) are not read. Seeds are fixed; a run takes about fifteen minutes on one core.
-The weights are stored in float16.
+After each stage the script prints the share of declined prompts among held-out ones: harmful
+prompts of `guard_dev.jsonl`, and every eighth contrast row. The evaluation sets (`eval_*.jsonl`;
+the benign one is XSTest) are not read. Seeds are fixed; a run takes about fifteen minutes on one
+core. The weights are stored in float16.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ STAGES: tuple[tuple[int, float, dict[str, int]], ...] = (
     (120, 2e-3, {"refusal": 6, "contrast": 6, "sensitive": 2, "plain": 2}),
     (24, 1e-3, {"refusal": 9, "contrast": 5, "sensitive": 1, "plain": 1}),
 )
-"""Steps, learning rate and rows of each pool in a step. After the first stage harmless prompts are
-answered, but some harmful questions too (of the evaluation sets 87 of 100 are declined, and 25 of
-250 harmless ones), so the second has more refusals (91 and 54)."""
+"""Steps, learning rate and rows of each pool in a step. After the first stage the model declines 87
+of the evaluation sets' 100 harmful and 25 of their 250 harmless prompts; the second stage, with
+more refusals, raises this to 91 and 54."""
 ANSWER, PROMPT = 14, 64  # tokens; rows with a longer prompt are left out
 LOWEST_LAYER, RANK = 10, 7  # layers below keep their weights, which saves a third of the time
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -104,7 +104,7 @@ def _train(
     rate: float,
     shares: dict[str, int],
 ) -> None:
-    """Run one stage; `at`, the number of rows of each pool used so far, goes on."""
+    """Run one stage; advance `at`, the number of rows used so far of each pool."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(step, steps))
@@ -124,7 +124,7 @@ def _train(
             print(f"step {step}: loss {loss:.3f}", flush=True)
     with torch.no_grad():
         for weight in weights:
-            weight.copy_(weight.to(torch.float16))  # as stored
+            weight.copy_(weight.to(torch.float16))  # the precision of the file
 
 
 def _pools(folder: Path, contrast: list[dict[str, Any]], tokenizer: Any) -> dict[str, list[Row]]:
@@ -155,7 +155,7 @@ def _tokens(tokenizer: Any, row: dict[str, Any]) -> Row:
 
 
 def _rows(pools: dict[str, list[Row]], at: dict[str, int], shares: dict[str, int]) -> list[Row]:
-    """Return the next rows of every pool, which begins anew when it is used up."""
+    """Return the next rows of every pool; a used-up pool starts again from its beginning."""
     rows = []
     for name, count in shares.items():
         pool = pools[name]
@@ -165,9 +165,10 @@ def _rows(pools: dict[str, list[Row]], at: dict[str, int], shares: dict[str, int
 
 
 def _loss(model: Any, rows: Sequence[Row]) -> Tensor:
-    """Return the cross-entropy of the answers' tokens, each row with the same weight.
+    """Return the cross-entropy of the answers' tokens, with equal weight per row.
 
-    The output layer is applied to the answers' positions alone: it is a quarter of the model.
+    The output layer, a quarter of the model's parameters, is applied to the answers' positions
+    only.
     """
     longest = max(len(prompt) + len(answer) for prompt, answer in rows)
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
@@ -194,7 +195,7 @@ def _share(step: int, steps: int) -> float:
 
 
 def _harmful_dev(folder: Path) -> list[str]:
-    """Return prompts of `guard_dev.jsonl` that a person or a model has refused or misanswered."""
+    """Return harmful prompts of `guard_dev.jsonl`: those with a refusal or a harmful answer."""
     sources = ("advbench+template", "do-not-answer", "jbb-artifacts", "medsafetybench")
     trained = {row["prompt"] for row in _lines(folder / "align_sft.jsonl")}
     found = {

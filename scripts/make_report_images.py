@@ -3,7 +3,7 @@
 Usage: python scripts/make_report_images.py
 
 Needs the extras `demo` and `report`, Playwright's Python package, and Chromium on the path. The
-pictures show the text of benign rows only; the others are blurred.
+pictures show the text of benign rows only; other rows are blurred.
 """
 
 from __future__ import annotations

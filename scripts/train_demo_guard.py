@@ -4,10 +4,10 @@
 
 DATA_DIR holds guard_train, guard_dev, guard_test_A and guard_onset_test (.jsonl, one row per line:
 prompt, response, label 1 safe or 0 harmful, source, sometimes onset_char). The probe is a logistic
-regression. It is fitted to convergence on guard_train; its L2 penalty and its calibration are
-chosen on guard_dev; then it is fitted again on both. The two test files are used for the figures
-only. Nothing is random. Reading all rows takes 10 to 20 minutes on two CPU cores; --features keeps
-the hidden states (1 GB) for the next run.
+regression, fitted to convergence on guard_train; its L2 penalty and its calibration are chosen on
+guard_dev; then it is fitted again on both. The two test files are used for the figures only.
+Nothing is random. Computing the hidden states of all rows takes 10 to 20 minutes on two CPU cores;
+--features keeps them (1 GB) for the next run.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Example(NamedTuple):
 
     @property
     def onset(self) -> int:
-        """Return the number of tokens before the response turns harmful; T if it never does."""
+        """Return the number of tokens before the response turns harmful; T if it stays safe."""
         if self.row["label"] == 1:
             return len(self.char_ends)
         turn = self.row.get("onset_char") or 0
@@ -63,7 +63,10 @@ class Probe(NamedTuple):
     bias: float
 
     def logits(self, example: Example) -> Tensor:
-        """Return log-odds, (T,), without the open turn's, which only empty responses use."""
+        """Return the log-odds after each token, (T,).
+
+        Those of the empty response, before the first token, are left out.
+        """
         return probe_logits(example.states.float(), self.weight, self.bias)[1:]
 
     def scores(self, example: Example) -> Tensor:
@@ -95,9 +98,9 @@ def read_examples(data_dir: Path, cache: Path) -> dict[str, list[Example]]:
 def prefixes(examples: list[Example]) -> tuple[Tensor, Tensor, Tensor]:
     """Return prefixes of each response: probe inputs (N, 4 H), targets (N,), weights (N,).
 
-    Every prefix of a safe response is safe, and so is a prefix that ends before a harmful response
-    turns. The label of an early prefix of a harmful response is uncertain, so its weight grows from
-    0 at the turn (or the start) to the full weight at the end.
+    Prefixes of a safe response are safe, and so are prefixes of a harmful response up to its onset.
+    Soon after the onset the label is uncertain, so the weight grows from 0 at the onset to the full
+    weight at the end.
     """
     inputs, targets, weights = [], [], []
     for example in examples:
@@ -179,7 +182,7 @@ def auroc_at_end(probe: Probe, examples: list[Example]) -> float:
 def auroc_of_tokens(probe: Probe, examples: list[Example]) -> float:
     """Return the AUROC over all tokens, with equal weight per response.
 
-    Tokens before a turn count as safe.
+    Tokens before the onset count as safe.
     """
     logits = torch.cat([probe.logits(e) for e in examples])
     targets = torch.cat([torch.arange(len(e.char_ends)) < e.onset for e in examples])
@@ -208,7 +211,11 @@ def f1_of_harmful(probe: Probe, examples: list[Example]) -> float:
 
 
 def whole_responses(tested: dict[str, tuple[Probe, list[Example], list[Example]]]) -> list[str]:
-    """Return a table of figures; per name a probe, the rows it was fitted on, and test rows."""
+    """Return a table of figures.
+
+    Args:
+        tested: By name, a probe, the rows that it was fitted on, and the test rows.
+    """
     rows = [
         f"| {name} | {len(part)} | {auroc_at_end(probe, part):.3f} | "
         f"{f1_of_harmful(probe, part):.3f} | {auroc_of_tokens(probe, part):.3f} | "
@@ -344,7 +351,7 @@ def main() -> None:
         "seed": None,
     }
     tensors = {"weight": probe.weight.half(), "bias": torch.tensor([probe.bias])}
-    # One metadata entry, because safetensors writes several in an order that changes between runs.
+    # One metadata entry, because safetensors writes several in a random order.
     save_file(tensors, args.output, metadata={"card": json.dumps(card, sort_keys=True)})
     print("\n".join(figures))
     write_figures(args.card, figures)

@@ -1,28 +1,29 @@
-"""Train a small guard that gives verdicts, so that what such guards cost can be measured.
+"""Train a small verdict guard, to measure what verdict guards cost.
 
     python scripts/train_verdict_guard.py DATA_DIR FIRST
     python scripts/train_verdict_guard.py DATA_DIR OUTPUT --start FIRST/adapter --whole 2400 \\
         --passes 2 --rate 4e-4
 
-These are the two commands that made the guard of docs/performance.md; the second goes on where the
-first has ended. The first blocks of SmolLM2-135M-Instruct learn, by a LoRA adapter, to answer
-Qwen3Guard's prompt with "Safety: Safe" or "Safety: Unsafe". DATA_DIR holds guard_train, guard_dev
-and guard_test_A (.jsonl, one row per line: prompt, response, label 1 safe or 0 harmful, source,
-licence); the template is that of Qwen3Guard-Gen (`--template`). OUTPUT gets the whole guard, ready
-to be named as a guard's `model`, with its figures in `card.json`, and the adapter alone in
-`adapter/`. It protects nobody.
+These two commands made the guard of docs/performance.md; the second continues from the adapter of
+the first. A LoRA adapter on the first blocks of SmolLM2-135M-Instruct learns to answer Qwen3Guard's
+prompt with "Safety: Safe" or "Safety: Unsafe". DATA_DIR holds guard_train, guard_dev and
+guard_test_A (.jsonl, one row per line: prompt, response, label 1 safe or 0 harmful, source,
+licence); the template is that of Qwen3Guard-Gen (`--template`). The script writes to OUTPUT the
+whole guard, which a configuration can name as a guard's `model`, its figures in `card.json`, and
+the adapter alone in `adapter/`. The guard protects nobody.
 
-Every response is judged whole, and every third one also after a part of it, since a guard that
-scores chunks reads prefixes. Prefixes of safe responses are safe; those of harmful ones weigh the
-less the shorter they are. Only MIT, Apache-2.0 and CC-BY-4.0 rows are used, and only their labels.
+The training set has every whole response, and a random prefix of every third response, because a
+guard that scores chunks reads prefixes. Prefixes of safe responses are labelled safe; prefixes of
+harmful ones harmful, with a weight proportional to their length. Only MIT, Apache-2.0 and CC-BY-4.0
+rows are used, and only their labels.
 
-What makes it cheap: the adapter changes the upper blocks only, so the states below them are
-computed once and kept for all epochs. The policy, with which all prompts begin, is run once in some
-steps. And the template's words behind the answer are three quarters of the rest, so the guard first
-learns without them, with the verdict right behind the answer; then it learns to give the same
-verdicts behind them, from a part of the rows. The state with the best AUROC on guard_dev, with
-whole prompts, is kept, and written at once; guard_test_A serves for the figures alone. Seeds are
-fixed.
+Three things make training cheap. The adapter changes the upper blocks only, so the hidden states
+below them are computed once for all epochs. The head, the policy with which all prompts begin, is
+run once per several steps. And the tail, the template's text after the response, is three quarters
+of the remaining prompt: training begins without it, with the verdict directly after the response,
+and continues with whole prompts on a part of the rows. The adapter with the best AUROC on
+guard_dev, with whole prompts, is written as soon as it is found; guard_test_A is used for the
+figures only. Seeds are fixed.
 """
 
 from __future__ import annotations
@@ -61,13 +62,13 @@ PREFILL, VERDICTS = "Safety:", (" Unsafe", " Safe")
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SEED = 3
 BATCH = 16
-RATE = 5e-4  # highest while the tail is left out, after a tenth of the steps
+RATE = 5e-4  # peak learning rate without the tail
 RANK = 16
 LINEAR = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
-QUESTION, ANSWER = 160, 320  # characters that are read of each in training
-HEAD_EVERY = 4  # steps after which the states of the policy are computed again
-CHECKS = 4  # how often the state is measured while whole prompts are learned
-MASS = 0.2  # weight of what makes it answer with one of its words at all
+QUESTION, ANSWER = 160, 320  # characters of each that a training prompt holds
+HEAD_EVERY = 4  # steps after which the head's keys and values are computed again
+CHECKS = 4  # evaluations per pass over whole prompts
+MASS = 0.2  # weight of the term that raises the probability of the two verdicts together
 ATTENTION = "verdict_training"
 
 
@@ -80,7 +81,7 @@ class Example(NamedTuple):
 
 
 class Known(NamedTuple):
-    """Hold an example and its states below the blocks that learn, (tokens, size)."""
+    """Hold an example as hidden states below the trained blocks, (tokens, hidden size)."""
 
     states: Tensor
     label: int
@@ -99,15 +100,15 @@ def examples(
     question: int = QUESTION,
     answer: int = ANSWER,
 ) -> list[Example]:
-    """Return prompts without their head: of whole responses, or also of parts and without a tail.
+    """Return prompts without their head, each with its label and weight.
 
     Args:
-        rows: With prompt, response and label.
-        template: Makes the prompts.
-        tail: Whether the template's words stand between answer and verdict. If not, every third
-            response is also judged after a part of it.
-        question: Characters that are read of each question, from its end.
-        answer: Characters that are read of each response.
+        rows: Rows with prompt, response and label.
+        template: The guard's template.
+        tail: Whether prompts have the template's text after the response. If not, every third
+            response also gives an example with a random prefix.
+        question: Characters that a prompt holds of each question, from its end.
+        answer: Characters that a prompt holds of each response.
     """
     draw = random.Random(SEED)
     head = len(head_of(template))
@@ -137,7 +138,7 @@ def head_of(template: GuardTemplate) -> list[int]:
 
 
 def batches(known: list[Known], draw: random.Random) -> list[list[Known]]:
-    """Return batches in random order, whose prompts are about as long as each other."""
+    """Return batches of prompts of similar length, in random order."""
     order = draw.sample(known, len(known))
     found = []
     for start in range(0, len(order), 4 * BATCH):
@@ -149,9 +150,9 @@ def batches(known: list[Known], draw: random.Random) -> list[list[Known]]:
 
 @dataclass
 class Head:
-    """Hold keys and values of what all prompts begin with, by block, while a pass runs.
+    """Hold the head's keys and values by block, for the forward passes of all prompts.
 
-    A pass without any is that of the head itself, and fills them.
+    While `known` is empty, a pass is that of the head itself, and fills it.
     """
 
     known: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -163,10 +164,10 @@ _head = Head()
 def _attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, scaling: float, **__: Any
 ) -> tuple[Tensor, None]:
-    """Attend to the head, which is stored once for all rows, and to own tokens up to each.
+    """Attend to the head, stored once for all rows, and causally to a row's own tokens.
 
-    With matrix products and a float32 softmax it takes a tenth of a step's time; the fused kernel
-    and its backward pass took a third of it. Shapes are those of transformers' attention interface.
+    Matrix products and a float32 softmax take a tenth of a step's time; the fused kernel and its
+    backward pass took a third. Shapes are those of transformers' attention interface.
     """
     rows, heads, length, size = query.shape
     shared = key.shape[1]
@@ -181,7 +182,7 @@ def _attend(
         weights = own.float().softmax(-1).to(value.dtype)
         out = weights @ value
     else:
-        # All rows are queries of one long row.
+        # The head is stored once, so the queries of all rows are folded into one long row.
         folded = asked.transpose(0, 1).reshape(shared, rows * groups * length, size)
         met = (folded @ there[0][0].transpose(-1, -2)).reshape(shared, rows, groups * length, -1)
         scores = torch.cat([met.transpose(0, 1), own], dim=-1)
@@ -206,7 +207,7 @@ def _attending(decoder: Any) -> Iterator[None]:
 
 
 class Trainer:
-    """Hold the model, of which the upper blocks learn, and the states of the head below them."""
+    """Train the upper blocks of a model; hold the head's hidden states below them."""
 
     def __init__(self, template: GuardTemplate, model: Any, frozen: int) -> None:
         self.verdicts = [i for word in VERDICTS for i in template.label_ids([word])]
@@ -224,7 +225,7 @@ class Trainer:
         self._below = _head.known
 
     def _states(self, prompts: Sequence[list[int]], first: int) -> list[Tensor]:
-        """Return what the blocks that do not learn make of tokens at positions from `first` on."""
+        """Return the frozen blocks' hidden states of prompts whose first token is at `first`."""
         whole, _head.known = self.model.get_base_model(), self._below
         ids = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, prompts)), batch_first=True)
         position = first + torch.arange(ids.shape[1])
@@ -234,7 +235,7 @@ class Trainer:
         return [found[i, : len(prompt)].clone() for i, prompt in enumerate(prompts)]
 
     def known(self, asked: Sequence[Example]) -> list[Known]:
-        """Return examples with their states, which no training changes."""
+        """Return examples as hidden states of the frozen blocks."""
         order = sorted(range(len(asked)), key=lambda i: len(asked[i].ids))
         found: dict[int, Known] = {}
         for start in range(0, len(order), BATCH):
@@ -246,7 +247,7 @@ class Trainer:
 
     @contextmanager
     def _upper(self) -> Iterator[Any]:
-        """Cut the decoder down to the blocks that learn."""
+        """Cut the decoder down to the trained blocks."""
         decoder = self.model.get_base_model().model
         blocks, decoder.layers = decoder.layers, decoder.layers[self._frozen :]
         try:
@@ -256,15 +257,15 @@ class Trainer:
             decoder.layers = blocks
 
     def run_head(self) -> None:
-        """Compute the head's keys and values in the blocks that learn again, without gradients."""
+        """Compute the head's keys and values in the trained blocks again, without gradients."""
         self._above = _head.known = {}
         with torch.no_grad(), self._upper() as decoder:
             decoder(inputs_embeds=self._head_states[None], use_cache=False)
 
     def logits(self, batch: Sequence[Known]) -> Tensor:
-        """Return the next-token logits behind each prompt, (rows, vocabulary).
+        """Return the next-token logits after each prompt, (rows, vocabulary).
 
-        Rows are padded at their ends, which no real token sees. No gradient goes through the head.
+        Rows are padded on the right. No gradient goes through the head.
         """
         _head.known = self._above
         states = torch.nn.utils.rnn.pad_sequence([one.states for one in batch], batch_first=True)
@@ -273,11 +274,11 @@ class Trainer:
             found = decoder(inputs_embeds=states, position_ids=position[None], use_cache=False)
         last = torch.tensor([len(one.states) - 1 for one in batch])
         picked = found.last_hidden_state[torch.arange(len(batch)), last]
-        # In bfloat16 a logit of 16 has steps of an eighth, more than many verdicts differ by.
+        # Near 16 bfloat16 has steps of 1/8, which is more than the difference of many verdicts.
         return F.linear(picked.float(), self.model.get_base_model().lm_head.weight.float())
 
     def auroc(self, known: Sequence[Known]) -> float:
-        """Return the AUROC of log-odds, the current state's."""
+        """Return the AUROC of the current model's log-odds."""
         scores: dict[int, float] = {}
         order = sorted(range(len(known)), key=lambda i: len(known[i].states))
         self.run_head()
@@ -293,12 +294,12 @@ class Trainer:
     def train(
         self, todo: Sequence[list[Known]], rate: float, measured: list[Known], checks: int
     ) -> Iterator[float]:
-        """Train one pass over batches, and yield the AUROC on what is measured several times.
+        """Train one pass over batches, and yield the AUROC on held-out examples several times.
 
         Args:
             todo: The batches.
-            rate: The highest learning rate.
-            measured: Examples that are not trained on.
+            rate: The peak learning rate.
+            measured: Held-out examples.
             checks: How often they are measured, evenly spread.
         """
         parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -337,7 +338,7 @@ class Trainer:
 
 
 def first_blocks(count: int, template: Path) -> tuple[Any, Any]:
-    """Return SmolLM2, cut to its first blocks, and its tokenizer with the guard's template."""
+    """Return SmolLM2 with its first blocks only, and its tokenizer with the guard's template."""
     model, tokenizer = load_smollm2(torch.bfloat16)
     model.model.layers = model.model.layers[:count]
     model.config.num_hidden_layers = count
@@ -348,7 +349,7 @@ def first_blocks(count: int, template: Path) -> tuple[Any, Any]:
 
 
 def write(output: Path, trainer: Trainer, card: dict[str, Any]) -> dict[str, Tensor]:
-    """Write the adapter of the current state and its card; return the adapter."""
+    """Write the current adapter and its card; return the adapter's tensors."""
     (output / "adapter").mkdir(parents=True, exist_ok=True)
     (output / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     config = trainer.model.peft_config["default"].to_dict()

@@ -1,4 +1,4 @@
-"""The fixtures of all tests; what they share otherwise lies in support/."""
+"""The fixtures of all tests; shared helpers are in support/."""
 
 import functools
 import gc
@@ -16,16 +16,16 @@ from star_dss_plugin.plugins import Origin, load_plugins
 
 try:
     from hypothesis import settings
-except ImportError:  # the wheel's tests use none
+except ImportError:  # the wheel's tests do not use hypothesis
     pass
-else:  # a busy machine is no failure; everything else stays as it is, also in CI
+else:  # no deadline, because a busy machine must not fail a test; all else is hypothesis's default
     settings.register_profile("unhurried", parent=settings.default, deadline=None)
     settings.load_profile("unhurried")
 
 
 def pytest_collection_finish():
-    # Trainers collect garbage at every turn, and each time look through all that was imported: a
-    # second. What is there now, stays.
+    # Trainers collect garbage often, and each collection would scan all imported modules for a
+    # second. Frozen objects are not scanned.
     gc.collect()
     gc.freeze()
 
@@ -36,7 +36,7 @@ def pytest_unconfigure():
 
 @pytest.fixture(autouse=True)
 def _test_guard():
-    # Once for each plugin manager: the tests of plugins.py make new ones.
+    # Checked for every test, because the tests of plugins replace the plugin manager.
     if WordGuard.name not in load_plugins().names("guard"):
         load_plugins().register(WordsPlugin(), Origin("tests", "star-dss-tests", "0"))
 
@@ -58,7 +58,7 @@ def model(tokenizer) -> LlamaForCausalLM:
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory, tokenizer) -> Path:
-    """A tiny random model with tokenizer, saved."""
+    """Return the folder of a tiny random model and its tokenizer."""
     path = tmp_path_factory.mktemp("tiny-model")
     tiny_llama(len(tokenizer)).save_pretrained(path)
     tokenizer.save_pretrained(path)
@@ -67,14 +67,14 @@ def model_dir(tmp_path_factory, tokenizer) -> Path:
 
 @pytest.fixture(scope="session")
 def folder_of(tmp_path_factory):
-    """Return what takes a preset's name and gives the folder of a tiny random guard of its kind."""
+    """Return a function from a preset's name to the folder of a tiny random guard of its kind."""
     made = functools.cache(lambda key: make_guard(key, tmp_path_factory.mktemp(key)))
     return lambda name: made(layout(name))
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The developers' shared fixtures, which a user's clone does not have."""
+    """Return the folder of the developers' shared files, which a user's clone does not have."""
     if not (SHARED / "guards").is_dir():
         pytest.skip("needs the developers' ../shared folder (guard tokenizers and labelled data)")
     return SHARED

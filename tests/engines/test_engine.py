@@ -1,4 +1,4 @@
-"""The local engine equals one forward pass per sequence, whatever the sequences share."""
+"""The local engine equals one forward pass per sequence, for all kinds of shared prefixes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_equals_one_pass_per_sequence(
 
 @st.composite
 def tries(draw: st.DrawFn) -> list[list[int]]:
-    """Sequences that each continue some prefix of an earlier one, in any order."""
+    """Draw sequences, each of which continues a prefix of an earlier one, in any order."""
     sequences: list[list[int]] = []
     for _ in range(draw(st.integers(1, 10))):
         stem = draw(st.sampled_from(sequences)) if sequences else []
@@ -82,7 +82,7 @@ def test_counts_tokens_over_calls() -> None:
     engine = LocalEngine(served("llama"))
     engine.label_logprobs([[[4, 5, 6, 7, 8], [4, 5, 6, 9]]], LABELS)
     assert (engine.computed_tokens, engine.distinct_tokens) == (3 + 2 * 2, 6)
-    # What all groups begin with is counted, and computed, once.
+    # The common prefix of all groups is counted, and computed, once.
     groups = [[[4, 5, 6, 7, 8], [4, 5, 6, 9, 9]], [[4, 5, 3, 7, 8], [4, 5, 3, 9, 9]]]
     engine.label_logprobs(groups, LABELS)
     assert (engine.computed_tokens, engine.distinct_tokens) == (7 + 2 + 2 + 8, 6 + 2 + 2 + 8)
@@ -127,7 +127,7 @@ def test_projects_the_vocabulary_once_per_sequence() -> None:
         lambda _, inputs, output: projected.append(output.shape[:-1].numel())
     )
     engine.label_logprobs([prompts()], LABELS)[0]
-    # Once for each prompt, and once for the trunk.
+    # One row per prompt, and one for the trunk.
     assert sum(projected) == len(prompts()) + 1
 
 
@@ -230,7 +230,7 @@ def test_memory_does_not_grow_with_the_number_of_responses() -> None:
 
     def watched(*args: Any) -> Any:
         gc.collect()
-        # `isinstance` would ask lazy modules for their class, which warns for torch.distributed.
+        # Not `isinstance`: it loads the lazy modules of torch.distributed, which warn.
         alive.append(sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects()))
         return run_trunks(*args)
 

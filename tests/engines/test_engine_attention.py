@@ -49,7 +49,7 @@ def test_rows_that_see_little_of_a_trunk_meet_no_more_of_it(
         got = engine.label_logprobs([sequences], LABELS)[0]
         assert (got - one_pass_per_sequence(model, sequences, LABELS)).abs().max() <= 1e-4, shape
         if shape == "prompts" and name == "llama":
-            # Each prompt's head and as much of the response as comes before its own tail.
+            # Each prompt's head and its prefix of the response, without the tail.
             assert set(met) == {10, 13, 16, 19, 22}
 
 
@@ -75,7 +75,7 @@ def test_the_last_layer_runs_only_where_it_is_read() -> None:
 
 def test_a_last_layer_that_needs_all_columns_gets_them(caplog: pytest.LogCaptureFixture) -> None:
     class Whole(torch.nn.Module):
-        """An MLP that would notice that columns are missing."""
+        """An MLP whose result depends on all columns of a row."""
 
         def __init__(self, mlp: torch.nn.Module) -> None:
             super().__init__()
@@ -104,7 +104,7 @@ def test_a_last_layer_that_needs_all_columns_gets_them(caplog: pytest.LogCapture
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Blocks that these short prompts fill more than one of, and no traces of other tests."""
+    """Make blocks so small that short prompts fill several; drop compiled code before and after."""
     monkeypatch.setattr(flex, "BLOCK", 16)
     torch._dynamo.reset()
     yield
@@ -119,7 +119,7 @@ def test_block_sparse_attention_equals_one_pass_per_sequence(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    if name != "llama":  # the same computation, without a trace for each of its shapes
+    if name != "llama":  # without compiling, which takes a trace for each shape
         monkeypatch.setattr(
             flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True, raising=False
         )
@@ -146,7 +146,10 @@ def test_block_sparse_attention_equals_one_pass_per_sequence(
 def test_no_block_is_missing_and_few_are_too_many(
     rows: list[list[int]], columns: int, asked: int, padding: int, window: int | None
 ) -> None:
-    """`rows` are the depths of each prefix's rows; the last row has padding on its left."""
+    """Compare the mask with plain loops over `rows`, the depths of each prefix's rows.
+
+    The last row has padding on its left.
+    """
     depths = [torch.tensor(of_prefix) for of_prefix in rows]
     count = sum(map(len, rows)) or 2
     asked, padding = min(asked, columns), min(padding, columns - 1)
@@ -164,7 +167,7 @@ def test_no_block_is_missing_and_few_are_too_many(
         torch.arange(count * asked)[:, None],
         torch.arange(len(layout.owner)),
     )
-    # What the rows see, said plainly.
+    # The positions that each query may attend to, by plain loops.
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
     shared_by = [i for i, depth in enumerate(depths) for _ in depth]
     expected = torch.zeros_like(seen)
@@ -182,7 +185,7 @@ def test_no_block_is_missing_and_few_are_too_many(
     blocks = mask.to_dense()[0, 0].bool()
     for i, j in (seen.nonzero() // flex.BLOCK).unique(dim=0).tolist():
         assert blocks[i, j]
-    # Windows aside, a block that is computed holds something that one of its rows sees.
+    # Without a window, every computed block has a position that one of its queries attends to.
     assert window is not None or blocks.sum() <= len((seen.nonzero() // flex.BLOCK).unique(dim=0))
 
 
@@ -194,7 +197,7 @@ def test_without_a_block_sparse_kernel_there_is_another_way(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """At once, in the trial, or with a pass that nobody tried."""
+    """The kernel fails at once, during the trial, or in a later pass."""
     ready, kernel = 3 * passes, flex._kernel("cpu")  # three layers each
 
     def works_a_while(*given: Any, **options: Any) -> Any:
@@ -240,7 +243,7 @@ def test_a_block_sparse_kernel_that_is_wrong_is_not_used(
 
 @pytest.mark.parametrize("window", [8, 4100])
 def test_a_window_that_only_the_mask_knows_is_left_to_the_model(window: int) -> None:
-    """A trial would not see the wide one."""
+    """The trial's sequences are shorter than the wide window, so it would not find it."""
     config = Qwen2MoeConfig(
         **COMMON,
         moe_intermediate_size=16,
@@ -267,7 +270,7 @@ def test_a_last_layer_that_must_be_whole_is_not_blamed_on_the_kernel(
     engine._block_sparse = True
     assert (
         engine._plain_path_reason is not None
-    )  # what looks at other columns cannot be served at all
+    )  # prefixes cannot be shared if a layer mixes columns
     mlp.forward = lambda x: forward(x) + 0 * x[:, -2:-1] if x.shape[1] == 1 else forward(x)
     engine = LocalEngine(model)
     engine._block_sparse = True

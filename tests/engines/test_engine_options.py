@@ -1,4 +1,4 @@
-"""Which engine a guard takes, and options that cannot work."""
+"""Which engine a guard uses, and engine options that are refused."""
 
 import pytest
 
@@ -13,7 +13,7 @@ server = pytest.importorskip(
 )
 
 
-# What is wrong before anything is loaded
+# Options that are refused before a model is loaded
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_options_that_no_guard_takes_are_named_without_their_values(guard):
 
 
 def test_what_only_takes_room_is_no_other_guard():
-    """Cached scores stay valid when a run gets more or less of a device's memory."""
+    """Cached scores stay valid if a run may use more or less of a device's memory."""
     fewer = {"gpu_memory_utilization": 0.5, "max_model_len": 4096, "quantization": "fp8"}
     found = selection.choose_engine("vllm", fewer).identity("m")
     assert found == selection.choose_engine("vllm", {"quantization": "fp8"}).identity("m")

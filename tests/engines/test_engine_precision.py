@@ -1,4 +1,4 @@
-"""The local engine: bfloat16, float64, and linear layers through oneDNN."""
+"""The local engine in bfloat16 and float64, and its linear layers with oneDNN."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_bfloat16_probabilities_are_near_those_in_float32() -> None:
     full = make(config)
     full.load_state_dict(half.state_dict())
     engine = LocalEngine(half)
-    assert engine._plain_path_reason is None  # the fast path itself, not what stands in for it
+    assert engine._plain_path_reason is None  # the fast path, not the fallback
     for sequences in shapes().values():
         got = engine.label_logprobs([sequences], range(VOCABULARY))[0]
         assert got.dtype == torch.float32
@@ -42,10 +42,10 @@ def test_bfloat16_probabilities_are_near_those_in_float32() -> None:
 
 
 def test_a_real_model_in_bfloat16_takes_the_fast_path(tmp_path_factory) -> None:
-    """Rounding grows with depth and with the vocabulary: tiny models do not show how much."""
+    """Rounding errors grow with depth and vocabulary, so tiny models would not show them."""
     model = real_model(tmp_path_factory)[0].bfloat16()
     assert LocalEngine(model)._plain_path_reason is None
-    model.model.layers[3].self_attn.layer_idx = 2  # two layers that write to one cache
+    model.model.layers[3].self_attn.layer_idx = 2  # two layers that share one cache entry
     assert "apart" in (LocalEngine(model)._plain_path_reason or "")
 
 
@@ -70,7 +70,7 @@ def test_bfloat16_is_as_near_float32_as_one_pass_is_and_has_no_bias() -> None:
     assert error <= 1.2 * error_alone
     difference = torch.cat(apart)
     assert difference.abs().max() <= 2e-2
-    # A bias would be the same in all prompts; what is random averages out over 720 of them.
+    # A bias would be the same in all prompts; random errors average out over 720 of them.
     assert difference.mean(0).abs().max() <= 0.25 * difference.square().mean().sqrt()
 
 
@@ -97,7 +97,7 @@ def test_onednn_leaves_other_linear_layers_alone(dtype: torch.dtype) -> None:
     with torch.inference_mode(), OneDnnLinear():
         assert torch.equal(torch.nn.functional.linear(x, weight), expected)
     trained = torch.nn.Linear(5, 3)
-    with OneDnnLinear():  # no kernel that has no gradient
+    with OneDnnLinear():  # must not replace the kernel where a gradient is needed
         trained(torch.randn(2, 5)).sum().backward()
     assert trained.weight.grad is not None
 

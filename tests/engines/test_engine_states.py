@@ -1,4 +1,4 @@
-"""Hidden states along token sequences: those of a plain pass, whatever the sequences share."""
+"""Hidden states from the engine equal those of a plain pass, for all kinds of shared prefixes."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from star_dss_plugin.errors import GuardError
 def sequences():
     head, *rests = draw(20, 9, 30, 17, 12, seed=4)
     found = [head + rest for rest in rests]
-    # One position lies in what they share.
+    # One position lies in the shared prefix.
     return found, [[22, 23, 28], [19, 40, 49], [21], [20, 31]]
 
 
@@ -45,7 +45,7 @@ def test_what_is_shared_and_the_blocks_above_are_left_out():
     engine.states(rows, [[len(row) - 1] for row in rows], [1])
     for hook in hooks:
         hook.remove()
-    # The head as a whole, for verdicts read its keys too; the rest up to the block that is read.
+    # Only the head runs through all blocks, because verdicts use its keys; the rest stops earlier.
     assert ran.count(blocks - 1) == 1
     assert ran.count(1) > 1
     assert len(model.model.layers) == blocks
@@ -63,7 +63,7 @@ def test_a_model_without_shared_prefixes_runs_whole():
         LocalEngine(served("gpt2")).states(rows, positions, [0])
     found = engine.states(rows, positions, [0])
     for ids, read, got in zip(rows, positions, found, strict=True):
-        # It lists states behind blocks only, without the embeddings.
+        # This model's hidden states do not begin with the embeddings.
         torch.testing.assert_close(got, slow_states(model, ids, [-1])[read], rtol=1e-4, atol=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""A server that answers anything: refused in words, in time and in bounded memory."""
+"""Hostile servers: their answers are refused with a readable error, in time and bounded memory."""
 
 import contextlib
 import gzip
@@ -19,11 +19,11 @@ server = pytest.importorskip(
 PROMPTS = [[[1, 2, 3], [1, 2, 3, 4]]]
 LABELS = [5, 6]
 ESCAPES = "\x1b[2J\x1b]0;owned\x07\nFAKE LOG LINE\u202e"
-AT_ONCE = 60.0  # a request that is not to be cut off on a busy machine
+AT_ONCE = 60.0  # a timeout that a busy machine does not reach
 
 
 def answer(prompts, **changes):
-    """An answer as `vllm serve` gives it, with some entries of its choices changed."""
+    """Return an answer like that of `vllm serve`, with some entries of its choices changed."""
     choices = []
     for i in range(len(prompts)):
         logprobs = {f"token_id:{label}": -1.0 - i for label in LABELS}
@@ -33,7 +33,7 @@ def answer(prompts, **changes):
 
 
 class Hostile(ThreadingHTTPServer):
-    """Answers what it is told to: a value as JSON, bytes as they are, or what a function writes."""
+    """Answer with a value as JSON, with bytes, or with what a function writes."""
 
     daemon_threads = True
 
@@ -85,7 +85,7 @@ def hostile():
 
 @pytest.fixture
 def asked(hostile, monkeypatch):
-    """Ask the server for the labels of two prompts."""
+    """Return a function that asks the server for the label log-probabilities of two prompts."""
     monkeypatch.setattr(server, "_MAX_WAIT_SECONDS", 0.01)
 
     def ask(**options):
@@ -208,11 +208,11 @@ def test_the_count_of_tokens_is_the_prompts(hostile, asked, tokens):
         asked()
 
 
-# Bytes that drip
+# Slow answers
 
 
 def drip(head, piece, done):
-    """A reply that begins with `head` and goes on with `piece` until the test is over."""
+    """Return a reply that sends `head`, then `piece` again and again until the test is over."""
 
     def reply(handler, body):
         with contextlib.suppress(OSError):
@@ -238,7 +238,7 @@ def drip(head, piece, done):
 )
 @pytest.mark.parametrize("first", ["models", "completion"])
 def test_a_request_ends_in_time_however_its_answer_drips(hostile, asked, head, piece, first):
-    """Each read is in time; all of them together would take for ever."""
+    """Each read ends in time, but all reads together never would."""
     done = threading.Event()
     setattr(hostile, first, drip(head, piece, done))
     try:
@@ -266,7 +266,7 @@ def test_a_request_behind_one_that_was_cut_off_has_a_new_connection(hostile, ask
     assert len(times) > 1
 
 
-# Bodies without an end
+# Endless bodies
 
 
 def test_an_answer_has_a_longest_length(hostile, asked):
@@ -287,7 +287,7 @@ def test_an_answer_has_a_longest_length(hostile, asked):
             asked()
     finally:
         done.set()
-    assert sum(sent) < 32 << 20  # what sockets hold, beside the longest answer
+    assert sum(sent) < 32 << 20  # the longest answer, and the buffers of sockets
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "zstd", "gzip, gzip", "x"])
@@ -300,7 +300,7 @@ def test_compressed_answers_are_not_expanded(hostile, asked, encoding):
         asked()
 
 
-# What is shown
+# Messages
 
 
 @pytest.mark.parametrize("status", [200, 302, 400, 401, 404, 500, 503])

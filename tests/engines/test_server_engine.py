@@ -1,4 +1,4 @@
-"""A guard behind HTTP: the local engine's numbers, through every fault that may pass."""
+"""A guard on an HTTP server: the local engine's results, also after temporary faults."""
 
 import datetime as dt
 import json
@@ -31,7 +31,7 @@ LABELS = [7, 240, 41]
 
 
 class Fake(ThreadingHTTPServer):
-    """Answers as `vllm serve` does, with a tiny model; each fault of a list once, then no more."""
+    """Answer as `vllm serve` does, with a tiny model, after each fault of a list once."""
 
     daemon_threads = True
 
@@ -139,7 +139,7 @@ def _soon(monkeypatch):
 
 @pytest.fixture
 def opened():
-    """Opens engines, and closes them."""
+    """Return a function that opens engines; close them after the test."""
     engines = []
 
     def opens(fake, **options):
@@ -190,7 +190,7 @@ def test_concurrency_is_bounded(fake, opened, concurrency):
 def test_a_fault_that_passes_changes_nothing(fake, opened, model, fault):
     fake.faults = [fault] * 4
     engine = opened(fake, timeout=2.5 if fault == "too slow" else 30)
-    # First, for the server may still compute with the same model what came too late.
+    # Before the request, because the server may use the same model for a late answer.
     expected = LocalEngine(model).label_logprobs(groups(2), LABELS)
     found = engine.label_logprobs(groups(2), LABELS)
     torch.testing.assert_close(torch.cat(found), torch.cat(expected), atol=1e-4, rtol=0)
@@ -306,7 +306,7 @@ def rows(count):
 
 @pytest.fixture
 def saved(model_dir):
-    """The model that `model_dir` holds."""
+    """Return the model of `model_dir`."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(model_dir)
@@ -332,7 +332,7 @@ def test_scores_are_those_of_the_local_engine(saved, tokenizer, model_dir):
 def test_a_server_that_dies_half_way_loses_nothing(
     saved, tokenizer, model_dir, tmp_path, monkeypatch
 ):
-    """Once it stays away and the run ends; once it comes back and the run waits for it."""
+    """Either the server stays away and the run ends, or it returns and the run continues."""
     monkeypatch.setattr("star_dss_plugin.data.cache._FLUSH_SECONDS", 0.0)
     monkeypatch.setattr("star_dss_plugin.guards.verdict._PREFIXES_PER_CALL", 40)
     whole = Fake(saved)
@@ -375,7 +375,7 @@ def test_a_server_that_dies_half_way_loses_nothing(
         json.dumps(p) for fake in (again, *threads) for body in fake.bodies for p in body["prompt"]
     }
     assert before
-    assert not before & after  # nothing is paid for twice
+    assert not before & after  # no prompt is answered twice
     threads[0].stop()
 
 
@@ -424,7 +424,7 @@ def test_the_key_is_sent_and_never_shown(saved, tokenizer, model_dir, caplog, ca
 
 def test_no_key_is_sent_that_was_not_set(fake, opened, monkeypatch):
     monkeypatch.delenv("STAR_DSS_API_KEY")
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)  # meant for somebody else
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)  # a key for another service
     opened(fake)
     assert fake.keys == {None}
 
@@ -433,7 +433,7 @@ def test_no_key_is_sent_that_was_not_set(fake, opened, monkeypatch):
 def test_a_missing_package_is_named(fake, model_dir, monkeypatch, engine, extra):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     given = guard_of(fake, model_dir) | {"engine": engine, "engine_options": None}
-    StarDSSOptions(guard=given, engine=engine).validate()  # who trains need not have it
+    StarDSSOptions(guard=given, engine=engine).validate()  # training does not need the key
     with pytest.raises(ConfigError, match=rf"pip install 'star-dss-plugin\[{extra}\]'"):
         load_guard(given)
 
@@ -446,7 +446,7 @@ def test_a_missing_package_is_named(fake, model_dir, monkeypatch, engine, extra)
         (50, "", 15.0, 30.0),
         (0, "7", 7, 7),
         (0, "9999", 30, 30),
-        (0, "Wed, 21 Oct 2015 07:28:00 GMT", 0.25, 0.5),  # over, or the clocks differ
+        (0, "Wed, 21 Oct 2015 07:28:00 GMT", 0.25, 0.5),  # a date in the past, or different clocks
         (0, "Fri, 21 Oct 2335 07:28:00 GMT", 30, 30),
         (0, "Fri, 99 Oct 2335 07:28:00 GMT", 0.25, 0.5),
         (0, "²", 0.25, 0.5),
@@ -480,7 +480,7 @@ def test_what_a_call_gave_up_stays_so(fake, opened, monkeypatch):
 
 
 def test_closing_ends_every_call_in_flight(fake, opened):
-    """Also the earlier one, which otherwise would go on trying for minutes."""
+    """Earlier calls end too; otherwise they would retry for minutes."""
     engine = opened(fake, concurrency=1, prompts_per_request=100)
     fake.faults = [503] * 1000
     found = []

@@ -1,4 +1,4 @@
-"""Prompts that share a trunk are the prompts written out, in less memory."""
+"""Prompts stored as a trunk and pieces equal the whole prompts, in less memory."""
 
 import random
 import tracemalloc
@@ -21,7 +21,7 @@ PIECES = st.lists(
 
 
 def shared_of(trunk, pieces):
-    """Prompts of at least one token, and the same ones written out."""
+    """Return prompts of at least one token, stored with a shared trunk and written out."""
     pieces = [(min(n, len(trunk)), end) for n, end in pieces if n or end]
     pieces = pieces or [(1, [])]
     written = [[*trunk[:n], *end] for n, end in pieces]
@@ -60,7 +60,7 @@ def trie(ordered):
 @settings(max_examples=300)
 @given(TRUNK, PIECES)
 def test_a_tree_has_the_trunk_that_most_prompts_visit(trunk, pieces):
-    """Counted in the trie of the prompts written out, node by node."""
+    """The expected trunk is found in the trie of whole prompts, node by node."""
     shared, written = shared_of(trunk, pieces)
     ordered = sorted({tuple(p) for p in written}, reverse=True)
     nodes = trie(ordered)
@@ -107,7 +107,7 @@ def test_calls_of_vllm_are_bounded(monkeypatch):
 
 
 def memory(prompts: int) -> int:
-    """Bytes at most while a response's prompts are made and grow into a tree."""
+    """Return the peak bytes of making a response's prompts and their tree."""
     chance = random.Random(0)
     trunk = [chance.randrange(1000) for _ in range(5 * prompts)]
     kept = range(5, 5 * prompts + 1, 5)

@@ -1,4 +1,4 @@
-"""vLLM gives the label probabilities that the local engine gives, in process and behind HTTP.
+"""vLLM gives the local engine's label probabilities, in process and as an HTTP server.
 
 Needs vLLM: `make test-vllm` makes an environment for it.
 """
@@ -73,7 +73,7 @@ def guard(folder, **options):
 
 
 def apart(one, other):
-    """The largest difference of scores, and of label masses relative to themselves."""
+    """Return the largest difference of scores, and the largest relative one of label masses."""
     scores = max(
         abs(a - b)
         for x, y in zip(one, other, strict=True)
@@ -111,7 +111,7 @@ def test_in_process_equals_local(smollm2, dtype, most, most_mass, capsys):
 
 @pytest.fixture
 def serve(smollm2, tmp_path):
-    """Starts `vllm serve` on a port of the loopback device, ready or not."""
+    """Return a function that starts `vllm serve` on a loopback port, without waiting for it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Verdict guards that several modules ask."""
+"""Verdict guards that several modules share."""
 
 import pytest
 from support.verdict_guards import UNCHECKED, describe, tiny_guard

@@ -1,4 +1,4 @@
-"""Adaptive trajectories: what is asked, what is interpolated, and how far off it can be."""
+"""Adaptive trajectories: which prefixes are scored or interpolated, and the largest error."""
 
 from itertools import pairwise
 
@@ -16,7 +16,7 @@ from star_dss_plugin.guards.base import Guard, StreamingGuard
 
 
 class Recorded(Guard):
-    """Answers from a list, for prefixes that end at 1, 2, 3, … characters."""
+    """Return listed scores, for prefixes that end at 1, 2, 3, … characters."""
 
     name = "recorded"
     identity = {"guard": "recorded"}
@@ -55,7 +55,7 @@ def test_a_turn_is_found_and_everything_behind_it_is_exact():
     inner = Recorded(scores)
     [found] = AdaptiveGuard(inner).trajectories([request(0, 40)])
     assert found.scores == pytest.approx(scores)
-    assert len(inner.asked) == len(set(inner.asked)) < 40 - 4  # nothing twice
+    assert len(inner.asked) == len(set(inner.asked)) < 40 - 4  # no prefix twice
 
 
 def test_interpolates_over_characters():

@@ -1,4 +1,4 @@
-"""Several guards together, calibrated ones, and what becomes of a response none could score."""
+"""Combined and calibrated guards, and responses that no guard could score."""
 
 import logging
 import math
@@ -216,7 +216,7 @@ def test_calibrated_scores_by_the_formula(p, temperature, threshold):
 
 
 def test_a_guard_that_rounds_to_0_and_1_is_calibrated_too():
-    """Hard verdicts that are right four times of five."""
+    """Hard verdicts that are right in four of five cases."""
     from star_dss_plugin.scoring.calibration import fit
 
     scores, labels = [0.0, 1.0] * 100, [0, 1] * 80 + [1, 0] * 20
@@ -244,11 +244,11 @@ def test_a_calibrated_guard(tokenizer):
     assert [leaf.word for leaf in leaves(guard)] == ["bad", "fox"]
 
 
-# What cannot be scored
+# Responses that cannot be scored
 
 
 class Choosy(Guard):
-    """Cannot score some texts, and says which."""
+    """Fail on some texts, and name them in the error."""
 
     name = "test-choosy"
 
@@ -292,7 +292,7 @@ def test_or_unsafe_and_never_safe(tokenizer, caplog):
     assert provenance_of(found)["guard_errors"] == 2
     assert guard.asked == [["first", "second", "third"], ["first", "third"], ["fourth", "sixth"]]
     assert "Row 1 counts as unsafe: no" in caplog.text
-    # It is asked again the next time: the error may be gone, and is none of the guard's answers.
+    # An error is not cached: the next run asks the guard again.
     better = Choosy()
     better.bad = ()
     assert type(better).identity.fget(better) != guard.identity
@@ -312,7 +312,7 @@ def test_in_an_ensemble_one_that_cannot_is_enough(tokenizer):
 
 
 def test_what_a_member_said_is_its_own(tokenizer):
-    """Though another one could not score the response; and each has a name of its own."""
+    """Its scores are kept if another guard failed, under a name of its own."""
     first = EnsembleGuard([CalibratedGuard(Choosy()), WordGuard()])
     second = EnsembleGuard([CalibratedGuard(WordGuard(word="fox")), WordGuard(word="sixth")])
     outer = EnsembleGuard([first, CalibratedGuard(second, 2.0)])

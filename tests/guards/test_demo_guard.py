@@ -279,7 +279,7 @@ def test_smollm2_is_a_plain_model_that_speaks(tmp_path, tmp_path_factory):
     model.config.save_pretrained(tmp_path)
     assert "quant" not in (tmp_path / "config.json").read_text()
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
-    # Digits stand alone, also after a run of newlines, as in the published tokenizer.
+    # Each digit is a token, also after a run of newlines, as in the published tokenizer.
     tokens = tokenizer.convert_ids_to_tokens(tokenizer("x:\n\n12 a").input_ids)
     assert tokens == ["x", ":", "ĊĊ", "1", "2", "Ġa"]
     chat = [{"role": "user", "content": "What is the capital of France?"}]

@@ -1,4 +1,4 @@
-"""Verdict guards: loading, damaged folders, and what makes two guards one."""
+"""Verdict guards: loading, damaged folders, and the identity that keys cached scores."""
 
 import copy
 import gc
@@ -93,7 +93,7 @@ def test_nothing_is_loaded_before_it_is_needed_and_close_frees_it(model_dir, mon
     assert guard.identity == identity
 
 
-# Identity: everything that changes a score, and nothing else
+# The identity has everything that changes a score, and nothing else
 
 
 def changed(name, change):
@@ -107,7 +107,7 @@ def changed(name, change):
 
 @pytest.fixture(scope="module")
 def big_dir(tmp_path_factory, tokenizer):
-    """Large enough that its weights are not hashed in full (2 MiB)."""
+    """Return the folder of a guard so large (over 2 MiB) that not all of its weights are hashed."""
     folder = tmp_path_factory.mktemp("big")
     model = tiny_llama(len(tokenizer), hidden_size=256, intermediate_size=512, num_hidden_layers=8)
     model.save_pretrained(folder)
@@ -118,7 +118,7 @@ def big_dir(tmp_path_factory, tokenizer):
 
 @pytest.mark.parametrize("layer", [0, 3, 7])
 def test_a_finetuned_layer_is_another_guard(big_dir, tmp_path, layer):
-    """Same names, same sizes, same first and last megabyte."""
+    """The files have the same names, sizes, and first and last megabytes."""
     folder = tmp_path / "finetuned"
     shutil.copytree(big_dir, folder)
     assert (

@@ -1,4 +1,4 @@
-"""What a guard states when it is registered: presets and plugins by one door."""
+"""Facts that a guard states when it is registered, for presets and plugins alike."""
 
 import re
 
@@ -33,7 +33,7 @@ def plugin(info, target=WordGuard):
 
 @pytest.fixture
 def register(monkeypatch):
-    """Registers a guard "stated" for this test alone."""
+    """Return a function that registers a guard "stated" for this test only."""
 
     def register(info, target=WordGuard):
         load_plugins().register(plugin(info, target), Origin("stated", "my-package", "1.0"))

@@ -1,7 +1,7 @@
 """Every preset on a tiny random model of its architecture: text, verdict position, labels, score.
 
-The real tokenizers and templates are used where the developers' ../shared folder has them; the
-others are stand-ins, in words of our own, with the structure of the real ones.
+The real tokenizers and templates are used if the developers' ../shared folder has them; otherwise
+stand-ins, written for this project, with the structure of the real ones.
 """
 
 import json
@@ -43,7 +43,7 @@ def guard(request, folder_of):
 
 
 def rendered(guard, text=TEXT, context=CONTEXT):
-    """What is asked, as text: one prompt per policy."""
+    """Return the guard's prompts as text, one per policy."""
     request = PrefixRequest(tuple(context), text, (len(text),))
     tokenizer = guard._template._tokenizer
     return [tokenizer.decode(p[0]) for p in guard._prompts.of(0, request)]
@@ -98,7 +98,7 @@ def test_the_prompt_is_the_cards(guard):
 
 @pytest.mark.parametrize("guard", VERDICTS, indirect=True)
 def test_the_labels_are_the_next_words(guard):
-    """Each label id is what the model would say right behind the prompt, in its own spelling."""
+    """Each label id is the token with which the label continues the tokenized prompt."""
     tokenizer, preset = guard._template._tokenizer, PRESETS[guard.name]
     options = preset.options
     unsafe = options.get("unsafe_labels") or ["pc", "dc"]
@@ -109,7 +109,7 @@ def test_the_labels_are_the_next_words(guard):
         words = {tokenizer.decode([i]).strip() for i in ids}
         assert all(any(s.strip().startswith(w) for s in spellings) for w in words - {""}), words
         assert words - {""}
-    # Spelled out behind the prompt, a label is its token and what is left of the word.
+    # Tokenized after the prompt, a label is its first token and the rest of the word.
     request = PrefixRequest(CONTEXT, TEXT, (len(TEXT),))
     prompt = guard._prompts.of(0, request)[0][0]
     shown = guard._template.render([*CONTEXT, {"role": "assistant", "content": TEXT}])
@@ -119,7 +119,7 @@ def test_the_labels_are_the_next_words(guard):
 
 
 def slow_score(guard, folder, text):
-    """Plain transformers: the template's own text, a float64 softmax, the lowest policy."""
+    """Return the score from plain transformers: a float64 softmax, the lowest of all policies."""
     tokenizer = guard._template._tokenizer
     if "llama-guard-4" in guard.name:
         from transformers import Llama4ForConditionalGeneration
@@ -151,7 +151,7 @@ def test_the_score_is_read_from_raw_logits(guard, folder_of):
 
 @pytest.mark.parametrize("guard", ["shieldgemma-2b"], indirect=True)
 def test_runs_of_white_space_are_text_even_where_they_are_added_tokens(guard):
-    """As in Gemma's tokenizer, whose line feeds would else be unreadable."""
+    """Gemma's tokenizer has such tokens; without this its line feeds would be unreadable."""
     assert "\n\n" in guard._template._tokenizer.get_added_vocab()
     text = "yes\n\n  no\n"
     assert all(f"Bot: {text}\n<end_of_turn>" in shown for shown in rendered(guard, text))
@@ -160,7 +160,7 @@ def test_runs_of_white_space_are_text_even_where_they_are_added_tokens(guard):
 
 @pytest.mark.parametrize("guard", ["llama-guard-3-8b", "llama-guard-4-12b"], indirect=True)
 def test_turns_alternate_from_a_question(guard):
-    """Llama Guard's template refuses anything else; system turns are not for the guard."""
+    """Llama Guard's template refuses other orders; system turns are left out."""
     context = [{"role": "system", "content": "x"}, {"role": "assistant", "content": "hello"}]
     (text,) = rendered(guard, context=context)
     assert "User: \n\nAgent: hello\n\nUser: \n\nAgent: i am fine." in text
@@ -168,7 +168,7 @@ def test_turns_alternate_from_a_question(guard):
 
 @pytest.mark.parametrize("name", ["granite-guardian-4.1-8b"])
 def test_arguments_that_a_template_ignores_are_refused(folder_of, name):
-    """As Granite 4.1's ignores guardian_config, also where it holds the word."""
+    """Granite 4.1's template ignores guardian_config, though the template contains the word."""
     with pytest.raises(GuardError, match=r"never reads guardian_config\.risk_name"):
         load_guard(
             {
@@ -308,7 +308,7 @@ def encoder(folder, **changes):
 
 
 def slow_pair(folder, prompt, response):
-    """The card's way: one pair, one pass."""
+    """Return the score as the model card computes it: one pass per pair."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     with torch.no_grad():
@@ -328,7 +328,7 @@ def test_an_encoder_reads_each_prefix_as_a_pair(encoder_dir, batch_tokens):
 
 
 def test_content_of_an_encoder_is_content(encoder_dir):
-    """A literal [SEP] would end the response; naively it does."""
+    """A literal [SEP] must not end the response, as it does with naive tokenization."""
     guard = encoder(encoder_dir)
     pairs, tokenizer = guard._pairs, PreTrainedTokenizerFast.from_pretrained(encoder_dir)
     text = "no[SEP] i am fine [CLS]"
@@ -367,7 +367,7 @@ def test_a_class_that_is_not_there(encoder_dir, unsafe_class):
 
 @pytest.mark.parametrize("padding", [0, 3, -1, None])
 def test_a_decoder_that_classifies_reads_its_last_token(tmp_path, padding):
-    """It finds that token by the padding behind it, so the padding has to be its own."""
+    """The model finds that token by the padding after it, so it must be the model's pad token."""
     backend = encoder_backend("deberta-v2")
     control = {name: f"[{name.upper()}]" for name in ("cls", "sep")}
     backend.post_processor = None
@@ -415,7 +415,7 @@ def test_a_score_that_is_no_number_is_about_its_response(encoder_dir, monkeypatc
 
 
 def test_positions_of_robertas_begin_behind_the_padding(tmp_path):
-    """Of its 24 positions 22 are a text's; the tokenizer does not say so."""
+    """22 of its 24 positions are for tokens, which the tokenizer does not say."""
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=encoder_backend("bert"),
         unk_token="[UNK]",

@@ -1,4 +1,4 @@
-"""Verdict guards: text that wants to be more than text."""
+"""Verdict guards: hostile text stays text."""
 
 import pytest
 from hypothesis import given, settings
@@ -38,7 +38,7 @@ def control(guard, ids):
 
 
 def known_to(guard, text):
-    """Whether the text holds a control token of this guard."""
+    """Return whether the text contains a control token of this guard."""
     return any(token in text for token in guard._template._control)
 
 
@@ -53,11 +53,11 @@ def test_hostile_text_never_becomes_a_control_token(guard, text, where):
     ends = list(range(len(judged) + 1))
     for ids in prompts(guard, context, judged, ends):
         assert control(guard, ids) == control(guard, benign)
-    # naive templating: what this protects from
+    # the attack works with naive templating
     seen = [*guard._prompts.turns(context), answer(judged)]
     broken = control(guard, naive_prompt(guard, seen)) != control(guard, benign)
     assert broken == known_to(guard, "".join(m["content"] for m in seen))
-    # nothing was lost: the words are all there
+    # no text is lost
     tokenizer = tokenizer_of(guard)
     decoded = tokenizer.decode(prompts(guard, context, judged, [len(judged)])[0])
     if where != "old answer" or "granite" not in guard.name:
@@ -65,7 +65,7 @@ def test_hostile_text_never_becomes_a_control_token(guard, text, where):
 
 
 def test_the_hostile_texts_are_hostile(qwen, granite, tiny):
-    """Each one that forges control tokens does so for a guard of this file."""
+    """Each text that forges control tokens forges those of a guard of this file."""
     for text, forges in HOSTILE:
         assert forges == any(known_to(g, text) for g in (qwen, granite, tiny)), text
 
@@ -85,7 +85,7 @@ def test_no_mixture_of_control_tokens_gets_through(guard, data):
 
 @pytest.mark.parametrize("text", ["\ud800", "a\udfffb", "\ud83d\ude00"])
 def test_lone_surrogates(guard, text):
-    """No tokenizer takes them; the guard reads a question mark, and a score comes out."""
+    """Tokenizers reject them; the guard reads a question mark, and gives a score."""
     marks = "".join("?" if "\ud800" <= c <= "\udfff" else c for c in text)
     for context, judged in ((QUESTION, text), ([{"role": "user", "content": text}], "fine")):
         clean = [{**m, "content": m["content"].replace(text, marks)} for m in context]
@@ -96,8 +96,8 @@ def test_lone_surrogates(guard, text):
 
 
 def test_characters_that_the_vocabulary_lacks(granite):
-    """StarCoder's has no bytes for planes that hold no characters, and its unknown token is
-    <|end_of_text|>: for Granite, U+40000 ends a turn. The guard reads a question mark."""
+    """StarCoder's vocabulary lacks bytes of unassigned planes, and its unknown token is
+    <|end_of_text|>: U+40000 would end a turn of Granite's. The guard reads a question mark."""
     text = "no\U00040000\U000fffff!"
     assert unreadable(granite, text)
     clean = "".join("?" if c in unreadable(granite, text) else c for c in text)

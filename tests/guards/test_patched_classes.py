@@ -1,4 +1,4 @@
-"""Guards in a process whose modules of transformers a host has patched, before or afterwards."""
+"""Guards in a process where a host patches transformers before or after the guard is loaded."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
 
 
 class WithoutBiases(nn.Module):
-    """An MLP that drops what it does not know, as Liger's does."""
+    """An MLP without biases, as Liger's, which ignores a checkpoint's biases."""
 
     def __init__(self, config):
         super().__init__()
@@ -61,7 +61,7 @@ def folder(tmp_path):
 def test_a_verdict_guard_gives_the_same_scores(folder, monkeypatch, late):
     (expected,) = load_guard(describe(folder)).trajectories([REQUEST])
     guard = load_guard(describe(folder))
-    if late:  # as with a stream, whose guard was there before the host's patches
+    if late:  # as with a stream, whose guard is loaded before the host's patches
         guard.trajectories([REQUEST])
     patch(monkeypatch, modeling_llama, "Llama")
     (found,) = guard.trajectories([REQUEST])
@@ -70,7 +70,7 @@ def test_a_verdict_guard_gives_the_same_scores(folder, monkeypatch, late):
 
 @pytest.mark.parametrize("late", [False, True])
 def test_ligers_kernels_do_not_compute_a_guard(folder, monkeypatch, late):
-    """They would stop on a CPU."""
+    """They raise an error on a CPU."""
     pytest.importorskip("liger_kernel")
     from liger_kernel.transformers import apply_liger_kernel_to_llama
 
@@ -120,7 +120,7 @@ def test_the_trained_model_keeps_its_own_classes(folder):
     assert type(trained) is modeling_llama.LlamaForCausalLM
     assert type(guard) is not type(trained)
     assert type(guard).__name__ == type(trained).__name__
-    # transformers keeps a table of what it can record, by class; each finds its own.
+    # transformers has a table of recordable outputs by class; each model finds its own entry.
     for model in (guard, trained):
         states = model(torch.arange(5)[None], output_hidden_states=True).hidden_states
         assert len(states) == model.config.num_hidden_layers + 1
@@ -135,7 +135,7 @@ def test_a_named_reference_that_lost_weights_to_a_patch_is_refused(folder, monke
 
 
 def test_weights_of_layers_that_a_model_lacks_are_left_aside(folder):
-    """A head beside the language model, say."""
+    """For example, a second head."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.v_head = nn.Linear(2, 2)
     model.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Prefixes cut from a text's tokens are those that each prefix has alone."""
+"""Prefixes cut from a text's tokens equal the prefixes tokenized one by one."""
 
 import json
 import random
@@ -59,7 +59,7 @@ def stripped(tokenizer: Tokenizer) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(state))
 
 
-MADE = {}  # tokenizers that need a fixture, which a cached function cannot have
+MADE = {}  # tokenizers that need a fixture, which a cached function cannot use
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -109,7 +109,7 @@ def test_prefixes_have_the_tokens_that_they_have_alone(name, pieces, opening, cl
 
 
 def bpe(**changes) -> Tokenizer:
-    """Merges across words, unless they are cut first."""
+    """Return a tokenizer whose merges cross words, unless a pre-tokenizer splits them."""
     vocabulary = {c: i for i, c in enumerate(["a", "b", "Ġ", "aĠ", "aĠb", "ab", "1", "2"])}
     merges = [("a", "Ġ"), ("aĠ", "b"), ("a", "b")]
     made = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
@@ -181,7 +181,7 @@ def test_bytes_that_the_vocabulary_drops():
     whole, closing = "\x04\x04\x16\x06 ok fine", "\n\nIs it safe?"
     found = PrefixTokenizer(dropping)(whole, range(13), closing)
     assert list(found) == [dropping.encode(whole[:end] + closing).ids for end in range(13)]
-    # They do leave no trace: the test would not be one otherwise.
+    # The tokenizer really drops these characters, or the test would check nothing.
     assert dropping.encode("\x04ok").ids == dropping.encode("ok").ids
 
 

@@ -1,4 +1,4 @@
-"""Probes: what they read, how they are chosen, what their bounds promise, whom they can serve."""
+"""Probes: their inputs, selection, error bounds, and the guards that can have one."""
 
 import numpy as np
 import pytest
@@ -77,7 +77,7 @@ def test_features_are_the_state_and_the_mean_so_far():
 
 
 def samples(count, noise, seed=0, informative=1):
-    """Responses whose scores are a function of one block's states, and noise."""
+    """Return responses whose scores are a function of one block's states plus noise."""
     random = np.random.default_rng(seed)
     found = []
     for _ in range(count):
@@ -98,7 +98,7 @@ def test_the_block_that_knows_the_score_is_chosen():
 
 
 def test_held_out_scores_come_from_probes_that_have_not_seen_them():
-    """Other scores of one response change what probes say of those in other folds alone."""
+    """Changing one response's scores changes the predictions of other folds only."""
     known = samples(30, 0.1)
     changed = [*known[:7], Sample(known[7].inputs, 1 - known[7].scores, 1.0), *known[8:]]
     one, other = choose(known), choose(changed)
@@ -160,7 +160,7 @@ def test_few_held_out_prefixes_promise_nothing():
 
 
 def test_weights_count_as_so_many_responses():
-    """Rare wrong ones that stand for many break the promise; that stand for few they do not."""
+    """Wrong predictions widen the bounds if their weight is large, and not if it is small."""
     right, wrong = (
         [HeldOut(np.full(20, 2.0), np.full(20, probabilities(np.array([2.0]))[0] - off), weight)]
         * 50
@@ -186,7 +186,7 @@ def test_a_probe_comes_back_from_json_as_it_was():
             Learned.parse(damaged)
 
 
-# Whom it serves
+# Guards that can have a probe
 
 
 class Plugin(Guard):

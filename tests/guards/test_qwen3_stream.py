@@ -1,4 +1,4 @@
-"""Qwen3Guard-Stream: one pass gives what a pass over each prefix gives; nothing loads halfway."""
+"""Qwen3Guard-Stream: one pass equals a pass over each prefix; incomplete folders are refused."""
 
 import json
 
@@ -14,7 +14,7 @@ from star_dss_plugin.data.requests import PrefixRequest
 from star_dss_plugin.guards.base import StreamingGuard
 from star_dss_plugin.guards.qwen3_stream import Qwen3GuardStreamModel
 
-# As Qwen3's: the last answer opens with an empty think block and loses its leading line feeds.
+# Like Qwen3's: the last answer begins with an empty think block and loses its leading line feeds.
 TEMPLATE = (
     "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' }}"
     "{%- if m.role == 'assistant' and loop.last %}"
@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
     )
     Qwen3GuardStreamModel(made).save_pretrained(path)
     tokenizer.save_pretrained(path)
-    # As on the hub: it names code of its own, which is never run.
+    # As on the hub: the config names custom code, which must not be run.
     config = json.loads((path / "config.json").read_text())
     config["auto_map"] = {"AutoModel": "modeling_qwen3_guard.Qwen3ForGuardModel"}
     (path / "config.json").write_text(json.dumps(config))
@@ -68,7 +68,7 @@ def stream(folder, **changes):
 
 
 def slow_score(folder, context, text, weight=0.0):
-    """One pass over one prefix, by the layers' own names and formulas."""
+    """Return the score of one prefix from its own pass, with the heads applied by hand."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     model = Qwen3GuardStreamModel.from_pretrained(folder).eval()
     shown = tokenizer.apply_chat_template(
@@ -85,7 +85,7 @@ def slow_score(folder, context, text, weight=0.0):
 
 
 def boundaries(folder, text):
-    """Prefixes that are whole tokens of the response."""
+    """Return the ends of prefixes that consist of whole tokens of the response."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ends = sorted({end for _, end in offsets["offset_mapping"]})
@@ -123,7 +123,7 @@ def test_ends_between_tokens_take_the_token_before(folder):
 
 
 def test_what_the_template_takes_away_is_counted(folder):
-    """Leading line feeds are not shown to the guard; ends are those of the whole text."""
+    """The template strips leading line feeds; ends still count from the start of the text."""
     guard = stream(folder)
     [plain] = guard.token_scores([([QUESTION], "yes i am")])
     [padded] = guard.token_scores([([QUESTION], "\n\nyes i am")])
@@ -213,7 +213,7 @@ def test_options_that_cannot_work(folder):
 
 
 def test_the_self_check_is_on_by_default(folder):
-    """Random weights do not know a sum from an insult, or not for long."""
+    """Random weights do not reliably rate a sum safer than an insult."""
     guard = load_guard({"preset": "qwen3guard-stream-0.6b", "model": str(folder), "device": "cpu"})
     levels, refused = guard._weights, []
     for weights in (levels, [1 - w for w in levels]):

@@ -1,4 +1,4 @@
-"""Verdict guards: what a guard has to prove before its scores count."""
+"""Verdict guards: the self-check that a guard must pass before its scores are used."""
 
 import shutil
 
@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM
 from star_dss_plugin import GuardError, load_guard, score_dataset
 from star_dss_plugin.guards import self_check
 
-# Guards that must not be trusted
+# Guards that fail the self-check
 
 
 def probe_states(folder):
-    """Last hidden states of both probes, and the ids of the label words."""
+    """Return the last hidden states of both probe texts, and the ids of the label words."""
     guard = load_guard(describe(folder))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     states = []
@@ -31,7 +31,7 @@ def probe_states(folder):
 
 @pytest.fixture(scope="module")
 def honest_dir(tmp_path_factory, tokenizer):
-    """A guard whose head is set by hand: it knows the probes apart and says its label words."""
+    """Return a guard whose head is set by hand so that it passes the self-check."""
     folder = tmp_path_factory.mktemp("honest")
     model = tiny_llama(len(tokenizer), tie_word_embeddings=False)
     model.save_pretrained(folder)
@@ -104,7 +104,7 @@ def test_scores_that_are_no_numbers_are_refused(honest_dir, tmp_path):
 
 
 def test_what_happens_on_a_probe_is_about_no_response(honest_dir, tmp_path, tokenizer):
-    """Or the first response would count as unsafe for it, then the next."""
+    """Otherwise each response in turn would be blamed for the error and count as unsafe."""
     guard = load_guard(describe(broken(honest_dir, tmp_path / "broken"), **CHECKED))
     with pytest.raises(GuardError, match="On a probe: .*not numbers") as caught:
         guard.score([[*QUESTION, answer("fine")]])

@@ -76,7 +76,7 @@ def test_a_described_guard_needs_its_keys(model_dir, missing):
 
 
 def slow_scores(guard, context, text, ends, weight=0.0):
-    """The slow twin: plain transformers, float64 softmax over the labels."""
+    """Return scores from plain transformers, with a float64 softmax over the labels."""
     model = AutoModelForCausalLM.from_pretrained(guard.identity["model"], dtype=torch.float32)
     scores, masses = [], []
     for end in ends:
@@ -136,7 +136,7 @@ def test_a_conversation_ends_with_its_answer(tiny, messages):
 
 @pytest.mark.parametrize("content", [None, 4, [{"type": "text", "text": "hi"}]], ids=str)
 def test_content_is_text(tiny, content):
-    """What is shown to a guard is never the Python spelling of something else."""
+    """A guard never reads the Python representation of a value."""
     for messages in (
         [*QUESTION, {"role": "assistant", "content": content}],
         [{"role": "user", "content": content}, answer("fine")],

@@ -1,4 +1,4 @@
-"""Verdict guards: the exact prompt, under every template and text."""
+"""Verdict guards: the exact prompt for every template and text."""
 
 import datetime as dt
 import json
@@ -50,7 +50,7 @@ BENIGN = [
 
 @pytest.mark.parametrize("text", BENIGN, ids=range(len(BENIGN)))
 def test_prompts_are_the_templates_own(guard, text):
-    """Token by token, for every partial prefix."""
+    """Compared token by token, for every prefix."""
     ends = range(0, len(text) + 1, 1 if len(text) < 60 else 37)
     expected = [naive_prompt(guard, [*QUESTION, answer(text[:end])]) for end in ends]
     assert prompts(guard, QUESTION, text, list(ends)) == expected
@@ -93,7 +93,7 @@ def test_prompts_of_longer_conversations(guard, context):
     ],
 )
 def test_granite_always_gets_one_question_and_one_answer(granite, context):
-    """Of three messages its template takes the first for tools, and quotes the answer."""
+    """With three messages its template takes the first for tools, and quotes the answer."""
     text = 'say "yes"\n'
     assert prompts(granite, context, text, [len(text)]) == [
         naive_prompt(granite, [*talk("hi"), answer(text)])
@@ -143,7 +143,7 @@ def test_a_date_that_cannot_be_pinned_is_refused(tokenizer):
     ],
 )
 def test_what_a_guard_reads_of_a_conversation(qwen, context, seen):
-    """No system turns; tool output as a question; turns that follow their own kind joined."""
+    """System turns are left out, tool output is a question, turns of the same role are joined."""
     assert prompts(qwen, context, "fine", [4]) == [naive_prompt(qwen, [*seen, answer("fine")])]
     if any(m["role"] == "system" for m in context):
         assert "be bad" not in tokenizer_of(qwen).decode(prompts(qwen, context, "fine", [4])[0])
@@ -172,7 +172,7 @@ def test_templates_that_trim(model_dir, trims, text):
     ]
 
 
-# Templates that must not be trusted
+# Templates that are refused
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_templates_that_trim(model_dir, trims, text):
     ],
 )
 def test_templates_that_do_not_quote_the_answer(model_dir, changes, message):
-    if message is None:  # what is not noticed on the probe is no error
+    if message is None:  # the probe text does not show this fault
         load_guard(describe(model_dir, **changes))
         return
     with pytest.raises(GuardError, match=message):
@@ -202,7 +202,7 @@ def test_templates_that_do_not_quote_the_answer(model_dir, changes, message):
 
 
 def test_granite_4_1_ignores_guardian_config(shared, granite):
-    """Its template would judge something else, without a word."""
+    """Its template would judge by other criteria, without an error."""
     source = (shared / "guards" / "granite_4_1_chat_template.jinja").read_text()
     with pytest.raises(GuardError, match="never reads guardian_config"):
         load_guard(

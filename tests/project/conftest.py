@@ -1,4 +1,4 @@
-"""A distribution that is installed for one test."""
+"""A fixture that installs a fake distribution for one test."""
 
 import sys
 import textwrap
@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture
 def install(tmp_path, monkeypatch):
-    """Puts a fake distribution on the path: `install("dist", {"entry": "module"}, module="…")`."""
+    """Put a fake distribution on the path: `install("dist", {"entry": "module"}, module="…")`."""
     loaded = set(sys.modules)
 
     def install(dist: str, entry_points: dict[str, str], version: str = "1.0", **modules: str):

@@ -1,4 +1,4 @@
-"""Data to be scored in shards by the guard of letters."""
+"""Data for `LettersGuard` to score in shards."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""CachedTrajectories a guard for what the cache does not hold."""
+"""`CachedTrajectories` asks a guard only for responses that the cache lacks."""
 
 import threading
 
@@ -10,7 +10,7 @@ from star_dss_plugin.scoring.ranks import Share
 
 
 class Eights(Guard):
-    """Takes batches of eight; cannot score what ends with an exclamation mark."""
+    """Score in batches of eight; fail on a response that ends with an exclamation mark."""
 
     name = "eights"
     identity = {"kind": "eights"}

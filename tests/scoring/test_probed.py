@@ -1,4 +1,4 @@
-"""Probed trajectories: close to exact ones where they say so, exact elsewhere, always the same."""
+"""Probed trajectories: close to exact ones if the probe is sure, else exact; repeatable."""
 
 import shutil
 import threading
@@ -40,7 +40,7 @@ def unlearnable(tmp_path_factory, tokenizer):
 
 @pytest.fixture(scope="module")
 def usual(tmp_path_factory, tokenizer, guard):
-    """One run of each kind, which many tests look at: `exact`, `probed`, and its `cache`."""
+    """Return an `exact` and a `probed` run, which many tests use, and the `cache` of the latter."""
     folder = tmp_path_factory.mktemp("usual")
     return SimpleNamespace(
         exact=exact(talks(), tokenizer, guard, score_cache_dir=str(folder / "exact")),
@@ -51,7 +51,7 @@ def usual(tmp_path_factory, tokenizer, guard):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, tokenizer, guard):
-    """A run whose guard is asked few responses at a time."""
+    """Return a run whose guard scores few responses at a time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(probing_guard, "_RESPONSES_PER_CALL", 16)
         folder = tmp_path_factory.mktemp("undisturbed")
@@ -59,7 +59,7 @@ def undisturbed(tmp_path_factory, tokenizer, guard):
 
 
 def test_probed_scores_are_close_and_all_others_are_exact(usual):
-    """The slow twin: every prefix asked."""
+    """Compared with a run in which the guard scores every prefix."""
     twin, found = usual.exact, usual.probed
     off = np.abs(trained(found) - trained(twin))
     asked = trained(found, ASKED_COLUMN)
@@ -72,9 +72,9 @@ def test_probed_scores_are_close_and_all_others_are_exact(usual):
         for marks, labels in zip(found[ASKED_COLUMN], found["labels"], strict=True)
     ]
     assert sum(marks.any() for marks in of_rows) >= POOL * PROBED["probe_sample"]
-    # In some, more than every fourth and the last one: the probe was not sure.
+    # In some rows the guard scored more than every fourth and the last prefix.
     assert any(marks.sum() > -(-len(marks) // STRIDE) + 1 for marks in of_rows)
-    # Tokens that nobody scores count as asked.
+    # Tokens without a score count as asked.
     for marks, labels in zip(found[ASKED_COLUMN], found["labels"], strict=True):
         assert all(mark for mark, label in zip(marks, labels, strict=True) if label == -100)
 
@@ -123,7 +123,7 @@ def test_a_second_run_loads_nothing_and_is_the_same_to_the_byte(
 
 @pytest.mark.parametrize(
     ("method", "calls"),
-    # While the first round is asked, the sample, the probe fitted, and the rest scored.
+    # During the guard's scoring of the pool and of the sample, the fit, and the probe's scoring.
     [("trajectories", 0), ("trajectories", 1), ("trunk_states", 0), ("trunk_states", 2)],
 )
 def test_a_run_that_is_killed_ends_as_if_it_had_not_been(
@@ -177,7 +177,7 @@ def test_all_ranks_get_the_same(tokenizer, guard, usual, tmp_path):
     errors = []
     guards = [load_guard(guard) for _ in range(ranks)]
     for one in guards:
-        one._load()  # here: transformers cannot load models in several threads
+        one._load()  # before the threads: transformers cannot load models in several at once
 
     def work(index):
         try:
@@ -200,12 +200,12 @@ def test_all_ranks_get_the_same(tokenizer, guard, usual, tmp_path):
     assert found[0] == found[1] == found[2]
     for one, other in zip(usual.probed, found[0], strict=True):
         assert one[ASKED_COLUMN] == other[ASKED_COLUMN]
-        # The guard's own scores differ by rounding in other batches, and a probe of small penalty
-        # makes more of it: still far less than the tolerance.
+        # Other batches round the guard's scores differently, and a probe with a small penalty
+        # amplifies this, but far below the tolerance.
         assert one[SCORES_COLUMN] == pytest.approx(other[SCORES_COLUMN], abs=1e-3)
 
 
-# Falling back, in words
+# Falling back, with a reason
 
 
 def same_as_exact(found, tokenizer, guard, rows):
@@ -284,7 +284,7 @@ def test_the_tolerance_is_one_of_calibrated_scores(tokenizer, guard, usual):
     asked, off = trained(found, ASKED_COLUMN), np.abs(trained(found) - trained(twin))
     assert (off[asked] < 1e-4).all()
     assert not len(off[~asked]) or (off[~asked] <= 0.05).mean() >= 0.95
-    # What is five times as far apart is asked more often.
+    # Scores that spread five times as far are less predictable: more prefixes are asked.
     assert asked.mean() > trained(usual.probed, ASKED_COLUMN).mean()
 
 
@@ -332,7 +332,7 @@ def test_all_shards_use_one_probe(data, guard, tmp_path, monkeypatch):
     marks = [m for row in found[ASKED_COLUMN] for m in row]
     assert False in marks
     assert provenance["probed_prefixes"] > 0
-    # Another worker, another order, the same files.
+    # Another worker with another order of shards writes the same files.
     other = begun(data, tmp_path / "two", guard)
     for index in reversed(range(other.shards)):
         scorer = shards.ShardScorer(other)
@@ -393,7 +393,7 @@ def test_every_prefix_is_asked_as_often_as_any_other():
 
 
 def test_what_the_sample_costs(tokenizer, guard, monkeypatch):
-    """Of it every fourth prefix, of the pool the last one, and what the probe is not sure of."""
+    """The guard scores each pool response's last prefix and every fourth prefix of the sample."""
     own, wanted = VerdictGuard.trajectories, []
     monkeypatch.setattr(
         VerdictGuard,
@@ -419,7 +419,7 @@ def test_hidden_doubles_count_once(tokenizer, guard):
 
 
 def test_the_threshold_of_the_loss_is_asked_around(tokenizer, guard, usual):
-    """Near τ every interval holds it: so many more are asked."""
+    """With τ amid the scores, many error intervals contain it, so more prefixes are asked."""
     from star_dss_trl import StarDSSConfig
 
     rows, middle = talks(), float(np.median(trained(usual.exact)))
@@ -431,7 +431,7 @@ def test_the_threshold_of_the_loss_is_asked_around(tokenizer, guard, usual):
     assert shares[0] > shares[1]
 
 
-# Shown
+# Output
 
 
 def test_reports_tell_probed_from_asked_chunks(tokenizer, guard, usual):

@@ -1,4 +1,4 @@
-"""Rows to `star_scores`: the right floats on the right tokens."""
+"""Scoring rows: the column `star_scores` has each token's own score."""
 
 import copy
 import logging

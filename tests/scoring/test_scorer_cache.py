@@ -1,4 +1,4 @@
-"""Scoring and its cache: each response is asked once, whatever happens meanwhile."""
+"""Scoring and its cache: each response is scored once, in spite of kills, errors and damage."""
 
 import errno
 import json
@@ -23,7 +23,7 @@ from star_dss_plugin.data import cache
 from star_dss_plugin.data.cache import ScoreCache
 from star_dss_plugin.data.requests import Trajectory
 
-# Asked once
+# Scored once
 
 
 def test_identical_responses_are_asked_once(tokenizer):
@@ -122,7 +122,7 @@ def test_a_guard_is_closed_by_who_loaded_it(tokenizer, monkeypatch):
     assert mine not in closed
 
 
-# Interrupted, side by side, damaged
+# Interrupted runs, concurrent runs, damaged caches
 
 
 class Stop(BaseException):
@@ -145,7 +145,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tokenizer, tmp_path):
 
 
 def test_what_a_batch_lost_is_computed_in_the_same_batch(tokenizer, tmp_path):
-    """The last bits depend on the batch: one of three is missing, three are asked."""
+    """The last bits depend on the batch: if one of three is missing, all three are scored."""
     whole = scored(conversations(), tokenizer, BatchGuard(), score_cache_dir=tmp_path / "whole")
     some = conversations().select([0, 3, 4, 9])  # other batches, other last bits
     guard = BatchGuard()
@@ -179,7 +179,7 @@ def arrow(folder: Path) -> dict[str, bytes]:
 
 
 def test_killed_and_started_again_by_two_at_once(tokenizer, tmp_path):
-    """A run dies without a word after 4 batches; then two go on, and share what is left."""
+    """A run is killed after 4 batches; then two runs continue, and share the remaining ones."""
     whole = scored(conversations(), tokenizer, BatchGuard(), score_cache_dir=tmp_path / "whole")
     cache = tmp_path / "cache"
     killed = FORKS.Process(
@@ -211,7 +211,7 @@ def score_a_part(tokenizer, folder, first, out, start):
 
 
 def test_sixteen_processes_on_one_cache_lose_nothing(tokenizer, tmp_path):
-    """Each scores nine rows of 24, most of which others score at the same time."""
+    """Each scores nine of 24 rows; most of them are scored by other processes, too."""
     start, outs = FORKS.Barrier(16), [tmp_path / f"{i}.json" for i in range(16)]
     processes = [
         FORKS.Process(target=score_a_part, args=(tokenizer, tmp_path / "cache", i, outs[i], start))
@@ -227,7 +227,7 @@ def test_sixteen_processes_on_one_cache_lose_nothing(tokenizer, tmp_path):
     assert list(again["star_scores"]) == wanted
     assert guard.asked == []
     left = {path.suffix for path in (tmp_path / "cache").rglob("*") if path.is_file()}
-    assert left == {".shard", ".json", ""}  # nothing damaged or half-written; "" is the lock
+    assert left == {".shard", ".json", ""}  # no damaged or temporary file; "" is the lock
 
 
 def test_a_disk_that_fills_up_costs_what_was_not_written(tokenizer, tmp_path, monkeypatch):
@@ -270,7 +270,7 @@ def test_a_damaged_cache_is_computed_again(tokenizer, tmp_path, caplog, damage):
 def test_an_entry_of_the_cache_that_is_no_answer_is_computed_again(
     tmp_path, tokenizer, caplog, entry
 ):
-    """Its checksum says that it is whole, and nothing of who wrote it."""
+    """A valid checksum does not show that the entry is a valid answer."""
     data = conversations(2)
     options = {"guard": WordGuard(), "score_cache_dir": tmp_path, "progress": False}
     options["segmenter"] = "whole"

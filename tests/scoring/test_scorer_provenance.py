@@ -1,4 +1,4 @@
-"""The provenance of scores: how they were made, and that it stays with them."""
+"""The provenance of scores: how they were made, kept with the data set."""
 
 import pytest
 from datasets import Dataset, load_from_disk

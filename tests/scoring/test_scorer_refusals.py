@@ -1,4 +1,4 @@
-"""Scoring refuses what a guard may not say, data without scores, and options that cannot work."""
+"""Scoring refuses invalid guard answers, data without responses, and unsupported options."""
 
 import pytest
 from datasets import Dataset
@@ -19,7 +19,7 @@ from star_dss_plugin.guards.base import Guard
     "places", [[30, 34, 39], [3, 1, 5], [-1, 2, 3]], ids=["of the prompt", "unordered", "negative"]
 )
 def test_places_that_are_not_the_responses_are_an_error(tokenizer, monkeypatch, places):
-    """Each prefix would get some token's score, and none its own."""
+    """Otherwise tokens would get the scores of other prefixes."""
     tokens = [(end, 0.9 - i / 10) for i, end in enumerate(places)]
     monkeypatch.setattr(WordGuard, "token_scores", lambda self, responses: [tokens])
     with pytest.raises(GuardError, match="must count from the beginning of the response"):
@@ -33,11 +33,11 @@ def test_token_scores_of_other_responses_are_an_error(tokenizer, monkeypatch, co
         scored(Dataset.from_list([SIMPLE]), tokenizer, "test-words")
 
 
-# Guards that answer nonsense
+# Guards with invalid answers
 
 
 class Nonsense(Guard):
-    """Returns what it is told to."""
+    """Return a fixed answer."""
 
     name = "test-nonsense"
     identity = {"kind": "nonsense"}
@@ -120,7 +120,7 @@ def test_label_mass_over_the_data(tokenizer, mass, minimum, trusted):
                 scored(data, tokenizer, guard)
 
 
-# What cannot be scored
+# Data that cannot be scored
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Data scored in shards: the same rows whoever makes them, however often the makers die."""
+"""Data scored in shards: the same rows for any workers, also after workers were killed."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ from star_dss_plugin.training.rows.collation import TokenColumnsCollator
 
 
 def test_shards_hold_what_one_call_scores(data, model_dir, tokenizer, tmp_path, log):
-    """The twin: all rows in one `score_dataset`."""
+    """Compared with all rows in one call of `score_dataset`."""
     provenance = in_one_process(data, model_dir, tmp_path / "out", log)
     guard = load_guard({"preset": "test-letters", "log": str(log)})
     twin = score_dataset(
@@ -55,7 +55,7 @@ def test_shards_hold_what_one_call_scores(data, model_dir, tokenizer, tmp_path, 
 
 
 def test_what_guards_of_several_said_is_merged(model_dir, tokenizer, tmp_path, log):
-    """Attempts keep their rows, means weigh each prefix alike: as of all rows at once."""
+    """The merged facts equal those of one call: attempts by row, means over all prefixes."""
     path = tmp_path / "chat.jsonl"
     with path.open("w") as file:
         for i in range(ROWS):
@@ -122,7 +122,7 @@ def test_datasets_reads_the_shards(data, model_dir, tmp_path, log, way):
     rows = list(found)
     assert [row["messages"][1]["content"] for row in rows] == [f"it is {i}" for i in range(ROWS)]
     assert all(len(row["star_scores"]) == len(row["input_ids"]) for row in rows)
-    if way != "files":  # the card says how they were made
+    if way != "files":  # the data card has the provenance
         assert provenance_of(found) == provenance
 
 
@@ -164,7 +164,7 @@ def test_a_missing_or_foreign_shard_is_an_error(data, model_dir, tmp_path, log):
 
 
 def without_answer(data, *rows):
-    """Rows whose prompt takes all the room: cut to `max_length` they hold no response."""
+    """Give rows such a long prompt that, cut to `max_length`, they have no response."""
     lines = data.read_text().splitlines()
     for i in rows:
         row = json.loads(lines[i])
@@ -176,7 +176,7 @@ def without_answer(data, *rows):
 @pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("empty", [[32, 31, 30], [0, 1, 2, 3, 4], [*range(0, 15), 20, 32]])
 def test_a_shard_may_hold_no_response(data, model_dir, tokenizer, tmp_path, log, empty, several):
-    """All rows together hold some: it is those that decide."""
+    """A job is an error only if none of its rows has a response."""
     without_answer(data, *empty)
     letters = {"preset": "test-letters", "log": str(log)}
     guard = {"guards": [letters, "test-words"]} if several else letters
@@ -204,7 +204,7 @@ def test_no_response_at_all_is_an_error(data, model_dir, tmp_path, log):
 
 
 def picky(model_dir):
-    """A guard that reads little: what is long does not fit."""
+    """Return a guard with a short context, which long responses do not fit."""
     return {
         "model": str(model_dir),
         "safe_labels": [" good"],
@@ -215,7 +215,7 @@ def picky(model_dir):
 
 
 def test_a_shard_of_which_nothing_can_be_scored(data, model_dir, tmp_path):
-    """One response in the last shard: that says nothing of the guard. All of them do."""
+    """A failure of the last shard's one response does not stop the job; a failure of all does."""
     options = {
         "guard": picky(model_dir),
         "guard_device": "cpu",
@@ -239,7 +239,7 @@ def test_a_shard_of_which_nothing_can_be_scored(data, model_dir, tmp_path):
         jobs.finish(job)
 
 
-# Begun, and begun again
+# Interrupted and resumed jobs
 
 
 def test_a_run_goes_on_where_it_was_killed(data, model_dir, tmp_path, log):
@@ -328,7 +328,7 @@ def test_another_tokenizer_is_another_run(data, model_dir, tmp_path, log):
 
 
 def test_shards_are_never_without_their_job(data, model_dir, tmp_path, log, monkeypatch):
-    """Killed while it finishes: a run with other options must not take the shards for its own."""
+    """After a kill while finishing, a run with other options must not use the old shards."""
     job = begin(data, model_dir, tmp_path / "out", log)
     shards.score_shards(job, progress=False)
 

@@ -1,4 +1,4 @@
-"""Shards on Ray: the same files, though workers and drivers die."""
+"""Shards on Ray: the same files, also if workers or the driver are killed."""
 
 import dataclasses
 import json
@@ -27,12 +27,12 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="session")
 def ray_cluster(tmp_path_factory):
-    """Two CPUs, and workers that know the test guard as an installed plugin."""
+    """Start a cluster of two CPUs whose workers have the test guard as an installed plugin."""
     ray = pytest.importorskip("ray", reason="needs Ray (pip install 'star-dss-plugin[ray]')")
     site = plugin_site(tmp_path_factory.mktemp("site"))
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = search_path(site)
-    # The paths of sockets are short: 107 characters, which pytest's folders may fill alone.
+    # Paths of sockets have at most 107 characters; pytest's folders may be longer.
     folder = tempfile.mkdtemp(prefix="ray-")
     ray.init(
         address="local",
@@ -50,7 +50,7 @@ def ray_cluster(tmp_path_factory):
 
 
 def plugin_site(folder):
-    """The test guard as pip would install it."""
+    """Write the test guard as pip would install it."""
     shutil.copy(ray_words.__file__, folder)
     info = folder / "star_dss_letters-0.dist-info"
     info.mkdir()
@@ -60,7 +60,7 @@ def plugin_site(folder):
 
 
 def search_path(site):
-    """Of a new process: the plugin, and where this package comes from."""
+    """Return a new process's PYTHONPATH: the plugin, and this package."""
     root = ROOT
     known = [site, root, root / "integrations", os.environ.get("PYTHONPATH", "")]
     return os.pathsep.join(map(str, filter(None, known)))
@@ -68,7 +68,7 @@ def search_path(site):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_ray_makes_the_same_files(ray_cluster, data, model_dir, tmp_path, log, workers):
-    """Whatever the number of workers, and though one of two dies."""
+    """With any number of workers, also if one of two is killed."""
     from star_dss_plugin.scoring.on_ray import score_on_ray
 
     in_one_process(data, model_dir, tmp_path / "one", log)
@@ -80,7 +80,7 @@ def test_ray_makes_the_same_files(ray_cluster, data, model_dir, tmp_path, log, w
     jobs.finish(job)
     assert contents(tmp_path / "out") == contents(tmp_path / "one")
     assert (log / "died").exists() == (workers == 2)
-    # Each worker loads its guard once; which of them does how much is Ray's business.
+    # Each worker loads its guard once; Ray decides how many shards each one scores.
     assert 1 <= len(asked(log)) <= workers + (workers == 2)
     assert {text for texts in asked(log) for text in texts} == {f"it is {i}" for i in range(ROWS)}
 
@@ -157,7 +157,7 @@ def test_ray_that_is_missing_is_named(data, model_dir, tmp_path, log, monkeypatc
 
 
 def test_a_killed_driver_is_started_again(data, model_dir, tmp_path, log):
-    """`star-dss score --ray` dies without a word half-way; the same command finishes."""
+    """`star-dss score --ray` is killed halfway; the same command then finishes the job."""
     pytest.importorskip("ray", reason="needs Ray (pip install 'star-dss-plugin[ray]')")
     in_one_process(data, model_dir, tmp_path / "one", log)
     shutil.rmtree(log)

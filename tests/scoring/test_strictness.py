@@ -1,4 +1,4 @@
-"""Stricter scores and the warm-up of λ: what they may do, what they do, and that it trains."""
+"""Stricter scores and the warm-up of λ: their properties, their values, and training with them."""
 
 import itertools
 import math
@@ -107,7 +107,7 @@ def test_numbers_of_numpy_are_numbers():
 
 
 def scores_by_chunk(trainer):
-    """The scores of each row's trained tokens, two tokens to a chunk (the test's chunk_size)."""
+    """Return the scores of each row's trained tokens, one per chunk of two tokens."""
     for row in trainer.train_dataset:
         pairs = zip(row["star_scores"], row["labels"], strict=True)
         yield [round(score, 3) for score, label in pairs if label != -100][::2]
@@ -186,7 +186,7 @@ def test_other_chunks_than_those_that_were_scored_are_refused(tmp_path, tokenize
     later = scored.map(lambda row: {"labels": _one_less(row["labels"])})
     with pytest.raises(DataError, match="not as it was scored"):
         make(tmp_path, tokenizer, later, monotone=True)
-    unbound(later)  # as shards that others read
+    unbound(later)  # as in shards that another process reads
     with pytest.raises(DataError, match="not cut as they were"):
         make(tmp_path, tokenizer, later, monotone=True)
     joined = concatenate_datasets([scored, make(tmp_path, tokenizer, chunk_size=3).train_dataset])
@@ -195,7 +195,7 @@ def test_other_chunks_than_those_that_were_scored_are_refused(tmp_path, tokenize
 
 
 def _one_less(labels):
-    """The first trained token is trained no more."""
+    """Stop training the first trained token."""
     first = next(i for i, label in enumerate(labels) if label != -100)
     return [*labels[:first], -100, *labels[first + 1 :]]
 

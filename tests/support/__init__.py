@@ -1,7 +1,7 @@
-"""What the tests share: small real models, guards that read words, stand-ins, runs, paths."""
+"""Shared helpers of the tests: small models, test guards, stand-in guards, runs, paths."""
 
 import os
 
-# transformers reads them when it is imported.
+# transformers reads these variables when it is imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

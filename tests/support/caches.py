@@ -1,4 +1,4 @@
-"""Small caches, and the warnings of one."""
+"""Small score caches, and a record of the warnings that a cache logs."""
 
 import logging
 import multiprocessing
@@ -39,11 +39,8 @@ def filled(root: Path, entries: dict[str, Trajectory]) -> ScoreCache:
     return cache
 
 
-# Damage is found, said once, and repaired by computing again
-
-
 class Log(logging.Handler):
-    """The cache's warnings; unlike caplog usable inside one hypothesis example and in a child."""
+    """Record the cache's warnings; unlike caplog, also in a hypothesis example or a child."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -58,9 +55,6 @@ class Log(logging.Handler):
 
     def __exit__(self, *error: object) -> None:
         logging.getLogger("star_dss_plugin.data.cache").removeHandler(self)
-
-
-# Many processes
 
 
 def numbered(writer: int, i: int, size: int = 3) -> Trajectory:

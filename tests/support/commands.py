@@ -1,4 +1,4 @@
-"""The command line, run in this process."""
+"""Run the command line in this process."""
 
 import sys
 
@@ -8,7 +8,7 @@ from star_dss_plugin.cli import app as cli
 
 
 def run_command(monkeypatch, *argv):
-    """The exit status of `star-dss` with these arguments, in this process."""
+    """Return the exit status of `star-dss` with these arguments, run in this process."""
     monkeypatch.setattr(sys, "argv", ["star-dss", *map(str, argv)])
     with pytest.raises(SystemExit) as stop:
         cli.main()

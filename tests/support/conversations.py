@@ -1,8 +1,8 @@
-"""Conversations, and the template that marks what an assistant says."""
+"""Conversations, and a chat template that marks the assistant's tokens."""
 
 from star_dss_plugin.data.responses import runs
 
-# As TRL wants them for assistant_only_loss: what the assistant says, its end of turn included.
+# With the generation tags that TRL's assistant_only_loss needs; they include the end of turn.
 GENERATION = (
     "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' }}"
     "{%- if m.role == 'assistant' %}"
@@ -13,7 +13,7 @@ GENERATION = (
 
 
 def spoken(row, tokenizer):
-    """The trained text, run by run."""
+    """Return the text of each run of trained tokens."""
     return [tokenizer.decode(row["input_ids"][a:b]) for a, b in runs(row["labels"])]
 
 

@@ -1,4 +1,4 @@
-"""Random models that the local engine serves or leaves whole, and what they are asked."""
+"""Random models with and without shared-prefix passes in the local engine, and their prompts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from star_dss_plugin.engines.local import LocalEngine
 MODULE = LocalEngine.__module__
 VOCABULARY = 61
 LABELS = [3, 60, 17]
-# Large weights: with the usual small ones a wrong mask would hardly move the result.
+# Large weights: with the usual small ones a wrong mask would hardly change the result.
 COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -90,7 +90,7 @@ NOT_SERVED: dict[str, tuple[Callable[[], PreTrainedConfig], str]] = {
         ),
         "layers other than full and sliding attention",
     ),
-    # Its local layers mask by column instead of position, which only the trial can find out.
+    # Its local layers mask by column instead of position, which only the engine's trial detects.
     "gpt-neo": (
         lambda: GPTNeoConfig(
             vocab_size=VOCABULARY,
@@ -122,7 +122,7 @@ def served(name: str) -> PreTrainedModel:
 def one_pass_per_sequence(
     model: PreTrainedModel, sequences: Sequence[Sequence[int]], label_ids: Sequence[int]
 ) -> torch.Tensor:
-    """The slow, obvious twin of the engine."""
+    """Return the engine's results from one plain forward pass per sequence."""
     rows = []
     with torch.no_grad():
         for sequence in sequences:
@@ -138,7 +138,7 @@ def draw(*counts: int, seed: int = 0) -> Iterator[list[int]]:
 
 
 def prompts(length: int = 32) -> list[list[int]]:
-    """Prompts about one growing response: a fixed head, k tokens of it, a fixed tail."""
+    """Return prompts of a growing response: a fixed head, k tokens of the response, a tail."""
     head, response, tail = draw(10, length - 10, 5, seed=1)
     return [head + response[:k] + tail for k in range(0, length - 14, 3)]
 

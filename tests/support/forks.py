@@ -1,4 +1,4 @@
-"""Processes that are forked from one that has only imported: imports take seconds, forks none."""
+"""Processes forked from a server that has imported the packages, which saves seconds each time."""
 
 import multiprocessing
 import os
@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
-# The server does not find modules of tests, and passes over what is not installed.
+# The server cannot import modules of tests, and skips packages that are not installed.
 FORKS.set_forkserver_preload(
     ["star_dss_plugin.scoring.scorer", "star_dss_trl", "star_dss_plugin.cli.score", "deepspeed"]
 )
@@ -19,13 +19,13 @@ FORKS.set_forkserver_preload(
 def forked(
     script: Path, arguments: list[str], environment: dict[str, str], log: Path
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script as `__main__` in a process of its own; return what it printed.
+    """Run a script as `__main__` in a process of its own; return its exit status and output.
 
     Args:
         script: A Python file.
-        arguments: The script's.
-        environment: All of it.
-        log: Takes what the script prints.
+        arguments: The script's arguments.
+        environment: All environment variables of the process.
+        log: The file for the script's output.
     """
     process = FORKS.Process(target=_run, args=(str(script), arguments, environment, str(log)))
     process.start()
@@ -36,14 +36,17 @@ def forked(
 def on_ranks(
     count: int, script: Path, arguments: list[str], environment: dict[str, str], log: Path
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script on ranks of one machine, as `torch.distributed.run` does; return what it said.
+    """Run a script on several ranks of this machine, as `torch.distributed.run` does.
 
     Args:
-        count: Of ranks. When one fails the others are ended.
-        script: Run as `__main__`.
-        arguments: The script's.
-        environment: All of it; ranks and their meeting place are added.
-        log: Takes what all ranks print.
+        count: The number of ranks. When one fails, the rest are killed.
+        script: A Python file, run as `__main__`.
+        arguments: The script's arguments.
+        environment: All environment variables; rank, world size and master address are added.
+        log: The file for the output of all ranks.
+
+    Returns:
+        The first exit status that is not 0, and the output of all ranks.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""All hostile places and rows together, and a count of what comes of many of them."""
+"""All fuzz targets of hostile places, rows and ranks, and a count of their outcomes."""
 
 import traceback
 from collections import Counter
@@ -13,18 +13,23 @@ ATTACKS = PLACES | SCORED | RANKS
 
 
 def count_outcomes(target, cases, number):
-    """Try so many inputs drawn from a seed.
+    """Try inputs drawn from a seed.
+
+    Args:
+        target: A `Target`.
+        cases: The number of inputs.
+        number: The seed.
 
     Returns:
-        How often each outcome was there, and for each fault that broke the property the last line
-        of its traceback, how often, and one input.
+        The count of each outcome; and for each fault that broke the property, its last traceback
+        line, its count and one input.
     """
     found, faults, examples = Counter(), Counter(), {}
 
     def check(one):
         try:
             found[target.check(one)] += 1
-        except Exception as error:  # whatever breaks the property is counted
+        except Exception as error:  # every fault that breaks the property is counted
             found["BROKEN"] += 1
             at = traceback.extract_tb(error.__traceback__)[-1]
             line = f"{type(error).__name__} at {at.name}:{at.lineno}: {str(error)[:300]!a}"

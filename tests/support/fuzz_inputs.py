@@ -1,4 +1,4 @@
-"""Hostile inputs, as hypothesis draws them and as a fuzzer starts from them (fuzz_targets.py)."""
+"""Hostile inputs: hypothesis strategies, and seeds of a fuzzer (for fuzz_targets.py)."""
 
 import functools
 import io
@@ -119,7 +119,7 @@ def _parquet(rows: list[dict]) -> bytes:
 
 
 def _written(table: pa.Table) -> bytes:
-    """A parquet file; not compressed, so that a byte of a text can be changed."""
+    """Return a parquet file, uncompressed, so that bytes of its texts can be changed."""
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="none")
     return buffer.getvalue()
@@ -158,7 +158,7 @@ def json_files(draw):
 
 
 def _damaged(draw, data: bytes) -> bytes:
-    """Mostly as it is; else with some bytes changed, or cut."""
+    """Return the data, sometimes with a few bytes changed or cut off the end."""
     changed = bytearray(data)
     for _ in range(draw(st.sampled_from([0, 0, 0, 1, 3]))):
         if changed:
@@ -200,7 +200,7 @@ def parquet_files(draw):
     return _damaged(draw, draw(st.sampled_from(PARQUET_SEEDS)))
 
 
-# Rows, as a data set holds them
+# Rows of a data set
 
 
 token_values = st.integers(0, 399) | st.integers(0, 2) | st.sampled_from([-100, -1, 2**32, 10**9])
@@ -267,7 +267,7 @@ def cache_files(draw):
     return _damaged(draw, draw(st.sampled_from(CACHE_SEEDS) | st.binary(max_size=40)))
 
 
-# What the data says of itself, and pages that show it
+# Provenance, and reports that show it
 
 
 GOOD_NOTE = {

@@ -1,7 +1,8 @@
-"""Hostile places: data folders, cache folders and servers, for the fuzz targets.
+"""Fuzz targets for hostile data folders, cache folders and servers.
 
-A check returns whether the input worked, was refused in words, or was skipped with a warning; it
-raises if anything outside was read or written, something went out, or an error has no words.
+A check returns whether the input worked, was refused with a readable error, or was skipped with a
+warning. It raises if a file outside of the folder was read or written, a connection was opened, or
+an error has no readable message.
 """
 
 import contextlib
@@ -81,7 +82,7 @@ def parquet_bytes(text):
 
 @st.composite
 def contents(draw):
-    """Bytes of a file: what belongs there, what chooses other files, or anything."""
+    """Draw the bytes of a file: valid contents, contents that name other files, or anything."""
     path = draw(st.sampled_from(PATHS)).format(draw(st.sampled_from(SECRETS)), root="{root}")
     state = {"_data_files": [{"filename": path}], "_fingerprint": "x", "_split": None}
     listed = draw(st.sampled_from([state, {"splits": [path, "../secret"]}, {"features": {}}]))
@@ -111,7 +112,7 @@ folders = st.tuples(st.sampled_from(["", "saved", "splits", "shards"]), entries)
 
 
 def check_folder_case(case):
-    """Whatever lies in a folder, only what lies in it is read, and nothing goes out."""
+    """Check that reading a folder reads only files within it and opens no connection."""
     form, entries = case
     with tempfile.TemporaryDirectory() as root, nothing_goes_out(), copies_in(root):
         root = Path(root)
@@ -137,7 +138,7 @@ def check_folder_case(case):
 
 
 def check_words(message):
-    """Check that an error says something, and nothing that acts on a terminal."""
+    """Check that an error message is of sensible length and has no terminal control characters."""
     assert SECRET not in message
     assert not set(message) & ACTS, message
     assert 20 < len(message) < 3000, message
@@ -158,8 +159,8 @@ def begin(form, folder):
 
 
 def put(path, content, secret, root):
-    """Put something at a path, in place of what is there."""
-    with contextlib.suppress(OSError):  # a name below what is no folder
+    """Write a file, folder, link or pipe to a path, in place of an existing file."""
+    with contextlib.suppress(OSError):  # the parent may be a file
         path.parent.mkdir(parents=True, exist_ok=True)
         if os.path.lexists(path):
             path.unlink()
@@ -178,7 +179,7 @@ def put(path, content, secret, root):
 
 @contextlib.contextmanager
 def nothing_goes_out():
-    """Let a connection to anywhere be a failure; the hub is not said to be offline."""
+    """Make every connection an error, without telling datasets that the hub is offline."""
     connect, offline = socket.socket.connect, datasets.config.HF_HUB_OFFLINE
 
     def fail(self, address):
@@ -222,7 +223,7 @@ cache_folders = st.dictionaries(st.sampled_from(CACHE_NAMES), cache_contents, ma
 
 
 def check_cache_folder(entries):
-    """Whatever lies in a cache folder, a cache works, and nothing outside is touched."""
+    """Check that a cache works in any cache folder, and leaves files outside of it unchanged."""
     records, logger = Records(), logging.getLogger("star_dss_plugin")
     disabled = logging.root.manager.disable
     logging.disable(logging.NOTSET)
@@ -259,7 +260,7 @@ def check_cache_folder(entries):
 
 
 class Records(logging.Handler):
-    """Keeps what was logged."""
+    """Record log messages."""
 
     def __init__(self):
         super().__init__()
@@ -286,7 +287,7 @@ def answer(**changes):
 
 @st.composite
 def answers(draw):
-    """A status, headers and a body: a good answer with some values changed, or anything."""
+    """Draw status, headers, body and missing bytes: a changed valid answer, or anything."""
     found = answer()
     for _ in range(draw(st.integers(0, 2))):
         change(draw, found)
@@ -324,13 +325,13 @@ def change(draw, value):
 
 
 class Server(ThreadingHTTPServer):
-    """Answers each completion with what it was given last."""
+    """Answer each completion request with `given`."""
 
     daemon_threads = True
     given = (200, {}, b"", 0)
 
     def handle_error(self, request, client_address):
-        """Say nothing: clients hang up on what they do not read to its end."""
+        """Ignore errors: clients hang up on answers that they do not read to the end."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -358,7 +359,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @functools.cache
 def opened():
-    """A server and an engine that asks it, for all cases."""
+    """Return the server and the engine that asks it; all cases share them."""
     from star_dss_plugin.engines import server as module
 
     server = Server(("127.0.0.1", 0), Handler)
@@ -368,7 +369,7 @@ def opened():
 
 
 def check_server(given):
-    """Whatever a server answers: log-probabilities of each prompt, or a GuardError, in time."""
+    """Check that any answer gives each prompt's log-probabilities, or a GuardError, in time."""
     server, engine = opened()
     server.given = given
     try:

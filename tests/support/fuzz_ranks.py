@@ -1,7 +1,7 @@
-"""Ranks that were not given the same: all stop in words, or all are set up with the same.
+"""Fuzz target for ranks with different inputs: all stop with an error, or all are set up equally.
 
-The ranks are threads of one process, each with a trainer of its own. They meet where processes
-would; one that ends lets the others find out, as a process group does.
+The ranks are threads of one process, each with its own trainer. A barrier takes the place of the
+process group's collectives; a rank that ends breaks the barrier, as it would break the group.
 """
 
 import tempfile
@@ -25,11 +25,11 @@ from support.guards import WordGuard
 from support.models import tiny_llama
 
 HANGS_SECONDS = 120
-"""Longer than any set-up takes: whoever waits for so long waits for ever."""
+"""Timeout of the barrier, longer than any set-up takes."""
 
 
 class RankGuard(WordGuard):
-    """Scores as another version of a guard does, on the ranks that are told so."""
+    """Score as another version of the guard on the ranks that set `here.unsafe`."""
 
     name = "rank-words"
     here = threading.local()
@@ -51,7 +51,7 @@ class RankPlugin:
 
 
 class Group:
-    """What the ranks of a run share."""
+    """Stand in for a process group: a barrier and a gather between threads."""
 
     def __init__(self, size):
         self.size = size
@@ -102,7 +102,7 @@ rank_changes = st.tuples(
 
 
 def rows_of(kinds):
-    """Return what one rank was given as training set."""
+    """Return one rank's training set, with the given changes."""
     rows = scored().to_list()
     if "scored" not in kinds and "scored 1" not in kinds and "edited scores" not in kinds:
         rows = [{k: v for k, v in row.items() if k != SCORES_COLUMN} for row in rows]
@@ -126,7 +126,7 @@ def rows_of(kinds):
 
 
 def check_ranks(case):
-    """No rank trains with something else than the others, and none waits for ever."""
+    """Check that all ranks stop, or all are set up with equal data, and that no rank hangs."""
     size, changes, together = case
     if RankGuard.name not in load_plugins().names("guard"):
         load_plugins().register(RankPlugin(), Origin("ranks", "star-dss-tests", "0"))
@@ -171,7 +171,7 @@ def check_ranks(case):
         stopped = [end for end in ends if end != "set up"]
         assert len(stopped) in (0, size), ends
         if stopped:
-            # Those that only waited say so; somebody says what differs.
+            # Ranks that only waited say so; at least one must say what differs.
             assert any("waited for the other processes" not in str(end) for end in stopped), ends
             return "stopped"
         _same(trainers)

@@ -1,7 +1,8 @@
-"""Scored rows that somebody changed: a run stops, or its loss has the scores that its tokens have.
+"""Fuzz target for changed scored rows: a run stops, or its loss uses each token's own score.
 
-The change may come before a trainer is given the rows, after it has looked at them, or in its
-collator. Only a data set whose notes are gone is believed: then what its rows say is the truth.
+Rows are changed before the trainer gets them, after it has checked them, or in its collator.
+Changed scores are accepted only if the data set's description, which holds the digests of its rows,
+is removed too.
 """
 
 import contextlib
@@ -31,7 +32,7 @@ COLUMNS = ("input_ids", "labels", SCORES_COLUMN)
 
 @functools.cache
 def scored():
-    """Rows as they were scored."""
+    """Return the unchanged scored rows."""
     rows = [
         {
             "messages": [
@@ -53,13 +54,13 @@ def scored():
 
 
 def trained(labels, scores):
-    """Return the trained tokens of a row, and their scores."""
+    """Return the labels of a row's trained tokens, and their scores."""
     pairs = [(label, score) for label, score in zip(labels, scores, strict=True) if label != -100]
     return tuple(label for label, _ in pairs), [score for _, score in pairs]
 
 
 def truth(rows):
-    """Return the scores of each row's trained tokens, by these tokens and all those before."""
+    """Return the scores of each row's trained tokens, by the row's token ids and trained labels."""
     return {
         (tuple(row["input_ids"]), trained(row["labels"], row[SCORES_COLUMN])[0]): trained(
             row["labels"], row[SCORES_COLUMN]
@@ -80,7 +81,7 @@ NOTES = ["forget notes", "damage notes"]
 
 @st.composite
 def changes(draw):
-    """Draw one to two changes of the rows, and when they are made."""
+    """Draw one or two changes of the rows, and when they are made."""
     kinds = st.sampled_from([*WHOLE, *ROW, *LABELS, *TYPES, *NOTES])
     change = st.tuples(kinds, st.integers(0, 4), st.integers(0, 40), values)
     when = draw(st.sampled_from(["before", "before", "after", "collated", "evaluation"]))
@@ -88,7 +89,7 @@ def changes(draw):
 
 
 def changed(rows, kind, i, k, value):
-    """Return plain rows with one change; types and notes are changed in `as_dataset`."""
+    """Return rows with one change; `as_dataset` changes types and the description."""
     rows = [dict(row) for row in rows]
     i %= len(rows)
     row, other = rows[i], rows[k % len(rows)]
@@ -168,7 +169,7 @@ def as_dataset(rows, kinds, description):
 
 
 def notes_after(kinds):
-    """Return the description that the changed rows have."""
+    """Return the description of the changed data set."""
     description = scored().info.description
     if "forget notes" in kinds:
         return ""
@@ -180,7 +181,7 @@ def notes_after(kinds):
 
 
 class Seen:
-    """Keeps what each training loss was computed of."""
+    """Record the batch of each training loss."""
 
     def __init__(self):
         self.batches = []
@@ -199,7 +200,7 @@ class Seen:
 
 
 def check_changed_rows(case):
-    """Whatever was changed, a run stops in words, or each token was trained with its own score."""
+    """Check that a run stops with an error, or trains each token with its own score."""
     when, made = case
     rows = scored().to_list()
     for change in made:
@@ -235,7 +236,7 @@ def check_changed_rows(case):
 
 
 def _answers(rows):
-    """Return the truth of rows whose labels train all tokens: of their answers alone."""
+    """Return the scores of the answers of rows whose labels train all tokens."""
     true = {tuple(row["input_ids"]): row["labels"] for row in scored().to_list()}
     found = {}
     for row in rows:
@@ -247,7 +248,7 @@ def _answers(rows):
 
 
 def _check_row(known, ids, labels, scores):
-    """Check one row of a batch: padding is cut off, which has no labels."""
+    """Check one row of a batch; the padding at its end, which has no labels, is cut off."""
     tokens, found = trained(labels, scores)
     while ids:
         if (tuple(ids), tokens) in known:
@@ -261,7 +262,7 @@ def _check_row(known, ids, labels, scores):
 
 
 def make(folder, train, other, when):
-    """Return a trainer with the loss; `other` is what comes to it in another way."""
+    """Return a trainer with the loss; `other` is its evaluation set or replaces its batches."""
     collator = DataCollatorForSeq2Seq(tokenizer())
     rows = train.remove_columns([c for c in train.column_names if c not in COLUMNS])
     if when == "before":
@@ -295,7 +296,7 @@ def make(folder, train, other, when):
 
 
 def pick(rows, feature):
-    """Return what the changed data set has in the place of a row."""
+    """Return the changed columns of the row with the same token ids."""
     same = [row for row in rows if row["input_ids"] == feature["input_ids"]] or rows[:1]
     return {name: same[0][name] for name in COLUMNS}
 

@@ -1,8 +1,8 @@
-"""What hostile input may do: work, and then keep its promises, or be refused in words.
+"""Fuzz targets: hostile input must work correctly or be refused with a readable error.
 
-Each target is a property and the inputs it is tried with. Two drivers share them: test_fuzz.py
-draws some hundreds of inputs with hypothesis, benchmarks/fuzz.py as many as it is told, guided by
-the code that they reach. A target raises what is neither a kept promise nor a StarDSSError.
+Each target is a property and a strategy for its inputs. Two drivers use them: test_fuzz.py draws
+some hundreds of inputs with hypothesis, benchmarks/fuzz.py any number, guided by coverage. A target
+raises if the property does not hold, or if an error is not a StarDSSError.
 """
 
 import contextlib
@@ -92,7 +92,7 @@ def _is_object(line: bytes) -> bool:
 
 
 def _check_scored(rows: Dataset) -> None:
-    """Scores rows, and whatever comes of it is shown."""
+    """Score rows and show the result, or accept a known error."""
     try:
         with tempfile.TemporaryDirectory() as cache:
             scored = score_dataset(
@@ -119,7 +119,7 @@ def _check_scored(rows: Dataset) -> None:
 
 @contextlib.contextmanager
 def _file(data: bytes, name: str):
-    """A file, and everything that reading it leaves on the disk, for a moment."""
+    """Write a temporary file; delete it and the caches of reading it afterwards."""
     with tempfile.TemporaryDirectory() as folder:
         before = datasets.config.HF_DATASETS_CACHE
         datasets.config.HF_DATASETS_CACHE = Path(folder) / "cache"
@@ -149,7 +149,7 @@ def check_raw_row(row: dict) -> None:
     with contextlib.suppress(
         pa.ArrowException, UnicodeEncodeError, OverflowError, TypeError, ValueError
     ):
-        dataset = Dataset.from_list([row])  # what Arrow cannot hold, no row says
+        dataset = Dataset.from_list([row])  # Arrow cannot hold every row
     if "dataset" in locals():
         with refused("Row 0" if row else "no rows"):
             read_prompts(dataset, "harmful")
@@ -217,7 +217,7 @@ SHARD = header(_BODY) + _BODY
 
 
 def check_cache_file(data: bytes) -> None:
-    """Whatever lies there, a cache works: the key of `data` is unknown, or an answer."""
+    """Check that a cache with a damaged shard works: its entries are valid, or not found."""
     logging.disable(logging.WARNING)
     try:
         with tempfile.TemporaryDirectory() as root:
@@ -251,7 +251,7 @@ def check_description(text: Any) -> None:
 
 
 class _Page(HTMLParser):
-    """Elements and attributes of a page."""
+    """Collect the elements and attributes of a page."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -267,7 +267,7 @@ class _Page(HTMLParser):
 
 @functools.cache
 def _harmless_page(text: bool) -> _Page:
-    """A page with all that a page can have."""
+    """Return a page with every element that a page can have."""
     ids = tokenizer()("fine", add_special_tokens=False)["input_ids"]
     rows = [{"input_ids": ids, "labels": ids, "star_scores": [0.5] * len(ids), "source": "a"}]
     dataset = Dataset.from_list(rows)
@@ -275,11 +275,11 @@ def _harmless_page(text: bool) -> _Page:
     return _Page(render_page(read_scored(dataset, tokenizer()), name="x", text=text))
 
 
-MARKUP = {"strong", "p"}  # that a page has which says where it has no notes
+MARKUP = {"strong", "p"}  # elements of a page that reports missing provenance
 
 
 def _check_page(data: ScoredData) -> None:
-    """Text of the data is in no place where it could be markup, whatever it says."""
+    """Check that no text of the data becomes markup or a terminal control character."""
     for text in (True, False):
         html = render_page(data, name="</title><script>" + data.guard, text=text)
         html.encode("utf-8")
@@ -323,7 +323,7 @@ def check_options(chosen: dict) -> None:
 
 
 def check_block(chosen: dict) -> None:
-    """The same options as Axolotl hands them over."""
+    """Check options as Axolotl's configuration block passes them."""
     from pydantic import ValidationError
     from star_dss_axolotl.args import StarDSSBlock
 
@@ -337,7 +337,7 @@ def check_guard(described: Any) -> None:
 
 
 def check_yaml(data: bytes) -> None:
-    """What TRL's route makes of a configuration; it may print a usage and stop, as parsers do."""
+    """Check a TRL configuration; its argument parser may print its usage and exit."""
     silence, stop = contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit)
     with _file(data, "run.yaml") as path, refused(), silence, stop:
         found = check_config(path, data=False, integration="trl")
@@ -355,7 +355,7 @@ def _inverse():
 
 
 def check_inverse(case: tuple[list[dict], int]) -> None:
-    """Messages that come back make the text again; those that went in may come back as others."""
+    """Check that the messages found in a text render to it; they may differ from the input."""
     messages, cut = case
     text = tokenizer().apply_chat_template(messages, tokenize=False)
     text = text[: len(text) - cut] if cut < len(text) else text
@@ -363,7 +363,7 @@ def check_inverse(case: tuple[list[dict], int]) -> None:
     if found is not None:
         again = "".join(tokenizer().apply_chat_template(found, tokenize=False).split())
         text = "".join(text.split())
-        # Where the text was cut, the template may have begun one more turn.
+        # If the text was cut, it may end with the beginning of another turn.
         begun = text.removeprefix(again)
         opened = any(f"<|im_start|>{role}".startswith(begun) for role in ROLES)
         assert again.startswith(text) or opened
@@ -373,16 +373,20 @@ def check_inverse(case: tuple[list[dict], int]) -> None:
 
 
 class _QuickGuard(WordGuard):
-    """Its time is linear: two scores a response."""
+    """Score each response in constant time, with two scores."""
 
     def token_scores(self, responses):
         return [[(0, self.safe), (len(text), self.unsafe)] for _, text in responses]
 
 
 def check_sizes(megabytes: float, turns: int) -> None:
-    """One response of so many megabytes, and one conversation of so many turns, from file to page.
+    """Score and show a very long response and a conversation of many turns, from file to page.
 
-    Not a target: there is one such input, and it takes long.
+    Not a target: there is one input, and it takes long.
+
+    Args:
+        megabytes: The size of the response.
+        turns: The number of turns of the conversation.
     """
     long = "it is a <bad> word. 👍 " * round(megabytes * 1e6 / 24)
     said = [
@@ -432,7 +436,7 @@ TARGETS = {
     "guards": Target(check_guard, guard_mappings | option_values, 60),
     "yaml": Target(check_yaml, yaml_files(), 15, YAML_SEEDS),
 }
-AXOLOTL_TARGETS = {  # in a process of their own: it patches what the others use
+AXOLOTL_TARGETS = {  # run in a process of their own, because Axolotl patches transformers
     "block": Target(check_block, options, 60),
     "template-inverse": Target(
         check_inverse, st.tuples(st.lists(turns, min_size=1, max_size=5), st.integers(0, 20)), 60

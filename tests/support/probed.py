@@ -1,4 +1,4 @@
-"""A verdict guard whose scores can be learned, and data for it."""
+"""A verdict guard whose scores a probe can learn, and data for it."""
 
 import random
 
@@ -25,13 +25,13 @@ WORDS = [
     "no",
     "yes",
 ]
-CHUNK = 1  # so that every fourth prefix of a small sample is still enough to learn from
+CHUNK = 1  # so that every fourth prefix of a small sample is enough to fit a probe
 PROBED = {"trajectory": "probed", "probe_sample": 30, "chunk_size": CHUNK}
 ROWS = 80
 
 
 def learnable(folder, tokenizer, seed=2, spread=0.06, **changes):
-    """Describe a random guard of four blocks whose scores differ by a few hundredths."""
+    """Save a random guard of four blocks whose scores differ by a few hundredths; describe it."""
     model = tiny_llama(len(tokenizer), seed, num_hidden_layers=4, initializer_range=spread)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -58,13 +58,13 @@ def exact(rows, tokenizer, guard, **options):
 
 
 def trained(dataset, column="star_scores"):
-    """The values of a column at all trained tokens."""
+    """Return the values of a column at all trained tokens, (trained tokens,)."""
     rows = zip(dataset[column], dataset["labels"], strict=True)
     return np.concatenate([np.array(v)[np.array(labels) != -100] for v, labels in rows])
 
 
 def slow_states(model, ids, blocks):
-    """The slow twin: all hidden states of a plain pass, (tokens, blocks, size)."""
+    """Return hidden states from a plain forward pass, (tokens, blocks, hidden size)."""
     with torch.inference_mode():
         found = model(torch.tensor([ids]), output_hidden_states=True).hidden_states
     return torch.stack([found[block + 1][0] for block in blocks], dim=1)

@@ -11,13 +11,12 @@ from star_dss_plugin.guards.base import StreamingGuard
 
 
 class LettersGuard(StreamingGuard):
-    """Scores by a hash of the prefix.
+    """Score prefixes by a hash.
 
     Args:
-        log: A folder where each worker that loads it, and each response it is asked for, leaves a
-            line.
-        die_at: The first worker that is asked for a response with this text dies without a word.
-        refuse: A response that it cannot score.
+        log: A folder with a file for each worker, which has a line for each response it scored.
+        die_at: The first worker that scores a response with this text exits at once.
+        refuse: A response that the guard cannot score.
         delay: Seconds that each call takes.
     """
 

@@ -1,15 +1,15 @@
-"""How far two runs of the same training are apart."""
+"""Differences between two runs of the same training."""
 
 from __future__ import annotations
 
 CLOSE = 1e-5
-"""How far a loss, a gradient norm or an evaluation loss may be from that of one process."""
+"""Largest difference of a loss or gradient norm from that of a run in one process."""
 
 
 def apart(one, other):
-    """Return the largest difference, relative where a number is above 1.
+    """Return the largest difference of logged numbers, relative for numbers above 1.
 
-    Of a resumed run the last lines are compared.
+    `one` may be the log of a resumed run: it is compared with the last lines of `other`.
     """
     return max(
         abs(a - b) / max(1, abs(b))
@@ -19,7 +19,7 @@ def apart(one, other):
 
 
 def weights_apart(one, other, lora):
-    """Return the largest difference of two saved models, which a plain process can load."""
+    """Return the largest difference of the weights of two saved models."""
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 

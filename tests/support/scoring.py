@@ -1,4 +1,4 @@
-"""Guards, conversations and a slow twin for the tests of scoring."""
+"""Guards, conversations and a plain implementation for the tests of scoring."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from star_dss_plugin.guards.base import Guard, StreamingGuard
 
 
 class HashGuard(StreamingGuard):
-    """A score that depends on every character of the context and of the prefix."""
+    """Score by a hash of every character of the context and of the prefix."""
 
     name = "test-hash"
 
@@ -43,7 +43,7 @@ class HashGuard(StreamingGuard):
 
 
 class BatchGuard(Guard):
-    """Asked in threes; like on a GPU, the last bits of a score depend on the whole batch."""
+    """Score in batches of three; as on a GPU, the last bits of a score depend on the batch."""
 
     name = "test-batches"
     identity = {"kind": "batches"}
@@ -90,11 +90,8 @@ def scored(dataset, tokenizer, guard, **options):
     return score_dataset(dataset, tokenizer, guard=guard, **{"progress": False, **options})
 
 
-# The values
-
-
 def twin(row, tokenizer, contexts, chunk_size):
-    """The slow twin: the guard is asked for each prefix of tokens, one by one."""
+    """Return a row's column of scores, computed by scoring each prefix of tokens by itself."""
     guard, special = HashGuard(), set(tokenizer.all_special_ids)
     column = [1.0] * len(row["input_ids"])
     for (start, end), context in zip(runs(row["labels"]), contexts, strict=True):
@@ -114,6 +111,6 @@ def tokenized(tokenizer, row):
 
 
 def unbound(dataset):
-    """Forget the digests of scored rows, as somebody does who changes scores on purpose."""
+    """Remove the digests of scored rows, as a user must who changes scores on purpose."""
     unbind_rows(dataset)
     return dataset

@@ -1,4 +1,4 @@
-"""What is trained sharded and in one process: a case's own keys, and options of the trainer."""
+"""Cases that are trained sharded and in one process: trainer options and the keys of `OWN`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ OWN = (
     *("plain", "lora", "early", "untied", "context", "differs", "resume"),
     *("rare", "rows", "stream", "files", "vision", "padded", "fixed", "experts", "alone"),
 )
-"""Keys of a case that are no option of a trainer or of STAR-DSS."""
+"""Keys of a case that are neither options of a trainer nor of STAR-DSS."""
 
 CASES = {
     "trl": {},
@@ -19,7 +19,7 @@ CASES = {
     "trl-checkpointing": {"gradient_checkpointing": True},
     "trl-context": {"context": 2},
     "trl-packed": {"packing": True, "max_length": 64},
-    # Each batch as long as the others, which gloo needs to exchange them, and of odd length.
+    # Batches of equal length, because gloo exchanges equal shapes only, and of odd length.
     "trl-padded": {"padded": 33},
     "trl-padded-lora": {"padded": 33, "lora": True},
     "trl-padded-checkpointing": {
@@ -33,7 +33,7 @@ CASES = {
         "kl_estimator": "full",
         "reference": "adapter",
     },
-    # All batches of two rows and one length; and the load-balancing loss of experts.
+    # Batches of two rows with a fixed length, and the load-balancing loss of experts.
     "trl-fixed-experts": {
         "padded": 33,
         "fixed": 48,
@@ -42,17 +42,17 @@ CASES = {
     },
     "trl-padded-rejection": {"padded": 33, "loss_type": "rejection"},
     "trl-padded-packed": {"padded": 33, "packing": True, "max_length": 64},
-    # The attention of evaluations in place of the one that exchanges parts.
+    # Without the exchange of parts in evaluations.
     "trl-padded-alone": {"padded": 33, "alone": True},
     "trl-padded-skipping": {"padded": 33, "resume": True},
-    # Stopped after one pass.
+    # Stopped after one epoch.
     "trl-padded-resumed": {
         "padded": 33,
         "resume": True,
         "ignore_data_skip": True,
         "train_sampling_strategy": "sequential",
     },
-    # A pass of six rows is no whole number of steps.
+    # An epoch of six rows is not a whole number of steps.
     "trl-padded-stream": {
         "padded": 33,
         "kl_estimator": "full",
@@ -60,7 +60,7 @@ CASES = {
         "stream": 1,
         "rows": 6,
     },
-    # Of two files, which differ in length.
+    # Two files with different numbers of rows.
     "trl-padded-uneven": {
         "padded": 33,
         "lora": True,
@@ -97,7 +97,7 @@ CASES = {
     # Half of the micro-batches have no token with a KL weight, and not on the same ranks.
     "plain-adapter-rare": {"plain": True, "lora": True, "reference": "adapter", "rare": True},
     "trl-adapter-rare": {"lora": True, "reference": "adapter", "rare": True},
-    # Batches of one row: half of them have no image, and those of two ranks differ in how many.
+    # Batches of one row: half of them have no image, and the ranks' numbers of images differ.
     "trl-images": {"vision": "gemma3"},
     "trl-images-adapter": {
         "vision": "gemma3",
@@ -108,13 +108,13 @@ CASES = {
     "trl-images-tiles": {"vision": "smolvlm", "lora": "all-linear", "reference": "adapter"},
     "trl-images-named": {"vision": "smolvlm", "reference": "MODEL"},
     "trl-images-whole": {"vision": "gemma3", "kl_estimator": "full", "reference": "MODEL"},
-    # One process has the same rows as a data set, in the order in which two read the stream.
+    # One process trains on a data set of the same rows, in the order in which two read the stream.
     "trl-stream": {"lora": True, "reference": "adapter", "stream": 1},
     "trl-stream-shards": {"lora": True, "reference": "adapter", "stream": 2},
-    # The second process has a row less in each pass, and in the evaluation.
+    # The second process has one row less in each epoch, and in the evaluation.
     "trl-stream-uneven": {"lora": True, "reference": "adapter", "stream": 2, "files": [4, 3]},
     "plain-stream-uneven": {"plain": True, "reference": "MODEL", "stream": 2, "files": [4, 3]},
-    # Stopped in the middle of a pass, and the second process in the middle of another.
+    # The ranks stop in the middle of different epochs.
     "trl-stream-resumed": {
         "lora": True,
         "reference": "adapter",
@@ -125,7 +125,7 @@ CASES = {
     "trl-stream-empty": {"lora": True, "reference": "adapter", "stream": 2, "files": [8, 0]},
     "plain-stream": {"plain": True, "reference": "MODEL", "stream": 1},
     "trl-other-stream": {"lora": True, "reference": "adapter", "stream": 1, "differs": "rows"},
-    # The second rank has something else than the first.
+    # The key says how the second rank differs from the first.
     "trl-other-option": {"differs": "chunk_size"},
     "trl-other-rows": {"differs": "rows"},
     "trl-other-scores": {"differs": "scores"},

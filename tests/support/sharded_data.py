@@ -7,12 +7,12 @@ from pathlib import Path
 
 
 def shape_of(case):
-    """Return what a case says of its model: "untied", "experts", or "" for neither."""
+    """Return a case's kind of model: "untied", "experts", or "" for neither."""
     return next((name for name in ("untied", "experts") if case.get(name)), "")
 
 
 def model_folder(folder, shape=""):
-    """Return the folder of a model of such a shape."""
+    """Return the folder of a model of this kind; save the model if it does not exist."""
     from support.models import make_tokenizer, tiny_llama, tiny_qwen3_moe
 
     path = Path(folder) / f"model-{shape}".rstrip("-")
@@ -29,7 +29,7 @@ def model_folder(folder, shape=""):
 
 
 def vision_folder(folder, name):
-    """Return the folder of a model that reads images."""
+    """Return the folder of a vision-language model; save the model if it does not exist."""
     from support.vision_models import MAKE
 
     path = Path(folder) / name
@@ -41,12 +41,13 @@ def vision_folder(folder, name):
 
 
 def data_of(case, ranks, differs):
-    """Return a case's rows to train on and to evaluate on; streams on several ranks.
+    """Return a case's training and evaluation rows; streams if the case says so.
 
     Args:
-        case: What `CASES` says of it.
-        ranks: How many processes train; one has the rows in the order in which two read them.
-        differs: What this rank has that the others have not, or None.
+        case: A case of `CASES`.
+        ranks: The number of processes. One process gets the rows in the order in which two read a
+            stream.
+        differs: How this rank's data differ from the other ranks', or None.
     """
     from datasets import Dataset
 
@@ -65,7 +66,7 @@ def data_of(case, ranks, differs):
     if files:
         data = data.select([i % len(data) for i in range(sum(files))])
     if shards > 1 and ranks == 1:
-        # What lacks in the second file is read again from its beginning.
+        # The second file is read again from its beginning when it ends before the first.
         first, second = files or [4, 4]
         pairs = [(i, first + i % second) for i in range(first)]
         data = data.select([i for pair in pairs for i in pair])
@@ -82,7 +83,7 @@ def data_of(case, ranks, differs):
 
 
 def asked_about_images(rows):
-    """Return conversations; in turn one has no image, two, one and none."""
+    """Return conversations with none, two, one and no images in turn."""
     from support.vision_models import stripes
 
     made = []
@@ -103,7 +104,7 @@ def asked_about_images(rows):
 
 
 def from_files(data, sizes):
-    """Return a stream of so many files, which have so many rows."""
+    """Return a stream of files with these numbers of rows."""
     from datasets import IterableDataset
 
     rows = iter(list(data))
@@ -117,7 +118,7 @@ def rows_of(files):
 
 
 def safe_or_not(row, i):
-    """Return an answer without a bad word in three rows of four."""
+    """Return an answer that is unsafe in one of four rows."""
     return [{"role": "assistant", "content": "a bad word" if i % 4 == 1 else f"{i} is fine"}]
 
 

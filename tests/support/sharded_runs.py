@@ -1,11 +1,11 @@
-"""Train tiny models on gloo ranks, sharded: a script for `torch.distributed.run`, and its twin.
+"""Train tiny models sharded over gloo ranks, or the same cases in one process.
 
     python -m torch.distributed.run --standalone --nproc_per_node 2 tests/support/sharded_runs.py \
         KIND FOLDER CASE...
 
-with `tests` in PYTHONPATH. Each case (`sharded_cases`) is trained in turn, sharded as its kind
-(`sharding_kinds`) says; each rank writes what was logged to FOLDER/results-RANK.json. `train` with
-`ranks=1` is the same run in one process, with twice the accumulation.
+with `tests` in PYTHONPATH. Each case (`sharded_cases`) is trained in turn, sharded by KIND
+(`sharding_kinds`); each rank writes its log to FOLDER/results-RANK.json. `train` with `ranks=1` is
+the same run in one process, with more gradient accumulation.
 """
 
 from __future__ import annotations
@@ -59,7 +59,14 @@ def arguments(kind, folder, ranks, changes):
 
 
 def scoring_options(case, folder, source, differs):
-    """Take a case's options of STAR-DSS out of it; let this rank's guard differ as it says."""
+    """Remove the options of STAR-DSS from a case and return them.
+
+    Args:
+        case: A case, which is changed.
+        folder: The score cache.
+        source: The folder of the model.
+        differs: How this rank differs from the other ranks, or None; this may change its guard.
+    """
     from support.guards import WordGuard
 
     if case.get("reference") == "MODEL":
@@ -74,14 +81,14 @@ def scoring_options(case, folder, source, differs):
         scoring["guard"] = "demo"
     if differs == "killed":
         WordGuard.token_scores = lambda self, responses: os.kill(os.getpid(), signal.SIGKILL)
-    if differs == "scores":  # as another version of the guard on one machine gives them
+    if differs == "scores":  # as if one machine had another version of the guard
         scoring["score_cache_dir"] += "-other"
         WordGuard.__init__.__kwdefaults__["unsafe"] = 0.8
     return scoring
 
 
 def trainer_options(kind, out, ranks, case, own):
-    """Return the trainer's options; four rows make a step, however many ranks read them."""
+    """Return the trainer's options: four rows per step for any number of ranks."""
     import trl
     from packaging.version import Version
 
@@ -99,7 +106,7 @@ def trainer_options(kind, out, ranks, case, own):
     readers = ranks // SPLIT.get(kind, {}).get("tp_size", 1)
     groups = ranks // 2 if "parts" in kind else readers  # evaluations read whole rows
     options["gradient_accumulation_steps"] = 4 // groups
-    # Their evaluation divides by the tokens of all ranks, as training does.
+    # The evaluation loss of these trainers is divided by the tokens of all ranks.
     together = own.get("plain") or Version(trl.__version__) < Version("1.15")
     if together:
         options["per_device_eval_batch_size"] = 4 // readers
@@ -147,7 +154,7 @@ def make_trainer(kind, folder, ranks, case, changes):
     adapter = lora_config() if lora else None
     if lora == "all-linear":  # also where images are read
         adapter = LoraConfig(r=4, target_modules=lora, exclude_modules=["lm_head"])
-        # Gemma 3's shape draws random numbers while it loads, if it is partitioned as it loads.
+        # Gemma 3 draws random numbers while it loads if it is partitioned as it loads.
         sft_trainer.get_peft_model = seeded_adapter
     loads = {} if split else {"model_init_kwargs": {"device_map": None}}
     return StarDSSTrainer(
@@ -161,7 +168,7 @@ def make_trainer(kind, folder, ranks, case, changes):
 
 
 def plain_trainer(source, tokenizer, options, scoring, data, split, own, differs):
-    """Return a `transformers.Trainer` that STAR-DSS is attached to."""
+    """Return a `transformers.Trainer` with STAR-DSS attached."""
     from peft import get_peft_model
     from transformers import (
         AutoModelForCausalLM,
@@ -197,7 +204,7 @@ def plain_trainer(source, tokenizer, options, scoring, data, split, own, differs
 
 
 def seeded_adapter(*args, **kwargs):
-    """Return a model with an adapter that begins with the same values however it was loaded."""
+    """Return a model with an adapter whose initial values do not depend on how the model loaded."""
     from peft import get_peft_model
     from transformers import set_seed
 
@@ -248,7 +255,7 @@ def train(kind, folder, ranks, name):
 
 
 def watched_lengths(model):
-    """Return a list that gets how long the rows of each training forward pass are."""
+    """Return a list that records the row length of each training forward pass."""
     lengths = []
 
     def keep(module, args, kwargs):
@@ -260,7 +267,7 @@ def watched_lengths(model):
 
 
 def counted(folder, kind, name):
-    """Return what the record of a run on two ranks says of its training data."""
+    """Return the summary of the training data in the record of a run on two ranks."""
     record = Path(folder) / f"{kind}-{name}-2" / "star_dss.json"
     return json.loads(record.read_text())["data"]["train"]
 
@@ -288,7 +295,7 @@ def main(kind, folder, *cases):
     register_guard()
     results = {}
     for name in cases:
-        gc.freeze()  # trainers collect garbage often, and would search all that was imported
+        gc.freeze()  # trainers collect garbage often, and would scan all imported modules
         try:
             results[name] = train(kind, folder, int(os.environ["WORLD_SIZE"]), name)
         except ValueError as error:  # also StarDSSError

@@ -1,7 +1,8 @@
 """How models are sharded over gloo ranks in tests, and the proof that they are.
 
-accelerate shards on accelerators only: asked for FSDP on a CPU it trains with DDP and says nothing.
-`shard_on_cpus` makes it take the same branch as on a GPU; `proof_of_sharding` looks at parameters.
+accelerate shards on accelerators only: asked for FSDP on a CPU it trains with DDP, without a
+warning. `shard_on_cpus` makes it take the same branch as on a GPU; `proof_of_sharding` measures the
+parameters that a rank holds.
 """
 
 from __future__ import annotations
@@ -16,19 +17,19 @@ FSDP = {
     "FSDP_RESHARD_AFTER_FORWARD": "true",
     "FSDP_USE_ORIG_PARAMS": "true",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
-    "FSDP_SYNC_MODULE_STATES": "false",  # accelerate does it by an accelerator
+    "FSDP_SYNC_MODULE_STATES": "false",  # accelerate needs an accelerator for it
     "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
 }
 KINDS = {
     "ddp": {},
     "fsdp1": FSDP | {"FSDP_VERSION": "1"},
     "fsdp2": FSDP | {"FSDP_VERSION": "2"},
-    # Ranks but the first have shapes only until the model is sharded.
+    # All ranks but the first hold meta tensors until the model is sharded.
     "fsdp2-meta": FSDP | {"FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"},
-    # The head in a unit of its own.
+    # The head is an FSDP unit of its own.
     "fsdp2-head": FSDP
     | {"FSDP_VERSION": "2", "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer,Linear"},
-    # The layers that read images too.
+    # The layers of the vision tower are sharded, too.
     "fsdp2-gemma3": FSDP
     | {
         "FSDP_VERSION": "2",
@@ -39,17 +40,17 @@ KINDS = {
         "FSDP_VERSION": "2",
         "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer,Idefics3EncoderLayer",
     },
-    # Each layer is split over the ranks, which read the same rows.
+    # Tensor parallelism: each layer is split over the ranks, which read the same rows.
     "tp": {},
-    # By two of four ranks, and by FSDP over the other two; by FSDP alone. transformers does it as
-    # it loads, without accelerate.
+    # Sharded by transformers as it loads, without accelerate: tensor parallelism over two ranks
+    # and FSDP over two; FSDP alone.
     "tp-fsdp2": {},
     "fsdp2-loaded": {},
     "zero1": {"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"},
     "zero2": {"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"},
     "zero3": {"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"},
 }
-# Each rank has a part of every row; as `accelerate launch` says it.
+# Sequence parallelism, with the variables that `accelerate launch` sets.
 PARTS = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
     "PARALLELISM_CONFIG_SP_SIZE": "2",
@@ -59,19 +60,21 @@ PARTS = {
 KINDS |= {f"{kind}-parts": KINDS[kind] | PARTS for kind in ("zero2", "zero3")}
 KINDS["zero3-parts-of-two"] = KINDS["zero3-parts"] | {"PARALLELISM_CONFIG_DP_SHARD_SIZE": "2"}
 
-# What transformers splits as it loads; a kind that is not named here has two ranks.
+# The kinds that transformers shards as it loads, as options of `DistributedConfig`.
 SPLIT = {
     "tp": {"tp_size": 2, "tp_plan": "auto"},
     "tp-fsdp2": {"tp_size": 2, "fsdp_size": 2, "tp_plan": "auto"},
     "fsdp2-loaded": {"fsdp_size": 2},
 }
-RANKS = {"tp-fsdp2": 4, "zero3-parts-of-two": 4}
+RANKS = {"tp-fsdp2": 4, "zero3-parts-of-two": 4}  # all others have two
 
 
 def shard_on_cpus(kind="MULTI_GPU"):
     """Let accelerate shard over gloo as it does over NCCL.
 
-    With "MULTI_CPU" it counts gloo ranks, where else a program that asks for no CPU has one.
+    Args:
+        kind: The `DistributedType`. With "MULTI_CPU" accelerate counts the gloo ranks of a program
+            that does not ask for a CPU, too; otherwise it has one.
     """
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
@@ -142,7 +145,7 @@ def reset():
         from deepspeed.runtime.sequence_parallel import parallel_state_sp
         from deepspeed.utils import groups
 
-        # DeepSpeed wraps what it finds there, and makes groups once in a process.
+        # DeepSpeed wraps the attention that is registered, and makes its groups once per process.
         ALL_ATTENTION_FUNCTIONS._local_mapping.clear()
         groups.mpu = None
         parallel_state_sp._SEQUENCE_PARALLEL_GROUP = None

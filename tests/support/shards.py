@@ -1,4 +1,4 @@
-"""A small job of shards, and what its guard was asked."""
+"""A small job of shards, and the responses that its guard scored."""
 
 from star_dss_plugin.scoring import jobs, shards
 
@@ -6,7 +6,7 @@ ROWS, SHARD_ROWS, SHARDS = 33, 5, 7
 
 
 def asked(log):
-    """The responses that the guard was asked for, by worker."""
+    """Return the responses that the guard was asked to score, by worker."""
     return [path.read_text().splitlines() for path in sorted(log.glob("worker-*"))]
 
 

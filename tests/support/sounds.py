@@ -1,4 +1,4 @@
-"""Sounds that tests write, and rows with them as a collator and the guard's scores make them."""
+"""Audio files, and batches of rows with audio and scores."""
 
 import wave
 from pathlib import Path
@@ -15,15 +15,15 @@ from star_dss_plugin.training.rows.raw_rows import RawRowsCollator
 
 
 def tone(path: Path, n: int) -> None:
-    """Write a sine of 16 kHz, the longer and the lower the greater `n` is."""
+    """Write a sine wave at a sampling rate of 16 kHz; a greater `n` makes it longer and lower."""
     with wave.open(str(path), "wb") as file:
         file.setparams((1, 2, 16000, 0, "NONE", ""))
         samples = np.sin(np.arange(1600 * (n + 1)) / (3 + n))
         file.writeframes((samples * 9000).astype(np.int16).tobytes())
 
 
-def laid(collator: Any, read: MediaRows, raw: Dataset) -> dict[str, Any]:
-    """Return a batch of all rows, in which each trained token has the score 0.5."""
+def aligned_batch(collator: Any, read: MediaRows, raw: Dataset) -> dict[str, Any]:
+    """Return a collated batch of all rows, in which each trained token has the score 0.5."""
     text = read.text_rows(raw, "train")
     scores = [[0.5 if label != -100 else 1.0 for label in row["labels"]] for row in text]
     scored = text.add_column(SCORES_COLUMN, scores)

@@ -1,6 +1,6 @@
 """Tiny random guards whose tokenizers and templates have the structure of the real ones.
 
-The words are our own: nothing here is copied from a model.
+The texts were written for this project: nothing here is copied from a model.
 """
 
 import json
@@ -96,9 +96,12 @@ def byte_level(control):
 
 
 def sentencepiece(control, *, prepend, spaces=()):
-    """In the manner of Gemma's (no space in front) and Mistral's (one in front).
+    """Return a tokenizer like Mistral's, which prepends a space, or like Gemma's, which does not.
 
-    Gemma's has runs of white space among its added tokens.
+    Args:
+        control: The control tokens.
+        prepend: Whether the tokenizer prepends a space to the text.
+        spaces: Runs of white space that are added tokens, as Gemma's tokenizer has them.
     """
     backend = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     steps = [normalizers.Prepend("▁")] if prepend else []
@@ -110,14 +113,14 @@ def sentencepiece(control, *, prepend, spaces=()):
         show_progress=False,
         special_tokens=["<unk>", *control, *spaces, *(f"<0x{i:02X}>" for i in range(256))],
     )
-    # Words apart while it learns: else it would learn whole sentences.
+    # Split words while the merges are trained, or they would cover whole sentences.
     backend.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     backend.train_from_iterator(CORPUS * 4, trainer)
     state = json.loads(backend.to_str())
     state["pre_tokenizer"] = None
     for token in state["added_tokens"]:
         token["special"] = token["content"] not in spaces
-    # The byte tokens are no control tokens.
+    # The byte tokens are not control tokens.
     state["added_tokens"] = [t for t in state["added_tokens"] if not t["content"].startswith("<0x")]
     return Tokenizer.from_str(json.dumps(state))
 
@@ -181,7 +184,7 @@ def config(kind, vocabulary):
 
 
 def make(key, folder: Path):
-    """Saves the guard of one layout."""
+    """Save the guard of one layout to a folder; return the folder."""
     kind, backend, template, more = LAYOUTS[key]
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend(),

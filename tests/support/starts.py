@@ -1,4 +1,4 @@
-"""Data in every form that `star-dss init` knows, and names that a careless writer misquotes."""
+"""Data in every form that `star-dss init` knows, and file names that need quoting in YAML."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ HOSTILE = [
 
 
 def write_rows(path: Path, form: str, tokenizer) -> str:
-    """Write rows of a form to a file or folder that goes by `path`; return its name."""
+    """Write rows of a form to `path`, with a suffix if the form needs one; return the path."""
     if form in FORMS:
         path.write_text("".join(json.dumps(row) + "\n" for row in FORMS[form]))
     elif form == "parquet":

@@ -13,7 +13,7 @@ ENDS = (
     *("<|im_end|>", "<|return|>", "<|eot_id|>", "<end_of_turn>", "<｜end▁of▁sentence｜>"),
     *("<|END_OF_TURN_TOKEN|>", "<|end|>", "</s>", "<turn|>", "[|endofturn|]", "<|endoftext|>"),
 )
-# As JSON in some templates, as XML (Qwen3.5, GLM, Nemotron) or in channels in others.
+# Templates render these as JSON, as XML (Qwen3.5, GLM, Nemotron) or in channels.
 CALLS = [
     {"type": "function", "function": {"name": "weather", "arguments": {"city": city}}}
     for city in ("Oslo", "Rome")
@@ -61,7 +61,7 @@ WITH_CALLS = [
 
 
 def tokenizer_for(source):
-    """Return a small byte-level tokenizer that has a template and its control tokens."""
+    """Return a small byte-level tokenizer with a chat template and its control tokens."""
     special = sorted({*SPECIAL.findall(source), "<|endoftext|>"})
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

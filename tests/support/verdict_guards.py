@@ -1,4 +1,4 @@
-"""Small verdict guards: a template for the tiny tokenizer; real tokenizers, random weights."""
+"""Small random verdict guards: with the tiny tokenizer and a template, or with real tokenizers."""
 
 import datetime as dt
 import json
@@ -8,7 +8,7 @@ import shutil
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-# A small template in the manner of the real ones, for the tiny tokenizer.
+# A small template, structured as the real ones, for the tiny tokenizer.
 JUDGE = (
     "{{- '<|im_start|>user\nis the last answer bad?\n\n' }}"
     "{%- for m in messages %}{{- m.role + ': ' + m.content + '\n\n' }}{%- endfor %}"
@@ -32,7 +32,7 @@ def describe(folder, **changes):
 
 
 def tiny_guard(folder, source, **changes):
-    """A random model with a real guard's tokenizer, template and vocabulary."""
+    """Save a random model with a real guard's tokenizer, template and vocabulary."""
     config = json.loads((source / "config.json").read_text())
     config |= {
         "hidden_size": 16,
@@ -44,7 +44,7 @@ def tiny_guard(folder, source, **changes):
     }
     if config["model_type"] == "qwen3":
         config["head_dim"] = 8
-    else:  # its factors are for 40 layers; two would hardly look at the text
+    else:  # Granite's factors are for 40 layers; with two the text would hardly matter
         config |= {
             "embedding_multiplier": 1.0,
             "residual_multiplier": 1.0,
@@ -68,7 +68,7 @@ def pinned(text):
 
 
 def naive_prompt(guard, messages):
-    """The guard's prompt as its model card makes it; the date apart."""
+    """Return the guard's prompt (token ids) as its model card makes it, with a fixed date."""
     tokenizer = tokenizer_of(guard)
     extra = {"guardian_config": {"risk_name": "harm"}} if "granite" in guard.name else {}
     text = tokenizer.apply_chat_template(
@@ -99,7 +99,7 @@ def talk(*contents):
 
 
 def unreadable(guard, text):
-    """Characters with bytes that the vocabulary lacks: they become its unknown token, <|end…|>."""
+    """Return the characters whose bytes the vocabulary lacks: they become the unknown token."""
     tokenizer = tokenizer_of(guard)
     unknown = tokenizer.unk_token_id
     return {c for c in set(text) if unknown in tokenizer(c, add_special_tokens=False)["input_ids"]}

@@ -1,4 +1,4 @@
-"""Tiny random vision-language models and processors, made from parts: nothing is downloaded."""
+"""Tiny random vision-language models and processors, made without downloads."""
 
 import numpy as np
 import torch
@@ -67,14 +67,14 @@ def picture(shade=100, size=(16, 16)):
 
 
 def stripes(phase=0, size=(16, 16)):
-    """An image whose patches differ: of equal ones a normalization has endless gradients."""
+    """Return an image whose patches differ: normalizing equal patches gives infinite gradients."""
     places = np.indices(size[::-1]).sum(axis=0)
     bands = [127 + 120 * np.sin((phase + 1) * places / 3 + shift) for shift in range(3)]
     return Image.fromarray(np.stack(bands, axis=-1).astype(np.uint8))
 
 
 def smolvlm():
-    """SmolVLM's shape (Idefics3): rows and columns of tiles, line feeds between them."""
+    """Return a model like SmolVLM (Idefics3): images as rows of tiles with line feeds between."""
     tokenizer = make_tokenizer()
     tiles = [f"<row_{i}_col_{j}>" for i in range(1, 7) for j in range(1, 7)]
     tokenizer.add_special_tokens({"additional_special_tokens": ["<global-img>", *tiles]})
@@ -102,7 +102,7 @@ def smolvlm():
 
 
 def gemma3():
-    """Gemma 3's shape: soft tokens with line feeds around them, and token types."""
+    """Return a model like Gemma 3: soft tokens between line feeds, and token types."""
     words = make_tokenizer()
     turns = ["<start_of_turn>", "<end_of_turn>", "<bos>"]
     words.add_special_tokens({"additional_special_tokens": turns})
@@ -138,7 +138,7 @@ def gemma3():
 
 
 def qwen2_audio():
-    """Qwen2-Audio's shape: as many tokens in place of a sound as it is long."""
+    """Return a model like Qwen2-Audio: an audio has as many tokens as its length requires."""
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens(
         {"additional_special_tokens": ["<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"]}

@@ -1,4 +1,4 @@
-"""Rows with images, and runs of TRL with them, that several test modules share."""
+"""Rows with images, and TRL runs on them, that several test modules share."""
 
 import pytest
 from datasets import Dataset
@@ -8,7 +8,7 @@ from support.trl_runs import ANSWERS, PROMPTS, arguments, history
 from support.vision_models import MAKE, picture
 
 each_model = pytest.mark.parametrize("name", sorted(MAKE))
-"""Give a test the name of each model in turn."""
+"""Run a test once for each model's name."""
 
 
 def talk(prompt, answer, images=1):
@@ -32,7 +32,7 @@ def talks():
 
 
 def asked_and_answered():
-    """Rows of a prompt and a completion whose contents are texts, as TRL takes them too."""
+    """Return rows with prompt and completion whose contents are strings, another form of TRL."""
     return Dataset.from_list(
         [
             {
@@ -61,5 +61,5 @@ def batch_of(trainer, rows):
 
 
 def numbers(trainer):
-    """Return losses and gradient norms, step by step."""
+    """Return the loss and gradient norm of each step in one list."""
     return [number for step in history(trainer) for number in step]

@@ -1,4 +1,4 @@
-"""The loss of an optimizer step does not depend on how many micro-batches it is made of."""
+"""The loss of an optimizer step does not depend on the number of micro-batches."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from support.trl_runs import history, make, prompt_completion
 
 
 def uncounted(self, *args, **kwargs):
-    """Leave the trained tokens of an optimizer step uncounted, as a subclass may."""
+    """Do not count the trained tokens of an optimizer step, as a subclass may."""
     return super(StarDSSTrainer, self).get_batch_samples(*args, **kwargs)[0], None
 
 

@@ -1,4 +1,4 @@
-"""Training resumes from whole checkpoints, and says what is wrong with others."""
+"""Training resumes from complete checkpoints, and names the fault of incomplete ones."""
 
 import json
 import shutil
@@ -56,7 +56,7 @@ def trained(tmp_path_factory, tokenizer):
 
 @pytest.fixture
 def run(tmp_path, trained):
-    """A folder with checkpoints 2 and 4 of a finished run."""
+    """Return a folder with checkpoints 2 and 4 of a finished run."""
     shutil.copytree(trained, tmp_path / "run")
     return tmp_path / "run"
 
@@ -127,7 +127,7 @@ def test_a_checkpoint_that_is_not_there_is_named(run, tokenizer, tmp_path):
 
 
 def test_a_finished_run_that_is_resumed_is_finished(tmp_path, tokenizer):
-    """Killed after its last checkpoint, before it was saved; 4 steps are part of an epoch."""
+    """The run was killed between its last checkpoint and saving; 4 steps are part of an epoch."""
     constant = {"lr_scheduler_type": "constant", "learning_rate": 0.1}
     finished = trainer_in(tmp_path, tokenizer, **constant)
     finished.train()
@@ -147,7 +147,7 @@ def test_a_checkpoint_of_the_model_alone_is_whole(tmp_path, tokenizer):
 
 
 def test_other_files_are_nobodys_business(run, tokenizer):
-    """Callbacks leave what they like in a checkpoint."""
+    """Callbacks may write their own files to a checkpoint."""
     for name in ("vocab.bin", "data.pt", "other.pth"):
         (run / "checkpoint-2" / name).write_bytes(b"no zip archive")
     (run / "checkpoint-2" / "other.index.json").write_text("{}")

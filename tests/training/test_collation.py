@@ -1,4 +1,4 @@
-"""Per-token columns through any collator: on the right tokens, or not at all."""
+"""Per-token columns and collators: each value reaches its own token, or the batch is refused."""
 
 import copy
 
@@ -20,7 +20,7 @@ PAD = 0  # the tiny tokenizer's <|endoftext|>, a token of its texts too
 
 
 def row(ids, trained, **changes):
-    """A row whose columns tell its tokens apart: the score of token i is (i + 1)/100."""
+    """Return a row whose columns identify its tokens: the score of token i is (i + 1)/100."""
     labels = [i if t else -100 for i, t in zip(ids, trained, strict=True)]
     return {
         "input_ids": list(ids),
@@ -38,7 +38,7 @@ def seq2seq(tokenizer, side="right", **options):
 
 
 def trl_default(tokenizer, side="right", **options):
-    """TRL's default collator, which pads on the right whatever the tokenizer says."""
+    """Return TRL's default collator, which pads on the right for any tokenizer."""
     trainer = pytest.importorskip("trl.trainer.sft_trainer")
     return TokenColumnsCollator(
         trainer.DataCollatorForLanguageModeling(pad_token_id=PAD, **options)
@@ -51,7 +51,7 @@ def collator(request):
 
 
 def check(batch, features):
-    """Each trained token, found by its label, has the values of its own row and place."""
+    """Check that each trained token has the values of its own row and position."""
     assert batch["labels"].shape == batch["input_ids"].shape
     for name, empty in ((SCORES_COLUMN, 1.0), (REF_COLUMN, 0.0)):
         assert batch[name].dtype == torch.float32
@@ -94,7 +94,7 @@ def test_columns_follow_their_tokens(tokenizer, collator, side, multiple):
     ids=str,
 )
 def test_padding_that_looks_like_text(tokenizer, collator, side, ids):
-    """The pad token begins and ends texts too: only the labels tell where a row lies."""
+    """The pad token also begins and ends texts: only the labels show where a row is."""
     wide = row([5, 6, 7, 8, 9, 9], [1] * 6)
     for trained in ([1] * len(ids), [0] + [1] * (len(ids) - 1), [1] + [0] * (len(ids) - 1)):
         features = [row(ids, trained), wide]
@@ -140,9 +140,9 @@ def test_the_inner_collators_batch_is_kept(tokenizer):
         return DataCollatorForSeq2Seq(tokenizer)(rows) | {"extra": "kept"}
 
     batch = TokenColumnsCollator(inner)(features)
-    assert seen == [[["input_ids", "labels"]] * 2]  # it never sees our columns
+    assert seen == [[["input_ids", "labels"]] * 2]  # the inner collator never gets our columns
     assert batch["extra"] == "kept"
-    assert sorted(features[0]) == sorted(row([1], [1]))  # and ours are still there
+    assert sorted(features[0]) == sorted(row([1], [1]))  # and they are kept
     assert set(batch) == {
         "input_ids",
         "labels",
@@ -177,7 +177,7 @@ def test_rows_of_tensors(tokenizer):
     check(TokenColumnsCollator(inner)(as_tensors), features)
 
 
-# Collators that do more
+# Collators that also change rows
 
 
 def truncating(rows):
@@ -272,7 +272,7 @@ def test_joined_rows_are_not_predicted_from_each_other(inner, masks):
 
 
 def test_joined_rows_that_see_each_other_are_refused():
-    """Labels as if apart, positions as if one text."""
+    """Labels as of separate rows, positions as of one text."""
     inner = DataCollatorWithFlattening(return_position_ids=False)
     features = [row([5, 6, 7], [0, 1, 1]), row([8, 9, 5], [0, 0, 1])]
     with pytest.raises(DataError, match="1 sequences of 2 rows"):
@@ -281,7 +281,7 @@ def test_joined_rows_that_see_each_other_are_refused():
 
 @pytest.mark.parametrize("mlm", [False, True])
 def test_a_collator_that_makes_its_own_labels_is_refused(tokenizer, mlm):
-    """DataCollatorForLanguageModeling trains the prompt too, and no padding token, text or not."""
+    """DataCollatorForLanguageModeling trains prompts, and no pad token even within a text."""
     tokenizer = copy.copy(tokenizer)
     tokenizer.mask_token = "<|im_start|>"
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Packs of models that read documents together: the reference reads them as the model does."""
+"""Models that do not separate packed documents: the reference packs them as the model does."""
 
 import copy
 import logging
@@ -135,7 +135,7 @@ def test_collators_that_join_nothing(tokenizer):
     assert joined_batch(default_data_collator, {}) is None
     assert joined_batch(lambda rows: 1 / 0, {}) is None
     of_trl = DataCollatorForLanguageModeling(pad_token_id=0)
-    if hasattr(of_trl, "return_position_ids"):  # with which TRL trains parts of rows
+    if hasattr(of_trl, "return_position_ids"):  # TRL sets it for sequence parallelism
         of_trl.return_position_ids = True
     assert joined_batch(of_trl, {}) is None
 
@@ -157,7 +157,7 @@ def test_collators_that_use_rows_up_or_want_a_mask():
 
 
 class WithColumns(DataCollatorWithFlattening):
-    """Join rows, and read columns that only the user's own data have."""
+    """Join rows, and need columns that only the user's data have."""
 
     def __call__(self, features, *args, **kwargs):
         assert all(row["source"] and len(row["kinds"]) == len(row["labels"]) for row in features)
@@ -182,7 +182,7 @@ def test_collators_that_want_columns_of_the_users_own(tmp_path, tokenizer, make_
 
 
 def test_padding_to_the_longest_row_costs_nothing():
-    """With it the logits of a whole context would be held, which no step of training does."""
+    """The trial's batch is cut to its tokens, or it would compute logits of a whole context."""
 
     def padding(rows):
         batch = DataCollatorWithFlattening()(rows)
@@ -195,7 +195,7 @@ def test_padding_to_the_longest_row_costs_nothing():
 
 
 class Uneven(torch.nn.Module):
-    """Values of a token change a little with whatever else is computed at once."""
+    """A model whose logits change a little with the rest of the batch."""
 
     def __init__(self, inner, size):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Processes that read parts of a stream take equally many batches (threads in their place)."""
+"""Ranks that read parts of a stream take the same number of batches (here ranks are threads)."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +10,7 @@ from star_dss_plugin.training.rows.even import EvenLoader
 
 
 class Loader(list):
-    """Batches, and how often a pass over them was given up."""
+    """Hold batches, and count how often a pass over them was ended early."""
 
     ended = 0
 
@@ -19,7 +19,7 @@ class Loader(list):
 
 
 def in_each(parts, read):
-    """Return what `read` returns of each part's loader, in a thread for each."""
+    """Call `read` with each part's loader, in a thread each; return the results."""
     meeting, given = threading.Barrier(len(parts), timeout=30), {}
 
     def loader_of(rank):
@@ -45,7 +45,7 @@ def test_each_pass_begins_anew():
         found = list(loader) + list(loader)
         return "".join(found), loader.loader.ended
 
-    # The shorter part ends in the middle of another pass, twice.
+    # Each time the shorter part ends in the middle of another pass.
     assert in_each(["abc", "xy"], twice) == [("abcabc", 0), ("xyxxyx", 2)]
 
 
@@ -65,7 +65,7 @@ def test_equal_parts_are_read_once(caplog):
 
 
 def test_a_part_that_a_resumed_run_has_skipped_as_a_whole_is_read_again():
-    """accelerate skips batches of each part, also where one has fewer than that."""
+    """accelerate skips the same number of batches of each part, even if a part has fewer."""
 
     def resumed(loader):
         batches = iter(loader.loader[2:])

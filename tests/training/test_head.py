@@ -1,4 +1,4 @@
-"""Logits a few positions at a time: the values and gradients of the whole, and never the whole."""
+"""The chunked head: values and gradients of full logits, without ever holding full logits."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ SMALL = {
 def make(config):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float64)
-    with torch.no_grad():  # large enough for a cap to be seen
+    with torch.no_grad():  # large enough that a cap of the logits matters
         model.get_output_embeddings().weight *= 20
     return model.eval()
 
@@ -122,14 +122,14 @@ def test_heads_that_are_not_one_known_product_are_refused():
 
 
 class Largest(TorchDispatchMode):
-    """The most positions that any tensor over the vocabulary has."""
+    """Record the largest number of positions of any tensor over the vocabulary."""
 
     positions = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         made = function(*args, **(kwargs or {}))
         for tensor in made if isinstance(made, tuple | list) else (made,):
-            # The head itself has one row of `hidden` for each word.
+            # The head's weight has `hidden` columns, so it is not counted.
             if isinstance(tensor, torch.Tensor) and tensor.dim() > 1 and tensor.shape[-1] > 300:
                 self.positions = max(self.positions, tensor.numel() // tensor.shape[-1])
         return made

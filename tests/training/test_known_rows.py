@@ -1,4 +1,4 @@
-"""Scores belong to tokens: what is not a row that was prepared does not train."""
+"""Scores are bound to tokens: a batch with a row that was not prepared stops the run."""
 
 import json
 import logging
@@ -22,19 +22,19 @@ from star_dss_plugin.training.rows.known_rows import KnownRows
 
 
 def edited(name, change):
-    """Return what changes one column of every row."""
+    """Return a function that changes one column of every row."""
     return lambda dataset: dataset.map(lambda row: {name: change(row[name])})
 
 
 def swapped(dataset):
-    """Give each row the scores of the next one with as many tokens, or others at all."""
+    """Reverse the scores of each row."""
     scores = list(dataset["star_scores"])
     moved = [list(reversed(one)) for one in scores]
     return dataset.remove_columns("star_scores").add_column("star_scores", moved)
 
 
 def replaced(dataset, change):
-    """Replace the scores by values of another type, which `map` would convert back."""
+    """Replace the scores with values of another type, which `map` would convert back."""
     scores = [change(row) for row in dataset["star_scores"]]
     return dataset.remove_columns("star_scores").add_column("star_scores", scores)
 
@@ -96,7 +96,7 @@ def test_evaluation_rows_in_a_list_train_only_if_the_guard_read_them(
 
 @pytest.mark.parametrize("scored", [True, False])
 def test_evaluation_rows_train_only_if_the_guard_read_them(tmp_path, tokenizer, scored):
-    # Other answers, or the rows would be those of the training set.
+    # With other answers, so that these rows are not in the training set.
     evaluation = prompt_completion().map(
         lambda row: {"completion": [{"role": "assistant", "content": "a bad word it is"}]}
     )
@@ -118,7 +118,7 @@ def test_evaluation_rows_train_only_if_the_guard_read_them(tmp_path, tokenizer, 
 
 
 class Edits(TrainerCallback):
-    """Swaps the training set behind the data loader, while it trains."""
+    """Change the data loader's training set during training."""
 
     def on_step_end(self, args, state, control, train_dataloader=None, **kwargs):
         dataset = train_dataloader.base_dataloader.dataset
@@ -201,7 +201,7 @@ def test_rows_of_a_stream_are_known_until_their_batches_have_gone_by(few_pass):
     known = KnownRows()
     rows = [row(i) for i in range(12)]
     passed_by(known, rows)
-    for there in (*rows[:4], *rows[8:]):  # the first ones fill up a last batch
+    for there in (*rows[:4], *rows[8:]):  # the first ones may fill the last batch
         known.check(there)
     for gone in (rows[4], rows[7], row(12), {**rows[11], "star_scores": [0.25]}):
         refused(known, gone)

@@ -1,4 +1,4 @@
-"""What is logged while it trains: against the plain sums, and in TensorBoard's own files."""
+"""Logged metrics: compared with plain sums, and read from TensorBoard's files."""
 
 from types import SimpleNamespace
 
@@ -48,7 +48,7 @@ def test_every_mean_equals_the_plain_one(mode, estimator):
             (scores[i].item(), -logps[i].item(), kl[i].item(), weights.kl[i].item())
             for i in map(tuple, weights.trained.nonzero().tolist())
         ]
-        # The pull of each part, by a backward pass through the real loss.
+        # The gradient of each part of the loss, by a backward pass through the real loss.
         leaf = logps.clone().requires_grad_()
         parts = shaped_loss(leaf, kl_estimate(leaf, ref, estimator), weights, 1)
         for name in pulls:

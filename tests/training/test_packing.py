@@ -1,4 +1,4 @@
-"""Packed and padding-free batches: the loss and the gradients of the same rows unpacked."""
+"""Packed and padding-free batches have the loss and gradients of the same rows unpacked."""
 
 import copy
 from collections import Counter
@@ -22,7 +22,7 @@ LENGTH = 64
 
 
 def texts():
-    """Without prompts: the first token of each row is trained, but not from the row before it."""
+    """Return rows without prompts: each first token is trained, but not from the previous row."""
     words = ["the dog is bad and lazy", "hello world", "good words keep it safe", "is it bad?"]
     return Dataset.from_dict({"text": words * 4})
 
@@ -34,7 +34,7 @@ def model(tokenizer, attention):
 
 
 def documents(row, columns=("input_ids", "labels", SCORES_COLUMN, REF_COLUMN)):
-    """The documents of a packed row, as rows."""
+    """Return the documents of a packed row, as rows."""
     starts = document_starts(row)
     for start, end in zip(starts, [*starts[1:], len(row["input_ids"])], strict=True):
         document = {name: list(row[name])[start:end] for name in columns if name in row}
@@ -53,7 +53,7 @@ def gradients(trainer, batch):
 
 
 def same(tokenizer, joined, rows, features):
-    """Whether a batch of joined rows has the loss and gradients of its rows side by side."""
+    """Check that a batch of joined rows has the loss and gradients of a padded batch."""
     joined.data_collator.known = None  # these documents were never rows by themselves
     batch = joined.data_collator(features)
     assert "position_ids" in batch
@@ -71,7 +71,7 @@ def same(tokenizer, joined, rows, features):
 
 
 def start_from_elsewhere(trainer):
-    """The reference is the model as it started: move, so that its KL is not 0."""
+    """Change the policy's weights, so that its KL from the reference is not 0."""
     torch.manual_seed(3)
     with torch.no_grad():
         for parameter in trainer.model.parameters():
@@ -123,7 +123,7 @@ def test_padding_free_batches_are_as_if_padded(tmp_path, tokenizer, data, lora):
 
 
 def scored_tokens(rows):
-    """Every token with its score: what must be the same whatever rows it stands in."""
+    """Return every token with its score, which must not depend on the packing."""
     return Counter(
         (token, round(score, 6))
         for row in rows
@@ -133,7 +133,7 @@ def scored_tokens(rows):
 
 @pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
 def test_scores_are_those_of_whole_rows(tmp_path, tokenizer, strategy):
-    """Also where packing cuts a response in two."""
+    """Also if packing cuts a response in two."""
     plain = make(tmp_path, tokenizer, max_length=None)
     assert any(len(row["input_ids"]) > 28 for row in plain.train_dataset)
     packed = make(
@@ -142,7 +142,7 @@ def test_scores_are_those_of_whole_rows(tmp_path, tokenizer, strategy):
     assert all(len(row["input_ids"]) <= 28 for row in packed.train_dataset)
     assert ("seq_lengths" in packed.train_dataset.column_names) == (strategy != "wrapped")
     found, all_of_them = (scored_tokens(t.train_dataset) for t in (packed, plain))
-    if strategy == "bfd":  # long rows lose their ends
+    if strategy == "bfd":  # this strategy truncates long rows
         assert not found - all_of_them
         assert found != all_of_them
     else:
@@ -152,7 +152,7 @@ def test_scores_are_those_of_whole_rows(tmp_path, tokenizer, strategy):
 @pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
 @pytest.mark.parametrize("data", [prompt_completion, texts])
 def test_the_reference_is_the_starting_model_in_every_strategy(tmp_path, tokenizer, strategy, data):
-    """On what the policy sees: a document's rest without its start, or with a stranger's before."""
+    """The reference reads the policy's context: cut documents, and preceding other documents."""
     trainer = make(
         tmp_path,
         tokenizer,
@@ -250,7 +250,7 @@ def test_a_plain_trainer_with_a_flattening_collator(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
 def test_many_rows(tmp_path, tokenizer, strategy):
-    """TRL packs a thousand rows at a time, and takes it that columns lie in the same pieces."""
+    """TRL packs a thousand rows at a time, and assumes that all columns have the same chunks."""
     words = ["the dog is bad", "hello world", "good words keep it safe, yes"]
     data = Dataset.from_dict({"text": [f"{i} {words[i % 3]}" for i in range(1100)]})
     plain = make(tmp_path, tokenizer, data, kl_coef=0.0, max_length=None)

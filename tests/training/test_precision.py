@@ -1,4 +1,4 @@
-"""Attention that takes 16 bits alone, as FlashAttention does: passes are made as in training."""
+"""Attention in 16 bits only, like FlashAttention: all passes use training's precision."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from support.trl_runs import history, lora_config, make
 
 
 def halves_alone(module, query, key, value, *args, **kwargs):
-    """Behave like FlashAttention in transformers, which casts what rotary embeddings give."""
+    """Behave like FlashAttention in transformers, which casts the outputs of rotary embeddings."""
     if query.dtype == torch.float32 and torch.is_autocast_enabled("cpu"):
         query, key, value = (part.to(torch.bfloat16) for part in (query, key, value))
     if query.dtype not in (torch.bfloat16, torch.float16):
@@ -39,7 +39,7 @@ def kind(monkeypatch):
     ],
 )
 def test_weights_in_32_bits_train_in_16(tmp_path, tokenizer, kind, lora, reference, packing):
-    """As with an attention that takes both."""
+    """The results equal those with an attention for both precisions."""
     found = []
     for attention in ("sdpa", kind):
         model = tiny_llama(len(tokenizer))

@@ -1,4 +1,4 @@
-"""What the ranks of a run find out about each other, told without other processes."""
+"""Agreement between the ranks of a run, tested in one process."""
 
 import copy
 
@@ -18,7 +18,7 @@ from star_dss_plugin.training.sharding import Ranks, _has_weights
 
 
 def zeros(model):
-    """Leave a model as transformers 5.16 leaves it where another rank reads the weights."""
+    """Set a model's weights to 0, as transformers 5.16 does on ranks that do not load them."""
     for parameter in model.parameters():
         torch.nn.init.zeros_(parameter)
     return model
@@ -49,7 +49,7 @@ def test_numbers_may_be_a_little_apart(other, apart):
 def test_a_rank_that_has_the_reference_computes_it_with_one_that_has_not(
     tmp_path, tokenizer, monkeypatch, has
 ):
-    """Or it would not wait where the other one waits for it."""
+    """Otherwise the other rank would wait for its collectives for ever."""
     trainer = make(tmp_path, tokenizer)
     state = trainer.star_dss_state
     computed = []

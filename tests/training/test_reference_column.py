@@ -1,4 +1,4 @@
-"""Reference log-probabilities: a run that is killed while it takes them loses little."""
+"""Reference log-probabilities: a run that is killed while computing them loses little."""
 
 import contextlib
 
@@ -22,7 +22,7 @@ class Killed(BaseException):
 
 @pytest.fixture
 def with_column(tokenizer, monkeypatch):
-    """Adds the column, with a new model and batches of one or two rows, from a cache folder."""
+    """Return a function that adds the column with a new model, small batches and a given cache."""
     monkeypatch.setattr(precompute, "_BATCH_TOKENS", 8)
     ids = [[i, *row] for i, row in enumerate(tokenizer(TEXTS)["input_ids"])]
     rows = Dataset.from_dict(
@@ -49,14 +49,14 @@ def with_column(tokenizer, monkeypatch):
 
 
 def count_batches(monkeypatch, kill_at=None):
-    """Counts forward passes; the one numbered `kill_at` never returns."""
+    """Count forward passes; raise `Killed` in pass number `kill_at`."""
     done = []
     from_logits = precompute.from_logits
 
     def counted(*args, **kwargs):
         done.append(1)
         if len(done) == kill_at:
-            # As after kill -9: nothing more is written.
+            # As after SIGKILL, nothing more is written.
             monkeypatch.setattr(cache.ScoreCache, "flush", lambda self: None)
             raise Killed
         return from_logits(*args, **kwargs)
@@ -103,7 +103,7 @@ def test_batches_do_not_depend_on_what_the_cache_holds(with_column, tmp_path, mo
 def test_an_entry_that_is_no_answer_is_computed_again(
     with_column, tmp_path, monkeypatch, fault, ahead
 ):
-    """Whoever wrote it, whatever their clock says: zeros in its place would be a reference."""
+    """For any writer and clock: an invalid entry must not become a reference of zeros."""
     undisturbed = with_column(tmp_path)
     (shard,) = tmp_path.rglob("*.shard")
     body = shard.read_bytes().partition(b"\n")[2]

@@ -1,4 +1,4 @@
-"""Rows in parts: each part's columns, put together again, are the whole row's; or it is refused."""
+"""Sequence parallelism: the parts' columns, joined, equal the whole row's, or it is refused."""
 
 from types import SimpleNamespace
 
@@ -36,7 +36,7 @@ PAD, VOCAB = 3, 11
 
 
 def rows(lengths):
-    """Rows whose first three tokens are a prompt, and whose columns tell tokens apart."""
+    """Return rows with a prompt of three tokens, whose columns identify their tokens."""
     generator = torch.Generator().manual_seed(0)
     made = []
     for length in lengths:
@@ -72,7 +72,7 @@ def test_a_part_has_the_columns_of_the_tokens_behind_its_own(size, lengths):
         assert is_part(part)
         assert not is_part(batch)
         assert part["input_ids"].shape == (len(lengths), length // size)
-        for i, feature in enumerate(features):  # the slow twin: token by token
+        for i, feature in enumerate(features):  # compared token by token
             for j in range(length // size):
                 at = index * (length // size) + j
                 assert part["position_ids"][i, j] == at
@@ -102,7 +102,7 @@ def test_the_batch_carries_what_deepspeed_cuts_and_what_is_read_whole():
 
 @pytest.mark.parametrize("loss_type", ["star_dss", "hard", "kl_only"])
 def test_the_losses_of_parts_add_up_to_the_loss_of_the_whole(loss_type):
-    """Also for the token whose prediction is the last of a part."""
+    """Also for a token that is predicted at the last position of the previous part."""
     size, batch = 3, collate(rows([9, 13]), 3)
     torch.manual_seed(1)
     logits = torch.randn(2, batch["input_ids"].shape[1], VOCAB, dtype=torch.float64)
@@ -141,7 +141,7 @@ def test_tokens_are_counted_in_parts_as_in_whole_rows(monkeypatch, group):
 
 @pytest.mark.parametrize("together", [True, False])
 def test_an_evaluation_divides_by_the_tokens_that_its_loss_is_averaged_over(monkeypatch, together):
-    """It reads whole rows, each process its own: alone, the others' do not count."""
+    """Each process evaluates its own whole rows; unless averaged, only its own tokens count."""
     groups = []
     monkeypatch.setattr(
         torch.distributed, "all_reduce", lambda total, group: groups.append(group) or total.mul_(2)
@@ -168,7 +168,7 @@ def test_an_evaluation_divides_by_the_tokens_that_its_loss_is_averaged_over(monk
     [(True, True, 8), (True, False, 8), (False, True, 2), (False, False, 1)],
 )
 def test_a_loss_counts_as_often_as_processes_divide_by_the_same_tokens(together, part, times):
-    """Eight processes, two to a row."""
+    """With eight processes, two per row."""
     accelerator = SimpleNamespace(num_processes=8, parallelism_config=SimpleNamespace(sp_size=2))
     given = SimpleNamespace(
         args=SimpleNamespace(average_tokens_across_devices=together),
@@ -192,7 +192,7 @@ def test_batches_have_the_length_that_attention_is_set_up_for():
 
 
 def test_the_row_that_is_tried_reaches_into_the_second_part():
-    """The shortest that does; the longest, if none does."""
+    """The shortest such row is used, or the longest row if none reaches the second part."""
     features = rows([9, 13, 7, 12])
     for beyond, expected in ((0, 7), (8, 9), (9, 12), (12, 13), (20, 13)):
         row = _shortest_row(features, 8, iter, beyond)
@@ -200,7 +200,7 @@ def test_the_row_that_is_tried_reaches_into_the_second_part():
 
 
 class Cut:
-    """Two passes over two batches, as DeepSpeed's loader gives them."""
+    """Iterate over two batches twice, as DeepSpeed's loader does."""
 
     def __init__(self):
         self.left = [1, 2, StopIteration, 3, 4, StopIteration, StopIteration]
@@ -233,7 +233,7 @@ def test_a_pass_over_nothing_ends():
 
 @pytest.mark.parametrize("module", [modeling_qwen3_moe, modeling_mixtral])
 def test_the_load_balancing_loss_of_parts_is_that_of_the_whole(monkeypatch, module):
-    """Of the model's own module, and of the one that TRL calls."""
+    """For the function of the model's module, and the one that TRL calls."""
     torch.manual_seed(0)
     mask = torch.ones(2, 10, dtype=torch.long)
     mask[1, 7:] = 0
@@ -261,7 +261,7 @@ def test_the_load_balancing_loss_of_parts_is_that_of_the_whole(monkeypatch, modu
         with balancing_over_group(tiny_qwen3_moe()):
             loss = module.load_balancing_loss_func(tuple(logits), 4, 2, part)
         torch.testing.assert_close(loss, whole)
-        # Averaged over both processes, of which the other has none.
+        # Averaged over both processes; the other process has no gradient for this half.
         found[:, half] = torch.autograd.grad(loss, layers[0])[0][:, half] / 2
         assert module.load_balancing_loss_func is usual
     torch.testing.assert_close(found, gradient)
@@ -316,7 +316,7 @@ def test_attention_exchanges_parts_in_modules_that_do_not_train():
 
 
 def test_labels_that_are_moved_without_their_scores_stop_the_run(tmp_path):
-    """A host that renames labels, without sequence parallelism."""
+    """A host renames labels without sequence parallelism."""
 
     class Late(Trainer):
         def get_batch_samples(self, *given):

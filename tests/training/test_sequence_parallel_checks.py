@@ -1,4 +1,4 @@
-"""What rows in parts cannot go with is refused; so is a DeepSpeed that averages otherwise."""
+"""Settings that sequence parallelism does not support, and DeepSpeed with other averaging."""
 
 import sys
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ from star_dss_plugin.training.sequence_parallel_checks import (
 
 
 def trainer(*, size=2, zero=None, stage=3, config=None, handler=None, **changes):
-    """What `unsupported_with_sequence_parallel` reads of a trainer that it lets pass."""
+    """Return what `unsupported_with_sequence_parallel` reads of a supported trainer."""
     model = changes.pop("model", None) or tiny_llama()
     for name, value in (config or {}).items():
         setattr(model.config, name, value)
@@ -87,7 +87,7 @@ def test_a_run_in_parts_resumes_only_if_no_row_is_to_be_skipped():
 
 
 class Engine:
-    """A DeepSpeed that makes gradients larger by a factor."""
+    """A DeepSpeed engine that multiplies gradients by a factor."""
 
     destroyed = False
     device = "cpu"

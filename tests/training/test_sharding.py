@@ -1,4 +1,4 @@
-"""FSDP and DeepSpeed on two gloo ranks take the steps that one process takes."""
+"""FSDP and DeepSpeed on two gloo ranks take the same steps as one process."""
 
 import functools
 import importlib.util
@@ -56,7 +56,7 @@ RUNS = {
     ),
     "zero2": (*TRL, *PLAIN, "trl-named-full", "trl-copy-full", "plain-copy-full", "plain-resumed"),
     "zero3": (*TRL, *PLAIN, "plain-early", "trl-named-full", "trl-resumed", "trl-copy-full"),
-    # Each rank has a part of every row.
+    # Sequence parallelism: each rank has a part of every row.
     "zero3-parts": (
         *("trl-padded", "trl-padded-lora", "trl-padded-adapter-full"),
         *("trl-padded-checkpointing", "trl-padded-stream", "trl-padded-uneven"),
@@ -103,7 +103,7 @@ def environment(kind):
 
 @pytest.fixture(scope="module")
 def in_one_process(tmp_path_factory):
-    """Train a case in one process, once for all kinds; return what was logged, and the model."""
+    """Return a function that trains a case in one process, once; it returns log and model."""
     folder = tmp_path_factory.mktemp("alone")
 
     @functools.cache
@@ -115,7 +115,7 @@ def in_one_process(tmp_path_factory):
 
 
 def launch(folder, kind, cases):
-    """Return what each rank wrote, and what was printed."""
+    """Train cases on ranks; return the results of each rank, and the output."""
     done = on_ranks(
         RANKS.get(kind, 2), SCRIPT, [kind, str(folder), *cases], environment(kind), folder / "log"
     )
@@ -156,7 +156,7 @@ def test_two_ranks_take_the_steps_of_one_process(tmp_path, in_one_process, kind,
             saved = weights_apart(final, model, lora="lora" in CASES[name])
         print(f"{kind} {name}: {steps:.1e}, {evaluations:.1e}, {saved:.1e}")
         assert max(steps, evaluations) < CLOSE, name
-        # Adam divides by what may be close to 0, and sums over parts of a layer round otherwise.
+        # Adam may divide by numbers close to 0, and sums over shards of a layer round differently.
         assert saved < (1e-3 if kind in SPLIT else 1e-4), name
         assert max(found[name]["kl"]) > 1e-5, name  # the reference was used
         assert kind == "ddp" or found[name]["sharded"] < 0.6, name
@@ -168,7 +168,7 @@ def test_two_ranks_take_the_steps_of_one_process(tmp_path, in_one_process, kind,
 
 
 def test_two_ranks_read_a_stream_as_one_process_reads_its_rows(tmp_path, in_one_process):
-    """Together, or each its own part of it."""
+    """The ranks read the same rows together, or each its own part of the stream."""
     sharded_data.model_folder(tmp_path)
     cases = (
         *("trl-stream", "trl-stream-shards", "plain-stream"),
@@ -211,7 +211,7 @@ def test_ranks_that_differ_are_stopped_on_all_of_them(tmp_path):
 
 
 def test_adapters_that_begin_with_other_values_on_each_rank_train(tmp_path):
-    """They change nothing yet, and DDP takes those of rank 0; yet the model is another one."""
+    """New adapters do not change outputs, and DDP broadcasts rank 0's, so this is no error."""
     sharded_data.model_folder(tmp_path)
     name = "plain-other-adapter"
     results, _ = launch(tmp_path, "ddp", (name,))
@@ -223,7 +223,7 @@ def test_adapters_that_begin_with_other_values_on_each_rank_train(tmp_path):
 
 
 def test_a_rank_that_is_killed_while_it_scores_stops_the_others(tmp_path):
-    """Without a launcher, which would end them: nobody waits for it, and each says why it ends."""
+    """Without a launcher that would end them, the other ranks stop by themselves and say why."""
     sharded_data.model_folder(tmp_path)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

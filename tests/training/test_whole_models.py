@@ -1,4 +1,4 @@
-"""Guards and references are loaded whole, whatever the trained model is sharded by."""
+"""Guards and references are loaded unsharded, also if the trained model is sharded."""
 
 import torch
 from transformers import AutoModelForCausalLM, modeling_utils
@@ -8,7 +8,7 @@ from star_dss_plugin.models import read_model
 
 
 def test_axolotls_word_that_zero3_is_on_holds_for_its_own_model_alone(model_dir, monkeypatch):
-    """It says so by functions that it puts into transformers, and never takes out again."""
+    """Axolotl replaces functions in transformers that report ZeRO-3, and never restores them."""
 
     def always():
         return True

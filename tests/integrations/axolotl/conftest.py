@@ -1,4 +1,4 @@
-"""Starts Axolotl's own commands, each in a process of its own, as a user runs them."""
+"""Run Axolotl's own commands as a user does, each in a process of its own."""
 
 import itertools
 import os
@@ -11,7 +11,7 @@ from support.paths import TESTS
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """A folder for PYTHONPATH with the tests' guard as an installed plugin."""
+    """Return a folder for PYTHONPATH with the tests' guard as an installed plugin."""
     folder = tmp_path_factory.mktemp("site")
     (folder / "words_plugin.py").write_text(
         "from support.guards import WordsPlugin\nwords = WordsPlugin()\n"
@@ -25,7 +25,7 @@ def site(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def environment(site, tmp_path_factory):
-    """The variables of a command; all of a module share one score cache."""
+    """Return the environment variables of a command; a module's commands share one score cache."""
     return {
         **os.environ,
         "AXOLOTL_DO_NOT_TRACK": "1",
@@ -38,14 +38,14 @@ def environment(site, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def start(environment, tmp_path_factory):
-    """Starts a command of Axolotl."""
+    """Return a function that starts a command of Axolotl."""
     logs, number = tmp_path_factory.mktemp("logs"), itertools.count()
     return lambda *arguments: Command(arguments, environment, logs / f"{next(number)}.log")
 
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What guards were asked: (context, response)."""
+    """Return a list that records each (context, response) that a guard is asked to score."""
     seen = []
     original = WordGuard.token_scores
 

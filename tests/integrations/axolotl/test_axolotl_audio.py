@@ -24,7 +24,7 @@ from axolotl_runs import (
 )
 from datasets import Dataset, Features, Json
 from star_dss_axolotl.media import media_rows
-from support.sounds import laid, tone
+from support.sounds import aligned_batch, tone
 from support.vision_models import qwen2_audio
 
 from star_dss_plugin.data.columns import SCORES_COLUMN
@@ -96,7 +96,7 @@ def test_sounds_are_marks_to_the_guard_and_are_neither_trained_nor_scored(
     read = media_rows(collator)
     text = read.text_rows(raw, "train")
     assert text[2]["messages"][0]["content"][:2] == [{"type": "audio"}] * 2
-    batch = laid(collator, read, raw)
+    batch = aligned_batch(collator, read, raw)
     assert "In 5 of 8 rows of the train data the guard reads the mark [audio]" in caplog.text
     assert "(7 audio)" in caplog.text
     assert len(batch["input_features"]) == 7

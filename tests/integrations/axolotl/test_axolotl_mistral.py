@@ -15,8 +15,8 @@ from datasets import Dataset, Features, Json
 from star_dss_axolotl.check import check
 from star_dss_axolotl.media import media_rows
 from support.guards import WordGuard
-from support.mistral_models import ears, mistral3, write_tekken
-from support.sounds import laid, tone
+from support.mistral_models import feature_extractor, mistral3, write_tekken
+from support.sounds import aligned_batch, tone
 from support.vision_models import stripes
 from transformers import VoxtralProcessor
 
@@ -141,7 +141,7 @@ def test_sounds_of_voxtral_are_marks_and_are_neither_trained_nor_scored(tmp_path
     """Axolotl 0.19 to 0.21 stop at these rows themselves: its own tokenizer is put in here."""
     write_tekken(tmp_path)
     tokenizer = HFMistralTokenizer.from_pretrained(str(tmp_path))
-    processor = VoxtralProcessor(ears(), tokenizer)
+    processor = VoxtralProcessor(feature_extractor(), tokenizer)
     strategy = VoxtralProcessingStrategy(processor, "none")
     assert isinstance(strategy, ProcessingStrategy)
     collator = MultiModalChatDataCollator(tokenizer, strategy)
@@ -151,7 +151,9 @@ def test_sounds_of_voxtral_are_marks_and_are_neither_trained_nor_scored(tmp_path
         media_rows(collator).text_rows(Dataset.from_list(data, features=features), "train")
     for row in data:
         row["messages"].pop(0)
-    batch = laid(collator, media_rows(collator), Dataset.from_list(data, features=features))
+    batch = aligned_batch(
+        collator, media_rows(collator), Dataset.from_list(data, features=features)
+    )
     assert "In 5 of 8 rows of the train data the guard reads the mark [audio]" in caplog.text
     assert len(batch["input_features"]) == 7
     sounds = torch.isin(batch["input_ids"], torch.tensor([24, 25]))
