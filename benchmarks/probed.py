@@ -8,7 +8,7 @@
 DATA_DIR holds guard_train, guard_dev, guard_test_A, guard_onset_test, attack_mix and gsm8k_small
 (.jsonl; for --outcome also eval_harmful_prompts and eval_benign_prompts). The guard is made by
 scripts/train_verdict_guard.py, here if --guard-dir does not exist, which takes more than an hour.
-It answers Qwen3Guard's prompt, which has 146 tokens after the response, once per chunk of 5 tokens.
+It answers Qwen3Guard's prompt, which has 146 words after the response, once per chunk of 5 tokens.
 Exact and probed trajectories of the same responses are computed one after the other in one process,
 each with an empty cache. Tokens are those that the engine has computed, padding included. Time is
 CPU time of this process, which other programs hardly change.

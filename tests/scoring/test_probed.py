@@ -234,7 +234,9 @@ def test_a_guard_that_cannot_be_learned_is_asked(tokenizer, unlearnable, caplog)
 
 def test_a_promise_that_is_not_kept_is_not_made(tokenizer, guard, caplog, monkeypatch):
     own = probing_guard.check_bounds
-    monkeypatch.setattr(probing_guard, "check_bounds", lambda *told: {**own(*told), "coverage": 0.9499})
+    monkeypatch.setattr(
+        probing_guard, "check_bounds", lambda *told: {**own(*told), "coverage": 0.9499}
+    )
     rows = talks(60)
     found = probed(rows, tokenizer, guard)
     assert "only 95.0% of the probe's scores" in caplog.text

@@ -151,7 +151,9 @@ def test_media_that_trl_does_not_open_are_refused(tmp_path, kind, stream):
     rows = [talk("hello", "2", 0), talk("is", "no", 0)]
     rows[1]["messages"][0]["content"].append({"type": kind, kind: "a.file", "text": None})
     data = Dataset.from_list([{"messages": row["messages"]} for row in rows])
-    with pytest.raises(DataError, match=f"Row 1.*a part of type '{kind}', and TRL opens only images"):
+    with pytest.raises(
+        DataError, match=f"Row 1.*a part of type '{kind}', and TRL opens only images"
+    ):
         make(tmp_path, smolvlm(), data.to_iterable_dataset() if stream else data)
 
 
