@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.data_loader import IterableDatasetShard
-from datasets import IterableDataset
 from torch import Tensor, nn
 
 from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN, TOKEN_COLUMNS
@@ -23,7 +20,7 @@ from star_dss_plugin.training.plain import (
     unit_of_its_own,
 )
 from star_dss_plugin.training.rows.even import no_rows
-from star_dss_plugin.training.rows.raw_rows import text_of_row
+from star_dss_plugin.training.rows.shortest import shortest_row
 from star_dss_plugin.training.sequence_parallel_checks import check_averaging
 
 if TYPE_CHECKING:
@@ -36,6 +33,7 @@ from star_dss_plugin.training.sequence_parallel import (
     sequence_parallel_size,
 )
 from star_dss_plugin.training.step import policy_of, times_averaged
+from star_dss_plugin.validation import shortened
 
 __all__ = ["check_loss"]
 
@@ -67,7 +65,7 @@ def check_loss(trainer: Any, active: StarDSSState, dataloader: Any) -> None:
     size = sequence_parallel_size(trainer.accelerator)
     loader = dataloader.dl if size > 1 else dataloader  # without DeepSpeed's, which splits batches
     fixed = fixed_length(trainer.accelerator)
-    row = _shortest_row(
+    row = shortest_row(
         loader.dataset,
         active.options.stream_buffer,
         iter if own is None else own.reading,
@@ -78,7 +76,17 @@ def check_loss(trainer: Any, active: StarDSSState, dataloader: Any) -> None:
         if any(there):
             raise no_rows(there.index(False), "train")
         raise StarDSSError("No row has a trained token: every label is -100. Check the data.")
-    batch = loader.collate_fn([row])
+    try:
+        batch = loader.collate_fn([row])
+    except StarDSSError:
+        raise
+    except Exception as error:  # a data collator may raise anything
+        raise not_in_effect(
+            trainer,
+            f"its data collator makes no batch of a row that was prepared "
+            f"({type(error).__name__}: {shortened(str(error))}). If the data collator was replaced "
+            "after STAR-DSS was set up, give it to the trainer's constructor",
+        ) from error
     if SCORES_COLUMN not in batch:
         raise not_in_effect(
             trainer,
@@ -246,55 +254,6 @@ def _has_auxiliary_loss(trainer: Any) -> bool:
     """Return whether the model's loss includes a load-balancing loss (mixture of experts)."""
     config = policy_of(trainer, trainer.model).config.get_text_config()
     return bool(getattr(config, "output_router_logits", False))
-
-
-_FEW = 32
-"""Trained rows among which the shortest is taken."""
-
-
-def _shortest_row(
-    dataset: Any, buffer: int, read: Callable[[Any], Iterator[Any]], beyond: int = 0
-) -> Mapping[str, Any] | None:
-    """Return the shortest of the first `_FEW` rows with trained tokens: it needs the least memory.
-
-    Rows with reference log-probabilities come first, because `_check_start` compares these with the
-    model's.
-
-    Args:
-        dataset: The loader's data set; items may be rows or lists of rows (packs).
-        buffer: Rows of a stream that are scored together. Beyond the first buffer, which is scored
-            already, a stream is read only if that has no row with trained tokens.
-        read: Reads a stream, with its errors.
-        beyond: Prefer rows of more tokens than this; if there are none, the longest row.
-
-    Returns:
-        The row; None if no row has a trained token.
-    """
-    if isinstance(dataset, IterableDatasetShard):
-        dataset = dataset.dataset  # so that all processes read, and score, the same rows
-    if isinstance(dataset, IterableDataset | torch.utils.data.IterableDataset):
-        packs = (item if isinstance(item, list) else [item] for item in read(dataset))
-        rows = itertools.chain.from_iterable(packs)
-        found = list(_trained(itertools.islice(rows, buffer), _FEW)) or list(_trained(rows, 1))
-    else:
-        found = list(_trained((dataset[i] for i in range(len(dataset))), _FEW))
-
-    def order(row: Mapping[str, Any]) -> tuple[bool, bool, int]:
-        length = len(text_of_row(row)["input_ids"])
-        short = length <= beyond
-        return not any(row.get(REF_COLUMN, ())), short, -length if short else length
-
-    return min(found, key=order, default=None)
-
-
-def _trained(rows: Iterable[Mapping[str, Any]], most: int) -> Iterator[Mapping[str, Any]]:
-    """Yield the first rows that have a trained token, at most `most` of them."""
-    trained = (
-        row
-        for row in rows
-        if any(label != IGNORE_INDEX for label in text_of_row(row)["labels"][1:])
-    )
-    return itertools.islice(trained, most)
 
 
 _STEPS = "current_gradient_accumulation_steps"

@@ -16,8 +16,8 @@ from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN
 from star_dss_plugin.logprobs import full_kl, token_logprobs
 from star_dss_plugin.loss import Shaping, shaped_loss
 from star_dss_plugin.training import mixin, sequence_parallel
-from star_dss_plugin.training.loss_check import _shortest_row
 from star_dss_plugin.training.rows.collation import TokenColumnsCollator
+from star_dss_plugin.training.rows.shortest import shortest_row
 from star_dss_plugin.training.sequence_parallel import (
     SequenceParallelCollator,
     balancing_over_group,
@@ -195,7 +195,7 @@ def test_the_row_that_is_tried_reaches_into_the_second_part():
     """The shortest such row is used, or the longest row if none reaches the second part."""
     features = rows([9, 13, 7, 12])
     for beyond, expected in ((0, 7), (8, 9), (9, 12), (12, 13), (20, 13)):
-        row = _shortest_row(features, 8, iter, beyond)
+        row = shortest_row(features, 8, iter, beyond)
         assert len(row["input_ids"]) == expected, beyond
 
 

@@ -12,6 +12,7 @@ from support.trl_runs import (
     make,
     prompt_completion,
 )
+from transformers import default_data_collator
 from trl import SFTConfig, SFTTrainer
 
 from star_dss_plugin import ConfigError, DataError, StarDSSError, attach
@@ -101,6 +102,16 @@ def test_a_collator_that_is_replaced_later_is_refused(tmp_path, tokenizer):
     trainer.data_collator = trainer.data_collator.inner
     with pytest.raises(StarDSSError, match="batches have no 'star_scores'"):
         trainer.train()
+
+
+def test_a_collator_that_makes_no_batch_of_scored_rows_is_refused(tmp_path, tokenizer):
+    trainer = make(tmp_path, tokenizer)
+    trainer.args.remove_unused_columns = False
+    trainer.data_collator = default_data_collator
+    with pytest.raises(StarDSSError, match="was replaced after STAR-DSS was set up") as error:
+        trainer.train()
+    assert "its data collator makes no batch of a row that was prepared (" in str(error.value)
+    assert trainer.state.global_step == 0
 
 
 class OwnStep(SFTTrainer):
