@@ -3,6 +3,7 @@
 import ast
 import importlib
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,3 +59,29 @@ def test_nothing_heavy_is_imported_before_it_is_used():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
     )
     assert done.stdout.strip() == "[]"
+
+
+IMPORT = re.compile(r"^ *from (star_dss_plugin[\w.]*) import (\w+(?:, \w+)*)$", re.MULTILINE)
+
+
+def imports_in_strings() -> list[tuple[str, str, str]]:
+    """Return what programs inside string constants import: they are run in other processes."""
+    found = []
+    for folder in ("benchmarks", "scripts", "tests", "star_dss_plugin", "integrations"):
+        for path in sorted((PACKAGE.parent / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    for module, names in IMPORT.findall(node.value):
+                        found += [(path.name, module, name) for name in names.split(", ")]
+    return found
+
+
+def test_programs_in_strings_import_what_is_there():
+    found = imports_in_strings()
+    assert "kills.py" in {path for path, _, _ in found}
+    for path, module, name in found:
+        if module in NEED_AN_EXTRA:
+            continue
+        have = importlib.import_module(module)
+        place = importlib.util.find_spec(f"{module}.{name}") if hasattr(have, "__path__") else None
+        assert hasattr(have, name) or place is not None, (path, module, name)
