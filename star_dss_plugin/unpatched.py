@@ -13,6 +13,7 @@ import contextlib
 import functools
 import importlib.util
 import sys
+import threading
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -23,6 +24,7 @@ __all__ = ["unpatched", "unpatched_module"]
 
 _AUTOS: tuple[Any, ...] = (AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification)
 _MODELS = "transformers.models."
+_LOCK = threading.RLock()
 
 
 @contextlib.contextmanager
@@ -30,15 +32,18 @@ def unpatched() -> Iterator[None]:
     """Make transformers' auto classes return unpatched classes inside the `with` block.
 
     This includes parts of a model that are built with `AutoModel`, such as a classifier's base.
+    Blocks of several threads wait for each other; blocks within a block change nothing.
     """
-    usual = [(auto, auto._model_mapping) for auto in _AUTOS]
-    for auto, mapping in usual:
-        auto._model_mapping = _Unpatched(mapping)
-    try:
-        yield
-    finally:
+    with _LOCK:
+        mappings = [(auto, auto._model_mapping) for auto in _AUTOS]
+        usual = [(auto, found) for auto, found in mappings if not isinstance(found, _Unpatched)]
         for auto, mapping in usual:
-            auto._model_mapping = mapping
+            auto._model_mapping = _Unpatched(mapping)
+        try:
+            yield
+        finally:
+            for auto, mapping in usual:
+                auto._model_mapping = mapping
 
 
 @functools.cache

@@ -1,5 +1,7 @@
 """Guards in a process where a host patches transformers before or after the guard is loaded."""
 
+import threading
+
 import pytest
 import torch
 from support.models import make_tokenizer, tiny_llama
@@ -15,6 +17,7 @@ from star_dss_plugin.data.requests import PrefixRequest
 from star_dss_plugin.guards.qwen3_stream import Qwen3GuardStreamModel
 from star_dss_plugin.models import load_weights, read_model
 from star_dss_plugin.training.reference.choice import _load_named
+from star_dss_plugin.unpatched import unpatched
 
 REQUEST = PrefixRequest(tuple(QUESTION), TEXT, (4, 9, len(TEXT)))
 CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
@@ -124,6 +127,39 @@ def test_the_trained_model_keeps_its_own_classes(folder):
     for model in (guard, trained):
         states = model(torch.arange(5)[None], output_hidden_states=True).hidden_states
         assert len(states) == model.config.num_hidden_layers + 1
+
+
+def test_blocks_within_blocks_and_errors_leave_the_usual_classes(folder):
+    usual = AutoModelForCausalLM._model_mapping
+    one, two = unpatched(), unpatched()
+    one.__enter__()
+    two.__enter__()
+    first = AutoModelForCausalLM.from_pretrained(folder)
+    one.__exit__(None, None, None)
+    two.__exit__(None, None, None)
+    assert AutoModelForCausalLM._model_mapping is usual
+    with pytest.raises(RuntimeError), unpatched():
+        raise RuntimeError
+    assert AutoModelForCausalLM._model_mapping is usual
+    with unpatched():
+        second = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(first) is type(second) is not modeling_llama.LlamaForCausalLM
+
+
+def test_blocks_of_two_threads_wait_for_each_other(folder):
+    usual, inside = AutoModelForCausalLM._model_mapping, threading.Event()
+
+    def other():
+        with unpatched():
+            inside.set()
+
+    thread = threading.Thread(target=other)
+    with unpatched():
+        thread.start()
+        assert not inside.wait(0.2)
+    thread.join()
+    assert inside.is_set()
+    assert AutoModelForCausalLM._model_mapping is usual
 
 
 def test_a_named_reference_that_lost_weights_to_a_patch_is_refused(folder, monkeypatch):
