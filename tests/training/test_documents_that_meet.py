@@ -165,14 +165,15 @@ class WithColumns(DataCollatorWithFlattening):
         return super().__call__(tokens, *args, **kwargs)
 
 
+@pytest.mark.parametrize("kind", [None, "torch", "numpy"])
 @pytest.mark.parametrize("make_model", [attention, convolution])
-def test_collators_that_want_columns_of_the_users_own(tmp_path, tokenizer, make_model):
+def test_collators_that_want_columns_of_the_users_own(tmp_path, tokenizer, make_model, kind):
     dataset = make(tmp_path, tokenizer).train_dataset.select_columns(PACK_COLUMNS)
     dataset = dataset.map(lambda row: {"source": "chat", "kinds": [3] * len(row["labels"])})
     plain = Trainer(
         make_model(len(tokenizer)),
         args=copy.copy(arguments(tmp_path, remove_unused_columns=False)),
-        train_dataset=dataset,
+        train_dataset=dataset.with_format(kind),
         processing_class=tokenizer,
         data_collator=WithColumns(),
     )

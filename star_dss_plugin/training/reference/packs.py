@@ -36,8 +36,9 @@ def packs_read_together(model: nn.Module, collator: Any, dataset: Any, ranks: Ra
         dataset: The trainer's training data, as its collator gets them.
         ranks: The processes of the run; all of them must call this.
     """
-    example = dataset[0] if isinstance(dataset, Dataset) and len(dataset) else {}
-    batch = joined_batch(collator, example) if ranks.can_run else None
+    # As Arrow: whatever format the user has set, and without opening media.
+    first = dataset.with_format("arrow")[:1].to_pylist() if isinstance(dataset, Dataset) else []
+    batch = joined_batch(collator, first[0] if first else {}) if ranks.can_run else None
     if batch is None:
         return ""
     # Ranks that compute it each for itself may be at both sides of a threshold.
