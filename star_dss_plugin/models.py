@@ -7,7 +7,7 @@ import gc
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from transformers.integrations import deepspeed as hf_deepspeed
 
 from star_dss_plugin.errors import ConfigError, GuardError, StarDSSError
 from star_dss_plugin.smollm2 import SMOLLM2, resolve_model
-from star_dss_plugin.unpatched import unpatched
+from star_dss_plugin.unpatched import unpatched, unpatched_class
 
 __all__ = [
     "UNLOADABLE",
@@ -87,25 +87,22 @@ def read_model(
     unexpected = sorted(report["unexpected_keys"])
     if exact and unexpected:
         raise ValueError(f"its files have weights of another model: {unexpected[:3]}")
-    if lost := [name for name in unexpected if _is_of_a_layer(model, name)]:
+    if lost := _lost_to_a_patch(model, unexpected):
         raise ValueError(
-            f"{type(model).__name__} has no place for weights of its own layers, such as "
-            f"{lost[0]}: something has replaced these layers in this process (Liger's have no "
-            "biases)"
+            f"{type(model).__name__} has no place for {lost[0]}, which transformers' own class "
+            "has: something has replaced layers of that class in this process (Liger's have no biases)"
         )
     return model.eval()
 
 
-def _is_of_a_layer(model: nn.Module, name: str) -> bool:
-    """Return whether a file's weight or bias belongs to a layer that the model has."""
-    path, _, kind = name.rpartition(".")
-    if kind not in ("weight", "bias"):  # scales of quantized files, buffers of older ones
-        return False
-    try:
-        layer = model.get_submodule(path)
-    except AttributeError:
-        return False
-    return layer is not model and not any(layer.children()) and any(layer._parameters)
+def _lost_to_a_patch(model: nn.Module, unexpected: Sequence[str]) -> list[str]:
+    """Return the weights of a file that a model lacks because its class was patched."""
+    own = unpatched_class(type(model))
+    if not unexpected or own is type(model):
+        return []
+    with torch.device("meta"):
+        known = own(model.config).state_dict().keys()
+    return [name for name in unexpected if name in known]
 
 
 _RAM_EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"

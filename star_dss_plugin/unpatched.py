@@ -20,10 +20,12 @@ from typing import Any
 
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-__all__ = ["unpatched", "unpatched_module"]
+__all__ = ["unpatched", "unpatched_class", "unpatched_module"]
 
 _AUTOS: tuple[Any, ...] = (AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification)
 _MODELS = "transformers.models."
+_COPY = "star_dss_"
+"""What the name of a second module begins with."""
 _LOCK = threading.RLock()
 
 
@@ -58,7 +60,7 @@ def unpatched_module(name: str) -> ModuleType:
     package, _, last = name.rpartition(".")
     # In the same package, for its relative imports; with another name, because transformers keeps
     # tables of classes by the names of their modules.
-    own = f"{package}.star_dss_{last}"
+    own = f"{package}.{_COPY}{last}"
     spec = importlib.util.spec_from_file_location(own, found.origin)
     assert spec is not None
     assert spec.loader is not None
@@ -81,8 +83,8 @@ class _Unpatched:
     def __getitem__(self, config: Any) -> Any:
         found = self._mapping[config]
         if isinstance(found, list | tuple):
-            return tuple(map(_unpatched_class, found))
-        return _unpatched_class(found)
+            return tuple(map(unpatched_class, found))
+        return unpatched_class(found)
 
     def __contains__(self, config: object) -> bool:
         return config in self._mapping
@@ -94,9 +96,10 @@ class _Unpatched:
         return getattr(self._mapping, name)
 
 
-def _unpatched_class(model_class: Any) -> Any:
+def unpatched_class(model_class: Any) -> Any:
     """Return the unpatched copy of a class of transformers, and any other class as it is."""
     module = model_class.__module__
-    if not module.startswith(_MODELS):
+    is_copy = module.rpartition(".")[2].startswith(_COPY)
+    if is_copy or not module.startswith(_MODELS):
         return model_class
     return getattr(unpatched_module(module), model_class.__name__)

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.models import make_tokenizer, tiny_llama
 from support.standin_guards import TINY
 from support.verdict_guards import QUESTION, TEXT, describe
@@ -166,13 +167,22 @@ def test_a_named_reference_that_lost_weights_to_a_patch_is_refused(folder, monke
     policy = AutoModelForCausalLM.from_pretrained(folder)
     _load_named(str(folder), policy, make_tokenizer())
     patch(monkeypatch, modeling_llama, "Llama")
-    with pytest.raises(ConfigError, match=r"mlp\.\w+_proj\.bias: something has replaced"):
+    with pytest.raises(
+        ConfigError, match=r"mlp\.\w+_proj\.bias, which transformers' own class has"
+    ):
         _load_named(str(folder), policy, make_tokenizer())
 
 
-def test_weights_of_layers_that_a_model_lacks_are_left_aside(folder):
-    """For example, a second head."""
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    model.v_head = nn.Linear(2, 2)
-    model.save_pretrained(folder)
+@pytest.mark.parametrize(
+    "more",
+    [
+        "v_head.weight",  # beside the language model
+        "lm_head.bias",  # some converters write biases that the class does not have
+        "model.layers.0.self_attn.q_proj.bias",
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+    ],
+)
+def test_weights_that_transformers_own_class_lacks_are_left_aside(folder, more):
+    file = folder / "model.safetensors"
+    save_file({**load_file(file), more: torch.ones(32)}, file, metadata={"format": "pt"})
     read_model(AutoModelForCausalLM, str(folder), dtype=torch.float32)
