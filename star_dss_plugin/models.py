@@ -90,7 +90,8 @@ def read_model(
     if lost := _lost_to_a_patch(model, unexpected):
         raise ValueError(
             f"{type(model).__name__} has no place for {lost[0]}, which transformers' own class "
-            "has: something has replaced layers of that class in this process (Liger's have no biases)"
+            "has: something has replaced layers of that class in this process (Liger's have no "
+            "biases)"
         )
     return model.eval()
 
