@@ -13,6 +13,7 @@ import pytest
 import star_dss_plugin
 
 PACKAGE = Path(star_dss_plugin.__file__).parent
+SOURCE_TREE = Path(__file__).parents[2]  # also where the package under test is an installed wheel
 MODULES = [m.name for m in pkgutil.walk_packages([str(PACKAGE)], "star_dss_plugin.")]
 NEED_AN_EXTRA = {"star_dss_plugin.engines.server": "httpx2"}
 HOSTS = {"trl", "axolotl", "peft", "star_dss_trl", "star_dss_axolotl"}
@@ -39,7 +40,7 @@ def test_the_core_names_no_host_and_no_extra_where_it_is_imported():
 
 
 def test_modules_take_public_names_of_each_other():
-    paths = [*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "integrations").rglob("*.py")]
+    paths = [*PACKAGE.rglob("*.py"), *(SOURCE_TREE / "integrations").rglob("*.py")]
     for path in sorted(paths):
         for node in ast.walk(ast.parse(path.read_text())):
             home = str(getattr(node, "module", ""))
@@ -68,7 +69,7 @@ def imports_in_strings() -> list[tuple[str, str, str]]:
     """Return what programs inside string constants import: they are run in other processes."""
     found = []
     for folder in ("benchmarks", "scripts", "tests", "star_dss_plugin", "integrations"):
-        for path in sorted((PACKAGE.parent / folder).rglob("*.py")):
+        for path in sorted((SOURCE_TREE / folder).rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.Constant) and isinstance(node.value, str):
                     for module, names in IMPORT.findall(node.value):
