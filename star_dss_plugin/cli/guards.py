@@ -123,7 +123,7 @@ def calibrate(
     found, _ = fit_guard(asked, conversations, labels)
     asked.close()
     write_text(output / "calibration.json", json.dumps(found.as_dict(), indent=2) + "\n")
-    write_reliability(found, output / "reliability.png", demonstration=asked.demonstration)
+    write_reliability(found, output / "reliability.png")
     if as_json:
         typer.echo(json.dumps(found.as_dict(), indent=2))
         return
@@ -132,5 +132,5 @@ def calibrate(
         for name, values in (("raw", found.raw), ("calibrated, held out", found.calibrated))
     ]
     headings = ("", "Brier", "AUROC", "F1 of harmful")
-    terminal().print(Sheet(headings, rows, title=announced(found.guard, asked.demonstration)))
+    terminal().print(Sheet(headings, rows, title=announced(found.guard, found.demonstration)))
     typer.echo("calibration:\n" + json.dumps(found.as_dict()["calibration"]))

@@ -12,7 +12,7 @@ from star_dss_plugin.scoring.calibration import Calibration, Quality
 __all__ = ["write_reliability"]
 
 
-def write_reliability(found: Calibration, path: Path, *, demonstration: bool) -> None:
+def write_reliability(found: Calibration, path: Path) -> None:
     """Draw the curve before and after calibration, with the area of a dot as its number of rows.
 
     Raises:
@@ -37,7 +37,7 @@ def write_reliability(found: Calibration, path: Path, *, demonstration: bool) ->
         axes.scatter(scores, shares, s=sizes, color=colour)
     axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="P(safe)", ylabel="share that is safe")
     axes.legend(frameon=False, fontsize=8, loc="upper left")
-    warning = " (DEMONSTRATION ONLY)" if demonstration else ""
+    warning = " (DEMONSTRATION ONLY)" if found.demonstration else ""
     figure.suptitle(plain(f"guard: {found.guard}{warning}, {found.rows} rows"), fontsize=9)
     with writing(path):
         figure.savefig(path, dpi=150)

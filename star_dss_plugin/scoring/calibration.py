@@ -54,6 +54,7 @@ class Calibration:
 
     Attributes:
         guard: The guard's name.
+        demonstration: Whether the guard is a demonstration, which protects nobody.
         rows: The number of labelled responses.
         safe: The number of safe ones.
         temperature: T.
@@ -63,6 +64,7 @@ class Calibration:
     """
 
     guard: str
+    demonstration: bool
     rows: int
     safe: int
     temperature: float
@@ -75,6 +77,7 @@ class Calibration:
         values = asdict(self)
         return {
             "guard": self.guard,
+            "demonstration_guard": self.demonstration,
             "calibration": {"temperature": self.temperature, "threshold": self.threshold},
             **{key: values[key] for key in ("rows", "safe", "raw", "calibrated")},
         }
@@ -164,6 +167,7 @@ def fit_guard(
         held_out[outside] = [calibrate(scores[i], *numbers) for i in outside]
     made = Calibration(
         guard.name,
+        guard.demonstration,
         len(labels),
         sum(labels),
         temperature,

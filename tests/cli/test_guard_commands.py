@@ -212,6 +212,8 @@ def test_calibrate_marks_a_demonstration(tmp_path, monkeypatch):
     found = run("calibrate", "test-words", data, "-o", tmp_path / "out")
     assert found.exit_code == 0, found.output
     assert "test-words (DEMONSTRATION ONLY, protects nobody)" in " ".join(found.output.split())
+    written = json.loads((tmp_path / "out" / "calibration.json").read_text())
+    assert written["demonstration_guard"] is True
 
 
 def test_held_out_means_held_out():
