@@ -4,7 +4,7 @@
     python scripts/train_verdict_guard.py DATA_DIR OUTPUT --start FIRST/adapter --whole 2400 \\
         --passes 2 --rate 4e-4
 
-These two commands made the guard of docs/performance.md; the second continues from the adapter of
+These two commands made the guard of docs/fewer_prefixes.md; the second continues from the adapter of
 the first. A LoRA adapter on the first blocks of SmolLM2-135M-Instruct learns to answer Qwen3Guard's
 prompt with "Safety: Safe" or "Safety: Unsafe". DATA_DIR holds guard_train, guard_dev and
 guard_test_A (.jsonl, one row per line: prompt, response, label 1 safe or 0 harmful, source,

@@ -19,6 +19,7 @@ from support.paths import ROOT
 pytestmark = [pytest.mark.slow, needs_smollm2]
 
 ELSEWHERE = {
+    "fewer_prefixes": "needs a guard of the Hub: tests/scoring/test_probed.py has a tiny one",
     "evidence": "trains for an hour on data that is not shipped",
     "howto_engine": "needs vLLM: tests/engines/test_vllm.py",
     "howto_guard": "needs the guard that the page is about: tests/project/test_howto.py",
