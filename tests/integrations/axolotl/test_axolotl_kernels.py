@@ -11,7 +11,10 @@ import sys
 
 import pytest
 from axolotl_runs import KERNELS, LORA, PLUGIN, chat, configuration, single_turn, write_config
+from support.models import make_tokenizer, tiny_llama
 from support.paths import ROOT, TESTS
+from support.verdict_guards import describe
+from torch import nn
 
 for package in ("triton", "liger_kernel"):
     if importlib.util.find_spec(package) is None:
@@ -37,9 +40,10 @@ TARGETS = {
 
 
 def block(**options):
-    return {"guard": "test-words", "chunk_size": 2, "kl_coef": 2.0, **options}
+    return {"guard": "test-words", "chunk_size": 2, "kl_coef": 2.0} | options
 
 
+STREAM = {"streaming": True, "curriculum_sampling": True, "shuffle_merged_datasets": False}
 ADAPTER = LORA | TARGETS | {"star_dss": block(reference="adapter")}
 
 
@@ -56,11 +60,28 @@ def steps(folder):
     ]
 
 
+def llama_guard(folder):
+    """Save a guard of the trained model's architecture, with biases that Liger's MLP lacks."""
+    tokenizer = make_tokenizer()
+    model = tiny_llama(len(tokenizer), seed=1, mlp_bias=True)
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(weight)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return describe(folder)
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, model_dir, environment):
     """Configurations with kernels and without, trained; their folder, and what was printed."""
     folder = tmp_path_factory.mktemp("runs")
+    # The guard of a stream scores rows while the model trains, when Liger has patched transformers.
+    options = block(guard=llama_guard(folder / "guard"), reference=str(model_dir), stream_buffer=2)
+    stream = STREAM | {"star_dss": options, "learning_rate": 2e-3}
     configs = {
+        "stream": stream,
+        "stream-kernels": stream | LIGER,
         "full": {},
         "full-kernels": LIGER,
         "lora": ADAPTER,
@@ -95,6 +116,7 @@ def runs(tmp_path_factory, model_dir, environment):
     ("kernels", "stock"),
     [
         ("full-kernels", "full"),
+        ("stream-kernels", "stream"),
         ("lora-kernels", "lora"),
         ("lora-kernels-named", "lora"),
     ],
@@ -112,5 +134,5 @@ def test_kernels_change_nothing(runs, kernels, stock):
 def test_the_kernels_were_there(runs):
     _, said = runs
     assert said.count("Patched attention class with LoRA optims: LlamaAttention") == 2
-    assert "Applying LIGER to llama" in said
-    assert said.count("liger_fused_linear_cross_entropy switched off") == 1
+    assert said.count("Applying LIGER to llama") == 2
+    assert said.count("liger_fused_linear_cross_entropy switched off") == 2
