@@ -29,6 +29,7 @@ from star_dss_plugin.training.sequence_parallel import (
     trained_tokens,
 )
 from star_dss_plugin.training.sequence_parallel_checks import check_resuming
+from star_dss_plugin.training.sharding import reshard
 from star_dss_plugin.training.state import StarDSSState
 from star_dss_plugin.training.step import mode_of, shaped_step
 
@@ -175,6 +176,9 @@ class StarDSSMixin(_Base):
         if self.star_dss_state is not None and resume_from_checkpoint:
             check_resuming(self)
             check_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
+        if self.star_dss_state is not None:
+            assert self.model is not None
+            reshard(self.model)  # the reference was computed with it; an optimizer is made next
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:

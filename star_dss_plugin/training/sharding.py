@@ -26,7 +26,7 @@ from star_dss_plugin.errors import StarDSSError
 from star_dss_plugin.models import is_partitioned, model_fingerprint
 from star_dss_plugin.scoring.ranks import ALONE, Share, share_of, waiting
 
-__all__ = ["Ranks", "runnable"]
+__all__ = ["Ranks", "reshard", "runnable"]
 
 T = TypeVar("T")
 
@@ -111,6 +111,16 @@ def _zero3_engine(model: nn.Module, accelerator: Any) -> Iterator[None]:
         engine.optimizer.partition_all_parameters()
         engine.destroy()
         model.train(training)
+
+
+def reshard(model: nn.Module) -> None:
+    """Free the parameters that FSDP2 keeps gathered after a forward pass without a backward pass.
+
+    An optimizer that is made while they are gathered would hold these copies, and train no shard.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _has_weights(model: nn.Module) -> bool:

@@ -12,6 +12,7 @@ CASES = {
     "trl": {},
     "trl-lora": {"lora": True},
     "trl-untied": {"untied": True},
+    "trl-untied-no-eval": {"untied": True, "eval_strategy": "no"},
     "trl-adapter-full": {"lora": True, "kl_estimator": "full", "reference": "adapter"},
     "trl-adapter-k2": {"lora": True, "reference": "adapter"},
     "trl-copy-full": {"kl_estimator": "full", "reference": "copy"},

@@ -161,7 +161,7 @@ def make_trainer(kind, folder, ranks, case, changes):
         AutoModelForCausalLM.from_pretrained(source, **split) if split else str(source),
         args=StarDSSConfig(**options, **scoring, **loads),
         train_dataset=data,
-        eval_dataset=evaluation,
+        eval_dataset=None if options["eval_strategy"] == "no" else evaluation,
         processing_class=tokenizer,
         peft_config=adapter,
     )
