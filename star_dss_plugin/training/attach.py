@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any
 
@@ -99,6 +100,8 @@ def set_up(trainer: StarDSSMixin, options: StarDSSOptions) -> None:
         StarDSSError: The options, the trainer or its data cannot be used.
     """
     options.validate()
+    # A copy: those of a StarDSSConfig may be changed later, but then without an effect.
+    options = StarDSSOptions(**copy.deepcopy(options.star_dss_dict()))
     if options.loss_type == "nll":
         raise ConfigError(
             "loss_type is 'nll', the trainer's own loss, with which nothing is shaped. Set "
@@ -233,6 +236,7 @@ def _set_up(
     trainer.model_accepts_loss_kwargs = True
     trainer.loss_is_scaled_for_ga = None
     trainer._signature_columns = None
+    args = trainer.args
     trainer.star_dss_state = StarDSSState(
         options,
         shaping,
@@ -247,6 +251,7 @@ def _set_up(
         kept=kept,
         alignment=alignment,
         fillers=fillers,
+        given=copy.deepcopy(args.star_dss_dict()) if isinstance(args, StarDSSOptions) else {},
     )
     trainer.add_callback(StarDSSCallback(trainer))
 
