@@ -290,9 +290,11 @@ def _facts(trainer: Trainer, options: StarDSSOptions) -> dict[str, Any]:
 
 
 def _data_sets(trainer: Trainer) -> dict[str, Any]:
-    """Return a trainer's data sets by name ("train", "eval", or the names of a dict)."""
+    """Return a trainer's data sets by name ("train"; "eval", or of a dict "eval_NAME")."""
     evaluation = trainer.eval_dataset
-    several = evaluation if isinstance(evaluation, dict) else {"eval": evaluation}
+    several = {"eval": evaluation}
+    if isinstance(evaluation, dict):
+        several = {f"eval_{name}": dataset for name, dataset in evaluation.items()}
     return {"train": trainer.train_dataset} | several
 
 
