@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template
 
 __all__ = ["training_template"]
+
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -15,7 +19,7 @@ def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
         TRL's variant of the template, which marks the generated tokens; None if TRL uses the
         tokenizer's own, which marks them itself or has no variant in TRL.
     """
-    if "generation" in str(tokenizer.chat_template or ""):
+    if _GENERATION.search(str(tokenizer.chat_template or "")):
         return None
     try:
         template: str | None = get_training_chat_template(tokenizer)
