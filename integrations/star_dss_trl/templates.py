@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl.chat_template_utils import get_training_chat_template
 
 __all__ = ["training_template"]
@@ -12,7 +12,7 @@ __all__ = ["training_template"]
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
-def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+def training_template(tokenizer: PreTrainedTokenizerBase | ProcessorMixin) -> str | None:
     """Return the chat template that TRL renders with if `assistant_only_loss` is set.
 
     Returns:
