@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from datasets import IterableDataset
+from datasets import IterableDataset, List, Value
+from trl import is_conversational
 
+from star_dss_plugin.data.columns import with_column
+from star_dss_plugin.data.host_labels import MASKS
 from star_dss_plugin.data.templates.chat import ChatTokenizer
-from star_dss_plugin.errors import StarDSSError
+from star_dss_plugin.errors import ConfigError, StarDSSError
 from star_dss_plugin.guards.spec import missing_guard
 from star_dss_plugin.hookspecs import Findings
 from star_dss_plugin.models import load_tokenizer
@@ -63,15 +66,26 @@ def check(path: Path, raw: dict[str, Any], *, data: bool) -> Findings:
             raise missing_guard()
         only = bool(getattr(training_args, "assistant_only_loss", False))
         if has_images(train.column_names):
-            reader = rows_of(load_processor(model_args.model_name_or_path), None, only)
+            processor = load_processor(model_args.model_name_or_path)
+            template = training_template(processor) if only else None
+            reader = rows_of(processor, template, only)
             said = estimate_of_media(train, "train", reader, training_args)
             found.notes.append(f"train data: {said}")
             return found
+        if only and len(train) and not is_conversational(train[0]):
+            raise ConfigError(
+                "assistant_only_loss is set, and TRL takes it for conversations with 'role' and "
+                f"'content' only. The columns here are {', '.join(train.column_names)}. Leave it "
+                "out: of any data, only what the assistant says is trained."
+            )
         tokenizer = load_tokenizer(model_args.model_name_or_path)
         chat = ChatTokenizer(tokenizer, training_template(tokenizer) if only else None)
         text = training_args.dataset_text_field
         if text in train.column_names and text != "text":
             train = train.rename_column(text, "text")
+        if "input_ids" in train.column_names and not {"labels", *MASKS} & set(train.column_names):
+            # TRL trains all tokens of such rows.
+            train = with_column(train, "labels", train["input_ids"], List(Value("int64")))
         length = training_args.max_length
         mode = getattr(training_args, "truncation_mode", "keep_start")
         said = estimate(

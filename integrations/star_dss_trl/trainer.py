@@ -66,10 +66,10 @@ class StarDSSTrainer(StarDSSMixin, SFTTrainer):  # type: ignore[misc]
         args.loss_type = HOST_LOSS_TYPES[0]
         try:
             super().__init__(model, args, *rest, **kwargs)
-        except StopIteration as error:  # TRL reads the first row of each stream
+        except StopIteration as error:  # TRL reads the first row of each data set
             raise DataError(
-                "A stream gives no row. Check the sources of the train and eval data: files may be "
-                "empty, or a filter may keep nothing."
+                "The train or eval data has no row. Check its sources: files may be empty, or a "
+                "filter may keep nothing."
             ) from error
         finally:
             args.loss_type = loss_type

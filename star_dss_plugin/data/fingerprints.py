@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from star_dss_plugin.data.media import undecoded
 from star_dss_plugin.data.requests import PrefixRequest
 
-__all__ = ["content_key", "request_key", "row_keys", "sample_of", "words_of"]
+__all__ = ["content_key", "digest_of", "request_key", "row_keys", "sample_of", "words_of"]
 
 
 def content_key(*parts: Any) -> str:
@@ -40,7 +40,7 @@ def row_keys(dataset: Dataset) -> list[str]:
     ]
 
 
-_SAMPLE = 64
+_SAMPLE = _AT_ONCE = 64
 
 
 def sample_of(dataset: Dataset) -> str:
@@ -48,6 +48,14 @@ def sample_of(dataset: Dataset) -> str:
     rows = undecoded(dataset)  # the repr of a decoded image differs between processes
     some = range(0, len(rows), max(1, len(rows) // _SAMPLE))
     return content_key(list(rows.column_names), [repr(rows[i]) for i in some])
+
+
+def digest_of(dataset: Dataset) -> str:
+    """Return a hash of the column names and all rows of a data set, in their order."""
+    digest = hashlib.sha256(repr(list(dataset.column_names)).encode())
+    for rows in undecoded(dataset).iter(_AT_ONCE):
+        digest.update(repr(list(rows.values())).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
 
 
 def words_of(tokenizer: PreTrainedTokenizerBase) -> str:

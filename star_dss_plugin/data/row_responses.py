@@ -224,8 +224,9 @@ def _warn_about_rows(read: Sequence[_Read]) -> None:
         )
     if rendered := [i for i, row in enumerate(read) if row.rendered]:
         logger.warning(
-            "%d texts are chats that are rendered already (rows %s), but not with the tokenizer's "
-            "chat template, so their turns cannot be told apart. Give messages.",
+            "%d texts are chats that are rendered already (rows %s), and are read as they are, not "
+            "turn by turn: a 'text' is one answer, and a 'prompt' is parsed only if it is what the "
+            "tokenizer's chat template renders. Give messages.",
             len(rendered),
             _named(rendered),
         )

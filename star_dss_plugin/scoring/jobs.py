@@ -15,7 +15,7 @@ from typing import Any
 
 from star_dss_plugin.data.columns import SCORES_COLUMN
 from star_dss_plugin.data.files.parquet_shards import DATA, shard_name, shard_note, write_card
-from star_dss_plugin.data.fingerprints import sample_of, words_of
+from star_dss_plugin.data.fingerprints import digest_of, words_of
 from star_dss_plugin.data.reading import read_dataset
 from star_dss_plugin.data.writing import write_text
 from star_dss_plugin.errors import ConfigError, DataError
@@ -43,7 +43,7 @@ class Job:
         output: The folder to create.
         rows: The number of rows in the data.
         shard_rows: Rows of every shard but the last.
-        sample: A hash of some rows, by which a worker detects other data.
+        content: A hash of all rows, by which a worker, or a resumed run, detects other data.
         tokens: A hash of the tokenizer and its template, by which a worker detects other ones.
         guard: The guard's identity.
         options: The fields of `ScoringOptions`, without `score_cache_dir`.
@@ -61,7 +61,7 @@ class Job:
     output: str
     rows: int
     shard_rows: int
-    sample: str
+    content: str
     tokens: str
     guard: Mapping[str, Any]
     options: Mapping[str, Any]
@@ -164,7 +164,7 @@ def begin(
         str(output.absolute()),
         len(dataset),
         shard_rows,
-        sample_of(dataset),
+        digest_of(dataset),
         tokens,
         guard.identity,
         asdict(options),

@@ -100,6 +100,7 @@ class ProbedTrajectories(CachedTrajectories):
             facts["mean"],
             100 * (1 - facts["probed"]),
         )
+        facts["threshold"] = guard.threshold
         self.notes.append({"guard": guard.name, **facts, "fell_back": None})
         marked, failed = self.plainly(guard.with_probe(learned))
         found = {}

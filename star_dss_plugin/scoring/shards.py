@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from star_dss_plugin.data.columns import with_attention_mask
 from star_dss_plugin.data.files.parquet_shards import write_shard
-from star_dss_plugin.data.fingerprints import sample_of, words_of
+from star_dss_plugin.data.fingerprints import digest_of, words_of
 from star_dss_plugin.data.reading import read_dataset
 from star_dss_plugin.errors import ConfigError, DataError, StarDSSError
 from star_dss_plugin.guards.base import Guard
@@ -109,7 +109,7 @@ class ShardScorer:
                 "Scores may depend on it: install the same versions everywhere."
             )
         dataset = read_dataset(self.job.data, self.job.split)
-        if len(dataset) != self.job.rows or sample_of(dataset) != self.job.sample:
+        if len(dataset) != self.job.rows or digest_of(dataset) != self.job.content:
             raise DataError(
                 f"A worker finds other rows in {self.job.data} than the run was begun with. Put "
                 "the data where every machine reads the same, and leave it as it is meanwhile."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any
 
@@ -99,6 +100,8 @@ def set_up(trainer: StarDSSMixin, options: StarDSSOptions) -> None:
         StarDSSError: The options, the trainer or its data cannot be used.
     """
     options.validate()
+    # A copy: those of a StarDSSConfig may be changed later, but then without an effect.
+    options = StarDSSOptions(**copy.deepcopy(options.star_dss_dict()))
     if options.loss_type == "nll":
         raise ConfigError(
             "loss_type is 'nll', the trainer's own loss, with which nothing is shaped. Set "
@@ -233,6 +236,7 @@ def _set_up(
     trainer.model_accepts_loss_kwargs = True
     trainer.loss_is_scaled_for_ga = None
     trainer._signature_columns = None
+    args = trainer.args
     trainer.star_dss_state = StarDSSState(
         options,
         shaping,
@@ -247,6 +251,7 @@ def _set_up(
         kept=kept,
         alignment=alignment,
         fillers=fillers,
+        given=copy.deepcopy(args.star_dss_dict()) if isinstance(args, StarDSSOptions) else {},
     )
     trainer.add_callback(StarDSSCallback(trainer))
 
@@ -285,9 +290,11 @@ def _facts(trainer: Trainer, options: StarDSSOptions) -> dict[str, Any]:
 
 
 def _data_sets(trainer: Trainer) -> dict[str, Any]:
-    """Return a trainer's data sets by name ("train", "eval", or the names of a dict)."""
+    """Return a trainer's data sets by name ("train"; "eval", or of a dict "eval_NAME")."""
     evaluation = trainer.eval_dataset
-    several = evaluation if isinstance(evaluation, dict) else {"eval": evaluation}
+    several = {"eval": evaluation}
+    if isinstance(evaluation, dict):
+        several = {f"eval_{name}": dataset for name, dataset in evaluation.items()}
     return {"train": trainer.train_dataset} | several
 
 

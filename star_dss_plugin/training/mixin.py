@@ -18,6 +18,7 @@ from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN, TEXT_COLUMN,
 from star_dss_plugin.data.media_rows import MediaRows
 from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.training.checkpoints import check_checkpoint
+from star_dss_plugin.training.host_checks import check_options_unchanged
 from star_dss_plugin.training.rows.stream import ScoredStream
 from star_dss_plugin.training.run_record import add_section
 from star_dss_plugin.training.sequence_parallel import (
@@ -171,8 +172,10 @@ class StarDSSMixin(_Base):
 
         Raises:
             CheckpointError: The checkpoint is not complete; see `check_checkpoint`.
-            ConfigError: With sequence parallelism the batches read before cannot be skipped.
+            ConfigError: With sequence parallelism the batches read before cannot be skipped; or
+                options were changed since the trainer was made.
         """
+        check_options_unchanged(self)
         if self.star_dss_state is not None and resume_from_checkpoint:
             check_resuming(self)
             check_checkpoint(resume_from_checkpoint, str(self.args.output_dir))

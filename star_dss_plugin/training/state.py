@@ -42,6 +42,7 @@ class StarDSSState:
         kept: The guard that scores them.
         alignment: Assigns scores to tokens in the data collator; None if rows come tokenized.
         fillers: Rows with media to add to batches without; None in a run of one process.
+        given: The options in the trainer's arguments at set-up; empty if these have none.
         outputs_unread: Whether the running evaluation step drops the outputs that it asks for.
     """
 
@@ -61,6 +62,7 @@ class StarDSSState:
     kept: KeptGuard | None = None
     alignment: Alignment | None = None
     fillers: FillerRows | None = None
+    given: dict[str, Any] = field(default_factory=dict)
     outputs_unread: bool = False
 
     @property

@@ -98,6 +98,7 @@ def test_texts_that_are_chats_are_said(tokenizer, caplog):
     with caplog.at_level(logging.WARNING):
         read_responses(Dataset.from_list([{"text": text}]), ChatTokenizer(tokenizer), HOW)
     assert "1 texts are chats that are rendered already (rows 0)" in caplog.text
+    assert "not with the tokenizer's chat template" not in caplog.text  # it is with this one
 
 
 @pytest.mark.parametrize("role", ["human", "gpt", "Assistant", "user<|im_end|>"])

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from star_dss_plugin import ConfigError, GuardError, inspect_row, load_guard, provenance_of
 from star_dss_plugin.data.columns import ASKED_COLUMN, SCORES_COLUMN
 from star_dss_plugin.data.reading import read_dataset
+from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.guards.probing import guard as probing_guard
 from star_dss_plugin.guards.verdict import VerdictGuard
 from star_dss_plugin.options import StarDSSOptions
@@ -26,6 +27,7 @@ from star_dss_plugin.scoring.probed import POOL, STRIDE, drawn, places, stratifi
 from star_dss_plugin.scoring.ranks import Share
 from star_dss_plugin.scoring.scorer import score_dataset
 from star_dss_plugin.training.preflight import check_options
+from star_dss_plugin.training.rows.prepare import prepare_dataset
 
 
 @pytest.fixture(scope="module")
@@ -431,6 +433,19 @@ def test_the_threshold_of_the_loss_is_asked_around(tokenizer, guard, usual):
         found = score_dataset(rows, tokenizer, options, guard=load_guard(guard), progress=False)
         shares.append(trained(found, ASKED_COLUMN).mean())
     assert shares[0] > shares[1]
+
+
+def test_a_trainer_with_another_threshold_warns(tokenizer, usual, caplog):
+    chat = ChatTokenizer(tokenizer)
+    for data, threshold, warned in (
+        (usual.probed, 0.5, False),
+        (usual.exact, 0.7, False),
+        (usual.probed, 0.7, True),
+    ):
+        caplog.clear()
+        options = StarDSSOptions(threshold=threshold)
+        prepare_dataset(data, chat, options, name="train", truncation=(None, None), progress=False)
+        assert ("the threshold 0.5, and the threshold of this run is 0.7" in caplog.text) == warned
 
 
 # Output

@@ -264,7 +264,7 @@ def test_a_run_goes_on_where_it_was_killed(data, model_dir, tmp_path, log):
     [
         ({"chunk_size": 3}, "options differ"),
         ({"shard_rows": 4}, "shard_rows differ"),
-        ({"rows": 1}, "rows, sample differ"),
+        ({"rows": 1}, "content, rows differ"),
     ],
     ids=str,
 )
@@ -312,6 +312,17 @@ def test_a_worker_that_reads_other_rows_says_so(data, model_dir, tmp_path, log):
     data.write_text(data.read_text().replace("how is 0?", "who is 0?"))
     with pytest.raises(DataError, match="finds other rows"):
         shards.ShardScorer(job)(1)
+
+
+@pytest.mark.parametrize("row", [1, 299])
+def test_no_row_may_change_before_a_run_is_resumed(data, model_dir, tmp_path, log, row):
+    rows = [json.loads(line) for line in data.read_text().splitlines()] * 10
+    data.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    shards.ShardScorer(begin(data, model_dir, tmp_path / "out", log, shard_rows=50))(0)
+    rows[row] = {"messages": [rows[row]["messages"][0], {"role": "assistant", "content": "no"}]}
+    data.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    with pytest.raises(ConfigError, match="content differ"):
+        begin(data, model_dir, tmp_path / "out", log, shard_rows=50)
 
 
 def test_another_tokenizer_is_another_run(data, model_dir, tmp_path, log):

@@ -2,18 +2,25 @@
 
 import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import yaml
 
 pytest.importorskip("trl")
 
-from datasets import Dataset
+import trl
+from datasets import Dataset, load_from_disk
+from star_dss_trl import StarDSSConfig, StarDSSTrainer
+from star_dss_trl.sft import parse
+from support.models import tiny_llama
+from support.talks import tokenizer_for
 from typer.testing import CliRunner
 
 from star_dss_plugin import ConfigError, PluginError
 from star_dss_plugin.cli.app import app
 from star_dss_plugin.cli.check import check_config
+from star_dss_plugin.data.reading import read_dataset
 from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.options import StarDSSOptions
 from star_dss_plugin.training.preflight import describe_stream, estimate
@@ -95,6 +102,73 @@ def test_a_problem_is_named_and_fails(tmp_path, model_dir, change, message):
     result = run(tmp_path, config)
     assert result.exit_code == 1, result.output
     assert message in result.output
+
+
+@pytest.fixture(scope="module")
+def known_template(tmp_path_factory):
+    """Return a model with a template that marks nothing, and of which TRL has a variant."""
+    source = Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja"
+    tokenizer = tokenizer_for(source.read_text(encoding="utf-8"))
+    folder = tmp_path_factory.mktemp("known")
+    tokenizer.save_pretrained(folder)
+    tiny_llama(len(tokenizer)).save_pretrained(folder)
+    return folder
+
+
+def test_assistant_only_loss_with_a_template_that_trl_replaces(tmp_path, known_template):
+    config = configuration(tmp_path, known_template, assistant_only_loss=True)
+    result = run(tmp_path, config)
+    assert result.exit_code == 0, result.output
+    args = StarDSSConfig(
+        **{name: config[name] for name in ("output_dir", "use_cpu", "bf16", "guard", "chunk_size")},
+        assistant_only_loss=True,
+    )
+    rows = read_dataset(config["dataset_name"])
+    trainer = StarDSSTrainer(str(known_template), args=args, train_dataset=rows)
+    out = tmp_path / "scored"
+    flags = ["--guard", "test-words", "--chunk-size", "2", "--assistant-only-loss", "-q"]
+    command = ["score", config["dataset_name"], "--tokenizer", str(known_template), "-o", str(out)]
+    result = runner.invoke(app, [*command, *flags])
+    assert result.exit_code == 0, result.output
+    scored = load_from_disk(out)
+    for column in ("input_ids", "labels", "star_scores"):
+        assert list(scored[column]) == list(trainer.train_dataset[column])
+
+
+@pytest.mark.parametrize(
+    ("row", "changes", "problem"),
+    [
+        ({"input_ids": [5, 6, 7]}, {}, None),
+        ({"input_ids": [5, 6, 7]}, {"assistant_only_loss": True}, "TRL takes it for conversations"),
+        ({"text": "hi"}, {"assistant_only_loss": True}, "TRL takes it for conversations"),
+        (
+            {
+                "conversations": [
+                    {"from": "user", "value": "a"},
+                    {"from": "assistant", "value": "b"},
+                ]
+            },
+            {"assistant_only_loss": True},
+            "TRL takes it for conversations",
+        ),
+    ],
+    ids=["tokens", "marked tokens", "text", "from and value"],
+)
+def test_check_stops_where_the_trainer_does(tmp_path, known_template, row, changes, problem):
+    config = configuration(tmp_path, known_template, **changes)
+    Path(config["dataset_name"]).write_text(json.dumps(row) + "\n")
+    result = run(tmp_path, config)
+    path = tmp_path / "run.yaml"
+    if problem is None:
+        assert result.exit_code == 0, result.output
+        _, args, *_ = parse(["--config", str(path)])
+        StarDSSTrainer(str(known_template), args=args, train_dataset=Dataset.from_list([row]))
+    else:
+        assert result.exit_code == 1
+        assert problem in " ".join(result.output.split())
+        _, args, *_ = parse(["--config", str(path)])
+        with pytest.raises(ValueError, match="not conversational"):
+            StarDSSTrainer(str(known_template), args=args, train_dataset=Dataset.from_list([row]))
 
 
 def test_a_file_that_is_no_configuration(tmp_path):

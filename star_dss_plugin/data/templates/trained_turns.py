@@ -36,9 +36,13 @@ def of_conversation(
     arguments = template_arguments(row)
     text, layout = lay_out(chat, source, arguments)
     generated = layout.generated if layout else generated_spans(chat, source, arguments, text)
+    question = ""
+    if first and generated is not None:
+        question = chat.render(source[:first], add_generation_prompt=True, **arguments)
 
     def turns_of_it(encoded: Encoded) -> Tokenized:
-        return _turns(source, chat, first, (text, layout, encoded), generated, assistant_only_loss)
+        parts = text, layout, encoded
+        return _turns(source, chat, first, parts, generated, question, assistant_only_loss)
 
     return Plan(text, turns_of_it)
 
@@ -49,14 +53,20 @@ def _turns(
     first: int,
     parts: tuple[str, Layout | None, Encoded],
     generated: Sequence[tuple[int, int]] | None,
+    question: str,
     assistant_only_loss: bool,
 ) -> Tokenized:
-    """Return a tokenized conversation with the runs of its trained tokens."""
+    """Return a tokenized conversation with the runs of its trained tokens.
+
+    Tokens of `question`, the rendered messages before `first`, are not trained, although templates
+    may mark the generation prompt at its end as generated.
+    """
     text, layout, encoded = parts
     turns = [t for t in layout.turns if t.message >= first] if layout else []
     if generated is not None:
-        begin = turns[0].begin if first and turns else 0
-        found = [_tokens(encoded, start, end) for start, end in generated if start >= begin]
+        asked = chat.shared_tokens(encoded, text, question) if question else 0
+        spans = (_tokens(encoded, start, end) for start, end in generated)
+        found = [(max(start, asked), end) for start, end in spans]
     elif assistant_only_loss:
         return Tokenized(encoded, text, None, layout, source, _NOTHING_GENERATED)
     elif layout is None or len(turns) < _speaking(source, first):

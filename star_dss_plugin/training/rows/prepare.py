@@ -165,6 +165,16 @@ def prepare_dataset(
                 name,
                 SCORES_COLUMN,
             )
+        if (other := _probed_around(dataset)) - {options.threshold}:
+            logger.warning(
+                "The %s data set was scored with trajectory='probed' and the threshold %s, and the "
+                "threshold of this run is %s: the guard was not asked about scores near it, so a "
+                "probe's score may be on the wrong side. Score with trajectory='exact', or let the "
+                "trainer score (`star-dss score` takes 0.5).",
+                name,
+                " and ".join(map(str, sorted(other))),
+                options.threshold,
+            )
         given = dataset
         # Scored data trains responses only, but a trainer may have made labels of all tokens since.
         dataset = only_responses(dataset, chat, needed=not part)
@@ -227,6 +237,14 @@ def _scored_as_told(dataset: Dataset, options: StarDSSOptions) -> bool:
         (one["segmenter"], one["chunk_size"]) == told and guard in (None, one["guard"])
         for one in noted
     )
+
+
+def _probed_around(dataset: Dataset) -> set[float]:
+    """Return the thresholds near which a guard was asked although a probe gave other scores."""
+    found = (one.get("probes") for one in provenances_of(dataset))
+    probes = [probe for many in found if isinstance(many, list) for probe in many]
+    known = (probe.get("threshold") for probe in probes if isinstance(probe, dict))
+    return {threshold for threshold in known if isinstance(threshold, float)}
 
 
 def asks_guard(options: StarDSSOptions, name: str) -> bool:

@@ -97,9 +97,19 @@ def test_a_row_of_evaluation_that_cannot_be_read_is_said_too(tmp_path, tokenizer
         trainer.train()
 
 
-def test_a_stream_without_any_row_is_refused(tmp_path, tokenizer):
-    with pytest.raises(DataError, match="A stream gives no row"):
-        make(tmp_path, tokenizer, stream([]), **RUN)
+@pytest.mark.parametrize(
+    "empty", [stream([]), prompt_completion().select([])], ids=["stream", "set"]
+)
+def test_data_without_any_row_is_refused(tmp_path, tokenizer, empty):
+    for train, evaluation in ((empty, None), (prompt_completion(), empty)):
+        with pytest.raises(DataError, match="The train or eval data has no row"):
+            StarDSSTrainer(
+                tiny_llama(len(tokenizer)),
+                args=arguments(tmp_path, **RUN),
+                train_dataset=train,
+                eval_dataset=evaluation,
+                processing_class=tokenizer,
+            )
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,23 @@ def test_a_collator_that_makes_no_batch_of_scored_rows_is_refused(tmp_path, toke
     assert trainer.state.global_step == 0
 
 
+@pytest.mark.parametrize(
+    ("made", "name", "value"),
+    [
+        ({"loss_type": "sft", "guard": None}, "loss_type", "star_dss"),
+        ({"loss_type": "nll", "guard": None}, "loss_type", "star_dss"),
+        ({}, "kl_coef", 9.0),
+    ],
+    ids=["sft", "nll", "kl_coef"],
+)
+def test_options_that_are_changed_later_are_refused(tmp_path, tokenizer, made, name, value):
+    trainer = make(tmp_path, tokenizer, **made)
+    setattr(trainer.args, name, value)
+    with pytest.raises(ConfigError, match=f"changed since it was made: {name} to {value!r}"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
 class OwnStep(SFTTrainer):
     """A trainer whose training step never asks compute_loss."""
 

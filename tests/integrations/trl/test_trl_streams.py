@@ -184,6 +184,19 @@ def test_it_is_said_what_was_read(tmp_path, tokenizer, capsys):
     assert " in 8 rows of a stream" in card
 
 
+def test_an_evaluation_set_may_be_named_like_the_training_set(tmp_path, tokenizer):
+    trainer = StarDSSTrainer(
+        tiny_llama(len(tokenizer)),
+        args=arguments(tmp_path, **IN_ORDER),
+        train_dataset=prompt_completion().to_iterable_dataset(),
+        eval_dataset={"train": prompt_completion().select(range(4))},
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    assert trainer.star_dss_state.reference.kind == "copy"
+    assert trainer.evaluate()["eval_train_star_dss/mean_score"] < 0.9
+
+
 def test_what_holds_for_all_rows_is_said_once(tmp_path, tokenizer, caplog):
     with caplog.at_level(logging.WARNING, "star_dss_plugin"):
         trained(tmp_path, tokenizer, conversations().to_iterable_dataset())

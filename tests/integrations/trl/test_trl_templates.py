@@ -56,16 +56,43 @@ def test_completions_are_those_of_trl(chat):
         check_completion(chat, made, row["prompt"], row["completion"][0])
 
 
+def test_marked_completions_are_those_of_trl(chat):
+    """With assistant_only_loss TRL trains what the template marks behind the prompt."""
+    if "generation %}" not in chat.source:
+        pytest.skip("the template marks nothing")
+    rows = ours(
+        chat,
+        lambda talk: {"prompt": talk[:-1], "completion": talk[-1:]},
+        assistant_only_loss=True,
+    )
+    for talk, row, made in rows:
+        theirs = chat.tokenizer.apply_chat_template(
+            talk, return_dict=True, return_assistant_tokens_mask=True
+        )
+        whole, marks = theirs["input_ids"], theirs["assistant_masks"]
+        first = behind_the_prompt(chat, row["prompt"], whole)
+        assert made["input_ids"] == whole
+        assert made["labels"] == [
+            token if marked and n >= first else -100
+            for n, (token, marked) in enumerate(zip(whole, marks, strict=True))
+        ]
+
+
 def check_completion(chat, made, prompt, last):
     """TRL trains what the two renderings do not share."""
+    whole = chat.tokenizer.apply_chat_template([*prompt, last], return_dict=True)["input_ids"]
+    first = behind_the_prompt(chat, prompt, whole)
+    assert made["input_ids"] == whole
+    assert made["labels"] == [-100] * first + whole[first:]
+
+
+def behind_the_prompt(chat, prompt, whole):
+    """Return the index of the first token that a conversation does not share with its prompt."""
     asked = chat.tokenizer.apply_chat_template(
         prompt, add_generation_prompt=True, return_dict=True
     )["input_ids"]
-    whole = chat.tokenizer.apply_chat_template([*prompt, last], return_dict=True)["input_ids"]
     pairs = zip(asked, whole, strict=False)
-    first = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(asked), len(whole)))
-    assert made["input_ids"] == whole
-    assert made["labels"] == [-100] * first + whole[first:]
+    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(asked), len(whole)))
 
 
 @pytest.mark.parametrize("cut", [0, 6])

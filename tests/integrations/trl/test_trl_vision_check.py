@@ -1,11 +1,13 @@
 """What `star-dss check` says of rows with images."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("trl")
 
+import trl
 import yaml
 from star_dss_trl.check import check
 from support.models import tiny_llama
@@ -22,8 +24,14 @@ def model_folder(tmp_path, tokenizer):
     return str(folder)
 
 
-def test_check_says_what_the_guard_would_read(tmp_path):
+@pytest.mark.parametrize("marked", [False, True], ids=["", "assistant_only_loss"])
+def test_check_says_what_the_guard_would_read(tmp_path, marked):
     model, processor = smolvlm()
+    if marked:  # a template of which TRL has a variant that marks what is generated
+        known = Path(trl.__file__).parent / "chat_templates" / "smolvlm.jinja"
+        if not known.exists():
+            pytest.skip("this TRL knows no such template")
+        processor.chat_template = known.read_text(encoding="utf-8")
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     try:
@@ -44,6 +52,7 @@ def test_check_says_what_the_guard_would_read(tmp_path):
         "chunk_size": 2,
         "bf16": False,
         "use_cpu": True,
+        "assistant_only_loss": marked,
     }
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -51,7 +60,7 @@ def test_check_says_what_the_guard_would_read(tmp_path):
     assert found.problems == []
     (note,) = [note for note in found.notes if note.startswith("train data")]
     assert note.endswith("; a mark in place of media in 6 rows")
-    trainer = make(tmp_path, (model, processor), talks())
+    trainer = make(tmp_path, (model, processor), talks(), assistant_only_loss=marked)
     summary = trainer.star_dss_state.summaries["train"]
     calls = summary.provenance["prefixes"]
     assert f"8 rows, 16 responses (0 without messages): {calls} guard calls" in note
