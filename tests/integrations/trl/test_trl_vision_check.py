@@ -8,18 +8,9 @@ pytest.importorskip("trl")
 
 import yaml
 from star_dss_trl.check import check
-from support.models import tiny_llama
 from support.vision_models import picture, smolvlm
 from support.vision_runs import make, talks
 from transformers import AutoProcessor
-
-
-@pytest.fixture
-def model_folder(tmp_path, tokenizer):
-    folder = tmp_path / "text-model"
-    tiny_llama(len(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 def test_check_says_what_the_guard_would_read(tmp_path):
@@ -57,11 +48,11 @@ def test_check_says_what_the_guard_would_read(tmp_path):
     assert f"8 rows, 16 responses (0 without messages): {calls} guard calls" in note
 
 
-def test_check_says_that_a_model_of_text_reads_no_images(tmp_path, model_folder):
+def test_check_says_that_a_model_of_text_reads_no_images(tmp_path, model_dir):
     data = tmp_path / "chat.jsonl"
     data.write_text(json.dumps({"messages": [], "images": ["0.png"]}) + "\n")
     config = {
-        "model_name_or_path": model_folder,
+        "model_name_or_path": str(model_dir),
         "dataset_name": str(data),
         "output_dir": str(tmp_path / "out"),
         "guard": "test-words",
