@@ -16,7 +16,7 @@ server = pytest.importorskip(
 pytestmark = pytest.mark.usefixtures("short_waits_and_key")
 
 
-def test_the_numbers_are_the_local_engines(fake, open_engine, model):
+def test_log_probabilities_are_those_of_the_local_engine(fake, open_engine, model):
     asked = prompt_groups()
     expected = LocalEngine(model).label_logprobs(asked, LABELS)
     found = open_engine(fake, prompts_per_request=3).label_logprobs(asked, LABELS)
@@ -25,7 +25,7 @@ def test_the_numbers_are_the_local_engines(fake, open_engine, model):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
 
 
-def test_requests_hold_one_response_longest_first(fake, open_engine):
+def test_a_request_has_prompts_of_one_response_longest_first(fake, open_engine):
     open_engine(fake, prompts_per_request=100, concurrency=1).label_logprobs(
         prompt_groups(), LABELS
     )
@@ -43,7 +43,7 @@ def test_concurrency_is_bounded(fake, open_engine, concurrency):
     assert 1 <= fake.busiest <= concurrency
 
 
-def test_the_budget_is_kept_and_no_batch_is_begun_that_it_does_not_cover(fake, open_engine):
+def test_a_batch_that_the_request_budget_does_not_cover_is_not_sent(fake, open_engine):
     engine = open_engine(fake, max_requests=10, prompts_per_request=100)
     engine.label_logprobs(prompt_groups(2), LABELS)
     assert engine.sent == 1 + 3
@@ -56,7 +56,7 @@ def test_the_budget_is_kept_and_no_batch_is_begun_that_it_does_not_cover(fake, o
     assert engine.sent == 10 == len(fake.bodies) + 1
 
 
-def test_no_key_is_sent_that_was_not_set(fake, open_engine, monkeypatch):
+def test_the_key_of_another_service_is_not_sent(fake, open_engine, monkeypatch):
     monkeypatch.delenv("STAR_DSS_API_KEY")
     monkeypatch.setenv("OPENAI_API_KEY", KEY)  # a key for another service
     open_engine(fake)
@@ -64,13 +64,13 @@ def test_no_key_is_sent_that_was_not_set(fake, open_engine, monkeypatch):
 
 
 @pytest.mark.parametrize("data", [["tiny"], {"id": "tiny"}, [None], None])
-def test_a_server_that_lists_no_models(fake, open_engine, monkeypatch, data):
+def test_a_server_that_lists_no_models_is_refused(fake, open_engine, monkeypatch, data):
     monkeypatch.setattr(FakeHandler, "do_GET", lambda self: self.answer({"data": data}))
     with pytest.raises(GuardError, match="serves nothing, not 'tiny'"):
         open_engine(fake)
 
 
-def test_what_a_call_gave_up_stays_so(fake, open_engine, monkeypatch):
+def test_a_failed_call_stops_its_own_requests_only(fake, open_engine, monkeypatch):
     engine = open_engine(fake, concurrency=1)
     given_up = []
     complete = server.ServerEngine._complete

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("short_waits_and_key")
 
 
 @pytest.mark.parametrize("fault", [408, 429, 500, 502, 503, 504, "hang up", "too slow", "garbage"])
-def test_a_fault_that_passes_changes_nothing(fake, open_engine, model, fault):
+def test_a_temporary_fault_does_not_change_the_results(fake, open_engine, model, fault):
     fake.faults = [fault] * 4
     engine = open_engine(fake, timeout=2.5 if fault == "too slow" else 30)
     # Before the request, because the server may use the same model for a late answer.
@@ -41,14 +41,14 @@ def test_a_fault_that_passes_changes_nothing(fake, open_engine, model, fault):
         ("no logprobs", "answered without log-probabilities"),
     ],
 )
-def test_an_answer_that_cannot_be_used_is_an_error_at_once(fake, open_engine, fault, message):
+def test_an_unusable_answer_is_an_error_without_a_retry(fake, open_engine, fault, message):
     fake.faults = [fault]
     with pytest.raises(GuardError, match=message):
         open_engine(fake, concurrency=1).label_logprobs(prompt_groups(1)[:1], LABELS)
     assert len(fake.bodies) == 1
 
 
-def test_a_server_that_stays_broken_is_given_up(fake, open_engine):
+def test_a_permanent_fault_is_an_error_after_the_last_retry(fake, open_engine):
     engine = open_engine(fake, retries=3, concurrency=1)
     fake.faults = [503] * 100
     with pytest.raises(GuardError, match="did not answer in 4 tries; the last failed with status"):
@@ -58,7 +58,7 @@ def test_a_server_that_stays_broken_is_given_up(fake, open_engine):
 
 
 @pytest.mark.parametrize("before", [480, 490, 495])
-def test_half_a_key_is_not_shown_either(fake, open_engine, monkeypatch, before):
+def test_a_message_does_not_show_the_first_half_of_a_key(fake, open_engine, monkeypatch, before):
     monkeypatch.setattr(
         FakeHandler,
         "complete",
@@ -83,12 +83,12 @@ def test_half_a_key_is_not_shown_either(fake, open_engine, monkeypatch, before):
         (0, "²", 0.25, 0.5),
     ],
 )
-def test_waits_grow(monkeypatch, attempt, after, least, most):
+def test_waits_grow_and_follow_retry_after(monkeypatch, attempt, after, least, most):
     monkeypatch.setattr(server, "_MAX_WAIT_SECONDS", 30.0)
     assert least <= server._wait(attempt, after) <= most
 
 
-def test_a_date_to_retry_after_is_waited_for(monkeypatch):
+def test_a_retry_waits_for_the_date_that_the_server_gives(monkeypatch):
     monkeypatch.setattr(server, "_MAX_WAIT_SECONDS", 30.0)
     at = dt.datetime.now(dt.UTC) + dt.timedelta(seconds=20)
     assert 10 < server._wait(0, format_datetime(at, usegmt=True)) <= 20

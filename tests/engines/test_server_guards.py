@@ -76,7 +76,7 @@ def test_scores_are_those_of_the_local_engine(saved_model, tokenizer, model_dir)
     fake.stop()
 
 
-def test_a_server_that_dies_half_way_loses_nothing(
+def test_no_prompt_is_sent_again_after_a_server_died(
     saved_model, tokenizer, model_dir, tmp_path, monkeypatch
 ):
     """Either the server stays away and the run ends, or it returns and the run continues."""
@@ -105,7 +105,7 @@ def test_a_server_that_dies_half_way_loses_nothing(
     again = FakeServer(saved_model, port)
     monkeypatch.setattr(server, "_MAX_WAIT_SECONDS", 0.2)
 
-    def dies_and_comes_back():
+    def restart():
         while len(again.bodies) < 3:
             time.sleep(0.005)
         again.stop()
@@ -113,10 +113,10 @@ def test_a_server_that_dies_half_way_loses_nothing(
         threads.append(FakeServer(saved_model, port))
 
     threads = []
-    death = threading.Thread(target=dies_and_comes_back)
-    death.start()
+    restarting = threading.Thread(target=restart)
+    restarting.start()
     found = score_dataset(rows(12), tokenizer, guard=served_guard(again, model_dir), progress=False)
-    death.join()
+    restarting.join()
     assert list(found["star_scores"]) == list(expected["star_scores"])
     after = {
         json.dumps(p) for fake in (again, *threads) for body in fake.bodies for p in body["prompt"]
@@ -152,7 +152,7 @@ def test_a_response_that_a_server_refuses_counts_as_unsafe(
 
 
 @pytest.mark.parametrize("listening", [True, False])
-def test_a_server_that_cannot_be_used_stops_before_scoring(fake, tokenizer, model_dir, listening):
+def test_an_unusable_server_is_an_error_before_scoring(fake, tokenizer, model_dir, listening):
     given = served_guard(fake, model_dir)
     if listening:
         given["engine_options"] = {"model": "another"}

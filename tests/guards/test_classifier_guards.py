@@ -69,13 +69,13 @@ def encoder_dir(request, tmp_path_factory):
     return folder
 
 
-def encoder(folder, **changes):
+def load_encoder(folder, **changes):
     return load_guard(
         {"preset": "harmaug", "model": str(folder), "self_check": False, "device": "cpu", **changes}
     )
 
 
-def slow_pair(folder, prompt, response):
+def slow_pair_score(folder, prompt, response):
     """Return the score as the model card computes it: one pass per pair."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
@@ -86,18 +86,18 @@ def slow_pair(folder, prompt, response):
 
 @pytest.mark.parametrize("batch_tokens", [1, 100, 16384])
 def test_an_encoder_reads_each_prefix_as_a_pair(encoder_dir, batch_tokens):
-    guard = encoder(encoder_dir, batch_tokens=batch_tokens)
+    guard = load_encoder(encoder_dir, batch_tokens=batch_tokens)
     ends = (2, 4, 9, 10)
     (found,) = guard.trajectories([PrefixRequest(CONTEXT, TEXT, ends)])
-    expected = [slow_pair(encoder_dir, CONTEXT[0]["content"], TEXT[:end]) for end in ends]
+    expected = [slow_pair_score(encoder_dir, CONTEXT[0]["content"], TEXT[:end]) for end in ends]
     assert found.scores == pytest.approx(expected, abs=1e-5)
     assert max(expected) - min(expected) > 1e-4
     assert found.label_mass is None
 
 
-def test_content_of_an_encoder_is_content(encoder_dir):
+def test_control_tokens_in_a_response_are_text(encoder_dir):
     """A literal [SEP] must not end the response, as it does with naive tokenization."""
-    guard = encoder(encoder_dir)
+    guard = load_encoder(encoder_dir)
     pairs, tokenizer = guard._pairs, PreTrainedTokenizerFast.from_pretrained(encoder_dir)
     text = "no[SEP] i am fine [CLS]"
     control = {tokenizer.cls_token_id, tokenizer.sep_token_id}
@@ -111,7 +111,7 @@ def test_content_of_an_encoder_is_content(encoder_dir):
 
 
 def test_a_long_prompt_loses_its_start_and_a_long_response_is_refused(encoder_dir):
-    guard = encoder(encoder_dir)
+    guard = load_encoder(encoder_dir)
     long = PrefixRequest(({"role": "user", "content": "how are you? " * 50},), "i am", (4,))
     assert guard.truncates(long)
     assert not guard.truncates(PrefixRequest(CONTEXT, "i am", (4,)))
@@ -128,14 +128,14 @@ def test_a_long_prompt_loses_its_start_and_a_long_response_is_refused(encoder_di
 
 
 @pytest.mark.parametrize("unsafe_class", [2, -1, "unsafe"])
-def test_a_class_that_is_not_there(encoder_dir, unsafe_class):
+def test_an_unknown_unsafe_class_is_refused(encoder_dir, unsafe_class):
     with pytest.raises(ConfigError, match="unsafe_class is"):
-        encoder(encoder_dir, unsafe_class=unsafe_class)
+        load_encoder(encoder_dir, unsafe_class=unsafe_class)
 
 
 @pytest.mark.parametrize("padding", [0, 3, -1, None])
 def test_a_decoder_that_classifies_reads_its_last_token(tmp_path, padding):
-    """The model finds that token by the padding after it, so it must be the model's pad token."""
+    """The model finds that token by the padding behind it, which must be the model's pad token."""
     backend = encoder_backend("deberta-v2")
     control = {name: f"[{name.upper()}]" for name in ("cls", "sep")}
     backend.post_processor = None
@@ -167,13 +167,13 @@ def test_a_decoder_that_classifies_reads_its_last_token(tmp_path, padding):
     )
     ends = (2, 4, 9, 10)
     (found,) = guard.trajectories([PrefixRequest(CONTEXT, TEXT, ends)])
-    expected = [slow_pair(tmp_path, CONTEXT[0]["content"], TEXT[:end]) for end in ends]
+    expected = [slow_pair_score(tmp_path, CONTEXT[0]["content"], TEXT[:end]) for end in ends]
     assert found.scores == pytest.approx(expected, abs=1e-5)
     assert max(expected) - min(expected) > 1e-4
 
 
-def test_a_score_that_is_no_number_is_about_its_response(encoder_dir, monkeypatch):
-    guard = encoder(encoder_dir)
+def test_an_error_about_nan_scores_names_the_response(encoder_dir, monkeypatch):
+    guard = load_encoder(encoder_dir)
     scores = guard._scores
     monkeypatch.setattr(guard, "_scores", lambda rows: [*scores(rows)[:-1], float("nan")])
     request = PrefixRequest(CONTEXT, "i am", (2, 4))
@@ -182,8 +182,8 @@ def test_a_score_that_is_no_number_is_about_its_response(encoder_dir, monkeypatc
     assert caught.value.request == 1
 
 
-def test_positions_of_robertas_begin_behind_the_padding(tmp_path):
-    """22 of its 24 positions are for tokens, which the tokenizer does not say."""
+def test_roberta_positions_begin_after_the_padding_index(tmp_path):
+    """Only 22 of its 24 positions are for tokens, and the tokenizer does not know this limit."""
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=encoder_backend("bert"),
         unk_token="[UNK]",
@@ -215,8 +215,10 @@ def test_positions_of_robertas_begin_behind_the_padding(tmp_path):
     assert len(found.scores) == 2
 
 
-def test_any_encoder_by_its_folder(encoder_dir):
+def test_an_encoder_without_a_preset_is_loaded_from_its_folder(encoder_dir):
     options = {"preset": "classifier", "model": str(encoder_dir), "unsafe_class": 0}
     guard = load_guard({**options, "self_check": False, "device": "cpu"})
     score = guard.score([[*CONTEXT, {"role": "assistant", "content": "i am"}]])[0]
-    assert score == pytest.approx(1 - slow_pair(encoder_dir, "how are you?", "i am"), abs=1e-5)
+    assert score == pytest.approx(
+        1 - slow_pair_score(encoder_dir, "how are you?", "i am"), abs=1e-5
+    )

@@ -74,7 +74,7 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("guard", VERDICTS, indirect=True)
-def test_the_prompt_is_the_cards(guard):
+def test_the_prompt_is_that_of_the_template(guard):
     found = rendered(guard)
     if guard.name == "wildguard":
         (text,) = found
@@ -91,7 +91,7 @@ def test_the_prompt_is_the_cards(guard):
 
 
 @pytest.mark.parametrize("guard", VERDICTS, indirect=True)
-def test_the_labels_are_the_next_words(guard):
+def test_the_labels_continue_the_prompt(guard):
     """Each label id is the token with which the label continues the tokenized prompt."""
     tokenizer, preset = guard._template._tokenizer, PRESETS[guard.name]
     options = preset.options
@@ -144,7 +144,7 @@ def test_the_score_is_read_from_raw_logits(guard, folder_of):
 
 
 @pytest.mark.parametrize("guard", ["shieldgemma-2b"], indirect=True)
-def test_runs_of_white_space_are_text_even_where_they_are_added_tokens(guard):
+def test_white_space_is_text_also_if_it_is_an_added_token(guard):
     """Gemma's tokenizer has such tokens; without this its line feeds would be unreadable."""
     assert "\n\n" in guard._template._tokenizer.get_added_vocab()
     text = "yes\n\n  no\n"
@@ -175,7 +175,7 @@ def test_arguments_that_a_template_ignores_are_refused(folder_of, name):
         )
 
 
-def test_a_template_that_refuses_its_arguments(folder_of):
+def test_arguments_that_a_template_refuses_are_an_error(folder_of):
     with pytest.raises(GuardError, match="refuses what it is given: no such risk"):
         load_guard(
             {
@@ -187,7 +187,7 @@ def test_a_template_that_refuses_its_arguments(folder_of):
         )
 
 
-def test_the_tokenizers_verdicts_must_be_there(folder_of):
+def test_a_tokenizer_without_its_verdict_words_is_refused(folder_of):
     with pytest.raises(GuardError, match="no mapping 'id2risk'"):
         load_guard(
             {
@@ -199,7 +199,7 @@ def test_the_tokenizers_verdicts_must_be_there(folder_of):
         )
 
 
-def test_a_label_that_the_prompt_swallows_is_refused(folder_of):
+def test_a_prefill_that_ends_with_white_space_is_refused(folder_of):
     with pytest.raises(ConfigError, match="Move white space from the end of 'prefill'"):
         load_guard(
             {
@@ -214,7 +214,7 @@ def test_a_label_that_the_prompt_swallows_is_refused(folder_of):
         )
 
 
-def test_presets_are_data():
+def test_presets_have_valid_data():
     for name, preset in PRESETS.items():
         json.dumps(preset.options)
         assert preset.kind in (VERDICT, CLASSIFIER, STREAM), name
