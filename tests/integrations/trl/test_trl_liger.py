@@ -18,9 +18,9 @@ for package in ("trl", "triton", "liger_kernel"):
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"needs {package}", allow_module_level=True)
 
-pytestmark = pytest.mark.slow  # the interpreter takes its time
+pytestmark = pytest.mark.slow  # Triton's interpreter is slow
 
-# In a process of its own: Triton's interpreter has to be there before what defines kernels.
+# In a process of its own: Triton chooses its interpreter when a kernel is defined.
 RUNS = """
 import json, pathlib, sys
 import support.interpreted_triton

@@ -32,32 +32,32 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_a_stream_cannot_go_with_is_refused(tmp_path, tokenizer, name):
+def test_options_that_do_not_work_with_a_stream_are_refused(tmp_path, tokenizer, name):
     changes, error, words = REFUSED[name]
     with pytest.raises(error, match=words):
         make(tmp_path, tokenizer, prompt_completion().to_iterable_dataset(), **changes)
 
 
-def test_a_stream_that_trains_nothing_is_refused(tmp_path, tokenizer):
+def test_a_stream_without_trained_tokens_is_refused(tmp_path, tokenizer):
     rows = [{"input_ids": [1, 2, 3], "labels": [-100] * 3}] * 4
     stream = Dataset.from_list(rows).to_iterable_dataset()
     with pytest.raises(DataError, match="None of the first 4 rows of the train stream"):
         make(tmp_path, tokenizer, stream, max_length=None, guard="test-words")
 
 
-def test_a_stream_without_steps_is_refused(tmp_path, tokenizer):
+def test_a_stream_without_max_steps_is_refused(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="max_steps"):
         make(tmp_path, tokenizer, prompt_completion().to_iterable_dataset(), max_steps=-1)
 
 
-def test_a_stream_that_comes_late_needs_a_live_reference(tmp_path, tokenizer):
+def test_evaluating_a_stream_is_refused_if_the_reference_was_precomputed(tmp_path, tokenizer):
     trainer = make(tmp_path, tokenizer)
     with pytest.raises(ConfigError, match="reference of this run was computed before"):
         trainer.evaluate(prompt_completion().to_iterable_dataset())
 
 
 @pytest.mark.parametrize("changed", ["workers", "dispatch"])
-def test_settings_of_the_loader_that_are_changed_back_are_refused(tmp_path, tokenizer, changed):
+def test_loader_settings_that_change_after_setup_are_refused(tmp_path, tokenizer, changed):
     trainer = make(tmp_path, tokenizer, prompt_completion().to_iterable_dataset())
     if changed == "workers":
         trainer.args.dataloader_num_workers = 1
@@ -67,15 +67,15 @@ def test_settings_of_the_loader_that_are_changed_back_are_refused(tmp_path, toke
         trainer.train()
 
 
-def test_a_guard_that_dies_stops_the_run_with_the_row(tmp_path, tokenizer, monkeypatch):
+def test_a_guard_error_stops_the_run_and_names_the_row(tmp_path, tokenizer, monkeypatch):
     scores = WordGuard.token_scores
 
-    def dies(self, responses):
+    def fail_on_fox(self, responses):
         if any("fox" in text for _, text in responses):
             raise GuardError("the guard is gone")
         return scores(self, responses)
 
-    monkeypatch.setattr(WordGuard, "token_scores", dies)
+    monkeypatch.setattr(WordGuard, "token_scores", fail_on_fox)
     data = prompt_completion().to_iterable_dataset()
     changes = {"per_device_train_batch_size": 1, "stream_buffer": 2, "max_steps": 8}
     trainer = make(tmp_path, tokenizer, data, **changes)
@@ -87,7 +87,7 @@ def test_a_guard_that_dies_stops_the_run_with_the_row(tmp_path, tokenizer, monke
         trainer.train()
 
 
-def test_a_guard_that_scores_nothing_stops_the_run_however_small_buffers_are(
+def test_a_guard_that_scores_nothing_stops_the_run_also_with_small_buffers(
     tmp_path, tokenizer, monkeypatch
 ):
     def fails(self, responses):
@@ -103,7 +103,7 @@ def test_a_guard_that_scores_nothing_stops_the_run_however_small_buffers_are(
 
 
 @pytest.mark.parametrize("scored", [True, False])
-def test_a_stream_that_takes_the_place_of_another_does_not_train(tmp_path, tokenizer, scored):
+def test_a_stream_that_replaces_the_scored_one_is_refused(tmp_path, tokenizer, scored):
     stream = prompt_completion().to_iterable_dataset()
     trainer = make(tmp_path, tokenizer, stream)
     own = trainer.train_dataset
@@ -112,7 +112,7 @@ def test_a_stream_that_takes_the_place_of_another_does_not_train(tmp_path, token
         trainer.train()
 
 
-def test_a_row_that_is_changed_on_its_way_to_the_batch_stops_the_run(tmp_path, tokenizer):
+def test_a_row_that_changes_after_scoring_stops_the_run(tmp_path, tokenizer):
     trainer = make(tmp_path, tokenizer, prompt_completion().to_iterable_dataset(), **IN_ORDER)
     stream, inner = trainer.star_dss_state.streams[0], trainer.train_dataset
 
@@ -129,7 +129,7 @@ def test_a_row_that_is_changed_on_its_way_to_the_batch_stops_the_run(tmp_path, t
         trainer.train()
 
 
-def test_rows_are_known_while_they_may_still_be_trained_on(tmp_path, tokenizer, monkeypatch):
+def test_the_number_of_row_digests_does_not_grow_with_the_stream(tmp_path, tokenizer, monkeypatch):
     """Digests do not grow with the stream."""
     monkeypatch.setattr(known_rows, "_PASSING", 6)
     data = {"prompt": [str(i) for i in range(48)], "completion": ANSWERS * 6}
@@ -140,7 +140,9 @@ def test_rows_are_known_while_they_may_still_be_trained_on(tmp_path, tokenizer, 
     assert len(trainer.star_dss_state.rows._passing["train"]) == 12
 
 
-def test_a_long_evaluation_in_the_midst_of_a_buffer_stops_nothing(tmp_path, tokenizer, monkeypatch):
+def test_an_evaluation_longer_than_the_kept_digests_does_not_stop_the_run(
+    tmp_path, tokenizer, monkeypatch
+):
     monkeypatch.setattr(known_rows, "_PASSING", 6)
     data = {"prompt": [str(i) for i in range(64)], "completion": ANSWERS * 8}
     rows = Dataset.from_dict(data)

@@ -23,8 +23,8 @@ from star_dss_plugin import score_dataset
 
 
 @pytest.fixture
-def asked(monkeypatch):
-    """Return the texts that guards have been asked about, over all guards."""
+def asked_texts(monkeypatch):
+    """Return a list that records each response that a guard is asked to score."""
     texts = []
     scores = WordGuard.token_scores
 
@@ -36,7 +36,7 @@ def asked(monkeypatch):
     return texts
 
 
-def test_what_is_not_read_is_not_scored(tmp_path, tokenizer, asked):
+def test_only_rows_that_training_reads_are_scored(tmp_path, tokenizer, asked_texts):
     def rows():
         i = 0
         while True:
@@ -45,10 +45,10 @@ def test_what_is_not_read_is_not_scored(tmp_path, tokenizer, asked):
 
     stream = IterableDataset.from_generator(rows)
     train_in_order(tmp_path, tokenizer, stream, max_steps=3, per_device_train_batch_size=2)
-    assert 6 <= len(asked) <= 12  # the loader is one batch ahead
+    assert 6 <= len(asked_texts) <= 12  # the loader is one batch ahead
 
 
-def test_a_resumed_stream_asks_the_guard_nothing_again(tmp_path, tokenizer, asked):
+def test_a_resumed_run_scores_no_row_again(tmp_path, tokenizer, asked_texts):
     changes = {
         "max_steps": 4,
         "per_device_train_batch_size": 2,
@@ -59,7 +59,7 @@ def test_a_resumed_stream_asks_the_guard_nothing_again(tmp_path, tokenizer, aske
     whole = train_in_order(
         tmp_path / "a", tokenizer, prompt_completion().to_iterable_dataset(), **changes
     )
-    asked.clear()
+    asked_texts.clear()
     cache = str(tmp_path / "cache")
     stopped = make(
         tmp_path / "b",
@@ -70,7 +70,7 @@ def test_a_resumed_stream_asks_the_guard_nothing_again(tmp_path, tokenizer, aske
     )
     stopped.add_callback(Stop())
     stopped.train()
-    before = list(asked)
+    before = list(asked_texts)
     resumed = make(
         tmp_path / "b",
         tokenizer,
@@ -81,13 +81,13 @@ def test_a_resumed_stream_asks_the_guard_nothing_again(tmp_path, tokenizer, aske
     resumed.train(resume_from_checkpoint=True)
     assert history(resumed)[-2:] == history(whole)[-2:]
     assert 4 <= len(before) < 8
-    assert sorted(asked) == sorted(ANSWERS)
+    assert sorted(asked_texts) == sorted(ANSWERS)
 
 
-def test_a_stream_that_brings_scores_needs_no_guard(tmp_path, tokenizer, asked):
+def test_a_scored_stream_needs_no_guard(tmp_path, tokenizer, asked_texts):
     scored = score_dataset(prompt_completion(), tokenizer, guard="test-words", chunk_size=2)
     scored.save_to_disk(tmp_path / "scored")
-    asked.clear()
+    asked_texts.clear()
     stream = load_from_disk(tmp_path / "scored").to_iterable_dataset()
     stream.info.description = scored.info.description  # as load_scored(streaming=True) has it
     changes = {"max_length": 16, "monotone": True, "guard": None}
@@ -98,11 +98,11 @@ def test_a_stream_that_brings_scores_needs_no_guard(tmp_path, tokenizer, asked):
         ours,
         train_in_order(tmp_path / "b", tokenizer, load_from_disk(tmp_path / "scored"), **changes),
     )
-    assert not asked
+    assert not asked_texts
     assert not ours.star_dss_state.kept.loaded
 
 
-def test_scores_that_only_some_rows_bring_are_not_said_to_be_the_guards(tmp_path, tokenizer):
+def test_the_record_names_the_guard_and_the_given_scores(tmp_path, tokenizer):
     scored = score_dataset(prompt_completion(), tokenizer, guard="test-words", chunk_size=2)
 
     def rows():
@@ -117,7 +117,7 @@ def test_scores_that_only_some_rows_bring_are_not_said_to_be_the_guards(tmp_path
     assert data["rows"] == 8
 
 
-def test_it_is_said_what_was_read(tmp_path, tokenizer, capsys):
+def test_the_output_and_the_model_card_count_the_rows_read(tmp_path, tokenizer, capsys):
     trainer = make(tmp_path, tokenizer, prompt_completion().to_iterable_dataset(), **IN_ORDER)
     trainer.create_model_card()
     trainer.train()
@@ -134,7 +134,7 @@ def test_it_is_said_what_was_read(tmp_path, tokenizer, capsys):
 
 
 @pytest.mark.parametrize("streamed", [True, False])
-def test_texts_without_a_question_are_told_of_once(tmp_path, tokenizer, caplog, streamed):
+def test_responses_without_a_context_cause_one_warning(tmp_path, tokenizer, caplog, streamed):
     rows = Dataset.from_list([{"text": f"user: {i} + 1? assistant: no"} for i in range(8)])
     rows = rows.to_iterable_dataset() if streamed else rows
     train_in_order(tmp_path, tokenizer, rows, max_steps=2, **IN_ORDER)
@@ -143,7 +143,7 @@ def test_texts_without_a_question_are_told_of_once(tmp_path, tokenizer, caplog, 
     assert [m.partition(" have")[0] for m in said] == [f"{count} of {count} responses"]
 
 
-def test_what_holds_for_all_rows_is_said_once(tmp_path, tokenizer, caplog):
+def test_a_warning_about_every_row_is_logged_once(tmp_path, tokenizer, caplog):
     with caplog.at_level(logging.WARNING, "star_dss_plugin"):
         train_in_order(tmp_path, tokenizer, conversations().to_iterable_dataset())
     said = [record for record in caplog.records if "what the user says was trained" in record.msg]

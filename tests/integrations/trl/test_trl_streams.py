@@ -40,7 +40,7 @@ WRAPPED = {"packing": True, "packing_strategy": "wrapped", "max_length": 32, "st
     ],
     ids=["lora", "lora-full-kl", "copy", "named", "packed", "wrapped"],
 )
-def test_a_stream_trains_as_its_rows_do(
+def test_a_stream_trains_as_a_data_set_of_its_rows(
     tmp_path, tokenizer, model_dir, rows, reference, lora, changes
 ):
     changes = {
@@ -70,7 +70,7 @@ def test_scores_are_those_of_score_dataset_to_the_byte(tmp_path, tokenizer):
             assert ours[name] == wanted[name]
 
 
-def test_streams_may_be_mapped_shuffled_and_interleaved_before(tmp_path, tokenizer):
+def test_mapped_shuffled_and_interleaved_streams_train(tmp_path, tokenizer):
     rows = prompt_completion()
     one, two = rows.select(range(4)).to_iterable_dataset(), rows.select(range(4, 8))
     stream = interleave_datasets(
@@ -132,7 +132,7 @@ def test_attach_takes_a_trainer_with_a_stream(tmp_path, tokenizer, stock, caplog
     assert "dataloader_num_workers is 2 and taken for 0" in caplog.text
 
 
-def test_only_what_is_read_must_have_one_form(tmp_path, tokenizer):
+def test_only_columns_that_are_read_must_have_one_type(tmp_path, tokenizer):
     def rows():
         for i, row in enumerate(prompt_completion()):
             yield {**row, "meta": i if i % 2 else {"source": str(i)}}
@@ -152,7 +152,7 @@ def test_only_what_is_read_must_have_one_form(tmp_path, tokenizer):
         make(tmp_path, tokenizer, IterableDataset.from_generator(talks))
 
 
-def test_columns_that_the_first_row_lacks_do_not_disturb_packing(tmp_path, tokenizer):
+def test_rows_with_more_columns_than_the_first_are_packed(tmp_path, tokenizer):
     def rows():
         for i, row in enumerate(prompt_completion()):
             yield row | ({"source": str(i), "weight": i} if i > 3 else {})
@@ -167,7 +167,7 @@ def test_columns_that_the_first_row_lacks_do_not_disturb_packing(tmp_path, token
 
 
 @pytest.mark.parametrize("mixture", [False, True])
-def test_the_command_line_streams(tmp_path, model_dir, mixture, capsys):
+def test_the_command_line_trains_on_streams(tmp_path, model_dir, mixture, capsys):
     data = tmp_path / "chat.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in conversations()))
     recipe = {

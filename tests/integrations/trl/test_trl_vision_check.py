@@ -1,4 +1,4 @@
-"""What `star-dss check` says of rows with images."""
+"""`star-dss check` on rows with images."""
 
 import json
 
@@ -13,7 +13,7 @@ from support.vision_runs import make, talks
 from transformers import AutoProcessor
 
 
-def test_check_says_what_the_guard_would_read(tmp_path):
+def test_check_counts_the_rows_with_media(tmp_path):
     model, processor = smolvlm()
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
@@ -48,7 +48,7 @@ def test_check_says_what_the_guard_would_read(tmp_path):
     assert f"8 rows, 16 responses (0 without messages): {calls} guard calls" in note
 
 
-def test_check_says_that_a_model_of_text_reads_no_images(tmp_path, model_dir):
+def test_check_refuses_images_for_a_text_model(tmp_path, model_dir):
     data = tmp_path / "chat.jsonl"
     data.write_text(json.dumps({"messages": [], "images": ["0.png"]}) + "\n")
     config = {
