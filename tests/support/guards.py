@@ -49,6 +49,8 @@ class WordGuard(StreamingGuard):
 
 
 class WordsPlugin:
+    """Register `WordGuard` as the preset "test-words"."""
+
     @hookimpl
     def star_dss_register_guards(self, register):
         register("test-words", WordGuard, summary="a word list")
