@@ -56,7 +56,7 @@ def scored(folder, model_dir, *datasets, **changes):
     return provenance_of(found)["raw_contexts"]
 
 
-def same(asked, *expected):
+def assert_asked(asked, *expected):
     """Check that guards scored exactly these: (system, question, answer)."""
     talks = [
         (
@@ -76,7 +76,7 @@ def test_alpaca(tmp_path, model_dir, asked, kind):
     if kind == "alpaca:chat":  # this format separates instruction and input by a line feed only
         rows[1] = {**rows[1], "input": "the dog or the fox"}
     assert scored(tmp_path, model_dir, dataset_entry(tmp_path, rows, kind)) == 0
-    same(
+    assert_asked(
         asked,
         *(
             ("", "\n\n".join(filter(None, (row["instruction"], row["input"]))), row["output"])
@@ -90,7 +90,7 @@ def test_rows_without_the_field_or_with_nothing_in_it(tmp_path, model_dir, asked
     empty = [{"instruction": "who is it?", "input": None, "output": "the fox"}]
     datasets = [dataset_entry(tmp_path, rows, "alpaca") for rows in (lacking, empty)]
     assert scored(tmp_path, model_dir, *datasets) == 0
-    same(asked, ("", "how are you?", "fine"), ("", "who is it?", "the fox"))
+    assert_asked(asked, ("", "how are you?", "fine"), ("", "who is it?", "the fox"))
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_rows_without_the_field_or_with_nothing_in_it(tmp_path, model_dir, asked
 )
 def test_formats_like_alpaca(tmp_path, model_dir, asked, kind, row, question):
     assert scored(tmp_path, model_dir, dataset_entry(tmp_path, [row] * 2, kind)) == 0
-    same(asked, ("", question, "x"))
+    assert_asked(asked, ("", question, "x"))
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -142,14 +142,16 @@ def test_a_custom_format_whose_two_forms_differ(tmp_path, model_dir, asked):
         {"question": "who is it?", "context": "a fox", "answer": "the fox", "system": "be brief"},
     ]
     assert scored(tmp_path, model_dir, dataset_entry(tmp_path, rows, form)) == 0
-    same(asked, ("", "how are you?", "fine"), ("be brief", "who is it?\n\na fox", "the fox"))
+    assert_asked(
+        asked, ("", "how are you?", "fine"), ("be brief", "who is it?\n\na fox", "the fox")
+    )
 
 
 def test_what_a_format_leaves_out_is_not_read(tmp_path, model_dir, asked):
     form = {**BRACKETS, "format": BRACKETS["no_input_format"], "system_prompt": ""}
     rows = [{"question": "how are you?", "context": "unseen", "answer": "fine"}] * 2
     assert scored(tmp_path, model_dir, dataset_entry(tmp_path, rows, form)) == 0
-    same(asked, ("", "how are you?", "fine"))
+    assert_asked(asked, ("", "how are you?", "fine"))
 
 
 def test_two_formats_and_a_chat_in_one_run(tmp_path, model_dir, asked):
@@ -169,7 +171,7 @@ def test_a_row_that_two_formats_make_differently_stays_raw(tmp_path, model_dir, 
     shorter = {**longer, "no_input_format": "[INST] {instruction} [/INST]"}
     rows = [{"question": "a fox", "answer": "yes"}, {"question": "the dog", "answer": "no"}]
     assert scored(tmp_path, model_dir, dataset_entry(tmp_path, rows, shorter)) == 0
-    same(asked, ("", "a fox", "yes"), ("", "the dog", "no"))
+    assert_asked(asked, ("", "a fox", "yes"), ("", "the dog", "no"))
     asked.clear()
     other = dataset_entry(tmp_path, [{"question": "dog", "answer": "sure"}], longer)
     changed = {"star_dss": {"guard": {"preset": "test-words", "safe": 0.8}}}

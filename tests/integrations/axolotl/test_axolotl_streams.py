@@ -57,7 +57,7 @@ def alpaca(folder):
     return {"path": write_rows(folder / "a.jsonl", rows), "ds_type": "json", "type": "alpaca"}
 
 
-def same(one, other):
+def assert_same_history(one, other):
     assert len(history(one)) == len(history(other)) > 0
     torch.testing.assert_close(
         torch.tensor(history(one)), torch.tensor(history(other)), rtol=1e-6, atol=1e-6
@@ -82,7 +82,7 @@ def test_a_stream_trains_as_a_data_set_of_its_rows(tmp_path, model_dir, kind):
     streamed = {**changes, "star_dss": options | {"stream_buffer": buffer}, "streaming": True}
     ours = trained(tmp_path / "a", configuration(tmp_path / "a", model_dir, **streamed))
     twin = trained(tmp_path / "b", configuration(tmp_path / "b", model_dir, **changes))
-    same(ours, twin)
+    assert_same_history(ours, twin)
     lines = [line for line in ours.state.log_history if "star_dss/kl" in line]
     assert max(line["star_dss/kl"] for line in lines) > 1e-6
     record = json.loads((tmp_path / "a/out/star_dss.json").read_text())["data"]["train"]
