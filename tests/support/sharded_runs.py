@@ -274,14 +274,6 @@ def counted(folder, kind, name):
     return json.loads(record.read_text())["data"]["train"]
 
 
-def register_guard():
-    from star_dss_plugin.plugins import Origin, load_plugins
-    from support.guards import WordGuard, WordsPlugin
-
-    if WordGuard.name not in load_plugins().names("guard"):
-        load_plugins().register(WordsPlugin(), Origin("tests", "star-dss-tests", "0"))
-
-
 def main(kind, folder, *cases):
     os.environ.update(KINDS[kind])
     import torch
@@ -294,6 +286,8 @@ def main(kind, folder, *cases):
         deepspeed.ops.__compatible_ops__.clear()  # otherwise it compiles its communication
     elif kind != "ddp":
         shard_on_cpus()
+    from support.guards import register_guard
+
     register_guard()
     results = {}
     for name in cases:

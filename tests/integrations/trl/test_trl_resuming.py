@@ -11,7 +11,7 @@ from datasets import load_from_disk
 
 pytest.importorskip("trl")
 from support.forks import FORKS
-from support.guards import WordGuard, WordsPlugin
+from support.guards import WordGuard, register_guard
 from support.trl_runs import (
     Stop,
     history,
@@ -25,7 +25,6 @@ from star_dss_plugin.cli import app as cli
 from star_dss_plugin.data.cache import ScoreCache
 from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN
 from star_dss_plugin.data.provenance import provenance_of
-from star_dss_plugin.plugins import Origin, load_plugins
 
 
 def test_resuming_equals_never_having_stopped(tmp_path, tokenizer):
@@ -78,7 +77,7 @@ def test_a_complete_cache_may_be_read_only(tmp_path, tokenizer, monkeypatch):
 
 def score_in_process(by, folder, model_dir, start):
     os.environ["STAR_DSS_CACHE"] = str(folder / "cache")
-    load_plugins().register(WordsPlugin(), Origin("tests", "star-dss-tests", "0"))
+    register_guard()
     answer = WordGuard.token_scores
     WordGuard.token_scores = lambda *args: time.sleep(0.5) or answer(*args)
     start.wait()

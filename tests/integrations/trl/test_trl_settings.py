@@ -92,8 +92,7 @@ RANKS = """
 import json, os, sys
 sys.path[:0] = {path!r}
 from support import guards, trl_runs
-from star_dss_plugin.plugins import Origin, load_plugins
-load_plugins().register(guards.WordsPlugin(), Origin("tests", "star-dss-tests", "0"))
+guards.register_guard()
 from pathlib import Path
 from transformers import AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained({model!r})

@@ -116,9 +116,8 @@ RANK = """
 import sys, warnings
 from pathlib import Path
 sys.path[:0] = {paths!r}
-from support.guards import WordsPlugin
-from star_dss_plugin.plugins import Origin, load_plugins
-load_plugins().register(WordsPlugin(), Origin("tests", "star-dss-tests", "0"))
+from support.guards import register_guard
+register_guard()
 from support.vision_models import smolvlm
 from support.vision_runs import make, numbers, talks
 trainer = make(
