@@ -24,12 +24,7 @@ from support.engine_models import (
     served,
     shapes,
 )
-from transformers import (
-    LlamaConfig,
-    Phi3Config,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers import LlamaConfig, Phi3Config, T5Config, T5ForConditionalGeneration
 
 from star_dss_plugin.engines.base import Engine
 from star_dss_plugin.engines.local import LocalEngine

@@ -2,18 +2,12 @@
 
 import pytest
 
-from star_dss_plugin import (
-    ConfigError,
-    load_guard,
-)
+from star_dss_plugin import ConfigError, load_guard
 from star_dss_plugin.engines import selection
 
 server = pytest.importorskip(
     "star_dss_plugin.engines.server", reason="needs httpx2 (pip install 'star-dss-plugin[server]')"
 )
-
-
-# Options that are refused before a model is loaded
 
 
 @pytest.mark.parametrize(

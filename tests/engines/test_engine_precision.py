@@ -18,9 +18,7 @@ from support.engine_models import (
 from support.models import real_model
 from torch import nn
 from torch.profiler import profile
-from transformers import (
-    LlamaConfig,
-)
+from transformers import LlamaConfig
 
 from star_dss_plugin.engines.local import LocalEngine
 from star_dss_plugin.engines.shared_prefix import savings

@@ -14,12 +14,7 @@ from star_dss_plugin import ConfigError, GuardError, load_guard, provenance_of, 
 from star_dss_plugin.data.requests import PrefixRequest, Trajectory
 from star_dss_plugin.guards.adaptive import AdaptiveGuard
 from star_dss_plugin.guards.base import Guard
-from star_dss_plugin.guards.combined import (
-    CalibratedGuard,
-    EnsembleGuard,
-    calibrate,
-    leaves,
-)
+from star_dss_plugin.guards.combined import CalibratedGuard, EnsembleGuard, calibrate, leaves
 from star_dss_plugin.options import StarDSSOptions
 from star_dss_plugin.report.reading import read_scored
 

@@ -13,8 +13,6 @@ from transformers import AutoModelForCausalLM
 from star_dss_plugin import GuardError, load_guard, score_dataset
 from star_dss_plugin.guards import self_check
 
-# Guards that fail the self-check
-
 
 def probe_states(folder):
     """Return the last hidden states of both probe texts, and the ids of the label words."""

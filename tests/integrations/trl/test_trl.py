@@ -10,14 +10,7 @@ pytest.importorskip("trl")
 from star_dss_trl import StarDSSTrainer
 from support.guards import WordGuard
 from support.models import tiny_llama
-from support.trl_runs import (
-    arguments,
-    conversations,
-    history,
-    lora_config,
-    make,
-    prompt_completion,
-)
+from support.trl_runs import arguments, conversations, history, lora_config, make, prompt_completion
 from trl import SFTConfig, SFTTrainer
 
 from star_dss_plugin import ConfigError, attach

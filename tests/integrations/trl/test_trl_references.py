@@ -10,12 +10,7 @@ from datasets import Dataset
 pytest.importorskip("trl")
 from peft import LoraConfig
 from support.models import tiny_llama
-from support.trl_runs import (
-    conversations,
-    history,
-    lora_config,
-    make,
-)
+from support.trl_runs import conversations, history, lora_config, make
 
 from star_dss_plugin import ConfigError, StarDSSError
 

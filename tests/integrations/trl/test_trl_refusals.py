@@ -7,11 +7,7 @@ pytest.importorskip("trl")
 from star_dss_trl import StarDSSTrainer
 from support.models import tiny_llama
 from support.scoring import unbound
-from support.trl_runs import (
-    arguments,
-    make,
-    prompt_completion,
-)
+from support.trl_runs import arguments, make, prompt_completion
 from transformers import default_data_collator
 from trl import SFTConfig, SFTTrainer
 

@@ -12,12 +12,7 @@ from datasets import load_from_disk
 pytest.importorskip("trl")
 from support.forks import FORKS
 from support.guards import WordGuard, register_guard
-from support.trl_runs import (
-    Stop,
-    history,
-    make,
-    prompt_completion,
-)
+from support.trl_runs import Stop, history, make, prompt_completion
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from star_dss_plugin import CheckpointError, ConfigError

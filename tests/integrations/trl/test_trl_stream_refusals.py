@@ -8,12 +8,7 @@ from datasets import Dataset, IterableDataset
 from star_dss_trl import StarDSSTrainer
 from support.guards import WordGuard
 from support.models import tiny_llama
-from support.trl_runs import (
-    ANSWERS,
-    arguments,
-    make,
-    prompt_completion,
-)
+from support.trl_runs import ANSWERS, arguments, make, prompt_completion
 from support.trl_streams import IN_ORDER, train_in_order
 
 from star_dss_plugin import ConfigError, DataError, GuardError

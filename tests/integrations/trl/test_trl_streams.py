@@ -11,13 +11,7 @@ from datasets import Dataset, IterableDataset, interleave_datasets
 from star_dss_trl import StarDSSTrainer
 from star_dss_trl.sft import main
 from support.models import tiny_llama
-from support.trl_runs import (
-    arguments,
-    conversations,
-    lora_config,
-    make,
-    prompt_completion,
-)
+from support.trl_runs import arguments, conversations, lora_config, make, prompt_completion
 from support.trl_streams import IN_ORDER, assert_same_history, train_in_order
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
