@@ -51,7 +51,7 @@ def test_the_guard_reads_the_words_that_are_trained(name):
             found = find_responses(row, chat, tokens, 5)
             for response in found:
                 check_words(tokenizer, talk, row["input_ids"], response)
-            if talk is not TALKS["control words"]:  # these tokens are read as an answer
+            if talk is not TALKS["control words"]:  # the forged turn's tokens are an answer
                 check_against_messages(chat, talk, row["input_ids"], found)
 
 
