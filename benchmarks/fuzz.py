@@ -66,7 +66,8 @@ def main() -> None:
         include=["star_dss_plugin", "star_dss_axolotl", "star_dss_trl"]
     ):
         from support.fuzz_targets import AXOLOTL_TARGETS, TARGETS, check_sizes
-        from support.fuzzing import quiet, register_guard
+        from support.fuzzing import quiet
+        from support.guards import register_guard
     if given.target == "sizes":
         check_sizes(10, 2000)
         return
@@ -133,7 +134,8 @@ def _attack(kinds: list[str], cases: int, number: int) -> int:
         The exit status: 1 if an input broke a property, else 0.
     """
     from support.fuzz_attacks import ATTACKS, count_outcomes
-    from support.fuzzing import quiet, register_guard
+    from support.fuzzing import quiet
+    from support.guards import register_guard
 
     register_guard()
     quiet()

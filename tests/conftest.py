@@ -5,14 +5,12 @@ import gc
 from pathlib import Path
 
 import pytest
-from support.guards import WordGuard, WordsPlugin
+from support.guards import register_guard
 from support.models import make_tokenizer, tiny_llama
 from support.paths import SHARED
 from support.standin_guards import layout
 from support.standin_guards import make as make_guard
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
-
-from star_dss_plugin.plugins import Origin, load_plugins
 
 try:
     from hypothesis import settings
@@ -37,8 +35,7 @@ def pytest_unconfigure():
 @pytest.fixture(autouse=True)
 def _test_guard():
     # Checked for every test, because the tests of plugins replace the plugin manager.
-    if WordGuard.name not in load_plugins().names("guard"):
-        load_plugins().register(WordsPlugin(), Origin("tests", "star-dss-tests", "0"))
+    register_guard()
 
 
 @pytest.fixture(autouse=True)

@@ -24,12 +24,7 @@ from support.engine_models import (
     served,
     shapes,
 )
-from transformers import (
-    LlamaConfig,
-    Phi3Config,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers import LlamaConfig, Phi3Config, T5Config, T5ForConditionalGeneration
 
 from star_dss_plugin.engines.base import Engine
 from star_dss_plugin.engines.local import LocalEngine
@@ -53,7 +48,7 @@ def test_equals_one_pass_per_sequence(
 
 
 @st.composite
-def tries(draw: st.DrawFn) -> list[list[int]]:
+def prefix_trees(draw: st.DrawFn) -> list[list[int]]:
     """Draw sequences, each of which continues a prefix of an earlier one, in any order."""
     sequences: list[list[int]] = []
     for _ in range(draw(st.integers(1, 10))):
@@ -66,9 +61,10 @@ def tries(draw: st.DrawFn) -> list[list[int]]:
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
-    groups=st.lists(tries(), min_size=1, max_size=4), batch_tokens=st.sampled_from([1, 40, 16384])
+    groups=st.lists(prefix_trees(), min_size=1, max_size=4),
+    batch_tokens=st.sampled_from([1, 40, 16384]),
 )
-def test_any_tries_equal_one_pass_per_prompt(
+def test_any_trees_of_prefixes_equal_one_pass_per_prompt(
     groups: list[list[list[int]]], batch_tokens: int
 ) -> None:
     model = served("llama")

@@ -29,15 +29,15 @@ from star_dss_plugin.engines.shared_prefix.flex import BlockSparse
 
 
 @pytest.mark.parametrize("name", SERVED)
-def test_rows_that_see_little_of_a_trunk_meet_no_more_of_it(
+def test_rows_attend_only_to_the_part_of_a_trunk_that_they_share(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dense, "_SLICE_QUERIES", 1)
-    met: list[int] = []
+    attended: list[int] = []
     attend_shared = dense._attend_shared
 
     def watched(query: torch.Tensor, key: torch.Tensor, *others: Any) -> Any:
-        met.append(key.shape[2])
+        attended.append(key.shape[2])
         return attend_shared(query, key, *others)
 
     monkeypatch.setattr(dense, "_attend_shared", watched)
@@ -45,12 +45,12 @@ def test_rows_that_see_little_of_a_trunk_meet_no_more_of_it(
     engine = LocalEngine(model)
     engine.label_logprobs([[[4]]], LABELS)
     for shape, sequences in shapes().items():
-        met.clear()
+        attended.clear()
         got = engine.label_logprobs([sequences], LABELS)[0]
         assert (got - one_pass_per_sequence(model, sequences, LABELS)).abs().max() <= 1e-4, shape
         if shape == "prompts" and name == "llama":
             # Each prompt's head and its prefix of the response, without the tail.
-            assert set(met) == {10, 13, 16, 19, 22}
+            assert set(attended) == {10, 13, 16, 19, 22}
 
 
 def test_the_last_layer_runs_only_where_it_is_read() -> None:
@@ -191,7 +191,7 @@ def test_no_block_is_missing_and_few_are_too_many(
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("passes", [0, 1, 5])
-def test_without_a_block_sparse_kernel_there_is_another_way(
+def test_a_kernel_that_fails_is_replaced_by_dense_attention(
     passes: int,
     small_blocks: None,
     monkeypatch: pytest.MonkeyPatch,
@@ -200,14 +200,14 @@ def test_without_a_block_sparse_kernel_there_is_another_way(
     """The kernel fails at once, during the trial, or in a later pass."""
     ready, kernel = 3 * passes, flex._kernel("cpu")  # three layers each
 
-    def works_a_while(*given: Any, **options: Any) -> Any:
+    def fails_after_some_calls(*given: Any, **options: Any) -> Any:
         nonlocal ready
         ready -= 1
         if ready < 0:
             raise RuntimeError("no kernel here")
         return kernel(*given, **options)
 
-    monkeypatch.setattr(flex, "_kernel", lambda device: works_a_while)
+    monkeypatch.setattr(flex, "_kernel", lambda device: fails_after_some_calls)
     model = served("llama")
     engine = LocalEngine(model, batch_tokens=40)
     engine._block_sparse = True

@@ -2,18 +2,12 @@
 
 import pytest
 
-from star_dss_plugin import (
-    ConfigError,
-    load_guard,
-)
+from star_dss_plugin import ConfigError, load_guard
 from star_dss_plugin.engines import selection
 
 server = pytest.importorskip(
     "star_dss_plugin.engines.server", reason="needs httpx2 (pip install 'star-dss-plugin[server]')"
 )
-
-
-# Options that are refused before a model is loaded
 
 
 @pytest.mark.parametrize(
@@ -40,7 +34,7 @@ server = pytest.importorskip(
         (3, None, {}, "Unknown engine 3"),
     ],
 )
-def test_a_choice_that_cannot_work(engine, options, more, message):
+def test_invalid_engine_options_are_refused(engine, options, more, message):
     with pytest.raises(ConfigError, match=message) as error:
         selection.choose_engine(engine, options, **more)
     assert "hush" not in str(error.value)
@@ -76,7 +70,7 @@ def test_options_that_no_guard_takes_are_named_without_their_values(guard):
     assert "hush" not in str(error.value)
 
 
-def test_what_only_takes_room_is_no_other_guard():
+def test_memory_options_do_not_change_the_identity():
     """Cached scores stay valid if a run may use more or less of a device's memory."""
     fewer = {"gpu_memory_utilization": 0.5, "max_model_len": 4096, "quantization": "fp8"}
     found = selection.choose_engine("vllm", fewer).identity("m")

@@ -18,9 +18,7 @@ from support.engine_models import (
 from support.models import real_model
 from torch import nn
 from torch.profiler import profile
-from transformers import (
-    LlamaConfig,
-)
+from transformers import LlamaConfig
 
 from star_dss_plugin.engines.local import LocalEngine
 from star_dss_plugin.engines.shared_prefix import savings
@@ -102,7 +100,7 @@ def test_onednn_leaves_other_linear_layers_alone(dtype: torch.dtype) -> None:
     assert trained.weight.grad is not None
 
 
-def test_the_callers_defaults_change_nothing() -> None:
+def test_default_dtypes_devices_and_autocast_change_nothing() -> None:
     model = served("llama")
     expected = LocalEngine(model).label_logprobs([prompts()], LABELS)[0]
     for dtype in (torch.float64, torch.bfloat16):
@@ -130,7 +128,7 @@ def test_a_guard_in_float64_takes_the_fast_path() -> None:
     assert (got - one_pass_per_sequence(model, prompts(), LABELS)).abs().max() <= 1e-5
 
 
-def test_linear_layers_that_onednn_does_not_take_go_their_way() -> None:
+def test_linear_layers_that_onednn_lacks_are_left_to_torch() -> None:
     x = torch.randn(2, 3)
     with torch.inference_mode(), OneDnnLinear():
         assert torch.equal(nn.functional.linear(x, x[0]), x @ x[0])

@@ -31,7 +31,7 @@ def test_states_are_those_of_a_plain_pass(name, batch_tokens):
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_what_is_shared_and_the_blocks_above_are_left_out():
+def test_shared_prefixes_and_later_blocks_are_not_computed_again():
     model = served("llama")
     blocks, ran = len(model.model.layers), []
     hooks = [
@@ -67,7 +67,7 @@ def test_a_model_without_shared_prefixes_runs_whole():
         torch.testing.assert_close(got, slow_states(model, ids, [-1])[read], rtol=1e-4, atol=1e-4)
 
 
-def test_verdicts_are_the_same_before_and_after():
+def test_reading_states_does_not_change_verdicts():
     model, (rows, positions) = served("qwen3"), sequences()
     engine = LocalEngine(model)
     groups, labels = [[row, row[:-2]] for row in rows], [3, 4]

@@ -84,7 +84,7 @@ def hostile():
 
 
 @pytest.fixture
-def asked(hostile, monkeypatch):
+def ask_server(hostile, monkeypatch):
     """Return a function that asks the server for the label log-probabilities of two prompts."""
     monkeypatch.setattr(server, "_MAX_WAIT_SECONDS", 0.01)
 
@@ -100,8 +100,8 @@ def asked(hostile, monkeypatch):
     return ask
 
 
-def test_a_server_that_does_as_it_should_is_believed(asked):
-    assert asked() == [[[-2.0, -2.0], [-1.0, -1.0]]]  # the longest prompt is sent first
+def test_a_valid_answer_is_accepted(ask_server):
+    assert ask_server() == [[[-2.0, -2.0], [-1.0, -1.0]]]  # the longest prompt is sent first
 
 
 WRONG = {
@@ -121,10 +121,10 @@ WRONG = {
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_an_answer_of_the_wrong_shape_is_refused(hostile, asked, kind):
+def test_an_answer_of_the_wrong_shape_is_refused(hostile, ask_server, kind):
     hostile.completion = WRONG[kind]
     with pytest.raises(GuardError):
-        asked()
+        ask_server()
 
 
 @pytest.mark.parametrize(
@@ -140,22 +140,22 @@ def test_an_answer_of_the_wrong_shape_is_refused(hostile, asked, kind):
         b"[" * 100_000,
     ],
 )
-def test_a_list_of_models_that_is_none_is_refused(hostile, asked, models):
+def test_an_invalid_list_of_models_is_refused(hostile, ask_server, models):
     hostile.models = models
     with pytest.raises(GuardError) as stop:
-        asked()
-    check_shown(str(stop.value))
+        ask_server()
+    check_printable(str(stop.value))
     assert len(str(stop.value)) < 2000
 
 
-def check_shown(text):
+def check_printable(text):
     assert not set(text) & set("\x1b\x07\n\u202e"), text
 
 
 @pytest.mark.parametrize(
     "indices", [[0, 0], [1, 1], [-1, 0], [0, 2], [1, 2], ["0", "1"], [0.0, 1.0], [True, False]]
 )
-def test_each_prompt_has_one_answer(hostile, asked, indices):
+def test_each_prompt_has_one_answer(hostile, ask_server, indices):
     def reply(handler, body):
         found = answer(body["prompt"])
         for choice, index in zip(found["choices"], indices, strict=True):
@@ -164,7 +164,7 @@ def test_each_prompt_has_one_answer(hostile, asked, indices):
 
     hostile.completion = reply
     with pytest.raises(GuardError, match="numbers its answers|without log-probabilities"):
-        asked()
+        ask_server()
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_each_prompt_has_one_answer(hostile, asked, indices):
         "token_id:5",
     ],
 )
-def test_log_probabilities_are_numbers_of_token_ids(hostile, asked, logprobs):
+def test_log_probabilities_are_numbers_of_token_ids(hostile, ask_server, logprobs):
     def reply(handler, body):
         found = answer(body["prompt"])
         found["choices"][0]["logprobs"]["top_logprobs"] = [logprobs]
@@ -194,24 +194,24 @@ def test_log_probabilities_are_numbers_of_token_ids(hostile, asked, logprobs):
 
     hostile.completion = reply
     with pytest.raises(GuardError) as stop:
-        asked()
-    check_shown(str(stop.value))
+        ask_server()
+    check_printable(str(stop.value))
     assert len(str(stop.value)) < 2000
 
 
 @pytest.mark.parametrize("tokens", ["7", 7.5, True, None, [7], 6, -7, 10**30])
-def test_the_count_of_tokens_is_the_prompts(hostile, asked, tokens):
+def test_the_count_of_tokens_is_the_prompts(hostile, ask_server, tokens):
     hostile.completion = lambda handler, body: handler.send(
         200, answer(body["prompt"], usage={"prompt_tokens": tokens})
     )
     with pytest.raises(GuardError, match="It changes prompts"):
-        asked()
+        ask_server()
 
 
 # Slow answers
 
 
-def drip(head, piece, done):
+def send_slowly(head, piece, done):
     """Return a reply that sends `head`, then `piece` again and again until the test is over."""
 
     def reply(handler, body):
@@ -237,20 +237,20 @@ def drip(head, piece, done):
     ],
 )
 @pytest.mark.parametrize("first", ["models", "completion"])
-def test_a_request_ends_in_time_however_its_answer_drips(hostile, asked, head, piece, first):
+def test_a_request_ends_in_time_however_slow_its_answer(hostile, ask_server, head, piece, first):
     """Each read ends in time, but all reads together never would."""
     done = threading.Event()
-    setattr(hostile, first, drip(head, piece, done))
+    setattr(hostile, first, send_slowly(head, piece, done))
     try:
         with pytest.raises(GuardError, match="did not answer in 1 tries"):
-            asked(timeout=0.4)
+            ask_server(timeout=0.4)
     finally:
         done.set()
 
 
-def test_a_request_behind_one_that_was_cut_off_has_a_new_connection(hostile, asked):
+def test_a_request_after_a_timeout_has_a_new_connection(hostile, ask_server):
     done, times = threading.Event(), []
-    slow = drip(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n", b"", done)
+    slow = send_slowly(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n", b"", done)
 
     def reply(handler, body):
         times.append(time.monotonic())
@@ -260,7 +260,7 @@ def test_a_request_behind_one_that_was_cut_off_has_a_new_connection(hostile, ask
 
     hostile.completion = reply
     try:
-        assert asked(timeout=2.0, retries=20) == [[[-2.0, -2.0], [-1.0, -1.0]]]
+        assert ask_server(timeout=2.0, retries=20) == [[[-2.0, -2.0], [-1.0, -1.0]]]
     finally:
         done.set()
     assert len(times) > 1
@@ -269,7 +269,7 @@ def test_a_request_behind_one_that_was_cut_off_has_a_new_connection(hostile, ask
 # Endless bodies
 
 
-def test_an_answer_has_a_longest_length(hostile, asked):
+def test_an_endless_answer_is_refused(hostile, ask_server):
     done, sent = threading.Event(), []
 
     def reply(handler, body):
@@ -284,41 +284,41 @@ def test_an_answer_has_a_longest_length(hostile, asked):
     hostile.completion = reply
     try:
         with pytest.raises(GuardError, match="its answer is damaged .it has more than"):
-            asked()
+            ask_server()
     finally:
         done.set()
     assert sum(sent) < 32 << 20  # the longest answer, and the buffers of sockets
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "zstd", "gzip, gzip", "x"])
-def test_compressed_answers_are_not_expanded(hostile, asked, encoding):
+def test_compressed_answers_are_not_expanded(hostile, ask_server, encoding):
     small = gzip.compress(b" " * (50 << 20), 9)
     hostile.completion = lambda handler, body: handler.send(
         200, small, [("Content-Encoding", encoding)]
     )
     with pytest.raises(GuardError, match="it is compressed, though it was asked not to be"):
-        asked()
+        ask_server()
 
 
 # Messages
 
 
 @pytest.mark.parametrize("status", [200, 302, 400, 401, 404, 500, 503])
-def test_a_body_is_shown_on_one_line_and_cut(hostile, asked, caplog, status):
+def test_a_body_is_shown_on_one_line_and_cut(hostile, ask_server, caplog, status):
     caplog.set_level(logging.INFO)
     body = (ESCAPES * 2000).encode()
     hostile.completion = lambda handler, _: handler.send(status, body)
     with pytest.raises(GuardError) as stop:
-        asked(retries=1)
+        ask_server(retries=1)
     for text in (str(stop.value), *(record.getMessage() for record in caplog.records)):
-        check_shown(text)
+        check_printable(text)
         assert len(text) < 1500
 
 
 @pytest.mark.parametrize("after", ["9" * 5000, "-1", "nan", "1e9", "٣", "Wed, 21 Oct 2099"])
-def test_a_wait_that_is_asked_for_has_an_end(hostile, asked, after):
+def test_the_wait_that_a_server_asks_for_is_limited(hostile, ask_server, after):
     hostile.completion = lambda handler, _: handler.send(
         503, b"", [("Retry-After", after.encode().decode("latin-1"))]
     )
     with pytest.raises(GuardError, match="did not answer in 2 tries"):
-        asked(retries=1)
+        ask_server(retries=1)

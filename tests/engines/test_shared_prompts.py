@@ -29,7 +29,7 @@ def shared_of(trunk, pieces):
 
 
 @given(TRUNK, PIECES, TRUNK, TRUNK)
-def test_they_are_the_prompts_written_out(trunk, pieces, before, behind):
+def test_shared_prompts_equal_the_whole_prompts(trunk, pieces, before, behind):
     shared, written = shared_of(trunk, pieces)
     assert list(shared) == written
     assert list(SharedPrompts.of(written)) == written

@@ -42,7 +42,7 @@ def smollm2(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _small(monkeypatch):
+def _small_cache(monkeypatch):
     for name, value in MEMORY.items():
         monkeypatch.setenv(name, value)
 
@@ -168,7 +168,7 @@ def wait_for(url, process, seconds=180):
             time.sleep(1)
 
 
-def test_a_server_equals_local_though_it_dies_half_way(smollm2, serve, monkeypatch, capsys):
+def test_a_server_that_dies_and_restarts_equals_local(smollm2, serve, monkeypatch, capsys):
     monkeypatch.setenv("STAR_DSS_API_KEY", "sk-test")
     asked = requests()
     here = guard(smollm2, dtype="float32", device="cpu").trajectories(asked)
@@ -182,16 +182,16 @@ def test_a_server_equals_local_though_it_dies_half_way(smollm2, serve, monkeypat
     assert max(scores, masses) < 1e-3
     sent = there._engine.sent
 
-    def die_and_come_back():
+    def restart():
         while there._engine.sent < sent + 4:
             time.sleep(0.01)
         kill(process)
         serve()
 
-    death = threading.Thread(target=die_and_come_back)
-    death.start()
+    restarting = threading.Thread(target=restart)
+    restarting.start()
     again = there.trajectories(asked)
-    death.join()
+    restarting.join()
     assert max(apart(here, again)) < 1e-3
     assert there._engine.sent > 2 * sent - 1  # some were sent again
     there.close()

@@ -50,7 +50,7 @@ def test_a_safe_response_is_scored_at_every_eighth_prefix():
     assert (guard.asked, guard.wanted) == (5, 33)
 
 
-def test_a_turn_is_found_and_everything_behind_it_is_exact():
+def test_every_prefix_after_a_fall_of_the_score_is_scored():
     scores = [0.99] * 13 + [0.3, 0.2, 0.1] * 9
     inner = Recorded(scores)
     [found] = AdaptiveGuard(inner).trajectories([request(0, 40)])
@@ -117,7 +117,7 @@ def test_an_error_names_the_response_it_is_about():
     assert error.value.request == 1
 
 
-def test_a_guard_that_reads_a_response_once_stays_as_it_is():
+def test_a_streaming_guard_is_returned_unchanged():
     class Streaming(StreamingGuard):
         name, identity = "streaming", {}
 
@@ -129,7 +129,7 @@ def test_a_guard_that_reads_a_response_once_stays_as_it_is():
     assert isinstance(adaptive(Recorded([1.0]), 0.02), AdaptiveGuard)
 
 
-def test_a_scored_data_set_says_that_it_is_adaptive(tokenizer, tmp_path):
+def test_the_provenance_and_the_cache_know_adaptive_scores(tokenizer, tmp_path):
     rows = [
         {
             "messages": [
@@ -177,7 +177,7 @@ def test_a_scored_data_set_says_that_it_is_adaptive(tokenizer, tmp_path):
     ],
     ids=["nan", "no probability", "too few", "too many"],
 )
-def test_wrong_answers_of_a_guard_are_errors_and_not_interpolated_over(wrong):
+def test_wrong_scores_of_a_guard_are_errors_and_not_interpolated(wrong):
     class Wrong(Recorded):
         def trajectories(self, requests):
             return [Trajectory(tuple(wrong([0.99] * len(r.ends)))) for r in requests]

@@ -238,7 +238,7 @@ LONG = "is it safe? " * 90
         (talk(LONG, LONG, LONG, LONG, "how are you?"), talk("how are you?")),
     ],
 )
-def test_the_oldest_turns_go_first(narrow, context, kept):
+def test_the_oldest_turns_are_cut_first(narrow, context, kept):
     text = "i am fine."
     request = PrefixRequest(context, text, (4, len(text)))
     shorter = PrefixRequest(kept, text, (4, 10))
@@ -248,7 +248,7 @@ def test_the_oldest_turns_go_first(narrow, context, kept):
     narrow.trajectories([request])
 
 
-def test_then_the_start_of_the_question_and_never_the_scaffold_or_the_answer(narrow):
+def test_the_start_of_the_question_is_cut_next_and_never_the_template_or_the_answer(narrow):
     text = "i am fine. " * 6
     request = PrefixRequest(talk("hi", "yes", LONG + "the end."), text, tuple(range(1, len(text))))
     (prompts,) = narrow._prompts.of(0, request)
@@ -271,7 +271,7 @@ def test_then_the_start_of_the_question_and_never_the_scaffold_or_the_answer(nar
     assert narrow.truncates(request)
 
 
-def test_what_cannot_be_cut_is_an_error_and_never_safe(narrow, tokenizer):
+def test_a_response_that_does_not_fit_is_an_error_or_unsafe(narrow, tokenizer):
     with pytest.raises(GuardError, match="does not fit the context.*on_guard_error"):
         narrow.score([[QUESTION, {"role": "assistant", "content": LONG}]])
     data = rows("i am fine", LONG, "yes")
@@ -295,7 +295,7 @@ def test_cut_conversations_are_counted(narrow, tokenizer):
 
 
 @pytest.mark.parametrize("room", range(0, 40))
-def test_as_much_as_fits(room):
+def test_the_longest_context_that_fits_is_kept(room):
     """The expected length is found by trying all lengths, longest first."""
     context = list(talk("aaaaaaa", "bb", "cccc", "ddddd", "eeeeee"))
 
@@ -303,7 +303,7 @@ def test_as_much_as_fits(room):
         return 5 + sum(len(t["content"]) + 1 for t in turns)
 
     last = context[-1]
-    tries = [context, context[2:], context[4:]]
-    tries += [[{**last, "content": last["content"][i:]}] for i in range(1, 7)]
-    expected = next((t for t in tries if length(t) <= room), None)
+    candidates = [context, context[2:], context[4:]]
+    candidates += [[{**last, "content": last["content"][i:]}] for i in range(1, 7)]
+    expected = next((t for t in candidates if length(t) <= room), None)
     assert fitting_context(context, room, length) == expected

@@ -14,12 +14,7 @@ from star_dss_plugin import ConfigError, GuardError, load_guard, provenance_of, 
 from star_dss_plugin.data.requests import PrefixRequest, Trajectory
 from star_dss_plugin.guards.adaptive import AdaptiveGuard
 from star_dss_plugin.guards.base import Guard
-from star_dss_plugin.guards.combined import (
-    CalibratedGuard,
-    EnsembleGuard,
-    calibrate,
-    leaves,
-)
+from star_dss_plugin.guards.combined import CalibratedGuard, EnsembleGuard, calibrate, leaves
 from star_dss_plugin.options import StarDSSOptions
 from star_dss_plugin.report.reading import read_scored
 
@@ -54,7 +49,7 @@ def test_an_ensemble_is_the_mean_or_the_minimum(tokenizer, how):
 def test_one_guard_at_a_time_is_in_memory(tokenizer):
     events = []
 
-    class Loud(WordGuard):
+    class RecordingGuard(WordGuard):
         def token_scores(self, responses):
             events.append(("asks", self.word))
             return super().token_scores(responses)
@@ -65,7 +60,7 @@ def test_one_guard_at_a_time_is_in_memory(tokenizer):
     def of(word):
         return [event for event, name in events if name == word]
 
-    ensemble = EnsembleGuard([Loud(word="bad"), Loud(word="fox")])
+    ensemble = EnsembleGuard([RecordingGuard(word="bad"), RecordingGuard(word="fox")])
     score_dataset(rows(TEXT, "a fox"), tokenizer, guard=ensemble, progress=False)
     assert events == [("asks", "bad")] * 2 + [("frees", "bad")] + [("asks", "fox")] * 2 + [
         ("frees", "fox")
@@ -76,7 +71,7 @@ def test_one_guard_at_a_time_is_in_memory(tokenizer):
     assert events.index(("frees", "bad")) < events.index(("asks", "fox"))
 
 
-def test_what_a_member_said_is_remembered_for_itself(tokenizer):
+def test_scores_of_a_member_are_cached_for_that_guard(tokenizer):
     scored(tokenizer, BAD)
     WordGuard.loads = 0
     scored(tokenizer, {"guards": [BAD, FOX]})
@@ -86,7 +81,7 @@ def test_what_a_member_said_is_remembered_for_itself(tokenizer):
     assert WordGuard.loads == 2
 
 
-def test_each_guards_column_on_request(tokenizer):
+def test_per_guard_adds_a_column_for_each_guard(tokenizer):
     ensemble = {"guards": [BAD, FOX]}
     assert "star_scores" in scored(tokenizer, ensemble).column_names
     assert not any("star_scores_" in name for name in scored(tokenizer, ensemble).column_names)
@@ -112,7 +107,7 @@ def test_disagreement_is_reported(tokenizer, caplog):
     assert "disagreement" not in provenance_of(scored(tokenizer, BAD))
 
 
-def test_disagreement_by_hand():
+def test_disagreement_equals_figures_computed_by_hand():
     from star_dss_plugin.scoring.guard_statistics import member_notes, remarks
 
     members = {
@@ -176,7 +171,7 @@ def test_adaptive_asks_each_member_adaptively(model_dir, tokenizer):
     ],
     ids=str,
 )
-def test_combinations_that_cannot_work(guard, message):
+def test_invalid_combinations_are_refused(guard, message):
     with pytest.raises(ConfigError, match=message):
         load_guard(guard)
 
@@ -247,7 +242,7 @@ def test_a_calibrated_guard(tokenizer):
 # Responses that cannot be scored
 
 
-class Choosy(Guard):
+class FailingGuard(Guard):
     """Fail on some texts, and name them in the error."""
 
     name = "test-choosy"
@@ -280,40 +275,40 @@ def trained(dataset):
     ]
 
 
-def test_it_is_an_error_by_default(tokenizer):
+def test_a_guard_error_stops_scoring_by_default(tokenizer):
     with pytest.raises(GuardError, match="^Row 1: no"):
-        scored(tokenizer, Choosy(), *TEXTS)
+        scored(tokenizer, FailingGuard(), *TEXTS)
 
 
-def test_or_unsafe_and_never_safe(tokenizer, caplog):
-    guard = Choosy()
+def test_a_guard_error_counts_as_unsafe_on_request(tokenizer, caplog):
+    guard = FailingGuard()
     found = scored(tokenizer, guard, *TEXTS, on_guard_error="unsafe")
     assert trained(found) == [{0.75}, {0.0}, {0.75}, {0.75}, {0.0}, {0.75}]
     assert provenance_of(found)["guard_errors"] == 2
     assert guard.asked == [["first", "second", "third"], ["first", "third"], ["fourth", "sixth"]]
     assert "Row 1 counts as unsafe: no" in caplog.text
     # An error is not cached: the next run asks the guard again.
-    better = Choosy()
+    better = FailingGuard()
     better.bad = ()
     assert type(better).identity.fget(better) != guard.identity
-    again = Choosy()
+    again = FailingGuard()
     scored(tokenizer, again, *TEXTS, on_guard_error="unsafe")
     assert again.asked == [["first", "second", "third"], ["first", "third"]]
     with pytest.raises(GuardError, match="^Row 1: no"):
-        scored(tokenizer, Choosy(), *TEXTS)
+        scored(tokenizer, FailingGuard(), *TEXTS)
 
 
-def test_in_an_ensemble_one_that_cannot_is_enough(tokenizer):
+def test_an_error_of_one_member_makes_the_response_unsafe(tokenizer):
     for how in ("mean", "min"):
-        ensemble = EnsembleGuard([Choosy(), WordGuard(), Choosy(bad=("sixth",))], how)
+        ensemble = EnsembleGuard([FailingGuard(), WordGuard(), FailingGuard(bad=("sixth",))], how)
         found = scored(tokenizer, ensemble, *TEXTS, on_guard_error="unsafe")
         assert [max(s) > 0 for s in trained(found)] == [True, False, True, True, False, False]
         assert provenance_of(found)["guard_errors"] == 3
 
 
-def test_what_a_member_said_is_its_own(tokenizer):
+def test_a_member_keeps_its_scores_if_another_member_fails(tokenizer):
     """Its scores are kept if another guard failed, under a name of its own."""
-    first = EnsembleGuard([CalibratedGuard(Choosy()), WordGuard()])
+    first = EnsembleGuard([CalibratedGuard(FailingGuard()), WordGuard()])
     second = EnsembleGuard([CalibratedGuard(WordGuard(word="fox")), WordGuard(word="sixth")])
     outer = EnsembleGuard([first, CalibratedGuard(second, 2.0)])
     found = scored(tokenizer, outer, *TEXTS, on_guard_error="unsafe", per_guard=True)
@@ -331,23 +326,23 @@ def test_what_a_member_said_is_its_own(tokenizer):
     assert [s == {0.0} for s in trained(found)] == unknown
 
 
-def test_errors_about_no_response_are_errors(tokenizer):
+def test_an_error_that_names_no_response_stops_scoring(tokenizer):
     with pytest.raises(GuardError, match="^Row 0, 1, 2: no"):
-        scored(tokenizer, Choosy(names=False), *TEXTS, on_guard_error="unsafe")
+        scored(tokenizer, FailingGuard(names=False), *TEXTS, on_guard_error="unsafe")
 
 
 def test_a_guard_that_can_score_nothing_is_an_error(tokenizer):
     with pytest.raises(GuardError, match="could not score a single one of 5"):
-        scored(tokenizer, Choosy(bad=TEXTS), *TEXTS, on_guard_error="unsafe")
+        scored(tokenizer, FailingGuard(bad=TEXTS), *TEXTS, on_guard_error="unsafe")
     with pytest.raises(ConfigError, match="Unknown on_guard_error 'safe'"):
-        scored(tokenizer, Choosy(), on_guard_error="safe")
+        scored(tokenizer, FailingGuard(), on_guard_error="safe")
 
 
 @settings(max_examples=20)
 @given(st.lists(st.sampled_from(["a", "bb", "ccc"]), max_size=7))
 def test_errors_name_the_request_also_through_a_combination(texts):
     requests = [PrefixRequest((), text, (len(text),)) for text in texts]
-    guard = CalibratedGuard(EnsembleGuard([WordGuard(), Choosy(bad=("ccc",))]))
+    guard = CalibratedGuard(EnsembleGuard([WordGuard(), FailingGuard(bad=("ccc",))]))
     if "ccc" not in texts:
         assert len(guard.trajectories(requests)) == len(texts)
         return
@@ -356,8 +351,8 @@ def test_errors_name_the_request_also_through_a_combination(texts):
     assert caught.value.request == texts.index("ccc")
 
 
-def test_adaptive_guards_pass_on_what_they_are_asked():
-    class Short(Choosy):
+def test_adaptive_guards_ask_the_inner_guard():
+    class Short(FailingGuard):
         markers = WordGuard.markers
         min_label_mass = 0.3
 

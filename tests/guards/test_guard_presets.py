@@ -1,7 +1,7 @@
-"""Every preset on a tiny random model of its architecture: text, verdict position, labels, score.
+"""Verdict presets on tiny random models of their architectures: prompts, labels and scores.
 
-The real tokenizers and templates are used if the developers' ../shared folder has them; otherwise
-stand-ins, written for this project, with the structure of the real ones.
+The tokenizers and templates are stand-ins, written for this project, with the structure of the
+real ones (support/standin_guards.py).
 """
 
 import json
@@ -9,14 +9,8 @@ import shutil
 
 import pytest
 import torch
-from support.standin_guards import CORPUS, GRANITE_4, layout
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PreTrainedTokenizerFast,
-)
+from support.standin_guards import GRANITE_4, layout
+from transformers import AutoModelForCausalLM
 
 from star_dss_plugin import ConfigError, GuardError, load_guard
 from star_dss_plugin.data.requests import PrefixRequest
@@ -80,7 +74,7 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("guard", VERDICTS, indirect=True)
-def test_the_prompt_is_the_cards(guard):
+def test_the_prompt_is_that_of_the_template(guard):
     found = rendered(guard)
     if guard.name == "wildguard":
         (text,) = found
@@ -97,7 +91,7 @@ def test_the_prompt_is_the_cards(guard):
 
 
 @pytest.mark.parametrize("guard", VERDICTS, indirect=True)
-def test_the_labels_are_the_next_words(guard):
+def test_the_labels_continue_the_prompt(guard):
     """Each label id is the token with which the label continues the tokenized prompt."""
     tokenizer, preset = guard._template._tokenizer, PRESETS[guard.name]
     options = preset.options
@@ -150,7 +144,7 @@ def test_the_score_is_read_from_raw_logits(guard, folder_of):
 
 
 @pytest.mark.parametrize("guard", ["shieldgemma-2b"], indirect=True)
-def test_runs_of_white_space_are_text_even_where_they_are_added_tokens(guard):
+def test_white_space_is_text_also_if_it_is_an_added_token(guard):
     """Gemma's tokenizer has such tokens; without this its line feeds would be unreadable."""
     assert "\n\n" in guard._template._tokenizer.get_added_vocab()
     text = "yes\n\n  no\n"
@@ -181,7 +175,7 @@ def test_arguments_that_a_template_ignores_are_refused(folder_of, name):
         )
 
 
-def test_a_template_that_refuses_its_arguments(folder_of):
+def test_arguments_that_a_template_refuses_are_an_error(folder_of):
     with pytest.raises(GuardError, match="refuses what it is given: no such risk"):
         load_guard(
             {
@@ -193,7 +187,7 @@ def test_a_template_that_refuses_its_arguments(folder_of):
         )
 
 
-def test_the_tokenizers_verdicts_must_be_there(folder_of):
+def test_a_tokenizer_without_its_verdict_words_is_refused(folder_of):
     with pytest.raises(GuardError, match="no mapping 'id2risk'"):
         load_guard(
             {
@@ -205,7 +199,7 @@ def test_the_tokenizers_verdicts_must_be_there(folder_of):
         )
 
 
-def test_a_label_that_the_prompt_swallows_is_refused(folder_of):
+def test_a_prefill_that_ends_with_white_space_is_refused(folder_of):
     with pytest.raises(ConfigError, match="Move white space from the end of 'prefill'"):
         load_guard(
             {
@@ -220,7 +214,7 @@ def test_a_label_that_the_prompt_swallows_is_refused(folder_of):
         )
 
 
-def test_presets_are_data():
+def test_presets_have_valid_data():
     for name, preset in PRESETS.items():
         json.dumps(preset.options)
         assert preset.kind in (VERDICT, CLASSIFIER, STREAM), name
@@ -239,216 +233,3 @@ def test_no_preset_runs_remote_code_or_pickle(folder_of, tmp_path):
     guard = load_guard({"preset": "qwen3guard-gen-0.6b", "model": str(folder), "device": "cpu"})
     with pytest.raises(GuardError, match="cannot be loaded"):
         guard.score([[*CONTEXT, {"role": "assistant", "content": "fine"}]])
-
-
-# Encoders that classify (prompt, response) pairs
-
-
-def encoder_backend(kind):
-    if kind == "bert":
-        backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-        backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        trainer = trainers.WordPieceTrainer(
-            vocab_size=400, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]"], show_progress=False
-        )
-    else:  # as DeBERTa's: the vocabulary itself spells the control tokens out
-        backend = Tokenizer(models.Unigram())
-        backend.pre_tokenizer = pre_tokenizers.Metaspace()
-        trainer = trainers.UnigramTrainer(
-            vocab_size=120,
-            special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]"],
-            unk_token="[UNK]",
-            show_progress=False,
-        )
-    backend.train_from_iterator(CORPUS * 4, trainer)
-    from tokenizers.processors import TemplateProcessing
-
-    ids = [(t, backend.token_to_id(t)) for t in ("[CLS]", "[SEP]")]
-    backend.post_processor = TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ids
-    )
-    return backend
-
-
-@pytest.fixture(scope="module", params=["bert", "deberta-v2"])
-def encoder_dir(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(request.param)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=encoder_backend(request.param),
-        unk_token="[UNK]",
-        pad_token="[PAD]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        model_max_length=64,
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-    )
-    torch.manual_seed(0)
-    made = AutoConfig.for_model(
-        request.param,
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        type_vocab_size=2,
-        num_labels=2,
-        initializer_range=0.5,
-        hidden_dropout_prob=0.1,
-    )
-    AutoModelForSequenceClassification.from_config(made).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def encoder(folder, **changes):
-    return load_guard(
-        {"preset": "harmaug", "model": str(folder), "self_check": False, "device": "cpu", **changes}
-    )
-
-
-def slow_pair(folder, prompt, response):
-    """Return the score as the model card computes it: one pass per pair."""
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    with torch.no_grad():
-        logits = model(**tokenizer(prompt, response, return_tensors="pt")).logits[0].double()
-    return float(logits.softmax(-1)[0])
-
-
-@pytest.mark.parametrize("batch_tokens", [1, 100, 16384])
-def test_an_encoder_reads_each_prefix_as_a_pair(encoder_dir, batch_tokens):
-    guard = encoder(encoder_dir, batch_tokens=batch_tokens)
-    ends = (2, 4, 9, 10)
-    (found,) = guard.trajectories([PrefixRequest(CONTEXT, TEXT[:10], ends)])
-    expected = [slow_pair(encoder_dir, CONTEXT[0]["content"], TEXT[:end]) for end in ends]
-    assert found.scores == pytest.approx(expected, abs=1e-5)
-    assert max(expected) - min(expected) > 1e-4
-    assert found.label_mass is None
-
-
-def test_content_of_an_encoder_is_content(encoder_dir):
-    """A literal [SEP] must not end the response, as it does with naive tokenization."""
-    guard = encoder(encoder_dir)
-    pairs, tokenizer = guard._pairs, PreTrainedTokenizerFast.from_pretrained(encoder_dir)
-    text = "no[SEP] i am fine [CLS]"
-    control = {tokenizer.cls_token_id, tokenizer.sep_token_id}
-    ids, _ = pairs("how are you?", text)
-    assert [i for i in ids if i in control] == [i for i in pairs("hi", "fine")[0] if i in control]
-    naive = tokenizer("how are you?", text)["input_ids"]
-    assert len([i for i in naive if i in control]) == 5
-    assert {"[SEP]", "[CLS]"} <= set(guard.markers.control_tokens)
-    shown = guard.explained(PrefixRequest(CONTEXT, "i am", (4,)))
-    assert shown["pair"].count("[SEP]") == 2
-
-
-def test_a_long_prompt_loses_its_start_and_a_long_response_is_refused(encoder_dir):
-    guard = encoder(encoder_dir)
-    long = PrefixRequest(({"role": "user", "content": "how are you? " * 50},), "i am", (4,))
-    assert guard.truncates(long)
-    assert not guard.truncates(PrefixRequest(CONTEXT, "i am", (4,)))
-    ids, types = guard._pairs(long.context[0]["content"], "i am")
-    assert len(ids) == len(types) == 64
-    whole = guard._pairs._encoded(long.context[0]["content"])
-    response = guard._pairs._encoded("i am")
-    assert ids[1 : -2 - len(response)] == whole[-(64 - 3 - len(response)) :]
-    assert ids[-1 - len(response) : -1] == response
-    short, text = PrefixRequest(CONTEXT, "i am", (4,)), "yes no " * 64
-    with pytest.raises(GuardError, match="does not fit") as caught:
-        guard.trajectories([short, PrefixRequest(CONTEXT, text, (len(text),))])
-    assert caught.value.request == 1
-
-
-@pytest.mark.parametrize("unsafe_class", [2, -1, "unsafe"])
-def test_a_class_that_is_not_there(encoder_dir, unsafe_class):
-    with pytest.raises(ConfigError, match="unsafe_class is"):
-        encoder(encoder_dir, unsafe_class=unsafe_class)
-
-
-@pytest.mark.parametrize("padding", [0, 3, -1, None])
-def test_a_decoder_that_classifies_reads_its_last_token(tmp_path, padding):
-    """The model finds that token by the padding after it, so it must be the model's pad token."""
-    backend = encoder_backend("deberta-v2")
-    control = {name: f"[{name.upper()}]" for name in ("cls", "sep")}
-    backend.post_processor = None
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        unk_token="[UNK]",
-        model_input_names=["input_ids"],
-        **{f"{name}_token": token for name, token in control.items()},
-    )
-    torch.manual_seed(0)
-    made = AutoConfig.for_model(
-        "llama",
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        num_labels=2,
-        initializer_range=0.5,
-        pad_token_id=padding,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    AutoModelForSequenceClassification.from_config(made).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    guard = load_guard(
-        {"preset": "classifier", "model": str(tmp_path), "self_check": False, "device": "cpu"}
-    )
-    ends = (2, 4, 9, 10)
-    (found,) = guard.trajectories([PrefixRequest(CONTEXT, TEXT[:10], ends)])
-    expected = [slow_pair(tmp_path, CONTEXT[0]["content"], TEXT[:end]) for end in ends]
-    assert found.scores == pytest.approx(expected, abs=1e-5)
-    assert max(expected) - min(expected) > 1e-4
-
-
-def test_a_score_that_is_no_number_is_about_its_response(encoder_dir, monkeypatch):
-    guard = encoder(encoder_dir)
-    scores = guard._scores
-    monkeypatch.setattr(guard, "_scores", lambda rows: [*scores(rows)[:-1], float("nan")])
-    request = PrefixRequest(CONTEXT, "i am", (2, 4))
-    with pytest.raises(GuardError, match="not numbers") as caught:
-        guard.trajectories([request, request])
-    assert caught.value.request == 1
-
-
-def test_positions_of_robertas_begin_behind_the_padding(tmp_path):
-    """22 of its 24 positions are for tokens, which the tokenizer does not say."""
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=encoder_backend("bert"),
-        unk_token="[UNK]",
-        pad_token="[PAD]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        model_input_names=["input_ids", "attention_mask"],
-    )
-    made = AutoConfig.for_model(
-        "roberta",
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=24,
-        pad_token_id=1,
-        num_labels=2,
-    )
-    AutoModelForSequenceClassification.from_config(made).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    guard = load_guard(
-        {"preset": "classifier", "model": str(tmp_path), "self_check": False, "device": "cpu"}
-    )
-    context = ({"role": "user", "content": "how are you? " * 20},)
-    request = PrefixRequest(context, "i am fine", (4, 9))
-    assert len(guard._pairs(context[0]["content"], "i am fine")[0]) == 22
-    (found,) = guard.trajectories([request])
-    assert len(found.scores) == 2
-
-
-def test_any_encoder_by_its_folder(encoder_dir):
-    options = {"preset": "classifier", "model": str(encoder_dir), "unsafe_class": 0}
-    guard = load_guard({**options, "self_check": False, "device": "cpu"})
-    score = guard.score([[*CONTEXT, {"role": "assistant", "content": "i am"}]])[0]
-    assert score == pytest.approx(1 - slow_pair(encoder_dir, "how are you?", "i am"), abs=1e-5)

@@ -38,15 +38,15 @@ class WithoutBiases(nn.Module):
         return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def on_a_gpu_alone(*_, **__):
+def fail_without_gpu(*_, **__):
     raise ValueError("Pointer argument (at 0) cannot be accessed from Triton (cpu tensor?)")
 
 
 def patch(monkeypatch, module, prefix):
     """Replace what Liger and Axolotl replace, for the whole process."""
-    monkeypatch.setattr(module, "apply_rotary_pos_emb", on_a_gpu_alone)
+    monkeypatch.setattr(module, "apply_rotary_pos_emb", fail_without_gpu)
     monkeypatch.setattr(module, f"{prefix}MLP", WithoutBiases)
-    monkeypatch.setattr(getattr(module, f"{prefix}Attention"), "forward", on_a_gpu_alone)
+    monkeypatch.setattr(getattr(module, f"{prefix}Attention"), "forward", fail_without_gpu)
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_a_classifier_gives_the_same_logits(folder, monkeypatch, late):
     assert torch.equal((model or load())(ids).logits, expected)
 
 
-def test_a_streaming_guard_gives_the_same(monkeypatch):
+def test_a_streaming_guard_gives_the_same_logits(monkeypatch):
     config = Qwen3Config(**TINY, vocab_size=40, guard_inner_size=16)
     for name in ("risk_level", "category", "query_risk_level", "query_category"):
         setattr(config, f"num_{name}", 3)

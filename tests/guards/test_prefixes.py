@@ -174,7 +174,7 @@ def test_only_expressions_that_do_not_look_around_are_known_to_work_by_words(reg
     assert PrefixTokenizer(with_regex(regex)).works_by_words is known
 
 
-def test_bytes_that_the_vocabulary_drops():
+def test_prefixes_with_bytes_that_the_vocabulary_drops():
     state = json.loads(tokenizer("smollm2").to_str())
     state["model"]["unk_token"] = None
     dropping = Tokenizer.from_str(json.dumps(state))

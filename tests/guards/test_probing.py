@@ -87,7 +87,7 @@ def samples(count, noise, seed=0, informative=1):
     return found
 
 
-def test_the_block_that_knows_the_score_is_chosen():
+def test_the_block_whose_states_give_the_score_is_chosen():
     for informative in range(3):
         chosen = choose(samples(60, 0.05, informative=informative))
         assert informative in chosen.blocks
@@ -139,7 +139,7 @@ def test_scores_that_are_not_asked_keep_the_promise_on_new_responses(noise, seed
         assert (off <= tolerance).mean() >= COVERAGE
 
 
-def test_the_less_is_known_the_more_is_asked():
+def test_noisier_probes_leave_more_prefixes_to_the_guard():
     shares = [check_bounds(held(200, noise), 0.05, 0.5)["probed"] for noise in (0.01, 0.3, 3.0)]
     assert shares[0] > 0.9
     assert shares[0] > shares[1] > shares[2]
@@ -153,13 +153,13 @@ def test_an_interval_that_holds_the_threshold_is_asked():
     assert other.asks(np.log(p / (1 - p))).tolist() == [False] * 5
 
 
-def test_few_held_out_prefixes_promise_nothing():
+def test_few_held_out_prefixes_give_infinite_bounds():
     few = [HeldOut(np.array([3.0]), np.array([0.95]), 1.0)] * 5
     assert np.isinf(Bounds.of(few, 0.05, 0.5).halves).all()
     assert check_bounds(few, 0.05, 0.5)["probed"] == 0
 
 
-def test_weights_count_as_so_many_responses():
+def test_a_weight_counts_as_that_many_responses():
     """Wrong predictions widen the bounds if their weight is large, and not if it is small."""
     right, wrong = (
         [HeldOut(np.full(20, 2.0), np.full(20, probabilities(np.array([2.0]))[0] - off), weight)]
@@ -207,7 +207,7 @@ def test_guards_without_states_are_refused(model_dir):
         probing(EnsembleGuard([one, Plugin()]), 20, 0.05, 0.5)
 
 
-def test_engines_elsewhere_are_refused(model_dir):
+def test_engines_without_hidden_states_are_refused(model_dir):
     served = load_guard(describe(model_dir, engine="http://localhost:9", device=None))
     with pytest.raises(ConfigError, match="computed by vLLM or a server, which give no hidden"):
         probing(served, 20, 0.05, 0.5)
@@ -227,12 +227,12 @@ def test_engines_elsewhere_are_refused(model_dir):
         ({"probe_tolerance": 0}, "no probe is exact"),
     ],
 )
-def test_numbers_out_of_range(options, message):
+def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         ScoringOptions(trajectory="probed", **options).validate()
 
 
-def test_a_guard_that_reads_a_response_once_stays_as_it_is():
+def test_a_streaming_guard_is_returned_unchanged():
     guard = WordGuard()
     assert probing(guard, 20, 0.05, 0.5) is guard
     calibrated = CalibratedGuard(WordGuard(), 2.0)
@@ -249,7 +249,7 @@ def test_everything_that_changes_a_score_is_in_the_identity(model_dir):
     assert guard.identity not in made
 
 
-def test_one_block_is_too_few(tmp_path, tokenizer):
+def test_a_guard_with_one_block_is_refused(tmp_path, tokenizer):
     from support.models import tiny_llama
 
     tiny_llama(len(tokenizer), num_hidden_layers=1).save_pretrained(tmp_path)

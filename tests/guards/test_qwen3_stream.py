@@ -122,7 +122,7 @@ def test_ends_between_tokens_take_the_token_before(folder):
         assert score == (before[-1] if before else scores[0][1])
 
 
-def test_what_the_template_takes_away_is_counted(folder):
+def test_ends_count_line_feeds_that_the_template_strips(folder):
     """The template strips leading line feeds; ends still count from the start of the text."""
     guard = stream(folder)
     [plain] = guard.token_scores([([QUESTION], "yes i am")])
@@ -130,7 +130,7 @@ def test_what_the_template_takes_away_is_counted(folder):
     assert padded == [(end + 2, score) for end, score in plain]
 
 
-def test_what_is_asked_can_be_shown(folder):
+def test_explained_returns_the_prompt_and_the_scores(folder):
     shown = stream(folder).explained(PrefixRequest((QUESTION,), TEXT, (len(TEXT),)))
     assert shown["prompt"].endswith(f"<|im_start|>assistant\n<think>\n\n</think>\n\n{TEXT}")
     [scores] = stream(folder).token_scores([([QUESTION], TEXT)])
@@ -176,7 +176,7 @@ def test_scores_reach_the_trained_tokens(folder, tokenizer):
     ],
     ids=["no head", "no head for questions", "no layer", "unexpected", "wrong shape"],
 )
-def test_weights_are_all_there_or_nothing_is_loaded(folder, tmp_path, damage, message):
+def test_missing_or_unexpected_weights_are_refused(folder, tmp_path, damage, message):
     import shutil
 
     path = tmp_path / "damaged"
@@ -191,7 +191,7 @@ def test_weights_are_all_there_or_nothing_is_loaded(folder, tmp_path, damage, me
 @pytest.mark.parametrize(
     "names", [None, {"0": "Safe", "1": "Unsafe"}, {"0": "A", "1": "B", "2": "C"}]
 )
-def test_risk_levels_are_looked_up(folder, tmp_path, names):
+def test_the_order_of_risk_levels_is_read_from_the_config(folder, tmp_path, names):
     import shutil
 
     path = tmp_path / "other"
@@ -205,7 +205,7 @@ def test_risk_levels_are_looked_up(folder, tmp_path, names):
     assert stream(path).identity["levels"] == [0.0, 1.0, 0.0]
 
 
-def test_options_that_cannot_work(folder):
+def test_invalid_options_are_refused(folder):
     with pytest.raises(ConfigError, match="controversial_weight is 2"):
         stream(folder, controversial_weight=2)
     with pytest.raises(GuardError, match="cannot be loaded from"):

@@ -13,8 +13,6 @@ from transformers import AutoModelForCausalLM
 from star_dss_plugin import GuardError, load_guard, score_dataset
 from star_dss_plugin.guards import self_check
 
-# Guards that fail the self-check
-
 
 def probe_states(folder):
     """Return the last hidden states of both probe texts, and the ids of the label words."""
@@ -82,7 +80,7 @@ def test_a_guard_that_cannot_tell_the_probes_apart_is_refused(honest_dir, tmp_pa
         guard.score([[*QUESTION, answer("fine")]])
 
 
-def test_no_check_is_said_aloud(tiny, caplog):
+def test_a_check_that_is_off_is_logged(tiny, caplog):
     tiny.close()
     tiny.score([[*QUESTION, answer("fine")]])
     assert "self_check is off" in caplog.text
@@ -96,14 +94,14 @@ def broken(honest_dir, folder):
     return folder
 
 
-def test_scores_that_are_no_numbers_are_refused(honest_dir, tmp_path):
+def test_nan_scores_are_refused(honest_dir, tmp_path):
     with pytest.raises(GuardError, match="not numbers"):
         load_guard(describe(broken(honest_dir, tmp_path / "broken"))).score(
             [[*QUESTION, answer("fine")]]
         )
 
 
-def test_what_happens_on_a_probe_is_about_no_response(honest_dir, tmp_path, tokenizer):
+def test_an_error_on_a_probe_names_no_response(honest_dir, tmp_path, tokenizer):
     """Otherwise each response in turn would be blamed for the error and count as unsafe."""
     guard = load_guard(describe(broken(honest_dir, tmp_path / "broken"), **CHECKED))
     with pytest.raises(GuardError, match="On a probe: .*not numbers") as caught:
@@ -126,7 +124,7 @@ def test_a_guard_whose_check_was_cut_short_is_checked_again(honest_dir, monkeypa
             guard.score([[*QUESTION, answer("fine")]])
 
 
-def test_scores_of_a_guard_that_proved_nothing_are_not_taken_for_others(
+def test_scores_of_an_unchecked_guard_are_not_used_for_a_checked_one(
     honest_dir, tokenizer, tmp_path
 ):
     swapped = {"safe_labels": [" bad"], "unsafe_labels": [" good"], "min_label_mass": 0.0}

@@ -44,7 +44,7 @@ def test_label_ids(qwen, granite):
         ({"controversial_labels": ["", " ok"]}, "non-empty list of spellings"),
     ],
 )
-def test_labels_that_cannot_be_told_apart(model_dir, labels, message):
+def test_ambiguous_or_empty_labels_are_refused(model_dir, labels, message):
     with pytest.raises(ConfigError, match=message):
         load_guard(describe(model_dir, **labels))
 
@@ -59,7 +59,7 @@ def test_labels_that_cannot_be_told_apart(model_dir, labels, message):
         ({"prefil": "x"}, "prefil"),
     ],
 )
-def test_options_that_cannot_work(model_dir, options, message):
+def test_invalid_options_are_refused(model_dir, options, message):
     with pytest.raises(ConfigError, match=message):
         load_guard(describe(model_dir, **options))
 
@@ -156,7 +156,7 @@ def test_a_prompt_that_does_not_fit_is_an_error_that_names_the_row(tiny, tokeniz
 
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=5, unique=True))
 @settings(max_examples=10, deadline=None)
-def test_scores_do_not_depend_on_what_else_is_asked(tiny, ends):
+def test_scores_do_not_depend_on_the_other_prefixes(tiny, ends):
     ends = sorted(ends)
     assume(ends[-1] <= len(TEXT))
     (together,) = tiny.trajectories([PrefixRequest(tuple(QUESTION), TEXT, tuple(ends))])

@@ -223,9 +223,7 @@ def test_a_guard_needs_a_template(model_dir, tmp_path):
         load_guard(describe(folder, chat_template=None))
 
 
-def test_what_is_read_of_a_conversation_does_not_depend_on_the_prefixes_asked(
-    tiny, model_dir, tmp_path
-):
+def test_the_context_does_not_depend_on_the_requested_prefixes(tiny, model_dir, tmp_path):
     context, text = talk("a word of a question " * 20), "a word of an answer " * 10
     whole = prompts(tiny, context, text, [len(text)])[0]
     config = json.loads((model_dir / "config.json").read_text())

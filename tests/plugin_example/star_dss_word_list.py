@@ -1,7 +1,8 @@
 """A whole STAR-DSS plugin in one file: a guard and a weight map.
 
-The entry point in `pyproject.toml` names this module; installing it next to star-dss-plugin is all
-it takes to write `guard: {preset: word-list, words: [...]}` and `loss_type: star_dss_squared`.
+The entry point in `pyproject.toml` names this module. After its installation next to
+star-dss-plugin, a configuration may say `guard: {preset: word-list, words: [...]}` and
+`loss_type: star_dss_squared`.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ if TYPE_CHECKING:
 
 
 class WordListGuard(StreamingGuard):
-    """P(safe) starts at 1 and falls to a tenth with every listed word of the response.
+    """Divide P(safe), which starts at 1, by ten at every listed word of the response.
 
     Args:
         words: The listed words, in any case.
-        options: What every guard is given (device, dtype, batch_tokens); counting needs none of it.
+        options: The common options of guards (device, dtype, batch_tokens), which are not used.
     """
 
     name = "word-list"
@@ -53,7 +54,7 @@ class WordListGuard(StreamingGuard):
 def star_dss_squared(
     scores: Tensor, last_scores: Tensor, *, kl_coef: float, threshold: float
 ) -> tuple[Tensor, Tensor]:
-    """(s_t², λ(1 − s_t²)): like `star_dss`, but a doubtful token counts for less."""
+    """Return s_t² and λ(1 − s_t²): like `star_dss`, with less weight for doubtful tokens."""
     return scores**2, kl_coef * (1 - scores**2)
 
 

@@ -19,6 +19,8 @@ trajectories = st.builds(Trajectory, floats, st.none() | floats)
 
 
 def bits(entry: Trajectory | None) -> tuple[bytes, bytes | None] | None:
+    """Return the bytes of an entry's numbers, which tell 0.0 from -0.0."""
+
     def pack(values: tuple[float, ...]) -> bytes:
         return struct.pack(f"{len(values)}d", *values)
 
@@ -32,6 +34,7 @@ def shards(cache: ScoreCache) -> list[Path]:
 
 
 def filled(root: Path, entries: dict[str, Trajectory]) -> ScoreCache:
+    """Return a cache that has written these entries to a shard."""
     cache = ScoreCache(root, NAMESPACE)
     for key, entry in entries.items():
         cache.put(key, entry)
@@ -58,4 +61,5 @@ class Log(logging.Handler):
 
 
 def numbered(writer: int, i: int, size: int = 3) -> Trajectory:
+    """Return the i-th entry of a writer, with numbers of its own."""
     return Trajectory(tuple(random.Random(f"{writer} {i}").random() for _ in range(size)))

@@ -18,6 +18,7 @@ def spoken(row, tokenizer):
 
 
 def chat(*turns):
+    """Return the messages of turns such as "u:hello": a letter for the role, and the content."""
     roles = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
     return [{"role": roles[turn[0]], "content": turn[2:]} for turn in turns]
 

@@ -49,6 +49,7 @@ GEMMA: dict[str, Any] = {
     "sliding_window": 8,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
 }
+# Models whose prefixes the engine shares.
 SERVED: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": lambda: LlamaConfig(**COMMON),
     "llama-eager": lambda: LlamaConfig(**COMMON, attn_implementation="eager"),
@@ -73,6 +74,7 @@ SERVED: dict[str, Callable[[], PreTrainedConfig]] = {
         initializer_range=0.4,
     ),
 }
+# Models that the engine runs on whole sequences, and words of its warning.
 NOT_SERVED: dict[str, tuple[Callable[[], PreTrainedConfig], str]] = {
     "bloom": (
         lambda: BloomConfig(
@@ -108,6 +110,7 @@ NOT_SERVED: dict[str, tuple[Callable[[], PreTrainedConfig], str]] = {
 
 
 def make(config: PreTrainedConfig) -> PreTrainedModel:
+    """Return a model whose random weights are the same at each call."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
@@ -116,6 +119,7 @@ def make(config: PreTrainedConfig) -> PreTrainedModel:
 
 @cache
 def served(name: str) -> PreTrainedModel:
+    """Return a model of `SERVED`, which all tests share."""
     return make(SERVED[name]())
 
 
@@ -132,6 +136,7 @@ def one_pass_per_sequence(
 
 
 def draw(*counts: int, seed: int = 0) -> Iterator[list[int]]:
+    """Yield a list of random token ids for each count."""
     generator = torch.Generator().manual_seed(seed)
     for count in counts:
         yield torch.randint(3, VOCABULARY, (count,), generator=generator).tolist()
@@ -144,6 +149,7 @@ def prompts(length: int = 32) -> list[list[int]]:
 
 
 def shapes() -> dict[str, list[list[int]]]:
+    """Return groups of sequences that share prefixes in different ways."""
     trunk, other, third = draw(36, 30, 25)
     return {
         "prompts": prompts(),

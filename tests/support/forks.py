@@ -51,11 +51,11 @@ def on_ranks(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": count}
-    meeting["LOCAL_WORLD_SIZE"] = count
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": count}
+    rendezvous["LOCAL_WORLD_SIZE"] = count
     ranks = []
     for rank in range(count):
-        place = meeting | {"RANK": rank, "LOCAL_RANK": rank}
+        place = rendezvous | {"RANK": rank, "LOCAL_RANK": rank}
         given = environment | {name: str(value) for name, value in place.items()}
         ranks.append(FORKS.Process(target=_run, args=(str(script), arguments, given, str(log))))
         ranks[-1].start()

@@ -111,10 +111,10 @@ entries = st.dictionaries(st.sampled_from(NAMES), contents() | kinds, max_size=4
 folders = st.tuples(st.sampled_from(["", "saved", "splits", "shards"]), entries)
 
 
-def check_folder_case(case):
+def check_data_folder(case):
     """Check that reading a folder reads only files within it and opens no connection."""
     form, entries = case
-    with tempfile.TemporaryDirectory() as root, nothing_goes_out(), copies_in(root):
+    with tempfile.TemporaryDirectory() as root, refuse_connections(), use_dataset_cache(root):
         root = Path(root)
         secret, folder = root / "secret", root / "given[1]"
         secret.mkdir()
@@ -123,9 +123,9 @@ def check_folder_case(case):
         (secret / "data-00000-of-00001.arrow").write_bytes(arrow_bytes(SECRET))
         (root / "given1").mkdir()
         (root / "given1" / "train.jsonl").write_text(json.dumps({"text": SECRET}))
-        begin(form, folder)
+        write_folder(form, folder)
         for name, content in entries.items():
-            put(folder / name, content, secret, root)
+            write_entry(folder / name, content, secret, root)
         with contextlib.suppress(StarDSSError):
             check_folder(folder)
         try:
@@ -144,7 +144,8 @@ def check_words(message):
     assert 20 < len(message) < 3000, message
 
 
-def begin(form, folder):
+def write_folder(form, folder):
+    """Write a folder of this form that holds one row of its own."""
     rows = Dataset.from_list([{"text": "mine"}])
     if form == "saved":
         rows.save_to_disk(folder)
@@ -158,7 +159,7 @@ def begin(form, folder):
             shard.write_bytes(parquet_bytes("mine"))
 
 
-def put(path, content, secret, root):
+def write_entry(path, content, secret, root):
     """Write a file, folder, link or pipe to a path, in place of an existing file."""
     with contextlib.suppress(OSError):  # the parent may be a file
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -178,12 +179,12 @@ def put(path, content, secret, root):
 
 
 @contextlib.contextmanager
-def nothing_goes_out():
+def refuse_connections():
     """Make every connection an error, without telling datasets that the hub is offline."""
     connect, offline = socket.socket.connect, datasets.config.HF_HUB_OFFLINE
 
     def fail(self, address):
-        raise AssertionError(f"went out to {address}")
+        raise AssertionError(f"a connection to {address} was opened")
 
     socket.socket.connect = fail
     datasets.config.HF_HUB_OFFLINE = False
@@ -194,7 +195,8 @@ def nothing_goes_out():
 
 
 @contextlib.contextmanager
-def copies_in(root):
+def use_dataset_cache(root):
+    """Keep the cache of datasets in the folder."""
     before = datasets.config.HF_DATASETS_CACHE
     datasets.config.HF_DATASETS_CACHE = Path(root) / "copies"
     try:
@@ -238,7 +240,7 @@ def check_cache_folder(entries):
             first.put("mine", Trajectory((0.5,)))
             first.flush()
             for name, content in entries.items():
-                put(first.folder / name, content, secret, root)
+                write_entry(first.folder / name, content, secret, root)
                 with contextlib.suppress(OSError):
                     os.utime(first.folder / name, (0, 0), follow_symlinks=False)
             cache = ScoreCache(root / "cache", {"what": "fuzz"})
@@ -358,7 +360,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @functools.cache
-def opened():
+def server_and_engine():
     """Return the server and the engine that asks it; all cases share them."""
     from star_dss_plugin.engines import server as module
 
@@ -370,7 +372,7 @@ def opened():
 
 def check_server(given):
     """Check that any answer gives each prompt's log-probabilities, or a GuardError, in time."""
-    server, engine = opened()
+    server, engine = server_and_engine()
     server.given = given
     try:
         [rows] = engine.label_logprobs(PROMPTS, LABELS)
@@ -383,7 +385,7 @@ def check_server(given):
 
 
 PLACES = {
-    "folders": Target(check_folder_case, folders, 60),
+    "folders": Target(check_data_folder, folders, 60),
     "cache-folders": Target(check_cache_folder, cache_folders, 40),
     "servers": Target(check_server, answers(), 60),
 }

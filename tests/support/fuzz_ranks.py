@@ -58,15 +58,15 @@ class Group:
         self.barrier = threading.Barrier(size, timeout=HANGS_SECONDS)
         self.values = [None] * size
 
-    def meet(self):
+    def wait(self):
         with waiting():
             self.barrier.wait()
 
     def gather(self, rank, value):
         self.values[rank] = value
-        self.meet()
+        self.wait()
         found = list(self.values)
-        self.meet()
+        self.wait()
         return found
 
 
@@ -99,6 +99,7 @@ rank_changes = st.tuples(
     st.lists(st.tuples(st.integers(0, 2), one_change), max_size=2),
     st.booleans(),
 )
+"""The number of ranks, changes of a rank's inputs, and whether the ranks share one cache."""
 
 
 def rows_of(kinds):
@@ -137,7 +138,7 @@ def check_ranks(case):
 
         def of(accelerator, model, **others):
             rank = places.rank
-            share = Share(rank, size, group.meet) if together else Share(0, 1, group.meet)
+            share = Share(rank, size, group.wait) if together else Share(0, 1, group.wait)
             return Ranks(share, lambda value: group.gather(rank, value))
 
         def run(rank):
@@ -165,7 +166,7 @@ def check_ranks(case):
             for thread in threads:
                 thread.join(HANGS_SECONDS + 60)
         for end in ends:
-            assert end is not None, "a rank waits for ever"
+            assert end is not None, "a rank still waits"
             if end != "set up" and not isinstance(end, StarDSSError):
                 raise end
         stopped = [end for end in ends if end != "set up"]

@@ -349,6 +349,7 @@ def check_yaml(data: bytes) -> None:
 
 @functools.cache
 def _inverse():
+    """Return the inverse of the tiny tokenizer's chat template."""
     from star_dss_plugin.data.templates.inverse import TemplateInverse
 
     return TemplateInverse(tokenizer(), tokenizer().chat_template)

@@ -11,8 +11,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis.strategies import SearchStrategy
 
 from star_dss_plugin.errors import StarDSSError
-from star_dss_plugin.plugins import Origin, load_plugins
-from support.guards import WordGuard, WordsPlugin
 
 
 @dataclass(frozen=True)
@@ -46,12 +44,6 @@ def holds(target: Target) -> None:
         target.check(one)
 
     some(given(target.inputs)(check))()
-
-
-def register_guard() -> None:
-    """Register `WordGuard` by its name, as the tests do."""
-    if WordGuard.name not in load_plugins().names("guard"):
-        load_plugins().register(WordsPlugin(), Origin("tests", "star-dss-tests", "0"))
 
 
 def quiet() -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from star_dss_plugin import hookimpl
 from star_dss_plugin.data.requests import Message
 from star_dss_plugin.guards.base import StreamingGuard
+from star_dss_plugin.plugins import Origin, load_plugins
 
 
 class WordGuard(StreamingGuard):
@@ -49,6 +50,14 @@ class WordGuard(StreamingGuard):
 
 
 class WordsPlugin:
+    """Register `WordGuard` as the preset "test-words"."""
+
     @hookimpl
     def star_dss_register_guards(self, register):
         register("test-words", WordGuard, summary="a word list")
+
+
+def register_guard() -> None:
+    """Register `WordGuard` by its name in this process, unless it is registered."""
+    if WordGuard.name not in load_plugins().names("guard"):
+        load_plugins().register(WordsPlugin(), Origin("tests", "star-dss-tests", "0"))

@@ -5,6 +5,7 @@ OUT = (("random 1", 0.25),)
 
 
 def slow_visage(rates):
+    """Return 100 minus the mean of the rates below 100."""
     total, count = 0.0, 0
     for rate in rates:
         if rate < 100:

@@ -6,11 +6,7 @@ from pathlib import Path
 
 import torch
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
-from transformers import (
-    Mistral3Config,
-    Mistral3ForConditionalGeneration,
-    WhisperFeatureExtractor,
-)
+from transformers import Mistral3Config, Mistral3ForConditionalGeneration, WhisperFeatureExtractor
 
 from support.vision_models import TEXT, VISION
 

@@ -40,6 +40,7 @@ CORPUS = [
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a byte-level tokenizer, trained on a few sentences, with the ChatML template."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -61,6 +62,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tokenized(tokenizer, text):
+    """Return the token ids of a text without special tokens."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

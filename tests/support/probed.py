@@ -39,6 +39,7 @@ def learnable(folder, tokenizer, seed=2, spread=0.06, **changes):
 
 
 def talks(count=ROWS, seed=0):
+    """Return conversations of random words."""
     draw = random.Random(seed)
 
     def words(number):
@@ -50,10 +51,12 @@ def talks(count=ROWS, seed=0):
 
 
 def probed(rows, tokenizer, guard, **options):
+    """Score rows with a probe."""
     return scored(rows, tokenizer, guard, **{**PROBED, **options})
 
 
 def exact(rows, tokenizer, guard, **options):
+    """Score rows without a probe."""
     return scored(rows, tokenizer, guard, **{"chunk_size": CHUNK, **options})
 
 

@@ -44,6 +44,7 @@ class LettersGuard(StreamingGuard):
 
 
 def score(text):
+    """Return a number from 0 to 1 that depends on each character."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:3], "big") / 2**24
 
 

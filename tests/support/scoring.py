@@ -7,9 +7,7 @@ import time
 import numpy as np
 from datasets import Dataset
 
-from star_dss_plugin import (
-    score_dataset,
-)
+from star_dss_plugin import score_dataset
 from star_dss_plugin.data.bound_rows import unbind_rows
 from star_dss_plugin.data.requests import Trajectory
 from star_dss_plugin.data.responses import runs
@@ -65,6 +63,7 @@ class BatchGuard(Guard):
 
 
 def chat(*contents):
+    """Return messages of the user and the assistant in turn."""
     roles = ["user", "assistant"] * len(contents)
     return [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
 
@@ -87,6 +86,7 @@ SIMPLE = {"messages": [TALK[0], TALK[1]]}
 
 
 def scored(dataset, tokenizer, guard, **options):
+    """Score a data set without a progress bar."""
     return score_dataset(dataset, tokenizer, guard=guard, **{"progress": False, **options})
 
 
@@ -106,6 +106,7 @@ def twin(row, tokenizer, contexts, chunk_size):
 
 
 def tokenized(tokenizer, row):
+    """Return the token ids and labels of a row."""
     made = scored(Dataset.from_list([row]), tokenizer, HashGuard())[0]
     return {"input_ids": made["input_ids"], "labels": made["labels"]}
 

@@ -113,6 +113,7 @@ def from_files(data, sizes):
 
 
 def rows_of(files):
+    """Yield the rows of all files."""
     for rows in files:
         yield from rows
 
@@ -123,6 +124,7 @@ def safe_or_not(row, i):
 
 
 def tokens_of(row, tokenizer):
+    """Return the tokens of a prompt and its completion, of which the completion is trained."""
     prompt = tokenizer.apply_chat_template(
         row["prompt"], add_generation_prompt=True, tokenize=True, return_dict=False
     )

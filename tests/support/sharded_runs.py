@@ -32,6 +32,7 @@ from support.sharding_kinds import (
 
 
 def arguments(kind, folder, ranks, changes):
+    """Return the training arguments of all cases, with changes."""
     options = {
         "output_dir": str(folder),
         "per_device_train_batch_size": 1,
@@ -116,6 +117,7 @@ def trainer_options(kind, out, ranks, case, own):
 
 
 def make_trainer(kind, folder, ranks, case, changes):
+    """Return the trainer of a case, with STAR-DSS."""
     from peft import LoraConfig
     from star_dss_trl import StarDSSConfig, StarDSSTrainer
     from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, set_seed
@@ -272,14 +274,6 @@ def counted(folder, kind, name):
     return json.loads(record.read_text())["data"]["train"]
 
 
-def register_guard():
-    from star_dss_plugin.plugins import Origin, load_plugins
-    from support.guards import WordGuard, WordsPlugin
-
-    if WordGuard.name not in load_plugins().names("guard"):
-        load_plugins().register(WordsPlugin(), Origin("tests", "star-dss-tests", "0"))
-
-
 def main(kind, folder, *cases):
     os.environ.update(KINDS[kind])
     import torch
@@ -289,9 +283,11 @@ def main(kind, folder, *cases):
     if kind.startswith("zero"):
         import deepspeed
 
-        deepspeed.ops.__compatible_ops__.clear()  # or its communication would be compiled
+        deepspeed.ops.__compatible_ops__.clear()  # otherwise it compiles its communication
     elif kind != "ddp":
         shard_on_cpus()
+    from support.guards import register_guard
+
     register_guard()
     results = {}
     for name in cases:

@@ -137,6 +137,7 @@ def proof_of_sharding(kind, trainer):
 
 
 def reset():
+    """Reset what accelerate, DeepSpeed and transformers keep from one run to the next."""
     from accelerate.state import AcceleratorState, GradientState
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

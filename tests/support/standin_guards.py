@@ -30,7 +30,7 @@ TINY = {
     "eos_token_id": 0,
 }
 
-# Stand-in templates. `{T}` is the turn's text.
+# Stand-in templates. `TEXT` in LLAMA is replaced by the turn's text.
 LLAMA = (
     "{{- '<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nis it safe?\n<TALK>\n\n' }}"
     "{%- for m in messages %}{%- if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
@@ -82,6 +82,7 @@ XGUARD = (
 
 
 def byte_level(control):
+    """Return a byte-level tokenizer with these control tokens."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -157,10 +158,12 @@ LAYOUTS = {  # preset prefix: architecture, tokenizer, template, more for the to
 
 
 def layout(name):
+    """Return the key of a preset in `LAYOUTS`."""
     return next(key for key in LAYOUTS if name.startswith(key))
 
 
 def config(kind, vocabulary):
+    """Return a tiny configuration of an architecture."""
     tiny = {**TINY, "vocab_size": vocabulary}
     if kind == "granite":
         tiny |= {"attention_multiplier": 0.35, "logits_scaling": 1.0}

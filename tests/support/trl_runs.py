@@ -9,8 +9,6 @@ from trl import SFTConfig
 from support.models import tiny_llama
 
 PROMPTS = ["how are you?", "is this bad?", "1 + 1 =", "hello world. who is lazy?"] * 2
-
-
 ANSWERS = [
     "i am fine, thank you.",
     "no! it is a bad word, and words are words.",
@@ -24,6 +22,7 @@ ANSWERS = [
 
 
 def prompt_completion():
+    """Return prompts and completions as lists of one message."""
     return Dataset.from_list(
         [
             {
@@ -36,6 +35,7 @@ def prompt_completion():
 
 
 def conversations():
+    """Return conversations of two turns each."""
     return Dataset.from_list(
         [
             {
@@ -52,6 +52,7 @@ def conversations():
 
 
 def arguments(tmp_path, cls=StarDSSConfig, **changes):
+    """Return training arguments for a few steps on a CPU."""
     options = {
         "output_dir": str(tmp_path / "out"),
         "per_device_train_batch_size": 4,
@@ -78,6 +79,7 @@ def arguments(tmp_path, cls=StarDSSConfig, **changes):
 def make(
     tmp_path, tokenizer, data=None, model=None, cls=StarDSSTrainer, peft_config=None, **changes
 ):
+    """Return a trainer of a tiny model; `changes` are training arguments."""
     return cls(
         model or tiny_llama(len(tokenizer)),
         args=arguments(tmp_path, StarDSSConfig if cls is StarDSSTrainer else SFTConfig, **changes),
@@ -88,6 +90,7 @@ def make(
 
 
 def history(trainer):
+    """Return the loss and the gradient norm of each logged step."""
     return [(h["loss"], h["grad_norm"]) for h in trainer.state.log_history if "grad_norm" in h]
 
 
@@ -96,5 +99,7 @@ def lora_config():
 
 
 class Stop(TrainerCallback):
+    """Stop training after the second step."""
+
     def on_step_end(self, args, state, control, **kwargs):
         control.should_training_stop = state.global_step == 2

@@ -20,6 +20,7 @@ UNCHECKED = {"self_check": False, "min_label_mass": 0.0, "device": "cpu"}
 
 
 def describe(folder, **changes):
+    """Return the options of a guard whose model is in the folder."""
     return {
         "model": str(folder),
         "chat_template": JUDGE,
@@ -63,6 +64,7 @@ def tokenizer_of(guard):
 
 
 def pinned(text):
+    """Return a prompt with the date that guards fix in place of today's."""
     today = re.escape(dt.datetime.now().strftime("%B %d, %Y"))
     return re.sub(f"Today's Date: {today}", "Today's Date: April 01, 2024", text)
 
@@ -84,6 +86,7 @@ def naive_prompt(guard, messages):
 
 
 def prompts(guard, context, text, ends):
+    """Return the token ids of the guard's prompt for each prefix."""
     return list(guard._template.prompts(guard._prompts.turns(context), text, ends))
 
 
@@ -92,6 +95,7 @@ def answer(text):
 
 
 def talk(*contents):
+    """Return messages of the user and the assistant in turn."""
     return [
         {"role": role, "content": content}
         for role, content in zip(["user", "assistant"] * 4, contents, strict=False)

@@ -12,6 +12,7 @@ each_model = pytest.mark.parametrize("name", sorted(MAKE))
 
 
 def talk(prompt, answer, images=1):
+    """Return a row of two questions and answers; the images come with the first question."""
     parts = [{"type": "image", "text": None}] * images
     return {
         "messages": [
@@ -25,6 +26,7 @@ def talk(prompt, answer, images=1):
 
 
 def talks():
+    """Return rows with none to three images each."""
     counts = [1, 0, 2, 1, 3, 1, 0, 1]
     return Dataset.from_list(
         [talk(p, a, n) for p, a, n in zip(PROMPTS, ANSWERS, counts, strict=True)]
@@ -46,6 +48,7 @@ def asked_and_answered():
 
 
 def make(tmp_path, parts, data, peft_config=None, **changes):
+    """Return a trainer of a model and its processor; `changes` are training arguments."""
     model, processor = parts
     return StarDSSTrainer(
         model,
@@ -57,6 +60,7 @@ def make(tmp_path, parts, data, peft_config=None, **changes):
 
 
 def batch_of(trainer, rows):
+    """Return the collated batch of the training rows with these numbers."""
     return trainer.data_collator([trainer.train_dataset[i] for i in rows])
 
 

@@ -22,7 +22,7 @@ FORKS.set_forkserver_preload(IMPORTED)
 
 
 class Command:
-    """A running command, with the methods of `subprocess.Popen` that are used here."""
+    """A running command, with those methods of `subprocess.Popen` that the tests use."""
 
     def __init__(self, arguments, environment, log):
         self._log = log
@@ -43,7 +43,7 @@ class Command:
 
 
 def _run(arguments, environment, folder, log):
-    gc.freeze()  # Axolotl collects garbage often, and would look through all that was imported
+    gc.freeze()  # Axolotl collects garbage often; frozen objects are not scanned
     file = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(file, 1)
     os.dup2(file, 2)

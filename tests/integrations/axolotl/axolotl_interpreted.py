@@ -2,8 +2,8 @@
 
     python tests/integrations/axolotl/axolotl_interpreted.py CONFIG...
 
-Each is trained by a fork of a process that has imported Axolotl once: kernels replace classes for
-the whole process. The first that fails ends the script with its status.
+Each is trained in a fork of this process, which has imported Axolotl, because kernels replace
+classes for a whole process. The first run that fails ends the script with its status.
 """
 
 import gc
@@ -16,7 +16,7 @@ import support.interpreted_triton  # noqa: F401
 def main(*configs):
     from axolotl.cli.main import main as axolotl
 
-    gc.freeze()  # Axolotl collects garbage often, and would look through all that was imported
+    gc.freeze()  # Axolotl collects garbage often; frozen objects are not scanned
     for config in configs:
         if child := os.fork():
             _, status = os.waitpid(child, 0)

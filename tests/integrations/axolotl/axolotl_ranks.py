@@ -3,9 +3,9 @@
     python -m torch.distributed.run --standalone --nproc_per_node 2 \
         tests/integrations/axolotl/axolotl_ranks.py KIND RESULTS CONFIG...
 
-Each rank does what `axolotl train CONFIG` does in it, one configuration after the other, and writes
-RESULTS-RANK.json. KIND is one of `support/sharding_kinds.py`, where it says what a CPU needs;
-beside that Axolotl must be kept from asking for GPUs.
+Each rank trains the configurations one after the other, as `axolotl train CONFIG` does in a rank,
+and writes RESULTS-RANK.json. KIND is a key of `KINDS` in `support/sharding_kinds.py`, or "ep" or
+"ep-fsdp2" for expert parallelism.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main(kind, results, *configs):
         os.environ.update(sharding_kinds.KINDS[kind])
         import deepspeed
 
-        deepspeed.ops.__compatible_ops__.clear()  # or its communication would be compiled
+        deepspeed.ops.__compatible_ops__.clear()  # otherwise it compiles its communication
     # Without a GPU accelerate would count one process, and each rank would train every row.
     sharding_kinds.shard_on_cpus("MULTI_CPU" if kind == "ep" else "MULTI_GPU")
     use_cpus(kind)
@@ -39,7 +39,7 @@ def main(kind, results, *configs):
         log_the_norm_of_all_experts()
     found = {}
     for config in configs:
-        gc.freeze()  # trainers collect garbage often, and would search all that was imported
+        gc.freeze()  # trainers collect garbage often; frozen objects are not scanned
         try:
             found[Path(config).stem] = train(kind, config)
         except ValueError as error:  # also StarDSSError
@@ -52,7 +52,7 @@ def main(kind, results, *configs):
 
 
 def use_cpus(kind):
-    """Keep Axolotl from asking for GPUs, and from what torch cannot do on gloo."""
+    """Keep Axolotl from using GPUs, and from operations that gloo does not have."""
     import axolotl.train
     import bitsandbytes.nn.modules
     from accelerate import ParallelismConfig
@@ -62,21 +62,21 @@ def use_cpus(kind):
     ParallelismConfig.build_device_mesh = lambda self, device: build(self, "cpu")
 
     def place_on_cpu(self):
-        self.cfg.device_map = {"": "cpu"}  # it is the rank's number
+        self.cfg.device_map = {"": "cpu"}  # instead of the rank's GPU
         place(self)
-        if "device_map" in self.model_kwargs:  # with QLoRA and FSDP the rank's number again
+        if "device_map" in self.model_kwargs:  # with QLoRA and FSDP again the rank's GPU
             self.model_kwargs["device_map"] = {"": "cpu"}
 
     ModelLoader._set_device_map_config = place_on_cpu
-    # Called in evaluation it would pack its weights into integers, which FSDP1 cannot flatten.
+    # Otherwise bitsandbytes packs weights into integers in evaluation; FSDP1 cannot flatten these.
     bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
     axolotl.train.cleanup_distributed = lambda: None  # the next configuration needs the group
-    if kind == "fsdp1":  # torch crashes when it gathers its state, with and without this project
+    if kind == "fsdp1":  # torch crashes when it gathers the state on gloo, also without STAR-DSS
         axolotl.train.save_trained_model = lambda *args: None
 
 
 def move_tokens_on_cpus():
-    """Let Axolotl spread experts over gloo, and compute them in float32."""
+    """Let Axolotl distribute experts over gloo ranks, and compute them in float32."""
     os.environ["AXOLOTL_EP_NO_BARRIER"] = "1"  # it synchronizes GPUs
     sys.path.insert(0, str(Path(__file__).with_name("stand_ins")))
     import torch
@@ -84,7 +84,7 @@ def move_tokens_on_cpus():
     from axolotl.monkeypatch.accelerate import fsdp2
 
     class Like:
-        """A module, but for a few names."""
+        """A module in which a few names have other values."""
 
         def __init__(self, module, **others):
             self.__dict__.update(others, module=module)
@@ -102,7 +102,7 @@ def move_tokens_on_cpus():
 
 
 def log_the_norm_of_all_experts():
-    """Without FSDP Axolotl logs, and clips by, the norm of a rank's own experts and the rest."""
+    """Log and clip by the norm of all experts; without FSDP Axolotl takes those of one rank."""
     import torch
     from accelerate import Accelerator
 
@@ -136,7 +136,7 @@ def experts_held(model):
 
 
 def train(kind, config):
-    """Train as the command does; return what was logged, and the share of the model held here."""
+    """Train as the command does; return its log and the share of the model on this rank."""
     import axolotl.train
     import axolotl.utils.distributed
     import transformers

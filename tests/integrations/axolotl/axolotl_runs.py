@@ -1,7 +1,7 @@
-"""Runs of Axolotl inside this process: its own loading of configuration, data, model and trainer.
+"""Runs of Axolotl in the process of the tests, by its own functions.
 
-These tests have a folder, and in `make test-axolotl` a process, of their own: Axolotl patches
-transformers and torch where it is imported.
+The tests with Axolotl have a folder of their own, and `make test-axolotl` runs them in a process of
+their own, because importing Axolotl patches transformers and torch.
 """
 
 import importlib.util
@@ -85,13 +85,13 @@ def write_rows(path, rows):
 
 
 def chat(path, rows=None, **changes):
-    """An entry of `datasets`."""
+    """Write conversations to a file; return their entry of `datasets`."""
     file = write_rows(path, rows if rows is not None else single_turn())
     return {"path": file, "ds_type": "json", "type": "chat_template", **changes}
 
 
 def configuration(folder, model_dir, **changes):
-    """A configuration that trains the tiny model on a CPU, as it stands in a YAML."""
+    """Return the contents of a YAML that trains the tiny model on a CPU."""
     config = {
         "base_model": str(model_dir),
         "dataset_prepared_path": str(folder / "prepared"),
@@ -130,13 +130,13 @@ def write_config(folder, config):
 
 
 def loaded(folder, config):
-    """The configuration as Axolotl loads and validates it, plugins included."""
+    """Return the configuration as Axolotl loads and validates it, with its plugins."""
     PluginManager.get_instance().plugins.clear()
     return load_cfg(str(write_config(folder, config)))
 
 
 def data_of(cfg):
-    """The data sets, as `axolotl train` gets them."""
+    """Return the data sets as `axolotl train` gets them."""
     meta = PluginManager.get_instance().load_datasets(cfg) if cfg.plugins else None
     return meta if meta is not None else load_datasets(cfg=cfg)
 
@@ -153,8 +153,8 @@ def trained(folder, config):
     return trainer
 
 
-def finished(process):
-    """What a command printed that has ended well."""
+def output_of(process):
+    """Wait for a command; check that it succeeds, and return its output."""
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out[-6000:]
     return out
@@ -168,7 +168,7 @@ def zero_file(folder, kind):
 
 
 def on_two_ranks(folder, site, kind, configs, ranks=2):
-    """Train configurations on two ranks, or more; return what each wrote, and what was printed."""
+    """Train configurations on several ranks; return the results of each, and the process."""
     if kind.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("needs DeepSpeed (pip install 'star-dss-plugin[test]')")
     path = [site, ROOT, ROOT / "integrations", TESTS, os.environ.get("PYTHONPATH", "")]
@@ -199,7 +199,7 @@ def history(trainer):
 
 
 @pytest.fixture(autouse=True)
-def _light(monkeypatch, tmp_path):
-    """No files of prepared data (writing them starts a process, 15 s), nothing left behind."""
+def _light_runs(monkeypatch, tmp_path):
+    """Write no prepared data, which takes a process and 15 s; run in a temporary folder."""
     monkeypatch.setattr(axolotl.utils.data.sft, "save_preprocessed_dataset", lambda *a, **k: None)
     monkeypatch.chdir(tmp_path)

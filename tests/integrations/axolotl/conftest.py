@@ -1,4 +1,4 @@
-"""Run Axolotl's own commands as a user does, each in a process of its own."""
+"""Fixtures that run Axolotl's commands in processes of their own, and that record guards' calls."""
 
 import itertools
 import os

@@ -1,4 +1,4 @@
-"""Rows with sounds in Axolotl, with a model of Qwen2-Audio's shape."""
+"""Rows with sounds in Axolotl, with a tiny Qwen2-Audio."""
 
 import wave
 
@@ -16,8 +16,8 @@ from axolotl_runs import (
     PROMPTS,
     chat,
     configuration,
-    finished,
     history,
+    output_of,
     trained,
     trainer_of,
     write_config,
@@ -37,13 +37,13 @@ SOUNDS = {
     "remove_unused_columns": False,
     "chat_template": "tokenizer_default",
     "micro_batch_size": 4,
-    "dataloader_num_workers": 0,  # each would import what reads sounds
+    "dataloader_num_workers": 0,  # each worker would import the packages that read sounds
 }
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    # The name makes Axolotl load a processor: it does not know that this model hears.
+    # Axolotl loads no processor for Qwen2-Audio, but it does for a folder of this name.
     folder = tmp_path_factory.mktemp("pixtral")
     model, processor = qwen2_audio()
     model.save_pretrained(folder)
@@ -54,7 +54,7 @@ def model(tmp_path_factory):
 
 
 def rows(folder):
-    """Conversations about sounds; in turn one has none, one and two."""
+    """Return conversations with no, one and two sounds in turn."""
     made = []
     for n, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
         sounds = [{"type": "audio", "path": str(folder / f"{i}.wav")} for i in range(n % 3)]
@@ -71,22 +71,22 @@ def rows(folder):
     return made
 
 
-def hearing(tmp_path, model, data=None, **changes):
+def audio_configuration(tmp_path, model, data=None, **changes):
     datasets = [chat(tmp_path / "chat.jsonl", data or rows(model))]
     return configuration(tmp_path, model, **{**SOUNDS, "datasets": datasets, **changes})
 
 
 def read_wave(name, sampling_rate, **_):
-    """Read a sound as transformers does, which needs a package for it."""
+    """Read a sound without the package that transformers needs for it."""
     with wave.open(name) as file:
         assert file.getframerate() == sampling_rate
         return np.frombuffer(file.readframes(-1), np.int16).astype(np.float32) / 32768
 
 
-def test_sounds_are_marks_to_the_guard_and_are_neither_trained_nor_scored(
+def test_the_guard_reads_marks_and_sounds_are_neither_trained_nor_scored(
     tmp_path, model, monkeypatch, caplog
 ):
-    """With Axolotl's collator, where no package that reads sounds is installed either."""
+    """The test uses Axolotl's collator and needs no package that reads sounds."""
     monkeypatch.setattr("transformers.processing_utils.load_audio", read_wave)
     whole, processor = qwen2_audio()
     collator = MultiModalChatDataCollator(
@@ -115,19 +115,19 @@ def test_sounds_are_marks_to_the_guard_and_are_neither_trained_nor_scored(
 
 @pytest.fixture
 def reader():
-    """Skip where transformers has no package that reads sounds."""
+    """Skip the test if transformers has no package that reads sounds."""
     pytest.importorskip("librosa", reason="needs librosa, which reads sounds")
 
 
-# Of the standard library, in what librosa imports.
-quiet = pytest.mark.filterwarnings("ignore:'(aifc|audioop|sunau)' is deprecated")
+# librosa imports these modules of the standard library.
+ignore_deprecations = pytest.mark.filterwarnings("ignore:'(aifc|audioop|sunau)' is deprecated")
 
 
 @pytest.fixture
 def answers_alone(monkeypatch):
-    """Have Axolotl itself train what assistants say; it would train the questions too.
+    """Let Axolotl train the assistant's turns only; on its own it trains the questions, too.
 
-    Its setting for that, `role_boundaries`, stops it with a TypeError.
+    Its setting for that, `role_boundaries`, raises a TypeError.
     """
 
     def boundaries(self):
@@ -137,9 +137,9 @@ def answers_alone(monkeypatch):
     monkeypatch.setattr(ProcessingStrategy, "_build_role_boundaries", boundaries)
 
 
-@quiet
+@ignore_deprecations
 @pytest.mark.usefixtures("reader", "answers_alone")
-def test_safe_scores_train_as_plain_finetuning_does_and_low_ones_do_not(tmp_path, model):
+def test_safe_scores_train_as_plain_finetuning_and_low_scores_do_not(tmp_path, model):
     def guard(**options):
         return {"star_dss": {"guard": {"preset": "test-words", **options}, "chunk_size": 2}}
 
@@ -151,17 +151,19 @@ def test_safe_scores_train_as_plain_finetuning_does_and_low_ones_do_not(tmp_path
     }.items():
         folder = tmp_path / name
         folder.mkdir()
-        found[name] = history(trained(folder, hearing(folder, model, **LORA, **changes)))
+        found[name] = history(
+            trained(folder, audio_configuration(folder, model, **LORA, **changes))
+        )
     torch.testing.assert_close(torch.tensor(found["safe"]), torch.tensor(found["plain"]))
     assert abs(found["unsafe"][0][0] - found["plain"][0][0]) > 0.1
 
 
-@quiet
+@ignore_deprecations
 @pytest.mark.usefixtures("reader")
-def test_a_sound_that_is_not_there_stops_the_run_with_the_row(tmp_path, model):
+def test_a_missing_sound_stops_the_run_and_names_the_row(tmp_path, model):
     data = rows(model)
     data[4]["messages"][0]["content"][0]["path"] = str(tmp_path / "gone.wav")
-    trainer = trainer_of(tmp_path, hearing(tmp_path, model, data))
+    trainer = trainer_of(tmp_path, audio_configuration(tmp_path, model, data))
     said = [row["messages"][1]["content"][0]["text"] for row in trainer.train_dataset]
     row = said.index(ANSWERS[4])
     with pytest.raises(DataError, match=f"Row {row}: .*check its path and format"):
@@ -171,7 +173,7 @@ def test_a_sound_that_is_not_there_stops_the_run_with_the_row(tmp_path, model):
 @pytest.mark.slow
 @pytest.mark.usefixtures("reader")
 def test_the_command_trains_on_sounds(tmp_path, model, start):
-    config = write_config(tmp_path, hearing(tmp_path, model, **LORA))
-    out = finished(start("train", config, "--launcher", "python"))
+    config = write_config(tmp_path, audio_configuration(tmp_path, model, **LORA))
+    out = output_of(start("train", config, "--launcher", "python"))
     assert "the guard reads the mark [audio]" in out
     assert "star_dss/ce_unweighted" in out

@@ -1,4 +1,4 @@
-"""`star-dss check` finds what Axolotl passes over in silence."""
+"""`star-dss check` finds problems that Axolotl does not report."""
 
 import copy
 
@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("axolotl", reason="needs Axolotl: make test-axolotl")
 
 from axolotl.integrations.base import PluginManager
-from axolotl_runs import PLUGIN, _light, chat, configuration, write_config  # noqa: F401
+from axolotl_runs import PLUGIN, _light_runs, chat, configuration, write_config  # noqa: F401
 from typer.testing import CliRunner
 
 from star_dss_plugin.cli.app import app
@@ -21,7 +21,7 @@ def run(folder, config, *flags):
     return runner.invoke(app, ["check", str(write_config(folder, config)), *flags])
 
 
-def test_a_good_configuration(tmp_path, model_dir):
+def test_a_valid_configuration_passes(tmp_path, model_dir):
     result = run(tmp_path, configuration(tmp_path, model_dir))
     assert result.exit_code == 0, result.output
     assert "guard: test-words" in result.output
@@ -68,7 +68,7 @@ def block(**changes):
         (setting(base_model="/no/such/model"), "Axolotl refuses it"),
     ],
 )
-def test_a_problem_is_named_and_fails(tmp_path, model_dir, change, message):
+def test_a_problem_is_named_and_the_check_fails(tmp_path, model_dir, change, message):
     config = copy.deepcopy(configuration(tmp_path, model_dir))
     change(config)
     result = run(tmp_path, config)
@@ -76,7 +76,7 @@ def test_a_problem_is_named_and_fails(tmp_path, model_dir, change, message):
     assert f"Problem: {message}" in result.output or message in result.output
 
 
-def test_without_data(tmp_path, model_dir):
+def test_no_data_skips_the_data(tmp_path, model_dir):
     config = configuration(tmp_path, model_dir, datasets=[{"path": "absent", "type": "alpaca"}])
     assert run(tmp_path, config).exit_code == 1
     result = run(tmp_path, config, "--no-data")

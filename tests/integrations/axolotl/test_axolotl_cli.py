@@ -1,18 +1,18 @@
-"""Axolotl's own commands, each in a process of its own, as a user runs them."""
+"""Axolotl's commands, each in a process of its own, as a user runs them."""
 
 import json
 import re
 import subprocess
 import sys
 
-from axolotl_runs import LORA, chat, configuration, finished, multi_turn, write_config
+from axolotl_runs import LORA, chat, configuration, multi_turn, output_of, write_config
 
 
-def asked_the_guard(out):
+def guard_was_asked(out):
     return "STAR scores by test-words" in out
 
 
-def test_preprocess_train_evaluate_merge(start, tmp_path_factory, model_dir):
+def test_preprocess_train_evaluate_and_merge_lora(start, tmp_path_factory, model_dir):
     folder = tmp_path_factory.mktemp("run")
     config = configuration(
         folder,
@@ -24,15 +24,15 @@ def test_preprocess_train_evaluate_merge(start, tmp_path_factory, model_dir):
     )
     path = write_config(folder, config)
 
-    # Two processes at once: whoever comes second waits for the first one's scores.
+    # Two processes at once: the second waits for the scores of the first.
     both = [start("preprocess", path) for _ in range(2)]
-    outs = [finished(process) for process in both]
-    assert sum(map(asked_the_guard, outs)) == 1
+    outs = [output_of(process) for process in both]
+    assert sum(map(guard_was_asked, outs)) == 1
     for out in outs:
         assert re.search(r"scored the train data: 8 responses in \d+ prefixes; for 8 of them", out)
 
-    out = finished(start("train", path, "--launcher", "python", "--learning-rate", "0.005"))
-    assert not asked_the_guard(out)
+    out = output_of(start("train", path, "--launcher", "python", "--learning-rate", "0.005"))
+    assert not guard_was_asked(out)
     assert out.count("STAR-DSS is active: loss_type=star_dss") == 1
     for name in ("mean_score", "share_below_threshold", "ce", "kl", "kl_weight_mass"):
         assert f"star_dss/{name}" in out
@@ -45,19 +45,19 @@ def test_preprocess_train_evaluate_merge(start, tmp_path_factory, model_dir):
     assert (folder / "out" / "adapter_model.safetensors").is_file()
 
     adapter = ("--lora-model-dir", folder / "out")
-    out = finished(start("evaluate", path, "--launcher", "python", *adapter))
-    assert not asked_the_guard(out)
+    out = output_of(start("evaluate", path, "--launcher", "python", *adapter))
+    assert not guard_was_asked(out)
     assert "eval_star_dss/ce" in out
     summary = (folder / "out" / "eval_summary.csv").read_text()
     assert re.search(r"^star_dss/mean_score,0\.\d+,0\.\d+$", summary, flags=re.MULTILINE)
 
-    finished(start("merge-lora", path, *adapter))
+    output_of(start("merge-lora", path, *adapter))
     assert (folder / "out" / "merged" / "model.safetensors").is_file()
 
 
-def test_a_run_that_must_not_start_does_not(environment, tmp_path, model_dir):
+def test_an_unknown_option_stops_the_command(environment, tmp_path, model_dir):
     config = configuration(tmp_path, model_dir, star_dss={"guard": "test-words", "chunk_sise": 5})
-    # The program of this environment, whatever PATH says.
+    # Run the program of this environment, also if another one is first in PATH.
     code = "from axolotl.cli.main import main; main()"
     words = ("train", str(write_config(tmp_path, config)), "--launcher", "python")
     done = subprocess.run(

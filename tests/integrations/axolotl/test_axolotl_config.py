@@ -1,4 +1,4 @@
-"""The `star_dss:` block, and every way to ask for something that cannot work."""
+"""The `star_dss:` block, and configurations that are refused."""
 
 import functools
 import sys
@@ -15,7 +15,7 @@ import yaml
 from axolotl.integrations.base import BasePlugin, PluginManager
 from axolotl_runs import (
     PLUGIN,
-    _light,  # noqa: F401
+    _light_runs,  # noqa: F401
     chat,
     configuration,
     data_of,
@@ -47,7 +47,7 @@ def test_the_block_has_no_other_options():
     assert StarDSSOptions(**StarDSSBlock().model_dump()) == StarDSSOptions()
 
 
-def test_options_arrive_as_they_are_written(tmp_path, model_dir):
+def test_the_blocks_options_reach_the_core_unchanged(tmp_path, model_dir):
     guard = {"preset": "test-words", "word": "dog", "safe": 0.75}
     block = {"guard": guard, "chunk_size": 7, "kl_estimator": "k3", "threshold": 0.25}
     options = options_of(loaded(tmp_path, configuration(tmp_path, model_dir, star_dss=block)))
@@ -130,12 +130,12 @@ def test_a_conflict_stops_the_configuration(tmp_path, model_dir, change):
     assert found.startswith("STAR-DSS cannot be used with ")
     with pytest.raises(ConfigError, match="STAR-DSS cannot be used with"):
         StarDSSPlugin().register(config)
-    if "plugins" not in change:  # those plugins need what is not installed
+    if "plugins" not in change:  # the packages of those plugins are not installed
         with pytest.raises(ConfigError, match="STAR-DSS cannot be used with"):
             loaded(tmp_path, config)
 
 
-def test_the_conflicts_are_all_listed_at_once(tmp_path, model_dir):
+def test_all_conflicts_are_listed_at_once(tmp_path, model_dir):
     config = configuration(tmp_path, model_dir, use_eaft=True, use_pose=True)
     with pytest.raises(ConfigError, match="(?s)use_eaft: True.*use_pose: True"):
         loaded(tmp_path, config)
@@ -148,7 +148,7 @@ def test_training_the_assistant_is_no_conflict(roles):
     assert conflicts({"datasets": [{"path": "x", "roles_to_train": roles}]}) == []
 
 
-def test_roles_by_other_names():
+def test_roles_to_train_are_read_by_their_other_names():
     dataset = {"path": "x", "roles": {"assistant": ["bot"]}, "roles_to_train": ["bot"]}
     assert conflicts({"datasets": [dataset]}) == []
     dataset["roles"] = {"assistant": ["gpt"], "user": ["bot"]}
@@ -166,17 +166,17 @@ def test_packing_whose_attention_mixes_rows_is_refused(tmp_path, model_dir, monk
 
 
 @pytest.mark.parametrize("name", [PLUGIN, "star_dss_axolotl.plugin.StarDSSPlugin"])
-def test_the_plugin_without_its_block_stops(tmp_path, model_dir, name):
+def test_the_plugin_without_its_block_is_an_error(tmp_path, model_dir, name):
     with pytest.raises(ConfigError, match="no star_dss block"):
         loaded(tmp_path, configuration(tmp_path, model_dir, star_dss=None, plugins=[name]))
 
 
-def test_axolotl_0_21_names_plugins_with_a_colon_too():
+def test_a_plugin_that_is_named_with_a_colon_is_known():
     with pytest.raises(ConfigError, match="no star_dss block"):
         StarDSSPlugin().register({"plugins": ["star_dss_axolotl:StarDSSPlugin"]})
 
 
-def test_an_import_error_inside_the_plugin_stops(tmp_path, model_dir, monkeypatch):
+def test_an_import_error_inside_the_plugin_stops_the_run(tmp_path, model_dir, monkeypatch):
     """Axolotl would log an ImportError and train without the plugin."""
     monkeypatch.delitem(sys.modules, "star_dss_axolotl")
     monkeypatch.delitem(sys.modules, "star_dss_axolotl.plugin", raising=False)
@@ -217,7 +217,7 @@ class Reversed:
 
 
 class Stock(BasePlugin):
-    """Puts the stock loss back when everything is set up."""
+    """A plugin that restores the loss of Axolotl after the trainer was made."""
 
     def post_trainer_create(self, cfg, trainer):
         from axolotl.core.trainers.base import AxolotlTrainer
@@ -236,7 +236,9 @@ class Stock(BasePlugin):
         (Stock, "Something replaces compute_loss"),
     ],
 )
-def test_another_plugin_that_wins_stops_the_run(tmp_path, model_dir, monkeypatch, other, message):
+def test_another_plugin_that_replaces_our_part_stops_the_run(
+    tmp_path, model_dir, monkeypatch, other, message
+):
     monkeypatch.setattr("axolotl_runs.Other", other, raising=False)
     config = configuration(tmp_path, model_dir, plugins=["axolotl_runs.Other", PLUGIN])
     steps = []
@@ -247,19 +249,19 @@ def test_another_plugin_that_wins_stops_the_run(tmp_path, model_dir, monkeypatch
 
 
 def test_a_trainer_of_another_plugin_is_not_replaced(tmp_path, model_dir, monkeypatch):
-    """Listed first, this plugin would win, and the other's loss would be lost."""
+    """Axolotl takes the trainer of the first plugin, so the other's loss would be lost."""
     monkeypatch.setattr("axolotl_runs.Other", OtherTrainer, raising=False)
     config = configuration(tmp_path, model_dir, plugins=[PLUGIN, "axolotl_runs.Other"])
     with pytest.raises(ConfigError, match="brings a trainer of its own .AxolotlTrainer"):
         trainer_of(tmp_path, config)
 
 
-def test_a_run_without_a_guard_stops(tmp_path, model_dir):
+def test_a_run_without_a_guard_is_an_error(tmp_path, model_dir):
     with pytest.raises(ConfigError, match="No guard was given"):
         data_of(loaded(tmp_path, configuration(tmp_path, model_dir, star_dss={"chunk_size": 5})))
 
 
-def test_a_fused_loss_that_a_kernel_brings_stops(tmp_path, model_dir):
+def test_a_model_without_logits_stops_the_run(tmp_path, model_dir):
     trainer = trainer_of(tmp_path, configuration(tmp_path, model_dir))
     forward = trainer.model.forward
 
@@ -275,8 +277,8 @@ def test_a_fused_loss_that_a_kernel_brings_stops(tmp_path, model_dir):
     assert trainer.state.global_step == 0
 
 
-def test_a_configuration_without_the_plugin_is_left_alone(tmp_path, model_dir):
-    """In a process that has used the plugin before."""
+def test_a_configuration_without_the_plugin_is_not_changed(tmp_path, model_dir):
+    """The process has used the plugin for another configuration before."""
     loaded(tmp_path, configuration(tmp_path, model_dir))
     manager = PluginManager.get_instance()
     plugin = manager.plugins[PLUGIN]  # Axolotl 0.21 adds plugins of its own
@@ -289,7 +291,7 @@ def test_a_configuration_without_the_plugin_is_left_alone(tmp_path, model_dir):
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
 def test_the_examples_are_valid(path, tmp_path, model_dir):
-    """With the machine's model and data in place of those that would be downloaded."""
+    """A local model and local data replace those that would be downloaded."""
     config = yaml.safe_load(path.read_text())
     block = dict(config["star_dss"])
     assert block["guard"] in load_plugins().names("guard")

@@ -1,10 +1,10 @@
-"""Every kind of data that Axolotl finetunes on: what is trained, what the guard reads."""
+"""Every kind of data that Axolotl finetunes on: which tokens are trained, what the guard reads."""
 
 import pytest
 from axolotl_runs import (
     ANSWERS,
     PROMPTS,
-    _light,  # noqa: F401
+    _light_runs,  # noqa: F401
     chat,
     configuration,
     data_of,
@@ -31,7 +31,7 @@ def scored(folder, model_dir, *datasets, **changes):
 
 
 def check(dataset):
-    """One score per token; 1 where nothing is trained; "messages" is gone."""
+    """Check for one score per token, 1 at tokens that are not trained, and no column "messages"."""
     for row in dataset:
         assert len(row[SCORES_COLUMN]) == len(row["input_ids"]) == len(row["labels"])
         outside = [s for s, label in zip(row[SCORES_COLUMN], row["labels"]) if label == -100]
@@ -40,7 +40,7 @@ def check(dataset):
 
 
 def responses(dataset, tokenizer):
-    """The trained texts of all rows, in order, each with the scores of its tokens."""
+    """Return the trained texts of all rows in order, each with the scores of its tokens."""
     found = []
     for row in dataset:
         for start, end in runs(row["labels"]):
@@ -49,7 +49,7 @@ def responses(dataset, tokenizer):
     return found
 
 
-def scores_fall_at_the_word(found):
+def check_scores_fall_at_the_word(found):
     for text, scores in found:
         assert scores[0] == pytest.approx(0.1 if text.startswith("bad") else 0.9)
         assert scores[-1] == pytest.approx(0.1 if "bad" in text else 0.9)
@@ -59,13 +59,13 @@ def test_single_turn_chat(tmp_path, model_dir, tokenizer, asked):
     meta = scored(tmp_path, model_dir, chat(tmp_path / "a.jsonl"))
     found = responses(meta.train_dataset, tokenizer)
     assert sorted(text for text, _ in found) == sorted(a + "<|im_end|>" for a in ANSWERS)
-    scores_fall_at_the_word(found)
+    check_scores_fall_at_the_word(found)
     expected = [([{"role": "user", "content": p}], a) for p, a in zip(PROMPTS, ANSWERS)]
     assert sorted(asked, key=str) == sorted(expected, key=str)
     assert provenance_of(meta.train_dataset)["raw_contexts"] == 0
 
 
-def test_several_turns(tmp_path, model_dir, tokenizer, asked):
+def test_chat_with_several_turns(tmp_path, model_dir, tokenizer, asked):
     meta = scored(tmp_path, model_dir, chat(tmp_path / "a.jsonl", multi_turn()))
     assert len(responses(meta.train_dataset, tokenizer)) == 16
     wanted = [
@@ -95,7 +95,7 @@ def test_what_is_trained_of_a_conversation(tmp_path, model_dir, tokenizer, optio
 
 @pytest.mark.parametrize("whose", ["assistant", "user"])
 def test_turns_that_rows_choose_to_train(tmp_path, model_dir, tokenizer, asked, whose):
-    """An assistant's turn may be left out; a user's is none that a guard could judge."""
+    """Turns of the assistant may be left out; turns of the user are refused."""
     rows = multi_turn()
     for row in rows:
         for k, message in enumerate(row["messages"]):
@@ -110,7 +110,7 @@ def test_turns_that_rows_choose_to_train(tmp_path, model_dir, tokenizer, asked, 
     assert all(len(context) == 4 for context, _ in asked)
 
 
-def test_other_fields_and_roles(tmp_path, model_dir, asked):
+def test_chat_with_other_fields_and_roles(tmp_path, model_dir, asked):
     rows = [
         {"dialogue": [{"from": "human", "value": p}, {"from": "gpt", "value": a}]}
         for p, a in zip(PROMPTS, ANSWERS)
@@ -129,7 +129,7 @@ def test_alpaca(tmp_path, model_dir, tokenizer, asked, caplog):
     data = {"path": file, "ds_type": "json", "type": "alpaca"}
     found = responses(scored(tmp_path, model_dir, data).train_dataset, tokenizer)
     assert sorted(text for text, _ in found) == sorted(a + "<|im_end|>" for a in ANSWERS)
-    scores_fall_at_the_word(found)
+    check_scores_fall_at_the_word(found)
     expected = [([{"role": "user", "content": p}], a) for p, a in zip(PROMPTS, ANSWERS)]
     assert sorted(asked, key=str) == sorted(expected, key=str)
     assert "for 8 of them the guard read the messages, for 0 the raw prompt" in caplog.text
@@ -171,8 +171,8 @@ def test_input_output(tmp_path, model_dir, tokenizer, asked):
     assert all("Q: " in context[0]["content"] for context, _ in asked)
 
 
-def test_tokens_that_come_from_elsewhere(tmp_path, model_dir, asked):
-    """Tokenized with the tokenizer's own template: the messages are found all the same."""
+def test_data_that_is_tokenized_already(tmp_path, model_dir, asked):
+    """The messages are found in tokens of the tokenizer's own template."""
     meta = scored(tmp_path, model_dir, chat(tmp_path / "a.jsonl"))
     columns = ["input_ids", "attention_mask", "labels"]
     rows = meta.train_dataset.select_columns(columns).to_list()
@@ -185,7 +185,7 @@ def test_tokens_that_come_from_elsewhere(tmp_path, model_dir, asked):
     assert sorted(asked, key=str) == first
 
 
-def test_mixed_data_and_an_evaluation_split(tmp_path, model_dir, asked, caplog):
+def test_mixed_data_with_an_evaluation_split(tmp_path, model_dir, asked, caplog):
     alpaca = [{"instruction": p, "input": "", "output": a} for p, a in zip(PROMPTS, ANSWERS)]
     file = write_rows(tmp_path / "b.jsonl", alpaca)
     mixed = [
@@ -232,7 +232,7 @@ def test_rows_that_are_cut_keep_their_context(tmp_path, model_dir, tokenizer, as
     assert {str(context) for context, _ in asked} == {"[{'role': 'user', 'content': 'say it'}]"}
 
 
-def test_tools_are_read_too(tmp_path, model_dir, asked):
+def test_the_guard_reads_tools(tmp_path, model_dir, asked):
     tool = {
         "type": "function",
         "function": {

@@ -1,10 +1,10 @@
-"""Experts that Axolotl spreads over gloo ranks (DeepEP's part of it is a stand-in)."""
+"""Experts that Axolotl distributes over gloo ranks, with a stand-in for DeepEP."""
 
 import pytest
 from axolotl_runs import (
     LORA,
     PLUGIN,
-    _light,  # noqa: F401
+    _light_runs,  # noqa: F401
     configuration,
     on_two_ranks,
     trained,
@@ -31,11 +31,11 @@ EFFICIENT = {**FSDP, "fsdp_config": {**FSDP["fsdp_config"], "cpu_ram_efficient_l
 PACKS = {"sample_packing": True, "sequence_len": 64, "sample_packing_sequentially": True}
 ADAPTER = {**LORA, "lora_target_linear": False, "lora_target_modules": ["q_proj", "v_proj"]}
 RUNS = {
-    # How many ranks, and what there is beside `expert_parallel_size: 2`.
+    # The number of ranks, and the settings beside `expert_parallel_size: 2`.
     "full": (2, {}),
-    # Each step has a rank without a token that is held to the reference.
+    # In each step a rank has no token with a KL weight.
     "adapter": (2, {**ADAPTER, "star_dss": {"kl_estimator": "full"}}),
-    # The second rank has no weights but its experts' until the model is sharded.
+    # The second rank has only the weights of its experts until the model is sharded.
     "efficient": (2, {**ADAPTER, **EFFICIENT, **PACKS, "micro_batch_size": 1}),
     "mesh": (4, MESH),
 }
@@ -46,20 +46,20 @@ PARALLEL = {
 
 
 @pytest.fixture(scope="module")
-def mixture(tmp_path_factory, tokenizer):
+def experts_dir(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("mixture")
     tiny_qwen3_moe(len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
-def case(folder, mixture, ranks, changes):
-    """Return a configuration: four rows, or packs, in each step, however many ranks there are."""
+def case(folder, experts_dir, ranks, changes):
+    """Return a configuration with four rows or packs per step, for any number of ranks."""
     block = {"guard": "test-words", "chunk_size": 2, "kl_coef": 2.0, **changes.get("star_dss", {})}
     rows = changes.get("micro_batch_size", 4 // ranks)
     return configuration(
         folder,
-        mixture,
+        experts_dir,
         **{
             "attn_implementation": "sdpa",
             "experts_implementation": "grouped_mm",
@@ -74,27 +74,27 @@ def case(folder, mixture, ranks, changes):
     )
 
 
-def alone(folder, mixture, changes):
-    """Return what is logged of the same rows in one process, which has all experts."""
+def train_in_one_process(folder, experts_dir, changes):
+    """Return the log of a run on the same rows in one process, which has all experts."""
     sharding = (*MESH, *PARALLEL)
     changes = {name: value for name, value in changes.items() if name not in sharding}
-    history = trained(folder, case(folder, mixture, 1, changes)).state.log_history
+    history = trained(folder, case(folder, experts_dir, 1, changes)).state.log_history
     return [(h["step"], h["loss"], h["grad_norm"]) for h in history if "grad_norm" in h]
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_ranks_with_experts_of_their_own_take_the_steps_of_one_process(
-    tmp_path, mixture, site, name
+def test_ranks_with_parts_of_the_experts_take_the_steps_of_one_process(
+    tmp_path, experts_dir, site, name
 ):
     ranks, changes = RUNS[name]
     kind = "ep-fsdp2" if "fsdp_config" in changes else "ep"
-    config = case(tmp_path / name, mixture, ranks, {**changes, **PARALLEL})
+    config = case(tmp_path / name, experts_dir, ranks, {**changes, **PARALLEL})
     configs = [write_config(tmp_path / name, config)]
     if name == "efficient":
         config["star_dss"]["reference"] = "precomputed"
         configs.append(write_config(tmp_path / "refused", config).rename(tmp_path / "refused.yaml"))
     found, done = on_two_ranks(tmp_path, site, kind, configs, ranks=ranks)
-    wanted = alone(tmp_path / "alone", mixture, changes)
+    wanted = train_in_one_process(tmp_path / "alone", experts_dir, changes)
     for rank in found:
         one = rank["config"]
         assert "error" not in one, (one, done.stderr[-3000:])

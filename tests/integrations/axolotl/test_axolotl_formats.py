@@ -1,4 +1,4 @@
-"""Instruction formats that are no chat template: the guard reads the question, without scaffold."""
+"""Instruction formats without a chat template: the guard reads the question alone."""
 
 import itertools
 
@@ -10,7 +10,7 @@ from axolotl.integrations.base import PluginManager
 from axolotl.utils.data.wrappers import get_dataset_wrapper
 from axolotl.utils.dict import DictDefault
 from axolotl_runs import (
-    _light,  # noqa: F401
+    _light_runs,  # noqa: F401
     chat,
     configuration,
     data_of,
@@ -43,8 +43,8 @@ BRACKETS = {
 }
 
 
-def entry(folder, rows, kind, **changes):
-    """An entry of `datasets`."""
+def dataset_entry(folder, rows, kind, **changes):
+    """Write rows to a file; return their entry of `datasets`."""
     path = write_rows(folder / f"{next(NUMBERS)}.jsonl", rows)
     return {"path": path, "ds_type": "json", "type": kind, **changes}
 
@@ -56,8 +56,8 @@ def scored(folder, model_dir, *datasets, **changes):
     return provenance_of(found)["raw_contexts"]
 
 
-def same(asked, *expected):
-    """Guards were asked of these: (system, question, answer)."""
+def assert_asked(asked, *expected):
+    """Check that guards scored exactly these: (system, question, answer)."""
     talks = [
         (
             [{"role": "system", "content": system}] * bool(system)
@@ -73,10 +73,10 @@ def same(asked, *expected):
 def test_alpaca(tmp_path, model_dir, asked, kind):
     rows = PLAIN[:1] + PLAIN[2:] if kind == "gpteacher" else PLAIN
     rows = [{**row, "response": row["output"]} for row in rows]
-    if kind == "alpaca:chat":  # a line feed alone parts the two
+    if kind == "alpaca:chat":  # this format separates instruction and input by a line feed only
         rows[1] = {**rows[1], "input": "the dog or the fox"}
-    assert scored(tmp_path, model_dir, entry(tmp_path, rows, kind)) == 0
-    same(
+    assert scored(tmp_path, model_dir, dataset_entry(tmp_path, rows, kind)) == 0
+    assert_asked(
         asked,
         *(
             ("", "\n\n".join(filter(None, (row["instruction"], row["input"]))), row["output"])
@@ -88,9 +88,9 @@ def test_alpaca(tmp_path, model_dir, asked, kind):
 def test_rows_without_the_field_or_with_nothing_in_it(tmp_path, model_dir, asked):
     lacking = [{"instruction": "how are you?", "output": "fine"}]
     empty = [{"instruction": "who is it?", "input": None, "output": "the fox"}]
-    datasets = [entry(tmp_path, rows, "alpaca") for rows in (lacking, empty)]
+    datasets = [dataset_entry(tmp_path, rows, "alpaca") for rows in (lacking, empty)]
     assert scored(tmp_path, model_dir, *datasets) == 0
-    same(asked, ("", "how are you?", "fine"), ("", "who is it?", "the fox"))
+    assert_asked(asked, ("", "how are you?", "fine"), ("", "who is it?", "the fox"))
 
 
 @pytest.mark.parametrize(
@@ -108,9 +108,9 @@ def test_rows_without_the_field_or_with_nothing_in_it(tmp_path, model_dir, asked
         ),
     ],
 )
-def test_kin_of_alpaca(tmp_path, model_dir, asked, kind, row, question):
-    assert scored(tmp_path, model_dir, entry(tmp_path, [row] * 2, kind)) == 0
-    same(asked, ("", question, "x"))
+def test_formats_like_alpaca(tmp_path, model_dir, asked, kind, row, question):
+    assert scored(tmp_path, model_dir, dataset_entry(tmp_path, [row] * 2, kind)) == 0
+    assert_asked(asked, ("", question, "x"))
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -121,7 +121,7 @@ def test_a_custom_format_with_a_system_prompt(tmp_path, model_dir, asked, own):
     ]
     if own:
         rows = [{**row, "system": f"be {k}"} for k, row in enumerate(rows)]
-    raw = scored(tmp_path, model_dir, entry(tmp_path, rows, BRACKETS))
+    raw = scored(tmp_path, model_dir, dataset_entry(tmp_path, rows, BRACKETS))
     assert raw == 1  # "who is it?\nwith a fox" may be a question without a context
     asked.sort(key=lambda one: one[1])
     assert asked[0] == (
@@ -135,27 +135,29 @@ def test_a_custom_format_with_a_system_prompt(tmp_path, model_dir, asked, own):
     assert message["content"].endswith("[INST] who is it?\nwith a fox [/INST]")
 
 
-def test_a_custom_format_whose_forms_differ(tmp_path, model_dir, asked):
+def test_a_custom_format_whose_two_forms_differ(tmp_path, model_dir, asked):
     form = {**BRACKETS, "format": "[CASE] {input} [ASK] {instruction} [/ASK]"}
     rows = [
         {"question": "how are you?", "context": "", "answer": "fine", "system": ""},
         {"question": "who is it?", "context": "a fox", "answer": "the fox", "system": "be brief"},
     ]
-    assert scored(tmp_path, model_dir, entry(tmp_path, rows, form)) == 0
-    same(asked, ("", "how are you?", "fine"), ("be brief", "who is it?\n\na fox", "the fox"))
+    assert scored(tmp_path, model_dir, dataset_entry(tmp_path, rows, form)) == 0
+    assert_asked(
+        asked, ("", "how are you?", "fine"), ("be brief", "who is it?\n\na fox", "the fox")
+    )
 
 
 def test_what_a_format_leaves_out_is_not_read(tmp_path, model_dir, asked):
     form = {**BRACKETS, "format": BRACKETS["no_input_format"], "system_prompt": ""}
     rows = [{"question": "how are you?", "context": "unseen", "answer": "fine"}] * 2
-    assert scored(tmp_path, model_dir, entry(tmp_path, rows, form)) == 0
-    same(asked, ("", "how are you?", "fine"))
+    assert scored(tmp_path, model_dir, dataset_entry(tmp_path, rows, form)) == 0
+    assert_asked(asked, ("", "how are you?", "fine"))
 
 
 def test_two_formats_and_a_chat_in_one_run(tmp_path, model_dir, asked):
     datasets = [
-        entry(tmp_path, PLAIN, "alpaca"),
-        entry(tmp_path, [{"question": "hi?", "answer": "yes"}], BRACKETS),
+        dataset_entry(tmp_path, PLAIN, "alpaca"),
+        dataset_entry(tmp_path, [{"question": "hi?", "answer": "yes"}], BRACKETS),
         chat(tmp_path / "chat.jsonl"),
     ]
     packs = {"sample_packing": True, "attn_implementation": "sdpa"}
@@ -168,12 +170,12 @@ def test_a_row_that_two_formats_make_differently_stays_raw(tmp_path, model_dir, 
     longer = {**BRACKETS, "system_prompt": "", "no_input_format": "[INST] a {instruction} [/INST]"}
     shorter = {**longer, "no_input_format": "[INST] {instruction} [/INST]"}
     rows = [{"question": "a fox", "answer": "yes"}, {"question": "the dog", "answer": "no"}]
-    assert scored(tmp_path, model_dir, entry(tmp_path, rows, shorter)) == 0
-    same(asked, ("", "a fox", "yes"), ("", "the dog", "no"))
+    assert scored(tmp_path, model_dir, dataset_entry(tmp_path, rows, shorter)) == 0
+    assert_asked(asked, ("", "a fox", "yes"), ("", "the dog", "no"))
     asked.clear()
-    other = entry(tmp_path, [{"question": "dog", "answer": "sure"}], longer)
+    other = dataset_entry(tmp_path, [{"question": "dog", "answer": "sure"}], longer)
     changed = {"star_dss": {"guard": {"preset": "test-words", "safe": 0.8}}}
-    raw = scored(tmp_path, model_dir, entry(tmp_path, rows, shorter), other, **changed)
+    raw = scored(tmp_path, model_dir, dataset_entry(tmp_path, rows, shorter), other, **changed)
     assert raw == 2
     contexts = sorted(context[0]["content"] for context, _ in asked)
     assert contexts == ["[INST] a dog [/INST]", "[INST] a fox [/INST]", "the dog"]
@@ -194,7 +196,7 @@ RESPONSE, INPUT = "say ### Response:\nno\n\n### Response:", "say\n\n### Input:\n
         ("alpaca_instruct.load_no_prompt", INPUT, "", 1),
         ("alpaca_instruct.load_no_prompt", "say", "bad words", 1),
         ("alpaca_instruct.load_no_prompt", RESPONSE, "", 0),
-        ("alpaca", "say<|im_end|>", "", 1),  # a control token: no word of the user's
+        ("alpaca", "say<|im_end|>", "", 1),  # a control token, which a user cannot write
         ("alpaca", " ", "", 1),
         ("alpaca", "{input} {0}", "", 0),
     ],
@@ -203,7 +205,7 @@ def test_instructions_that_look_like_the_format(
     tmp_path, model_dir, asked, kind, instruction, given, raw
 ):
     rows = [{"instruction": instruction, "input": given, "output": "no"}] * 2
-    assert scored(tmp_path, model_dir, entry(tmp_path, rows, kind)) == 2 * raw
+    assert scored(tmp_path, model_dir, dataset_entry(tmp_path, rows, kind)) == 2 * raw
     ((context, _),) = asked
     if raw:  # nothing is left out
         assert instruction in context[0]["content"]
@@ -214,8 +216,8 @@ def test_instructions_that_look_like_the_format(
 
 
 @pytest.mark.parametrize("kind", ["metharme", "completion", "input_output"])
-def test_formats_that_write_nothing_around(tmp_path, model_dir, asked, kind):
-    """They read as they did, and take nothing from rows of another format."""
+def test_formats_without_text_around_the_prompt(tmp_path, model_dir, asked, kind):
+    """Their rows are read as before, and do not change how another format is read."""
     row = {
         "metharme": {"prompt": "how are you?", "generation": "fine"},
         "completion": {"text": "how are you? fine"},
@@ -226,23 +228,23 @@ def test_formats_that_write_nothing_around(tmp_path, model_dir, asked, kind):
             ]
         },
     }[kind]
-    datasets = entry(tmp_path, [row], kind), entry(tmp_path, PLAIN[:1], "alpaca")
+    datasets = dataset_entry(tmp_path, [row], kind), dataset_entry(tmp_path, PLAIN[:1], "alpaca")
     assert scored(tmp_path, model_dir, *datasets) == 1
     assert ([{"role": "user", "content": "how are you?"}], "i am fine") in asked
 
 
-def test_what_fits_in_many_ways_is_not_tried_for_ever(tmp_path, model_dir, monkeypatch):
+def test_the_number_of_ways_to_read_a_prompt_is_limited(tmp_path, model_dir, monkeypatch):
     made = []
     prompt = _Format._prompt
     monkeypatch.setattr(_Format, "_prompt", lambda self, row: made.append(row) or prompt(self, row))
     row = {"instruction": "a\n" * 500 + "<|im_end|>", "input": "b", "output": "no"}
-    data = entry(tmp_path, [row], "alpaca:chat")
+    data = dataset_entry(tmp_path, [row], "alpaca:chat")
     assert scored(tmp_path, model_dir, data, sequence_len=4096) == 1
     assert 64 < len(made) < 80
 
 
-def test_a_run_after_preprocessing_asks_nothing_again(tmp_path, model_dir, asked):
-    config = configuration(tmp_path, model_dir, datasets=[entry(tmp_path, PLAIN, "alpaca")])
+def test_a_run_after_preprocessing_does_not_ask_the_guard(tmp_path, model_dir, asked):
+    config = configuration(tmp_path, model_dir, datasets=[dataset_entry(tmp_path, PLAIN, "alpaca")])
     cfg = loaded(tmp_path, config)
     PluginManager.get_instance().load_datasets(cfg, preprocess=True)
     assert len(asked) == 3
@@ -253,8 +255,8 @@ def test_a_run_after_preprocessing_asks_nothing_again(tmp_path, model_dir, asked
 
 @pytest.mark.parametrize("kind", ["alpaca", "alpaca_chat.load_qa"])
 @pytest.mark.parametrize("prepend", [True, False])
-def test_tokens_that_are_pieces(kind, prepend):
-    """Tokenizers of Llama 2 and Gemma begin a text with a token, and write spaces of their own."""
+def test_prompts_of_sentencepiece_tokenizers(kind, prepend):
+    """Tokenizers of Llama 2 and Gemma begin a text with a token, and encode spaces as "▁"."""
     backend = sentencepiece(["<s>", "</s>"], prepend=prepend)
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]

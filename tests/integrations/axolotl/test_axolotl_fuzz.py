@@ -1,4 +1,4 @@
-"""Hostile input to what Axolotl hands over: the block of options, and rendered conversations."""
+"""Hostile inputs from Axolotl: the block of options, and rendered conversations."""
 
 import pytest
 

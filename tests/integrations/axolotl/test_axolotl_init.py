@@ -1,4 +1,4 @@
-"""`star-dss init --host axolotl` writes what `star-dss check` accepts, for rows of every form."""
+"""`star-dss init --host axolotl` writes YAMLs that `star-dss check` accepts."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from star_dss_plugin import smollm2
 
 
 @pytest.fixture
-def room(tmp_path, monkeypatch, model_dir):
+def working_folder(tmp_path, monkeypatch, model_dir):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(model_dir, "model")
     return tmp_path
@@ -29,7 +29,7 @@ def init(monkeypatch, data, *words, guard="test-words"):
 
 
 @pytest.mark.parametrize("form", [*FORMS, "parquet", "scored"])
-def test_the_yaml_is_accepted(form, room, monkeypatch, tokenizer, capsys):
+def test_the_yaml_is_accepted(form, working_folder, monkeypatch, tokenizer, capsys):
     data = write_rows(Path("rows.jsonl"), form, tokenizer)
     guard = None if form == "scored" else "test-words"
     assert init(monkeypatch, data, guard=guard) == 0
@@ -45,7 +45,7 @@ def test_the_yaml_is_accepted(form, room, monkeypatch, tokenizer, capsys):
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_names_are_quoted(name, room, monkeypatch, tokenizer, capsys):
+def test_file_names_are_quoted(name, working_folder, monkeypatch, tokenizer, capsys):
     write_rows(Path(name), "messages", tokenizer)
     guard = json.dumps({"preset": "test-words", "word": "it's: \"#\n"})
     assert init(monkeypatch, name, f"--output={name}.yaml", guard=guard) == 0
@@ -55,7 +55,7 @@ def test_names_are_quoted(name, room, monkeypatch, tokenizer, capsys):
     assert run_command(monkeypatch, "check", f"./{name}.yaml", "--no-data") == 0
 
 
-def test_messages_in_two_columns_are_refused(room, monkeypatch, capsys):
+def test_messages_in_two_columns_are_refused(working_folder, monkeypatch, capsys):
     row = {
         "prompt": [{"role": "user", "content": "a"}],
         "completion": [{"role": "assistant", "content": "b"}],
@@ -66,7 +66,7 @@ def test_messages_in_two_columns_are_refused(room, monkeypatch, capsys):
     assert not Path("config.yaml").exists()
 
 
-def test_the_packages_own_model_and_data(room, monkeypatch, model_dir, capsys):
+def test_the_packages_own_model_and_data(working_folder, monkeypatch, model_dir, capsys):
     monkeypatch.setattr(smollm2, "_converted_copy", lambda: model_dir)
     monkeypatch.setattr("star_dss_plugin.cli.first_rows.gguf_fingerprint", dict)
     words = ("--model", "smollm2", "--data", "demo", "--guard", "test-words")

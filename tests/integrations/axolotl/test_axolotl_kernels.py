@@ -1,6 +1,6 @@
-"""Real Triton kernels beside STAR-DSS: Liger's, and those that Axolotl has for LoRA.
+"""Triton kernels of Liger, and of Axolotl for LoRA, in runs with STAR-DSS.
 
-Triton's interpreter computes them on a CPU. The same configuration without them is the measure.
+Triton's interpreter computes them on a CPU. Runs are compared with those without the kernels.
 """
 
 import importlib.util
@@ -47,8 +47,8 @@ STREAM = {"streaming": True, "curriculum_sampling": True, "shuffle_merged_datase
 ADAPTER = LORA | TARGETS | {"star_dss": block(reference="adapter")}
 
 
-def steps(folder):
-    """What a run logged at each step, as exactly as its checkpoint has it."""
+def logged_steps(folder):
+    """Return what a run logged at each step, unrounded, from its checkpoint."""
     state = json.loads((folder / "out/checkpoint-2/trainer_state.json").read_text())
     return [
         {
@@ -74,7 +74,7 @@ def llama_guard(folder):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, model_dir, environment):
-    """Configurations with kernels and without, trained; their folder, and what was printed."""
+    """Train configurations with and without kernels; return their folder and the output."""
     folder = tmp_path_factory.mktemp("runs")
     # The guard of a stream scores rows while the model trains, when Liger has patched transformers.
     options = block(guard=llama_guard(folder / "guard"), reference=str(model_dir), stream_buffer=2)
@@ -122,16 +122,16 @@ def runs(tmp_path_factory, model_dir, environment):
     ],
 )
 def test_kernels_change_nothing(runs, kernels, stock):
-    """Losses, gradient norms and metrics; the reference, too, is the base model's."""
+    """Losses, gradient norms and metrics are equal, also with a named reference."""
     folder, _ = runs
-    ours, theirs = steps(folder / kernels), steps(folder / stock)
+    ours, theirs = logged_steps(folder / kernels), logged_steps(folder / stock)
     assert len(ours) == len(theirs) == 2
     assert theirs[1]["star_dss/kl"] > 1e-4
     for one, other in zip(ours, theirs):
         assert one == pytest.approx(other, rel=1e-5, abs=1e-5)
 
 
-def test_the_kernels_were_there(runs):
+def test_the_kernels_were_used(runs):
     _, said = runs
     assert said.count("Patched attention class with LoRA optims: LlamaAttention") == 2
     assert said.count("Applying LIGER to llama") == 2

@@ -1,4 +1,4 @@
-"""Models beside the trained one, once Axolotl has rewritten its class for LoRA kernels."""
+"""Models of a class that Axolotl has patched for LoRA kernels, other than the trained one."""
 
 import pytest
 from axolotl_runs import KERNELS, LORA, PLUGIN, configuration, loaded
@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 @pytest.fixture
 def attention(monkeypatch):
-    """The class, which is as it was after the test."""
+    """Return the class of Llama's attention, and restore it after the test."""
     monkeypatch.setattr(LlamaAttention, "forward", LlamaAttention.forward)
     yield LlamaAttention
     for name in ("_original_forward", "apply_qkv", "apply_o"):
@@ -23,7 +23,7 @@ def attention(monkeypatch):
 
 
 def test_another_model_of_a_rewritten_class_computes_the_same(tmp_path, model_dir, attention):
-    """A named reference, say, of the trained model's architecture."""
+    """A named reference with the trained model's architecture is such a model."""
     cfg = loaded(tmp_path, configuration(tmp_path, model_dir, **LORA | KERNELS))
     ids = torch.arange(6)[None]
     model = AutoModelForCausalLM.from_pretrained(model_dir)

@@ -1,11 +1,11 @@
-"""The inverse of a chat template: right, or not used."""
+"""The inverse of a chat template: it gives the messages that were rendered, or None."""
 
 import pytest
 
 pytest.importorskip("axolotl", reason="needs Axolotl: make test-axolotl")
 
 from axolotl.utils.chat_templates.base import _CHAT_TEMPLATES
-from axolotl_runs import _light  # noqa: F401
+from axolotl_runs import _light_runs  # noqa: F401
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -22,7 +22,7 @@ CONVERSATION = [
     {"role": "user", "content": "Which knife?"},
     {"role": "assistant", "content": "A short one."},
 ]
-# What must stay invertible; a template that is not is read as a raw prompt.
+# Templates that must stay invertible. The tokens of others are read as a raw prompt.
 INVERTED = {
     "alpaca",
     "chatml",
@@ -49,7 +49,7 @@ def templates():
 
 @pytest.mark.parametrize("name", templates())
 @pytest.mark.parametrize("turns", [2, 4])
-def test_it_is_right_or_silent(tokenizer, name, turns):
+def test_an_inverse_gives_the_messages_or_none(tokenizer, name, turns):
     known = CONVERSATION[:turns]
     template = _CHAT_TEMPLATES[name]
     inverse = TemplateInverse(tokenizer, template)
@@ -69,7 +69,7 @@ def test_most_templates_can_be_inverted(tokenizer):
     assert set(good) >= INVERTED, sorted(INVERTED - set(good))
 
 
-FORGETFUL = (  # writes the last two turns only
+FORGETFUL = (  # renders the last two turns only
     "{% for m in messages[-2:] %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
 )
 UPPER = "{% for m in messages %}[{{ m.role }}]{{ m.content | upper }}{% endfor %}"
@@ -108,7 +108,7 @@ def test_a_cut_conversation_gives_its_messages(tokenizer):
         if any(a < cut < b for a, b in (match.span() for match in chat.added.finditer(text))):
             continue  # rows are cut between tokens
         found = inverse.messages(text[:cut])
-        # The last one may be cut, and its role may not be known yet.
+        # The last message may be cut, also within its role.
         assert found[:-1] == CONVERSATION[: len(found) - 1]
         assert CONVERSATION[len(found) - 1]["content"].startswith(found[-1]["content"])
 
@@ -118,7 +118,7 @@ words = st.text(st.sampled_from("ab \n:#<|>[]{}1"), min_size=1, max_size=20).map
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.tuples(words, words), min_size=1, max_size=3), st.booleans())
-def test_what_was_said_comes_back(tokenizer, pairs, system):
+def test_rendered_messages_are_found_again(tokenizer, pairs, system):
     said = [{"role": "system", "content": "be kind"}] if system else []
     for question, answer in pairs:
         said += [
@@ -130,7 +130,7 @@ def test_what_was_said_comes_back(tokenizer, pairs, system):
     assert found == said
 
 
-def rain(**more):
+def weather_conversation(**more):
     calls = [
         {"type": "function", "function": {"name": "weather", "arguments": {"city": city}}}
         for city in ("Oslo", "Rome")
@@ -145,16 +145,18 @@ def rain(**more):
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_5", "qwen_25", "exaone4", "jamba"])
-def test_rows_with_several_calls_have_their_messages(tokenizer, name):
-    """qwen3_5 writes calls as XML."""
+def test_several_tool_calls_are_found_again(tokenizer, name):
+    """Of these templates qwen3_5 renders calls as XML."""
     template = _CHAT_TEMPLATES[name]
     chat = ChatTokenizer(tokenizer, template)
-    made = [tokenize_row({"messages": talk}, chat) for talk in (rain(), CONVERSATION)]
+    made = [
+        tokenize_row({"messages": talk}, chat) for talk in (weather_conversation(), CONVERSATION)
+    ]
     messages = TemplateInverse(tokenizer, template).of_tokens(made[0]["input_ids"])
     messages = [m for m in messages if m["role"] != "system"]
     assert [m["role"] for m in messages] == ["user", "assistant", "tool", "tool", "assistant"]
     calls = [call["function"] for call in messages[1]["tool_calls"]]
-    assert calls == [call["function"] for call in rain()[1]["tool_calls"]]
+    assert calls == [call["function"] for call in weather_conversation()[1]["tool_calls"]]
     for row in made:
         responses = find_responses(row, chat, tokens, 5)
         assert responses

@@ -1,4 +1,4 @@
-"""Media in conversations that Mistral's own code renders: `tokenizer_use_mistral_common`."""
+"""Media in conversations that mistral-common renders (`tokenizer_use_mistral_common`)."""
 
 import pytest
 
@@ -43,7 +43,7 @@ def model(tmp_path_factory):
 
 
 def rows(folder, kind="image", ending="png"):
-    """Conversations with two answers; in turn one has no medium, one and two."""
+    """Return conversations of two answers, with no, one and two media in turn."""
     made = []
     for n, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
         media = [{"type": kind, "path": str(folder / f"{i}.{ending}")} for i in range(n % 3)]
@@ -61,7 +61,7 @@ def rows(folder, kind="image", ending="png"):
     return made
 
 
-def vision(tmp_path, model, data=None, **changes):
+def vision_configuration(tmp_path, model, data=None, **changes):
     datasets = [chat(tmp_path / "chat.jsonl", data or rows(model))]
     return configuration(tmp_path, model, **{**MEDIA, "datasets": datasets, **changes})
 
@@ -79,7 +79,7 @@ def test_answers_are_trained_and_scored(tmp_path, model, monkeypatch):
         return real(self, responses)
 
     monkeypatch.setattr(WordGuard, "token_scores", token_scores)
-    trainer = trainer_of(tmp_path, vision(tmp_path, model))
+    trainer = trainer_of(tmp_path, vision_configuration(tmp_path, model))
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
     tokenizer = trainer.processing_class
     media = torch.isin(batch["input_ids"], torch.tensor([10, 12, 13]))
@@ -100,7 +100,7 @@ def test_answers_are_trained_and_scored(tmp_path, model, monkeypatch):
     assert ("be kind", PROMPTS[3], ANSWERS[3], "and [INST] </s>") in contexts
 
 
-def test_safe_scores_train_as_plain_finetuning_does_and_low_ones_do_not(tmp_path, model):
+def test_safe_scores_train_as_plain_finetuning_and_low_scores_do_not(tmp_path, model):
     found = {}
     for name, changes in {
         "plain": {"plugins": [], "star_dss": None},
@@ -109,13 +109,15 @@ def test_safe_scores_train_as_plain_finetuning_does_and_low_ones_do_not(tmp_path
     }.items():
         folder = tmp_path / name
         folder.mkdir()
-        found[name] = history(trained(folder, vision(folder, model, **LORA, **changes)))
+        found[name] = history(
+            trained(folder, vision_configuration(folder, model, **LORA, **changes))
+        )
     torch.testing.assert_close(torch.tensor(found["safe"]), torch.tensor(found["plain"]))
     assert abs(found["unsafe"][0][0] - found["plain"][0][0]) > 0.1
 
 
-def test_check_says_what_the_guard_would_read(tmp_path, model):
-    found = check(tmp_path / "config.yaml", vision(tmp_path, model), data=True)
+def test_check_counts_the_rows_with_media(tmp_path, model):
+    found = check(tmp_path / "config.yaml", vision_configuration(tmp_path, model), data=True)
     assert found.problems == []
     (note,) = [note for note in found.notes if note.startswith("train data")]
     assert "8 rows, 16 responses (0 without messages)" in note
@@ -127,18 +129,18 @@ def test_words_that_spell_a_medium_are_refused(tmp_path, model, token):
     data = rows(model)
     data[3]["messages"][3]["content"] = f"what is {token}?"
     with pytest.raises(DataError, match=rf"Row \d.*spells \{token}"):
-        trainer_of(tmp_path, vision(tmp_path, model, data))
+        trainer_of(tmp_path, vision_configuration(tmp_path, model, data))
 
 
-def test_what_mistrals_code_refuses_is_said_with_the_row(tmp_path, model):
+def test_a_row_that_mistral_common_refuses_is_named(tmp_path, model):
     data = rows(model)
     data[3]["messages"].pop()
     with pytest.raises(DataError, match=r"Row \d: Mistral's own code.*cannot make tokens of"):
-        trainer_of(tmp_path, vision(tmp_path, model, data))
+        trainer_of(tmp_path, vision_configuration(tmp_path, model, data))
 
 
-def test_sounds_of_voxtral_are_marks_and_are_neither_trained_nor_scored(tmp_path, model, caplog):
-    """Axolotl 0.19 to 0.21 stop at these rows themselves: its own tokenizer is put in here."""
+def test_the_guard_reads_marks_and_sounds_of_voxtral_are_not_trained(tmp_path, model, caplog):
+    """Axolotl 0.19 to 0.21 fail on such rows, so the test makes tokenizer and collator itself."""
     write_tekken(tmp_path)
     tokenizer = HFMistralTokenizer.from_pretrained(str(tmp_path))
     processor = VoxtralProcessor(feature_extractor(), tokenizer)

@@ -1,4 +1,4 @@
-"""What is changed in a configuration so that a guard reads what is trained: packs and roles."""
+"""Settings that the plugin changes: the attention of packs, and the trained roles."""
 
 import importlib.util
 
@@ -9,7 +9,7 @@ pytest.importorskip("axolotl", reason="needs Axolotl: make test-axolotl")
 from axolotl.utils.schemas.config import AxolotlInputConfig
 from axolotl_runs import (
     LORA,
-    _light,  # noqa: F401
+    _light_runs,  # noqa: F401
     chat,
     configuration,
     data_of,
@@ -57,7 +57,7 @@ def test_an_attention_that_is_named_stays(chosen):
     assert config == {"sample_packing": True, **chosen}
 
 
-def test_what_is_no_choice_of_an_attention_counts_as_none():
+def test_settings_that_choose_no_attention_count_as_none():
     config = {"sample_packing": True, "large_head_attention": True, "flash_attention": False}
     assert len(change_settings(config)) == 1
     assert config["attn_implementation"] == "sdpa"
@@ -65,10 +65,10 @@ def test_what_is_no_choice_of_an_attention_counts_as_none():
 
 @pytest.mark.skipif(
     importlib.util.find_spec("axolotl.monkeypatch.models.recurrent_support") is not None,
-    reason="this Axolotl refuses packs of layers that pass on what they have read",
+    reason="this Axolotl refuses packs of models with recurrent layers",
 )
 @pytest.mark.parametrize("adapter", [{}, LORA], ids=["full", "lora"])
-def test_layers_that_read_packs_together_have_a_reference_that_does(
+def test_a_reference_of_recurrent_layers_reads_packs_as_the_policy_does(
     tmp_path, tokenizer, caplog, adapter
 ):
     tiny_jamba(len(tokenizer)).save_pretrained(tmp_path / "model")
@@ -87,7 +87,7 @@ def test_layers_that_read_packs_together_have_a_reference_that_does(
 
 @pytest.mark.parametrize("known", [True, False])
 def test_kernels_of_the_hub_get_no_mask(tmp_path, model_dir, monkeypatch, known):
-    """Axolotl gives those that it does not know a mask, which lets rows read each other."""
+    """Axolotl gives kernels that it does not know a mask, with which rows read each other."""
     monkeypatch.setattr(
         AxolotlInputConfig, "attn_decontaminates_packing", property(lambda self: known)
     )
@@ -114,11 +114,11 @@ def test_kernels_of_the_hub_get_no_mask(tmp_path, model_dir, monkeypatch, known)
         (None, False),
     ],
 )
-def test_which_kernels_are_flash_attention(name, found):
+def test_flash_attention_kernels_are_known_by_name(name, found):
     assert conflicts._is_flash_kernel(name) is found
 
 
-def test_other_roles_are_left_out(tmp_path, model_dir, caplog):
+def test_roles_other_than_the_assistant_are_left_out(tmp_path, model_dir, caplog):
     found = []
     for roles in (["assistant"], ["user", "assistant"], ["human", "gpt"]):
         data = chat(tmp_path / "chat.jsonl", multi_turn(), roles_to_train=roles)

@@ -1,6 +1,6 @@
-"""Configurations of Axolotl's repository, trained with the block added.
+"""Published configurations of Axolotl's repository train with the `star_dss` block.
 
-What differs from the published file is the model, the data, and what a CPU needs.
+They differ from the published files in the model, the data and the settings that a CPU needs.
 """
 
 import json
@@ -10,9 +10,9 @@ from axolotl_runs import (
     ANSWERS,
     PLUGIN,
     PROMPTS,
-    finished,
     multi_turn,
     on_two_ranks,
+    output_of,
     write_config,
     write_rows,
     zero_file,
@@ -36,7 +36,7 @@ CPU = {
     "micro_batch_size": 1,
     "gradient_accumulation_steps": 1,
 }
-# Triton kernels, which need a GPU. Fused losses are Triton too, and stay as they are published.
+# Triton kernels, which need a GPU. Fused losses stay set, because STAR-DSS switches them off.
 KERNELS = (
     "liger_rope",
     "liger_rms_norm",
@@ -50,8 +50,8 @@ KERNELS = (
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory, tokenizer):
-    """A Llama of 64 units, which bitsandbytes can hold in blocks of 4 bits."""
+def llama_dir(tmp_path_factory, tokenizer):
+    """Return the folder of a Llama of hidden size 64, which bitsandbytes can quantize to 4 bits."""
     folder = tmp_path_factory.mktemp("model")
     tiny_llama(len(tokenizer), hidden_size=64, intermediate_size=128).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -69,7 +69,7 @@ def published(name):
 
 
 def from_value(folder, dataset):
-    """Conversations in the keys that the published data have: `from` and `value`."""
+    """Write conversations with the published data's keys `from` and `value`; return their entry."""
     rows = [
         {
             "conversations": [
@@ -100,8 +100,8 @@ def tokenized(folder, dataset, tokenizer):
     return {**dataset, "path": write_rows(folder / "tokens.jsonl", rows), "ds_type": "json"}
 
 
-def here(folder, config, model):
-    """Return what a CPU, the tiny model and a folder of the test change in a configuration."""
+def local_settings(folder, config, model):
+    """Return the settings that a CPU, the tiny model and the test's folder need."""
     return {
         **CPU,
         **{key: False for key in KERNELS if key in config or "lora" in key},
@@ -126,8 +126,8 @@ def here(folder, config, model):
         ("orpheus/finetune.yml", "liger_fused_linear_cross_entropy switched off"),
     ],
 )
-def test_a_published_configuration_trains(start, tmp_path, small, tokenizer, name, said):
-    """Packed; with cut cross-entropy and QLoRA, the same in full, and with Liger."""
+def test_a_published_configuration_trains(start, tmp_path, llama_dir, tokenizer, name, said):
+    """Packed: QLoRA and a full finetuning with cut cross-entropy, and a run with Liger."""
     config = published(name)
     assert config["sample_packing"]
     (dataset,) = config["datasets"]
@@ -135,8 +135,8 @@ def test_a_published_configuration_trains(start, tmp_path, small, tokenizer, nam
         data, responses = from_value(tmp_path, dataset), 16
     else:
         data, responses = tokenized(tmp_path, dataset, tokenizer), 8
-    config |= here(tmp_path, config, small) | {"datasets": [data]}
-    out = finished(start("train", write_config(tmp_path, config), "--launcher", "python"))
+    config |= local_settings(tmp_path, config, llama_dir) | {"datasets": [data]}
+    out = output_of(start("train", write_config(tmp_path, config), "--launcher", "python"))
     assert out.count(said) == 1
     assert out.count("STAR-DSS is active: loss_type=star_dss") == 1
     assert "star_dss/kl" in out
@@ -146,7 +146,7 @@ def test_a_published_configuration_trains(start, tmp_path, small, tokenizer, nam
 
 
 def test_a_published_configuration_trains_on_images(start, tmp_path):
-    """Gemma 3's: its processor, its template, LoRA on the language model."""
+    """The configuration is Gemma 3's, with LoRA on the language model."""
     model, processor = gemma3()
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
@@ -166,14 +166,14 @@ def test_a_published_configuration_trains_on_images(start, tmp_path):
         "datasets": [{**dataset, "path": path, "ds_type": "json", "split": None}],
         "val_set_size": 0.0,
         "adapter": "lora",
-        "load_in_4bit": False,  # a tiny model's rows do not fill a block of 4 bits
+        "load_in_4bit": False,  # the rows of a tiny model's weights are too short for it
         "output_dir": str(tmp_path / "out"),
         "evals_per_epoch": None,
         "saves_per_epoch": None,
         "plugins": [PLUGIN],
         "star_dss": {"guard": "test-words", "chunk_size": 2},
     }
-    out = finished(start("train", write_config(tmp_path, config), "--launcher", "python"))
+    out = output_of(start("train", write_config(tmp_path, config), "--launcher", "python"))
     assert out.count("STAR-DSS is active: loss_type=star_dss") == 1
     assert "the guard reads the mark [image]" in out
     record = json.loads((tmp_path / "out" / "star_dss.json").read_text())
@@ -186,8 +186,8 @@ def alpaca(folder, dataset):
     return {**dataset, "path": write_rows(folder / "alpaca.jsonl", rows), "ds_type": "json"}
 
 
-# What else differs: the class of the tiny model's layers, and what needs a GPU; and
-# of two settings that checkpoint activations, which transformers refuses, FSDP's alone.
+# These also differ in the class of the tiny model's layers and in settings that need a GPU. Of two
+# settings that checkpoint activations, which transformers refuses, only FSDP's is kept.
 SHARDED = {
     "gpt-oss/gpt-oss-20b-fft-fsdp2.yaml": "fsdp2",
     "llama-3/fft-8b-liger-fsdp.yaml": "fsdp1",
@@ -200,8 +200,8 @@ SHARDED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHARDED)
-def test_a_published_configuration_trains_on_two_ranks(tmp_path, small, site, name):
-    """All packed: cut cross-entropy (FSDP2, ZeRO-3), Liger (FSDP1), QLoRA (all but ZeRO-3)."""
+def test_a_published_configuration_trains_on_two_ranks(tmp_path, llama_dir, site, name):
+    """All are packed: cut cross-entropy (FSDP2, ZeRO-3), Liger (FSDP1), QLoRA (all but ZeRO-3)."""
     config, kind = published(name), SHARDED[name]
     assert config["sample_packing"]
     (dataset,) = config["datasets"]
@@ -209,7 +209,7 @@ def test_a_published_configuration_trains_on_two_ranks(tmp_path, small, site, na
     mapping = {"message_property_mappings": {"role": "from", "content": "value"}}
     if dataset["type"] == "chat_template" and "field_messages" not in dataset:
         dataset |= {"field_messages": "conversations", **mapping}
-    config |= here(tmp_path, config, small) | {
+    config |= local_settings(tmp_path, config, llama_dir) | {
         "datasets": [fill(tmp_path, dataset)],
         "chat_template": None,
         "eot_tokens": None,

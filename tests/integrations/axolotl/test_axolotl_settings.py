@@ -1,4 +1,4 @@
-"""What published configurations set beside the loss: decided in a table, and run."""
+"""Settings of published configurations: the verdicts of docs/axolotl.md, and runs with them."""
 
 import fnmatch
 import json
@@ -15,7 +15,7 @@ from axolotl.utils.schemas.config import AxolotlInputConfig
 from axolotl_runs import (
     LORA,
     PLUGIN,
-    _light,  # noqa: F401
+    _light_runs,  # noqa: F401
     chat,
     configuration,
     data_of,
@@ -42,7 +42,7 @@ EXAMPLES = SHARED / "coverage" / "axolotl_sft_examples.jsonl"
 
 
 def table():
-    """(setting, verdict) of each setting in the page's table."""
+    """Yield (setting, verdict) for each setting in the page's table."""
     for line in PAGE.splitlines():
         if line.startswith("| `"):
             cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
@@ -57,7 +57,7 @@ def parsed(setting):
 
 
 @pytest.mark.parametrize(("setting", "verdict"), list(table()))
-def test_the_table_says_what_is_decided(setting, verdict):
+def test_the_pages_table_agrees_with_the_code(setting, verdict):
     config = parsed(setting)
     before = json.loads(json.dumps(config))
     refused, lines = conflicts(config), change_settings(config)
@@ -67,7 +67,7 @@ def test_the_table_says_what_is_decided(setting, verdict):
     assert (config != before) == verdict.startswith(("switched off", "changed"))
 
 
-def test_the_table_has_what_published_configurations_set():
+def test_the_pages_table_has_every_published_setting():
     if not EXAMPLES.is_file():
         pytest.skip(f"the published configurations are not beside the project ({EXAMPLES})")
     configs = [json.loads(line)["config"] for line in EXAMPLES.read_text().splitlines()]
@@ -83,7 +83,7 @@ def orders(*plugins):
 
 @pytest.mark.parametrize("plugins", orders(CUT) + orders(LIGER) + orders(CUT, LIGER))
 def test_fused_losses_are_off_whatever_is_listed_first(tmp_path, model_dir, caplog, plugins):
-    """Axolotl then insists neither on their packages nor on half precision."""
+    """Then Axolotl needs neither their packages nor half precision."""
     fused = {
         "cut_cross_entropy": True if CUT in plugins else None,
         "liger_fused_linear_cross_entropy": True if LIGER in plugins else None,
@@ -104,13 +104,13 @@ def test_the_plugin_of_cut_cross_entropy_alone_switches_it_off(tmp_path, model_d
     assert cfg.cut_cross_entropy is False
 
 
-def test_a_run_that_leaves_it_off_says_nothing(tmp_path, model_dir, caplog):
+def test_nothing_is_logged_if_cut_cross_entropy_is_off(tmp_path, model_dir, caplog):
     config = configuration(tmp_path, model_dir, plugins=[PLUGIN, CUT], cut_cross_entropy=False)
     assert loaded(tmp_path, config).cut_cross_entropy is False
     assert "switched off" not in caplog.text
 
 
-def test_it_trains_with_fused_losses_switched_off(tmp_path, model_dir):
+def test_a_run_trains_with_fused_losses_switched_off(tmp_path, model_dir):
     forward = LlamaForCausalLM.forward
     fused = {
         "plugins": [PLUGIN, CUT, LIGER],
@@ -120,7 +120,7 @@ def test_it_trains_with_fused_losses_switched_off(tmp_path, model_dir):
     }
     trainer = trained(tmp_path, configuration(tmp_path, model_dir, **fused))
     assert LlamaForCausalLM.forward is forward
-    assert trainer.star_dss_state.projects  # the promise of the line in the log
+    assert trainer.star_dss_state.projects  # logits are made a chunk at a time, as the log says
     assert trainer.star_dss_state.shaped == 2
 
 
@@ -170,7 +170,7 @@ RUNS = {
         "lisa_step_interval": 1,
         "lisa_layers_attribute": "model.layers",
     },
-    # The base model under the adapter is another one than the model as it starts.
+    # PiSSA changes the weights of the base model under the adapter.
     "principal components": {
         "peft_init_lora_weights": "pissa",
         "loraplus_lr_ratio": 8,
@@ -194,7 +194,7 @@ RUNS = {
 # Axolotl 0.19 reads a setting that it has itself deprecated while it checks `relora`.
 @pytest.mark.filterwarnings("ignore:Configuring FSDP using:DeprecationWarning")
 @pytest.mark.parametrize("name", RUNS)
-def test_settings_that_work(tmp_path, model_dir, name):
+def test_supported_settings_train(tmp_path, model_dir, name):
     if name == "balance_labels" and name not in AxolotlInputConfig.model_fields:
         pytest.skip("Axolotl 0.19 has no balance_labels")
     trainer = trained(tmp_path, configuration(tmp_path, model_dir, **RUNS[name]))
@@ -209,7 +209,7 @@ def test_an_adapter_that_takes_from_the_base_model_is_no_reference(tmp_path, mod
         trained(tmp_path, configuration(tmp_path, model_dir, **config))
 
 
-def test_the_watchdog_sees_the_shaped_loss(tmp_path, model_dir):
+def test_the_watchdog_reads_the_loss_of_star_dss(tmp_path, model_dir):
     watchdog = {"loss_watchdog_threshold": 0.01, "loss_watchdog_patience": 2, "max_steps": 9}
     trainer = trained(tmp_path, configuration(tmp_path, model_dir, **watchdog))
     assert trainer.state.global_step < 9
@@ -243,7 +243,7 @@ def test_experts_train_with_their_balancing_loss(tmp_path, experts, tokenizer):
 
 
 def test_expert_kernels_compute_the_base_model_with_the_adapter_off(experts, monkeypatch):
-    """The kernel itself needs a GPU; what it is handed does not."""
+    """The kernel itself needs a GPU; the test looks at the adapter that the kernel gets."""
     from axolotl.integrations.kernels.libs.scattermoe_lora.experts_lora_fastpath import (
         patch_paramwrapper_fastpath,
     )

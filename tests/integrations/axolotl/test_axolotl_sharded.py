@@ -1,9 +1,9 @@
-"""FSDP and DeepSpeed on two gloo ranks, started by Axolotl, take the steps of one process."""
+"""Axolotl with FSDP and DeepSpeed on two gloo ranks takes the steps of one process."""
 
 import pytest
 from axolotl_runs import (
     LORA,
-    _light,  # noqa: F401
+    _light_runs,  # noqa: F401
     configuration,
     on_two_ranks,
     trained,
@@ -30,7 +30,7 @@ FSDP2 = {**FSDP, "offload_params": False, "reshard_after_forward": True}
 STREAM = {
     "streaming": True,
     "shuffle_merged_datasets": False,
-    "curriculum_sampling": True,  # of one process, which has the same rows as a data set
+    "curriculum_sampling": True,  # the process of the comparison reads a data set in the same order
 }
 CASES = {
     "full": {},
@@ -67,7 +67,7 @@ RUNS = {
 
 
 def sharding(kind, folder):
-    """Return what a configuration says to shard the model."""
+    """Return the settings that shard the model."""
     if kind.startswith("fsdp2"):
         return {
             "fsdp_version": 2,
@@ -79,7 +79,7 @@ def sharding(kind, folder):
 
 
 def case(folder, model_dir, name, ranks, **changes):
-    """Return a case's configuration: four rows in each step, however many ranks there are."""
+    """Return a case's configuration with four rows per step, for any number of ranks."""
     changes = {**CASES[name], **changes}
     block = {"guard": "test-words", "chunk_size": 2, "kl_coef": 2.0, **changes.pop("star_dss", {})}
     if block.get("reference") == "MODEL":
@@ -103,7 +103,7 @@ def case(folder, model_dir, name, ranks, **changes):
 
 
 def launch(folder, model_dir, site, kind):
-    """Train the cases of a kind on two ranks; return what each rank wrote, and what was printed."""
+    """Train the cases of a kind on two ranks; return the results of each, and the process."""
     configs = []
     for name in RUNS[kind]:
         shared = folder / ("full" if name in ("stopped", "resumed") else name)
@@ -115,8 +115,8 @@ def launch(folder, model_dir, site, kind):
     return on_two_ranks(folder, site, kind, configs)
 
 
-def alone(folder, model_dir, name):
-    """Train the same in one process; return what was logged, and the folder with the model."""
+def train_in_one_process(folder, model_dir, name):
+    """Train a case in one process; return its logs, evaluation losses and the model's folder."""
     trainer = trained(folder, case(folder, model_dir, name, 1))
     trainer.save_model(str(folder / "final"))
     history = trainer.state.log_history
@@ -137,7 +137,7 @@ def test_two_ranks_take_the_steps_of_one_process(tmp_path, model_dir, site, kind
         assert found[name]["shaped"] == (4 if half else 8), name
         twin = "full" if half else name
         if twin not in twins:
-            twins[twin] = alone(tmp_path / f"alone-{twin}", model_dir, twin)
+            twins[twin] = train_in_one_process(tmp_path / f"alone-{twin}", model_dir, twin)
         logs, evaluations, final = twins[twin]
         steps = apart(found[name]["logs"], logs[:2] if name == "stopped" else logs)
         evaluated = apart([[0.0, *found[name]["evaluations"]]], [[0.0, *evaluations]])
@@ -146,4 +146,4 @@ def test_two_ranks_take_the_steps_of_one_process(tmp_path, model_dir, site, kind
             saved = weights_apart(tmp_path / name, final, lora="adapter" in CASES[name])
         print(f"{kind} {name}: {steps:.1e}, {evaluated:.1e}, {saved:.1e}")
         assert max(steps, evaluated) < CLOSE, name
-        assert saved < 1e-4, name  # Adam divides by what may be close to 0
+        assert saved < 1e-4, name  # Adam divides by numbers that may be close to 0

@@ -10,7 +10,7 @@ import torch
 from axolotl_runs import (
     LORA,
     PLUGIN,
-    _light,  # noqa: F401
+    _light_runs,  # noqa: F401
     chat,
     configuration,
     data_of,
@@ -57,7 +57,7 @@ def alpaca(folder):
     return {"path": write_rows(folder / "a.jsonl", rows), "ds_type": "json", "type": "alpaca"}
 
 
-def same(one, other):
+def assert_same_history(one, other):
     assert len(history(one)) == len(history(other)) > 0
     torch.testing.assert_close(
         torch.tensor(history(one)), torch.tensor(history(other)), rtol=1e-6, atol=1e-6
@@ -65,7 +65,7 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("kind", ["lora", "full", "copy", "packed", "packed-real", "alpaca"])
-def test_a_stream_trains_as_its_rows_do(tmp_path, model_dir, kind):
+def test_a_stream_trains_as_a_data_set_of_its_rows(tmp_path, model_dir, kind):
     reference = {"lora": "adapter", "packed": "adapter"}.get(kind, str(model_dir))
     options = block("auto" if kind == "copy" else reference, kl_coef=2.0)
     changes = {**IN_ORDER, "star_dss": options}
@@ -82,17 +82,17 @@ def test_a_stream_trains_as_its_rows_do(tmp_path, model_dir, kind):
     streamed = {**changes, "star_dss": options | {"stream_buffer": buffer}, "streaming": True}
     ours = trained(tmp_path / "a", configuration(tmp_path / "a", model_dir, **streamed))
     twin = trained(tmp_path / "b", configuration(tmp_path / "b", model_dir, **changes))
-    same(ours, twin)
+    assert_same_history(ours, twin)
     lines = [line for line in ours.state.log_history if "star_dss/kl" in line]
     assert max(line["star_dss/kl"] for line in lines) > 1e-6
     record = json.loads((tmp_path / "a/out/star_dss.json").read_text())["data"]["train"]
     assert record["streamed"]
     assert record["rows"] == len(twin.train_dataset)
-    # Of both the guard has read the messages.
+    # The guard has read messages, also of packed rows and of Alpaca.
     assert record["provenance"]["raw_contexts"] == 0
 
 
-def test_rows_that_fit_into_no_pack_are_left_out_unread(tmp_path, model_dir, monkeypatch):
+def test_rows_too_long_for_a_pack_are_left_out_and_not_scored(tmp_path, model_dir, monkeypatch):
     asked = []
     scores = WordGuard.token_scores
     monkeypatch.setattr(
@@ -118,7 +118,7 @@ def test_rows_that_fit_into_no_pack_are_left_out_unread(tmp_path, model_dir, mon
     assert batch[SCORES_COLUMN].shape == batch["input_ids"].shape
 
 
-def test_packs_are_drawn_anew_in_each_pass_and_alike_on_each_process(tmp_path, model_dir):
+def test_packs_differ_in_each_pass_and_are_equal_on_each_process(tmp_path, model_dir):
     changes = {**PACKS, "streaming": True, "sample_packing_sequentially": False}
     packs = trainer_of(tmp_path, configuration(tmp_path, model_dir, **changes)).train_dataset
 
@@ -132,7 +132,7 @@ def test_packs_are_drawn_anew_in_each_pass_and_alike_on_each_process(tmp_path, m
     assert read() != first
 
 
-def test_evaluation_data_beside_a_packed_stream_is_scored_before(tmp_path, model_dir):
+def test_evaluation_data_of_a_packed_stream_is_scored_in_advance(tmp_path, model_dir):
     changes = IN_ORDER | PACKS | {"streaming": True}
     write_rows(tmp_path / "data" / "chat.jsonl", single_turn())
     data = {"path": str(tmp_path / "data"), "type": "chat_template", "split": "train"}
@@ -145,15 +145,15 @@ def test_evaluation_data_beside_a_packed_stream_is_scored_before(tmp_path, model
     assert (cfg.micro_batch_size, cfg.sample_packing) == (2, True)
 
 
-def test_a_guard_that_dies_stops_the_run_with_the_row(tmp_path, model_dir, monkeypatch):
+def test_a_guard_error_stops_the_run_and_names_the_row(tmp_path, model_dir, monkeypatch):
     scores = WordGuard.token_scores
 
-    def dies(self, responses):
+    def fail_on_fox(self, responses):
         if any("fox" in text for _, text in responses):
             raise GuardError("the guard is gone")
         return scores(self, responses)
 
-    monkeypatch.setattr(WordGuard, "token_scores", dies)
+    monkeypatch.setattr(WordGuard, "token_scores", fail_on_fox)
     options = block("auto", stream_buffer=2)
     changes = IN_ORDER | {"streaming": True, "star_dss": options, "max_steps": 8}
     trainer = trainer_of(tmp_path, configuration(tmp_path, model_dir, **changes))
@@ -168,7 +168,7 @@ def test_a_guard_that_dies_stops_the_run_with_the_row(tmp_path, model_dir, monke
         ({"star_dss": block("auto", trajectory="probed")}, "a sample of all the data"),
     ],
 )
-def test_what_a_stream_cannot_go_with_is_refused(tmp_path, model_dir, changes, words):
+def test_options_that_do_not_work_with_a_stream_are_refused(tmp_path, model_dir, changes, words):
     config = configuration(tmp_path, model_dir, streaming=True, **changes)
     with pytest.raises(ConfigError, match=words):
         trainer_of(tmp_path, config)
@@ -177,7 +177,7 @@ def test_what_a_stream_cannot_go_with_is_refused(tmp_path, model_dir, changes, w
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_check_says_what_a_stream_is(tmp_path, model_dir, packed):
+def test_check_describes_a_stream(tmp_path, model_dir, packed):
     changes = PACKS if packed else {}
     config = configuration(tmp_path, model_dir, streaming=True, **changes)
     found = check(write_config(tmp_path, config), config, data=True)
@@ -185,7 +185,7 @@ def test_check_says_what_a_stream_is(tmp_path, model_dir, packed):
     assert any("train data: a stream, scored 512 rows at a time" in note for note in found.notes)
 
 
-def test_data_of_another_kind_is_refused(tmp_path, model_dir):
+def test_data_that_is_no_data_set_is_refused(tmp_path, model_dir):
     config = configuration(tmp_path, model_dir, plugins=[PLUGIN])
     trainer = trainer_of(tmp_path, config)
     with pytest.raises(DataError, match="whose rows cannot be scored"):

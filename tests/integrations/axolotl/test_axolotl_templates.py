@@ -1,4 +1,4 @@
-"""Axolotl's chat templates, all of them: the guard reads what `star-dss score` reads, or tokens."""
+"""All chat templates of Axolotl: the guard reads the messages as in `star-dss score`, or tokens."""
 
 import re
 
@@ -9,7 +9,7 @@ pytest.importorskip("axolotl", reason="needs Axolotl: make test-axolotl")
 from axolotl.prompt_strategies.chat_template import load
 from axolotl.utils.chat_templates.base import _CHAT_TEMPLATES
 from axolotl.utils.dict import DictDefault
-from axolotl_runs import _light  # noqa: F401
+from axolotl_runs import _light_runs  # noqa: F401
 from support.talks import TALKS, WITH_CALLS, tokenizer_for
 
 from star_dss_plugin.data.responses import find_responses
@@ -26,7 +26,7 @@ SAID = re.compile(
 
 
 def rows_of(tokenizer, source, talk):
-    """Return the row's tokens and labels as Axolotl makes them, for each way that it can."""
+    """Return the tokens and labels that Axolotl makes of a conversation, for each way of `WAYS`."""
     config = DictDefault(chat_template="jinja", chat_template_jinja=source, sequence_len=4096)
     fields = {"role": "role", "content": "content"}
     made = []
@@ -34,7 +34,7 @@ def rows_of(tokenizer, source, talk):
         data = DictDefault(type="chat_template", message_property_mappings=fields, **way)
         try:
             row = load(tokenizer, config, ds_cfg=data).tokenize_prompt({"messages": list(talk)})
-        except Exception:  # the template's own, which refuse roles and orders
+        except Exception:  # a template may refuse roles and orders of turns
             continue
         row = {name: list(row[name]) for name in ("input_ids", "labels")}
         if row not in made and any(label != -100 for label in row["labels"]):
@@ -43,7 +43,7 @@ def rows_of(tokenizer, source, talk):
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_the_guard_reads_the_words_of_the_tokens(name):
+def test_the_guard_reads_the_words_that_are_trained(name):
     tokenizer = tokenizer_for(SOURCES[name])
     chat = ChatTokenizer(tokenizer)
     for talk in (*TALKS.values(), WITH_CALLS):
@@ -51,12 +51,12 @@ def test_the_guard_reads_the_words_of_the_tokens(name):
             found = find_responses(row, chat, tokens, 5)
             for response in found:
                 check_words(tokenizer, talk, row["input_ids"], response)
-            if talk is not TALKS["control words"]:  # in tokens they are an answer
+            if talk is not TALKS["control words"]:  # the forged turn's tokens are an answer
                 check_against_messages(chat, talk, row["input_ids"], found)
 
 
 def check_words(tokenizer, talk, ids, response):
-    """The guard reads all that is trained, and what stands before it."""
+    """Check that the guard reads all trained words, and the messages before them."""
     trained = tokenizer.decode(ids[response.start : response.end])
     before = tokenizer.decode(ids[: response.start])
     said, context = response.request.text, response.request.context
@@ -69,13 +69,13 @@ def check_words(tokenizer, talk, ids, response):
         assert not set(tokenizer.all_special_tokens) & set(re.findall(r"<\S+?>|\[\S+?\]", text))
     for message in talk:
         if message["role"] in ("user", "system") and talk is not TALKS["control words"]:
-            # A template may write an instruction into the question behind it.
+            # A template may write a system turn into the next question.
             read = any(message["content"] in one["content"] for one in context)
             assert read == (message["content"] in before)
 
 
 def check_against_messages(chat, talk, ids, found):
-    """Where the tokens are those of `star-dss score`, so is what the guard reads of them."""
+    """Check that the guard reads what `star-dss score` reads, if the tokens are the same."""
     try:
         made = tokenize_row({"messages": talk}, chat)
     except DataError:
@@ -92,5 +92,5 @@ def check_against_messages(chat, talk, ids, found):
 
 
 def words(context):
-    """Everything that is said; templates may move an instruction, or write it into a question."""
+    """Return all words, sorted, because templates may move a system turn."""
     return sorted(" ".join(message["content"] for message in context).split())

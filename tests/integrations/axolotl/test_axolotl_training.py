@@ -1,4 +1,4 @@
-"""Axolotl's trainer with the STAR-DSS loss, and what it must have in common with others."""
+"""Axolotl's trainer with the STAR-DSS loss, compared with stock Axolotl and with TRL."""
 
 import json
 
@@ -10,7 +10,7 @@ import axolotl.utils.schemas.config
 import torch
 from axolotl_runs import (
     LORA,
-    _light,  # noqa: F401
+    _light_runs,  # noqa: F401
     chat,
     configuration,
     history,
@@ -45,7 +45,7 @@ def assert_same(a, b, tolerance=1e-5):
     )
 
 
-def test_it_trains_scores_and_logs(tmp_path, model_dir, capsys, caplog):
+def test_the_trainer_scores_trains_and_logs(tmp_path, model_dir, capsys, caplog):
     trainer = trained(tmp_path, configuration(tmp_path, model_dir))
     assert type(trainer) is StarDSSAxolotlTrainer
     lines = [h for h in trainer.state.log_history if "grad_norm" in h]
@@ -63,7 +63,7 @@ def test_it_trains_scores_and_logs(tmp_path, model_dir, capsys, caplog):
 
 
 def test_the_loss_is_that_of_the_trl_integration(tmp_path, model_dir):
-    """Same model, tokens, scores and batch: three steps with the same loss and gradient norm."""
+    """With the same model and data, three steps have the same losses and gradient norms."""
     ours = trained(tmp_path, configuration(tmp_path, model_dir, max_steps=3, learning_rate=1e-3))
     columns = ["input_ids", "labels", SCORES_COLUMN]
     theirs = StarDSSTrainer(
@@ -103,7 +103,7 @@ def test_the_loss_is_equation_3(tmp_path, model_dir):
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["unpacked", "packed"])
-def test_all_safe_equals_stock_axolotl(tmp_path, model_dir, packed):
+def test_safe_scores_give_the_run_of_stock_axolotl(tmp_path, model_dir, packed):
     batch = {"sample_packing": packed, "micro_batch_size": 1 if packed else 8}
     batch |= {"sample_packing_sequentially": True} if packed else {}
     ours = trained(tmp_path, configuration(tmp_path, model_dir, star_dss={"guard": SAFE}, **batch))
@@ -124,14 +124,14 @@ def conversations(folder):
 
 
 def texts(folder):
-    """Every token is trained: the first one of each row too, if it has a row before it."""
+    """Write texts of which every token is trained; return their entry of `datasets`."""
     rows = [{"text": "the quick brown fox is bad"}, {"text": "hello world. how are you?"}] * 2
     file = write_rows(folder / "text.jsonl", rows)
     return {"path": file, "ds_type": "json", "type": "completion"}
 
 
-class OneLate(TokenColumnsCollator):
-    """A twin that lays every score one token late."""
+class ShiftedScores(TokenColumnsCollator):
+    """A collator that shifts every score by one token."""
 
     def __call__(self, features):
         batch = super().__call__(features)
@@ -140,7 +140,7 @@ class OneLate(TokenColumnsCollator):
 
 @pytest.mark.parametrize(("data", "attention"), [(conversations, "eager"), (texts, "sdpa")])
 def test_packed_equals_unpacked(tmp_path, model_dir, data, attention):
-    """Losses and gradients of the same rows, side by side and one behind the other."""
+    """Compare losses and gradients of rows in a batch with those of the same rows in one pack."""
     shared = {"datasets": [data(tmp_path)], "attn_implementation": attention}
     apart = trained(tmp_path, configuration(tmp_path, model_dir, **shared))
     shared |= {"sample_packing": True, "micro_batch_size": 1, "sequence_len": 1024}
@@ -152,7 +152,7 @@ def test_packed_equals_unpacked(tmp_path, model_dir, data, attention):
     packed.train()
     assert_same(history(apart), history(packed))
     twin = trainer_of(tmp_path, configuration(tmp_path, model_dir, **shared))
-    twin.data_collator = OneLate(twin.data_collator.inner)
+    twin.data_collator = ShiftedScores(twin.data_collator.inner)
     twin.train()
     with pytest.raises(AssertionError):
         assert_same(history(apart), history(twin), 1e-3)
@@ -185,7 +185,7 @@ def test_scores_of_several_packs_lie_on_their_tokens(tmp_path, model_dir):
     [("k3", "adapter", True), ("full", "auto", True), ("full", "copy", False)],
 )
 def test_every_reference_gives_the_same_trajectory(tmp_path, model_dir, estimator, reference, lora):
-    """A second arrangement of the same reference: precomputed for k1-k3, a copy for full."""
+    """The twin has another kind of the same reference: precomputed for k1-k3, a copy for full."""
 
     def run(reference):
         block = {"guard": "test-words", "kl_coef": 2.0, "kl_estimator": estimator}
@@ -200,7 +200,7 @@ def test_every_reference_gives_the_same_trajectory(tmp_path, model_dir, estimato
 
 @pytest.mark.parametrize(("estimator", "reference"), [("k2", "auto"), ("full", "auto")])
 def test_qlora_trains(tmp_path, tokenizer, estimator, reference):
-    """4-bit weights, which bitsandbytes also computes with on a CPU, in blocks of 64."""
+    """bitsandbytes computes with 4-bit weights on a CPU, too, in blocks of 64."""
     folder = tmp_path / "model"
     tiny_llama(len(tokenizer), hidden_size=64, intermediate_size=128).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -241,14 +241,14 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, model_dir, reentrant):
     ],
     ids=lambda setting: next(iter(setting)),
 )
-def test_other_settings_go_with_it(tmp_path, model_dir, setting):
+def test_other_settings_train(tmp_path, model_dir, setting):
     trainer = trained(tmp_path, configuration(tmp_path, model_dir, **setting))
     assert trainer.star_dss_state.shaped == 2
     assert trainer.state.log_history[1]["star_dss/kl"] > 0
 
 
 @pytest.mark.parametrize("mode", ["hard", "static", "rejection", "kl_only", "sft"])
-def test_every_mode_trains(tmp_path, model_dir, mode):
+def test_every_loss_type_trains(tmp_path, model_dir, mode):
     block = {"loss_type": mode, "guard": "test-words"}
     trainer = trained(tmp_path, configuration(tmp_path, model_dir, star_dss=block, max_steps=1))
     assert trainer.star_dss_state.shaped == 1
@@ -288,7 +288,7 @@ def test_evaluation_can_be_packed(tmp_path, model_dir):
     assert apart["eval_loss"] > 0
 
 
-def test_the_guard_is_asked_once(tmp_path, model_dir):
+def test_the_guard_is_not_asked_again_for_cached_scores(tmp_path, model_dir):
     def loads(**changes):
         before = WordGuard.loads
         trainer_of(tmp_path, configuration(tmp_path, model_dir, **changes))
@@ -302,7 +302,7 @@ def test_the_guard_is_asked_once(tmp_path, model_dir):
     assert loads(star_dss={**block, "guard": {"preset": "test-words", "word": "dog"}}) > 0
 
 
-def test_a_checkpoint_that_is_not_whole_is_named(tmp_path, model_dir):
+def test_an_incomplete_checkpoint_is_named(tmp_path, model_dir):
     folder = tmp_path / "out" / "checkpoint-2"
     folder.mkdir(parents=True)
     trainer = trainer_of(tmp_path, configuration(tmp_path, model_dir))
@@ -344,7 +344,7 @@ def test_what_star_dss_score_writes_needs_no_guard(tmp_path, model_dir, entry):
 
 @pytest.mark.parametrize("adapter", [LORA, {}], ids=["lora", "full"])
 def test_rows_that_a_collator_joins_keep_their_scores(tmp_path, model_dir, monkeypatch, adapter):
-    """`batch_flattening`: Axolotl allows it with attentions that need a GPU; sdpa does as well."""
+    """Axolotl allows `batch_flattening` only with attentions that need a GPU; sdpa works, too."""
     monkeypatch.setattr(
         axolotl.utils.schemas.config, "ATTN_IMPLS_SUPPORTING_PACKING", frozenset({"sdpa"})
     )

@@ -1,4 +1,4 @@
-"""Rows with images in Axolotl: `processor_type`, whose collator tokenizes."""
+"""Rows with images in Axolotl, which its collator tokenizes (`processor_type`)."""
 
 import copy
 import re
@@ -74,7 +74,7 @@ def rows(folder, spelled=""):
     return made
 
 
-def vision(tmp_path, gemma_dir, data=None, **changes):
+def vision_configuration(tmp_path, gemma_dir, data=None, **changes):
     data = data or rows(gemma_dir)
     return configuration(
         tmp_path,
@@ -88,7 +88,7 @@ def batch_of(trainer):
 
 
 def test_answers_are_trained_and_scored(tmp_path, gemma_dir):
-    trainer = trainer_of(tmp_path, vision(tmp_path, gemma_dir))
+    trainer = trainer_of(tmp_path, vision_configuration(tmp_path, gemma_dir))
     batch = batch_of(trainer)
     assert batch["pixel_values"].shape[0] == sum(n % 3 for n in range(8))
     said = []
@@ -104,8 +104,8 @@ def test_answers_are_trained_and_scored(tmp_path, gemma_dir):
 
 
 @pytest.mark.parametrize("adapter", [LORA, {}], ids=["lora", "full"])
-def test_a_run(tmp_path, gemma_dir, capsys, adapter):
-    trainer = trained(tmp_path, vision(tmp_path, gemma_dir, **adapter))
+def test_a_run_trains(tmp_path, gemma_dir, capsys, adapter):
+    trainer = trained(tmp_path, vision_configuration(tmp_path, gemma_dir, **adapter))
     assert "STAR-DSS is active" in capsys.readouterr().out
     assert trainer.star_dss_state.reference.kind == ("adapter" if adapter else "copy")
     (one, _), (two, _) = history(trainer)
@@ -121,14 +121,14 @@ def test_images_in_a_column_and_contents_of_text(tmp_path, gemma_dir):
         }
         for p, a in zip(PROMPTS, ANSWERS, strict=True)
     ]
-    trainer = trained(tmp_path, vision(tmp_path, gemma_dir, data))
+    trainer = trained(tmp_path, vision_configuration(tmp_path, gemma_dir, data))
     assert len(history(trainer)) == 2
     assert trainer.star_dss_state.summaries["train"].responses == 8
 
 
 def test_evaluation_data_is_scored_too(tmp_path, gemma_dir):
     changes = {"val_set_size": 0.25, "eval_steps": 1}
-    trainer = trainer_of(tmp_path, vision(tmp_path, gemma_dir, **changes))
+    trainer = trainer_of(tmp_path, vision_configuration(tmp_path, gemma_dir, **changes))
     assert trainer.star_dss_state.summaries["eval"].rows == 2
     found = trainer.evaluate()
     assert found["eval_loss"] > 0
@@ -136,22 +136,22 @@ def test_evaluation_data_is_scored_too(tmp_path, gemma_dir):
 
 
 def test_words_that_spell_an_image_do_not_become_one(tmp_path, gemma_dir):
-    config = vision(tmp_path, gemma_dir, rows(gemma_dir, " <start_of_image>"))
+    config = vision_configuration(tmp_path, gemma_dir, rows(gemma_dir, " <start_of_image>"))
     with pytest.raises(DataError, match="Row 0.*spells <start_of_image>"):
         trainer_of(tmp_path, config)
 
 
-def test_an_image_that_is_not_there_stops_the_run_with_the_row(tmp_path, gemma_dir):
+def test_a_missing_image_stops_the_run_and_names_the_row(tmp_path, gemma_dir):
     data = rows(gemma_dir)
     data[4]["messages"][0]["content"][0]["path"] = str(tmp_path / "gone.png")
-    trainer = trainer_of(tmp_path, vision(tmp_path, gemma_dir, data))
+    trainer = trainer_of(tmp_path, vision_configuration(tmp_path, gemma_dir, data))
     said = [row["messages"][1]["content"][0]["text"] for row in trainer.train_dataset]
     with pytest.raises(DataError, match=f"Row {said.index(ANSWERS[4])}: .*gone.png"):
         batch_of(trainer)
 
 
-def test_the_data_are_left_as_they_are_before_there_is_a_trainer(tmp_path, gemma_dir):
-    data = data_of(loaded(tmp_path, vision(tmp_path, gemma_dir))).train_dataset
+def test_the_data_are_not_tokenized_before_the_trainer_is_made(tmp_path, gemma_dir):
+    data = data_of(loaded(tmp_path, vision_configuration(tmp_path, gemma_dir))).train_dataset
     assert data.column_names == ["messages"]
 
 
@@ -179,7 +179,7 @@ def test_a_collator_without_role_boundaries_trains_answers_alone():
     assert "lazy" in processor.tokenizer.decode(host[host != -100])
 
 
-def test_any_other_collator_is_no_such_one():
+def test_another_collator_has_no_media_rows():
     assert media_rows(torch.stack) is None
 
 
@@ -199,13 +199,13 @@ TEMPLATES = {
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_answers_are_found_in_the_templates_that_configurations_name(tokenizer, template):
-    """With Axolotl's templates: answers train, whatever number of tokens an image has."""
-    said, found = laid_beside(tokenizer, template, "image", TEMPLATES[template])
+    """Answers are trained for any number of tokens of an image."""
+    said, found = trained_tokens(tokenizer, template, "image", TEMPLATES[template])
     assert found == said
 
 
-def laid_beside(tokenizer, template, kind, sign):
-    """Return the trained tokens of a row of text, and those of its collator's tokens."""
+def trained_tokens(tokenizer, template, kind, sign):
+    """Return the trained tokens of a row as text, and those aligned with a collator's tokens."""
     tokenizer = copy.deepcopy(tokenizer)
     source = _CHAT_TEMPLATES[template]
     signs = {found for found in re.findall(r"</?\|?\w+\|?>|\[/?[A-Z_]+\]", source)}
@@ -238,8 +238,8 @@ def laid_beside(tokenizer, template, kind, sign):
 ENDS = ("<end_of_turn>", "<turn|>", "<|eot|>", "<|eot_id|>", "<|im_end|>")
 
 
-def test_check_says_what_the_guard_would_read(tmp_path, gemma_dir):
-    config = vision(tmp_path, gemma_dir)
+def test_check_counts_the_rows_with_media(tmp_path, gemma_dir):
+    config = vision_configuration(tmp_path, gemma_dir)
     found = check(tmp_path / "config.yaml", config, data=True)
     assert found.problems == []
     (note,) = [note for note in found.notes if note.startswith("train data")]
@@ -251,7 +251,7 @@ def test_check_says_what_the_guard_would_read(tmp_path, gemma_dir):
 
 
 def test_check_finds_rows_that_cannot_be_read(tmp_path, gemma_dir):
-    config = vision(tmp_path, gemma_dir, rows(gemma_dir, " <start_of_image>"))
+    config = vision_configuration(tmp_path, gemma_dir, rows(gemma_dir, " <start_of_image>"))
     (problem,) = check(tmp_path / "config.yaml", config, data=True).problems
     assert "Row 0" in problem
     assert "spells <start_of_image>" in problem
@@ -267,13 +267,13 @@ OTHER_MEDIA = {
 @pytest.mark.parametrize("template", OTHER_MEDIA)
 def test_answers_are_found_beside_sounds_and_videos(tokenizer, template):
     kind, sign = OTHER_MEDIA[template]
-    said, found = laid_beside(tokenizer, template, kind, sign)
+    said, found = trained_tokens(tokenizer, template, kind, sign)
     assert found == said
 
 
 @pytest.mark.slow
-def test_two_ranks_that_share_a_model_take_the_steps_of_one_process(tmp_path, gemma_dir, site):
-    """FSDP2 of the layers that read images too; some batches of a rank have none."""
+def test_two_ranks_take_the_steps_of_one_process(tmp_path, gemma_dir, site):
+    """FSDP2 shards the vision layers, too, and some batches of a rank have no image."""
     sharded = {
         "fsdp_version": 2,
         "fsdp_config": {
@@ -299,7 +299,9 @@ def test_two_ranks_that_share_a_model_take_the_steps_of_one_process(tmp_path, ge
         },
     }
     out = {"output_dir": str(tmp_path / "both")}
-    two = vision(tmp_path, gemma_dir, gradient_accumulation_steps=2, **run, **sharded, **out)
+    two = vision_configuration(
+        tmp_path, gemma_dir, gradient_accumulation_steps=2, **run, **sharded, **out
+    )
     (found, second), done = on_two_ranks(tmp_path, site, "fsdp2", [write_config(tmp_path, two)])
     (found,), (second,) = found.values(), second.values()
     assert "error" not in found, (found, done.stderr[-3000:])
@@ -308,7 +310,9 @@ def test_two_ranks_that_share_a_model_take_the_steps_of_one_process(tmp_path, ge
     assert max(found["kl"]) > 1e-6
     alone = tmp_path / "alone"
     alone.mkdir()
-    trainer = trained(alone, vision(alone, gemma_dir, gradient_accumulation_steps=4, **run))
+    trainer = trained(
+        alone, vision_configuration(alone, gemma_dir, gradient_accumulation_steps=4, **run)
+    )
     logs = [(n + 1, *numbers) for n, numbers in enumerate(history(trainer))]
     steps = apart(found["logs"], logs)
     print(f"fsdp2 images: {steps:.1e}")

@@ -1,4 +1,4 @@
-"""The demonstration, on a tiny model in place of the real one: what it prints and leaves behind."""
+"""The demonstration with a tiny model in place of the real one: its output and its files."""
 
 import inspect
 import json
@@ -25,8 +25,8 @@ from star_dss_plugin.errors import ConfigError, OutputError
 
 
 @pytest.fixture
-def small(monkeypatch, tokenizer):
-    """Tiny models, and a guard that reads words."""
+def tiny_demo(monkeypatch, tokenizer):
+    """Run the demonstration with tiny models, and with a guard that looks for a word."""
 
     def scored(rows, tokenizer, advance):
         found = score_dataset(rows, tokenizer, guard="test-words", max_length=800, progress=False)
@@ -39,7 +39,7 @@ def small(monkeypatch, tokenizer):
     monkeypatch.setenv("COLUMNS", "80")
 
 
-def test_it_is_quiet_and_leaves_a_page(small, monkeypatch, capfd, tmp_path):
+def test_the_output_is_short_and_a_page_is_written(tiny_demo, monkeypatch, capfd, tmp_path):
     monkeypatch.chdir(tmp_path)
     words = ("demo", "--steps", "1", "--prompts", "3", "-o", "out")
     assert run_command(monkeypatch, *words) == 0
@@ -68,9 +68,7 @@ def test_it_is_quiet_and_leaves_a_page(small, monkeypatch, capfd, tmp_path):
     assert "STAR-DSS is active" in (tmp_path / "out" / "demo.log").read_text()
 
 
-def test_stopped_half_way_it_says_where_the_log_is_and_runs_again(
-    small, monkeypatch, capfd, tmp_path
-):
+def test_an_error_names_the_log_and_a_second_run_succeeds(tiny_demo, monkeypatch, capfd, tmp_path):
     whole = demo.finetuned
 
     def broken(*_):
@@ -90,7 +88,7 @@ def test_stopped_half_way_it_says_where_the_log_is_and_runs_again(
     assert demo.run(tmp_path / "out", steps=1, prompt_count=1)["models"]["star_dss"]
 
 
-def test_two_at_once_in_one_folder_are_told(tmp_path):
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     with FileLock(out / ".demo.lock"), pytest.raises(ConfigError, match="Another .* --output"):
@@ -106,7 +104,7 @@ from pathlib import Path
 
 only_in = runpy.run_path(sys.argv[2])["only_in"]  # without its package, which imports TRL
 
-os.write(2, b"before\\n")  # behind what imports may say
+os.write(2, b"before\\n")  # after messages of the imports
 kept = logging.StreamHandler(sys.stderr)
 with only_in(Path(sys.argv[1])) as shown:
     print("python"); warnings.warn("warned"); os.write(1, b"c-out\\n"); os.write(2, b"c-err\\n")
@@ -118,7 +116,7 @@ os.write(2, b"after too\\n")
 """
 
 
-def test_everything_that_is_printed_goes_to_the_log(tmp_path):
+def test_all_output_goes_to_the_log(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", WRITES, str(tmp_path / "log"), inspect.getfile(Stages)],
         capture_output=True,
@@ -182,13 +180,13 @@ def results(harmful, benign, losses, total=20):
         ((0, 0, 0), (2, 1, 1), "so there was nothing to lose"),
     ],
 )
-def test_the_sentence_is_what_the_figures_say(harmful, losses, said):
+def test_the_summary_follows_from_the_figures(harmful, losses, said):
     found = story(results(harmful, (5, 1, 3), losses))
     assert said in found
     assert "start model declines 5, plain finetuning 1, STAR-DSS 3." in found
 
 
-def test_the_picture_is_of_the_figures():
+def test_the_bar_chart_shows_the_figures():
     found = results((20, 5, 10), (2, 1, 1), (2.0, 1.0, 1.5))
     assert [len(figure.bars) for figure in figures(found)] == [3, 3, 3]
     plain = picture(found, plain=True)

@@ -1,4 +1,4 @@
-"""TRL: the trainer, the attachment, and what they must have in common with stock SFT."""
+"""TRL: `StarDSSTrainer` and `attach`, compared with stock SFT."""
 
 import json
 
@@ -10,14 +10,7 @@ pytest.importorskip("trl")
 from star_dss_trl import StarDSSTrainer
 from support.guards import WordGuard
 from support.models import tiny_llama
-from support.trl_runs import (
-    arguments,
-    conversations,
-    history,
-    lora_config,
-    make,
-    prompt_completion,
-)
+from support.trl_runs import arguments, conversations, history, lora_config, make, prompt_completion
 from trl import SFTConfig, SFTTrainer
 
 from star_dss_plugin import ConfigError, attach
@@ -25,7 +18,7 @@ from star_dss_plugin.data.columns import SCORES_COLUMN
 from star_dss_plugin.data.provenance import provenances_of
 
 
-def test_it_trains_scores_and_logs(tmp_path, tokenizer, capsys):
+def test_the_trainer_scores_trains_and_logs(tmp_path, tokenizer, capsys):
     trainer = make(tmp_path, tokenizer)
     trainer.train()
     lines = [h for h in trainer.state.log_history if "grad_norm" in h]
@@ -46,7 +39,7 @@ def test_it_trains_scores_and_logs(tmp_path, tokenizer, capsys):
 
 
 @pytest.mark.parametrize("data", [prompt_completion, conversations], ids=["prompt", "messages"])
-def test_all_safe_equals_stock_sft(tmp_path, tokenizer, data):
+def test_safe_scores_give_the_run_of_stock_sft(tmp_path, tokenizer, data):
     ours = make(
         tmp_path,
         tokenizer,
@@ -91,7 +84,7 @@ def test_only_the_assistants_turns_are_trained(tmp_path, tokenizer):
     assert all(s == 1.0 for s, label in zip(row[SCORES_COLUMN], row["labels"]) if label == -100)
 
 
-def test_scores_fall_where_the_response_turns(tmp_path, tokenizer):
+def test_scores_fall_at_the_unsafe_word(tmp_path, tokenizer):
     trainer = make(tmp_path, tokenizer)
     row = trainer.train_dataset[1]
     text = ""
@@ -103,7 +96,7 @@ def test_scores_fall_where_the_response_turns(tmp_path, tokenizer):
             assert score == pytest.approx(0.1)
 
 
-def test_the_guard_is_asked_once(tmp_path, tokenizer):
+def test_the_guard_is_not_asked_again_for_cached_scores(tmp_path, tokenizer):
     make(tmp_path, tokenizer)
     before = WordGuard.loads
     make(tmp_path, tokenizer)
@@ -146,7 +139,7 @@ def test_evaluation_data_may_stay_unscored(tmp_path, tokenizer):
     assert scored["eval_loss"] != pytest.approx(stock["eval_loss"], rel=1e-3)
 
 
-def test_evaluation_data_that_comes_late(tmp_path, tokenizer):
+def test_evaluation_data_given_after_training(tmp_path, tokenizer):
     trainer = make(tmp_path, tokenizer, peft_config=lora_config(), reference="adapter")
     trainer.train()
     assert trainer.evaluate(eval_dataset=conversations())["eval_loss"] > 0
@@ -157,7 +150,7 @@ def test_evaluation_data_that_comes_late(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("loss_type", ["nll", "dft"])
-def test_trls_own_loss_types_stay_trls(tmp_path, tokenizer, loss_type):
+def test_loss_types_of_trl_are_unchanged(tmp_path, tokenizer, loss_type):
     ours = make(tmp_path, tokenizer, loss_type=loss_type, guard=None)
     ours.train()
     stock = make(tmp_path, tokenizer, cls=SFTTrainer, loss_type=loss_type)
@@ -166,7 +159,7 @@ def test_trls_own_loss_types_stay_trls(tmp_path, tokenizer, loss_type):
     assert not any("star_dss" in key for h in ours.state.log_history for key in h)
 
 
-def test_attach_equals_the_trainer(tmp_path, tokenizer):
+def test_attach_gives_the_run_of_the_trainer(tmp_path, tokenizer):
     ours = make(tmp_path, tokenizer)
     ours.train()
     stock = make(tmp_path, tokenizer, cls=SFTTrainer)
@@ -178,7 +171,7 @@ def test_attach_equals_the_trainer(tmp_path, tokenizer):
         attach(stock, guard="test-words")
 
 
-def test_a_scored_data_set_is_used_as_it_is(tmp_path, tokenizer):
+def test_a_scored_data_set_is_not_scored_again(tmp_path, tokenizer):
     scored = make(tmp_path, tokenizer).train_dataset.remove_columns("ref_logps")
     before = WordGuard.loads
     cut = len(scored[0]["input_ids"]) - 2
@@ -191,8 +184,8 @@ def test_a_scored_data_set_is_used_as_it_is(tmp_path, tokenizer):
     assert trainer.star_dss_state.summaries["train"].guard == "test-words"
 
 
-def test_the_check_leaves_no_trace(tmp_path, tokenizer):
-    """Same trajectory with and without the check: no random numbers and no metrics are used up."""
+def test_the_check_before_the_first_step_does_not_change_the_run(tmp_path, tokenizer):
+    """The check draws no random numbers and logs no metrics."""
     checked = make(tmp_path, tokenizer)
     checked.train()
     unchecked = make(tmp_path, tokenizer)

@@ -1,4 +1,4 @@
-"""What users do with a trainer beside and after making it: the loss stays, or they are told."""
+"""Changes that users make to a trainer: the loss stays that of STAR-DSS, or the run stops."""
 
 import logging
 import os
@@ -36,7 +36,7 @@ from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN
         ("args.label_smoothing_factor", 0.1, "label_smoothing_factor is 0.1"),
     ],
 )
-def test_a_setting_that_comes_later_is_refused(tmp_path, tokenizer, name, value, message):
+def test_a_setting_that_changes_after_setup_is_refused(tmp_path, tokenizer, name, value, message):
     trainer = make(tmp_path, tokenizer)
     owner, _, attribute = name.rpartition(".")
     setattr(getattr(trainer, owner) if owner else trainer, attribute, value)
@@ -45,7 +45,7 @@ def test_a_setting_that_comes_later_is_refused(tmp_path, tokenizer, name, value,
 
 
 @pytest.mark.parametrize("options", [{"reference": "adapter"}, {"kl_estimator": "full"}])
-def test_what_is_frozen_in_an_adapter_stays_so(tmp_path, tokenizer, options):
+def test_frozen_parameters_of_an_adapter_stay_frozen(tmp_path, tokenizer, options):
     model = get_peft_model(tiny_llama(len(tokenizer)), lora_config())
     for name, parameter in model.named_parameters():
         if "layers.0." in name or "lora_A" in name:
@@ -62,7 +62,7 @@ def test_what_is_frozen_in_an_adapter_stays_so(tmp_path, tokenizer, options):
 
 
 @pytest.mark.parametrize("strategy", ["bfd", "wrapped"])
-def test_packed_data_is_evaluated_while_it_trains(tmp_path, tokenizer, strategy):
+def test_packed_data_is_evaluated_during_training(tmp_path, tokenizer, strategy):
     trainer = StarDSSTrainer(
         tiny_llama(len(tokenizer)),
         args=arguments(
@@ -84,7 +84,7 @@ def test_packed_data_is_evaluated_while_it_trains(tmp_path, tokenizer, strategy)
 
 
 class Unshaped(StarDSSTrainer):
-    """A subclass that returns the host's loss."""
+    """A subclass that returns the loss of SFTTrainer."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         super().compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
@@ -92,7 +92,7 @@ class Unshaped(StarDSSTrainer):
         return SFTTrainer.compute_loss(self, model, bare, return_outputs, num_items_in_batch)
 
 
-def test_rows_without_trained_tokens_prove_nothing(tmp_path, tokenizer):
+def test_the_check_of_the_loss_needs_rows_with_trained_tokens(tmp_path, tokenizer):
     ids = tokenizer("no! it is a bad word")["input_ids"]
     rows = [{"input_ids": ids, "labels": [-100] * len(ids)}] * 33
     rows += [{"input_ids": ids, "labels": [-100, -100, *ids[2:]]}] * 8
@@ -109,7 +109,7 @@ def test_rows_without_trained_tokens_prove_nothing(tmp_path, tokenizer):
         wrong.train()
 
 
-def test_another_model_than_the_references_is_refused(tmp_path, tokenizer):
+def test_a_model_that_changes_after_setup_is_refused(tmp_path, tokenizer):
     trainer = make(tmp_path, tokenizer)
     with torch.no_grad():
         for parameter in trainer.model.parameters():
@@ -119,7 +119,7 @@ def test_another_model_than_the_references_is_refused(tmp_path, tokenizer):
 
 
 def scored_rows(tokenizer):
-    """Short rows that are safe throughout, and longer ones that are not."""
+    """Return short rows with safe scores, and longer rows with unsafe scores."""
     rows = []
     for text, score in (("yes", 1.0), ("no! it is a bad word", 0.25)) * 4:
         ids = tokenizer("hello " + text)["input_ids"]
@@ -128,10 +128,8 @@ def scored_rows(tokenizer):
 
 
 @pytest.mark.parametrize(("factor", "stopped"), [(1.0, False), (1.1, True)])
-def test_a_model_that_is_a_little_other_than_the_references_is_refused(
-    tmp_path, tokenizer, factor, stopped
-):
-    """As after an adapter with a little training. Of safe rows there is nothing to compare."""
+def test_a_model_that_changes_slightly_after_setup_is_refused(tmp_path, tokenizer, factor, stopped):
+    """A briefly trained adapter makes such a change; safe rows have no reference to compare."""
     settings = {"dataset_kwargs": {"skip_prepare_dataset": True}}
     trainer = make(tmp_path, tokenizer, scored_rows(tokenizer), **settings)
     with torch.no_grad():
@@ -143,13 +141,13 @@ def test_a_model_that_is_a_little_other_than_the_references_is_refused(
         trainer.train()
 
 
-def test_training_goes_on_where_it_ended(tmp_path, tokenizer):
+def test_train_may_be_called_again(tmp_path, tokenizer):
     trainer = make(tmp_path, tokenizer, learning_rate=0.3)
     trainer.train()
     trainer.train()
 
 
-def test_a_model_that_is_made_by_every_call_is_no_reference(tmp_path, tokenizer):
+def test_attach_refuses_a_model_init(tmp_path, tokenizer):
     trainer = SFTTrainer(
         tiny_llama(len(tokenizer)),
         args=arguments(tmp_path, SFTConfig),
@@ -161,13 +159,13 @@ def test_a_model_that_is_made_by_every_call_is_no_reference(tmp_path, tokenizer)
         attach(trainer, guard="test-words")
 
 
-def test_evaluation_data_that_takes_anothers_place_is_scored(tmp_path, tokenizer):
+def test_evaluation_data_that_is_set_later_is_scored(tmp_path, tokenizer):
     trainer = make(tmp_path, tokenizer)
     trainer.eval_dataset = trainer.train_dataset.remove_columns([SCORES_COLUMN, REF_COLUMN])
     assert trainer.evaluate()["eval_loss"] == trainer.evaluate(trainer.train_dataset)["eval_loss"]
 
 
-def test_a_prompt_of_text_is_no_response(tmp_path, tokenizer, caplog):
+def test_a_text_prompt_is_not_trained(tmp_path, tokenizer, caplog):
     rows = [{"prompt": p, "completion": a} for p, a in zip(PROMPTS, ANSWERS, strict=True)]
     usual = make(tmp_path, tokenizer, Dataset.from_list(rows))
     with caplog.at_level(logging.WARNING):
@@ -177,14 +175,14 @@ def test_a_prompt_of_text_is_no_response(tmp_path, tokenizer, caplog):
         assert all_tokens.train_dataset[:][column] == usual.train_dataset[:][column]
 
 
-def test_a_line_of_the_users_own_takes_no_metrics(tmp_path, tokenizer):
+def test_a_users_call_of_log_adds_no_metrics(tmp_path, tokenizer):
     trainer = make(tmp_path, tokenizer)
     trainer.train()
     trainer.log({"mine": 1.0})
     assert set(trainer.state.log_history[-1]) == {"mine", "epoch", "step"}
 
 
-# While it traces TRL's fused head.
+# The warning comes from tracing TRL's fused head.
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_a_compiled_model_trains_the_same(tmp_path, tokenizer, monkeypatch):
@@ -193,21 +191,21 @@ def test_a_compiled_model_trains_the_same(tmp_path, tokenizer, monkeypatch):
         trainer = make(tmp_path, tokenizer, **more)
         trainer.train()
         found.append(torch.tensor(history(trainer)))
-    # What accelerate keeps of it, for all trainers of the process.
+    # accelerate keeps these settings for all trainers of the process.
     for name in [name for name in os.environ if name.startswith("ACCELERATE_DYNAMO")]:
         monkeypatch.delenv(name)
     AcceleratorState._reset_state(reset_partial_state=True)
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
-def test_the_trainers_own_loss_is_not_attached(tmp_path, tokenizer):
+def test_attach_refuses_a_loss_type_of_trl(tmp_path, tokenizer):
     trainer = make(tmp_path, tokenizer, cls=SFTTrainer)
     with pytest.raises(ConfigError, match="with which nothing is shaped"):
         attach(trainer, guard="test-words", loss_type="nll")
     assert type(trainer) is SFTTrainer
 
 
-def test_a_guard_that_is_not_asked_is_said(tmp_path, tokenizer, caplog):
+def test_a_guard_that_scored_data_does_not_need_is_reported(tmp_path, tokenizer, caplog):
     scored = make(tmp_path, tokenizer).train_dataset
     with caplog.at_level(logging.WARNING):
         make(tmp_path, tokenizer, scored)
@@ -217,14 +215,14 @@ def test_a_guard_that_is_not_asked_is_said(tmp_path, tokenizer, caplog):
     assert "The train data set brings its scores" in caplog.text
 
 
-def test_a_data_set_without_the_references_values_is_refused(tmp_path, tokenizer):
+def test_a_data_set_that_lost_its_reference_values_is_refused(tmp_path, tokenizer):
     trainer = make(tmp_path, tokenizer)
     trainer.train_dataset = trainer.train_dataset.remove_columns(REF_COLUMN)
     with pytest.raises(StarDSSError, match="scores or reference values were changed since"):
         trainer.train()
 
 
-def test_a_column_of_somebody_elses_is_not_read(tmp_path, tokenizer):
+def test_a_users_column_ref_logps_is_not_read(tmp_path, tokenizer):
     data = prompt_completion()
     data = data.add_column(REF_COLUMN, [-1.5] * len(data))
     trainer = make(tmp_path, tokenizer, data, loss_type="rejection")
@@ -233,7 +231,7 @@ def test_a_column_of_somebody_elses_is_not_read(tmp_path, tokenizer):
 
 
 @pytest.mark.filterwarnings("ignore:`return_outputs=True`:FutureWarning")  # of predict in TRL
-def test_a_prediction_leaves_nothing_in_the_next_evaluation(tmp_path, tokenizer):
+def test_predict_does_not_change_the_metrics_of_the_next_evaluation(tmp_path, tokenizer):
     trainer = make(tmp_path, tokenizer)
     one, other = (trainer.train_dataset.select([i]) for i in (0, 1))
     trainer.evaluate(other)

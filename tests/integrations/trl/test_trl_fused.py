@@ -1,4 +1,4 @@
-"""Fused losses are switched off, and the memory that they save is saved all the same."""
+"""Fused losses are switched off; logits are made a chunk of tokens at a time instead."""
 
 import logging
 import sys
@@ -21,8 +21,8 @@ LIGER = "ignore:.*use_liger_kernel.*:FutureWarning"
 
 
 @pytest.fixture
-def applied(monkeypatch):
-    """A stand-in for Liger, whose kernels need a GPU: collects what it was told to replace."""
+def liger_calls(monkeypatch):
+    """Replace Liger, whose kernels need a GPU, and return the kernels that each call asks for."""
     found = []
 
     def apply(model, **kernels):
@@ -40,20 +40,20 @@ def applied(monkeypatch):
 
 @pytest.mark.filterwarnings(LIGER)
 @pytest.mark.parametrize("config", [None, {"rms_norm": True}, {"fused_linear_cross_entropy": True}])
-def test_ligers_other_kernels_stay(tmp_path, tokenizer, applied, caplog, config):
+def test_other_kernels_of_liger_stay_on(tmp_path, tokenizer, liger_calls, caplog, config):
     expected = make(tmp_path, tokenizer)
     expected.train()
-    assert applied == []
+    assert liger_calls == []
     with caplog.at_level(logging.WARNING):
         trainer = make(tmp_path, tokenizer, use_liger_kernel=True, liger_kernel_config=config)
     assert "switched off Liger's fused_linear_cross_entropy" in caplog.text
     trainer.train()
-    assert applied == [{**(config or {}), "fused_linear_cross_entropy": False}]
+    assert liger_calls == [{**(config or {}), "fused_linear_cross_entropy": False}]
     assert history(trainer) == history(expected)
 
 
 class LargestRows(TorchDispatchMode):
-    """Remembers how many rows of a vocabulary's width were ever made at once."""
+    """Record the largest number of rows of logits that one operation made."""
 
     def __init__(self, vocab):
         super().__init__()
@@ -99,18 +99,18 @@ def long_row(tokenizer):
 
 @pytest.mark.filterwarnings(LIGER)
 @pytest.mark.parametrize("fused", [False, True])
-def test_no_more_than_a_chunk_of_logits_is_ever_made(tmp_path, tokenizer, applied, fused):
-    """In the check before the first step, in training and in evaluation."""
+def test_logits_are_made_one_chunk_at_a_time(tmp_path, tokenizer, liger_calls, fused):
+    """In the check before the first step, in training and in evaluation (at most 512 rows)."""
     trainer = plain_trainer(tmp_path, tokenizer, use_liger_kernel=fused)
     with LargestRows(len(tokenizer)) as seen:
         trainer.train()
         measured = trainer.evaluate()
     assert 256 < seen.rows <= 512
     assert measured["eval_loss"] > 0
-    assert len(applied) == fused
+    assert len(liger_calls) == fused
 
 
-def test_evaluation_makes_logits_where_something_reads_them(tmp_path, tokenizer):
+def test_evaluation_makes_all_logits_for_compute_metrics(tmp_path, tokenizer):
     trainer = plain_trainer(tmp_path, tokenizer)
     alone = trainer.evaluate()["eval_loss"]
     shapes = []

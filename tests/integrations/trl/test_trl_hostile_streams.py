@@ -1,4 +1,4 @@
-"""Streams with rows that cannot be used: the run stops with the number, or trains the rest."""
+"""Streams with unusable rows: the run stops and names the row."""
 
 import pytest
 
@@ -16,7 +16,7 @@ RUN = {"stream_buffer": 3, "per_device_train_batch_size": 2, "max_steps": 4}
 
 
 def stream(rows, bad=None, at=4):
-    """A stream of eight rows, of which one is another or an error."""
+    """Return a stream of rows, of which one is replaced by another row or by an error."""
 
     def read():
         for i, row in enumerate(rows):
@@ -57,7 +57,7 @@ def test_a_row_that_cannot_be_read_stops_the_run_with_its_number(tmp_path, token
         trainer.train()
 
 
-def test_code_of_the_user_that_fails_on_a_row_is_said_with_its_number(tmp_path, tokenizer):
+def test_an_error_in_a_users_map_names_the_row(tmp_path, tokenizer):
     def shorten(row):
         return {"completion": row["completion"][: row["completion"].index("a")]}
 
@@ -66,7 +66,7 @@ def test_code_of_the_user_that_fails_on_a_row_is_said_with_its_number(tmp_path, 
         make(tmp_path, tokenizer, rows, **RUN)
 
 
-def test_the_first_row_of_a_later_pass_has_its_number_too(tmp_path, tokenizer):
+def test_an_error_in_a_later_pass_names_the_row(tmp_path, tokenizer):
     passes = []
 
     def read():
@@ -84,7 +84,7 @@ def test_the_first_row_of_a_later_pass_has_its_number_too(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
-def test_a_row_of_evaluation_that_cannot_be_read_is_said_too(tmp_path, tokenizer, shuffled):
+def test_an_unreadable_row_of_evaluation_data_is_named(tmp_path, tokenizer, shuffled):
     rows = stream(texts(), {"prompt": "how", "completion": None})
     trainer = StarDSSTrainer(
         tiny_llama(len(tokenizer)),
@@ -121,7 +121,7 @@ def test_data_without_any_row_is_refused(tmp_path, tokenizer, empty):
         ({"labels": [-100, 5, 6]}, "input_ids has 4 tokens and labels has 3"),
     ],
 )
-def test_columns_that_do_not_fit_stop_the_run(tmp_path, tokenizer, change, words):
+def test_columns_with_wrong_lengths_or_values_stop_the_run(tmp_path, tokenizer, change, words):
     row = {**TOKENS, "star_scores": [1.0, 1.0, 0.5, 0.5]}
     rows = stream([row] * 8, {**row, **change}, at=5)
     trainer = make(tmp_path, tokenizer, rows, max_length=64, **RUN)

@@ -1,6 +1,6 @@
-"""`accelerate launch -m star_dss_trl.sft` from configurations as alignment-handbook publishes them.
+"""`accelerate launch -m star_dss_trl.sft` with recipes like those of alignment-handbook.
 
-What differs from a published recipe is the model, the data, and what a CPU needs.
+They differ from the published ones in the model, the data and the settings that a CPU needs.
 """
 
 import importlib.util
@@ -67,8 +67,8 @@ RUNS = {
     # Without a GPU TRL before 1.10 places models (device_map="auto"), which ZeRO-3 refuses.
     "zero3": (zero(3), {"model_init_kwargs": {"device_map": None}}),
 }
-# accelerate shards over gloo only if it is told that it may (see sharding_kinds.py); DeepSpeed
-# would compile its communication.
+# Without `shard_on_cpus` (sharding_kinds.py) accelerate does not shard over gloo. DeepSpeed would
+# compile its communication operations.
 SITE = """
 import os, sys
 sys.path.insert(0, {tests!r})
@@ -96,7 +96,7 @@ if torch.distributed.is_initialized():
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """A folder for PYTHONPATH with the tests' guard as an installed plugin."""
+    """Return a folder for PYTHONPATH with the tests' guard as an installed plugin."""
     folder = tmp_path_factory.mktemp("site")
     (folder / "words_plugin.py").write_text(
         "from support.guards import WordsPlugin\nwords = WordsPlugin()\n"
@@ -109,8 +109,8 @@ def site(tmp_path_factory):
     return folder
 
 
-def launched(folder, model_dir, site, launcher, changes):
-    """Launch a recipe; return the process that has ended well."""
+def launch_recipe(folder, model_dir, site, launcher, changes):
+    """Launch a recipe; check that it succeeds, and return the finished process."""
     rows = [
         {"messages": [{"role": "user", "content": p}, {"role": "assistant", "content": a}]}
         for p, a in zip(PROMPTS, ANSWERS)
@@ -181,7 +181,7 @@ def test_a_published_recipe_trains(tmp_path, model_dir, site, kind):
     launcher, changes = RUNS[kind]
     if "deepspeed_config" in launcher and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("needs DeepSpeed (pip install 'star-dss-plugin[test]')")
-    done = launched(tmp_path, model_dir, site, launcher, changes)
+    done = launch_recipe(tmp_path, model_dir, site, launcher, changes)
     assert done.stdout.count(f"DistributedType.{launcher['distributed_type']}") == 2
     record = json.loads((tmp_path / "out/star_dss.json").read_text())
     assert record["data"]["train"]["responses"] == 8
@@ -189,8 +189,8 @@ def test_a_published_recipe_trains(tmp_path, model_dir, site, kind):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
-# Liger as far as a run without a GPU needs it: transformers asks whether it is installed, and which
-# kernels it takes.
+# A stand-in for Liger in runs without a GPU: transformers checks that the package is installed, and
+# which kernels this function accepts.
 LIGER = """
 import logging
 def _apply_liger_kernel_to_instance(model, **kernels):
@@ -202,7 +202,7 @@ def _apply_liger_kernel_to_instance(model, **kernels):
 
 @pytest.fixture
 def liger(tmp_path, monkeypatch):
-    """Liger's package if it is installed, else a stand-in for PYTHONPATH; the words for it."""
+    """Put a stand-in on PYTHONPATH if Liger is not installed; return the line that Liger logs."""
     if importlib.util.find_spec("liger_kernel"):
         return "Applying Liger kernels to model instance"
     package = tmp_path / "liger" / "liger_kernel"
@@ -221,12 +221,12 @@ def losses(done):
 
 
 def test_a_recipe_with_liger_trains_with_the_loss_of_star_dss(tmp_path, model_dir, site, liger):
-    """Only its fused loss is asked for here: the other kernels are Triton, and need a GPU."""
+    """Only Liger's fused loss is requested, because its other kernels need a GPU."""
     launcher = {"distributed_type": "NO", "num_processes": 1}
-    without = launched(tmp_path / "without", model_dir, site, launcher, {})
+    without = launch_recipe(tmp_path / "without", model_dir, site, launcher, {})
     kernels = {"rope": False, "rms_norm": False, "swiglu": False, "cross_entropy": False}
     fused = {"use_liger_kernel": True, "liger_kernel_config": kernels}
-    done = launched(tmp_path / "with", model_dir, site, launcher, fused)
+    done = launch_recipe(tmp_path / "with", model_dir, site, launcher, fused)
     said = done.stdout + done.stderr
     assert "STAR-DSS has switched off Liger's fused_linear_cross_entropy" in said
     assert liger in said

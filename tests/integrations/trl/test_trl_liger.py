@@ -18,18 +18,17 @@ for package in ("trl", "triton", "liger_kernel"):
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"needs {package}", allow_module_level=True)
 
-pytestmark = pytest.mark.slow  # the interpreter takes its time
+pytestmark = pytest.mark.slow  # Triton's interpreter is slow
 
-# In a process of its own: Triton's interpreter has to be there before what defines kernels.
+# In a process of its own: Triton chooses its interpreter when a kernel is defined.
 RUNS = """
 import json, pathlib, sys
 import support.interpreted_triton
-from support.guards import WordsPlugin
+from support.guards import register_guard
 from support.models import make_tokenizer
 from support.trl_runs import history, make
-from star_dss_plugin.plugins import Origin, load_plugins
 
-load_plugins().register(WordsPlugin(), Origin("tests", "star-dss-tests", "0"))
+register_guard()
 folder, found = pathlib.Path(sys.argv[1]), {}
 for liger in (False, True):
     trainer = make(folder / str(liger), make_tokenizer(), max_steps=2, use_liger_kernel=liger)

@@ -1,4 +1,4 @@
-"""What stock SFTTrainer does with its arguments and its logs, STAR-DSS does too."""
+"""StarDSSTrainer takes arguments and logs metrics as stock SFTTrainer does."""
 
 import pytest
 

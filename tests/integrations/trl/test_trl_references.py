@@ -1,4 +1,4 @@
-"""TRL: the modes of training, and where the reference distribution comes from."""
+"""TRL: every loss type, and every kind of reference."""
 
 import copy
 import math
@@ -10,19 +10,14 @@ from datasets import Dataset
 pytest.importorskip("trl")
 from peft import LoraConfig
 from support.models import tiny_llama
-from support.trl_runs import (
-    conversations,
-    history,
-    lora_config,
-    make,
-)
+from support.trl_runs import conversations, history, lora_config, make
 
 from star_dss_plugin import ConfigError, StarDSSError
 
 
 @pytest.mark.parametrize("mode", ["star_dss", "hard", "static", "rejection", "kl_only", "sft"])
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_every_mode_trains(tmp_path, tokenizer, mode, lora):
+def test_every_loss_type_trains(tmp_path, tokenizer, mode, lora):
     trainer = make(
         tmp_path,
         tokenizer,
@@ -47,7 +42,7 @@ def test_every_mode_trains(tmp_path, tokenizer, mode, lora):
     ],
 )
 def test_every_reference_gives_the_same_trajectory(tmp_path, tokenizer, estimator, reference, lora):
-    """A second arrangement of the same reference: precomputed for k1-k3, a copy for full."""
+    """The twin has another kind of the same reference: precomputed for k1-k3, a copy for full."""
     config = {"max_steps": 3, "kl_estimator": estimator, "kl_coef": 2.0}
     ours = make(
         tmp_path,
@@ -94,7 +89,7 @@ def test_a_frozen_copy_does_not_move_with_the_policy(tmp_path, tokenizer, lora):
 
 
 def test_an_outer_autocast_does_not_keep_the_references_weights(tmp_path, tokenizer):
-    """Autocast remembers casts by parameter; a frozen copy is another value of the same one."""
+    """Autocast caches casts by parameter; a frozen copy is another value of the same parameter."""
     trainer = make(tmp_path, tokenizer, reference="copy", kl_estimator="full")
     with torch.no_grad():
         for parameter in trainer.model.parameters():
@@ -107,7 +102,7 @@ def test_an_outer_autocast_does_not_keep_the_references_weights(tmp_path, tokeni
     torch.testing.assert_close(outside.float(), inside, rtol=1e-2, atol=0)
 
 
-def test_what_becomes_trainable_later_has_no_start(tmp_path, tokenizer):
+def test_a_parameter_that_becomes_trainable_after_setup_is_refused(tmp_path, tokenizer):
     model = tiny_llama(len(tokenizer))
     model.model.embed_tokens.requires_grad_(False)
     trainer = make(tmp_path, tokenizer, model=model, reference="copy")
@@ -116,7 +111,7 @@ def test_what_becomes_trainable_later_has_no_start(tmp_path, tokenizer):
         trainer.train()
 
 
-def test_another_model_has_not_the_parameters_of_the_start(tmp_path, tokenizer):
+def test_a_frozen_copy_is_refused_for_another_model(tmp_path, tokenizer):
     trainer = make(tmp_path, tokenizer, reference="copy")
     other = tiny_llama(len(tokenizer), num_hidden_layers=1)
     reference = trainer.star_dss_state.reference
@@ -127,7 +122,7 @@ def test_another_model_has_not_the_parameters_of_the_start(tmp_path, tokenizer):
         pass
 
 
-def test_continuing_from_an_adapter_is_not_the_base(tmp_path, tokenizer):
+def test_a_trained_adapter_is_not_switched_off_for_the_reference(tmp_path, tokenizer):
     first = make(tmp_path, tokenizer, peft_config=lora_config())
     first.train()
     with pytest.raises(ConfigError, match="the adapter already changes the model"):
@@ -148,7 +143,7 @@ def test_reference_log_probabilities_that_came_with_the_data_are_replaced(tmp_pa
     assert trainer.evaluate(eval_dataset=trainer.train_dataset)["eval_loss"] > 0
 
 
-def test_a_named_reference(tmp_path, tokenizer, model_dir):
+def test_a_named_reference_gives_the_run_of_the_own_start(tmp_path, tokenizer, model_dir):
     """model_dir holds the same weights that the trainer starts from."""
     named = make(tmp_path, tokenizer, reference=str(model_dir))
     named.train()
@@ -192,7 +187,7 @@ def test_another_adapter_is_another_reference(tmp_path, tokenizer):
     assert model_fingerprint(stretched) != model_fingerprint(tiny_llama(len(tokenizer)))
 
 
-def test_a_base_that_moves_is_no_reference(tmp_path, tokenizer):
+def test_a_base_model_that_trains_too_is_no_reference(tmp_path, tokenizer):
     biased = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", bias="all")
     model = tiny_llama(len(tokenizer), attention_bias=True)
     with pytest.raises(ConfigError, match="outside the adapter are trained too"):

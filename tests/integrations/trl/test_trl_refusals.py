@@ -1,4 +1,4 @@
-"""TRL: what would be plain finetuning, or a loss of another, stops before the first step."""
+"""TRL: a run whose loss would not be that of STAR-DSS stops before the first step."""
 
 import pytest
 import torch
@@ -7,11 +7,7 @@ pytest.importorskip("trl")
 from star_dss_trl import StarDSSTrainer
 from support.models import tiny_llama
 from support.scoring import unbound
-from support.trl_runs import (
-    arguments,
-    make,
-    prompt_completion,
-)
+from support.trl_runs import arguments, make, prompt_completion
 from transformers import default_data_collator
 from trl import SFTConfig, SFTTrainer
 
@@ -20,7 +16,7 @@ from star_dss_plugin.data.columns import SCORES_COLUMN
 from star_dss_plugin.training.run_record import startup_line
 
 
-def test_errors_before_the_first_step(tmp_path, tokenizer):
+def test_wrong_options_are_refused(tmp_path, tokenizer):
     with pytest.raises(ConfigError, match=r"(?s)No guard was given.*qwen3guard-gen-0.6b"):
         make(tmp_path, tokenizer, guard=None)
     with pytest.raises(
@@ -57,14 +53,16 @@ def test_errors_before_the_first_step(tmp_path, tokenizer):
         (1.0, "kl_only", False),
     ],
 )
-def test_scores_that_make_it_plain_finetuning_are_said(tmp_path, tokenizer, score, loss_type, said):
+def test_the_startup_line_says_if_scores_make_it_plain_finetuning(
+    tmp_path, tokenizer, score, loss_type, said
+):
     scored = make(tmp_path, tokenizer).train_dataset.remove_columns("ref_logps")
     safe = unbound(scored.map(lambda r: {SCORES_COLUMN: [score] * len(r[SCORES_COLUMN])}))
     trainer = make(tmp_path, tokenizer, safe, guard=None, loss_type=loss_type)
     assert ("this is plain finetuning" in startup_line(trainer.star_dss_state)) is said
 
 
-def test_bad_star_scores_are_refused(tmp_path, tokenizer):
+def test_invalid_star_scores_are_refused(tmp_path, tokenizer):
     scored = make(tmp_path, tokenizer).train_dataset.remove_columns("ref_logps")
     short = scored.map(lambda r: {SCORES_COLUMN: r[SCORES_COLUMN][:-1]})
     with pytest.raises(DataError, match="The train data set: Row 0: the row has .* star_scores"):
@@ -87,7 +85,7 @@ def test_a_trainer_with_a_loss_of_its_own_is_refused(tmp_path, tokenizer):
     assert trainer.state.global_step == 0
 
 
-def test_a_loss_that_is_replaced_later_is_refused(tmp_path, tokenizer):
+def test_a_loss_that_is_replaced_after_setup_is_refused(tmp_path, tokenizer):
     trainer = make(tmp_path, tokenizer)
     trainer.compute_loss = lambda model, inputs, **_: SFTTrainer.compute_loss(
         trainer, model, {k: v for k, v in inputs.items() if k not in (SCORES_COLUMN, "ref_logps")}
@@ -97,7 +95,7 @@ def test_a_loss_that_is_replaced_later_is_refused(tmp_path, tokenizer):
     assert trainer.state.global_step == 0
 
 
-def test_a_collator_that_is_replaced_later_is_refused(tmp_path, tokenizer):
+def test_a_collator_that_is_replaced_after_setup_is_refused(tmp_path, tokenizer):
     trainer = make(tmp_path, tokenizer)
     trainer.data_collator = trainer.data_collator.inner
     with pytest.raises(StarDSSError, match="batches have no 'star_scores'"):
@@ -132,7 +130,7 @@ def test_options_that_are_changed_later_are_refused(tmp_path, tokenizer, made, n
 
 
 class OwnStep(SFTTrainer):
-    """A trainer whose training step never asks compute_loss."""
+    """A trainer whose training step does not call compute_loss."""
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         model.train()
@@ -143,7 +141,7 @@ class OwnStep(SFTTrainer):
         return loss.detach()
 
 
-def test_a_training_step_that_goes_past_compute_loss_is_stopped(tmp_path, tokenizer):
+def test_a_training_step_that_does_not_call_compute_loss_is_stopped(tmp_path, tokenizer):
     trainer = attach(make(tmp_path, tokenizer, cls=OwnStep), guard="test-words")
     before = [p.clone() for p in trainer.model.parameters()]
     with pytest.raises(
@@ -155,9 +153,9 @@ def test_a_training_step_that_goes_past_compute_loss_is_stopped(tmp_path, tokeni
 
 
 @pytest.mark.parametrize("mode", ["star_dss", "hard", "static", "rejection", "kl_only"])
-def test_plain_cross_entropy_in_its_place_is_always_noticed(tmp_path, tokenizer, mode):
+def test_plain_cross_entropy_in_place_of_the_loss_is_refused(tmp_path, tokenizer, mode):
     data = prompt_completion()
-    for cut in (0, 2):  # the made-up scores must not happen to mean plain finetuning
+    for cut in (0, 2):  # the check's made-up scores must not give plain finetuning by chance
         trainer = make(tmp_path, tokenizer, data.select([cut]), loss_type=mode)
         trainer.compute_loss = lambda model, inputs, trainer=trainer, **_: trainer.base_loss(
             model, inputs
@@ -166,6 +164,6 @@ def test_plain_cross_entropy_in_its_place_is_always_noticed(tmp_path, tokenizer,
             trainer.train()
 
 
-def test_a_guard_beside_trls_own_loss_is_an_error(tmp_path):
+def test_a_guard_with_a_loss_type_of_trl_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match="nothing is shaped, but a guard is set"):
         arguments(tmp_path, loss_type="nll")

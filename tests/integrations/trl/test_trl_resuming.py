@@ -11,13 +11,8 @@ from datasets import load_from_disk
 
 pytest.importorskip("trl")
 from support.forks import FORKS
-from support.guards import WordGuard, WordsPlugin
-from support.trl_runs import (
-    Stop,
-    history,
-    make,
-    prompt_completion,
-)
+from support.guards import WordGuard, register_guard
+from support.trl_runs import Stop, history, make, prompt_completion
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from star_dss_plugin import CheckpointError, ConfigError
@@ -25,7 +20,6 @@ from star_dss_plugin.cli import app as cli
 from star_dss_plugin.data.cache import ScoreCache
 from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN
 from star_dss_plugin.data.provenance import provenance_of
-from star_dss_plugin.plugins import Origin, load_plugins
 
 
 def test_resuming_equals_never_having_stopped(tmp_path, tokenizer):
@@ -43,7 +37,7 @@ def test_resuming_equals_never_having_stopped(tmp_path, tokenizer):
 
 
 def test_a_checkpoint_given_as_the_model_is_no_reference(tmp_path, tokenizer):
-    """The reference would be what training has made, and nothing would hold the model back."""
+    """The reference would be the trained model, so the KL term would not hold the policy back."""
     config = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     make(tmp_path, tokenizer, **config).train()
     record = (tmp_path / "out" / "star_dss.json").read_text()
@@ -55,7 +49,7 @@ def test_a_checkpoint_given_as_the_model_is_no_reference(tmp_path, tokenizer):
     make(tmp_path, tokenizer, **config).train(resume_from_checkpoint=checkpoint)
 
 
-def test_a_checkpoint_that_is_not_whole_is_named(tmp_path, tokenizer):
+def test_an_incomplete_checkpoint_is_named(tmp_path, tokenizer):
     config = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
     make(tmp_path, tokenizer, **config).train()
     (tmp_path / "out" / "checkpoint-2" / "trainer_state.json").unlink()
@@ -76,9 +70,9 @@ def test_a_complete_cache_may_be_read_only(tmp_path, tokenizer, monkeypatch):
         assert list(again[column]) == list(before[column])
 
 
-def score_beside(by, folder, model_dir, start):
+def score_in_process(by, folder, model_dir, start):
     os.environ["STAR_DSS_CACHE"] = str(folder / "cache")
-    load_plugins().register(WordsPlugin(), Origin("tests", "star-dss-tests", "0"))
+    register_guard()
     answer = WordGuard.token_scores
     WordGuard.token_scores = lambda *args: time.sleep(0.5) or answer(*args)
     start.wait()
@@ -107,7 +101,7 @@ def test_a_trainer_and_the_command_score_the_same_data_at_once(tmp_path, model_d
     prompt_completion().to_json(tmp_path / "chat.jsonl")
     start = FORKS.Barrier(2)
     both = [
-        FORKS.Process(target=score_beside, args=(by, tmp_path, model_dir, start))
+        FORKS.Process(target=score_in_process, args=(by, tmp_path, model_dir, start))
         for by in ("command", "trainer")
     ]
     for process in both:

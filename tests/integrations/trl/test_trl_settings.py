@@ -1,4 +1,4 @@
-"""What TRL users switch on: each setting leaves the loss what it is."""
+"""Settings of TRL and of PEFT, several ranks, and model cards."""
 
 import json
 import os
@@ -92,8 +92,7 @@ RANKS = """
 import json, os, sys
 sys.path[:0] = {path!r}
 from support import guards, trl_runs
-from star_dss_plugin.plugins import Origin, load_plugins
-load_plugins().register(guards.WordsPlugin(), Origin("tests", "star-dss-tests", "0"))
+guards.register_guard()
 from pathlib import Path
 from transformers import AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained({model!r})
@@ -109,7 +108,7 @@ if trainer.is_world_process_zero():
         [[h["loss"], h["grad_norm"], h["star_dss/mean_score"], h["star_dss/kl"],
           h["star_dss/kl_gradient_share"], h["star_dss/probe_safe_share"]]
          for h in trainer.state.log_history if "grad_norm" in h]))
-# Else gloo's threads may end a process that exits while others still talk to it.
+# Otherwise gloo may abort a process that ends while another one still communicates.
 trainer.accelerator.end_training()
 """
 
@@ -146,7 +145,7 @@ def test_two_ranks_equal_one_process_with_twice_the_accumulation(tmp_path, model
             cwd=root,
             env={**os.environ, "ACCELERATE_USE_CPU": "1", "STAR_DSS_CACHE": str(out / "cache")},
         )
-        # What a guard and a reference said is written by each process once, and read by all.
+        # Each process writes its scores and its reference values once, and reads those of all.
         folders = [f for f in (out / "cache").iterdir() if f.is_dir()]
         assert [len(list(folder.glob("*.shard"))) for folder in folders] == [ranks, ranks]
         found[ranks] = torch.tensor(json.loads((out / "history.json").read_text()))
@@ -154,8 +153,8 @@ def test_two_ranks_equal_one_process_with_twice_the_accumulation(tmp_path, model
 
 
 @pytest.mark.slow
-def test_one_rank_that_fails_stops_all(tmp_path, model_dir):
-    """Before they meet."""
+def test_an_error_on_one_rank_stops_all_ranks(tmp_path, model_dir):
+    """Rank 1 fails while it scores its rows."""
     root = ROOT
     script = tmp_path / "run.py"
     fault = "if os.environ['RANK'] == '1': guards.WordGuard.token_scores = None"
@@ -220,7 +219,7 @@ def test_the_model_card_says_how_the_loss_was_shaped(tmp_path, tokenizer):
     assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-3"]
 
 
-def test_the_model_card_of_another_loss_says_what_that_did(tmp_path, tokenizer):
+def test_the_model_card_describes_the_loss_type(tmp_path, tokenizer):
     trainer = make(tmp_path, tokenizer, loss_type="rejection", max_steps=1)
     trainer.train()
     trainer.create_model_card()
@@ -228,7 +227,7 @@ def test_the_model_card_of_another_loss_says_what_that_did(tmp_path, tokenizer):
     assert "With `rejection`, responses whose last score is below τ were not learned" in card
 
 
-def test_dora_has_the_same_reference_either_way(tmp_path, tokenizer):
+def test_dora_has_the_same_reference_by_adapter_and_precomputed(tmp_path, tokenizer):
     found = []
     for reference in ("adapter", "precomputed"):
         lora = lora_config()
@@ -240,7 +239,7 @@ def test_dora_has_the_same_reference_either_way(tmp_path, tokenizer):
     torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(found[1]), rtol=1e-4, atol=1e-5)
 
 
-def test_what_cannot_be_shaped_is_refused(tmp_path, tokenizer):
+def test_unsupported_adapters_and_label_smoothing_are_refused(tmp_path, tokenizer):
     tuning = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     with pytest.raises(ConfigError, match="prompt-learning adapter"):
         make(tmp_path, tokenizer, peft_config=tuning)

@@ -1,4 +1,4 @@
-"""The chat templates that TRL ships, today's models' own: TRL's labels, and all words read."""
+"""The chat templates that TRL ships: labels are TRL's, and the guard reads all trained words."""
 
 import re
 from pathlib import Path
@@ -24,8 +24,8 @@ def chat(request):
     return ChatTokenizer(tokenizer_for(source))
 
 
-def ours(chat, of_talk, **how):
-    """Each talk's row, its tokens and its labels, where the template has words for all of it."""
+def tokenized_rows(chat, of_talk, **how):
+    """Return conversations with their rows and tokens, without those that the template refuses."""
     made = []
     for talk in TALKS.values():
         row = of_talk(talk)
@@ -39,10 +39,12 @@ def ours(chat, of_talk, **how):
 
 
 def test_labels_are_those_of_trl(chat):
-    """assistant_only_loss is set, as TRL computes it: by what the template marks."""
+    """With assistant_only_loss TRL trains the tokens that the template marks."""
     if "generation %}" not in chat.source:
         pytest.skip("the template marks nothing")
-    for talk, _, made in ours(chat, lambda talk: {"messages": talk}, assistant_only_loss=True):
+    for talk, _, made in tokenized_rows(
+        chat, lambda talk: {"messages": talk}, assistant_only_loss=True
+    ):
         theirs = chat.tokenizer.apply_chat_template(
             talk, return_dict=True, return_assistant_tokens_mask=True
         )
@@ -52,7 +54,9 @@ def test_labels_are_those_of_trl(chat):
 
 
 def test_completions_are_those_of_trl(chat):
-    for _, row, made in ours(chat, lambda talk: {"prompt": talk[:-1], "completion": talk[-1:]}):
+    for _, row, made in tokenized_rows(
+        chat, lambda talk: {"prompt": talk[:-1], "completion": talk[-1:]}
+    ):
         check_completion(chat, made, row["prompt"], row["completion"][0])
 
 
@@ -60,7 +64,7 @@ def test_marked_completions_are_those_of_trl(chat):
     """With assistant_only_loss TRL trains what the template marks behind the prompt."""
     if "generation %}" not in chat.source:
         pytest.skip("the template marks nothing")
-    rows = ours(
+    rows = tokenized_rows(
         chat,
         lambda talk: {"prompt": talk[:-1], "completion": talk[-1:]},
         assistant_only_loss=True,
@@ -70,7 +74,7 @@ def test_marked_completions_are_those_of_trl(chat):
             talk, return_dict=True, return_assistant_tokens_mask=True
         )
         whole, marks = theirs["input_ids"], theirs["assistant_masks"]
-        first = behind_the_prompt(chat, row["prompt"], whole)
+        first = first_after_prompt(chat, row["prompt"], whole)
         assert made["input_ids"] == whole
         assert made["labels"] == [
             token if marked and n >= first else -100
@@ -79,14 +83,14 @@ def test_marked_completions_are_those_of_trl(chat):
 
 
 def check_completion(chat, made, prompt, last):
-    """TRL trains what the two renderings do not share."""
+    """Check that the tokens after the common prefix of both renderings are trained, as by TRL."""
     whole = chat.tokenizer.apply_chat_template([*prompt, last], return_dict=True)["input_ids"]
-    first = behind_the_prompt(chat, prompt, whole)
+    first = first_after_prompt(chat, prompt, whole)
     assert made["input_ids"] == whole
     assert made["labels"] == [-100] * first + whole[first:]
 
 
-def behind_the_prompt(chat, prompt, whole):
+def first_after_prompt(chat, prompt, whole):
     """Return the index of the first token that a conversation does not share with its prompt."""
     asked = chat.tokenizer.apply_chat_template(
         prompt, add_generation_prompt=True, return_dict=True
@@ -96,13 +100,13 @@ def behind_the_prompt(chat, prompt, whole):
 
 
 @pytest.mark.parametrize("cut", [0, 6])
-def test_words_are_read_without_residue_behind_their_questions(chat, cut):
-    for talk, row, made in ours(chat, lambda talk: {"messages": talk}):
+def test_the_guard_reads_words_without_template_text(chat, cut):
+    for talk, row, made in tokenized_rows(chat, lambda talk: {"messages": talk}):
         check_words(chat, talk, row, made, cut)
 
 
 def check_words(chat, talk, row, made, cut):
-    """Each word that is trained is read, and each question before it."""
+    """Check that the guard reads each trained word, and each question before it."""
     kept = slice(len(made["input_ids"]) - cut)
     made = {name: column[kept] for name, column in made.items()}
     found = find_responses({**row, **made}, chat, tokens, 5)
@@ -111,8 +115,9 @@ def check_words(chat, talk, row, made, cut):
     for response in found:
         trained = chat.tokenizer.decode(ids[response.start : response.end])
         said = response.request.text
-        if response.raw_context:  # nothing is said in what is left of it
-            moved = talk is TALKS["a late system turn"]  # by some templates, to the beginning
+        if response.raw_context:  # no word of the response is left
+            # Some templates move a late system turn to the beginning.
+            moved = talk is TALKS["a late system turn"]
             assert moved or not re.search("apple|Sure|ok|four|six", trained)
             continue
         assert not chat.control.search(said)
@@ -126,7 +131,7 @@ def check_words(chat, talk, row, made, cut):
                 assert (message["content"] in before) == (message["content"] in context)
 
 
-def test_a_rendered_prompt_and_its_completion_are_read_without_residue(chat):
+def test_the_guard_reads_a_rendered_completion_without_template_text(chat):
     for talk in (*TALKS.values(), WITH_CALLS):
         try:
             text = chat.render(talk)
@@ -145,12 +150,12 @@ def test_a_rendered_prompt_and_its_completion_are_read_without_residue(chat):
                 assert "think>" not in said
 
 
-# As JSON, as XML (Qwen3.5, GLM, Nemotron) and in channels.
+# Templates that write calls as JSON, as XML (Qwen3.5, GLM, Nemotron) or in channels.
 CALLING = re.compile(r"(qwen(2_5|3|3_5_\w*think|3_6|3_instruct_2507|3_vl)|glm4moe|nemotron_\w+)")
 
 
-def test_calls_of_functions_come_back_from_tokens(chat):
-    """Several in one turn; a template that cannot be inverted gives nothing or the same tokens."""
+def test_tool_calls_are_found_again_from_tokens(chat):
+    """A template that cannot be inverted gives None, or messages with the same tokens."""
     talk = WITH_CALLS
     inverse = TemplateInverse(chat.tokenizer, chat.source)
     try:

@@ -1,4 +1,4 @@
-"""Vision-language runs in TRL: scored as text before training, laid onto the collator's tokens."""
+"""Vision-language runs in TRL: rows are scored as text, and collators align the scores."""
 
 import subprocess
 import sys
@@ -22,7 +22,7 @@ from star_dss_plugin.training.rows.raw_rows import FillerRows, RawRowsCollator
 
 @each_model
 @pytest.mark.parametrize("data", [talks, asked_and_answered])
-def test_a_run(tmp_path, capsys, caplog, name, data):
+def test_a_run_trains(tmp_path, capsys, caplog, name, data):
     trainer = make(tmp_path, MAKE[name](), data())
     trainer.train()
     assert "STAR-DSS is active" in capsys.readouterr().out
@@ -100,7 +100,7 @@ def test_adapters_on_both_towers_train(tmp_path):
     assert len(history(trainer)) == 3
 
 
-def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path):
+def test_a_resumed_run_equals_one_that_was_not_stopped(tmp_path):
     whole = make(tmp_path / "whole", smolvlm(), talks(), max_steps=4)
     whole.train()
     steps = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
@@ -116,9 +116,8 @@ RANK = """
 import sys, warnings
 from pathlib import Path
 sys.path[:0] = {paths!r}
-from support.guards import WordsPlugin
-from star_dss_plugin.plugins import Origin, load_plugins
-load_plugins().register(WordsPlugin(), Origin("tests", "star-dss-tests", "0"))
+from support.guards import register_guard
+register_guard()
 from support.vision_models import smolvlm
 from support.vision_runs import make, numbers, talks
 trainer = make(
@@ -127,7 +126,7 @@ trainer = make(
 trainer.train()
 if trainer.is_world_process_zero():
     print("NUMBERS", *numbers(trainer))
-# Else gloo's threads may end a process that exits while others still talk to it.
+# Otherwise gloo may abort a process that ends while another one still communicates.
 trainer.accelerator.end_training()
 """
 
@@ -146,8 +145,8 @@ def test_two_ranks_with_workers_train_as_one_process(tmp_path):
     assert list(map(float, line.split()[1:])) == pytest.approx(numbers(alone), abs=1e-5)
 
 
-def test_an_adapter_of_the_vision_tower_that_was_trained_is_no_fresh_one(tmp_path):
-    """Words alone do not pass through it, so the trained adapter would look like a new one."""
+def test_a_trained_adapter_of_the_vision_tower_is_not_taken_for_a_new_one(tmp_path):
+    """Text does not pass through the vision tower, so the adapter would look like a new one."""
     model, processor = gemma3()
     config = LoraConfig(r=4, target_modules=r".*vision_tower.*q_proj")
     model = get_peft_model(model, config)
@@ -158,8 +157,8 @@ def test_an_adapter_of_the_vision_tower_that_was_trained_is_no_fresh_one(tmp_pat
     assert trainer.star_dss_state.reference.kind == "copy"
 
 
-class OtherRanks:
-    """What a run on two processes has beside its batches."""
+class TwoRanks:
+    """The collator of a run on two ranks, and its rows for batches without images."""
 
     def __init__(self, trainer):
         self.fillers = FillerRows()
@@ -170,10 +169,10 @@ class OtherRanks:
 
 
 @each_model
-def test_a_batch_without_images_gets_one_where_others_wait_for_it(tmp_path, name):
-    """The row that brings it trains nothing."""
+def test_a_batch_without_images_gets_a_filler_row_on_two_ranks(tmp_path, name):
+    """The filler row has an image, and no token of it is trained."""
     trainer = make(tmp_path, MAKE[name](), talks(), reference="copy")
-    collator = OtherRanks(trainer).collator
+    collator = TwoRanks(trainer).collator
     rows = [trainer.train_dataset[i] for i in (1, 6)]
     plain, carried = trainer.data_collator(rows), collator(rows)
     assert "pixel_values" not in plain

@@ -1,4 +1,4 @@
-"""What `star-dss check` says of rows with images."""
+"""`star-dss check` on rows with images."""
 
 import json
 from pathlib import Path
@@ -10,22 +10,13 @@ pytest.importorskip("trl")
 import trl
 import yaml
 from star_dss_trl.check import check
-from support.models import tiny_llama
 from support.vision_models import picture, smolvlm
 from support.vision_runs import make, talks
 from transformers import AutoProcessor
 
 
-@pytest.fixture
-def model_folder(tmp_path, tokenizer):
-    folder = tmp_path / "text-model"
-    tiny_llama(len(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.mark.parametrize("marked", [False, True], ids=["", "assistant_only_loss"])
-def test_check_says_what_the_guard_would_read(tmp_path, marked):
+def test_check_counts_the_rows_with_media(tmp_path, marked):
     model, processor = smolvlm()
     if marked:  # a template of which TRL has a variant that marks what is generated
         known = Path(trl.__file__).parent / "chat_templates" / "smolvlm.jinja"
@@ -66,11 +57,11 @@ def test_check_says_what_the_guard_would_read(tmp_path, marked):
     assert f"8 rows, 16 responses (0 without messages): {calls} guard calls" in note
 
 
-def test_check_says_that_a_model_of_text_reads_no_images(tmp_path, model_folder):
+def test_check_refuses_images_for_a_text_model(tmp_path, model_dir):
     data = tmp_path / "chat.jsonl"
     data.write_text(json.dumps({"messages": [], "images": ["0.png"]}) + "\n")
     config = {
-        "model_name_or_path": model_folder,
+        "model_name_or_path": str(model_dir),
         "dataset_name": str(data),
         "output_dir": str(tmp_path / "out"),
         "guard": "test-words",

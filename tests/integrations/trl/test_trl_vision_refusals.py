@@ -1,4 +1,4 @@
-"""Rows with images that TRL, or the guard, could not take as they are."""
+"""Rows with images that are refused."""
 
 import pytest
 
@@ -38,7 +38,7 @@ def test_an_image_that_an_assistant_says_is_refused(tmp_path):
         make(tmp_path, smolvlm(), Dataset.from_list([talk("hello", "2"), row]))
 
 
-def test_images_that_are_not_there_are_refused(tmp_path):
+def test_a_missing_image_is_refused(tmp_path):
     row = talk("hello", "2", 2)
     row["images"].pop()
     with pytest.raises(DataError, match="Row 0.*Number of images"):
@@ -84,7 +84,7 @@ def test_rows_that_were_not_scored_stop_the_run(tmp_path):
         trainer.train()
 
 
-def test_attach_says_who_trains_on_images(tmp_path):
+def test_attach_names_the_trainer_for_rows_with_images(tmp_path):
     model, processor = smolvlm()
     args = arguments(tmp_path, SFTConfig, max_length=None)
     trainer = SFTTrainer(model, args, train_dataset=talks(), processing_class=processor)
@@ -92,13 +92,13 @@ def test_attach_says_who_trains_on_images(tmp_path):
         attach(trainer, guard="test-words")
 
 
-def test_scores_of_tokens_that_are_not_there_are_refused(tmp_path):
+def test_a_column_of_scores_is_refused(tmp_path):
     data = talks().add_column("star_scores", [[1.0]] * 8)
     with pytest.raises(DataError, match="brings star_scores"):
         make(tmp_path, smolvlm(), data)
 
 
-def test_nothing_can_be_computed_before_there_are_tokens(tmp_path):
+def test_a_precomputed_reference_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="in the data collator"):
         make(tmp_path, smolvlm(), talks(), reference="precomputed")
 
@@ -114,15 +114,15 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_parts_that_the_collator_makes_nothing_of_are_refused(tmp_path, kind):
+def test_parts_of_unsupported_types_are_refused(tmp_path, kind):
     rows = [talk("hello", "2"), talk("is", "no")]
     rows[1]["messages"][0]["content"].append(OTHERS[kind])
     words = f"Row 1.*the type '{OTHERS[kind]['type']}', of which .* neither words nor media"
     with pytest.raises(DataError, match=words):
-        make(tmp_path, smolvlm(), rows_as_they_are(rows))
+        make(tmp_path, smolvlm(), rows_with_own_keys(rows))
 
 
-def rows_as_they_are(rows):
+def rows_with_own_keys(rows):
     """Return rows whose parts keep their own keys, in place of all keys with None."""
     return (
         Dataset.from_list(
@@ -141,13 +141,13 @@ def test_a_text_part_that_names_an_image_too_is_refused(tmp_path):
     rows = [talk("hello", "2"), talk("is", "no")]
     rows[1]["messages"][0]["content"][1]["image"] = "a.png"
     with pytest.raises(DataError, match="Row 1.*is text and has 'image' too"):
-        make(tmp_path, smolvlm(), rows_as_they_are(rows))
+        make(tmp_path, smolvlm(), rows_with_own_keys(rows))
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("kind", ["audio", "video", "image"])
 def test_media_that_trl_does_not_open_are_refused(tmp_path, kind, stream):
-    """Without a column of images TRL keeps their tokens, and drops what they stand for."""
+    """Without a column of images TRL keeps the tokens of media, and drops the media."""
     rows = [talk("hello", "2", 0), talk("is", "no", 0)]
     rows[1]["messages"][0]["content"].append({"type": kind, kind: "a.file", "text": None})
     data = Dataset.from_list([{"messages": row["messages"]} for row in rows])
@@ -159,7 +159,7 @@ def test_media_that_trl_does_not_open_are_refused(tmp_path, kind, stream):
 
 @each_model
 def test_a_row_that_is_cut_within_its_images_is_refused_with_its_number(tmp_path, name):
-    """An image of many tokens fills max_length, and what is asked and answered comes after it."""
+    """An image of many tokens fills max_length before the question and the answer."""
     rows = [talk("hello", "2", 0), talk("is", "no", 3)]
     model, processor = MAKE[name]()
     trainer = StarDSSTrainer(

@@ -1,4 +1,4 @@
-"""What is trained and scored in TRL's rows with images, and what the guard reads of them."""
+"""Rows with images in TRL: which tokens are trained and scored, and what the guard reads."""
 
 import pytest
 
@@ -16,7 +16,7 @@ from star_dss_plugin.data.columns import SCORES_COLUMN
 
 
 @each_model
-def test_what_assistants_say_is_trained_and_scored(tmp_path, name):
+def test_assistant_turns_are_trained_and_scored(tmp_path, name):
     trainer = make(tmp_path, MAKE[name](), talks())
     tokenizer = trainer.processing_class.tokenizer
     batch = batch_of(trainer, range(8))
@@ -74,7 +74,7 @@ def test_an_empty_answer_trains_its_end(tmp_path, name):
 
 
 @each_model
-def test_an_answer_that_the_question_holds_is_found_where_it_is_said(tmp_path, name):
+def test_an_answer_quoted_in_the_question_is_trained_in_its_own_turn(tmp_path, name):
     answer = "it's bad"
     rows = [talk(f"who said {answer} and {answer}?", answer), talk("hello", "2")]
     trainer = make(tmp_path, MAKE[name](), Dataset.from_list(rows))

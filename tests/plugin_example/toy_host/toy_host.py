@@ -1,6 +1,6 @@
 """A toy training framework: one YAML file, one loop, and a loss that a subclass can replace.
 
-It knows nothing of STAR-DSS. `python -m toy_host toy.yaml` trains.
+It does not depend on STAR-DSS. Run it with `python -m toy_host toy.yaml`.
 """
 
 import importlib
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 class ToyTrainer:
-    """Trains a causal language model, one row a step."""
+    """Train a causal language model on one row per step."""
 
     def __init__(self, config):
         self.config, settings = config, config["toy"]
@@ -30,7 +30,7 @@ class ToyTrainer:
         return torch.nn.functional.cross_entropy(logits[0, :-1], row["labels"][1:])
 
     def train(self):
-        """Returns the loss of every step."""
+        """Train, and return the loss of every step."""
         optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
         losses = []
         rows = self.dataset.with_format("torch")
@@ -45,7 +45,7 @@ class ToyTrainer:
 
 
 def read(path, tokenizer) -> Dataset:
-    """Rows with prompt and completion, and their tokens; prompts are not trained."""
+    """Return rows with their tokens and with labels that train the completions only."""
 
     def encode(row):
         prompt = tokenizer(row["prompt"])["input_ids"]
@@ -56,7 +56,7 @@ def read(path, tokenizer) -> Dataset:
 
 
 def trainer_class(config):
-    """The class that the YAML names, or this module's own."""
+    """Return the class that the YAML names, or `ToyTrainer`."""
     module, _, name = config["toy"].get("trainer", "toy_host:ToyTrainer").partition(":")
     return getattr(importlib.import_module(module), name)
 

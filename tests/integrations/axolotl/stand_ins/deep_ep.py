@@ -1,6 +1,6 @@
 """Move tokens to experts over gloo with the interface of DeepEP, whose kernels need NVLink.
 
-As much of it as Axolotl's expert parallelism calls: what goes where, and back, is the same.
+It has the methods that Axolotl's expert parallelism calls, and moves the same tokens.
 """
 
 import torch
@@ -19,7 +19,7 @@ class Buffer:
     get_combine_config = get_dispatch_config
 
     def get_dispatch_layout(self, topk_idx, num_experts):
-        """Count which tokens go to which rank; -1 goes nowhere."""
+        """Count the tokens that go to each rank; an expert of -1 is none."""
         here = num_experts // self.ranks
         owner = torch.where(topk_idx >= 0, topk_idx // here, -1)
         goes = torch.stack([(owner == rank).any(1) for rank in range(self.ranks)], 1)
@@ -43,7 +43,7 @@ class Buffer:
         config=None,
     ):
         """Send each token once to each rank that has one of its experts."""
-        if handle is not None:  # the gradient of what `combine` returned goes the same way
+        if handle is not None:  # the gradient of `combine`'s results takes the same way
             places, sent, received, _ = handle
             return self._moved(x[places], received, sent), None, None, None, None, None
         places = torch.cat([column.nonzero()[:, 0] for column in is_token_in_rank.T])
@@ -59,7 +59,7 @@ class Buffer:
         return tokens, experts.masked_fill(away, -1), weights, received, handle, None
 
     def combine(self, x, handle, topk_weights=None, config=None):
-        """Send each token's results back to where it came from, and add them up."""
+        """Send each token's results back to its rank, and add them up."""
         places, sent, received, tokens = handle
 
         def back(rows):
