@@ -11,14 +11,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from star_dss_plugin.data.decoding import (
-    added_tokens,
-    byte_places,
-    special_ids,
-    spells_bytes,
-    token_boundaries,
-)
+from star_dss_plugin.data.decoding import added_tokens, special_ids, token_boundaries
 from star_dss_plugin.data.requests import Message
+from star_dss_plugin.data.token_bytes import byte_offsets, is_byte_level
 from star_dss_plugin.errors import DataError
 
 __all__ = ["ChatTokenizer", "Encoded", "common_prefix_length", "whole_text"]
@@ -117,7 +112,7 @@ class ChatTokenizer:
             return [self._one(text, add_special_tokens) for text in texts]
         # The backend is called directly because the tokenizer's own call also builds model inputs.
         backend = self.tokenizer.backend_tokenizer
-        if not spells_bytes(self.tokenizer):
+        if not is_byte_level(self.tokenizer):
             batch = backend.encode_batch(texts, add_special_tokens=add_special_tokens)
             made = zip(texts, batch, strict=True)
             return [_encoded(text, found.ids, found.offsets) for text, found in made]
@@ -126,7 +121,7 @@ class ChatTokenizer:
         encoded = []
         for text, found in zip(texts, batch, strict=True):
             ids = found.ids
-            places = byte_places(self.tokenizer, ids, text)
+            places = byte_offsets(self.tokenizer, ids, text)
             if places is not None and (places[1] or [0])[-1] == len(text):
                 encoded.append(Encoded(ids, *places))
             else:

@@ -15,16 +15,12 @@ from star_dss_plugin.data.conversations import (
     template_arguments,
     text_message,
 )
-from star_dss_plugin.data.decoding import (
-    REPLACEMENT,
-    byte_places,
-    spells_bytes,
-    token_boundaries,
-)
+from star_dss_plugin.data.decoding import REPLACEMENT, token_boundaries
 from star_dss_plugin.data.requests import Message
 from star_dss_plugin.data.templates.chat import ChatTokenizer, Encoded
 from star_dss_plugin.data.templates.layout import Layout, Turn, lay_out
 from star_dss_plugin.data.templates.tokenized import Tokenized
+from star_dss_plugin.data.token_bytes import byte_offsets, is_byte_level
 
 __all__ = ["Placed", "place", "place_bytes"]
 
@@ -42,7 +38,7 @@ def place_bytes(chat: ChatTokenizer, ids: Sequence[int], row: Mapping[str, Any])
     """
     if conversation_of(row) is None and not isinstance(row.get("prompt"), list):
         return None
-    if not spells_bytes(chat.tokenizer):
+    if not is_byte_level(chat.tokenizer):
         return None
     source = source_messages(row)
     assert source is not None
@@ -51,7 +47,7 @@ def place_bytes(chat: ChatTokenizer, ids: Sequence[int], row: Mapping[str, Any])
         return None
     bos = chat.tokenizer.bos_token_id
     for skipped in (0, 1) if bos is not None and ids[:1] == [bos] else (0,):
-        places = byte_places(chat.tokenizer, ids[skipped:], text)
+        places = byte_offsets(chat.tokenizer, ids[skipped:], text)
         if places is not None:
             starts, ends, exact = places
             head = [0] * skipped
