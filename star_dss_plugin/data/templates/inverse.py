@@ -19,7 +19,6 @@ from transformers import PreTrainedTokenizerBase
 
 from star_dss_plugin.data.decoding import REPLACEMENT, decode
 from star_dss_plugin.data.templates.chat import ChatTokenizer
-from star_dss_plugin.data.templates.layout import TAGS
 from star_dss_plugin.data.templates.probes import (
     IN_CALLS,
     NAMES,
@@ -28,6 +27,7 @@ from star_dss_plugin.data.templates.probes import (
     pieces_of,
     probe,
 )
+from star_dss_plugin.data.templates.scaffold import TAGS
 from star_dss_plugin.data.templates.slots import messages_of
 from star_dss_plugin.errors import DataError
 

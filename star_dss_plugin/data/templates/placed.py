@@ -18,7 +18,7 @@ from star_dss_plugin.data.conversations import (
 from star_dss_plugin.data.decoding import REPLACEMENT, token_boundaries
 from star_dss_plugin.data.requests import Message
 from star_dss_plugin.data.templates.chat import ChatTokenizer, Encoded
-from star_dss_plugin.data.templates.layout import Layout, Turn, lay_out
+from star_dss_plugin.data.templates.layout import Layout, Turn, render_with_layout
 from star_dss_plugin.data.templates.tokenized import Tokenized
 from star_dss_plugin.data.token_bytes import byte_offsets, is_byte_level
 
@@ -42,7 +42,7 @@ def place_bytes(chat: ChatTokenizer, ids: Sequence[int], row: Mapping[str, Any])
         return None
     source = source_messages(row)
     assert source is not None
-    text, layout = lay_out(chat, source, template_arguments(row))
+    text, layout = render_with_layout(chat, source, template_arguments(row))
     if layout is None:
         return None
     bos = chat.tokenizer.bos_token_id

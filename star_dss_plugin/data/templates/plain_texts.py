@@ -11,7 +11,7 @@ from star_dss_plugin.data.templates.chat import (
     common_prefix_length,
     whole_text,
 )
-from star_dss_plugin.data.templates.layout import Layout, Turn, lay_out
+from star_dss_plugin.data.templates.layout import Layout, Turn, render_with_layout
 from star_dss_plugin.data.templates.rendered import is_rendered, parsed_chat, parsed_prompt
 from star_dss_plugin.data.templates.tokenized import Plan, Tokenized, joined_runs
 
@@ -80,7 +80,7 @@ def _rendered_turn(
     messages = parsed_chat(text, chat) if is_rendered(prompt, chat) else None
     if messages is None or messages[:-1] != list(source):
         return None
-    rendered, layout = lay_out(chat, messages, {})
+    rendered, layout = render_with_layout(chat, messages, {})
     turn = layout.turns[-1] if layout is not None and layout.turns else None
     if turn is None or turn.message != len(source) or not rendered.startswith(text):
         return None

@@ -8,7 +8,8 @@ from typing import Any
 
 from star_dss_plugin.data.conversations import template_arguments, text_of
 from star_dss_plugin.data.templates.chat import ChatTokenizer, Encoded, whole_text
-from star_dss_plugin.data.templates.layout import Layout, Turn, generated_spans, lay_out
+from star_dss_plugin.data.templates.layout import Layout, Turn, render_with_layout
+from star_dss_plugin.data.templates.scaffold import generated_spans
 from star_dss_plugin.data.templates.tokenized import Plan, Runs, Tokenized, joined_runs
 
 __all__ = ["of_completion", "of_conversation"]
@@ -34,7 +35,7 @@ def of_conversation(
 ) -> Plan:
     """Plan a conversation; the assistant turns from message `first` on are trained."""
     arguments = template_arguments(row)
-    text, layout = lay_out(chat, source, arguments)
+    text, layout = render_with_layout(chat, source, arguments)
     generated = layout.generated if layout else generated_spans(chat, source, arguments, text)
 
     def turns_of_it(encoded: Encoded) -> Tokenized:
@@ -110,7 +111,7 @@ def of_completion(
 ) -> Plan:
     """Plan a prompt of messages and an assistant's completion; the whole completion is trained."""
     arguments, prompt = template_arguments(row), row["prompt"]
-    text, layout = lay_out(chat, source, arguments)
+    text, layout = render_with_layout(chat, source, arguments)
     question = chat.render(prompt, add_generation_prompt=True, **arguments)
     whole_text(question)
 
