@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.tokenization_mistral_common import MistralCommonBackend
 
 from star_dss_plugin.data.decoding import decode, token_boundaries
-from star_dss_plugin.data.templates.chat import ChatTokenizer, Encoded, whole_text
+from star_dss_plugin.data.templates.chat import ChatTokenizer
+from star_dss_plugin.data.templates.encoded import Encoded, checked_utf8
 from star_dss_plugin.errors import DataError
 
 __all__ = ["MistralChat", "is_mistral_common"]
@@ -61,7 +62,7 @@ class MistralChat(ChatTokenizer):
         Raises:
             DataError: A text holds a lone surrogate.
         """
-        return [self._encoded(whole_text(text)) for text in texts]
+        return [self._encoded(checked_utf8(text)) for text in texts]
 
     def _encoded(self, text: str) -> Encoded:
         ids: list[int] = []

@@ -16,7 +16,8 @@ from test_segments import sentencepiece_like
 
 from star_dss_plugin import DataError
 from star_dss_plugin.data import tokenization
-from star_dss_plugin.data.templates.chat import ChatTokenizer, common_prefix_length
+from star_dss_plugin.data.templates.chat import ChatTokenizer
+from star_dss_plugin.data.templates.encoded import common_prefix_length
 from star_dss_plugin.data.templates.placed import _joined, place
 from star_dss_plugin.data.tokenization import read_row, read_rows
 

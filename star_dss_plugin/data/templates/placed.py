@@ -17,7 +17,8 @@ from star_dss_plugin.data.conversations import (
 )
 from star_dss_plugin.data.decoding import REPLACEMENT, token_boundaries
 from star_dss_plugin.data.requests import Message
-from star_dss_plugin.data.templates.chat import ChatTokenizer, Encoded
+from star_dss_plugin.data.templates.chat import ChatTokenizer
+from star_dss_plugin.data.templates.encoded import Encoded
 from star_dss_plugin.data.templates.layout import Layout, Turn, render_with_layout
 from star_dss_plugin.data.templates.tokenized import Tokenized
 from star_dss_plugin.data.token_bytes import byte_offsets, is_byte_level

@@ -5,12 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from star_dss_plugin.data.templates.chat import (
-    ChatTokenizer,
-    Encoded,
-    common_prefix_length,
-    whole_text,
-)
+from star_dss_plugin.data.templates.chat import ChatTokenizer
+from star_dss_plugin.data.templates.encoded import Encoded, checked_utf8, common_prefix_length
 from star_dss_plugin.data.templates.layout import Layout, Turn, render_with_layout
 from star_dss_plugin.data.templates.rendered import is_rendered, parsed_chat, parsed_prompt
 from star_dss_plugin.data.templates.tokenized import Plan, Tokenized, joined_runs
@@ -32,7 +28,7 @@ def of_text(text: str, chat: ChatTokenizer) -> Plan:
 
 def of_texts(prompt: str, completion: str, chat: ChatTokenizer) -> Plan:
     """Plan a plain-text prompt and completion; the completion is trained."""
-    text = whole_text(prompt + _with_eos(chat, completion))
+    text = checked_utf8(prompt + _with_eos(chat, completion))
     asked = chat.ids(prompt)
     rendered = is_rendered(prompt, chat)
     source = parsed_prompt(prompt, chat) if rendered else [{"role": "user", "content": prompt}]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from star_dss_plugin.data.templates.chat import Encoded, whole_text
+from star_dss_plugin.data.templates.encoded import Encoded, checked_utf8
 from star_dss_plugin.data.templates.layout import Layout
 from star_dss_plugin.logprobs import IGNORE_INDEX
 
@@ -56,7 +56,7 @@ class Plan:
     plain: bool = False
 
     def __post_init__(self) -> None:
-        whole_text(self.text)
+        checked_utf8(self.text)
 
 
 def joined_runs(found: Iterable[tuple[int, int]]) -> Runs:

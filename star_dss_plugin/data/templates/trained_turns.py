@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from star_dss_plugin.data.conversations import template_arguments, text_of
-from star_dss_plugin.data.templates.chat import ChatTokenizer, Encoded, whole_text
+from star_dss_plugin.data.templates.chat import ChatTokenizer
+from star_dss_plugin.data.templates.encoded import Encoded, checked_utf8
 from star_dss_plugin.data.templates.layout import Layout, Turn, render_with_layout
 from star_dss_plugin.data.templates.scaffold import generated_spans
 from star_dss_plugin.data.templates.tokenized import Plan, Runs, Tokenized, joined_runs
@@ -113,7 +114,7 @@ def of_completion(
     arguments, prompt = template_arguments(row), row["prompt"]
     text, layout = render_with_layout(chat, source, arguments)
     question = chat.render(prompt, add_generation_prompt=True, **arguments)
-    whole_text(question)
+    checked_utf8(question)
 
     def behind_the_question(encoded: Encoded) -> Tokenized:
         common = chat.shared_tokens(encoded, text, question)
