@@ -97,7 +97,7 @@ def check_markdown(text):
 
 def test_a_guard_that_the_data_names_is_one_line_at_start_up(tmp_path, caplog):
     from star_dss_plugin.options import StarDSSOptions
-    from star_dss_plugin.training.rows.prepare import summary_of
+    from star_dss_plugin.training.rows.summary import summarize
 
     note = {
         "guard": EVIL.replace("\ud800", ""),
@@ -111,5 +111,5 @@ def test_a_guard_that_the_data_names_is_one_line_at_start_up(tmp_path, caplog):
     rows = Dataset.from_list([{"input_ids": [1], "labels": [1], "star_scores": [0.5]}])
     write_note(rows, "scores", note)
     caplog.set_level(logging.DEBUG)
-    found = summary_of(rows, StarDSSOptions(), None)
+    found = summarize(rows, StarDSSOptions(), None)
     assert not set(found.guard) & (ACTS | set("\n"))

@@ -20,7 +20,15 @@ from star_dss_plugin.guards.base import Guard
 from star_dss_plugin.guards.combined import leaves
 from star_dss_plugin.visible import visible_line
 
-__all__ = ["ROWS_NAMED", "attempt_notes", "label_mass", "member_notes", "merged", "remarks"]
+__all__ = [
+    "COUNTS",
+    "ROWS_NAMED",
+    "attempt_notes",
+    "label_mass",
+    "member_notes",
+    "merged",
+    "remarks",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +192,7 @@ def label_mass(found: Mapping[str, Trajectory], keys: Sequence[str]) -> dict[str
     }
 
 
-_SUMS = (
+COUNTS = (
     "rows",
     "responses",
     "prefixes",
@@ -194,7 +202,7 @@ _SUMS = (
     "truncated_contexts",
     "guard_errors",
 )
-
+"""Counts of a provenance note, which are summed when parts of a data set are merged."""
 
 _MERGED = (
     "probed_prefixes",
@@ -213,7 +221,7 @@ def merged(notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Raises:
         DataError: Shards were scored in different ways, or no shard has a response.
     """
-    counted = {*_SUMS, *_MERGED}
+    counted = {*COUNTS, *_MERGED}
     first = {name: value for name, value in notes[0].items() if name not in counted}
     for number, note in enumerate(notes):
         for name in {*first, *note} - counted:
@@ -230,7 +238,7 @@ def merged(notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "fills it leaves no response)."
         )
     prefixes = [note["prefixes"] for note in full]
-    total = {name: sum(note[name] for note in notes) for name in _SUMS}
+    total = {name: sum(note[name] for note in notes) for name in COUNTS}
     if "probed_prefixes" in notes[0]:
         total["probed_prefixes"] = sum(note["probed_prefixes"] for note in notes)
     found = {**first, **total, **_mean_of(full, prefixes), "attempts": _attempts(notes)}

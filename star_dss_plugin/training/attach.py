@@ -25,10 +25,10 @@ from star_dss_plugin.training.reference.choice import choose_reference
 from star_dss_plugin.training.reference.column import reference_means
 from star_dss_plugin.training.reference.packs import packs_read_together
 from star_dss_plugin.training.rows.known_rows import KnownRows
-from star_dss_plugin.training.rows.prepare import DatasetSummary
 from star_dss_plugin.training.rows.raw_rows import FillerRows, scored_collator
 from star_dss_plugin.training.rows.stream import ScoredStream
 from star_dss_plugin.training.rows.stream_checks import check_stream, read_in_this_process
+from star_dss_plugin.training.rows.summary import DatasetSummary
 from star_dss_plugin.training.sequence_parallel import (
     SequenceParallelCollator,
     fixed_length,

@@ -15,7 +15,7 @@ from star_dss_plugin.data.writing import write_text
 from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.plugins import load_plugins
 from star_dss_plugin.tables import Sheet
-from star_dss_plugin.training.rows.prepare import DatasetSummary
+from star_dss_plugin.training.rows.summary import DatasetSummary
 from star_dss_plugin.visible import code, visible_line
 
 if TYPE_CHECKING:

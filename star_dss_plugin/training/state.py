@@ -13,9 +13,9 @@ from star_dss_plugin.training.kept_guard import KeptGuard
 from star_dss_plugin.training.metrics import TokenMetrics
 from star_dss_plugin.training.reference.model import Reference
 from star_dss_plugin.training.rows.known_rows import KnownRows
-from star_dss_plugin.training.rows.prepare import DatasetSummary
 from star_dss_plugin.training.rows.raw_rows import FillerRows
 from star_dss_plugin.training.rows.stream import ScoredStream
+from star_dss_plugin.training.rows.summary import DatasetSummary
 from star_dss_plugin.training.sharding import Ranks
 
 __all__ = ["StarDSSState"]

@@ -23,13 +23,9 @@ from star_dss_plugin.training.mixin import StarDSSMixin
 from star_dss_plugin.training.reference.column import add_reference_logps, has_reference_logps
 from star_dss_plugin.training.reference.model import Reference
 from star_dss_plugin.training.rows.known_rows import KnownRows
-from star_dss_plugin.training.rows.prepare import (
-    DatasetSummary,
-    asks_guard,
-    check_kind,
-    prepare_dataset,
-)
+from star_dss_plugin.training.rows.prepare import asks_guard, check_kind, prepare_dataset
 from star_dss_plugin.training.rows.stream import ScoredStream
+from star_dss_plugin.training.rows.summary import DatasetSummary
 from star_dss_plugin.training.sharding import Ranks
 
 __all__ = ["prepare_raw", "prepare_rows", "prepare_stream"]

@@ -1,10 +1,9 @@
-"""Prepare a trainer's tokenized data set for the loss: score it, check the scores, sum it up."""
+"""Prepare a trainer's tokenized data set for the loss: score it, and check the scores."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from types import NoneType
 from typing import Any
 
@@ -14,98 +13,24 @@ from datasets import Dataset, List, Value
 from star_dss_plugin.data.bound_rows import bind_anew, check_bound
 from star_dss_plugin.data.columns import SCORES_COLUMN, with_column, without_marks
 from star_dss_plugin.data.provenance import provenances_of
-from star_dss_plugin.data.responses import runs
 from star_dss_plugin.data.rows import only_responses, plain_rows
 from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.errors import DataError
-from star_dss_plugin.guards.base import Guard, announced
-from star_dss_plugin.logprobs import IGNORE_INDEX
+from star_dss_plugin.guards.base import Guard
 from star_dss_plugin.options import StarDSSOptions
 from star_dss_plugin.scoring.ranks import ALONE, Share
 from star_dss_plugin.scoring.scorer import score_dataset
 from star_dss_plugin.scoring.strictness import stricter_dataset
+from star_dss_plugin.training.rows.summary import DatasetSummary, summarize
 
 __all__ = [
-    "DatasetSummary",
     "asks_guard",
     "check_kind",
     "check_scores",
     "prepare_dataset",
-    "summary_of",
 ]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class DatasetSummary:
-    """Hold statistics of a scored data set, for the start-up line and the run's record.
-
-    Attributes:
-        rows: Number of rows.
-        responses: Number of runs of trained tokens.
-        trained_tokens: Number of trained tokens.
-        below_threshold: Number of trained tokens with a score below τ.
-        mean_score: Mean score of the trained tokens; 1 if there are none.
-        guard: Name of the guard that scored it, as messages show it.
-        provenance: The data set's provenance note; None if it has none.
-        streamed: Whether these are the rows read so far from a stream.
-    """
-
-    rows: int
-    responses: int
-    trained_tokens: int
-    below_threshold: int
-    mean_score: float
-    guard: str
-    provenance: dict[str, Any] | None
-    streamed: bool = False
-
-    def plus(self, more: DatasetSummary) -> DatasetSummary:
-        """Return the summary of these rows and of further rows of the same data set."""
-        tokens = self.trained_tokens + more.trained_tokens
-        total = sum(one.mean_score * one.trained_tokens for one in (self, more))
-        # Some rows may have brought scores by another guard.
-        guards = dict.fromkeys((*self.guard.split(" and "), *more.guard.split(" and ")))
-        return replace(
-            self,
-            guard=" and ".join(guards),
-            rows=self.rows + more.rows,
-            responses=self.responses + more.responses,
-            trained_tokens=tokens,
-            below_threshold=self.below_threshold + more.below_threshold,
-            mean_score=total / tokens if tokens else 1.0,
-            provenance=_joined(self.provenance, more.provenance),
-        )
-
-
-_COUNTS = (
-    "rows",
-    "responses",
-    "prefixes",
-    "trained_tokens",
-    "raw_contexts",
-    "no_contexts",
-    "truncated_contexts",
-    "guard_errors",
-)
-_NAMES = (
-    "guard",
-    "demonstration_guard",
-    "guard_identity",
-    "segmenter",
-    "chunk_size",
-    "tokenizer",
-    "versions",
-)
-
-
-def _joined(one: dict[str, Any] | None, more: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Merge the provenance notes of two parts of a data set: names of the first, counts summed."""
-    if one is None or more is None:
-        return one
-    counts = {name: one[name] + more[name] for name in _COUNTS if name in one and name in more}
-    return {name: one[name] for name in _NAMES if name in one} | counts
 
 
 def prepare_dataset(
@@ -179,7 +104,7 @@ def prepare_dataset(
         dataset = with_column(dataset, SCORES_COLUMN, ones, List(Value("float32")))
         unread = f"{options.loss_type} reads no scores"
         why = unread if name == "train" or options.score_eval else "score_eval is off"
-        return dataset, summary_of(dataset, options, f"none ({why})")
+        return dataset, summarize(dataset, options, f"none ({why})")
     else:
         dataset = score_dataset(
             dataset,
@@ -196,7 +121,7 @@ def prepare_dataset(
     dataset = stricter_dataset(bare, chat, options)
     if changed or dataset is not bare:
         bind_anew(dataset)  # so that the result can be given to another trainer
-    return dataset, summary_of(dataset, options, None)
+    return dataset, summarize(dataset, options, None)
 
 
 def check_kind(dataset: Any, name: str) -> None:
@@ -282,34 +207,3 @@ def check_scores(scores: Any, length: int) -> None:
     if not ((values >= 0) & (values <= 1)).all():
         bad = values[~((values >= 0) & (values <= 1))][0]
         raise DataError(f"the row has a star_score of {bad}. Scores are probabilities in [0, 1].")
-
-
-def summary_of(dataset: Dataset, options: StarDSSOptions, guard: str | None) -> DatasetSummary:
-    """Return statistics of a scored data set.
-
-    Args:
-        dataset: The data set, with `labels` and `star_scores`.
-        options: The run's options.
-        guard: Name of its guard; None: the names in its provenance notes.
-    """
-    known = provenances_of(dataset)
-    provenance = known[0] if known else None
-    if guard is None:
-        names = dict.fromkeys(one["guard"] for one in known)
-        guard = announced(
-            " and ".join(names) or "unknown (star_scores column given)",
-            any(one["demonstration_guard"] for one in known),
-        )
-    responses = tokens = below = 0
-    total = 0.0
-    plain = dataset.with_format(None).select_columns(["labels", SCORES_COLUMN])
-    for row in plain:
-        trained = np.asarray(row["labels"]) != IGNORE_INDEX
-        scores = np.asarray(row[SCORES_COLUMN])[trained]
-        responses += len(runs(row["labels"]))
-        tokens += len(scores)
-        below += int((scores < options.threshold).sum())
-        total += float(scores.sum())
-    # A buffer of a stream may have no trained token.
-    mean = total / tokens if tokens else 1.0
-    return DatasetSummary(len(dataset), responses, tokens, below, mean, guard, provenance)

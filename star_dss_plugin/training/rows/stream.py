@@ -24,7 +24,7 @@ from star_dss_plugin.scoring.cached_trajectories import FEW, none_scored
 from star_dss_plugin.scoring.ranks import ALONE, Share
 from star_dss_plugin.training.rows.even import EvenLoader
 from star_dss_plugin.training.rows.known_rows import KnownRows
-from star_dss_plugin.training.rows.prepare import DatasetSummary
+from star_dss_plugin.training.rows.summary import DatasetSummary
 from star_dss_plugin.training.sharding import Ranks
 
 __all__ = ["ScoredStream"]
@@ -193,7 +193,7 @@ class ScoredStream:
             return self.summary
         total = found[0]
         for other in found[self._ranks.tp_size :: self._ranks.tp_size]:
-            total = total.plus(other)
+            total = total.merged_with(other)
         return total
 
     def _count(self, row: dict[str, Any], index: int) -> dict[str, Any]:
@@ -216,7 +216,7 @@ class ScoredStream:
         digest = self._known.pass_by(dataset, self.name, first=not indices[0])
         if self.together:
             self._ranks.agree({f"scored {self.name} data": digest})
-        self._pass = self._pass.plus(summary) if self._pass and indices[0] else summary
+        self._pass = self._pass.merged_with(summary) if self._pass and indices[0] else summary
         if self.summary is None or self._pass.rows >= self.summary.rows:
             self.summary = self._pass
         self.seconds += time.monotonic() - started
