@@ -64,7 +64,7 @@ from star_dss_plugin.evaluate.prompts import DEFAULT_PREFILL
 from star_dss_plugin.evaluate.refusal import is_refusal
 from star_dss_plugin.evaluate.threats import build_threat
 from star_dss_plugin.logprobs import IGNORE_INDEX, token_logprobs
-from star_dss_plugin.models import model_fingerprint
+from star_dss_plugin.models.fingerprints import model_fingerprint
 from star_dss_plugin.scoring.scorer import score_dataset
 
 MAX_LENGTH = 128

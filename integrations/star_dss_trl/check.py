@@ -11,7 +11,7 @@ from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.errors import StarDSSError
 from star_dss_plugin.guards.spec import missing_guard
 from star_dss_plugin.hookspecs import Findings
-from star_dss_plugin.models import load_tokenizer
+from star_dss_plugin.models.loading import load_tokenizer
 from star_dss_plugin.training.preflight import (
     check_options,
     describe_stream,

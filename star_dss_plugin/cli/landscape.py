@@ -80,7 +80,8 @@ def landscape(
     from star_dss_plugin.evaluate.models import load_whole_model
     from star_dss_plugin.evaluate.moved_weights import MovedWeights
     from star_dss_plugin.evaluate.prompts import HARMFUL, load_prompts
-    from star_dss_plugin.models import find_device, weights_digest
+    from star_dss_plugin.models.devices import find_device
+    from star_dss_plugin.models.fingerprints import weights_digest
 
     if figure:
         check_figures()

@@ -108,7 +108,7 @@ def _score_at_once(
     from star_dss_plugin.data.provenance import provenance_of
     from star_dss_plugin.data.reading import in_file, read_dataset
     from star_dss_plugin.data.writing import check_writable, write_dataset
-    from star_dss_plugin.models import load_tokenizer
+    from star_dss_plugin.models.loading import load_tokenizer
     from star_dss_plugin.scoring.scorer import score_dataset
 
     if output.exists():
@@ -126,7 +126,7 @@ def _score_at_once(
 
 def _training_template(tokenizer: str) -> str | None:
     """Return the template that TRL trains a tokenizer's model with, where TRL is installed."""
-    from star_dss_plugin.models import load_tokenizer
+    from star_dss_plugin.models.loading import load_tokenizer
 
     try:
         trl: Any = importlib.import_module("star_dss_trl.templates")

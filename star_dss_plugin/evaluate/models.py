@@ -12,12 +12,8 @@ from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from star_dss_plugin.errors import ConfigError, StarDSSError
-from star_dss_plugin.models import (
-    UNLOADABLE,
-    floating_dtype,
-    load_tokenizer,
-    read_model,
-)
+from star_dss_plugin.models.devices import floating_dtype
+from star_dss_plugin.models.loading import UNLOADABLE, load_tokenizer, read_model
 from star_dss_plugin.smollm2 import SMOLLM2, SMOLLM2_MEANS, load_smollm2
 from star_dss_plugin.validation import not_a_file, require
 

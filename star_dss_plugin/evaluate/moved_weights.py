@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from star_dss_plugin.errors import ConfigError
-from star_dss_plugin.models import is_peft
+from star_dss_plugin.models.fingerprints import is_peft
 
 __all__ = ["TOWARD", "MovedWeights", "Place", "direction"]
 

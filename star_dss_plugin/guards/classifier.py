@@ -17,13 +17,9 @@ from star_dss_plugin.guards.attempts import Markers
 from star_dss_plugin.guards.base import Guard, batches, not_numbers
 from star_dss_plugin.guards.prompting.content import ContentTokenizer, without_surrogates
 from star_dss_plugin.guards.self_check import run_self_check, self_check_identity
-from star_dss_plugin.models import (
-    default_device,
-    load_config,
-    load_weights,
-    resolve_dtype,
-    weights_fingerprint,
-)
+from star_dss_plugin.models.devices import default_device, resolve_dtype
+from star_dss_plugin.models.fingerprints import weights_fingerprint
+from star_dss_plugin.models.loading import load_config, load_weights
 
 __all__ = ["ClassifierGuard"]
 

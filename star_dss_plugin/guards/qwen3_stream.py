@@ -22,13 +22,9 @@ from star_dss_plugin.guards.base import StreamingGuard, batches, not_numbers
 from star_dss_plugin.guards.prompting.prompts import Prompts
 from star_dss_plugin.guards.prompting.template import GuardTemplate
 from star_dss_plugin.guards.self_check import run_self_check, self_check_identity
-from star_dss_plugin.models import (
-    default_device,
-    load_weights,
-    not_loadable,
-    resolve_dtype,
-    weights_fingerprint,
-)
+from star_dss_plugin.models.devices import default_device, resolve_dtype
+from star_dss_plugin.models.fingerprints import weights_fingerprint
+from star_dss_plugin.models.loading import load_weights, not_loadable
 from star_dss_plugin.unpatched import unpatched_module
 from star_dss_plugin.validation import probability
 

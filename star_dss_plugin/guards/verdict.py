@@ -26,13 +26,9 @@ from star_dss_plugin.guards.base import Guard, lowest, not_numbers
 from star_dss_plugin.guards.prompting.prompts import Prompts, policies
 from star_dss_plugin.guards.prompting.template import PINNED_DATE, GuardTemplate
 from star_dss_plugin.guards.self_check import run_self_check, self_check_identity
-from star_dss_plugin.models import (
-    default_device,
-    load_config,
-    load_weights,
-    resolve_dtype,
-    weights_fingerprint,
-)
+from star_dss_plugin.models.devices import default_device, resolve_dtype
+from star_dss_plugin.models.fingerprints import weights_fingerprint
+from star_dss_plugin.models.loading import load_config, load_weights
 from star_dss_plugin.smollm2 import resolve_model
 from star_dss_plugin.validation import probability
 

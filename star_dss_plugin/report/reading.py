@@ -19,7 +19,7 @@ from star_dss_plugin.data.responses import Response, find_responses, tokens_of
 from star_dss_plugin.data.rows import in_row, known_rows
 from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.errors import ConfigError, DataError
-from star_dss_plugin.models import load_tokenizer
+from star_dss_plugin.models.loading import load_tokenizer
 from star_dss_plugin.segmenters import tokens
 from star_dss_plugin.training.rows.prepare import check_scores
 

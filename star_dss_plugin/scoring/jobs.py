@@ -20,7 +20,7 @@ from star_dss_plugin.data.reading import read_dataset
 from star_dss_plugin.data.writing import write_text
 from star_dss_plugin.errors import ConfigError, DataError
 from star_dss_plugin.guards.probing.guard import probing
-from star_dss_plugin.models import load_tokenizer
+from star_dss_plugin.models.loading import load_tokenizer
 from star_dss_plugin.options import ScoringOptions
 from star_dss_plugin.scoring.cached_trajectories import none_scored
 from star_dss_plugin.scoring.guard_statistics import merged

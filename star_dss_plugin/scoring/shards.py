@@ -23,16 +23,10 @@ from star_dss_plugin.data.fingerprints import sample_of, words_of
 from star_dss_plugin.data.reading import read_dataset
 from star_dss_plugin.errors import ConfigError, DataError, StarDSSError
 from star_dss_plugin.guards.base import Guard
-from star_dss_plugin.models import load_tokenizer
+from star_dss_plugin.models.loading import load_tokenizer
 from star_dss_plugin.options import ScoringOptions
 from star_dss_plugin.scoring.jobs import Job
-from star_dss_plugin.scoring.scorer import (
-    PoolRows,
-    guard_of,
-    pool_rows,
-    score_dataset,
-    versions,
-)
+from star_dss_plugin.scoring.scorer import PoolRows, guard_of, pool_rows, score_dataset, versions
 
 __all__ = ["ShardScorer", "bar", "score_shards"]
 

@@ -23,7 +23,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from star_dss_plugin.errors import StarDSSError
-from star_dss_plugin.models import is_partitioned, model_fingerprint
+from star_dss_plugin.models.fingerprints import is_partitioned, model_fingerprint
 from star_dss_plugin.scoring.ranks import ALONE, Share, share_of, waiting
 
 __all__ = ["Ranks", "runnable"]

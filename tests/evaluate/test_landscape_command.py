@@ -13,15 +13,12 @@ from typer.main import get_command
 
 from star_dss_plugin import ConfigError
 from star_dss_plugin.cli import app as cli
-from star_dss_plugin.evaluate.landscape import (
-    grid,
-    random_lines,
-)
+from star_dss_plugin.evaluate.landscape import grid, random_lines
 from star_dss_plugin.evaluate.landscape_figure import write_landscape
 from star_dss_plugin.evaluate.landscape_points import put_together
 from star_dss_plugin.evaluate.models import load_whole_model
 from star_dss_plugin.evaluate.moved_weights import MovedWeights
-from star_dss_plugin.models import weights_digest
+from star_dss_plugin.models.fingerprints import weights_digest
 
 # The command.
 

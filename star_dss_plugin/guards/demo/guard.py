@@ -34,7 +34,7 @@ from star_dss_plugin.guards.demo.states import (
     Backbone,
     content_of,
 )
-from star_dss_plugin.models import default_device, floating_dtype
+from star_dss_plugin.models.devices import default_device, floating_dtype
 from star_dss_plugin.smollm2 import gguf_fingerprint
 from star_dss_plugin.validation import at_least
 

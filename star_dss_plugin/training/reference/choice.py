@@ -9,7 +9,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from star_dss_plugin.errors import ConfigError
-from star_dss_plugin.models import UNLOADABLE, is_peft, model_fingerprint, read_model
+from star_dss_plugin.models.fingerprints import is_peft, model_fingerprint
+from star_dss_plugin.models.loading import UNLOADABLE, read_model
 from star_dss_plugin.options import REFERENCES
 from star_dss_plugin.smollm2 import resolve_model
 from star_dss_plugin.training.head import can_project, causal_lm

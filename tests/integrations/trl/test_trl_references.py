@@ -10,12 +10,7 @@ from datasets import Dataset
 pytest.importorskip("trl")
 from peft import LoraConfig
 from support.models import tiny_llama
-from support.trl_runs import (
-    conversations,
-    history,
-    lora_config,
-    make,
-)
+from support.trl_runs import conversations, history, lora_config, make
 
 from star_dss_plugin import ConfigError, StarDSSError
 
@@ -179,7 +174,7 @@ def test_reference_log_probabilities_of_other_tokens_or_modes_are_replaced(tmp_p
 def test_another_adapter_is_another_reference(tmp_path, tokenizer):
     from peft import get_peft_model
 
-    from star_dss_plugin.models import model_fingerprint
+    from star_dss_plugin.models.fingerprints import model_fingerprint
 
     model = get_peft_model(tiny_llama(len(tokenizer)), lora_config())
     model.add_adapter("other", lora_config())
