@@ -54,7 +54,7 @@ from star_dss_plugin.data.requests import PrefixRequest, Trajectory
 from star_dss_plugin.data.responses import find_responses
 from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.data.tokenization import tokenize_row
-from star_dss_plugin.engines.shared_prefix.tree import grow
+from star_dss_plugin.engines.shared_prefix.tree import build_tree
 from star_dss_plugin.guards.base import Guard
 from star_dss_plugin.guards.probing.guard import ProbingGuard, probing
 from star_dss_plugin.guards.probing.learned import Learned
@@ -231,7 +231,7 @@ def counted(args: argparse.Namespace) -> None:
         for request in asked.values():
             group = prompts.prompts(list(request.context), request.text, request.ends)
             trunk, _ = prompts.opened(list(request.context), request.text)
-            whole += grow(0, group).distinct - head
+            whole += build_tree(0, group).distinct - head
             once += len(trunk) - head
             length += len(trunk) - len(prompts.opened(list(request.context), "")[0])
             prefixes += len(request.ends)

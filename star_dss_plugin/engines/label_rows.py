@@ -23,7 +23,7 @@ def longest_first(prompts: SharedPrompts) -> list[int]:
     """
     first = {piece: i for i, piece in reversed(list(enumerate(prompts.pieces)))}
     lengths = prompts.lengths()
-    return sorted(first.values(), key=lambda i: (-lengths[i], prompts.order(i)))
+    return sorted(first.values(), key=lambda i: (-lengths[i], prompts.sort_key(i)))
 
 
 def label_row(logprobs: Mapping[int, float], label_ids: Sequence[int]) -> list[float]:

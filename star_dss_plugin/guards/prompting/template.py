@@ -154,7 +154,7 @@ class GuardTemplate:
         made = self._content.prefixes(
             opening + shown, [len(opening) + cut for cut in cuts], closing
         )
-        return made.framed(head_ids, tail_ids)
+        return made.surrounded(head_ids, tail_ids)
 
     def opened(self, context: Sequence[Message], text: str) -> tuple[list[int], list[int]]:
         """Return the prompt's ids up to the end of the response, and the response tokens' ends.
