@@ -18,7 +18,7 @@ from star_dss_plugin.errors import GuardError
 from star_dss_plugin.guards.base import Guard, check_trajectories
 from star_dss_plugin.guards.combined import CombinedGuard
 from star_dss_plugin.guards.self_check import low_label_mass
-from star_dss_plugin.scoring.ranks import ALONE, Share
+from star_dss_plugin.scoring.ranks import SINGLE_PROCESS, Share
 
 __all__ = ["FEW", "CachedTrajectories", "none_scored"]
 
@@ -51,7 +51,7 @@ class CachedTrajectories:
     progress: bool
     strict: bool
     part: bool = False
-    share: Share = ALONE
+    share: Share = SINGLE_PROCESS
     members: dict[str, dict[str, Trajectory]] = field(default_factory=dict)
     failed: set[str] = field(default_factory=set)
 
@@ -92,9 +92,9 @@ class CachedTrajectories:
         namespace = {"what": "star_scores", "version": 1, "guard": guard.identity}
         cache = ScoreCache(self.root, namespace)
         if self.share.ranks > 1:
-            part = {key: self.requests[key] for key in self.share.mine(list(self.requests))}
+            part = {key: self.requests[key] for key in self.share.own_part(list(self.requests))}
             self._fill(guard, cache, part, f"-{self.share.rank}-of-{self.share.ranks}")
-        self.share.meet()
+        self.share.barrier()
         cache.refresh()
         found: dict[str, Trajectory] = {}
         if self.share.ranks > 1:

@@ -32,7 +32,7 @@ from star_dss_plugin.guards.probing.bounds import COVERAGE
 from star_dss_plugin.guards.probing.guard import ProbingGuard
 from star_dss_plugin.guards.probing.learned import Learned
 from star_dss_plugin.scoring.cached_trajectories import CachedTrajectories
-from star_dss_plugin.scoring.ranks import ALONE
+from star_dss_plugin.scoring.ranks import SINGLE_PROCESS
 
 __all__ = ["POOL", "STRIDE", "Pool", "ProbedTrajectories", "drawn", "places", "stratified"]
 
@@ -159,7 +159,7 @@ class ProbedTrajectories(CachedTrajectories):
             progress=self.progress,
             strict=self.strict,
             part=self.part,
-            share=self.share if pool.root == self.root else ALONE,
+            share=self.share if pool.root == self.root else SINGLE_PROCESS,
         )
         found = asking.trajectories(guard.exact)
         failed = {key for key in requests if named[key] in asking.failed}
@@ -188,7 +188,7 @@ class ProbedTrajectories(CachedTrajectories):
             learned = guard.learn(*examples)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, learned.dump())
-        self.share.meet()
+        self.share.barrier()
         # A rank that cannot read the file fits the same probe itself.
         return learned or _read(path) or guard.learn(*examples)
 

@@ -38,7 +38,7 @@ from star_dss_plugin.options import ScoringOptions
 from star_dss_plugin.plugins import load_plugins
 from star_dss_plugin.scoring.guard_statistics import attempt_notes, label_mass, member_notes
 from star_dss_plugin.scoring.probed import POOL, Pool, ProbedTrajectories, drawn
-from star_dss_plugin.scoring.ranks import ALONE, Share
+from star_dss_plugin.scoring.ranks import SINGLE_PROCESS, Share
 
 __all__ = ["PoolRows", "guard_of", "pool_rows", "score_dataset", "versions"]
 
@@ -79,7 +79,7 @@ def score_dataset(
     chat_template: str | None = None,
     assistant_only_loss: bool = False,
     num_proc: int = 1,
-    share: Share = ALONE,
+    share: Share = SINGLE_PROCESS,
     part: bool = False,
     pool: PoolRows | None = None,
     progress: bool = True,

@@ -24,7 +24,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from star_dss_plugin.errors import StarDSSError
 from star_dss_plugin.models.fingerprints import is_partitioned, model_fingerprint
-from star_dss_plugin.scoring.ranks import ALONE, Share, share_of, waiting
+from star_dss_plugin.scoring.ranks import SINGLE_PROCESS, Share, explain_barrier_errors, share_of
 
 __all__ = ["Ranks", "runnable"]
 
@@ -144,7 +144,7 @@ class Ranks:
         has_weights: Whether this rank holds them.
     """
 
-    share: Share = ALONE
+    share: Share = SINGLE_PROCESS
     gather: Callable[[Any], list[Any]] = lambda value: [value]
     device: torch.device | str = "cpu"
     sharding: str | None = None
@@ -169,7 +169,7 @@ class Ranks:
         def gather(value: Any) -> list[Any]:
             if accelerator.num_processes == 1:
                 return [value]
-            with waiting():
+            with explain_barrier_errors():
                 found: list[Any] = gather_object([value])
             return found
 
@@ -203,7 +203,7 @@ class Ranks:
         parts = list(dict.fromkeys(self.gather(found))) if self.collective else [found]
         return parts[0] if len(parts) == 1 else hashlib.sha256("".join(parts).encode()).hexdigest()
 
-    def mine(self, work: Sequence[T]) -> list[T]:
+    def own_part(self, work: Sequence[T]) -> list[T]:
         """Return this rank's share of work, which a tensor-parallel group does together."""
         groups = max(1, self.share.ranks // self.tp_size)
         return list(work[self.share.rank // self.tp_size % groups :: groups])

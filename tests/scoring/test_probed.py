@@ -173,7 +173,7 @@ def test_another_tolerance_is_another_score(tokenizer, guard, usual, tmp_path):
 
 def test_all_ranks_get_the_same(tokenizer, guard, usual, tmp_path):
     rows, ranks = talks(), 3
-    meet, found = threading.Barrier(ranks, timeout=120).wait, [None] * ranks
+    barrier, found = threading.Barrier(ranks, timeout=120).wait, [None] * ranks
     errors = []
     guards = [load_guard(guard) for _ in range(ranks)]
     for one in guards:
@@ -186,7 +186,7 @@ def test_all_ranks_get_the_same(tokenizer, guard, usual, tmp_path):
                 tokenizer,
                 guards[index],
                 score_cache_dir=str(tmp_path),
-                share=Share(index, ranks, meet),
+                share=Share(index, ranks, barrier),
             ).to_list()
         except BaseException as error:
             errors.append(error)

@@ -16,7 +16,7 @@ from star_dss_plugin import attach, hookimpl
 from star_dss_plugin.data.columns import SCORES_COLUMN
 from star_dss_plugin.errors import StarDSSError
 from star_dss_plugin.plugins import Origin, load_plugins
-from star_dss_plugin.scoring.ranks import Share, waiting
+from star_dss_plugin.scoring.ranks import Share, explain_barrier_errors
 from star_dss_plugin.training.sharding import Ranks
 from support.fuzz_inputs import tokenizer
 from support.fuzz_scored import COLUMNS, scored
@@ -55,18 +55,18 @@ class Group:
 
     def __init__(self, size):
         self.size = size
-        self.barrier = threading.Barrier(size, timeout=HANGS_SECONDS)
+        self._barrier = threading.Barrier(size, timeout=HANGS_SECONDS)
         self.values = [None] * size
 
-    def meet(self):
-        with waiting():
-            self.barrier.wait()
+    def barrier(self):
+        with explain_barrier_errors():
+            self._barrier.wait()
 
     def gather(self, rank, value):
         self.values[rank] = value
-        self.meet()
+        self.barrier()
         found = list(self.values)
-        self.meet()
+        self.barrier()
         return found
 
 
@@ -137,7 +137,7 @@ def check_ranks(case):
 
         def of(accelerator, model, **others):
             rank = places.rank
-            share = Share(rank, size, group.meet) if together else Share(0, 1, group.meet)
+            share = Share(rank, size, group.barrier) if together else Share(0, 1, group.barrier)
             return Ranks(share, lambda value: group.gather(rank, value))
 
         def run(rank):
@@ -156,7 +156,7 @@ def check_ranks(case):
                 ends[rank] = "set up"
             except BaseException as error:
                 ends[rank] = error
-                group.barrier.abort()
+                group._barrier.abort()
 
         with mock.patch.object(Ranks, "of", of):
             threads = [threading.Thread(target=run, args=(r,), daemon=True) for r in range(size)]

@@ -186,7 +186,7 @@ def add_reference_logps(
         """Run equally many forward passes on every rank, because each pass communicates."""
         lacking = set().union(*ranks.gather({key for key in wanted if known(key) is None}))
         parts = [b for b in _batches(wanted, lengths) if not lacking.isdisjoint(b)]
-        mine = ranks.mine(parts)
+        mine = ranks.own_part(parts)
         most = max(ranks.gather(len(mine)))
         compute([*mine, *parts[:1] * (most - len(mine))], wanted)
 
@@ -197,8 +197,8 @@ def add_reference_logps(
         if ranks.has_weights:
             fill("", list)
     elif ranks.share.ranks > 1:
-        fill(f"-{ranks.share.rank}-of-{ranks.share.ranks}", ranks.share.mine)
-    ranks.share.meet()
+        fill(f"-{ranks.share.rank}-of-{ranks.share.ranks}", ranks.share.own_part)
+    ranks.share.barrier()
     cache.refresh()
     if not (trained and (ranks.collective or ranks.first_only)):
         fill("", list)

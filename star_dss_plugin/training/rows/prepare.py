@@ -18,7 +18,7 @@ from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.guards.base import Guard
 from star_dss_plugin.options import StarDSSOptions
-from star_dss_plugin.scoring.ranks import ALONE, Share
+from star_dss_plugin.scoring.ranks import SINGLE_PROCESS, Share
 from star_dss_plugin.scoring.scorer import score_dataset
 from star_dss_plugin.scoring.strictness import stricter_dataset
 from star_dss_plugin.training.rows.summary import DatasetSummary, summarize
@@ -40,7 +40,7 @@ def prepare_dataset(
     *,
     name: str,
     truncation: tuple[int | None, str | None],
-    share: Share = ALONE,
+    share: Share = SINGLE_PROCESS,
     num_proc: int = 1,
     progress: bool,
     guard: Guard | None = None,

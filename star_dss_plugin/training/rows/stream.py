@@ -21,7 +21,7 @@ from star_dss_plugin.data.columns import ASKED_COLUMN, REF_COLUMN, SCORES_COLUMN
 from star_dss_plugin.data.rows import SAYING
 from star_dss_plugin.errors import ConfigError, DataError, StarDSSError
 from star_dss_plugin.scoring.cached_trajectories import FEW, none_scored
-from star_dss_plugin.scoring.ranks import ALONE, Share
+from star_dss_plugin.scoring.ranks import SINGLE_PROCESS, Share
 from star_dss_plugin.training.rows.even import EvenLoader
 from star_dss_plugin.training.rows.known_rows import KnownRows
 from star_dss_plugin.training.rows.summary import DatasetSummary
@@ -203,7 +203,7 @@ class ScoredStream:
 
     def _scored(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         started = time.monotonic()
-        share = self._ranks.share if self.together else ALONE
+        share = self._ranks.share if self.together else SINGLE_PROCESS
         read = {name: values for name, values in batch.items() if name in _READ}
         try:
             # A guard that draws random numbers must not change those of the training.
