@@ -8,9 +8,9 @@ from typing import Any
 from datasets import Dataset
 from trl import SFTTrainer, pack_dataset
 
-from star_dss_plugin.data.bound_rows import check_bound, unbind_rows
 from star_dss_plugin.data.columns import SCORES_COLUMN
 from star_dss_plugin.data.media_rows import MediaRows
+from star_dss_plugin.data.row_digests import check_row_digests, remove_row_digests
 from star_dss_plugin.errors import ConfigError, DataError
 from star_dss_plugin.smollm2 import resolve_model
 from star_dss_plugin.training.attach import set_up
@@ -83,7 +83,7 @@ class StarDSSTrainer(StarDSSMixin, SFTTrainer):  # type: ignore[misc]
             name = str(rest[-1]) if rest else "train"
             if isinstance(dataset, Dataset):
                 # Checked before TRL truncates the tokens but not the scores.
-                check_bound(dataset, name)
+                check_row_digests(dataset, name)
             dataset = closed_to_media(dataset, processing_class, name)
         if packing and self._packs_late:
             args, packing = copy.copy(args), False
@@ -111,7 +111,7 @@ class StarDSSTrainer(StarDSSMixin, SFTTrainer):  # type: ignore[misc]
         # Rewritten, because TRL's packing relies on all columns having the same Arrow chunks.
         columns = columns.map(lambda rows: rows, batched=True)
         packed = pack_dataset(columns, args.max_length, args.packing_strategy)
-        unbind_rows(packed)
+        remove_row_digests(packed)
         if args.shuffle_dataset:
             packed = packed.shuffle(seed=args.seed)
         return packed

@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from star_dss_plugin._version import __version__
-from star_dss_plugin.data.bound_rows import bind_rows
 from star_dss_plugin.data.cache import default_cache_dir
 from star_dss_plugin.data.columns import ASKED_COLUMN, SCORES_COLUMN, with_column
 from star_dss_plugin.data.fingerprints import request_key, row_keys
 from star_dss_plugin.data.provenance import write_note
 from star_dss_plugin.data.requests import PrefixRequest, Trajectory
 from star_dss_plugin.data.responses import Response
+from star_dss_plugin.data.row_digests import write_row_digests
 from star_dss_plugin.data.row_responses import RowOptions, read_responses
 from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.errors import DataError
@@ -194,7 +194,7 @@ def score_dataset(
     for name, found in (asking.members if per_guard else {}).items():
         columns.append(f"{SCORES_COLUMN}_{name}")
         scored = with_column(scored, columns[-1], _scores(rows, found), _SCORES)
-    bind_rows(scored, columns)
+    write_row_digests(scored, columns)
     return scored
 
 

@@ -7,12 +7,10 @@ import time
 import numpy as np
 from datasets import Dataset
 
-from star_dss_plugin import (
-    score_dataset,
-)
-from star_dss_plugin.data.bound_rows import unbind_rows
+from star_dss_plugin import score_dataset
 from star_dss_plugin.data.requests import Trajectory
 from star_dss_plugin.data.responses import runs
+from star_dss_plugin.data.row_digests import remove_row_digests
 from star_dss_plugin.guards.base import Guard, StreamingGuard
 
 
@@ -112,5 +110,5 @@ def tokenized(tokenizer, row):
 
 def unbound(dataset):
     """Remove the digests of scored rows, as a user must who changes scores on purpose."""
-    unbind_rows(dataset)
+    remove_row_digests(dataset)
     return dataset

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, List, Value
 
-from star_dss_plugin.data.bound_rows import bind_anew, check_bound
 from star_dss_plugin.data.columns import SCORES_COLUMN, with_column, without_marks
 from star_dss_plugin.data.provenance import provenances_of
+from star_dss_plugin.data.row_digests import add_row_digests, check_row_digests
 from star_dss_plugin.data.rows import only_responses, plain_rows
 from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.errors import DataError
@@ -93,7 +93,7 @@ def prepare_dataset(
         given = dataset
         # Scored data trains responses only, but a trainer may have made labels of all tokens since.
         dataset = only_responses(dataset, chat, needed=not part)
-        check_bound(dataset, name)
+        check_row_digests(dataset, name)
         dataset = _fit_scores(dataset, name, *truncation)
         changed = dataset is not given
     elif not asks_guard(options, name):
@@ -120,7 +120,7 @@ def prepare_dataset(
     bare = without_marks(dataset)
     dataset = stricter_dataset(bare, chat, options)
     if changed or dataset is not bare:
-        bind_anew(dataset)  # so that the result can be given to another trainer
+        add_row_digests(dataset)  # so that the result can be given to another trainer
     return dataset, summarize(dataset, options, None)
 
 

@@ -23,18 +23,18 @@ from star_dss_plugin.errors import DataError
 from star_dss_plugin.logprobs import IGNORE_INDEX
 
 __all__ = [
-    "bind_anew",
-    "bind_rows",
-    "check_bound",
-    "note_of_rows",
-    "unbind_rows",
-    "write_row_notes",
+    "add_row_digests",
+    "check_row_digests",
+    "packed_row_digests",
+    "remove_row_digests",
+    "write_merged_digests",
+    "write_row_digests",
 ]
 
 _NOTE = "rows"
 
 
-def bind_rows(dataset: Dataset, columns: Sequence[str] = (SCORES_COLUMN,)) -> None:
+def write_row_digests(dataset: Dataset, columns: Sequence[str] = (SCORES_COLUMN,)) -> None:
     """Write the note with the digests of a data set's rows.
 
     Args:
@@ -45,7 +45,7 @@ def bind_rows(dataset: Dataset, columns: Sequence[str] = (SCORES_COLUMN,)) -> No
     write_note(dataset, _NOTE, _packed(np.asarray(found, np.uint64)))
 
 
-def bind_anew(dataset: Dataset) -> None:
+def add_row_digests(dataset: Dataset) -> None:
     """Add the digests of rows that this package changed itself, if the data set has a note."""
     if noted := notes(dataset, _NOTE):
         found = [digest for _, digest in _digests(dataset, SCORES_COLUMN)]
@@ -53,33 +53,33 @@ def bind_anew(dataset: Dataset) -> None:
         write_note(dataset, _NOTE, _packed(known))
 
 
-def unbind_rows(dataset: Dataset) -> None:
+def remove_row_digests(dataset: Dataset) -> None:
     """Remove the digests, because rows were merged or scores are changed on purpose."""
     remove_note(dataset, _NOTE)
 
 
-def note_of_rows(dataset: Dataset) -> str | None:
+def packed_row_digests(dataset: Dataset) -> str | None:
     """Return a data set's digests as one text, for files without a description; None if none."""
     found: list[Any] = notes(dataset, _NOTE)
     return _packed(_known(found)) if found else None
 
 
-def write_row_notes(dataset: Dataset, found: Iterable[Any]) -> None:
+def write_merged_digests(dataset: Dataset, packed: Iterable[Any]) -> None:
     """Write the digests of several parts, unless a part has none.
 
     Args:
         dataset: The rows of all parts.
-        found: The result of `note_of_rows` for each part.
+        packed: The result of `packed_row_digests` for each part.
 
     Raises:
         DataError: A note is damaged.
     """
-    parts = list(found)
+    parts = list(packed)
     if parts and None not in parts:
         write_note(dataset, _NOTE, _packed(_known(parts)))
 
 
-def check_bound(dataset: Dataset, name: str) -> None:
+def check_row_digests(dataset: Dataset, name: str) -> None:
     """Check that rows are as they were scored, if the data set has digests.
 
     Rows with `seq_lengths` (packed ones) have other digests and are not checked here.
