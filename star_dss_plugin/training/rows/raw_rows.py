@@ -104,7 +104,9 @@ class RawRowsCollator:
             self.known.check(text)
             where = real[i].nonzero()[:, 0]
             try:
-                found = self.alignment.lay(text, _list(input_ids[i], where), _list(given[i], where))
+                found = self.alignment.transfer(
+                    text, _list(input_ids[i], where), _list(given[i], where)
+                )
             except StarDSSError as error:
                 error.at(rows=(text["row"],))
                 raise
