@@ -12,7 +12,7 @@ from trl.data_utils import is_conversational, prepare_multimodal_messages
 from star_dss_plugin.data.conversations import MEDIA, conversation_of
 from star_dss_plugin.data.media import undecoded
 from star_dss_plugin.data.media_rows import MediaRows, media_tokens
-from star_dss_plugin.data.rows import in_row
+from star_dss_plugin.data.rows import with_row_number
 from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.errors import ConfigError, DataError
 from star_dss_plugin.smollm2 import resolve_model
@@ -104,11 +104,11 @@ def closed_to_media(dataset: Any, processor: Any, name: str) -> Any:
     check = _refuses(name)
     if isinstance(dataset, Dataset):
         for i, row in enumerate(undecoded(dataset)):
-            in_row(i, check, row)
+            with_row_number(i, check, row)
         return dataset
 
     def checked(row: dict[str, Any], i: int) -> dict[str, Any]:
-        in_row(i, check, row)
+        with_row_number(i, check, row)
         return row
 
     return dataset.map(checked, with_indices=True)

@@ -16,7 +16,7 @@ from star_dss_plugin.data.columns import SCORES_COLUMN
 from star_dss_plugin.data.conversations import conversation_of, source_messages
 from star_dss_plugin.data.files.parquet_shards import is_sharded
 from star_dss_plugin.data.reading import DEMO, in_file, is_saved, read_dataset
-from star_dss_plugin.data.rows import in_row, plain_rows
+from star_dss_plugin.data.rows import plain_rows, with_row_number
 from star_dss_plugin.errors import ConfigError, DataError
 from star_dss_plugin.hookspecs import RowForm, Start
 from star_dss_plugin.smollm2 import SMOLLM2, gguf_fingerprint
@@ -100,7 +100,7 @@ def _form(rows: Dataset) -> tuple[RowForm, frozenset[str], list[str]]:
     """Return the form of rows, and the keys and roles of their messages."""
     keys, roles, answered = set[str](), dict[str, None](), False
     for i, row in enumerate(plain_rows(rows)):
-        messages = in_row(i, source_messages, row)
+        messages = with_row_number(i, source_messages, row)
         if messages is None:
             if isinstance(row.get("text"), str):
                 return "text", frozenset(), []

@@ -21,7 +21,7 @@ from star_dss_plugin.data.columns import SCORES_COLUMN, TEXT_COLUMN
 from star_dss_plugin.data.conversations import MEDIA
 from star_dss_plugin.data.decoding import added_tokens
 from star_dss_plugin.data.media import undecoded
-from star_dss_plugin.data.rows import check_trained, in_row
+from star_dss_plugin.data.rows import check_trained, with_row_number
 from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.data.tokenization import tokenize_row
 from star_dss_plugin.errors import DataError
@@ -83,8 +83,8 @@ class MediaRows:
         ids, labels = [], []
         media: list[list[str]] = []
         for i, row in enumerate(map(dict, undecoded(dataset))):
-            conversation, kinds = in_row(i, self._conversation, row)
-            tokenized = in_row(
+            conversation, kinds = with_row_number(i, self._conversation, row)
+            tokenized = with_row_number(
                 i,
                 tokenize_row,
                 conversation,

@@ -16,12 +16,12 @@ from star_dss_plugin.data.context import RowReader
 from star_dss_plugin.data.responses import Response, is_answered, responses_in, runs
 from star_dss_plugin.data.rows import (
     check_trained,
-    in_row,
-    known_rows,
-    labelled_by_masks,
-    own_labels,
+    content_rows,
     plain_rows,
+    restrict_row_labels,
     with_labels,
+    with_labels_from_masks,
+    with_row_number,
 )
 from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.data.templates.tokenized import Tokenized, labels_of
@@ -117,7 +117,7 @@ def read_responses(
     """
     raw = "input_ids" not in dataset.column_names
     if not raw:
-        dataset = labelled_by_masks(dataset)
+        dataset = with_labels_from_masks(dataset)
     read = list(_read_all(dataset, chat, options, num_proc))
     labels = [row.labels for row in read]
     if needed:
@@ -165,13 +165,13 @@ def _read_piece(
     dataset: Dataset, chat: ChatTokenizer, options: RowOptions, start: int
 ) -> Iterator[_Read]:
     if "input_ids" in dataset.column_names:
-        for i, row in enumerate(known_rows(dataset), start):
-            yield in_row(i, _read_tokenized, row, chat, options)
+        for i, row in enumerate(content_rows(dataset), start):
+            yield with_row_number(i, _read_tokenized, row, chat, options)
         return
     only = options.assistant_only_loss
     tokenized = read_rows(plain_rows(dataset), chat, assistant_only_loss=only)
     for i in range(start, start + len(dataset)):
-        yield in_row(i, _read_raw, in_row(i, next, tokenized), chat, options)
+        yield with_row_number(i, _read_raw, with_row_number(i, next, tokenized), chat, options)
 
 
 def _read_raw(tokenized: Tokenized, chat: ChatTokenizer, options: RowOptions) -> _Read:
@@ -183,7 +183,7 @@ def _read_raw(tokenized: Tokenized, chat: ChatTokenizer, options: RowOptions) ->
 
 
 def _read_tokenized(row: Mapping[str, Any], chat: ChatTokenizer, options: RowOptions) -> _Read:
-    labels, narrowed, tokenized = own_labels(row, chat)
+    labels, narrowed, tokenized = restrict_row_labels(row, chat)
     trained = runs(labels)
     reader = RowReader(chat, row["input_ids"], row, tokenized, recover=is_answered(labels))
     found = responses_in(trained, reader, options.segmenter, options.chunk_size)

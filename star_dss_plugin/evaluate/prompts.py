@@ -11,7 +11,7 @@ from datasets import Dataset
 from star_dss_plugin.data.conversations import row_messages
 from star_dss_plugin.data.reading import DEMO, DEMO_MEANS, packaged, read_dataset
 from star_dss_plugin.data.requests import Message
-from star_dss_plugin.data.rows import in_row, plain_rows
+from star_dss_plugin.data.rows import plain_rows, with_row_number
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.validation import not_a_file
 
@@ -92,7 +92,7 @@ def read_prompts(rows: Dataset, kind: str, *, limit: int | None = None) -> list[
     found = []
     chosen = rows if limit is None else rows.select(range(min(limit, len(rows))))
     for i, row in enumerate(plain_rows(chosen)):
-        messages = in_row(i, _messages, row)
+        messages = with_row_number(i, _messages, row)
         if not messages or not any(str(m["content"]).strip() for m in messages):
             raise DataError(
                 f"the row has the columns {sorted(row)} and no prompt in them. Give prompt (text "

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from star_dss_plugin.data.conversations import row_messages
 from star_dss_plugin.data.requests import Message
-from star_dss_plugin.data.rows import in_row, plain_rows
+from star_dss_plugin.data.rows import plain_rows, with_row_number
 from star_dss_plugin.errors import ConfigError, DataError, GuardError
 from star_dss_plugin.guards.base import Guard
 from star_dss_plugin.guards.combined import NEAREST, CalibratedGuard, calibrate
@@ -114,7 +114,7 @@ def labelled_rows(dataset: Dataset) -> tuple[list[list[Message]], list[int]]:
                 ]
             }
         )
-        conversation = in_row(i, row_messages, said) or []
+        conversation = with_row_number(i, row_messages, said) or []
         if not conversation or not conversation[-1]["content"]:
             raise DataError(
                 "the row has a label and no response: its last message has no text. Remove it."

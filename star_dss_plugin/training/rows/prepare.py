@@ -13,7 +13,7 @@ from datasets import Dataset, List, Value
 from star_dss_plugin.data.columns import SCORES_COLUMN, with_column, without_marks
 from star_dss_plugin.data.provenance import provenances_of
 from star_dss_plugin.data.row_digests import add_row_digests, check_row_digests
-from star_dss_plugin.data.rows import only_responses, plain_rows
+from star_dss_plugin.data.rows import plain_rows, restrict_labels
 from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.guards.base import Guard
@@ -92,13 +92,13 @@ def prepare_dataset(
             )
         given = dataset
         # Scored data trains responses only, but a trainer may have made labels of all tokens since.
-        dataset = only_responses(dataset, chat, needed=not part)
+        dataset = restrict_labels(dataset, chat, needed=not part)
         check_row_digests(dataset, name)
         dataset = _fit_scores(dataset, name, *truncation)
         changed = dataset is not given
     elif not asks_guard(options, name):
         # So that this mode trains the same tokens as the modes that read scores.
-        dataset = only_responses(dataset, chat, needed=not part)
+        dataset = restrict_labels(dataset, chat, needed=not part)
         plain = dataset.with_format(None)
         ones = [np.ones(len(ids), dtype=np.float32) for ids in plain["input_ids"]]
         dataset = with_column(dataset, SCORES_COLUMN, ones, List(Value("float32")))

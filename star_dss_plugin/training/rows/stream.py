@@ -18,7 +18,7 @@ from accelerate.data_loader import DataLoaderDispatcher, IterableDatasetShard
 from datasets import Dataset, DatasetInfo, IterableDataset
 
 from star_dss_plugin.data.columns import ASKED_COLUMN, REF_COLUMN, SCORES_COLUMN
-from star_dss_plugin.data.rows import SAYING
+from star_dss_plugin.data.rows import CONTENT_COLUMNS
 from star_dss_plugin.errors import ConfigError, DataError, StarDSSError
 from star_dss_plugin.scoring.cached_trajectories import FEW, none_scored
 from star_dss_plugin.scoring.ranks import SINGLE_PROCESS, Share
@@ -31,7 +31,7 @@ __all__ = ["ScoredStream"]
 
 Score = Callable[[Dataset, Share], tuple[Dataset, DatasetSummary]]
 
-_READ = (*SAYING, SCORES_COLUMN, REF_COLUMN, ASKED_COLUMN, "seq_lengths")
+_READ = (*CONTENT_COLUMNS, SCORES_COLUMN, REF_COLUMN, ASKED_COLUMN, "seq_lengths")
 """Columns that scoring reads or makes; a row's other columns are passed through."""
 
 _FORM = ("data.rows", "data.row_responses", "training.rows.prepare")
