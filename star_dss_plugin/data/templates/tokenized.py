@@ -10,7 +10,7 @@ from star_dss_plugin.data.templates.encoded import Encoded, checked_utf8
 from star_dss_plugin.data.templates.layout import Layout
 from star_dss_plugin.logprobs import IGNORE_INDEX
 
-__all__ = ["Plan", "Runs", "Tokenized", "joined_runs", "labels_of", "runs_within"]
+__all__ = ["RenderedRow", "Runs", "Tokenized", "joined_runs", "labels_of", "runs_within"]
 
 Runs = list[tuple[int, int]]
 
@@ -42,7 +42,7 @@ class Tokenized:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RenderedRow:
     """A row that has been rendered but not tokenized.
 
     Attributes:
