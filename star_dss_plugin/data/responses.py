@@ -14,17 +14,15 @@ from itertools import pairwise
 from operator import eq
 from typing import Any
 
-import numpy as np
-
 from star_dss_plugin.data.context import Reading, RowReader
 from star_dss_plugin.data.requests import PrefixRequest
 from star_dss_plugin.data.templates.chat import ChatTokenizer
-from star_dss_plugin.data.templates.tokenized import Runs, Tokenized
+from star_dss_plugin.data.templates.tokenized import Runs, Tokenized, trained_runs
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.logprobs import IGNORE_INDEX
 from star_dss_plugin.segmenters import Segmenter, chunk_ends
 
-__all__ = ["Response", "find_responses", "is_answered", "responses_in", "runs", "tokens_of"]
+__all__ = ["Response", "find_responses", "is_answered", "responses_in", "tokens_of"]
 
 _IDS = 2**32  # token ids that decoders accept are below this
 
@@ -68,7 +66,7 @@ def tokens_of(row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
             f"input_ids holds {wrong[0]}, which is no token of any tokenizer. Tokenize the row "
             "again, or remove it."
         )
-    for start, end in runs(labels):
+    for start, end in trained_runs(labels):
         if labels[start:end] != ids[start:end]:
             raise DataError(
                 f"The labels at tokens {start} to {end} are not the input's own tokens. STAR-DSS "
@@ -93,13 +91,6 @@ def _integers(row: Mapping[str, Any], column: str) -> list[int]:
     return list(found)
 
 
-def runs(labels: Sequence[int]) -> Runs:
-    """Return the maximal runs [start, end) of labels other than -100."""
-    trained = np.asarray([IGNORE_INDEX, *labels, IGNORE_INDEX]) != IGNORE_INDEX
-    edges = np.flatnonzero(trained[1:] != trained[:-1]).tolist()
-    return list(zip(edges[::2], edges[1::2], strict=True))
-
-
 def find_responses(
     row: Mapping[str, Any],
     chat: ChatTokenizer,
@@ -122,7 +113,7 @@ def find_responses(
     """
     ids, labels = tokens_of(row)
     reader = RowReader(chat, ids, row, tokenized, recover=is_answered(labels))
-    return responses_in(runs(labels), reader, segmenter, chunk_size)
+    return responses_in(trained_runs(labels), reader, segmenter, chunk_size)
 
 
 def is_answered(labels: Sequence[int]) -> bool:

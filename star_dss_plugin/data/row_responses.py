@@ -13,7 +13,7 @@ from datasets import Dataset, List, Value
 
 from star_dss_plugin.data.columns import with_column
 from star_dss_plugin.data.context import RowReader
-from star_dss_plugin.data.responses import Response, is_answered, responses_in, runs
+from star_dss_plugin.data.responses import Response, is_answered, responses_in
 from star_dss_plugin.data.rows import (
     check_trained,
     content_rows,
@@ -24,7 +24,7 @@ from star_dss_plugin.data.rows import (
     with_row_number,
 )
 from star_dss_plugin.data.templates.chat import ChatTokenizer
-from star_dss_plugin.data.templates.tokenized import Tokenized, labels_of
+from star_dss_plugin.data.templates.tokenized import Tokenized, labels_of, trained_runs
 from star_dss_plugin.data.tokenization import cut_row, read_rows
 from star_dss_plugin.segmenters import Segmenter
 
@@ -184,7 +184,7 @@ def _read_raw(tokenized: Tokenized, chat: ChatTokenizer, options: RowOptions) ->
 
 def _read_tokenized(row: Mapping[str, Any], chat: ChatTokenizer, options: RowOptions) -> _Read:
     labels, narrowed, tokenized = restrict_row_labels(row, chat)
-    trained = runs(labels)
+    trained = trained_runs(labels)
     reader = RowReader(chat, row["input_ids"], row, tokenized, recover=is_answered(labels))
     found = responses_in(trained, reader, options.segmenter, options.chunk_size)
     return _Read(row["input_ids"], labels, narrowed, found, "" if trained else _MASKED, False)

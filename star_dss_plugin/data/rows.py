@@ -13,6 +13,7 @@ from star_dss_plugin.data.host_labels import (
     MASKS,
     assistant_labels,
     has_mask,
+    labels_from_masks,
     needs_assistant_labels,
 )
 from star_dss_plugin.data.media import check_features
@@ -135,8 +136,7 @@ def with_labels_from_masks(dataset: Dataset) -> Dataset:
             raise DataError(
                 f"{' or '.join(masks)} is not as long as input_ids. Give one 0 or 1 for each token."
             ).at(rows=(i,))
-        kept = zip(ids, *(row[m] for m in masks), strict=True)
-        column.append([token if all(bits) else IGNORE_INDEX for token, *bits in kept])
+        column.append(labels_from_masks(ids, [row[m] for m in masks]))
     return with_column(dataset, "labels", column, List(Value("int64")))
 
 

@@ -6,11 +6,21 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from star_dss_plugin.data.templates.encoded import Encoded, checked_utf8
 from star_dss_plugin.data.templates.layout import Layout
 from star_dss_plugin.logprobs import IGNORE_INDEX
 
-__all__ = ["RenderedRow", "Runs", "Tokenized", "joined_runs", "labels_of", "runs_within"]
+__all__ = [
+    "RenderedRow",
+    "Runs",
+    "Tokenized",
+    "joined_runs",
+    "labels_of",
+    "runs_within",
+    "trained_runs",
+]
 
 Runs = list[tuple[int, int]]
 
@@ -57,6 +67,13 @@ class RenderedRow:
 
     def __post_init__(self) -> None:
         checked_utf8(self.text)
+
+
+def trained_runs(labels: Sequence[int]) -> Runs:
+    """Return the maximal runs [start, end) of labels other than -100."""
+    trained = np.asarray([IGNORE_INDEX, *labels, IGNORE_INDEX]) != IGNORE_INDEX
+    edges = np.flatnonzero(trained[1:] != trained[:-1]).tolist()
+    return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 def joined_runs(found: Iterable[tuple[int, int]]) -> Runs:

@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from star_dss_plugin.data.columns import SCORES_COLUMN
 from star_dss_plugin.data.provenance import provenances_of
-from star_dss_plugin.data.responses import runs
+from star_dss_plugin.data.templates.tokenized import trained_runs
 from star_dss_plugin.guards.base import announced
 from star_dss_plugin.logprobs import IGNORE_INDEX
 from star_dss_plugin.options import StarDSSOptions
@@ -104,7 +104,7 @@ def summarize(dataset: Dataset, options: StarDSSOptions, guard: str | None) -> D
     for row in plain:
         trained = np.asarray(row["labels"]) != IGNORE_INDEX
         scores = np.asarray(row[SCORES_COLUMN])[trained]
-        responses += len(runs(row["labels"]))
+        responses += len(trained_runs(row["labels"]))
         tokens += len(scores)
         below += int((scores < options.threshold).sum())
         total += float(scores.sum())
