@@ -25,11 +25,11 @@ from star_dss_plugin.data.tokenization import read_row
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.validation import shortened
 
-__all__ = ["Reading", "RowReader"]
+__all__ = ["RowReader", "RunText"]
 
 
 @dataclass(frozen=True)
-class Reading:
+class RunText:
     """What a guard reads of a run of trained tokens.
 
     Attributes:
@@ -89,7 +89,7 @@ class RowReader:
             if self._located is not None:
                 break
 
-    def read(self, start: int, end: int) -> Reading:
+    def read(self, start: int, end: int) -> RunText:
         """Return what a guard reads of the tokens [start, end), at least one.
 
         Raises:
@@ -110,7 +110,7 @@ class RowReader:
         context = located.context(turns[0], start)
         if context is None:
             return self._raw(start, said, ends, complete)
-        return Reading(context, False, located.text_before(turns[0], start), said, ends, complete)
+        return RunText(context, False, located.text_before(turns[0], start), said, ends, complete)
 
     @cached_property
     def _reached(self) -> list[int] | None:
@@ -124,11 +124,11 @@ class RowReader:
         count = len(self._ids)
         return [0, *own.ends[:count]] if own.exact and own.ids[:count] == self._ids else None
 
-    def _raw(self, start: int, text: str, ends: list[int], complete: list[bool]) -> Reading:
+    def _raw(self, start: int, text: str, ends: list[int], complete: list[bool]) -> RunText:
         if self._located is None and self._chat.read_prompt is not None and start:
             asked = self._chat.read_prompt(self._ids[:start])
             if asked is not None:
-                return Reading(asked, False, "", text, ends, complete)
+                return RunText(asked, False, "", text, ends, complete)
         if self._tokenized is not None and self._reached is not None:
             decoded = self._tokenized.text[: self._reached[start]]
         else:
@@ -136,7 +136,7 @@ class RowReader:
         context: tuple[Message, ...] = ()
         if decoded:
             context = ({"role": "user", "content": decoded},)
-        return Reading(context, True, "", text, ends, complete)
+        return RunText(context, True, "", text, ends, complete)
 
     def _bare(self, start: int, end: int) -> tuple[str, list[int], list[bool]]:
         """Return text, ends and complete of a run without control tokens at its beginning and end.

@@ -17,7 +17,7 @@ from star_dss_plugin.data.host_labels import (
     needs_assistant_labels,
 )
 from star_dss_plugin.data.media import check_features
-from star_dss_plugin.data.responses import tokens_of
+from star_dss_plugin.data.responses import ids_and_labels
 from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.data.templates.tokenized import Tokenized
 from star_dss_plugin.data.tokenization import read_row
@@ -107,7 +107,7 @@ def restrict_row_labels(
     Raises:
         DataError: The row's tokens are malformed, or the assistant's turns cannot be located.
     """
-    _, labels = tokens_of(row)
+    _, labels = ids_and_labels(row)
     if not needs_assistant_labels(row):
         return labels, False, None
     tokenized = None if has_mask(row) else read_row(row, chat)

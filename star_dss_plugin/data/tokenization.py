@@ -21,7 +21,7 @@ from star_dss_plugin.data.templates.tokenized import (
 from star_dss_plugin.data.templates.trained_turns import render_completion, render_conversation
 from star_dss_plugin.errors import DataError
 
-__all__ = ["cut_row", "read_row", "read_rows", "tokenize_row"]
+__all__ = ["read_row", "read_rows", "tokenize_row", "truncate_row"]
 
 _AT_ONCE = 64
 _CHARACTERS_AT_ONCE = 1 << 18
@@ -49,11 +49,11 @@ def tokenize_row(
         DataError: The row has none of these columns, or the assistant's turns cannot be located.
     """
     tokenized = read_row(row, chat, assistant_only_loss=assistant_only_loss)
-    ids, trained = cut_row(tokenized, max_length)
+    ids, trained = truncate_row(tokenized, max_length)
     return {"input_ids": ids, "labels": labels_of(ids, trained)}
 
 
-def cut_row(
+def truncate_row(
     tokenized: Tokenized, max_length: int | None, *, keep_end: bool = False
 ) -> tuple[list[int], Runs]:
     """Truncate a tokenized row, and return its token ids and the runs of trained ones.

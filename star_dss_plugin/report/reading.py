@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from star_dss_plugin.data.columns import ASKED_COLUMN, SCORES_COLUMN
 from star_dss_plugin.data.provenance import provenance_of
 from star_dss_plugin.data.requests import Message
-from star_dss_plugin.data.responses import Response, find_responses, tokens_of
+from star_dss_plugin.data.responses import Response, find_responses, ids_and_labels
 from star_dss_plugin.data.rows import content_rows, with_row_number
 from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.errors import ConfigError, DataError
@@ -212,7 +212,7 @@ def read_scored(
     for i, (row, scores, asked, origin) in enumerate(
         zip(rows, plain[SCORES_COLUMN], marks, origins, strict=True)
     ):
-        ids, _ = with_row_number(i, tokens_of, row)
+        ids, _ = with_row_number(i, ids_and_labels, row)
         with_row_number(i, check_scores, scores, len(ids))
         if asked is not None:
             with_row_number(i, _check_marks, asked, len(ids))

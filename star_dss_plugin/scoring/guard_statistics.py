@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from star_dss_plugin.data.provenance import damaged_note
 from star_dss_plugin.data.requests import PrefixRequest, Trajectory
-from star_dss_plugin.data.row_responses import without_question
+from star_dss_plugin.data.row_responses import missing_context_warning
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.guards.attempts import attempts
 from star_dss_plugin.guards.base import Guard
@@ -151,7 +151,7 @@ def _remarks(provenance: Mapping[str, Any]) -> list[str]:
         for why, count in provenance.get("untrained_rows", {}).items()
     ]
     unasked = int(provenance.get("no_contexts", 0))
-    if unasked and (sentence := without_question(unasked, int(provenance["responses"]))):
+    if unasked and (sentence := missing_context_warning(unasked, int(provenance["responses"]))):
         said.append(sentence)
     if truncated := provenance.get("truncated_contexts", 0):
         said.append(f"{int(truncated)} conversations did not fit the guard, which read their ends")

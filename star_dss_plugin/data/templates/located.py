@@ -111,7 +111,7 @@ class LocatedRow:
         """Return the words of turns in the tokens [start, end).
 
         Returns:
-            `text`, `ends` and `complete` as in `context.Reading`.
+            `text`, `ends` and `complete` as in `context.RunText`.
         """
         text, tokens = self.layout.text, self.tokens
         first, last = tokens.starts[start], tokens.ends[end - 1]
