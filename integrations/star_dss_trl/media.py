@@ -10,7 +10,7 @@ from transformers import AutoProcessor, ProcessorMixin
 from trl.data_utils import is_conversational, prepare_multimodal_messages
 
 from star_dss_plugin.data.conversations import MEDIA, conversation_of
-from star_dss_plugin.data.media import undecoded
+from star_dss_plugin.data.media import without_decoding
 from star_dss_plugin.data.media_rows import MediaRows, media_tokens
 from star_dss_plugin.data.rows import with_row_number
 from star_dss_plugin.data.templates.chat import ChatTokenizer
@@ -103,7 +103,7 @@ def closed_to_media(dataset: Any, processor: Any, name: str) -> Any:
         return dataset
     check = _refuses(name)
     if isinstance(dataset, Dataset):
-        for i, row in enumerate(undecoded(dataset)):
+        for i, row in enumerate(without_decoding(dataset)):
             with_row_number(i, check, row)
         return dataset
 

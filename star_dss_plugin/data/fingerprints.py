@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from star_dss_plugin.data.media import undecoded
+from star_dss_plugin.data.media import without_decoding
 from star_dss_plugin.data.requests import PrefixRequest
 
 __all__ = ["content_key", "request_key", "row_keys", "sample_of", "words_of"]
@@ -40,13 +40,13 @@ def row_keys(dataset: Dataset) -> list[str]:
     ]
 
 
-_SAMPLE = 64
+_SAMPLED_ROWS = 64
 
 
 def sample_of(dataset: Dataset) -> str:
     """Return a hash of the column names and about 64 evenly spaced rows of a data set."""
-    rows = undecoded(dataset)  # the repr of a decoded image differs between processes
-    some = range(0, len(rows), max(1, len(rows) // _SAMPLE))
+    rows = without_decoding(dataset)  # the repr of a decoded image differs between processes
+    some = range(0, len(rows), max(1, len(rows) // _SAMPLED_ROWS))
     return content_key(list(rows.column_names), [repr(rows[i]) for i in some])
 
 

@@ -4,7 +4,7 @@ from datasets import Dataset, Features, Image, List, Value
 from support.vision_models import picture
 
 from star_dss_plugin.data.fingerprints import sample_of
-from star_dss_plugin.data.media import undecoded
+from star_dss_plugin.data.media import without_decoding
 
 
 def test_no_file_is_opened(tmp_path):
@@ -14,7 +14,7 @@ def test_no_file_is_opened(tmp_path):
     data = Dataset.from_dict({k: [v, v] for k, v in row.items()}, features=features)
     closed = {"bytes": None, "path": missing}
     read = {"images": [closed, closed], "one": closed, "text": "a"}
-    assert list(undecoded(data.select([1]))) == [read]
+    assert list(without_decoding(data.select([1]))) == [read]
     assert len(sample_of(data)) == 64
 
 

@@ -146,8 +146,8 @@ def _layout(
             return None
         left = groups[i - 1][-1][1] if i else 0
         right = groups[i + 1][0][0] if i + 1 < len(groups) else len(text)
-        begin = _begin(chat, text, left, group[0])
-        words = _words(chat, text, group, begin, right, messages[k])
+        begin = _turn_begin(chat, text, left, group[0])
+        words = _turn_spans(chat, text, group, begin, right, messages[k])
         content_only = all(mark.call is None for _, _, mark in group)
         whole = content_only and len(group) == expected[k] and not has_reasoning(chat, messages[k])
         calls = group[-1][2].call is not None
@@ -156,7 +156,7 @@ def _layout(
     return Layout(text, tuple(turns), tuple(others), spans)
 
 
-def _begin(chat: ChatTokenizer, text: str, left: int, place: tuple[int, int, Mark]) -> int:
+def _turn_begin(chat: ChatTokenizer, text: str, left: int, place: tuple[int, int, Mark]) -> int:
     """Return where a turn begins: after the generation prompt, or else at its first text."""
     first, _, mark = place
     at = text.rfind(chat.header, left, first) if chat.header else -1
@@ -168,7 +168,7 @@ def _begin(chat: ChatTokenizer, text: str, left: int, place: tuple[int, int, Mar
     return max((m.end() for m in chat.added.finditer(text, left, first)), default=first)
 
 
-def _words(
+def _turn_spans(
     chat: ChatTokenizer,
     text: str,
     group: Sequence[tuple[int, int, Mark]],

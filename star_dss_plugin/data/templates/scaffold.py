@@ -14,7 +14,7 @@ from itertools import accumulate
 from typing import Any
 
 from star_dss_plugin.data.templates.chat import ChatTokenizer
-from star_dss_plugin.data.templates.tool_calls import calls_of, named
+from star_dss_plugin.data.templates.tool_calls import calls_of, with_function_name
 from star_dss_plugin.errors import DataError
 
 __all__ = [
@@ -120,7 +120,7 @@ def _mark_message(
             ]
     if calls := calls_of(message):
         made["tool_calls"] = [
-            named(call, mark(name, call=n)) if isinstance(name, str) and name else call
+            with_function_name(call, mark(name, call=n)) if isinstance(name, str) and name else call
             for n, (call, name, _) in enumerate(calls)
         ]
     return made

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, List, Value
 
-from star_dss_plugin.data.columns import SCORES_COLUMN, with_column, without_marks
+from star_dss_plugin.data.columns import SCORES_COLUMN, with_column, without_asked_column
 from star_dss_plugin.data.provenance import provenances_of
 from star_dss_plugin.data.row_digests import add_row_digests, check_row_digests
 from star_dss_plugin.data.rows import plain_rows, restrict_labels
@@ -117,7 +117,7 @@ def prepare_dataset(
             guard=guard or options.guard,
         )
         changed = False
-    bare = without_marks(dataset)
+    bare = without_asked_column(dataset)
     dataset = stricter_dataset(bare, chat, options)
     if changed or dataset is not bare:
         add_row_digests(dataset)  # so that the result can be given to another trainer
