@@ -120,7 +120,7 @@ class Parts(ProbedTrajectories):
     rest: ClassVar[Cost]
     sample: ClassVar[set[str]]
 
-    def _fitted(
+    def _probe_of_sample(
         self,
         guard: ProbingGuard,
         pool: Pool,
@@ -128,11 +128,11 @@ class Parts(ProbedTrajectories):
         weights: Mapping[str, float],
     ) -> Learned:
         type(self).sample = set(sample)
-        return super()._fitted(guard, pool, sample, weights)
+        return super()._probe_of_sample(guard, pool, sample, weights)
 
-    def plainly(self, guard: Guard) -> tuple[dict[str, Trajectory], set[str]]:
+    def score_without_fitting(self, guard: Guard) -> tuple[dict[str, Trajectory], set[str]]:
         with self.rest.counted():
-            return super().plainly(guard)
+            return super().score_without_fitting(guard)
 
 
 def measured(guard: Guard, asked: Mapping[str, PrefixRequest]) -> tuple[Parts, Any, Cost]:

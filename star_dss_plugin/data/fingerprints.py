@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from star_dss_plugin.data.media import without_decoding
 from star_dss_plugin.data.requests import PrefixRequest
 
-__all__ = ["content_key", "request_key", "row_keys", "sample_of", "words_of"]
+__all__ = ["content_key", "dataset_hash", "request_key", "row_keys", "tokenizer_hash"]
 
 
 def content_key(*parts: Any) -> str:
@@ -43,13 +43,13 @@ def row_keys(dataset: Dataset) -> list[str]:
 _SAMPLED_ROWS = 64
 
 
-def sample_of(dataset: Dataset) -> str:
+def dataset_hash(dataset: Dataset) -> str:
     """Return a hash of the column names and about 64 evenly spaced rows of a data set."""
     rows = without_decoding(dataset)  # the repr of a decoded image differs between processes
     some = range(0, len(rows), max(1, len(rows) // _SAMPLED_ROWS))
     return content_key(list(rows.column_names), [repr(rows[i]) for i in some])
 
 
-def words_of(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a hash of a tokenizer's vocabulary and chat template."""
     return content_key(tokenizer.get_vocab(), tokenizer.chat_template)

@@ -20,11 +20,11 @@ from star_dss_plugin.guards.combined import CombinedGuard
 from star_dss_plugin.guards.self_check import low_label_mass
 from star_dss_plugin.scoring.ranks import SINGLE_PROCESS, Share
 
-__all__ = ["FEW", "CachedTrajectories", "none_scored"]
+__all__ = ["TOLERATED_FAILURES", "CachedTrajectories", "none_scored_error"]
 
 logger = logging.getLogger(__name__)
 
-FEW = 20
+TOLERATED_FAILURES = 20
 """With at most this many responses in a part of the data, it is no error if all of them fail."""
 
 
@@ -39,7 +39,7 @@ class CachedTrajectories:
         progress: Whether to show a progress bar.
         strict: Whether a response that cannot be scored is an error; else it counts as unsafe.
         part: Whether these are only some of the data's responses; then it is no error if all of at
-            most `FEW` responses fail.
+            most `TOLERATED_FAILURES` responses fail.
         share: This process's part of the work; all processes must have the same requests.
         members: The trajectories of each guard of an ensemble, by the guard's name.
         failed: Keys of the responses that could not be scored.
@@ -62,16 +62,16 @@ class CachedTrajectories:
             GuardError: A response cannot be scored and `strict` is set, no response can be scored,
                 or the guard's label mass is too low.
         """
-        found, self.failed = self._of(guard)
+        found, self.failed = self._score(guard)
         return found
 
-    def _of(self, guard: Guard) -> tuple[dict[str, Trajectory], set[str]]:
+    def _score(self, guard: Guard) -> tuple[dict[str, Trajectory], set[str]]:
         """Return all trajectories, and the keys that the guard or one of its parts failed on."""
         if not isinstance(guard, CombinedGuard):
-            return self._ask(guard)
+            return self._score_single(guard)
         answers, failed = [], set[str]()
         for part in guard.parts:
-            answer, unknown = self._of(part)
+            answer, unknown = self._score(part)
             answers.append(answer)
             failed |= unknown
             if len(guard.parts) > 1:
@@ -87,7 +87,7 @@ class CachedTrajectories:
         names = itertools.chain([name], numbered)
         return next(one for one in names if one not in self.members)
 
-    def _ask(self, guard: Guard) -> tuple[dict[str, Trajectory], set[str]]:
+    def _score_single(self, guard: Guard) -> tuple[dict[str, Trajectory], set[str]]:
         """Return the trajectories and failed keys of one guard; only cache misses are asked for."""
         namespace = {"what": "star_scores", "version": 1, "guard": guard.identity}
         cache = ScoreCache(self.root, namespace)
@@ -103,8 +103,8 @@ class CachedTrajectories:
         left = {key: asked for key, asked in self.requests.items() if key not in found}
         more, failed = self._fill(guard, cache, left, "")
         found |= more
-        if len(failed) > (FEW if self.part else 0) and not found:
-            raise none_scored(guard.name, len(failed))
+        if len(failed) > (TOLERATED_FAILURES if self.part else 0) and not found:
+            raise none_scored_error(guard.name, len(failed))
         _check_label_mass(guard, found.values())
         return found | self._unsafe(failed), failed
 
@@ -203,7 +203,7 @@ class CachedTrajectories:
         return {}
 
 
-def none_scored(name: str, responses: int) -> GuardError:
+def none_scored_error(name: str, responses: int) -> GuardError:
     """Return the error for a guard that could not score any response."""
     return GuardError(
         f"Guard {name!r} could not score a single one of {responses} responses. With "

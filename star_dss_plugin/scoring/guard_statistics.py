@@ -26,7 +26,7 @@ __all__ = [
     "attempt_notes",
     "label_mass",
     "member_notes",
-    "merged",
+    "merge_provenance",
     "remarks",
 ]
 
@@ -215,7 +215,7 @@ _MERGED = (
 )
 
 
-def merged(notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def merge_provenance(notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Merge the provenance of all shards.
 
     Raises:

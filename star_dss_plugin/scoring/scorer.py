@@ -37,7 +37,7 @@ from star_dss_plugin.guards.spec import missing_guard
 from star_dss_plugin.options import ScoringOptions
 from star_dss_plugin.plugins import load_plugins
 from star_dss_plugin.scoring.guard_statistics import attempt_notes, label_mass, member_notes
-from star_dss_plugin.scoring.probed import POOL, Pool, ProbedTrajectories, drawn
+from star_dss_plugin.scoring.probed import POOL, Pool, ProbedTrajectories, pseudo_random_order
 from star_dss_plugin.scoring.ranks import SINGLE_PROCESS, Share
 
 __all__ = ["PoolRows", "guard_of", "pool_rows", "score_dataset", "versions"]
@@ -149,14 +149,14 @@ def score_dataset(
         _Row(len(labels), found, [request_key(r.request) for r in found])
         for labels, found in zip(dataset.with_format(None)["labels"], responses, strict=True)
     ]
-    asked = loaded or guard_of(options)
+    guard = loaded or guard_of(options)
     if options.trajectory == "adaptive":
-        asked = adaptive(asked, options.trajectory_epsilon)
-    learns = options.trajectory == "probed"
+        guard = adaptive(guard, options.trajectory_epsilon)
+    uses_probe = options.trajectory == "probed"
     try:
-        if learns:
-            asked = probing(asked, options.probe_sample, options.probe_tolerance, threshold)
-        asking = ProbedTrajectories(
+        if uses_probe:
+            guard = probing(guard, options.probe_sample, options.probe_tolerance, threshold)
+        lookup = ProbedTrajectories(
             _unique_requests(rows),
             _first_rows(rows),
             Path(options.score_cache_dir) if options.score_cache_dir else default_cache_dir(),
@@ -164,34 +164,34 @@ def score_dataset(
             progress=progress,
             strict=options.on_guard_error == "raise",
             part=part,
-            pool=_pool(pool, chat, how) if pool and learns else None,
+            pool=_pool(pool, chat, how) if pool and uses_probe else None,
         )
-        trajectories = asking.trajectories(asked)
+        trajectories = lookup.trajectories(guard)
         notes = attempt_notes(
-            asked,
+            guard,
             ((i, r.request, r.raw_context) for i, row in enumerate(rows) for r in row.responses),
             chat.added,
         )
     finally:
         if loaded is None:
-            asked.close()
-    provenance = _provenance(asked, options, rows, trajectories)
+            guard.close()
+    provenance = _provenance(guard, options, rows, trajectories)
     keys = [key for row in rows for key in row.keys]
-    provenance |= notes | member_notes(asking.members, keys)
+    provenance |= notes | member_notes(lookup.members, keys)
     provenance["untrained_rows"] = untrained
-    if learns:
-        provenance["probes"] = asking.notes
+    if uses_probe:
+        provenance["probes"] = lookup.notes
         provenance["probed_prefixes"] = sum(
             (trajectories[key].asked or ()).count(False) for key in keys
         )
-    provenance["guard_errors"] = sum(key in asking.failed for key in keys)
+    provenance["guard_errors"] = sum(key in lookup.failed for key in keys)
     provenance["tokenizer"] = str(tokenizer.name_or_path)  # reports decode tokens with it
     scored = with_column(dataset, SCORES_COLUMN, _scores(rows, trajectories), _SCORES)
     write_note(scored, "scores", provenance)
-    if learns:
+    if uses_probe:
         scored = with_column(scored, ASKED_COLUMN, _asked(rows, trajectories), List(Value("bool")))
     columns = [SCORES_COLUMN]
-    for name, found in (asking.members if per_guard else {}).items():
+    for name, found in (lookup.members if per_guard else {}).items():
         columns.append(f"{SCORES_COLUMN}_{name}")
         scored = with_column(scored, columns[-1], _scores(rows, found), _SCORES)
     write_row_digests(scored, columns)
@@ -206,7 +206,7 @@ def _first_rows(rows: Sequence[_Row]) -> dict[str, int]:
 def pool_rows(dataset: Dataset, options: ScoringOptions) -> list[int]:
     """Return the indices of the rows from which all shards draw the sample for a probe."""
     first = {key: i for i, key in reversed(list(enumerate(row_keys(dataset))))}
-    return [first[key] for key in drawn(first)[: POOL * options.probe_sample]]
+    return [first[key] for key in pseudo_random_order(first)[: POOL * options.probe_sample]]
 
 
 def _pool(rows: PoolRows, chat: ChatTokenizer, how: RowOptions) -> Pool:

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from star_dss_plugin.data.columns import with_attention_mask
 from star_dss_plugin.data.files.parquet_shards import write_shard
-from star_dss_plugin.data.fingerprints import sample_of, words_of
+from star_dss_plugin.data.fingerprints import dataset_hash, tokenizer_hash
 from star_dss_plugin.data.reading import read_dataset
 from star_dss_plugin.errors import ConfigError, DataError, StarDSSError
 from star_dss_plugin.guards.base import Guard
@@ -51,7 +51,7 @@ class ShardScorer:
             return
         start = index * job.shard_rows
         stop = min(start + job.shard_rows, job.rows)
-        begun = job.begun / f"{index:05d}"
+        begun = job.shard_caches / f"{index:05d}"
         try:
             scored = score_dataset(
                 self._dataset.select(range(start, stop)),
@@ -80,11 +80,13 @@ class ShardScorer:
 
         The worker with the first shard fills the cache.
         """
-        if not self.job.learns:
+        if not self.job.uses_probe:
             return None
         # Row numbers are relative to the shard, because error handling adds the shard's start.
         places = [row - start for row in self._pool_rows]
-        return PoolRows(self._dataset.select(self._pool_rows), places, self.job.begun / "probe")
+        return PoolRows(
+            self._dataset.select(self._pool_rows), places, self.job.shard_caches / "probe"
+        )
 
     @cached_property
     def _pool_rows(self) -> list[int]:
@@ -103,7 +105,7 @@ class ShardScorer:
                 "Scores may depend on it: install the same versions everywhere."
             )
         dataset = read_dataset(self.job.data, self.job.split)
-        if len(dataset) != self.job.rows or sample_of(dataset) != self.job.sample:
+        if len(dataset) != self.job.rows or dataset_hash(dataset) != self.job.sample:
             raise DataError(
                 f"A worker finds other rows in {self.job.data} than the run was begun with. Put "
                 "the data where every machine reads the same, and leave it as it is meanwhile."
@@ -113,7 +115,7 @@ class ShardScorer:
     @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         found = load_tokenizer(self.job.tokenizer)
-        if words_of(found) != self.job.tokens:
+        if tokenizer_hash(found) != self.job.tokens:
             raise ConfigError(
                 f"A worker finds another tokenizer or chat template in {self.job.tokenizer} than "
                 "the run was begun with. Give all machines the same files, and leave them as they "

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer
 
 from star_dss_plugin.data.alignment import Alignment
 from star_dss_plugin.data.columns import SCORES_COLUMN
-from star_dss_plugin.data.fingerprints import sample_of
+from star_dss_plugin.data.fingerprints import dataset_hash
 from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.loss import Shaping
 from star_dss_plugin.options import StarDSSOptions
@@ -278,7 +278,7 @@ def _facts(trainer: Trainer, options: StarDSSOptions) -> dict[str, Any]:
     }
     for name, dataset in _data_sets(trainer).items():
         if isinstance(dataset, Dataset):
-            facts[f"{name} data"] = (len(dataset), sample_of(dataset))
+            facts[f"{name} data"] = (len(dataset), dataset_hash(dataset))
         else:
             facts[f"{name} data"] = type(dataset).__name__
     return facts

@@ -3,7 +3,7 @@
 from datasets import Dataset, Features, Image, List, Value
 from support.vision_models import picture
 
-from star_dss_plugin.data.fingerprints import sample_of
+from star_dss_plugin.data.fingerprints import dataset_hash
 from star_dss_plugin.data.media import without_decoding
 
 
@@ -15,10 +15,10 @@ def test_no_file_is_opened(tmp_path):
     closed = {"bytes": None, "path": missing}
     read = {"images": [closed, closed], "one": closed, "text": "a"}
     assert list(without_decoding(data.select([1]))) == [read]
-    assert len(sample_of(data)) == 64
+    assert len(dataset_hash(data)) == 64
 
 
 def test_the_same_images_have_the_same_sample():
     one, two = (Dataset.from_list([{"images": [picture(7)]}]) for _ in range(2))
-    assert sample_of(one) == sample_of(two)
-    assert sample_of(one) != sample_of(Dataset.from_list([{"images": [picture(8)]}]))
+    assert dataset_hash(one) == dataset_hash(two)
+    assert dataset_hash(one) != dataset_hash(Dataset.from_list([{"images": [picture(8)]}]))

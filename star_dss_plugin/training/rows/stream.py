@@ -20,7 +20,7 @@ from datasets import Dataset, DatasetInfo, IterableDataset
 from star_dss_plugin.data.columns import ASKED_COLUMN, REF_COLUMN, SCORES_COLUMN
 from star_dss_plugin.data.rows import CONTENT_COLUMNS
 from star_dss_plugin.errors import ConfigError, DataError, StarDSSError
-from star_dss_plugin.scoring.cached_trajectories import FEW, none_scored
+from star_dss_plugin.scoring.cached_trajectories import TOLERATED_FAILURES, none_scored_error
 from star_dss_plugin.scoring.ranks import SINGLE_PROCESS, Share
 from star_dss_plugin.training.rows.even import EvenLoader
 from star_dss_plugin.training.rows.known_rows import KnownRows
@@ -233,14 +233,14 @@ class ScoredStream:
         """Check that the guard does not fail for all responses, counted over buffers.
 
         Raises:
-            GuardError: It has failed for more than `FEW` responses and scored none.
+            GuardError: It has failed for more than `TOLERATED_FAILURES` responses and scored none.
         """
         note = summary.provenance or {}
         failed = note.get("guard_errors", 0)
         self._judged = self._judged or failed < note.get("responses", 0)
         self._failed += failed
-        if self._failed > FEW and not self._judged:
-            raise none_scored(summary.guard, self._failed)
+        if self._failed > TOLERATED_FAILURES and not self._judged:
+            raise none_scored_error(summary.guard, self._failed)
 
     def _table(self, rows: dict[str, list[Any]]) -> Dataset:
         """Return the rows of a buffer as a data set.
