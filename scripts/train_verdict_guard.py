@@ -125,7 +125,7 @@ def examples(
         if number % 3 == 0 and len(text) > 1:
             ends.append(draw.randrange(1, len(text)))
         for end in ends:
-            opened, _ = template.opened(asked, text[:end])
+            opened, _ = template.prompt_with_response(asked, text[:end])
             weight = 1.0 if row["label"] else end / len(text)
             found.append(Example(opened[head:] + verdict, row["label"], weight))
     return found
@@ -133,7 +133,9 @@ def examples(
 
 def head_of(template: GuardTemplate) -> list[int]:
     """Return the tokens with which all prompts begin: the policy."""
-    one, other = (template.opened([{"role": "user", "content": c}], c)[0] for c in ("a", "b"))
+    one, other = (
+        template.prompt_with_response([{"role": "user", "content": c}], c)[0] for c in ("a", "b")
+    )
     return one[: next(i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)]
 
 

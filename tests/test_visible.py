@@ -10,7 +10,7 @@ from datasets import Dataset
 from star_dss_plugin.data.files.parquet_shards import write_card
 from star_dss_plugin.data.provenance import write_note
 from star_dss_plugin.errors import DataError, StarDSSError
-from star_dss_plugin.guards.base import announced
+from star_dss_plugin.guards.base import display_name
 from star_dss_plugin.training.run_record import add_section
 from star_dss_plugin.visible import code, visible_line
 
@@ -46,7 +46,7 @@ def test_a_code_span_holds_all_of_it(text):
 
 def test_names_of_guards_are_shown_on_one_line():
     for demonstration in (True, False):
-        assert not set(announced(EVIL, demonstration)) & (ACTS | set("\n"))
+        assert not set(display_name(EVIL, demonstration)) & (ACTS | set("\n"))
 
 
 def test_messages_of_errors_act_on_nothing():

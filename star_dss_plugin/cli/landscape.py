@@ -198,7 +198,7 @@ def _judge(name: str, threshold: float, device: str | None) -> _Judged:
     """
     from star_dss_plugin.evaluate.refusal import is_refusal
     from star_dss_plugin.evaluate.verdicts import answer_scores
-    from star_dss_plugin.guards.base import announced
+    from star_dss_plugin.guards.base import display_name
     from star_dss_plugin.guards.loading import load_guard
 
     if name == "refusal":
@@ -209,4 +209,4 @@ def _judge(name: str, threshold: float, device: str | None) -> _Judged:
         return [score >= threshold for score in answer_scores(guard, prompts, answers)]
 
     identity = {"guard": guard.identity, "threshold": threshold}
-    return _Judged(verdicts, identity, announced(guard.name, guard.demonstration))
+    return _Judged(verdicts, identity, display_name(guard.name, guard.demonstration))

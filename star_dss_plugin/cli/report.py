@@ -53,7 +53,7 @@ def report(
     """Write scored data as one HTML page that needs no network, and figures with --png."""
     from star_dss_plugin.data.reading import in_file, read_dataset
     from star_dss_plugin.data.writing import write_text
-    from star_dss_plugin.guards.base import announced
+    from star_dss_plugin.guards.base import display_name
     from star_dss_plugin.report import figures
     from star_dss_plugin.report.page import render_page
     from star_dss_plugin.report.reading import read_scored, tokenizer_of
@@ -77,7 +77,7 @@ def report(
     total = summarise(data.responses, threshold)
     typer.echo(
         f"{output}: {total.responses} responses, {total.tokens} tokens, {total.share_below:.1%} "
-        f"below {threshold}, guard {announced(data.guard, data.demonstration)}"
+        f"below {threshold}, guard {display_name(data.guard, data.demonstration)}"
     )
     if png is not None:
         for path in figures.write_figures(data, png, threshold=threshold, rows=wanted):

@@ -53,7 +53,7 @@ def score(
     quiet: option.Quiet = False,
 ) -> None:
     """Score every prefix of every response and write a data set with `star_scores`."""
-    from star_dss_plugin.guards.base import announced
+    from star_dss_plugin.guards.base import display_name
     from star_dss_plugin.scoring.guard_statistics import remarks
 
     on_cluster = {
@@ -95,7 +95,7 @@ def score(
         f"{output}: {found['responses']} responses, {found['prefixes']} prefixes, "
         f"{found['trained_tokens']} trained tokens, mean prefix score "
         f"{found['mean_prefix_score']:.3f}, guard "
-        + announced(found["guard"], found["demonstration_guard"])
+        + display_name(found["guard"], found["demonstration_guard"])
     )
     for line in remarks(found):
         typer.echo(visible(line))

@@ -17,7 +17,7 @@ from star_dss_plugin._version import __version__
 from star_dss_plugin.evaluate.prompts import BENIGN, HARMFUL
 from star_dss_plugin.evaluate.statistics import Estimate
 from star_dss_plugin.evaluate.verdicts import PREFILL, REFUSED, Comparison, measures
-from star_dss_plugin.guards.base import announced
+from star_dss_plugin.guards.base import display_name
 from star_dss_plugin.report.rendering import content_hash, page_environment
 from star_dss_plugin.visible import visible
 
@@ -89,7 +89,7 @@ def render_comparison(found: Comparison, *, text: bool = True, front: Front | No
     names = list(next(iter(table.values())))
     judges = "phrases of refusal"
     if found.guard is not None:
-        judges += f" and by {announced(found.guard, found.demonstration)}"
+        judges += f" and by {display_name(found.guard, found.demonstration)}"
     return environment.get_template("answers.html.j2").render(
         policy=f"default-src 'none'; style-src '{content_hash(style)}'; base-uri 'none'; "
         "form-action 'none'",

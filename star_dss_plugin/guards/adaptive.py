@@ -34,7 +34,7 @@ def adaptive(guard: Guard, epsilon: float) -> Guard:
     A streaming guard reads a response in one pass and is returned as it is.
     """
     if isinstance(guard, CombinedGuard):
-        return guard.over([adaptive(part, epsilon) for part in guard.parts])
+        return guard.with_parts([adaptive(part, epsilon) for part in guard.parts])
     return guard if isinstance(guard, StreamingGuard) else AdaptiveGuard(guard, epsilon)
 
 

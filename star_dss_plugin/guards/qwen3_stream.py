@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, Qwen3Config
 
 from star_dss_plugin.data.requests import Message, PrefixRequest
 from star_dss_plugin.guards.attempts import Markers
-from star_dss_plugin.guards.base import StreamingGuard, batches, not_numbers
+from star_dss_plugin.guards.base import StreamingGuard, batches, non_finite_error
 from star_dss_plugin.guards.prompting.prompts import Prompts
 from star_dss_plugin.guards.prompting.template import GuardTemplate
 from star_dss_plugin.guards.self_check import run_self_check, self_check_identity
@@ -153,13 +153,15 @@ class Qwen3StreamGuard(StreamingGuard):
         rows = []
         for i, (context, text) in enumerate(responses):
             request = PrefixRequest(tuple(context), text, (len(text),))
-            rows.append(self._template.opened(self._prompts.fitted(i, request), text))
+            rows.append(
+                self._template.prompt_with_response(self._prompts.fit_context(i, request), text)
+            )
         found: list[list[tuple[int, float]]] = [[] for _ in rows]
         for batch in batches([len(ids) for ids, _ in rows], self._batch_tokens):
             for i, scores in zip(batch, self._forward([rows[i][0] for i in batch]), strict=True):
                 ends = rows[i][1] or [0]  # an empty response: the score of the last context token
                 if not all(0 <= score <= 1 for score in scores):
-                    raise not_numbers(self.name, i)
+                    raise non_finite_error(self.name, i)
                 found[i] = list(zip(ends, scores[-len(ends) :], strict=True))
         return found
 
@@ -167,7 +169,9 @@ class Qwen3StreamGuard(StreamingGuard):
         return self._prompts.truncates(request)
 
     def explained(self, request: PrefixRequest) -> dict[str, str]:
-        ids, ends = self._template.opened(self._prompts.fitted(0, request), request.text)
+        ids, ends = self._template.prompt_with_response(
+            self._prompts.fit_context(0, request), request.text
+        )
         return {"prompt": self._template.decode(ids), "scores": f"at the last {len(ends)} tokens"}
 
     def close(self) -> None:

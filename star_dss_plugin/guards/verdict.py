@@ -21,7 +21,7 @@ from star_dss_plugin.engines.base import Engine, Weights
 from star_dss_plugin.engines.local import LocalEngine
 from star_dss_plugin.engines.selection import choose_engine
 from star_dss_plugin.guards.attempts import Markers, scaffold_lines
-from star_dss_plugin.guards.base import Guard, lowest, not_numbers
+from star_dss_plugin.guards.base import Guard, lowest_trajectory, non_finite_error
 from star_dss_plugin.guards.prompting.prompts import Prompts, policies
 from star_dss_plugin.guards.prompting.template import PINNED_DATE, GuardTemplate
 from star_dss_plugin.guards.self_check import run_self_check, self_check_identity
@@ -173,12 +173,12 @@ class VerdictGuard(Guard):
         if self._engine is None:
             self._load()
         assert self._engine is not None
-        prompts = [self._prompts.of(i, request) for i, request in enumerate(requests)]
+        prompts = [self._prompts.build(i, request) for i, request in enumerate(requests)]
         found: list[list[Trajectory]] = []
         for of_policy in zip(*prompts, strict=True):
             answers = self._engine.label_logprobs(of_policy, self._labels.ids)
             found.append([self._labels.trajectory(i, answer) for i, answer in enumerate(answers)])
-        return [lowest(answers) for answers in zip(*found, strict=True)]
+        return [lowest_trajectory(answers) for answers in zip(*found, strict=True)]
 
     def plan(self, requests: Sequence[PrefixRequest]) -> list[list[int]]:
         """Group responses, in order, into batches of up to 512 prefixes (or one response).
@@ -227,14 +227,16 @@ class VerdictGuard(Guard):
         """
         sequences, positions = [], []
         for i, request in enumerate(requests):
-            ids, ends = self._template.opened(self._prompts.fitted(i, request), request.text)
+            ids, ends = self._template.prompt_with_response(
+                self._prompts.fit_context(i, request), request.text
+            )
             first = len(ids) - len(ends)
             sequences.append(ids)
             positions.append([first + bisect_right(ends, end) - 1 for end in request.ends])
         found = self._local.states(sequences, positions, blocks)
         for i, states in enumerate(found):
             if not bool(states.isfinite().all()):
-                raise not_numbers(self.name, i)
+                raise non_finite_error(self.name, i)
         return found
 
     @property
@@ -256,7 +258,7 @@ class VerdictGuard(Guard):
 
     def explained(self, request: PrefixRequest) -> dict[str, str]:
         shown = {}
-        for i, prompts in enumerate(self._prompts.of(0, request)):
+        for i, prompts in enumerate(self._prompts.build(0, request)):
             prompt = prompts[0]
             which = f" {i + 1}" if len(self._prompts.templates) > 1 else ""
             shown[f"prompt{which}"] = self._template.decode(prompt)

@@ -10,7 +10,7 @@ import torch
 
 from star_dss_plugin.data.requests import Trajectory
 from star_dss_plugin.errors import ConfigError, GuardError
-from star_dss_plugin.guards.base import not_numbers
+from star_dss_plugin.guards.base import non_finite_error
 from star_dss_plugin.guards.prompting.template import GuardTemplate
 
 __all__ = ["VerdictLabels", "other_verdicts"]
@@ -78,7 +78,7 @@ class VerdictLabels:
             safe = safe + self.controversial_weight * verdict[:, 2]
         mass = logprobs.exp().sum(-1).clamp(max=1)
         if not bool(safe.isfinite().all()):
-            raise not_numbers(self.name, index)
+            raise non_finite_error(self.name, index)
         return Trajectory(tuple(safe.clamp(0, 1).tolist()), tuple(mass.tolist()))
 
 

@@ -17,7 +17,7 @@ from star_dss_plugin.data.row_responses import missing_context_warning
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.guards.attempts import attempts
 from star_dss_plugin.guards.base import Guard
-from star_dss_plugin.guards.combined import leaves
+from star_dss_plugin.guards.combined import single_guards
 from star_dss_plugin.visible import visible_line
 
 __all__ = [
@@ -54,7 +54,7 @@ def attempt_notes(
         `truncated_contexts`: the number of responses for which a guard read only the end of the
         conversation.
     """
-    guards = leaves(guard)
+    guards = single_guards(guard)
     markers = [one.markers for one in guards]
     rows: dict[str, list[int]] = {}
     truncated = 0

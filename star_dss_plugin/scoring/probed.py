@@ -29,8 +29,8 @@ from star_dss_plugin.data.requests import PrefixRequest, Trajectory
 from star_dss_plugin.data.writing import write_text
 from star_dss_plugin.guards.base import Guard
 from star_dss_plugin.guards.probing.bounds import COVERAGE
+from star_dss_plugin.guards.probing.fitted import FittedProbe
 from star_dss_plugin.guards.probing.guard import ProbingGuard
-from star_dss_plugin.guards.probing.learned import Learned
 from star_dss_plugin.scoring.cached_trajectories import CachedTrajectories
 from star_dss_plugin.scoring.ranks import SINGLE_PROCESS
 
@@ -127,7 +127,7 @@ class ProbedTrajectories(CachedTrajectories):
 
     def _learn(
         self, guard: ProbingGuard
-    ) -> tuple[Learned | None, dict[str, dict[int, float]], str | None]:
+    ) -> tuple[FittedProbe | None, dict[str, dict[int, float]], str | None]:
         """Fit a probe to a sample.
 
         Returns:
@@ -152,7 +152,7 @@ class ProbedTrajectories(CachedTrajectories):
         known = {key: {firsts[key].ends[-1]: score} for key, score in last.items()}
         for key, answer in sample.items():
             known[key] |= zip(some[key].ends, answer.scores, strict=True)
-        return learned, known, learned.refused
+        return learned, known, learned.rejection_reason
 
     def _exact(
         self, guard: ProbingGuard, pool: Pool, requests: Mapping[str, PrefixRequest]
@@ -179,7 +179,7 @@ class ProbedTrajectories(CachedTrajectories):
         pool: Pool,
         sample: Mapping[str, Trajectory],
         weights: Mapping[str, float],
-    ) -> Learned:
+    ) -> FittedProbe:
         """Return the probe of a sample; rank 0 fits it and writes it to the cache."""
         contents = [[key, weights[key], list(found.scores)] for key, found in sample.items()]
         namespace = {"what": "probe", "guard": guard.identity}
@@ -193,12 +193,12 @@ class ProbedTrajectories(CachedTrajectories):
             [weights[key] * min(STRIDE, len(asked.ends)) for key, asked in requests.items()],
         )
         if learned is None and self.share.rank == 0:
-            learned = guard.learn(*examples)
+            learned = guard.fit_probe(*examples)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, learned.dump())
         self.share.barrier()
         # A rank that cannot read the file fits the same probe itself.
-        return learned or _read(path) or guard.learn(*examples)
+        return learned or _read(path) or guard.fit_probe(*examples)
 
 
 def pseudo_random_order(keys: Mapping[str, Any]) -> list[str]:
@@ -248,10 +248,10 @@ def _last_prefix(request: PrefixRequest) -> PrefixRequest:
     return PrefixRequest(request.context, request.text, request.ends[-1:])
 
 
-def _read(path: Path) -> Learned | None:
+def _read(path: Path) -> FittedProbe | None:
     """Return a probe from the cache; None if the file is missing or damaged."""
     try:
-        return Learned.parse(read_regular(path, _MOST_BYTES))
+        return FittedProbe.parse(read_regular(path, _MOST_BYTES))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:

@@ -18,7 +18,7 @@ from star_dss_plugin.guards.combined import (
     CalibratedGuard,
     EnsembleGuard,
     calibrate,
-    leaves,
+    single_guards,
 )
 from star_dss_plugin.options import StarDSSOptions
 from star_dss_plugin.report.reading import read_scored
@@ -241,7 +241,7 @@ def test_a_calibrated_guard(tokenizer):
     guard = load_guard(whole)
     expected = calibrate((0.2 + calibrate(0.4, 1.0, 0.6)) / 2, 0.5, 0.5)
     assert guard.score([talk()]) == pytest.approx([expected])
-    assert [leaf.word for leaf in leaves(guard)] == ["bad", "fox"]
+    assert [leaf.word for leaf in single_guards(guard)] == ["bad", "fox"]
 
 
 # Responses that cannot be scored

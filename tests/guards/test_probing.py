@@ -21,9 +21,9 @@ from star_dss_plugin.guards.probing.bounds import (
     check_bounds,
     probabilities,
 )
+from star_dss_plugin.guards.probing.fitted import FittedProbe
 from star_dss_plugin.guards.probing.guard import ProbingGuard, probing
-from star_dss_plugin.guards.probing.learned import Learned
-from star_dss_plugin.guards.probing.linear import Linear, Sample, choose, features, summaries
+from star_dss_plugin.guards.probing.linear import Linear, Sample, choose_probe, features, summaries
 from star_dss_plugin.options import ScoringOptions
 
 # States
@@ -38,7 +38,7 @@ def test_states_are_those_of_the_last_whole_token_of_each_prefix(tmp_path, token
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     text = "i am fine, thank you."
     [found] = guard.trunk_states([request(text, 1, 6, len(text))], [0, 2])
-    ids, ends = guard._template.opened(QUESTION, text)
+    ids, ends = guard._template.prompt_with_response(QUESTION, text)
     states = slow_states(model, ids, [0, 2])
     first = len(ids) - len(ends)
     for end, got in zip((1, 6, len(text)), found, strict=True):
@@ -59,7 +59,7 @@ def test_a_prefix_without_a_token_has_the_state_before_the_response(tmp_path, to
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     found = guard.trunk_states([request("", 0), request("you are", 0, 3)], [1])
     for text, states in zip(("", "you are"), found, strict=True):
-        ids, ends = guard._template.opened(QUESTION, text)
+        ids, ends = guard._template.prompt_with_response(QUESTION, text)
         before = slow_states(model, ids, [1])[len(ids) - len(ends) - 1]
         torch.testing.assert_close(states[0], before, rtol=1e-4, atol=1e-4)
 
@@ -89,7 +89,7 @@ def samples(count, noise, seed=0, informative=1):
 
 def test_the_block_that_knows_the_score_is_chosen():
     for informative in range(3):
-        chosen = choose(samples(60, 0.05, informative=informative))
+        chosen = choose_probe(samples(60, 0.05, informative=informative))
         assert informative in chosen.blocks
         held = [np.abs(probabilities(z) - s.scores) for z, s in zip(
             chosen.held_out, samples(60, 0.05, informative=informative), strict=True
@@ -101,7 +101,7 @@ def test_held_out_scores_come_from_probes_that_have_not_seen_them():
     """Changing one response's scores changes the predictions of other folds only."""
     known = samples(30, 0.1)
     changed = [*known[:7], Sample(known[7].inputs, 1 - known[7].scores, 1.0), *known[8:]]
-    one, other = choose(known), choose(changed)
+    one, other = choose_probe(known), choose_probe(changed)
     if (one.blocks, one.penalty) == (other.blocks, other.penalty):
         np.testing.assert_allclose(one.held_out[7], other.held_out[7])
         assert not np.allclose(one.held_out[8], other.held_out[8])
@@ -110,7 +110,7 @@ def test_held_out_scores_come_from_probes_that_have_not_seen_them():
 
 
 def test_a_fit_is_the_same_each_time():
-    one, other = choose(samples(25, 0.2)), choose(samples(25, 0.2))
+    one, other = choose_probe(samples(25, 0.2)), choose_probe(samples(25, 0.2))
     assert (one.probe.weight == other.probe.weight).all()
     assert one.probe.bias == other.probe.bias
 
@@ -133,7 +133,7 @@ def test_scores_that_are_not_asked_keep_the_promise_on_new_responses(noise, seed
     bounds = Bounds.of(held(200, noise, seed), tolerance, 0.5)
     new = held(400, noise, seed + 1)
     logits, scores = (np.concatenate([getattr(h, n) for h in new]) for n in ("logits", "scores"))
-    kept = ~bounds.asks(logits)
+    kept = ~bounds.needs_guard(logits)
     if kept.sum() > 500:
         off = np.abs(probabilities(logits) - scores)[kept]
         assert (off <= tolerance).mean() >= COVERAGE
@@ -148,9 +148,9 @@ def test_the_less_is_known_the_more_is_asked():
 def test_an_interval_that_holds_the_threshold_is_asked():
     bounds = Bounds(np.array([]), np.array([0.04]), 0.05, 0.5)
     p = np.array([0.45, 0.47, 0.5, 0.53, 0.55])
-    assert bounds.asks(np.log(p / (1 - p))).tolist() == [False, True, True, True, False]
+    assert bounds.needs_guard(np.log(p / (1 - p))).tolist() == [False, True, True, True, False]
     other = Bounds(np.array([]), np.array([0.04]), 0.05, 0.9)
-    assert other.asks(np.log(p / (1 - p))).tolist() == [False] * 5
+    assert other.needs_guard(np.log(p / (1 - p))).tolist() == [False] * 5
 
 
 def test_few_held_out_prefixes_promise_nothing():
@@ -176,14 +176,14 @@ def test_weights_count_as_so_many_responses():
 def test_a_probe_comes_back_from_json_as_it_was():
     facts = {"coverage": 0.97, "probed": 0.5}
     bounds = Bounds(np.array([0.1]), np.array([0.02, np.inf]), 0.05, 0.5)
-    one = Learned((1, 2), Linear(np.array([0.1, 1 / 3]), -0.2), bounds, facts)
-    other = Learned.parse(one.dump())
+    one = FittedProbe((1, 2), Linear(np.array([0.1, 1 / 3]), -0.2), bounds, facts)
+    other = FittedProbe.parse(one.dump())
     assert other.dump() == one.dump()
     assert other.blocks == one.blocks
     assert np.isinf(other.bounds.halves[1])
     for damaged in ("{}", "[]", "null", one.dump().replace("[0.1]", "[0.1, 0.2]")):
         with pytest.raises((ValueError, TypeError, KeyError)):
-            Learned.parse(damaged)
+            FittedProbe.parse(damaged)
 
 
 # Guards that can have a probe
@@ -256,4 +256,4 @@ def test_one_block_is_too_few(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path)
     guard = ProbingGuard(load_guard(describe(tmp_path)), 20)
     with pytest.raises(ConfigError, match="has one block"):
-        guard.learn([request("a")] * 20, [[0]] * 20, [Trajectory((0.5,))] * 20, [1.0] * 20)
+        guard.fit_probe([request("a")] * 20, [[0]] * 20, [Trajectory((0.5,))] * 20, [1.0] * 20)

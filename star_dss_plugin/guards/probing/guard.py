@@ -23,8 +23,8 @@ from star_dss_plugin.errors import ConfigError, GuardError
 from star_dss_plugin.guards.base import Guard, StreamingGuard, ask
 from star_dss_plugin.guards.combined import CalibratedGuard, CombinedGuard
 from star_dss_plugin.guards.probing.bounds import Bounds, HeldOut, check_bounds, probabilities
-from star_dss_plugin.guards.probing.learned import Learned
-from star_dss_plugin.guards.probing.linear import FOLDS, Sample, choose, features, summaries
+from star_dss_plugin.guards.probing.fitted import FittedProbe
+from star_dss_plugin.guards.probing.linear import FOLDS, Sample, choose_probe, features, summaries
 from star_dss_plugin.guards.verdict import VerdictGuard
 from star_dss_plugin.validation import at_least, probability
 
@@ -72,7 +72,7 @@ class ProbingGuard(Guard):
         probability("threshold", threshold)
         self.exact, self.sample = guard, sample
         self.tolerance, self.threshold = float(tolerance), float(threshold)
-        self._verdict = _verdict_in(guard)
+        self._verdict = _verdict_guard_of(guard)
         self.name, self.demonstration = guard.name, guard.demonstration
         self.min_label_mass, self.markers = self._verdict.min_label_mass, self._verdict.markers
 
@@ -99,13 +99,13 @@ class ProbingGuard(Guard):
     def close(self) -> None:
         self.exact.close()
 
-    def learn(
+    def fit_probe(
         self,
         requests: Sequence[PrefixRequest],
         asked: Sequence[Sequence[int]],
         trajectories: Sequence[Trajectory],
         weights: Sequence[float],
-    ) -> Learned:
+    ) -> FittedProbe:
         """Fit a probe on responses that the guard has scored, and test it by cross-validation.
 
         Args:
@@ -125,7 +125,7 @@ class ProbingGuard(Guard):
             for one, indices, known, weight in scored:
                 inputs = summaries(one)[list(indices)]
                 samples.append(Sample(inputs, np.array(known.scores), float(weight)))
-        chosen = choose(samples)
+        chosen = choose_probe(samples)
         held = [
             HeldOut(logits, sample.scores, sample.weight)
             for logits, sample in zip(chosen.held_out, samples, strict=True)
@@ -138,9 +138,9 @@ class ProbingGuard(Guard):
             "tolerance": self.tolerance,
         }
         bounds = Bounds.of(held, self.tolerance, self.threshold)
-        return Learned(tuple(blocks[k] for k in chosen.blocks), chosen.probe, bounds, facts)
+        return FittedProbe(tuple(blocks[k] for k in chosen.blocks), chosen.probe, bounds, facts)
 
-    def with_probe(self, learned: Learned) -> ProbedGuard:
+    def with_probe(self, learned: FittedProbe) -> ProbedGuard:
         """Return a guard that scores with a fitted probe."""
         return ProbedGuard(self, self._verdict, learned)
 
@@ -164,7 +164,7 @@ class ProbedGuard(Guard):
         wanted: Number of prefixes that callers requested so far.
     """
 
-    def __init__(self, probing: ProbingGuard, verdict: VerdictGuard, learned: Learned) -> None:
+    def __init__(self, probing: ProbingGuard, verdict: VerdictGuard, learned: FittedProbe) -> None:
         self._probing, self._verdict, self._learned = probing, verdict, learned
         self.name, self.demonstration = probing.name, probing.demonstration
         self.markers = probing.markers
@@ -190,7 +190,7 @@ class ProbedGuard(Guard):
         for one in states:
             logits = self._learned.linear.logits(features(summaries(one)))
             scores.append(probabilities(logits))
-            masks.append(self._learned.bounds.asks(logits))
+            masks.append(self._learned.bounds.needs_guard(logits))
         for i, found in self._ask(requests, masks).items():
             scores[i][masks[i]] = found.scores
         self.wanted += sum(map(len, masks))
@@ -241,11 +241,11 @@ def probing(guard: Guard, sample: int, tolerance: float, threshold: float) -> Gu
         return guard
     if isinstance(guard, CombinedGuard) and not isinstance(guard, CalibratedGuard):
         parts = [probing(part, sample, tolerance, threshold) for part in guard.parts]
-        return guard.over(parts)
+        return guard.with_parts(parts)
     return ProbingGuard(guard, sample, tolerance, threshold)
 
 
-def _verdict_in(guard: Guard) -> VerdictGuard:
+def _verdict_guard_of(guard: Guard) -> VerdictGuard:
     """Return the verdict guard whose hidden states the probe reads.
 
     Raises:

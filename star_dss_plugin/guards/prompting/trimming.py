@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Trim", "trim_of"]
+__all__ = ["Trim", "detect_trim"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ _TRIMS = (  # those that remove less come first
 )
 
 
-def trim_of(shown: Callable[[str], str], words: str) -> Trim:
+def detect_trim(shown: Callable[[str], str], words: str) -> Trim:
     """Return how a template strips a message, found by rendering one padded with white space.
 
     Args:

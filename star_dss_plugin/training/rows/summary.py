@@ -11,7 +11,7 @@ from datasets import Dataset
 from star_dss_plugin.data.columns import SCORES_COLUMN
 from star_dss_plugin.data.provenance import provenances_of
 from star_dss_plugin.data.templates.tokenized import trained_runs
-from star_dss_plugin.guards.base import announced
+from star_dss_plugin.guards.base import display_name
 from star_dss_plugin.logprobs import IGNORE_INDEX
 from star_dss_plugin.options import StarDSSOptions
 from star_dss_plugin.scoring.guard_statistics import COUNTS
@@ -94,7 +94,7 @@ def summarize(dataset: Dataset, options: StarDSSOptions, guard: str | None) -> D
     provenance = known[0] if known else None
     if guard is None:
         names = dict.fromkeys(one["guard"] for one in known)
-        guard = announced(
+        guard = display_name(
             " and ".join(names) or "unknown (star_scores column given)",
             any(one["demonstration_guard"] for one in known),
         )
