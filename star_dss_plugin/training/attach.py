@@ -137,7 +137,7 @@ def _set_up(
 ) -> None:
     # First, because with other options a rank would not take part in a collective call below, and
     # the other ranks would wait for it.
-    ranks.agree(_facts(trainer, options))
+    ranks.check_equal(_facts(trainer, options))
     media = trainer.media_rows()
     several = trainer.accelerator.num_processes > 1
     fillers = FillerRows() if media is not None and several else None
@@ -200,10 +200,10 @@ def _set_up(
                 trainer, options, tokenizer, shaping, reference, ranks, dataset, name
             )
             scored = dataset
-        ranks.agree({f"scored {name} data": rows.add(scored, trainable=trainable)})
+        ranks.check_equal({f"scored {name} data": rows.add(scored, trainable=trainable)})
         if reference.kind == "precomputed":
             means = reference_means(dataset)
-            ranks.agree_about(f"reference of the {name} data", means, within=_REFERENCES_APART)
+            ranks.check_close(f"reference of the {name} data", means, within=_REFERENCES_APART)
         return dataset
 
     train = prepare(trainer.train_dataset, "train")
@@ -255,7 +255,7 @@ def _projects(trainer: Trainer, model: nn.Module, ranks: Ranks) -> bool:
     """Return whether logits can be computed in chunks of tokens; every rank must call this."""
     # With tensor parallelism no rank has the whole weight of the head.
     alone = ranks.can_run and ranks.tp_size == 1
-    projects = alone and ranks.first_decides(lambda: can_project(model))
+    projects = alone and ranks.decide_on_first(lambda: can_project(model))
     # With a static graph DDP reduces gradients by hooks on the model's outputs, which the hidden
     # states at the head are not. A compiled model calls none of our hooks.
     compiles = trainer.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO

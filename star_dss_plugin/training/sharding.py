@@ -199,7 +199,7 @@ class Ranks:
 
         With expert parallelism it covers the experts of all ranks.
         """
-        found = self.first_decides(lambda: model_fingerprint(model))
+        found = self.decide_on_first(lambda: model_fingerprint(model))
         parts = list(dict.fromkeys(self.gather(found))) if self.collective else [found]
         return parts[0] if len(parts) == 1 else hashlib.sha256("".join(parts).encode()).hexdigest()
 
@@ -208,7 +208,7 @@ class Ranks:
         groups = max(1, self.share.ranks // self.tp_size)
         return list(work[self.share.rank // self.tp_size % groups :: groups])
 
-    def first_decides(self, decide: Callable[[], T]) -> T:
+    def decide_on_first(self, decide: Callable[[], T]) -> T:
         """Return what a function of the model's weights returns, also on ranks without weights.
 
         If only first ranks hold weights, every rank gets the result of rank 0; else each rank gets
@@ -216,7 +216,7 @@ class Ranks:
 
         Args:
             decide: The function, called only on ranks that hold weights. Every rank must call
-                `first_decides`.
+                `decide_on_first`.
 
         Raises:
             StarDSSError: On every rank, if `decide` raised it on rank 0.
@@ -235,7 +235,7 @@ class Ranks:
             raise error
         return cast(T, found)
 
-    def agree(self, facts: Mapping[str, Any]) -> None:
+    def check_equal(self, facts: Mapping[str, Any]) -> None:
         """Check that facts are equal on all ranks; every rank must call this.
 
         Args:
@@ -251,7 +251,7 @@ class Ranks:
             if other:
                 raise _apart(name, other)
 
-    def agree_about(self, name: str, values: Sequence[float], within: float) -> None:
+    def check_close(self, name: str, values: Sequence[float], within: float) -> None:
         """Check that numbers are equal on all ranks up to a tolerance; every rank must call this.
 
         Args:

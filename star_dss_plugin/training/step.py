@@ -20,11 +20,11 @@ from star_dss_plugin.loss import TokenWeights, shaped_loss
 from star_dss_plugin.training.head import (
     Projection,
     States,
-    at_head,
-    first_output,
+    apply_at_head,
+    capture_first_output,
     forward_inputs,
     without_logits,
-    zero_of,
+    zero_loss,
 )
 from star_dss_plugin.training.sequence_parallel import (
     balancing_over_group,
@@ -35,7 +35,7 @@ from star_dss_plugin.training.sequence_parallel import (
 )
 from star_dss_plugin.training.state import StarDSSState
 
-__all__ = ["mode_of", "policy_of", "shaped_step", "times_averaged"]
+__all__ = ["averaging_factor", "mode_of", "policy_of", "shaped_step"]
 
 
 def shaped_step(
@@ -125,14 +125,14 @@ def shaped_step(
     )
     active.shaped += mode == "train"
     if num_items_in_batch is not None:
-        loss = loss * times_averaged(trainer, part=part)
+        loss = loss * averaging_factor(trainer, part=part)
     loss = _with_auxiliary_loss(trainer, loss, outputs, num_items_in_batch)
     if active.sharded:
-        loss = loss + zero_of(outputs)
+        loss = loss + zero_loss(outputs)
     return (loss, result[1]) if return_outputs else loss
 
 
-def times_averaged(trainer: Any, *, part: bool) -> int:
+def averaging_factor(trainer: Any, *, part: bool) -> int:
     """Return the factor that undoes the averaging of gradients over processes.
 
     It is the number of processes whose trained tokens are counted together in
@@ -246,10 +246,10 @@ def _forward(
         return alone or (active.needs_distributions and lacking)
 
     with contextlib.ExitStack() as stack:
-        captured = stack.enter_context(first_output(model))
+        captured = stack.enter_context(capture_first_output(model))
         found: list[tuple[Tensor, ...]] = []
         if active.projects:
-            found = stack.enter_context(at_head(policy, terms, wanted=reads_at_head))
+            found = stack.enter_context(apply_at_head(policy, terms, wanted=reads_at_head))
         if alone:
             stack.enter_context(without_logits(model))
         result = host_loss(model, dict(inputs), return_outputs=return_outputs)

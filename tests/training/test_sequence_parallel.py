@@ -30,7 +30,7 @@ from star_dss_plugin.training.sequence_parallel import (
     trained_tokens,
     unshifted,
 )
-from star_dss_plugin.training.step import times_averaged
+from star_dss_plugin.training.step import averaging_factor
 
 PAD, VOCAB = 3, 11
 
@@ -159,7 +159,7 @@ def test_an_evaluation_divides_by_the_tokens_that_its_loss_is_averaged_over(monk
     for batch, part in ((whole, False), (part_of(whole, 2, 1), True)):
         own = int(own_tokens([batch], "cpu"))
         found = mixin.StarDSSMixin._get_num_items_in_batch(given, [batch])
-        assert int(found) == own * times_averaged(given, part=part), (together, part)
+        assert int(found) == own * averaging_factor(given, part=part), (together, part)
     assert groups == ([None, None] if together else ["of this row"])
 
 
@@ -175,7 +175,7 @@ def test_a_loss_counts_as_often_as_processes_divide_by_the_same_tokens(together,
         accelerator=accelerator,
         get_tp_size=lambda: 1,
     )
-    assert times_averaged(given, part=part) == times
+    assert averaging_factor(given, part=part) == times
 
 
 def test_batches_have_the_length_that_attention_is_set_up_for():

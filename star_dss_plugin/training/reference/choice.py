@@ -58,7 +58,7 @@ def choose_reference(
 
     def fresh() -> bool:
         decide = _adapter_is_fresh if ranks.can_run else _adapter_begins_at_zero
-        return ranks.first_decides(lambda: decide(policy))
+        return ranks.decide_on_first(lambda: decide(policy))
 
     if name == "auto":
         early = not obstacle and estimator != "full" and ranks.can_run

@@ -14,12 +14,12 @@ from typing import Any
 
 from star_dss_plugin.errors import DataError
 
-__all__ = ["EvenLoader", "no_rows"]
+__all__ = ["EvenLoader", "no_rows_error"]
 
 logger = logging.getLogger(__name__)
 
 
-def no_rows(rank: int, name: str) -> DataError:
+def no_rows_error(rank: int, name: str) -> DataError:
     """Return the error for a rank whose files of a stream have no rows to train on."""
     return DataError(
         f"Process {rank} got no row of the {name} stream that has trained tokens, while others "
@@ -95,7 +95,7 @@ class EvenLoader:
                     found.append(self._repeated())
             there = self._gather(bool(found) or self._given > 0)
             if not all(there):
-                raise no_rows(there.index(False), self._name)
+                raise no_rows_error(there.index(False), self._name)
         while len(found) < most:
             found.append(self._repeated())
         self._given += len(found)

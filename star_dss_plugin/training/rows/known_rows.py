@@ -25,7 +25,7 @@ _COLUMNS = {
 }
 
 
-_PASSING = 65536
+_RECENT_ROWS = 65536
 """Rows of a stream to remember: more than are read between a row's scoring and its batch."""
 
 
@@ -51,13 +51,13 @@ class _Passing:
         found = list(digests)
         if first:
             self._first = set()
-        if len(self._first) < _PASSING:
+        if len(self._first) < _RECENT_ROWS:
             self._first.update(found)
         for digest in found:
             self._last[digest] = None
             self._last.move_to_end(digest)
         # Rows of the buffer before this one may still wait for their batch.
-        while len(self._last) > max(_PASSING, 2 * len(found)):
+        while len(self._last) > max(_RECENT_ROWS, 2 * len(found)):
             self._last.popitem(last=False)
 
 
@@ -90,7 +90,7 @@ class KnownRows:
             self._trainable = np.union1d(self._trainable, found)
         return _without_reference(dataset)
 
-    def pass_by(self, dataset: Dataset, stream: str, *, first: bool) -> str:
+    def add_buffer(self, dataset: Dataset, stream: str, *, first: bool) -> str:
         """Remember a buffer of a stream until its batches have been made.
 
         Args:

@@ -213,9 +213,9 @@ class ScoredStream:
         except StarDSSError as error:
             error.counted_from(indices[0]).at(file=f"The {self.name} stream")
             raise
-        digest = self._known.pass_by(dataset, self.name, first=not indices[0])
+        digest = self._known.add_buffer(dataset, self.name, first=not indices[0])
         if self.together:
-            self._ranks.agree({f"scored {self.name} data": digest})
+            self._ranks.check_equal({f"scored {self.name} data": digest})
         self._pass = self._pass.merged_with(summary) if self._pass and indices[0] else summary
         if self.summary is None or self._pass.rows >= self.summary.rows:
             self.summary = self._pass

@@ -389,7 +389,7 @@ def test_a_row_that_is_changed_on_its_way_to_the_batch_stops_the_run(tmp_path, t
 
 def test_rows_are_known_while_they_may_still_be_trained_on(tmp_path, tokenizer, monkeypatch):
     """Digests do not grow with the stream."""
-    monkeypatch.setattr(known_rows, "_PASSING", 6)
+    monkeypatch.setattr(known_rows, "_RECENT_ROWS", 6)
     data = {"prompt": [str(i) for i in range(48)], "completion": ANSWERS * 6}
     rows = Dataset.from_dict(data)
     trainer = trained(
@@ -399,7 +399,7 @@ def test_rows_are_known_while_they_may_still_be_trained_on(tmp_path, tokenizer, 
 
 
 def test_a_long_evaluation_in_the_midst_of_a_buffer_stops_nothing(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(known_rows, "_PASSING", 6)
+    monkeypatch.setattr(known_rows, "_RECENT_ROWS", 6)
     data = {"prompt": [str(i) for i in range(64)], "completion": ANSWERS * 8}
     rows = Dataset.from_dict(data)
     trainer = StarDSSTrainer(
