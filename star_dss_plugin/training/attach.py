@@ -180,7 +180,7 @@ def _set_up(
                 )
             read_in_this_process(trainer)
             stream = prepare_stream(trainer, options, tokenizer, kept, rows, ranks, dataset, name)
-            summaries[name] = stream.begin()
+            summaries[name] = stream.score_first_buffer()
             if name == "train":
                 stream.dataset = trainer.pack_stream(stream.dataset, options.stream_buffer)
             streams.append(stream)

@@ -160,7 +160,7 @@ class StarDSSCallback(TrainerCallback):
         stream = next((one for one in active.streams if one.dataset is active.train_dataset), None)
         if stream is None:
             return
-        active.summaries["train"] = stream.read()
+        active.summaries["train"] = stream.total_summary()
         if first:
             waited = sum(one.seconds for one in active.streams) - self._waited
             took = time.monotonic() - self._began

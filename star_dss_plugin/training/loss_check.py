@@ -68,7 +68,7 @@ def check_loss(trainer: Any, active: StarDSSState, dataloader: Any) -> None:
     row = shortest_row(
         loader.dataset,
         active.options.stream_buffer,
-        iter if own is None else own.reading,
+        iter if own is None else own.iterate,
         beyond=fixed // size if fixed else 0,
     )
     there = active.ranks.gather(row is not None)

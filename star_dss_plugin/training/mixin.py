@@ -132,7 +132,7 @@ class StarDSSMixin(_Base):
         stream = self._stream(dataset)
         if stream is None:
             return loader
-        return stream.divide(loader, self.accelerator.num_processes // self.get_tp_size())
+        return stream.wrap_loader(loader, self.accelerator.num_processes // self.get_tp_size())
 
     def _stream(self, dataset: Any) -> ScoredStream | None:
         """Return the `ScoredStream` of a data set; None if the data set is no scored stream."""
@@ -198,7 +198,7 @@ class StarDSSMixin(_Base):
         """Take the next batches, equally many in each process also if each reads its own files."""
         stream = self._stream(self.train_dataset)
         if stream is not None and sequence_parallel_size(self.accelerator) == 1:
-            epoch_iterator = stream.batches(epoch_iterator, num_batches)
+            epoch_iterator = stream.next_batches(epoch_iterator, num_batches)
         return super().get_batch_samples(epoch_iterator, num_batches, *args)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], *args: Any) -> Any:

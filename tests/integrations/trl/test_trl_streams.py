@@ -395,7 +395,7 @@ def test_rows_are_known_while_they_may_still_be_trained_on(tmp_path, tokenizer, 
     trainer = trained(
         tmp_path, tokenizer, rows.to_iterable_dataset(), stream_buffer=1, max_steps=12
     )
-    assert len(trainer.star_dss_state.rows._passing["train"]) == 12
+    assert len(trainer.star_dss_state.rows._recent["train"]) == 12
 
 
 def test_a_long_evaluation_in_the_midst_of_a_buffer_stops_nothing(tmp_path, tokenizer, monkeypatch):
