@@ -16,7 +16,7 @@ from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.options import StarDSSOptions
 from star_dss_plugin.scoring.scorer import score_dataset
-from star_dss_plugin.training.rows.prepare import asks_guard
+from star_dss_plugin.training.rows.prepare import needs_guard
 
 __all__ = ["chat_of", "chat_templates", "score"]
 
@@ -40,7 +40,7 @@ def score(
     Raises:
         StarDSSError: The data cannot be scored.
     """
-    if dataset is None or isinstance(dataset, IterableDataset) or not asks_guard(options, name):
+    if dataset is None or isinstance(dataset, IterableDataset) or not needs_guard(options, name):
         return dataset
     if not isinstance(dataset, Dataset):
         raise DataError(

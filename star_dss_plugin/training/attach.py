@@ -137,7 +137,7 @@ def _set_up(
 ) -> None:
     # First, because with other options a rank would not take part in a collective call below, and
     # the other ranks would wait for it.
-    ranks.check_equal(_facts(trainer, options))
+    ranks.check_equal(_facts_to_compare(trainer, options))
     media = trainer.media_rows()
     several = trainer.accelerator.num_processes > 1
     fillers = FillerRows() if media is not None and several else None
@@ -148,7 +148,7 @@ def _set_up(
             obstacle = "a data set that is a stream"
     with trainer.accelerator.autocast():  # as in training: some attentions need 16 bits
         # Before the reference's fingerprint: some quantized weights change on their first use.
-        projects = _projects(trainer, model, ranks)
+        projects = _can_project(trainer, model, ranks)
         if not obstacle and shaping.needs_reference:
             obstacle = packs_read_together(
                 model, trainer.data_collator, trainer.train_dataset, ranks
@@ -164,7 +164,7 @@ def _set_up(
             ranks=ranks,
         )
     summaries: dict[str, DatasetSummary] = {}
-    rows, kept, streams = KnownRows(), KeptGuard(options), list[ScoredStream]()
+    rows, kept_guard, streams = KnownRows(), KeptGuard(options), list[ScoredStream]()
 
     def prepare(dataset: Any, name: str) -> Any:
         if dataset is None:
@@ -179,7 +179,9 @@ def _set_up(
                     "constructor as eval_dataset."
                 )
             read_in_this_process(trainer)
-            stream = prepare_stream(trainer, options, tokenizer, kept, rows, ranks, dataset, name)
+            stream = prepare_stream(
+                trainer, options, tokenizer, kept_guard, rows, ranks, dataset, name
+            )
             summaries[name] = stream.score_first_buffer()
             if name == "train":
                 stream.dataset = trainer.pack_stream(stream.dataset, options.stream_buffer)
@@ -244,14 +246,14 @@ def _set_up(
         rows=rows,
         train_dataset=train,
         streams=streams,
-        kept=kept,
+        kept_guard=kept_guard,
         alignment=alignment,
         fillers=fillers,
     )
     trainer.add_callback(StarDSSCallback(trainer))
 
 
-def _projects(trainer: Trainer, model: nn.Module, ranks: Ranks) -> bool:
+def _can_project(trainer: Trainer, model: nn.Module, ranks: Ranks) -> bool:
     """Return whether logits can be computed in chunks of tokens; every rank must call this."""
     # With tensor parallelism no rank has the whole weight of the head.
     alone = ranks.can_run and ranks.tp_size == 1
@@ -269,7 +271,7 @@ def _projects(trainer: Trainer, model: nn.Module, ranks: Ranks) -> bool:
     return projects
 
 
-def _facts(trainer: Trainer, options: StarDSSOptions) -> dict[str, Any]:
+def _facts_to_compare(trainer: Trainer, options: StarDSSOptions) -> dict[str, Any]:
     """Return the facts that must agree on all ranks before scoring: options and data sets."""
     facts: dict[str, Any] = {
         f"option {name}": str(value)

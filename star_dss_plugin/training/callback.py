@@ -146,8 +146,8 @@ class StarDSSCallback(TrainerCallback):
         if active is None:
             return
         self._sum_up_stream(active, args.output_dir, state.is_world_process_zero)
-        if active.kept is not None:
-            active.kept.close()
+        if active.kept_guard is not None:
+            active.kept_guard.close()
         if not state.is_world_process_zero:
             return
         train = active.summaries["train"]

@@ -97,7 +97,7 @@ def _streamed(active: StarDSSState) -> str:
     if not train.streamed:
         return ""
     said = "the training data is a stream"
-    if active.kept is not None and active.kept.loaded:
+    if active.kept_guard is not None and active.kept_guard.loaded:
         said += (
             f", scored {active.options.stream_buffer} rows at a time: training waits for that, and "
             "the guard stays in memory (not if the data is scored beforehand)"

@@ -39,7 +39,7 @@ class StarDSSState:
         rows: Digests of the rows that were prepared.
         train_dataset: The data set that `summaries["train"]` describes.
         streams: The streams that are scored as they are read.
-        kept: The guard that scores them.
+        kept_guard: The guard that scores them.
         alignment: Assigns scores to tokens in the data collator; None if rows come tokenized.
         fillers: Rows with media to add to batches without; None in a run of one process.
         outputs_unread: Whether the running evaluation step drops the outputs that it asks for.
@@ -58,7 +58,7 @@ class StarDSSState:
     rows: KnownRows = field(default_factory=KnownRows)
     train_dataset: Any = None
     streams: list[ScoredStream] = field(default_factory=list)
-    kept: KeptGuard | None = None
+    kept_guard: KeptGuard | None = None
     alignment: Alignment | None = None
     fillers: FillerRows | None = None
     outputs_unread: bool = False

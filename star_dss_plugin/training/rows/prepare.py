@@ -24,9 +24,9 @@ from star_dss_plugin.scoring.strictness import stricter_dataset
 from star_dss_plugin.training.rows.summary import DatasetSummary, summarize
 
 __all__ = [
-    "asks_guard",
     "check_kind",
     "check_scores",
+    "needs_guard",
     "prepare_dataset",
 ]
 
@@ -82,7 +82,7 @@ def prepare_dataset(
             "recovered. Give it unpacked; packing=True packs its rows after they are scored."
         )
     if SCORES_COLUMN in dataset.column_names:
-        if options.guard is not None and not _scored_as_told(dataset, options):
+        if options.guard is not None and not _scored_as_configured(dataset, options):
             logger.warning(
                 "The %s data set brings its scores, which are not known to be those of the guard "
                 "and the chunks that the options name. They are used, and the guard is not asked. "
@@ -96,7 +96,7 @@ def prepare_dataset(
         check_row_digests(dataset, name)
         dataset = _fit_scores(dataset, name, *truncation)
         changed = dataset is not given
-    elif not asks_guard(options, name):
+    elif not needs_guard(options, name):
         # So that this mode trains the same tokens as the modes that read scores.
         dataset = restrict_labels(dataset, chat, needed=not part)
         plain = dataset.with_format(None)
@@ -143,7 +143,7 @@ def check_kind(dataset: Any, name: str) -> None:
         )
 
 
-def _scored_as_told(dataset: Dataset, options: StarDSSOptions) -> bool:
+def _scored_as_configured(dataset: Dataset, options: StarDSSOptions) -> bool:
     """Return whether a data set's provenance has the guard and the chunks that the options name."""
     noted = provenances_of(dataset)
     guard = options.guard if isinstance(options.guard, str) else None
@@ -154,7 +154,7 @@ def _scored_as_told(dataset: Dataset, options: StarDSSOptions) -> bool:
     )
 
 
-def asks_guard(options: StarDSSOptions, name: str) -> bool:
+def needs_guard(options: StarDSSOptions, name: str) -> bool:
     """Return whether a guard scores a data set ("train", "eval", …) that brings no scores."""
     if name != "train" and not options.score_eval:
         return False

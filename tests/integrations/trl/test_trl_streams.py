@@ -238,7 +238,7 @@ def test_a_stream_that_brings_scores_needs_no_guard(tmp_path, tokenizer, asked):
     )
     same(ours, trained(tmp_path / "b", tokenizer, load_from_disk(tmp_path / "scored"), **changes))
     assert not asked
-    assert not ours.star_dss_state.kept.loaded
+    assert not ours.star_dss_state.kept_guard.loaded
 
 
 def test_scores_that_only_some_rows_bring_are_not_said_to_be_the_guards(tmp_path, tokenizer):
