@@ -32,7 +32,7 @@ from transformers import (
 from star_dss_plugin.data.cache import default_cache_dir
 from star_dss_plugin.data.writing import atomic_folder
 from star_dss_plugin.errors import ConfigError, GuardError
-from star_dss_plugin.validation import not_a_file
+from star_dss_plugin.validation import check_reserved_name
 
 __all__ = [
     "DEFAULT_SYSTEM",
@@ -77,7 +77,7 @@ def resolve_model(name: str) -> str:
     """
     if name != SMOLLM2:
         return name
-    not_a_file(name, SMOLLM2_MEANS)
+    check_reserved_name(name, SMOLLM2_MEANS)
     folder = _converted_copy()
     if folder is None:
         raise ConfigError(

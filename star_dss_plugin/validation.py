@@ -17,9 +17,9 @@ from star_dss_plugin.errors import ConfigError
 
 __all__ = [
     "at_least",
+    "check_reserved_name",
     "json_mapping",
     "nearest",
-    "not_a_file",
     "probability",
     "require",
     "shortened",
@@ -79,7 +79,7 @@ def nearest(name: str, known: Iterable[str], *, most: int = 3) -> list[str]:
     return difflib.get_close_matches(name, list(known), n=most, cutoff=0.5)
 
 
-def not_a_file(name: str, means: str) -> None:
+def check_reserved_name(name: str, means: str) -> None:
     """Check that no file or folder has a reserved name such as "demo".
 
     Args:

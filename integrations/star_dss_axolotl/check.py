@@ -40,7 +40,7 @@ def check(path: Path, raw: dict[str, Any], *, data: bool) -> Findings:
     Returns:
         Notes on the run, and problems that would stop it or make it plain finetuning.
     """
-    found = Findings(problems=[*_wiring(raw), *conflicts(raw)])
+    found = Findings(problems=[*_plugin_problems(raw), *conflicts(raw)])
     block = raw.get("star_dss")
     if block is not None:
         try:
@@ -54,11 +54,11 @@ def check(path: Path, raw: dict[str, Any], *, data: bool) -> Findings:
             found.notes += looked_up.notes
             found.problems += looked_up.problems
     if not found.problems:
-        _as_axolotl_sees_it(raw, found, data=data)
+        _check_with_axolotl(raw, found, data=data)
     return found
 
 
-def _wiring(raw: dict[str, Any]) -> list[str]:
+def _plugin_problems(raw: dict[str, Any]) -> list[str]:
     """Find why Axolotl would ignore the plugin or its block, and train without STAR-DSS."""
     problems = []
     plugins = [str(name) for name in raw.get("plugins") or ()]
@@ -66,7 +66,7 @@ def _wiring(raw: dict[str, Any]) -> list[str]:
         try:
             load_plugin(name)
         except Exception as error:  # a plugin may raise anything while it is imported
-            hint = f" Did you mean {PLUGIN}?" if _near(PLUGIN, [name]) else ""
+            hint = f" Did you mean {PLUGIN}?" if _nearest_name(PLUGIN, [name]) else ""
             problems.append(
                 f"The plugin {name} cannot be loaded ({type(error).__name__}: {error}). Axolotl "
                 f"may only log that and train without it.{hint}"
@@ -75,7 +75,7 @@ def _wiring(raw: dict[str, Any]) -> list[str]:
         from axolotl.utils.schemas.config import AxolotlInputConfig
 
         known = {"star_dss", *AxolotlInputConfig.model_fields}
-        near = _near("star_dss", [str(key) for key in raw if key not in known])
+        near = _nearest_name("star_dss", [str(key) for key in raw if key not in known])
         what = (
             f"it has {near!r}, which Axolotl drops. Call it star_dss"
             if near
@@ -83,7 +83,7 @@ def _wiring(raw: dict[str, Any]) -> list[str]:
         )
         problems.append(f"There is no star_dss block: {what}.")
     if not is_listed(raw):
-        near = _near(PLUGIN, plugins)
+        near = _nearest_name(PLUGIN, plugins)
         what = f" (it lists {near})" if near else ""
         problems.append(
             f"The plugin is not listed{what}, so Axolotl drops the star_dss block and trains "
@@ -92,11 +92,11 @@ def _wiring(raw: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _near(name: str, given: list[str]) -> str | None:
+def _nearest_name(name: str, given: list[str]) -> str | None:
     return next(iter(nearest(name, given, most=1)), None)
 
 
-def _as_axolotl_sees_it(raw: dict[str, Any], found: Findings, *, data: bool) -> None:
+def _check_with_axolotl(raw: dict[str, Any], found: Findings, *, data: bool) -> None:
     """Validate the configuration with Axolotl, load the data with it, and add estimates."""
     from axolotl.cli.config import gpu_capabilities, plugin_set_cfg, prepare_plugins
     from axolotl.common.datasets import load_datasets

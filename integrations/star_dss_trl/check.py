@@ -23,7 +23,7 @@ from star_dss_plugin.training.rows.stream_checks import check_stream
 from star_dss_trl.media import has_images, load_processor, rows_of
 from star_dss_trl.sft import load_data, parse, used_splits
 from star_dss_trl.templates import training_template
-from star_dss_trl.trainer import refuse_early
+from star_dss_trl.trainer import check_settings
 
 __all__ = ["check"]
 
@@ -48,7 +48,7 @@ def check(path: Path, raw: dict[str, Any], *, data: bool) -> Findings:
         return Findings(problems=[f"{what} Set loss_type: star_dss."])
     found = check_options(training_args)
     try:
-        refuse_early(training_args)
+        check_settings(training_args)
         if not data:
             return found
         splits = load_data(script_args, mixture_args)

@@ -17,7 +17,7 @@ from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.errors import ConfigError, DataError
 from star_dss_plugin.smollm2 import resolve_model
 
-__all__ = ["closed_to_media", "has_images", "load_processor", "rows_of"]
+__all__ = ["has_images", "load_processor", "reject_media", "rows_of"]
 
 
 def has_images(columns: Iterable[str]) -> bool:
@@ -82,7 +82,7 @@ def _conversation(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def closed_to_media(dataset: Any, processor: Any, name: str) -> Any:
+def reject_media(dataset: Any, processor: Any, name: str) -> Any:
     """Check that no row that TRL tokenizes as text holds media.
 
     TRL would keep the placeholder tokens of the media without the media themselves: the model would
@@ -101,7 +101,7 @@ def closed_to_media(dataset: Any, processor: Any, name: str) -> Any:
     """
     if not isinstance(processor, ProcessorMixin):
         return dataset
-    check = _refuses(name)
+    check = _media_check(name)
     if isinstance(dataset, Dataset):
         for i, row in enumerate(without_decoding(dataset)):
             with_row_number(i, check, row)
@@ -114,7 +114,7 @@ def closed_to_media(dataset: Any, processor: Any, name: str) -> Any:
     return dataset.map(checked, with_indices=True)
 
 
-def _refuses(name: str) -> Callable[[Mapping[str, Any]], None]:
+def _media_check(name: str) -> Callable[[Mapping[str, Any]], None]:
     def check(row: Mapping[str, Any]) -> None:
         said = [conversation_of(row), row.get("prompt"), row.get("completion")]
         for messages in said:

@@ -17,9 +17,9 @@ from star_dss_plugin.training.attach import set_up
 from star_dss_plugin.training.host_checks import check_arguments, switch_fused_loss_off
 from star_dss_plugin.training.mixin import StarDSSMixin
 from star_dss_trl.config import HOST_LOSS_TYPES, StarDSSConfig
-from star_dss_trl.media import closed_to_media, rows_of
+from star_dss_trl.media import reject_media, rows_of
 
-__all__ = ["StarDSSTrainer", "refuse_early"]
+__all__ = ["StarDSSTrainer", "check_settings"]
 
 
 class StarDSSTrainer(StarDSSMixin, SFTTrainer):  # type: ignore[misc]
@@ -58,7 +58,7 @@ class StarDSSTrainer(StarDSSMixin, SFTTrainer):  # type: ignore[misc]
         if not args.star_dss_active:
             super().__init__(model, args, *rest, **kwargs)
             return
-        refuse_early(args)
+        check_settings(args)
         self._packs_late = True
         loss_type = args.loss_type
         # SFTTrainer accepts its own loss types only. With "nll" its forward pass returns what our
@@ -84,7 +84,7 @@ class StarDSSTrainer(StarDSSMixin, SFTTrainer):  # type: ignore[misc]
             if isinstance(dataset, Dataset):
                 # Checked before TRL truncates the tokens but not the scores.
                 check_row_digests(dataset, name)
-            dataset = closed_to_media(dataset, processing_class, name)
+            dataset = reject_media(dataset, processing_class, name)
         if packing and self._packs_late:
             args, packing = copy.copy(args), False
             # bfd drops the ends of long rows; the other strategies split rows, so nothing is cut.
@@ -117,7 +117,7 @@ class StarDSSTrainer(StarDSSMixin, SFTTrainer):  # type: ignore[misc]
         return packed
 
 
-def refuse_early(args: StarDSSConfig) -> None:
+def check_settings(args: StarDSSConfig) -> None:
     """Reject unsupported settings before SFTTrainer's constructor fails on them.
 
     Raises:

@@ -96,7 +96,7 @@ def evaluate(
 
 
 def _print(found: Comparison) -> None:
-    from star_dss_plugin.evaluate.page import HEADINGS, shown
+    from star_dss_plugin.evaluate.page import HEADINGS, percent
     from star_dss_plugin.evaluate.verdicts import differences, measures
     from star_dss_plugin.tables import Sheet, terminal
     from star_dss_plugin.visible import visible, visible_line
@@ -106,7 +106,7 @@ def _print(found: Comparison) -> None:
     rows = []
     for model in found.models:
         shares = measures(model, found.guard)
-        cells = (shown(shares[name]).replace(" [", "\n[") for name in names)
+        cells = (percent(shares[name]).replace(" [", "\n[") for name in names)
         rows.append((visible_line(model.name), *cells))
         if model is not first:
             apart = differences(model, first, found.guard)

@@ -76,7 +76,7 @@ def landscape(
     from star_dss_plugin.evaluate import landscape as space
     from star_dss_plugin.evaluate.generation import answers_to
     from star_dss_plugin.evaluate.landscape_figure import check_figures, write_landscape
-    from star_dss_plugin.evaluate.landscape_points import PointsFile, put_together
+    from star_dss_plugin.evaluate.landscape_points import PointsFile, assemble_landscape
     from star_dss_plugin.evaluate.models import load_whole_model
     from star_dss_plugin.evaluate.moved_weights import MovedWeights
     from star_dss_plugin.evaluate.prompts import HARMFUL, load_prompts
@@ -137,7 +137,7 @@ def landscape(
 
             space.measure(weights, loaded, missing, asked, answer, judged.verdicts, keep)
 
-    found = put_together(samples, {one: file.known[one] for one in places})
+    found = assemble_landscape(samples, {one: file.known[one] for one in places})
     said = {
         "model": model,
         "toward": toward,

@@ -25,7 +25,7 @@ from star_dss_plugin.data.files.parquet_shards import is_sharded, load_scored
 from star_dss_plugin.data.media import check_features
 from star_dss_plugin.data.rows import unreadable
 from star_dss_plugin.errors import DataError, StarDSSError
-from star_dss_plugin.validation import not_a_file
+from star_dss_plugin.validation import check_reserved_name
 
 __all__ = [
     "DEMO",
@@ -164,7 +164,7 @@ def packaged(package: str, name: str) -> Dataset:
 
 def _load(source: str, path: Path, split: str, config: str | None) -> Dataset:
     if source == DEMO:
-        not_a_file(DEMO, DEMO_MEANS)
+        check_reserved_name(DEMO, DEMO_MEANS)
         return packaged("star_dss_plugin.data", "demo_mix.jsonl")
     if config is not None and path.exists():
         raise DataError(

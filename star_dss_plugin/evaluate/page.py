@@ -21,7 +21,7 @@ from star_dss_plugin.guards.base import display_name
 from star_dss_plugin.report.rendering import content_hash, page_environment
 from star_dss_plugin.visible import visible
 
-__all__ = ["HEADINGS", "Bars", "Front", "render_comparison", "shown"]
+__all__ = ["HEADINGS", "Bars", "FrontMatter", "percent", "render_comparison"]
 
 HEADINGS = {
     "safe_share": "safe share",
@@ -40,7 +40,7 @@ _TITLES = {
 }
 
 
-def shown(share: Estimate) -> str:
+def percent(share: Estimate) -> str:
     """Return a share with its interval, in percent: "93 % [85, 98]"."""
     return f"{100 * share.value:.0f} % [{100 * share.low:.0f}, {100 * share.high:.0f}]"
 
@@ -59,7 +59,7 @@ class Bars:
 
 
 @dataclass(frozen=True)
-class Front:
+class FrontMatter:
     """Hold an introduction above the comparison, such as that of the demonstration's page.
 
     Attributes:
@@ -75,7 +75,9 @@ class Front:
     links: Sequence[tuple[str, str]] = ()
 
 
-def render_comparison(found: Comparison, *, text: bool = True, front: Front | None = None) -> str:
+def render_comparison(
+    found: Comparison, *, text: bool = True, front: FrontMatter | None = None
+) -> str:
     """Return the complete HTML file.
 
     Args:
@@ -95,12 +97,12 @@ def render_comparison(found: Comparison, *, text: bool = True, front: Front | No
         "form-action 'none'",
         style=Markup(style),
         version=__version__,
-        front=front or Front(),
+        front=front or FrontMatter(),
         judge=f"Judged by {judges}.",
         warnings=[visible(warning) for warning in found.warnings()],
         headings=[HEADINGS[name] for name in names],
         table=[
-            {"name": name, "cells": [shown(share) for share in shares.values()]}
+            {"name": name, "cells": [percent(share) for share in shares.values()]}
             for name, shares in table.items()
         ],
         sets=[

@@ -13,7 +13,7 @@ from star_dss_plugin.data.reading import DEMO, DEMO_MEANS, packaged, read_datase
 from star_dss_plugin.data.requests import Message
 from star_dss_plugin.data.rows import plain_rows, with_row_number
 from star_dss_plugin.errors import DataError
-from star_dss_plugin.validation import not_a_file
+from star_dss_plugin.validation import check_reserved_name
 
 __all__ = [
     "BENIGN",
@@ -63,7 +63,7 @@ def load_prompts(
         DataError: The source cannot be read, there are no rows, or a row has no prompt.
     """
     if source == DEMO:
-        not_a_file(DEMO, DEMO_MEANS)
+        check_reserved_name(DEMO, DEMO_MEANS)
         return demo_prompts(kind, limit=limit)
     return read_prompts(read_dataset(source, split), kind, limit=limit)
 

@@ -170,7 +170,9 @@ class Plugins:
         """Return the values of `star-dss init --host`, each with the name of its integration."""
         return {name: host for host, i in self._integrations.items() for name in i.starters}
 
-    def of_host(self, name: str, target: str | Callable[..., Any], what: str) -> Callable[..., Any]:
+    def import_target(
+        self, name: str, target: str | Callable[..., Any], what: str
+    ) -> Callable[..., Any]:
         """Import a target of the integration `name`.
 
         Args:

@@ -324,10 +324,10 @@ def contents(folder):
 
 
 def test_all_shards_use_one_probe(data, guard, tmp_path, monkeypatch):
-    learned, own = [], probing_guard.ProbingGuard.learn
+    learned, own = [], probing_guard.ProbingGuard.fit_probe
     monkeypatch.setattr(
         probing_guard.ProbingGuard,
-        "learn",
+        "fit_probe",
         lambda self, *told: learned.append(1) or own(self, *told),
     )
     job = begun(data, tmp_path / "one", guard)

@@ -30,7 +30,7 @@ __all__ = [
     "aligned_start",
     "answers",
     "cross_entropies",
-    "finetuned",
+    "finetune",
     "mixture",
     "scored",
     "trained_scores",
@@ -93,7 +93,7 @@ class _Steps(TrainerCallback):
         self._advance()
 
 
-def finetuned(
+def finetune(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,

@@ -43,9 +43,9 @@ _Bools = NDArray[np.bool_]
 
 
 class ProbingGuard(Guard):
-    """Wrap a guard for which a probe is to be fitted, before `learn`.
+    """Wrap a guard for which a probe is to be fitted, before `fit_probe`.
 
-    `scoring/probed.py` draws the sample, calls `learn` and scores with `with_probe`. By itself this
+    `scoring/probed.py` draws the sample, calls `fit_probe` and scores with `with_probe`. By itself this
     guard returns exact scores.
 
     Args:
