@@ -25,6 +25,7 @@ from star_dss_plugin.logprobs import IGNORE_INDEX
 __all__ = [
     "add_row_digests",
     "check_row_digests",
+    "contains_digest",
     "packed_row_digests",
     "remove_row_digests",
     "write_merged_digests",
@@ -98,14 +99,19 @@ def check_row_digests(dataset: Dataset, name: str) -> None:
         return
     known = _known(noted)
     for i, digest in _digests(dataset, SCORES_COLUMN):
-        place = int(np.searchsorted(known, digest))
-        if place == len(known) or known[place] != digest:
+        if not contains_digest(known, digest):
             raise DataError(
                 "the row is not as it was scored: its tokens, labels or scores were changed, or "
                 "the scores are another row's. Score the data again. If you changed them on "
                 "purpose, or joined the data with rows that bring scores of their own, clear "
                 "dataset.info.description, which notes how the rows were scored."
             ).at(file=f"The {name} data set", rows=(i,))
+
+
+def contains_digest(sorted_digests: NDArray[np.uint64], digest: np.uint64) -> bool:
+    """Return whether a digest is among sorted ones."""
+    place = int(np.searchsorted(sorted_digests, digest))
+    return place < len(sorted_digests) and bool(sorted_digests[place] == digest)
 
 
 def _digests(dataset: Dataset, column: str) -> Iterator[tuple[int, np.uint64]]:

@@ -21,9 +21,8 @@ def longest_first(prompts: SharedPrompts) -> list[int]:
     tokens after their common prefix. With the shortest first, every prompt would also compute a
     piece of the response.
     """
-    first = {piece: i for i, piece in reversed(list(enumerate(prompts.pieces)))}
     lengths = prompts.lengths()
-    return sorted(first.values(), key=lambda i: (-lengths[i], prompts.sort_key(i)))
+    return sorted(prompts.distinct(), key=lambda i: (-lengths[i], prompts.sort_key(i)))
 
 
 def label_row(logprobs: Mapping[int, float], label_ids: Sequence[int]) -> list[float]:

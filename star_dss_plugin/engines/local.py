@@ -25,13 +25,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from star_dss_plugin.engines.padding import padded
 from star_dss_plugin.engines.shared_prefix.attention import KeysValues, Pass, pass_running
-from star_dss_plugin.engines.shared_prefix.passes import (
-    first_tokens,
-    padded,
-    rows_after,
-    tails_after,
-)
+from star_dss_plugin.engines.shared_prefix.passes import first_tokens, rows_after, tails_after
 from star_dss_plugin.engines.shared_prefix.recording import blocks_of, recording
 from star_dss_plugin.engines.shared_prefix.savings import LastLayer, OneDnnLinear
 from star_dss_plugin.engines.shared_prefix.tree import (

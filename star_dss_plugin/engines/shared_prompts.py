@@ -75,6 +75,11 @@ class SharedPrompts(Sequence[list[int]]):
         """Return the number of tokens of each prompt."""
         return [kept + len(end) for kept, end in self.pieces]
 
+    def distinct(self) -> list[int]:
+        """Return the index of the first of each group of equal prompts, in any order."""
+        first = {piece: i for i, piece in reversed(list(enumerate(self.pieces)))}
+        return list(first.values())
+
     def token_slice(self, index: int, start: int, stop: int | None = None) -> tuple[int, ...]:
         """Return the tokens `start:stop` of one prompt, without building the whole prompt."""
         kept, end = self.pieces[index]

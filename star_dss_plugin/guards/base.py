@@ -27,6 +27,7 @@ __all__ = [
     "ask",
     "batches",
     "check_trajectories",
+    "consecutive_batches",
     "display_name",
     "lowest_trajectory",
     "non_finite_error",
@@ -66,6 +67,11 @@ def batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
         else:
             found.append([i])
     return found
+
+
+def consecutive_batches(count: int, size: int) -> list[list[int]]:
+    """Group `count` indices, in order, into batches of up to `size`."""
+    return [list(range(i, min(i + size, count))) for i in range(0, count, size)]
 
 
 def lowest_trajectory(answers: Sequence[Trajectory]) -> Trajectory:

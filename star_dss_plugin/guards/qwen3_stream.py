@@ -17,8 +17,14 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, Qwen3Config
 
 from star_dss_plugin.data.requests import Message, PrefixRequest
+from star_dss_plugin.engines.padding import padded
 from star_dss_plugin.guards.attempts import Markers
-from star_dss_plugin.guards.base import StreamingGuard, batches, non_finite_error
+from star_dss_plugin.guards.base import (
+    StreamingGuard,
+    batches,
+    consecutive_batches,
+    non_finite_error,
+)
 from star_dss_plugin.guards.prompting.prompts import Prompts
 from star_dss_plugin.guards.prompting.template import GuardTemplate
 from star_dss_plugin.guards.self_check import run_self_check, self_check_identity
@@ -142,8 +148,7 @@ class Qwen3StreamGuard(StreamingGuard):
 
     def plan(self, requests: Sequence[PrefixRequest]) -> list[list[int]]:
         """Return the responses in their order, up to 64 per batch."""
-        every = range(0, len(requests), _RESPONSES_PER_CALL)
-        return [list(range(i, min(i + _RESPONSES_PER_CALL, len(requests)))) for i in every]
+        return consecutive_batches(len(requests), _RESPONSES_PER_CALL)
 
     def token_scores(
         self, responses: Sequence[tuple[Sequence[Message], str]]
@@ -182,10 +187,9 @@ class Qwen3StreamGuard(StreamingGuard):
     @torch.inference_mode()
     def _forward(self, rows: Sequence[Sequence[int]]) -> list[list[float]]:
         """Return P(safe) at every token of each row."""
-        width = max(map(len, rows))
         # Padding follows the text and attention is causal, so no mask is needed.
-        ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
-        levels = self._model(ids.to(self._device)).double().softmax(-1).cpu()
+        ids, _ = padded(rows, self._device)
+        levels = self._model(ids).double().softmax(-1).cpu()
         safe = (levels @ torch.tensor(self._weights, dtype=torch.float64)).clamp(0, 1)
         return [scores[: len(row)].tolist() for scores, row in zip(safe, rows, strict=True)]
 

@@ -122,6 +122,7 @@ def memory(prompts: int) -> int:
 
 
 def test_memory_grows_with_the_response_not_with_its_square():
+    memory(2000)  # the first call also fills Python's free lists of tuples
     assert memory(2000) < 3 * memory(1000)
     assert memory(2000) < 2000 * 5 * 2000 / 2 * 8 / 10  # a tenth of all prompts written out
 

@@ -67,9 +67,8 @@ def build_tree(group: int, prompts: Sequence[Sequence[int]]) -> Tree:
     Time and memory grow with the trunk and the tails, not with the prompts written out.
     """
     shared = SharedPrompts.of(prompts)
-    first = {piece: i for i, piece in reversed(list(enumerate(shared.pieces)))}
     # Descending, so that a prompt comes before its own prefixes and is preferred as the trunk.
-    ordered = sorted(first.values(), key=shared.sort_key, reverse=True)
+    ordered = sorted(shared.distinct(), key=shared.sort_key, reverse=True)
     neighbours = [shared.common_prefix_length(a, b) for a, b in pairwise(ordered)]
     # The prompt that shares the most tokens with the rest leaves the fewest tokens in the tails.
     shared_tokens = _shared_tokens(neighbours)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from star_dss_plugin.data.requests import Message
+from star_dss_plugin.engines.padding import padded
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.guards.base import batches
 from star_dss_plugin.smollm2 import DEFAULT_SYSTEM, load_smollm2
@@ -154,12 +155,9 @@ class Backbone:
         """Return the states of each window, in the order of `windows`."""
         states = [torch.empty(0)] * len(windows)
         for batch in batches([len(w.ids) for w in windows], self._batch_tokens):
-            width = max(len(windows[i].ids) for i in batch)
             # Padding follows the text and attention is causal, so no mask is needed.
-            ids = [windows[i].ids + [0] * (width - len(windows[i].ids)) for i in batch]
-            output = self._model(
-                torch.tensor(ids, device=self._device), use_cache=False, output_hidden_states=True
-            )
+            ids, _ = padded([windows[i].ids for i in batch], self._device)
+            output = self._model(ids, use_cache=False, output_hidden_states=True)
             found = torch.cat([output.hidden_states[layer] for layer in LAYERS], dim=-1).float()
             for i, rows in zip(batch, found, strict=True):
                 states[i] = rows[windows[i].start : len(windows[i].ids)].clone()

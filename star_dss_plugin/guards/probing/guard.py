@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from star_dss_plugin.data.fingerprints import content_key
 from star_dss_plugin.data.requests import PrefixRequest, Trajectory
 from star_dss_plugin.errors import ConfigError, GuardError
-from star_dss_plugin.guards.base import Guard, StreamingGuard, ask
+from star_dss_plugin.guards.base import Guard, StreamingGuard, ask, consecutive_batches
 from star_dss_plugin.guards.combined import CalibratedGuard, CombinedGuard
 from star_dss_plugin.guards.probing.bounds import Bounds, HeldOut, check_bounds, probabilities
 from star_dss_plugin.guards.probing.fitted import FittedProbe
@@ -45,8 +45,8 @@ _Bools = NDArray[np.bool_]
 class ProbingGuard(Guard):
     """Wrap a guard for which a probe is to be fitted, before `fit_probe`.
 
-    `scoring/probed.py` draws the sample, calls `fit_probe` and scores with `with_probe`. By itself this
-    guard returns exact scores.
+    `scoring/probed.py` draws the sample, calls `fit_probe` and scores with `with_probe`. By itself
+    this guard returns exact scores.
 
     Args:
         guard: A verdict guard of the local engine, or one with calibrated scores.
@@ -181,8 +181,7 @@ class ProbedGuard(Guard):
         Most responses need one pass only, and the guard plans its own batches for the prefixes that
         it scores.
         """
-        count = range(0, len(requests), _RESPONSES_PER_CALL)
-        return [list(range(len(requests)))[i : i + _RESPONSES_PER_CALL] for i in count]
+        return consecutive_batches(len(requests), _RESPONSES_PER_CALL)
 
     def trajectories(self, requests: Sequence[PrefixRequest]) -> list[Trajectory]:
         states = self._verdict.trunk_states(requests, self._learned.blocks)

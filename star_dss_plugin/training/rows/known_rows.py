@@ -11,6 +11,7 @@ import numpy as np
 from datasets import Dataset
 
 from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN
+from star_dss_plugin.data.row_digests import contains_digest
 from star_dss_plugin.errors import DataError
 
 __all__ = ["KnownRows"]
@@ -147,9 +148,7 @@ class KnownRows:
         found = _digest(row)
         if any(found in recent for recent in self._recent.values()):
             return
-        digest = np.uint64(found)
-        place = int(np.searchsorted(self._digests, digest))
-        if place == len(self._digests) or self._digests[place] != digest:
+        if not contains_digest(self._digests, np.uint64(found)):
             raise _unknown_row_error("A row of a batch")
 
 
