@@ -57,7 +57,7 @@ from star_dss_plugin.data.tokenization import tokenize_row
 from star_dss_plugin.engines.shared_prefix.tree import build_tree
 from star_dss_plugin.guards.base import Guard
 from star_dss_plugin.guards.probing.fitted import FittedProbe
-from star_dss_plugin.guards.probing.guard import ProbingGuard, probing
+from star_dss_plugin.guards.probing.guard import ProbingGuard, make_probing
 from star_dss_plugin.guards.prompting.template import GuardTemplate
 from star_dss_plugin.logprobs import IGNORE_INDEX
 from star_dss_plugin.scoring.probed import POOL, STRIDE, Pool, ProbedTrajectories
@@ -282,7 +282,9 @@ def scoring(args: argparse.Namespace, description: dict[str, Any]) -> None:
         asked = sets[name]
         guard = load_guard(description)
         _, exact, full = measured(guard, asked)
-        asking, probed, less = measured(probing(guard, args.sample, args.tolerance, 0.5), asked)
+        asking, probed, less = measured(
+            make_probing(guard, args.sample, args.tolerance, 0.5), asked
+        )
         guard.close()
         outside = [key for key in asked if key not in Parts.sample]
         parts = ({key: found[key] for key in outside} for found in (exact, probed))

@@ -18,7 +18,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from star_dss_plugin.data.columns import SCORES_COLUMN
-from star_dss_plugin.data.provenance import damaged_note, notes, remove_note, write_note
+from star_dss_plugin.data.provenance import damaged_note, read_notes, remove_note, write_note
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.logprobs import IGNORE_INDEX
 
@@ -48,7 +48,7 @@ def write_row_digests(dataset: Dataset, columns: Sequence[str] = (SCORES_COLUMN,
 
 def add_row_digests(dataset: Dataset) -> None:
     """Add the digests of rows that this package changed itself, if the data set has a note."""
-    if noted := notes(dataset, _NOTE):
+    if noted := read_notes(dataset, _NOTE):
         found = [digest for _, digest in _digests(dataset, SCORES_COLUMN)]
         known = np.concatenate([_known(noted), np.asarray(found, np.uint64)])
         write_note(dataset, _NOTE, _packed(known))
@@ -61,7 +61,7 @@ def remove_row_digests(dataset: Dataset) -> None:
 
 def packed_row_digests(dataset: Dataset) -> str | None:
     """Return a data set's digests as one text, for files without a description; None if none."""
-    found: list[Any] = notes(dataset, _NOTE)
+    found: list[Any] = read_notes(dataset, _NOTE)
     return _packed(_known(found)) if found else None
 
 
@@ -95,7 +95,7 @@ def check_row_digests(dataset: Dataset, name: str) -> None:
     needed = {"input_ids", "labels", SCORES_COLUMN}
     if not needed <= set(dataset.column_names) or "seq_lengths" in dataset.column_names:
         return
-    if not (noted := notes(dataset, _NOTE)):
+    if not (noted := read_notes(dataset, _NOTE)):
         return
     known = _known(noted)
     for i, digest in _digests(dataset, SCORES_COLUMN):

@@ -15,7 +15,7 @@ from star_dss_plugin.data.provenance import damaged_note
 from star_dss_plugin.data.requests import PrefixRequest, Trajectory
 from star_dss_plugin.data.row_responses import missing_context_warning
 from star_dss_plugin.errors import DataError
-from star_dss_plugin.guards.attempts import attempts
+from star_dss_plugin.guards.attempts import find_attempts
 from star_dss_plugin.guards.base import Guard
 from star_dss_plugin.guards.combined import single_guards
 from star_dss_plugin.visible import visible_line
@@ -61,7 +61,7 @@ def attempt_notes(
     for row, request, raw_context in responses:
         context = () if raw_context else request.context
         text = own_marks.sub(" ", request.text) if raw_context and own_marks else request.text
-        for kind in attempts([text, *(str(m["content"]) for m in context)], markers):
+        for kind in find_attempts([text, *(str(m["content"]) for m in context)], markers):
             rows.setdefault(kind, []).append(row)
         truncated += any(one.truncates(request) for one in guards)
     found: dict[str, dict[str, Any]] = {

@@ -19,7 +19,7 @@ from star_dss_plugin.data.fingerprints import dataset_hash, tokenizer_hash
 from star_dss_plugin.data.reading import read_dataset
 from star_dss_plugin.data.writing import write_text
 from star_dss_plugin.errors import ConfigError, DataError
-from star_dss_plugin.guards.probing.guard import probing
+from star_dss_plugin.guards.probing.guard import make_probing
 from star_dss_plugin.models.loading import load_tokenizer
 from star_dss_plugin.options import ScoringOptions
 from star_dss_plugin.scoring.cached_trajectories import none_scored_error
@@ -154,7 +154,7 @@ def begin(
     options.validate()
     guard = guard_of(options)
     if options.trajectory == "probed":
-        probing(guard, options.probe_sample, options.probe_tolerance, 0.5)
+        make_probing(guard, options.probe_sample, options.probe_tolerance, 0.5)
     # Workers may run in other folders.
     data = str(Path(data).absolute()) if Path(data).exists() else data
     job = Job(

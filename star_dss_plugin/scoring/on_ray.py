@@ -15,7 +15,7 @@ from star_dss_plugin import errors
 from star_dss_plugin.data.writing import writing
 from star_dss_plugin.errors import ConfigError, GuardError, PluginError, StarDSSError
 from star_dss_plugin.scoring.jobs import Job
-from star_dss_plugin.scoring.shards import ShardScorer, bar
+from star_dss_plugin.scoring.shards import ShardScorer, progress_bar
 from star_dss_plugin.validation import at_least, require
 
 __all__ = ["score_on_ray"]
@@ -83,7 +83,7 @@ def score_on_ray(
         context.enable_progress_bars = False
         # The worker with the first shard fits the probe that all shards use.
         rounds = [todo[:1], todo[1:]] if job.uses_probe else [todo]
-        with bar(job, progress) as advance:
+        with progress_bar(job, progress) as advance:
             for shards in filter(None, rounds):
                 # One block per shard, because Ray assigns blocks to workers.
                 items = [{"shard": i} for i in shards]

@@ -29,10 +29,10 @@ from star_dss_plugin.data.row_digests import write_row_digests
 from star_dss_plugin.data.row_responses import RowOptions, read_responses
 from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.errors import DataError
-from star_dss_plugin.guards.adaptive import adaptive
+from star_dss_plugin.guards.adaptive import make_adaptive
 from star_dss_plugin.guards.base import Guard
 from star_dss_plugin.guards.loading import load_guard
-from star_dss_plugin.guards.probing.guard import probing
+from star_dss_plugin.guards.probing.guard import make_probing
 from star_dss_plugin.guards.spec import missing_guard
 from star_dss_plugin.options import ScoringOptions
 from star_dss_plugin.plugins import load_plugins
@@ -151,11 +151,11 @@ def score_dataset(
     ]
     guard = loaded or guard_of(options)
     if options.trajectory == "adaptive":
-        guard = adaptive(guard, options.trajectory_epsilon)
+        guard = make_adaptive(guard, options.trajectory_epsilon)
     uses_probe = options.trajectory == "probed"
     try:
         if uses_probe:
-            guard = probing(guard, options.probe_sample, options.probe_tolerance, threshold)
+            guard = make_probing(guard, options.probe_sample, options.probe_tolerance, threshold)
         lookup = ProbedTrajectories(
             _unique_requests(rows),
             _first_rows(rows),

@@ -28,7 +28,7 @@ from star_dss_plugin.options import ScoringOptions
 from star_dss_plugin.scoring.jobs import Job
 from star_dss_plugin.scoring.scorer import PoolRows, guard_of, pool_rows, score_dataset, versions
 
-__all__ = ["ShardScorer", "bar", "score_shards"]
+__all__ = ["ShardScorer", "progress_bar", "score_shards"]
 
 
 class ShardScorer:
@@ -140,7 +140,7 @@ def score_shards(job: Job, *, progress: bool = True) -> None:
     scorer = ShardScorer(job)
     todo = job.missing()
     try:
-        with bar(job, progress) as advance:
+        with progress_bar(job, progress) as advance:
             for index in todo:
                 scorer(index)
                 advance.update()
@@ -148,7 +148,7 @@ def score_shards(job: Job, *, progress: bool = True) -> None:
         scorer.close()
 
 
-def bar(job: Job, progress: bool) -> Any:
+def progress_bar(job: Job, progress: bool) -> Any:
     """Return a progress bar over a job's shards, advanced by the existing ones."""
     return tqdm(
         total=job.shards,

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 from star_dss_plugin.training.sequence_parallel import (
     fixed_length,
     padded,
-    part_of,
     sequence_parallel_group,
     sequence_parallel_size,
+    slice_for_rank,
 )
 from star_dss_plugin.training.step import averaging_factor, policy_of
 from star_dss_plugin.validation import shortened
@@ -170,7 +170,7 @@ def _loss_in_parts(
     trainer: Any, active: StarDSSState, batch: Mapping[str, Any], trained: int, size: int
 ) -> Tensor:
     """Return the loss of a row that the sequence-parallel group computes in parts."""
-    part = part_of(batch, size, torch.distributed.get_rank(sequence_parallel_group()))
+    part = slice_for_rank(batch, size, torch.distributed.get_rank(sequence_parallel_group()))
     rows = int(trainer.args.train_batch_size)  # Ulysses' attention is set up for full batches
     part = {name: column.repeat(rows, 1) for name, column in part.items()}
     mine = trainer.compute_loss(trainer.model_wrapped, part, num_items_in_batch=trained * rows)

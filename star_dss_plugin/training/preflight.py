@@ -15,7 +15,7 @@ from star_dss_plugin.data.row_responses import RowOptions, read_responses
 from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.errors import StarDSSError
 from star_dss_plugin.guards.base import display_name
-from star_dss_plugin.guards.probing.guard import probing
+from star_dss_plugin.guards.probing.guard import make_probing
 from star_dss_plugin.guards.spec import missing_guard, parse_guard
 from star_dss_plugin.hookspecs import Findings, GuardInfo
 from star_dss_plugin.options import StarDSSOptions
@@ -35,7 +35,7 @@ def check_options(options: StarDSSOptions) -> Findings:
             assert guard.identity
             if options.trajectory == "probed":
                 how = (options.probe_sample, options.probe_tolerance, options.threshold)
-                guard = probing(guard, *how)
+                guard = make_probing(guard, *how)
             found.notes.append(f"guard: {display_name(guard.name, guard.demonstration)}")
     except StarDSSError as error:
         found.problems.append(str(error))

@@ -35,9 +35,9 @@ __all__ = [
     "one_epoch",
     "own_tokens",
     "padded",
-    "part_of",
     "sequence_parallel_group",
     "sequence_parallel_size",
+    "slice_for_rank",
     "trained_tokens",
     "unshifted",
 ]
@@ -146,7 +146,7 @@ def _shifted(column: Tensor, padding: float) -> Tensor:
     return F.pad(column[:, 1:], (0, 1), value=padding)
 
 
-def part_of(batch: Mapping[str, Tensor], size: int, index: int) -> dict[str, Tensor]:
+def slice_for_rank(batch: Mapping[str, Tensor], size: int, index: int) -> dict[str, Tensor]:
     """Return the part of a batch that DeepSpeed gives to one process of the group.
 
     Args:

@@ -11,7 +11,7 @@ from star_dss_plugin import score_dataset
 from star_dss_plugin.data.provenance import provenance_of
 from star_dss_plugin.data.requests import PrefixRequest, Trajectory
 from star_dss_plugin.errors import ConfigError, GuardError
-from star_dss_plugin.guards.adaptive import STRIDE, AdaptiveGuard, adaptive
+from star_dss_plugin.guards.adaptive import STRIDE, AdaptiveGuard, make_adaptive
 from star_dss_plugin.guards.base import Guard, StreamingGuard
 
 
@@ -125,8 +125,8 @@ def test_a_guard_that_reads_a_response_once_stays_as_it_is():
             raise AssertionError
 
     guard = Streaming()
-    assert adaptive(guard, 0.02) is guard
-    assert isinstance(adaptive(Recorded([1.0]), 0.02), AdaptiveGuard)
+    assert make_adaptive(guard, 0.02) is guard
+    assert isinstance(make_adaptive(Recorded([1.0]), 0.02), AdaptiveGuard)
 
 
 def test_a_scored_data_set_says_that_it_is_adaptive(tokenizer, tmp_path):

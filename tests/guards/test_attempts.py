@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from star_dss_plugin import GuardError, load_guard, provenance_of, score_dataset
 from star_dss_plugin.data.requests import PrefixRequest
-from star_dss_plugin.guards.attempts import Markers, attempts, scaffold_lines
+from star_dss_plugin.guards.attempts import Markers, find_attempts, scaffold_lines
 from star_dss_plugin.guards.prompting.prompts import fitting_context
 
 PRESETS = ["qwen3guard-gen-0.6b", "granite-guardian-4.1-8b", "llama-guard-3-8b"]
@@ -204,8 +204,8 @@ def test_kinds_of_attempts():
         ("a\u200db \u200c", set()),
         ("\t\r\n", set()),
     ]:
-        assert attempts([text], [markers]) == kinds, text
-        assert attempts(["fine", text], [Markers(), markers]) == kinds
+        assert find_attempts([text], [markers]) == kinds, text
+        assert find_attempts(["fine", text], [Markers(), markers]) == kinds
 
 
 # Context overflow

@@ -217,10 +217,10 @@ def test_calibrated_scores_by_the_formula(p, temperature, threshold):
 
 def test_a_guard_that_rounds_to_0_and_1_is_calibrated_too():
     """Hard verdicts that are right in four of five cases."""
-    from star_dss_plugin.scoring.calibration import fit
+    from star_dss_plugin.scoring.calibration import fit_calibration
 
     scores, labels = [0.0, 1.0] * 100, [0, 1] * 80 + [1, 0] * 20
-    numbers = fit(scores, labels)
+    numbers = fit_calibration(scores, labels)
     assert calibrate(1.0, *numbers) == pytest.approx(0.8, abs=0.01)
     assert calibrate(0.0, *numbers) == pytest.approx(0.2, abs=0.01)
 

@@ -22,7 +22,7 @@ from star_dss_plugin.guards.probing.bounds import (
     probabilities,
 )
 from star_dss_plugin.guards.probing.fitted import FittedProbe
-from star_dss_plugin.guards.probing.guard import ProbingGuard, probing
+from star_dss_plugin.guards.probing.guard import ProbingGuard, make_probing
 from star_dss_plugin.guards.probing.linear import Linear, Sample, choose_probe, features, summaries
 from star_dss_plugin.options import ScoringOptions
 
@@ -198,19 +198,19 @@ class Plugin(Guard):
 
 def test_guards_without_states_are_refused(model_dir):
     with pytest.raises(ConfigError, match="'plugin' is no causal guard that answers with"):
-        probing(Plugin(), 20, 0.05, 0.5)
+        make_probing(Plugin(), 20, 0.05, 0.5)
     one, other = (load_guard(describe(model_dir, prefill=p)) for p in ("a:", "b:"))
     both = CalibratedGuard(EnsembleGuard([one, other]), temperature=2.0)
     with pytest.raises(ConfigError, match="Calibrate each guard by itself"):
-        probing(both, 20, 0.05, 0.5)
+        make_probing(both, 20, 0.05, 0.5)
     with pytest.raises(ConfigError, match="is no causal guard"):
-        probing(EnsembleGuard([one, Plugin()]), 20, 0.05, 0.5)
+        make_probing(EnsembleGuard([one, Plugin()]), 20, 0.05, 0.5)
 
 
 def test_engines_elsewhere_are_refused(model_dir):
     served = load_guard(describe(model_dir, engine="http://localhost:9", device=None))
     with pytest.raises(ConfigError, match="computed by vLLM or a server, which give no hidden"):
-        probing(served, 20, 0.05, 0.5)
+        make_probing(served, 20, 0.05, 0.5)
     options = {"trajectory": "probed", "guard": "test-words"}
     for engine in ("vllm", "http://localhost:9"):
         with pytest.raises(ConfigError, match="a probe reads the guard's hidden states"):
@@ -234,9 +234,9 @@ def test_numbers_out_of_range(options, message):
 
 def test_a_guard_that_reads_a_response_once_stays_as_it_is():
     guard = WordGuard()
-    assert probing(guard, 20, 0.05, 0.5) is guard
+    assert make_probing(guard, 20, 0.05, 0.5) is guard
     calibrated = CalibratedGuard(WordGuard(), 2.0)
-    assert probing(calibrated, 20, 0.05, 0.5) is calibrated
+    assert make_probing(calibrated, 20, 0.05, 0.5) is calibrated
 
 
 def test_everything_that_changes_a_score_is_in_the_identity(model_dir):

@@ -26,7 +26,7 @@ from star_dss_plugin.training.sequence_parallel import (
     one_epoch,
     own_tokens,
     padded,
-    part_of,
+    slice_for_rank,
     trained_tokens,
     unshifted,
 )
@@ -68,7 +68,7 @@ def test_a_part_has_the_columns_of_the_tokens_behind_its_own(size, lengths):
     assert length % size == 0
     assert length - max(lengths) < size
     for index in range(size):
-        part = part_of(batch, size, index)
+        part = slice_for_rank(batch, size, index)
         assert is_part(part)
         assert not is_part(batch)
         assert part["input_ids"].shape == (len(lengths), length // size)
@@ -119,7 +119,7 @@ def test_the_losses_of_parts_add_up_to_the_loss_of_the_whole(loss_type):
     whole = loss_of(batch, logits, others, items)
     total, count = 0, 0
     for index in range(size):
-        part = part_of(batch, size, index)
+        part = slice_for_rank(batch, size, index)
         count += int((part["shift_labels"] != -100).sum())
         cut = slice(index * 5, (index + 1) * 5)
         total += loss_of(unshifted(part), logits[:, cut], others[:, cut], items)
@@ -134,7 +134,7 @@ def test_tokens_are_counted_in_parts_as_in_whole_rows(monkeypatch, group):
         torch.distributed, "all_reduce", lambda total, group: counted.append((int(total), group))
     )
     batch = collate(rows([9, 13]), 2)
-    parts = [part_of(batch, 2, index) for index in (0, 1)]
+    parts = [slice_for_rank(batch, 2, index) for index in (0, 1)]
     assert trained_tokens(parts, "cpu", group) == trained_tokens([batch], "cpu", group) == 6 + 10
     assert counted == [(16, group)] * 2
 
@@ -156,7 +156,7 @@ def test_an_evaluation_divides_by_the_tokens_that_its_loss_is_averaged_over(monk
         get_tp_size=lambda: 1,
     )
     whole = collate(rows([9, 13]), 2)
-    for batch, part in ((whole, False), (part_of(whole, 2, 1), True)):
+    for batch, part in ((whole, False), (slice_for_rank(whole, 2, 1), True)):
         own = int(own_tokens([batch], "cpu"))
         found = mixin.StarDSSMixin._get_num_items_in_batch(given, [batch])
         assert int(found) == own * averaging_factor(given, part=part), (together, part)
@@ -185,7 +185,7 @@ def test_batches_have_the_length_that_attention_is_set_up_for():
     free = collate(features, 2)
     again = padded(free, 20, PAD)
     for index in (0, 1):
-        one, other = part_of(batch, 2, index), part_of(again, 2, index)
+        one, other = slice_for_rank(batch, 2, index), slice_for_rank(again, 2, index)
         assert all(torch.equal(column, other[name]) for name, column in one.items())
     with pytest.raises(DataError, match=r"rows of 13 tokens, and sp_seq_length is 12.*max_length="):
         collate(features, 2, length=12)

@@ -24,7 +24,7 @@ from datasets import Dataset, Features, IterableDataset
 from star_dss_plugin.data.files.conversion import parquet_dataset, parquet_tables
 from star_dss_plugin.data.files.folders import read_settings, regular_file
 from star_dss_plugin.data.media import check_features
-from star_dss_plugin.data.provenance import PROVENANCE_FILE, describe, provenance_of, write_note
+from star_dss_plugin.data.provenance import PROVENANCE_FILE, note_line, provenance_of, write_note
 from star_dss_plugin.data.row_digests import packed_row_digests, write_merged_digests
 from star_dss_plugin.data.writing import atomic_file, write_text, writing
 from star_dss_plugin.errors import DataError
@@ -103,7 +103,7 @@ def write_card(folder: Path, provenance: Mapping[str, Any]) -> None:
             ],
             "dataset_info": {
                 "config_name": "default",
-                "description": describe("scores", provenance),
+                "description": note_line("scores", provenance),
             },
         },
         allow_unicode=True,

@@ -88,7 +88,7 @@ class TemplateInverse:
         """
         return next(self._candidates(text), None)
 
-    def of_tokens(self, ids: Sequence[int]) -> list[dict[str, Any]] | None:
+    def messages_of_tokens(self, ids: Sequence[int]) -> list[dict[str, Any]] | None:
         """Return the messages whose rendering has these tokens.
 
         Returns:
@@ -116,7 +116,7 @@ class TemplateInverse:
             if found is not None:
                 yield found
 
-    def question(self, text: str) -> list[dict[str, Any]] | None:
+    def messages_of_prompt(self, text: str) -> list[dict[str, Any]] | None:
         """Return the messages of a rendered prompt, which ends where the answer begins.
 
         Returns:

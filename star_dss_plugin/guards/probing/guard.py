@@ -28,7 +28,7 @@ from star_dss_plugin.guards.probing.linear import FOLDS, Sample, choose_probe, f
 from star_dss_plugin.guards.verdict import VerdictGuard
 from star_dss_plugin.validation import at_least, probability
 
-__all__ = ["ProbedGuard", "ProbingGuard", "probing"]
+__all__ = ["ProbedGuard", "ProbingGuard", "make_probing"]
 
 logger = logging.getLogger(__name__)
 
@@ -222,7 +222,7 @@ class ProbedGuard(Guard):
         self._probing.close()
 
 
-def probing(guard: Guard, sample: int, tolerance: float, threshold: float) -> Guard:
+def make_probing(guard: Guard, sample: int, tolerance: float, threshold: float) -> Guard:
     """Wrap a guard in a `ProbingGuard`; in an ensemble, wrap each member.
 
     A streaming guard already reads a response in one pass and is returned as it is.
@@ -239,7 +239,7 @@ def probing(guard: Guard, sample: int, tolerance: float, threshold: float) -> Gu
     if isinstance(guard, CalibratedGuard) and isinstance(guard.parts[0], StreamingGuard):
         return guard
     if isinstance(guard, CombinedGuard) and not isinstance(guard, CalibratedGuard):
-        parts = [probing(part, sample, tolerance, threshold) for part in guard.parts]
+        parts = [make_probing(part, sample, tolerance, threshold) for part in guard.parts]
         return guard.with_parts(parts)
     return ProbingGuard(guard, sample, tolerance, threshold)
 

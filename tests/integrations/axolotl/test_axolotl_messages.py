@@ -150,7 +150,7 @@ def test_rows_with_several_calls_have_their_messages(tokenizer, name):
     template = _CHAT_TEMPLATES[name]
     chat = ChatTokenizer(tokenizer, template)
     made = [tokenize_row({"messages": talk}, chat) for talk in (rain(), CONVERSATION)]
-    messages = TemplateInverse(tokenizer, template).of_tokens(made[0]["input_ids"])
+    messages = TemplateInverse(tokenizer, template).messages_of_tokens(made[0]["input_ids"])
     messages = [m for m in messages if m["role"] != "system"]
     assert [m["role"] for m in messages] == ["user", "assistant", "tool", "tool", "assistant"]
     calls = [call["function"] for call in messages[1]["tool_calls"]]

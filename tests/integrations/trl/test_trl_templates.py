@@ -130,7 +130,7 @@ def test_calls_of_functions_come_back_from_tokens(chat):
         ids = chat.encode(chat.render(talk)).ids
     except DataError as error:
         pytest.skip(str(error))
-    found = inverse.of_tokens(ids)
+    found = inverse.messages_of_tokens(ids)
     if found is not None:
         again = chat.encode(chat.render(found)).ids
         assert again == ids
