@@ -17,7 +17,7 @@ from typing import Any
 from star_dss_plugin.data.context import RowReader, RunText
 from star_dss_plugin.data.requests import PrefixRequest
 from star_dss_plugin.data.templates.chat import ChatTokenizer
-from star_dss_plugin.data.templates.tokenized import Runs, Tokenized, trained_runs
+from star_dss_plugin.data.templates.tokenized import Runs, trained_runs
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.logprobs import IGNORE_INDEX
 from star_dss_plugin.segmenters import Segmenter, chunk_ends
@@ -96,7 +96,6 @@ def find_responses(
     chat: ChatTokenizer,
     segmenter: Segmenter,
     chunk_size: int,
-    tokenized: Tokenized | None = None,
 ) -> list[Response]:
     """Return all responses of a tokenized row.
 
@@ -106,13 +105,12 @@ def find_responses(
         chat: The tokenizer and the template that made `input_ids`.
         segmenter: Decides where chunks end.
         chunk_size: M, in the segmenter's units.
-        tokenized: The result of `read_row` for the row, if known.
 
     Raises:
         DataError: As for `ids_and_labels` and `RowReader`.
     """
     ids, labels = ids_and_labels(row)
-    reader = RowReader(chat, ids, row, tokenized, recover=has_untrained_tokens(labels))
+    reader = RowReader(chat, ids, row, recover=has_untrained_tokens(labels))
     return responses_in(trained_runs(labels), reader, segmenter, chunk_size)
 
 
