@@ -58,13 +58,13 @@ def visible(text: str) -> str:
     return "".join(shown)
 
 
-def visible_line(text: str, most: int = 200) -> str:
-    """Return text as one safe line, truncated to `most` characters.
+def visible_line(text: str, max_length: int = 200) -> str:
+    """Return text as one safe line, truncated to `max_length` characters.
 
     Line breaks and tabs are shown by name too, so that text cannot forge lines of a log.
     """
-    shown = visible(text[: most + 1]).replace("\n", "␊").replace("\t", "␉")
-    return shown[:most] + "…" if len(text) > most else shown
+    shown = visible(text[: max_length + 1]).replace("\n", "␊").replace("\t", "␉")
+    return shown[:max_length] + "…" if len(text) > max_length else shown
 
 
 def code(text: str) -> str:

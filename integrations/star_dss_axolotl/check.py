@@ -93,10 +93,10 @@ def _plugin_problems(raw: dict[str, Any]) -> list[str]:
 
 
 def _nearest_name(name: str, given: list[str]) -> str | None:
-    return next(iter(nearest(name, given, most=1)), None)
+    return next(iter(nearest(name, given, limit=1)), None)
 
 
-def _check_with_axolotl(raw: dict[str, Any], found: Findings, *, data: bool) -> None:
+def _check_with_axolotl(raw: dict[str, Any], findings: Findings, *, data: bool) -> None:
     """Validate the configuration with Axolotl, load the data with it, and add estimates."""
     from axolotl.cli.config import gpu_capabilities, plugin_set_cfg, prepare_plugins
     from axolotl.common.datasets import load_datasets
@@ -117,7 +117,7 @@ def _check_with_axolotl(raw: dict[str, Any], found: Findings, *, data: bool) -> 
         loaded = load_stream(cfg) if cfg.streaming else load_datasets(cfg=cfg)
         tokenizer = load_tokenizer(cfg)
     except Exception as error:  # any error of Axolotl would stop the run, too
-        found.problems.append(f"Axolotl refuses it: {type(error).__name__}: {error}")
+        findings.problems.append(f"Axolotl refuses it: {type(error).__name__}: {error}")
         return
     options = options_of(cfg)
     assert options is not None
@@ -128,19 +128,19 @@ def _check_with_axolotl(raw: dict[str, Any], found: Findings, *, data: bool) -> 
         if isinstance(dataset, IterableDataset):
             try:
                 check_stream(name, options)
-                found.notes.append(f"{name} data: {describe_stream(dataset, options)}")
+                findings.notes.append(f"{name} data: {describe_stream(dataset, options)}")
             except StarDSSError as error:
-                found.problems.append(str(error))
+                findings.problems.append(str(error))
             continue
         if lacks_guard(dataset, options):
-            found.problems.append(str(missing_guard()))
+            findings.problems.append(str(missing_guard()))
             return
         if "input_ids" not in dataset.column_names:
             try:
                 reader = rows_of(strategy_of(cfg, tokenizer))
                 said = estimate_of_media(dataset, name, reader, options)
-                found.notes.append(f"{name} data: {said}")
+                findings.notes.append(f"{name} data: {said}")
             except StarDSSError as error:
-                found.problems.append(str(error))
+                findings.problems.append(str(error))
             continue
-        found.notes.append(f"{name} data: {estimate(dataset, chat, options)}")
+        findings.notes.append(f"{name} data: {estimate(dataset, chat, options)}")

@@ -161,24 +161,24 @@ def landscape(
         _show(found, model, output)
 
 
-def _show(found: Landscape, model: str, output: Path) -> None:
+def _show(landscape: Landscape, model: str, output: Path) -> None:
     console = terminal()
-    if len(found.curves[0].points[0].at) == 1:
+    if len(landscape.curves[0].points[0].at) == 1:
         rows = [
             (f"{row[0].at[0]:+.3f}", *(f"{p.attack_success:.1f}" for p in row))
-            for row in zip(*(curve.points for curve in found.curves), strict=True)
+            for row in zip(*(curve.points for curve in landscape.curves), strict=True)
         ]
-        if found.visage is not None:
-            rows.append(("VISAGE", *(f"{curve.visage:.1f}" for curve in found.curves)))
-        headings = ("α", *(curve.name for curve in found.curves))
+        if landscape.visage is not None:
+            rows.append(("VISAGE", *(f"{curve.visage:.1f}" for curve in landscape.curves)))
+        headings = ("α", *(curve.name for curve in landscape.curves))
         title = f"attack success rate, %: {visible_line(model)}"
         console.print(Sheet(headings, rows, title=title))
-    if found.centre is not None:
-        console.print(f"the model itself: attack success rate {found.centre:.1f} %")
-    if found.visage is not None:
+    if landscape.centre is not None:
+        console.print(f"the model itself: attack success rate {landscape.centre:.1f} %")
+    if landscape.visage is not None:
         console.print(
-            f"VISAGE {found.visage:.1f}: the mean margin over the {found.points_below} of "
-            f"{found.points} points where not every attack succeeds"
+            f"VISAGE {landscape.visage:.1f}: the mean margin over the {landscape.points_below} of "
+            f"{landscape.points} points where not every attack succeeds"
         )
     typer.echo(f"results in {output}")
 

@@ -29,7 +29,7 @@ from star_dss_plugin.validation import check_reserved_name
 
 __all__ = [
     "DEMO",
-    "DEMO_MEANS",
+    "DEMO_MEANING",
     "check_readable",
     "in_file",
     "is_saved",
@@ -41,7 +41,7 @@ __all__ = [
 
 DEMO = "demo"
 """The name of the data that comes with the package, accepted where a file or folder is."""
-DEMO_MEANS = "the data that comes with the package"
+DEMO_MEANING = "the data that comes with the package"
 """What `DEMO` stands for, for messages."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?", re.ASCII)
@@ -164,7 +164,7 @@ def packaged(package: str, name: str) -> Dataset:
 
 def _load(source: str, path: Path, split: str, config: str | None) -> Dataset:
     if source == DEMO:
-        check_reserved_name(DEMO, DEMO_MEANS)
+        check_reserved_name(DEMO, DEMO_MEANING)
         return packaged("star_dss_plugin.data", "demo_mix.jsonl")
     if config is not None and path.exists():
         raise DataError(

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from star_dss_plugin.engines.completions import completion_request, read_completions
 from star_dss_plugin.engines.connection import Connection
-from star_dss_plugin.engines.label_rows import longest_first, rows_of
+from star_dss_plugin.engines.label_rows import longest_first, rows_of_group
 from star_dss_plugin.engines.shared_prompts import SharedPrompts
 from star_dss_plugin.errors import GuardError
 from star_dss_plugin.validation import shortened
@@ -131,7 +131,8 @@ class ServerEngine:
                     future.cancel()
                 raise
         return [
-            rows_of(group, rows, len(label_ids)) for group, rows in zip(shared, known, strict=True)
+            rows_of_group(group, rows, len(label_ids))
+            for group, rows in zip(shared, known, strict=True)
         ]
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from star_dss_plugin.engines.base import Weights
-from star_dss_plugin.engines.label_rows import label_row, longest_first, rows_of
+from star_dss_plugin.engines.label_rows import label_row, longest_first, rows_of_group
 from star_dss_plugin.engines.shared_prompts import SharedPrompts
 from star_dss_plugin.errors import ConfigError, GuardError
 
@@ -88,7 +88,8 @@ class VllmEngine:
             for (number, i), prompt, output in zip(call, prompts, outputs, strict=True):
                 known[number][i] = self._row(output, prompt, label_ids)
         return [
-            rows_of(group, rows, len(label_ids)) for group, rows in zip(shared, known, strict=True)
+            rows_of_group(group, rows, len(label_ids))
+            for group, rows in zip(shared, known, strict=True)
         ]
 
     def close(self) -> None:

@@ -76,22 +76,22 @@ class FrontMatter:
 
 
 def render_comparison(
-    found: Comparison, *, text: bool = True, front: FrontMatter | None = None
+    comparison: Comparison, *, text: bool = True, front: FrontMatter | None = None
 ) -> str:
     """Return the complete HTML file.
 
     Args:
-        found: The result of `compare`.
+        comparison: The result of `compare`.
         text: Whether prompts and answers are included. Prompts on which models differ are unfolded.
         front: The introduction; None for a heading alone.
     """
     environment = page_environment("star_dss_plugin.evaluate")
     style = files("star_dss_plugin.evaluate").joinpath("assets", "answers.css").read_text("utf-8")
-    table = {model.name: measures(model, found.guard) for model in found.models}
+    table = {model.name: measures(model, comparison.guard) for model in comparison.models}
     names = list(next(iter(table.values())))
     judges = "phrases of refusal"
-    if found.guard is not None:
-        judges += f" and by {display_name(found.guard, found.demonstration)}"
+    if comparison.guard is not None:
+        judges += f" and by {display_name(comparison.guard, comparison.demonstration)}"
     return environment.get_template("answers.html.j2").render(
         policy=f"default-src 'none'; style-src '{content_hash(style)}'; base-uri 'none'; "
         "form-action 'none'",
@@ -99,32 +99,32 @@ def render_comparison(
         version=__version__,
         front=front or FrontMatter(),
         judge=f"Judged by {judges}.",
-        warnings=[visible(warning) for warning in found.warnings()],
+        warnings=[visible(warning) for warning in comparison.warnings()],
         headings=[HEADINGS[name] for name in names],
         table=[
             {"name": name, "cells": [percent(share) for share in shares.values()]}
             for name, shares in table.items()
         ],
         sets=[
-            {"title": _TITLES[kind], "prompts": list(_prompts(found, kind))}
-            for kind in found.prompts
+            {"title": _TITLES[kind], "prompts": list(_prompts(comparison, kind))}
+            for kind in comparison.prompts
         ],
         text=text,
     )
 
 
-def _prompts(found: Comparison, kind: str) -> list[dict[str, Any]]:
+def _prompts(comparison: Comparison, kind: str) -> list[dict[str, Any]]:
     rows = []
-    for i, prompt in enumerate(found.prompts[kind]):
+    for i, prompt in enumerate(comparison.prompts[kind]):
         answers = []
-        for model in found.models:
+        for model in comparison.models:
             answer, verdicts = model.answers[kind][i], model.verdicts[kind]
             refused = verdicts[REFUSED][i]
             said = ["declines" if refused else "answers"]
             good = refused != (kind == BENIGN)
-            if found.guard in verdicts:
-                good = verdicts[found.guard][i]
-                score = model.scores[kind][found.guard][i]
+            if comparison.guard in verdicts:
+                good = verdicts[comparison.guard][i]
+                score = model.scores[kind][comparison.guard][i]
                 said.append(f"{'safe' if good else 'unsafe'}, P(safe) = {score:.2f}")
             answers.append(
                 {

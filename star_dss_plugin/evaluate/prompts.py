@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset
 
 from star_dss_plugin.data.conversations import row_messages
-from star_dss_plugin.data.reading import DEMO, DEMO_MEANS, packaged, read_dataset
+from star_dss_plugin.data.reading import DEMO, DEMO_MEANING, packaged, read_dataset
 from star_dss_plugin.data.requests import Message
 from star_dss_plugin.data.rows import plain_rows, with_row_number
 from star_dss_plugin.errors import DataError
@@ -63,7 +63,7 @@ def load_prompts(
         DataError: The source cannot be read, there are no rows, or a row has no prompt.
     """
     if source == DEMO:
-        check_reserved_name(DEMO, DEMO_MEANS)
+        check_reserved_name(DEMO, DEMO_MEANING)
         return demo_prompts(kind, limit=limit)
     return read_prompts(read_dataset(source, split), kind, limit=limit)
 

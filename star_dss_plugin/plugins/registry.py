@@ -215,7 +215,7 @@ class Plugins:
         if unmarked:
             wrong = f"defines {min(unmarked)} without marking it. Put @hookimpl above it."
         elif unknown := hooks - HOOK_KINDS.keys():
-            near = nearest(min(unknown), HOOK_KINDS, most=2) or HOOK_KINDS
+            near = nearest(min(unknown), HOOK_KINDS, limit=2) or HOOK_KINDS
             wrong = f"implements {min(unknown)}, which is no hook. Meant: {' or '.join(near)}?"
         elif not hooks:
             wrong = "implements no hook. Does its entry point name the right module or object?"

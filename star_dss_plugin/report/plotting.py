@@ -18,16 +18,16 @@ GUIDE: dict[str, Any] = {"color": QUIET, "linewidth": 0.8, "linestyle": (0, (4, 
 """Style of a reference line, such as a threshold or a model."""
 
 
-def require_matplotlib(otherwise: str) -> None:
+def require_matplotlib(alternative: str) -> None:
     """Raise a ConfigError if matplotlib is missing.
 
     Args:
-        otherwise: What works without figures; the error message ends with it.
+        alternative: What works without figures; the error message ends with it.
 
     Raises:
         ConfigError: matplotlib is missing.
     """
-    require("matplotlib", "report", "A figure", otherwise=otherwise)
+    require("matplotlib", "report", "A figure", alternative=alternative)
 
 
 def line_style(k: int) -> dict[str, Any]:

@@ -109,22 +109,22 @@ class CachedTrajectories:
         return found | self._unsafe(failed), failed
 
     def _fill(
-        self, guard: Guard, cache: ScoreCache, wanted: Mapping[str, PrefixRequest], part: str
+        self, guard: Guard, cache: ScoreCache, requests: Mapping[str, PrefixRequest], part: str
     ) -> tuple[dict[str, Trajectory], set[str]]:
         """Return the trajectories of requests, and the keys that could not be scored.
 
         Args:
             guard: The guard to ask.
             cache: The guard's cache.
-            wanted: The requests by key.
+            requests: The requests by key.
             part: The lock's name (see `ScoreCache.lock`).
         """
-        found, _ = _valid_entries(guard, cache, wanted)
+        found, _ = _valid_entries(guard, cache, requests)
         # The cache is read before it is locked, because a complete cache may be read-only.
-        if len(found) == len(wanted):
+        if len(found) == len(requests):
             return found, set()
         with cache.lock(part):
-            found, invalid = _valid_entries(guard, cache, wanted)
+            found, invalid = _valid_entries(guard, cache, requests)
             if invalid:
                 logger.warning(
                     "Ignored %d entries of the cache in %s, which do not fit the requests to %r; "
@@ -133,7 +133,7 @@ class CachedTrajectories:
                     cache.folder,
                     guard.name,
                 )
-            return found, self._ask_missing(guard, wanted, found, cache)
+            return found, self._ask_missing(guard, requests, found, cache)
 
     def _unsafe(self, keys: Iterable[str]) -> dict[str, Trajectory]:
         """Return trajectories of zeros, for responses that could not be scored."""
@@ -212,7 +212,7 @@ def none_scored_error(name: str, responses: int) -> GuardError:
 
 
 def _valid_entries(
-    guard: Guard, cache: ScoreCache, wanted: Mapping[str, PrefixRequest]
+    guard: Guard, cache: ScoreCache, requests: Mapping[str, PrefixRequest]
 ) -> tuple[dict[str, Trajectory], int]:
     """Return the valid cached trajectories of requests.
 
@@ -222,7 +222,7 @@ def _valid_entries(
         The trajectories by key, and the number of invalid entries.
     """
     found, invalid = {}, 0
-    for key, request in wanted.items():
+    for key, request in requests.items():
         known = cache.get(key)
         if known is None:
             continue
@@ -235,8 +235,8 @@ def _valid_entries(
     return found, invalid
 
 
-def _check_label_mass(guard: Guard, found: Iterable[Trajectory]) -> None:
-    masses = [m for t in found if t.label_mass is not None for m in t.label_mass]
+def _check_label_mass(guard: Guard, trajectories: Iterable[Trajectory]) -> None:
+    masses = [m for t in trajectories if t.label_mass is not None for m in t.label_mass]
     if masses and float(np.mean(masses)) < guard.min_label_mass:
         mean = float(np.mean(masses))
         raise low_label_mass(guard.name, mean, guard.min_label_mass, "the data")

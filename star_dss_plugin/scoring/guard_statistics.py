@@ -180,9 +180,13 @@ def _of_probe(probe: Mapping[str, Any]) -> str:
     )
 
 
-def label_mass(found: Mapping[str, Trajectory], keys: Sequence[str]) -> dict[str, float] | None:
+def label_mass(
+    trajectories: Mapping[str, Trajectory], keys: Sequence[str]
+) -> dict[str, float] | None:
     """Return mean, minimum and 5% quantile of the label mass; None for guards without labels."""
-    masses: NDArray[np.float64] = np.array([m for k in keys for m in found[k].label_mass or ()])
+    masses: NDArray[np.float64] = np.array(
+        [m for k in keys for m in trajectories[k].label_mass or ()]
+    )
     if not masses.size:
         return None
     return {

@@ -99,7 +99,7 @@ def apply_at_head(
     model: nn.Module,
     function: Callable[[Tensor, Projection], T],
     *,
-    wanted: Callable[[Mapping[str, Any]], bool] = lambda kwargs: True,
+    condition: Callable[[Mapping[str, Any]], bool] = lambda kwargs: True,
 ) -> Iterator[list[T]]:
     """Apply a function to the last hidden states of each forward pass, inside the head's call.
 
@@ -107,8 +107,8 @@ def apply_at_head(
         model: A model for which `can_project` holds, without DDP's, FSDP1's or DeepSpeed's wrapper.
         function: Takes the last hidden states, (batch, seq, hidden), and the projection, and
             returns a tensor or a tuple of tensors.
-        wanted: Takes the model's keyword arguments; forward passes for which it returns False are
-            left alone.
+        condition: Takes the model's keyword arguments; forward passes for which it returns False
+            are left alone.
 
     Yields:
         A list that gets the function's result of each forward pass.
@@ -120,7 +120,7 @@ def apply_at_head(
     asked = [True]
 
     def before(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
-        asked[0] = wanted(kwargs)
+        asked[0] = condition(kwargs)
 
     def after(_module: nn.Module, _args: Any, output: Any) -> None:
         if not asked[0]:

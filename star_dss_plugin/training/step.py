@@ -249,7 +249,7 @@ def _forward(
         captured = stack.enter_context(capture_first_output(model))
         found: list[tuple[Tensor, ...]] = []
         if active.projects:
-            found = stack.enter_context(apply_at_head(policy, terms, wanted=reads_at_head))
+            found = stack.enter_context(apply_at_head(policy, terms, condition=reads_at_head))
         if alone:
             stack.enter_context(without_logits(model))
         result = host_loss(model, dict(inputs), return_outputs=return_outputs)

@@ -30,11 +30,11 @@ __all__ = [
 ]
 
 
-def loss_not_used_error(trainer: Any, why: str) -> StarDSSError:
+def loss_not_used_error(trainer: Any, reason: str) -> StarDSSError:
     """Return the error for a trainer that would train with another loss, and why."""
     return StarDSSError(
         f"Training was stopped before the weights changed: the STAR-DSS loss is not the one that "
-        f"{type(trainer).__name__} would train with: {why}."
+        f"{type(trainer).__name__} would train with: {reason}."
     )
 
 
@@ -173,10 +173,10 @@ def watch_sharded_head(policy: nn.Module) -> Iterator[list[bool]]:
         handle.remove()
 
 
-def separate_head_error(why: str) -> ConfigError:
-    """Return the error for an LM head that is an FSDP2 unit of its own; `why` says what fails."""
+def separate_head_error(reason: str) -> ConfigError:
+    """Return the error for an LM head that is an FSDP2 unit of its own; `reason`: what fails."""
     return ConfigError(
-        f"The model's head (lm_head) is an FSDP2 unit of its own, which {why}. Let "
+        f"The model's head (lm_head) is an FSDP2 unit of its own, which {reason}. Let "
         "fsdp_transformer_layer_cls_to_wrap name the decoder layer alone, in place of a "
         "size-based policy or of more classes."
     )

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from star_dss_plugin.engines.label_rows import longest_first, rows_of
+from star_dss_plugin.engines.label_rows import longest_first, rows_of_group
 from star_dss_plugin.engines.shared_prefix.tree import build_tree
 from star_dss_plugin.engines.shared_prompts import SharedPrompts, common_prefix_length
 from star_dss_plugin.engines.vllm import _calls
@@ -89,7 +89,7 @@ def test_the_longest_is_asked_first_and_each_once(trunk, pieces):
     distinct = sorted({tuple(p) for p in written}, key=lambda p: (-len(p), p))
     assert [tuple(written[i]) for i in order] == distinct
     known = {i: [float(len(written[i]))] for i in order}
-    assert rows_of(shared, known, 1).flatten().tolist() == list(map(len, written))
+    assert rows_of_group(shared, known, 1).flatten().tolist() == list(map(len, written))
 
 
 def test_calls_of_vllm_are_bounded(monkeypatch):

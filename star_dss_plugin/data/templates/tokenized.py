@@ -76,10 +76,10 @@ def trained_runs(labels: Sequence[int]) -> Runs:
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
-def joined_runs(found: Iterable[tuple[int, int]]) -> Runs:
+def joined_runs(runs: Iterable[tuple[int, int]]) -> Runs:
     """Sort runs of tokens, merge those that touch or overlap, and drop empty ones."""
     joined: Runs = []
-    for start, end in sorted(found):
+    for start, end in sorted(runs):
         if start >= end:
             continue
         if joined and start <= joined[-1][1]:
@@ -89,10 +89,10 @@ def joined_runs(found: Iterable[tuple[int, int]]) -> Runs:
     return joined
 
 
-def runs_within(found: Runs, kept: slice) -> Runs:
+def runs_within(runs: Runs, kept: slice) -> Runs:
     """Return the parts of runs within `kept`, with indices relative to `kept.start`."""
     first, last = kept.start, kept.stop
-    cut = ((max(start, first) - first, min(end, last) - first) for start, end in found)
+    cut = ((max(start, first) - first, min(end, last) - first) for start, end in runs)
     return [(start, end) for start, end in cut if start < end]
 
 
