@@ -25,6 +25,7 @@ from star_dss_plugin.training.terms_by_definition import (
 
 if TYPE_CHECKING:
     from star_dss_plugin.training.state import StarDSSState
+from star_dss_plugin.training.policy import policy_of
 from star_dss_plugin.training.sequence_parallel import (
     fixed_length,
     padded,
@@ -32,7 +33,7 @@ from star_dss_plugin.training.sequence_parallel import (
     sequence_parallel_size,
     slice_for_rank,
 )
-from star_dss_plugin.training.step import averaging_factor, policy_of
+from star_dss_plugin.training.step import averaging_factor
 from star_dss_plugin.validation import shortened
 
 __all__ = ["check_loss"]

@@ -18,6 +18,7 @@ from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN, TEXT_COLUMN,
 from star_dss_plugin.data.media_rows import MediaRows
 from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.training.checkpoints import check_checkpoint
+from star_dss_plugin.training.policy import mode_of
 from star_dss_plugin.training.rows.stream import ScoredStream
 from star_dss_plugin.training.run_record import add_section
 from star_dss_plugin.training.sequence_parallel import (
@@ -30,7 +31,7 @@ from star_dss_plugin.training.sequence_parallel import (
 )
 from star_dss_plugin.training.sequence_parallel_checks import check_resuming
 from star_dss_plugin.training.state import StarDSSState
-from star_dss_plugin.training.step import mode_of, shaped_step
+from star_dss_plugin.training.step import shaped_step
 
 if TYPE_CHECKING:
     _Base = Trainer

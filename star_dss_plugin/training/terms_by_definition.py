@@ -15,10 +15,10 @@ from star_dss_plugin.data.columns import REF_COLUMN
 from star_dss_plugin.errors import ConfigError, StarDSSError
 from star_dss_plugin.logprobs import IGNORE_INDEX, kl_estimate, token_logprobs
 from star_dss_plugin.training.head import Projection, States, apply_to_logits, causal_lm
+from star_dss_plugin.training.policy import policy_of
 
 if TYPE_CHECKING:
     from star_dss_plugin.training.state import StarDSSState
-from star_dss_plugin.training.step import policy_of
 
 __all__ = [
     "TermsByDefinition",
