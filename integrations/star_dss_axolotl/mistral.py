@@ -52,7 +52,7 @@ class MistralChat(ChatTokenizer):
                 "Mistral's own code (mistral-common) cannot make tokens of the row's messages: "
                 f"{type(error).__name__}: {error}"
             ) from error
-        return decode(self.tokenizer, self._once(made["input_ids"]))
+        return decode(self.tokenizer, self._one_token_per_medium(made["input_ids"]))
 
     def encode_all(
         self, texts: Sequence[str], *, add_special_tokens: bool = False
@@ -74,7 +74,7 @@ class MistralChat(ChatTokenizer):
         _, ends, _ = token_boundaries(self.tokenizer, ids)
         return Encoded(ids, [0, *ends[:-1]] if ends else [], ends)
 
-    def _once(self, ids: Sequence[int]) -> list[int]:
+    def _one_token_per_medium(self, ids: Sequence[int]) -> list[int]:
         """Return tokens with each medium's run of tokens reduced to its distinct tokens."""
         found: list[int] = []
         for medium, run in groupby(ids, self.media.__contains__):

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 from star_dss_plugin.training.policy import policy_of
 from star_dss_plugin.training.sequence_parallel import (
     fixed_length,
-    padded,
+    pad_batch,
     sequence_parallel_group,
     sequence_parallel_size,
     slice_for_rank,
@@ -136,7 +136,7 @@ def check_loss(trainer: Any, active: StarDSSState, dataloader: Any) -> None:
                         terms = terms + torch.where(weights.kl != 0, weights.kl * plain.kl, 0.0)
                     expected.append(terms.sum().float() / trained)
                     if size > 1:
-                        whole_row = scored if fixed is None else padded(scored, fixed)
+                        whole_row = scored if fixed is None else pad_batch(scored, fixed)
                         in_parts.append(_loss_in_parts(trainer, active, whole_row, trained, size))
         finally:
             active.metrics = metrics

@@ -25,7 +25,7 @@ from star_dss_plugin.training.sequence_parallel import (
     is_part,
     one_epoch,
     own_tokens,
-    padded,
+    pad_batch,
     slice_for_rank,
     trained_tokens,
     unshifted,
@@ -183,7 +183,7 @@ def test_batches_have_the_length_that_attention_is_set_up_for():
     batch = collate(features, 2, length=20)
     assert all(column.shape == (2, 20) for column in batch.values())
     free = collate(features, 2)
-    again = padded(free, 20, PAD)
+    again = pad_batch(free, 20, PAD)
     for index in (0, 1):
         one, other = slice_for_rank(batch, 2, index), slice_for_rank(again, 2, index)
         assert all(torch.equal(column, other[name]) for name, column in one.items())
