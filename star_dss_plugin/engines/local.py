@@ -82,7 +82,7 @@ class LocalEngine:
         self._fixed_rope_length = fixed_rope_length(self._config)
         self._parameters = inspect.signature(model.forward).parameters
         self._head: tuple[tuple[int, ...], KeysValues] = ((), {})
-        self._last_layer = LastLayer.of(model)
+        self._last_layer = LastLayer.from_model(model)
         self._block_sparse = model.device.type == "cuda"
         self._warned: set[str] = set()
         # The current pass is set on the model's config, so two passes at a time would mix.
@@ -92,7 +92,7 @@ class LocalEngine:
         self, groups: Sequence[Sequence[Sequence[int]]], label_ids: Sequence[int]
     ) -> list[Tensor]:
         """See `Engine.label_logprobs`."""
-        shared = [SharedPrompts.of(group) for group in groups]
+        shared = [SharedPrompts.from_prompts(group) for group in groups]
         lengths = [prompts.lengths() for prompts in shared]
         for number, of_group in enumerate(lengths):
             if 0 in of_group:

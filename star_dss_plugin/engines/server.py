@@ -109,7 +109,7 @@ class ServerEngine:
         self, groups: Sequence[Sequence[Sequence[int]]], label_ids: Sequence[int]
     ) -> list[Tensor]:
         """See `Engine.label_logprobs`."""
-        shared = [SharedPrompts.of(group) for group in groups]
+        shared = [SharedPrompts.from_prompts(group) for group in groups]
         parts: list[tuple[int, list[int]]] = []
         for number, of_group in enumerate(shared):
             ordered = longest_first(of_group)

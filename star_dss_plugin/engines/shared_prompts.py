@@ -41,7 +41,7 @@ class SharedPrompts(Sequence[list[int]]):
             self.pieces.append((count + more, tuple(end[more:])))
 
     @classmethod
-    def of(cls, prompts: Sequence[Sequence[int]]) -> SharedPrompts:
+    def from_prompts(cls, prompts: Sequence[Sequence[int]]) -> SharedPrompts:
         """Share the prefixes of prompts given as lists; return a `SharedPrompts` as it is."""
         if isinstance(prompts, SharedPrompts):
             return prompts

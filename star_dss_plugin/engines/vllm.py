@@ -70,7 +70,7 @@ class VllmEngine:
         self, groups: Sequence[Sequence[Sequence[int]]], label_ids: Sequence[int]
     ) -> list[Tensor]:
         """See `Engine.label_logprobs`."""
-        shared = [SharedPrompts.of(group) for group in groups]
+        shared = [SharedPrompts.from_prompts(group) for group in groups]
         ordered = [longest_first(group) for group in shared]
         longest = int(self._llm.model_config.max_model_len) - 1
         for number, (group, indices) in enumerate(zip(shared, ordered, strict=True)):

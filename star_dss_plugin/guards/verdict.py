@@ -139,7 +139,9 @@ class VerdictGuard(Guard):
             unsafe_labels,
             *([controversial_labels] if controversial_labels else []),
         ]
-        self._labels = VerdictLabels.of(self.name, self._template, groups, controversial_weight)
+        self._labels = VerdictLabels.from_spellings(
+            self.name, self._template, groups, controversial_weight
+        )
         self.markers = Markers(
             self._template.control_tokens,
             scaffold_lines(self._template.ending, self._template.control_tokens),

@@ -31,7 +31,7 @@ class VerdictLabels:
     controversial_weight: float
 
     @classmethod
-    def of(
+    def from_spellings(
         cls,
         name: str,
         template: GuardTemplate,

@@ -117,7 +117,7 @@ def set_up(trainer: StarDSSMixin, options: StarDSSOptions) -> None:
     switch_fused_loss_off(trainer.args)
     model = trainer.model
     assert model is not None  # a Trainer's constructor raises an error without a model
-    ranks = Ranks.of(
+    ranks = Ranks.from_accelerator(
         trainer.accelerator,
         model,
         exchange=trainer.ranks_exchange_tokens(),

@@ -154,7 +154,7 @@ class Ranks:
     has_weights: bool = True
 
     @classmethod
-    def of(
+    def from_accelerator(
         cls, accelerator: Any, model: nn.Module, *, exchange: bool = False, tp_size: int = 1
     ) -> Ranks:
         """Describe the ranks of a trainer's run; every rank must call this.

@@ -32,7 +32,7 @@ def shared_of(trunk, pieces):
 def test_they_are_the_prompts_written_out(trunk, pieces, before, behind):
     shared, written = shared_of(trunk, pieces)
     assert list(shared) == written
-    assert list(SharedPrompts.of(written)) == written
+    assert list(SharedPrompts.from_prompts(written)) == written
     assert list(shared[1:]) == written[1:]
     assert shared.lengths() == list(map(len, written))
     assert list(shared.surrounded(before, behind)) == [[*before, *p, *behind] for p in written]
@@ -129,4 +129,4 @@ def test_memory_grows_with_the_response_not_with_its_square():
 
 @pytest.mark.parametrize("prompts", [[], [[5]]])
 def test_no_prompt_or_one(prompts):
-    assert list(SharedPrompts.of(prompts)) == prompts
+    assert list(SharedPrompts.from_prompts(prompts)) == prompts

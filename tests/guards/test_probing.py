@@ -130,7 +130,7 @@ def held(count, noise, seed=0):
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(st.floats(0.05, 2), st.integers(0, 10**6), st.sampled_from([0.02, 0.05, 0.1]))
 def test_scores_that_are_not_asked_keep_the_promise_on_new_responses(noise, seed, tolerance):
-    bounds = Bounds.of(held(200, noise, seed), tolerance, 0.5)
+    bounds = Bounds.from_held_out(held(200, noise, seed), tolerance, 0.5)
     new = held(400, noise, seed + 1)
     logits, scores = (np.concatenate([getattr(h, n) for h in new]) for n in ("logits", "scores"))
     kept = ~bounds.needs_guard(logits)
@@ -155,7 +155,7 @@ def test_an_interval_that_holds_the_threshold_is_asked():
 
 def test_few_held_out_prefixes_promise_nothing():
     few = [HeldOut(np.array([3.0]), np.array([0.95]), 1.0)] * 5
-    assert np.isinf(Bounds.of(few, 0.05, 0.5).halves).all()
+    assert np.isinf(Bounds.from_held_out(few, 0.05, 0.5).halves).all()
     assert check_bounds(few, 0.05, 0.5)["probed"] == 0
 
 
@@ -169,8 +169,8 @@ def test_weights_count_as_so_many_responses():
     mixed = [one for pair in zip(right, wrong, strict=True) for one in pair]
     heavy = [HeldOut(h.logits, h.scores, 50.0 if i % 2 else 1.0) for i, h in enumerate(mixed)]
     light = [HeldOut(h.logits, h.scores, 0.001 if i % 2 else 1.0) for i, h in enumerate(mixed)]
-    assert Bounds.of(heavy, 0.05, 0.9).halves[-1] == pytest.approx(0.5)
-    assert Bounds.of(light, 0.05, 0.9).halves[-1] == pytest.approx(0.0)
+    assert Bounds.from_held_out(heavy, 0.05, 0.9).halves[-1] == pytest.approx(0.5)
+    assert Bounds.from_held_out(light, 0.05, 0.9).halves[-1] == pytest.approx(0.0)
 
 
 def test_a_probe_comes_back_from_json_as_it_was():

@@ -135,7 +135,7 @@ def check_ranks(case):
         trainers = [_trainer(folder, rank, size, changes) for rank in range(size)]
         places = threading.local()
 
-        def of(accelerator, model, **others):
+        def from_accelerator(accelerator, model, **others):
             rank = places.rank
             share = Share(rank, size, group.barrier) if together else Share(0, 1, group.barrier)
             return Ranks(share, lambda value: group.gather(rank, value))
@@ -158,7 +158,7 @@ def check_ranks(case):
                 ends[rank] = error
                 group._barrier.abort()
 
-        with mock.patch.object(Ranks, "of", of):
+        with mock.patch.object(Ranks, "from_accelerator", from_accelerator):
             threads = [threading.Thread(target=run, args=(r,), daemon=True) for r in range(size)]
             for thread in threads:
                 thread.start()

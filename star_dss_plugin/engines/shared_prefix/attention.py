@@ -111,7 +111,7 @@ class Pass:
         rows = [len(depth) for depth in depths]
         if self.block_sparse:
             lengths = [prefix.length for prefix in self.prefixes]
-            return BlockSparse.of(self.positions, self.real, rows, depths, lengths)
+            return BlockSparse.from_rows(self.positions, self.real, rows, depths, lengths)
         return Dense(self.positions, self.real, rows, depths)
 
 

@@ -66,7 +66,7 @@ def build_tree(group: int, prompts: Sequence[Sequence[int]]) -> Tree:
 
     Time and memory grow with the trunk and the tails, not with the prompts written out.
     """
-    shared = SharedPrompts.of(prompts)
+    shared = SharedPrompts.from_prompts(prompts)
     # Descending, so that a prompt comes before its own prefixes and is preferred as the trunk.
     ordered = sorted(shared.distinct(), key=shared.sort_key, reverse=True)
     neighbours = [shared.common_prefix_length(a, b) for a, b in pairwise(ordered)]

@@ -68,7 +68,9 @@ class Bounds:
     threshold: float
 
     @classmethod
-    def of(cls, held_out: Sequence[HeldOut], tolerance: float, threshold: float) -> Bounds:
+    def from_held_out(
+        cls, held_out: Sequence[HeldOut], tolerance: float, threshold: float
+    ) -> Bounds:
         """Compute bounds from held-out responses."""
         logits = np.concatenate([one.logits for one in held_out])
         off = np.abs(probabilities(logits) - np.concatenate([one.scores for one in held_out]))
@@ -114,7 +116,7 @@ def check_bounds(
     halves = held_out[::2], held_out[1::2]
     off, weights, total = [], [], 0.0
     for known, tested in (halves, halves[::-1]):
-        bounds = Bounds.of(known, tolerance, threshold)
+        bounds = Bounds.from_held_out(known, tolerance, threshold)
         for one in tested:
             kept = ~bounds.needs_guard(one.logits)
             difference = np.abs(probabilities(one.logits) - one.scores)[kept]

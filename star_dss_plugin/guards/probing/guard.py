@@ -137,7 +137,7 @@ class ProbingGuard(Guard):
             "penalty": chosen.penalty,
             "tolerance": self.tolerance,
         }
-        bounds = Bounds.of(held, self.tolerance, self.threshold)
+        bounds = Bounds.from_held_out(held, self.tolerance, self.threshold)
         return FittedProbe(tuple(blocks[k] for k in chosen.blocks), chosen.probe, bounds, facts)
 
     def with_probe(self, learned: FittedProbe) -> ProbedGuard:
