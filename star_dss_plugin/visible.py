@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-__all__ = ["code", "visible", "visible_line"]
+__all__ = ["as_code", "visible", "visible_line"]
 
 _KEPT = "\n\t"
 _CONTROL_PICTURES = 0x2400  # ␀ ␁ … stand for U+0000, U+0001, …
@@ -67,7 +67,7 @@ def visible_line(text: str, max_length: int = 200) -> str:
     return shown[:max_length] + "…" if len(text) > max_length else shown
 
 
-def code(text: str) -> str:
+def as_code(text: str) -> str:
     """Return text as a Markdown code span, in which nothing is markup, even in a table's cell."""
     plain = visible_line(text).replace("`", "'").replace("\\", "∖").replace("|", "\\|")
     return f"`{plain.strip() or '-'}`"

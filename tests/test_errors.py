@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from star_dss_plugin.data.reading import in_file
+from star_dss_plugin.data.reading import with_file_name
 from star_dss_plugin.data.rows import with_row_number
 from star_dss_plugin.errors import ConfigError, DataError, GuardError, StarDSSError, Where
 from star_dss_plugin.guards.base import Guard, PrefixRequest, Trajectory, ask
@@ -48,7 +48,7 @@ def test_an_error_with_its_own_constructor_survives():
     error = TwoArguments(7, "why")
     with (
         pytest.raises(TwoArguments, match=r"^f\.jsonl: Row 4: 7: why$") as stop,
-        in_file("f.jsonl"),
+        with_file_name("f.jsonl"),
     ):
         with_row_number(4, fail, error)
     assert stop.value is error
@@ -57,7 +57,7 @@ def test_an_error_with_its_own_constructor_survives():
 
 
 def test_a_file_is_named_only_for_its_rows():
-    with pytest.raises(ConfigError, match="^an option$"), in_file("f.jsonl"):
+    with pytest.raises(ConfigError, match="^an option$"), with_file_name("f.jsonl"):
         fail(ConfigError("an option"))
 
 

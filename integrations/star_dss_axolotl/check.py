@@ -10,7 +10,7 @@ from datasets import IterableDataset
 
 from star_dss_axolotl.args import PLUGIN, StarDSSBlock, is_listed, options_of
 from star_dss_axolotl.conflicts import conflicts
-from star_dss_axolotl.media import rows_of, strategy_of
+from star_dss_axolotl.media import make_media_rows, strategy_of
 from star_dss_axolotl.scoring import chat_of
 from star_dss_axolotl.streams import load_stream
 from star_dss_plugin.errors import StarDSSError
@@ -137,7 +137,7 @@ def _check_with_axolotl(raw: dict[str, Any], findings: Findings, *, data: bool) 
             return
         if "input_ids" not in dataset.column_names:
             try:
-                reader = rows_of(strategy_of(cfg, tokenizer))
+                reader = make_media_rows(strategy_of(cfg, tokenizer))
                 said = estimate_of_media(dataset, name, reader, options)
                 findings.notes.append(f"{name} data: {said}")
             except StarDSSError as error:

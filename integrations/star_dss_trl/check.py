@@ -20,7 +20,7 @@ from star_dss_plugin.training.preflight import (
     lacks_guard,
 )
 from star_dss_plugin.training.rows.stream_checks import check_stream
-from star_dss_trl.media import has_images, load_processor, rows_of
+from star_dss_trl.media import has_images, load_processor, make_media_rows
 from star_dss_trl.sft import load_data, parse, used_splits
 from star_dss_trl.templates import training_template
 from star_dss_trl.trainer import check_settings
@@ -63,7 +63,7 @@ def check(path: Path, raw: dict[str, Any], *, data: bool) -> Findings:
             raise missing_guard()
         only = bool(getattr(training_args, "assistant_only_loss", False))
         if has_images(train.column_names):
-            reader = rows_of(load_processor(model_args.model_name_or_path), None, only)
+            reader = make_media_rows(load_processor(model_args.model_name_or_path), None, only)
             said = estimate_of_media(train, "train", reader, training_args)
             found.notes.append(f"train data: {said}")
             return found

@@ -17,7 +17,7 @@ from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.errors import ConfigError, DataError
 from star_dss_plugin.smollm2 import resolve_model
 
-__all__ = ["has_images", "load_processor", "reject_media", "rows_of"]
+__all__ = ["has_images", "load_processor", "make_media_rows", "reject_media"]
 
 
 def has_images(columns: Iterable[str]) -> bool:
@@ -49,7 +49,7 @@ def load_processor(name: str) -> ProcessorMixin:
     return found
 
 
-def rows_of(processor: Any, template: str | None, assistant_only_loss: bool) -> MediaRows:
+def make_media_rows(processor: Any, template: str | None, assistant_only_loss: bool) -> MediaRows:
     """Return the reader of rows with images for TRL's vision collator.
 
     Args:

@@ -17,7 +17,7 @@ from star_dss_plugin.training.attach import set_up
 from star_dss_plugin.training.host_checks import check_arguments, switch_fused_loss_off
 from star_dss_plugin.training.mixin import StarDSSMixin
 from star_dss_trl.config import HOST_LOSS_TYPES, StarDSSConfig
-from star_dss_trl.media import reject_media, rows_of
+from star_dss_trl.media import make_media_rows, reject_media
 
 __all__ = ["StarDSSTrainer", "check_settings"]
 
@@ -97,7 +97,7 @@ class StarDSSTrainer(StarDSSMixin, SFTTrainer):  # type: ignore[misc]
         if not self._is_vision_dataset:
             return None
         only = bool(getattr(self.args, "assistant_only_loss", False))
-        return rows_of(self.processing_class, self.chat_template, only)
+        return make_media_rows(self.processing_class, self.chat_template, only)
 
     def pack(self, dataset: Dataset, *, evaluation: bool) -> Dataset:
         """Pack scored rows with TRL's packing, the scores with their tokens."""

@@ -15,7 +15,7 @@ from datasets import Dataset
 from star_dss_plugin.data.columns import SCORES_COLUMN
 from star_dss_plugin.data.conversations import conversation_of, source_messages
 from star_dss_plugin.data.files.parquet_shards import is_sharded
-from star_dss_plugin.data.reading import DEMO, in_file, is_saved, read_dataset
+from star_dss_plugin.data.reading import DEMO, is_saved, read_dataset, with_file_name
 from star_dss_plugin.data.rows import plain_rows, with_row_number
 from star_dss_plugin.errors import ConfigError, DataError
 from star_dss_plugin.hookspecs import RowForm, Start
@@ -84,7 +84,7 @@ def describe_rows(data: str) -> Rows:
         description = f"{len(dataset)} rows that are scored already"
         return Rows(data, "scored", frozenset(), description)
     first = dataset.select(range(min(_FIRST_ROWS, len(dataset))))
-    with in_file(data):
+    with with_file_name(data):
         form, keys, roles = _form(first)
     words = {
         "messages": "conversations in the column messages",

@@ -31,12 +31,12 @@ __all__ = [
     "DEMO",
     "DEMO_MEANING",
     "check_readable",
-    "in_file",
     "is_saved",
-    "packaged",
     "read_dataset",
+    "read_packaged",
     "read_splits",
     "read_streams",
+    "with_file_name",
 ]
 
 DEMO = "demo"
@@ -141,7 +141,7 @@ def _splits(source: str, path: Path, config: str | None) -> Iterable[str]:
 
 
 @contextlib.contextmanager
-def in_file(source: str) -> Iterator[None]:
+def with_file_name(source: str) -> Iterator[None]:
     """Add the file or folder to any StarDSSError about a row."""
     try:
         yield
@@ -151,7 +151,7 @@ def in_file(source: str) -> Iterator[None]:
         raise
 
 
-def packaged(package: str, name: str) -> Dataset:
+def read_packaged(package: str, name: str) -> Dataset:
     """Return the rows of a .jsonl file that comes with the package.
 
     Args:
@@ -165,7 +165,7 @@ def packaged(package: str, name: str) -> Dataset:
 def _load(source: str, path: Path, split: str, config: str | None) -> Dataset:
     if source == DEMO:
         check_reserved_name(DEMO, DEMO_MEANING)
-        return packaged("star_dss_plugin.data", "demo_mix.jsonl")
+        return read_packaged("star_dss_plugin.data", "demo_mix.jsonl")
     if config is not None and path.exists():
         raise DataError(
             f"{source} is a local file or folder, which has no configurations: remove "

@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset
 
 from star_dss_plugin.data.conversations import row_messages
-from star_dss_plugin.data.reading import DEMO, DEMO_MEANING, packaged, read_dataset
+from star_dss_plugin.data.reading import DEMO, DEMO_MEANING, read_dataset, read_packaged
 from star_dss_plugin.data.requests import Message
 from star_dss_plugin.data.rows import plain_rows, with_row_number
 from star_dss_plugin.errors import DataError
@@ -70,7 +70,7 @@ def load_prompts(
 
 def demo_prompts(kind: str, *, limit: int | None = None) -> list[Prompt]:
     """Return the package's own prompts: 20 harmful or 12 benign ones."""
-    rows = packaged("star_dss_plugin.evaluate", f"demo_{kind}_prompts.jsonl")
+    rows = read_packaged("star_dss_plugin.evaluate", f"demo_{kind}_prompts.jsonl")
     return read_prompts(rows, kind, limit=limit)
 
 

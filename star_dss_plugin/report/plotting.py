@@ -7,7 +7,7 @@ from typing import Any
 from star_dss_plugin.validation import require
 from star_dss_plugin.visible import visible
 
-__all__ = ["COLOURS", "GUIDE", "QUIET", "line_style", "plain", "require_matplotlib"]
+__all__ = ["COLOURS", "GUIDE", "QUIET", "escape_mathtext", "line_style", "require_matplotlib"]
 
 # Okabe and Ito's colours, distinct with every kind of colour vision. Line styles differ as well.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#1c1d1f", "#8a8d91")
@@ -35,6 +35,6 @@ def line_style(k: int) -> dict[str, Any]:
     return {"color": COLOURS[k % len(COLOURS)], "linestyle": _DASHES[k % len(_DASHES)]}
 
 
-def plain(text: str) -> str:
+def escape_mathtext(text: str) -> str:
     """Make untrusted text visible, with dollar signs escaped so that they start no formula."""
     return visible(text).replace("$", r"\$")

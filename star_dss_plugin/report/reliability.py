@@ -6,7 +6,7 @@ from pathlib import Path
 
 from star_dss_plugin.data.writing import writing
 from star_dss_plugin.report.figures import check_ready
-from star_dss_plugin.report.plotting import COLOURS, GUIDE, plain
+from star_dss_plugin.report.plotting import COLOURS, GUIDE, escape_mathtext
 from star_dss_plugin.scoring.calibration import Calibration, Quality
 
 __all__ = ["write_reliability"]
@@ -39,7 +39,7 @@ def write_reliability(calibration: Calibration, path: Path, *, demonstration: bo
     axes.legend(frameon=False, fontsize=8, loc="upper left")
     warning = " (DEMONSTRATION ONLY)" if demonstration else ""
     figure.suptitle(
-        plain(f"guard: {calibration.guard}{warning}, {calibration.rows} rows"), fontsize=9
+        escape_mathtext(f"guard: {calibration.guard}{warning}, {calibration.rows} rows"), fontsize=9
     )
     with writing(path):
         figure.savefig(path, dpi=150)

@@ -18,7 +18,7 @@ from star_dss_plugin.errors import DataError
 from star_dss_plugin.tables import terminal
 from star_dss_plugin.training.host_checks import check_trainer
 from star_dss_plugin.training.loss_check import check_loss
-from star_dss_plugin.training.rows.summary import summarize
+from star_dss_plugin.training.rows.summary import dataset_summary
 from star_dss_plugin.training.run_record import (
     add_section,
     changed_options,
@@ -119,7 +119,7 @@ class StarDSSCallback(TrainerCallback):
         if dataset is None or SCORES_COLUMN not in dataset.column_names:
             return  # `check_loss` reports what the data set lacks
         active.ranks.check_equal({"training rows": active.rows.digest(dataset)})
-        summary = summarize(dataset, active.options, active.summaries["train"].guard)
+        summary = dataset_summary(dataset, active.options, active.summaries["train"].guard)
         active.summaries["train"], active.train_dataset = summary, self.trainer.train_dataset
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -14,7 +14,7 @@ from template_forms import FORMS, chat_of
 
 from star_dss_plugin.data.templates import inverse as module
 from star_dss_plugin.data.templates.inverse import TemplateInverse
-from star_dss_plugin.data.templates.probes import pieces_of, probe
+from star_dss_plugin.data.templates.probes import pieces_of, probe_conversation
 from star_dss_plugin.data.templates.tool_calls import call_spans
 
 CHATML = "Qwen3, SmolLM3: a block of thought in the last turn"
@@ -240,7 +240,8 @@ def test_arguments_too_deep_to_be_read_end_before_the_next_control_token(depth):
 
 
 def test_a_probe_that_is_not_written_as_it_is_teaches_nothing():
-    made, slots = probe(["user", "thinking+answer"], "thinking", as_text=False, linked=False)
+    kinds = ["user", "thinking+answer"]
+    made, slots = probe_conversation(kinds, "thinking", as_text=False, linked=False)
     marks = [made[0]["content"], made[1]["thinking"], made[1]["content"]]
     assert pieces_of("<{}|{}|{}>".format(*marks), slots) == (slots, ["<", "|", "|", ">"])
     for wrong in ("{0}|{2}", "{0}|{2}|{1}", "{0}|{0}|{1}|{2}"):

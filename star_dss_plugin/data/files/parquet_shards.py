@@ -28,7 +28,7 @@ from star_dss_plugin.data.provenance import PROVENANCE_FILE, note_line, provenan
 from star_dss_plugin.data.row_digests import packed_row_digests, write_merged_digests
 from star_dss_plugin.data.writing import atomic_file, write_text, writing
 from star_dss_plugin.errors import DataError
-from star_dss_plugin.visible import code
+from star_dss_plugin.visible import as_code
 
 __all__ = [
     "DATA",
@@ -111,7 +111,7 @@ def write_card(folder: Path, provenance: Mapping[str, Any]) -> None:
     )
     write_text(
         folder / "README.md",
-        f"---\n{header}---\n\nScored with STAR-DSS by the guard {code(provenance['guard'])}: "
+        f"---\n{header}---\n\nScored with STAR-DSS by the guard {as_code(provenance['guard'])}: "
         "`star_scores` has one score per token of `input_ids`.\n",
     )
 

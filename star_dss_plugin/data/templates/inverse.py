@@ -25,7 +25,7 @@ from star_dss_plugin.data.templates.probes import (
     PROBES,
     REASONING,
     pieces_of,
-    probe,
+    probe_conversation,
 )
 from star_dss_plugin.data.templates.scaffold import TAGS
 from star_dss_plugin.data.templates.slots import messages_of
@@ -144,7 +144,7 @@ class TemplateInverse:
         """Learn the template's text around messages of these kinds."""
         text = None
         for as_text in (False, True) if any("call" in kind for kind in kinds) else (False,):
-            made, marked = probe(kinds, reasoning, as_text=as_text, linked=linked)
+            made, marked = probe_conversation(kinds, reasoning, as_text=as_text, linked=linked)
             try:
                 text = self.chat.render(made)
             except DataError:

@@ -21,7 +21,7 @@ from star_dss_plugin.options import StarDSSOptions
 from star_dss_plugin.scoring.ranks import SINGLE_PROCESS, Share
 from star_dss_plugin.scoring.scorer import score_dataset
 from star_dss_plugin.scoring.strictness import stricter_dataset
-from star_dss_plugin.training.rows.summary import DatasetSummary, summarize
+from star_dss_plugin.training.rows.summary import DatasetSummary, dataset_summary
 
 __all__ = [
     "check_kind",
@@ -104,7 +104,7 @@ def prepare_dataset(
         dataset = with_column(dataset, SCORES_COLUMN, ones, List(Value("float32")))
         unread = f"{options.loss_type} reads no scores"
         why = unread if name == "train" or options.score_eval else "score_eval is off"
-        return dataset, summarize(dataset, options, f"none ({why})")
+        return dataset, dataset_summary(dataset, options, f"none ({why})")
     else:
         dataset = score_dataset(
             dataset,
@@ -121,7 +121,7 @@ def prepare_dataset(
     dataset = stricter_dataset(bare, chat, options)
     if changed or dataset is not bare:
         add_row_digests(dataset)  # so that the result can be given to another trainer
-    return dataset, summarize(dataset, options, None)
+    return dataset, dataset_summary(dataset, options, None)
 
 
 def check_kind(dataset: Any, name: str) -> None:

@@ -16,7 +16,7 @@ from star_dss_plugin.logprobs import IGNORE_INDEX
 from star_dss_plugin.options import StarDSSOptions
 from star_dss_plugin.scoring.guard_statistics import COUNTS
 
-__all__ = ["DatasetSummary", "summarize"]
+__all__ = ["DatasetSummary", "dataset_summary"]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def _merged_note(
     return {name: first[name] for name in _NAMES if name in first} | counts
 
 
-def summarize(dataset: Dataset, options: StarDSSOptions, guard: str | None) -> DatasetSummary:
+def dataset_summary(dataset: Dataset, options: StarDSSOptions, guard: str | None) -> DatasetSummary:
     """Return statistics of a scored data set.
 
     Args:
