@@ -143,14 +143,14 @@ def train(folder: Path, out: Path, environment: dict[str, str]) -> None:
             super()._save_checkpoint(*args, **kwargs)
             mark("training")
 
-    from_logits = precompute.from_logits
+    apply_to_logits = precompute.apply_to_logits
 
     def slow(*args: Any, **kwargs: Any) -> Any:
         mark("reference log-probabilities")
         time.sleep(0.3)
-        return from_logits(*args, **kwargs)
+        return apply_to_logits(*args, **kwargs)
 
-    precompute.from_logits, precompute._BATCH_TOKENS = slow, 128
+    precompute.apply_to_logits, precompute._BATCH_TOKENS = slow, 128
     star_dss_slow.pause = 0.2
     mark("preparing data")
     data = load_dataset("json", data_files=str(folder / "chat.jsonl"), split="train")

@@ -54,10 +54,10 @@ from star_dss_plugin.data.requests import PrefixRequest, Trajectory
 from star_dss_plugin.data.responses import find_responses
 from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.data.tokenization import tokenize_row
-from star_dss_plugin.engines.shared_prefix.tree import grow
+from star_dss_plugin.engines.shared_prefix.tree import build_tree
 from star_dss_plugin.guards.base import Guard
-from star_dss_plugin.guards.probing.guard import ProbingGuard, probing
-from star_dss_plugin.guards.probing.learned import Learned
+from star_dss_plugin.guards.probing.fitted import FittedProbe
+from star_dss_plugin.guards.probing.guard import ProbingGuard, make_probing
 from star_dss_plugin.guards.prompting.template import GuardTemplate
 from star_dss_plugin.logprobs import IGNORE_INDEX
 from star_dss_plugin.scoring.probed import POOL, STRIDE, Pool, ProbedTrajectories
@@ -120,19 +120,19 @@ class Parts(ProbedTrajectories):
     rest: ClassVar[Cost]
     sample: ClassVar[set[str]]
 
-    def _fitted(
+    def _probe_of_sample(
         self,
         guard: ProbingGuard,
         pool: Pool,
         sample: Mapping[str, Trajectory],
         weights: Mapping[str, float],
-    ) -> Learned:
+    ) -> FittedProbe:
         type(self).sample = set(sample)
-        return super()._fitted(guard, pool, sample, weights)
+        return super()._probe_of_sample(guard, pool, sample, weights)
 
-    def plainly(self, guard: Guard) -> tuple[dict[str, Trajectory], set[str]]:
+    def score_without_fitting(self, guard: Guard) -> tuple[dict[str, Trajectory], set[str]]:
         with self.rest.counted():
-            return super().plainly(guard)
+            return super().score_without_fitting(guard)
 
 
 def measured(guard: Guard, asked: Mapping[str, PrefixRequest]) -> tuple[Parts, Any, Cost]:
@@ -221,7 +221,9 @@ def counted(args: argparse.Namespace) -> None:
         prefill="Safety:",
     )
     # The engine runs the common beginning of all prompts once.
-    one, other = (prompts.opened([{"role": "user", "content": c}], c)[0] for c in ("a", "b"))
+    one, other = (
+        prompts.prompt_with_response([{"role": "user", "content": c}], c)[0] for c in ("a", "b")
+    )
     head = next(i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     shares, counts = (0.0, 0.02, 0.05, 0.1, 0.2), (1_000, 10_000, 100_000)
     print(f"Qwen3Guard's template, SmolLM2's tokenizer, probe_sample {args.sample}")
@@ -230,10 +232,10 @@ def counted(args: argparse.Namespace) -> None:
         whole, once, length, prefixes = 0, 0, 0, 0
         for request in asked.values():
             group = prompts.prompts(list(request.context), request.text, request.ends)
-            trunk, _ = prompts.opened(list(request.context), request.text)
-            whole += grow(0, group).distinct - head
+            trunk, _ = prompts.prompt_with_response(list(request.context), request.text)
+            whole += build_tree(0, group).distinct - head
             once += len(trunk) - head
-            length += len(trunk) - len(prompts.opened(list(request.context), "")[0])
+            length += len(trunk) - len(prompts.prompt_with_response(list(request.context), "")[0])
             prefixes += len(request.ends)
         exact, trunk_tokens, own = (n / len(asked) for n in (whole, once, length))
         each = prefixes / len(asked)
@@ -280,7 +282,9 @@ def scoring(args: argparse.Namespace, description: dict[str, Any]) -> None:
         asked = sets[name]
         guard = load_guard(description)
         _, exact, full = measured(guard, asked)
-        asking, probed, less = measured(probing(guard, args.sample, args.tolerance, 0.5), asked)
+        asking, probed, less = measured(
+            make_probing(guard, args.sample, args.tolerance, 0.5), asked
+        )
         guard.close()
         outside = [key for key in asked if key not in Parts.sample]
         parts = ({key: found[key] for key in outside} for found in (exact, probed))

@@ -56,15 +56,15 @@ from star_dss_trl.demo import aligned_start
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
-from star_dss_plugin.data.bound_rows import unbind_rows
 from star_dss_plugin.data.fingerprints import content_key
+from star_dss_plugin.data.row_digests import remove_row_digests
 from star_dss_plugin.data.writing import write_text
 from star_dss_plugin.evaluate.generation import greedy_answers, prompt_ids
 from star_dss_plugin.evaluate.prompts import DEFAULT_PREFILL
 from star_dss_plugin.evaluate.refusal import is_refusal
 from star_dss_plugin.evaluate.threats import build_threat
 from star_dss_plugin.logprobs import IGNORE_INDEX, token_logprobs
-from star_dss_plugin.models import model_fingerprint
+from star_dss_plugin.models.fingerprints import model_fingerprint
 from star_dss_plugin.scoring.scorer import score_dataset
 
 MAX_LENGTH = 128
@@ -219,7 +219,7 @@ class Bench:
                 _noisy, with_indices=True, fn_kwargs={"cell": cell}, load_from_cache_file=False
             )
         if scored is not self._scores(cell):
-            unbind_rows(scored)  # or training would reject the changed scores
+            remove_row_digests(scored)  # or training would reject the changed scores
         means = defaultdict(list)
         for row in scored:
             means["poisoned" if row["poisoned"] else "benign"] += [

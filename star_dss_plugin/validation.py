@@ -17,9 +17,9 @@ from star_dss_plugin.errors import ConfigError
 
 __all__ = [
     "at_least",
+    "check_reserved_name",
     "json_mapping",
     "nearest",
-    "not_a_file",
     "probability",
     "require",
     "shortened",
@@ -68,42 +68,44 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> ConfigError:
     return ConfigError(f"Unknown {kind} {name!r}.{hint} Known: {', '.join(names)}.")
 
 
-def nearest(name: str, known: Iterable[str], *, most: int = 3) -> list[str]:
+def nearest(name: str, known: Iterable[str], *, limit: int = 3) -> list[str]:
     """Return the known names that a misspelt one may have meant, the most similar first.
 
     Args:
         name: The given name.
         known: All valid names.
-        most: Largest number of returned names, >= 1.
+        limit: Largest number of returned names, >= 1.
     """
-    return difflib.get_close_matches(name, list(known), n=most, cutoff=0.5)
+    return difflib.get_close_matches(name, list(known), n=limit, cutoff=0.5)
 
 
-def not_a_file(name: str, means: str) -> None:
+def check_reserved_name(name: str, meaning: str) -> None:
     """Check that no file or folder has a reserved name such as "demo".
 
     Args:
         name: The reserved name.
-        means: What the name stands for, in a few words.
+        meaning: What the name stands for, in a few words.
 
     Raises:
         ConfigError: A file or folder has this name, so the name is ambiguous.
     """
     if Path(name).exists():
         raise ConfigError(
-            f"{name!r} is {means}, and there is a file or folder of this name here. Write "
-            f"./{name} for that one; for {means}, start from another folder, or rename it."
+            f"{name!r} is {meaning}, and there is a file or folder of this name here. Write "
+            f"./{name} for that one; for {meaning}, start from another folder, or rename it."
         )
 
 
-def require(module: str, extra: str, what: str, *, otherwise: str = "", load: bool = False) -> None:
+def require(
+    module: str, extra: str, feature: str, *, alternative: str = "", load: bool = False
+) -> None:
     """Check that an optional package is installed.
 
     Args:
         module: Name of the needed module.
         extra: Extra of star-dss-plugin that installs it.
-        what: Feature that needs it, the subject of the message.
-        otherwise: A sentence on what works without it.
+        feature: Feature that needs it, the subject of the message.
+        alternative: A sentence on what works without it.
         load: Whether to import it as a further check, which may take many seconds.
 
     Raises:
@@ -119,7 +121,9 @@ def require(module: str, extra: str, what: str, *, otherwise: str = "", load: bo
     except (ImportError, ValueError) as error:  # ValueError: its __spec__ in sys.modules is None
         why = f"which cannot be imported ({error})"
     install = f"Install it with: pip install 'star-dss-plugin[{extra}]'"
-    raise ConfigError(f"{what} needs {module}, {why}. {install}{otherwise and '. ' + otherwise}")
+    raise ConfigError(
+        f"{feature} needs {module}, {why}. {install}{alternative and '. ' + alternative}"
+    )
 
 
 def shortened(value: Any) -> str:

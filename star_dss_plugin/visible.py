@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-__all__ = ["code", "visible", "visible_line"]
+__all__ = ["as_code", "visible", "visible_line"]
 
 _KEPT = "\n\t"
 _CONTROL_PICTURES = 0x2400  # ␀ ␁ … stand for U+0000, U+0001, …
@@ -58,16 +58,16 @@ def visible(text: str) -> str:
     return "".join(shown)
 
 
-def visible_line(text: str, most: int = 200) -> str:
-    """Return text as one safe line, truncated to `most` characters.
+def visible_line(text: str, max_length: int = 200) -> str:
+    """Return text as one safe line, truncated to `max_length` characters.
 
     Line breaks and tabs are shown by name too, so that text cannot forge lines of a log.
     """
-    shown = visible(text[: most + 1]).replace("\n", "␊").replace("\t", "␉")
-    return shown[:most] + "…" if len(text) > most else shown
+    shown = visible(text[: max_length + 1]).replace("\n", "␊").replace("\t", "␉")
+    return shown[:max_length] + "…" if len(text) > max_length else shown
 
 
-def code(text: str) -> str:
+def as_code(text: str) -> str:
     """Return text as a Markdown code span, in which nothing is markup, even in a table's cell."""
     plain = visible_line(text).replace("`", "'").replace("\\", "∖").replace("|", "\\|")
     return f"`{plain.strip() or '-'}`"

@@ -4,8 +4,8 @@ import pickle
 
 import pytest
 
-from star_dss_plugin.data.reading import in_file
-from star_dss_plugin.data.rows import in_row
+from star_dss_plugin.data.reading import with_file_name
+from star_dss_plugin.data.rows import with_row_number
 from star_dss_plugin.errors import ConfigError, DataError, GuardError, StarDSSError, Where
 from star_dss_plugin.guards.base import Guard, PrefixRequest, Trajectory, ask
 
@@ -48,16 +48,16 @@ def test_an_error_with_its_own_constructor_survives():
     error = TwoArguments(7, "why")
     with (
         pytest.raises(TwoArguments, match=r"^f\.jsonl: Row 4: 7: why$") as stop,
-        in_file("f.jsonl"),
+        with_file_name("f.jsonl"),
     ):
-        in_row(4, fail, error)
+        with_row_number(4, fail, error)
     assert stop.value is error
     assert stop.value.code == 7
     assert stop.value.where == Where(file="f.jsonl", rows=(4,))
 
 
 def test_a_file_is_named_only_for_its_rows():
-    with pytest.raises(ConfigError, match="^an option$"), in_file("f.jsonl"):
+    with pytest.raises(ConfigError, match="^an option$"), with_file_name("f.jsonl"):
         fail(ConfigError("an option"))
 
 

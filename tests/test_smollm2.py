@@ -14,7 +14,7 @@ from star_dss_plugin.data.reading import read_dataset, read_splits
 from star_dss_plugin.errors import ConfigError, GuardError
 from star_dss_plugin.evaluate.models import load_whole_model
 from star_dss_plugin.evaluate.prompts import BENIGN, HARMFUL, load_prompts
-from star_dss_plugin.models import load_tokenizer
+from star_dss_plugin.models.loading import load_tokenizer
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ def test_a_missing_package_is_named_with_its_extra(load, monkeypatch):
     for name in ("no_such_package", "blocked"):
         monkeypatch.setitem(sys.modules, "blocked", None)
         with pytest.raises(ConfigError) as stop:
-            require(name, "report", "A figure", otherwise="Or leave it out.", load=load)
+            require(name, "report", "A figure", alternative="Or leave it out.", load=load)
         assert str(stop.value).startswith(f"A figure needs {name}, which ")
         assert str(stop.value).endswith(
             "Install it with: pip install 'star-dss-plugin[report]'. Or leave it out."
@@ -29,7 +29,7 @@ def test_a_package_that_is_installed_is_not_imported_unless_asked(tmp_path, monk
 
 
 def test_near_names_are_suggested():
-    assert nearest("chunk_sise", ["chunk_size", "guard"], most=1) == ["chunk_size"]
+    assert nearest("chunk_sise", ["chunk_size", "guard"], limit=1) == ["chunk_size"]
     assert nearest("x", ["chunk_size"]) == []
     assert "Did you mean 'demo'?" in str(unknown_name("guard", "dmeo", ["demo", "qwen3guard"]))
 

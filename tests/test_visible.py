@@ -10,9 +10,9 @@ from datasets import Dataset
 from star_dss_plugin.data.files.parquet_shards import write_card
 from star_dss_plugin.data.provenance import write_note
 from star_dss_plugin.errors import DataError, StarDSSError
-from star_dss_plugin.guards.base import announced
+from star_dss_plugin.guards.base import display_name
 from star_dss_plugin.training.run_record import add_section
-from star_dss_plugin.visible import code, visible_line
+from star_dss_plugin.visible import as_code, visible_line
 
 EVIL = (
     "x` |\n\n# [click](http://evil)\r\n<img src=x onerror=alert(1)> \\| ~~~ ``` $x$ &lt; "
@@ -38,7 +38,7 @@ def test_a_line_is_cut(most):
 
 @pytest.mark.parametrize("text", [EVIL, "", " ", "`", "``a``", "|", "\\", "a\\", "a\\|b"])
 def test_a_code_span_holds_all_of_it(text):
-    shown = code(text)
+    shown = as_code(text)
     assert re.fullmatch(r"`[^`]+`", shown)
     assert not re.search(r"(?<!\\)\|", shown)  # would begin the next cell of a table
     assert not set(shown) & (ACTS | set("\n"))
@@ -46,7 +46,7 @@ def test_a_code_span_holds_all_of_it(text):
 
 def test_names_of_guards_are_shown_on_one_line():
     for demonstration in (True, False):
-        assert not set(announced(EVIL, demonstration)) & (ACTS | set("\n"))
+        assert not set(display_name(EVIL, demonstration)) & (ACTS | set("\n"))
 
 
 def test_messages_of_errors_act_on_nothing():
@@ -97,7 +97,7 @@ def check_markdown(text):
 
 def test_a_guard_that_the_data_names_is_one_line_at_start_up(tmp_path, caplog):
     from star_dss_plugin.options import StarDSSOptions
-    from star_dss_plugin.training.rows.prepare import summary_of
+    from star_dss_plugin.training.rows.summary import dataset_summary
 
     note = {
         "guard": EVIL.replace("\ud800", ""),
@@ -111,5 +111,5 @@ def test_a_guard_that_the_data_names_is_one_line_at_start_up(tmp_path, caplog):
     rows = Dataset.from_list([{"input_ids": [1], "labels": [1], "star_scores": [0.5]}])
     write_note(rows, "scores", note)
     caplog.set_level(logging.DEBUG)
-    found = summary_of(rows, StarDSSOptions(), None)
+    found = dataset_summary(rows, StarDSSOptions(), None)
     assert not set(found.guard) & (ACTS | set("\n"))

@@ -10,7 +10,7 @@ from datasets import IterableDataset
 
 from star_dss_axolotl.args import PLUGIN, StarDSSBlock, is_listed, options_of
 from star_dss_axolotl.conflicts import conflicts
-from star_dss_axolotl.media import rows_of, strategy_of
+from star_dss_axolotl.media import make_media_rows, strategy_of
 from star_dss_axolotl.scoring import chat_of
 from star_dss_axolotl.streams import load_stream
 from star_dss_plugin.errors import StarDSSError
@@ -40,7 +40,7 @@ def check(path: Path, raw: dict[str, Any], *, data: bool) -> Findings:
     Returns:
         Notes on the run, and problems that would stop it or make it plain finetuning.
     """
-    found = Findings(problems=[*_wiring(raw), *conflicts(raw)])
+    found = Findings(problems=[*_plugin_problems(raw), *conflicts(raw)])
     block = raw.get("star_dss")
     if block is not None:
         try:
@@ -54,11 +54,11 @@ def check(path: Path, raw: dict[str, Any], *, data: bool) -> Findings:
             found.notes += looked_up.notes
             found.problems += looked_up.problems
     if not found.problems:
-        _as_axolotl_sees_it(raw, found, data=data)
+        _check_with_axolotl(raw, found, data=data)
     return found
 
 
-def _wiring(raw: dict[str, Any]) -> list[str]:
+def _plugin_problems(raw: dict[str, Any]) -> list[str]:
     """Find why Axolotl would ignore the plugin or its block, and train without STAR-DSS."""
     problems = []
     plugins = [str(name) for name in raw.get("plugins") or ()]
@@ -66,7 +66,7 @@ def _wiring(raw: dict[str, Any]) -> list[str]:
         try:
             load_plugin(name)
         except Exception as error:  # a plugin may raise anything while it is imported
-            hint = f" Did you mean {PLUGIN}?" if _near(PLUGIN, [name]) else ""
+            hint = f" Did you mean {PLUGIN}?" if _nearest_name(PLUGIN, [name]) else ""
             problems.append(
                 f"The plugin {name} cannot be loaded ({type(error).__name__}: {error}). Axolotl "
                 f"may only log that and train without it.{hint}"
@@ -75,7 +75,7 @@ def _wiring(raw: dict[str, Any]) -> list[str]:
         from axolotl.utils.schemas.config import AxolotlInputConfig
 
         known = {"star_dss", *AxolotlInputConfig.model_fields}
-        near = _near("star_dss", [str(key) for key in raw if key not in known])
+        near = _nearest_name("star_dss", [str(key) for key in raw if key not in known])
         what = (
             f"it has {near!r}, which Axolotl drops. Call it star_dss"
             if near
@@ -83,7 +83,7 @@ def _wiring(raw: dict[str, Any]) -> list[str]:
         )
         problems.append(f"There is no star_dss block: {what}.")
     if not is_listed(raw):
-        near = _near(PLUGIN, plugins)
+        near = _nearest_name(PLUGIN, plugins)
         what = f" (it lists {near})" if near else ""
         problems.append(
             f"The plugin is not listed{what}, so Axolotl drops the star_dss block and trains "
@@ -92,11 +92,11 @@ def _wiring(raw: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _near(name: str, given: list[str]) -> str | None:
-    return next(iter(nearest(name, given, most=1)), None)
+def _nearest_name(name: str, given: list[str]) -> str | None:
+    return next(iter(nearest(name, given, limit=1)), None)
 
 
-def _as_axolotl_sees_it(raw: dict[str, Any], found: Findings, *, data: bool) -> None:
+def _check_with_axolotl(raw: dict[str, Any], findings: Findings, *, data: bool) -> None:
     """Validate the configuration with Axolotl, load the data with it, and add estimates."""
     from axolotl.cli.config import gpu_capabilities, plugin_set_cfg, prepare_plugins
     from axolotl.common.datasets import load_datasets
@@ -117,7 +117,7 @@ def _as_axolotl_sees_it(raw: dict[str, Any], found: Findings, *, data: bool) -> 
         loaded = load_stream(cfg) if cfg.streaming else load_datasets(cfg=cfg)
         tokenizer = load_tokenizer(cfg)
     except Exception as error:  # any error of Axolotl would stop the run, too
-        found.problems.append(f"Axolotl refuses it: {type(error).__name__}: {error}")
+        findings.problems.append(f"Axolotl refuses it: {type(error).__name__}: {error}")
         return
     options = options_of(cfg)
     assert options is not None
@@ -128,19 +128,19 @@ def _as_axolotl_sees_it(raw: dict[str, Any], found: Findings, *, data: bool) -> 
         if isinstance(dataset, IterableDataset):
             try:
                 check_stream(name, options)
-                found.notes.append(f"{name} data: {describe_stream(dataset, options)}")
+                findings.notes.append(f"{name} data: {describe_stream(dataset, options)}")
             except StarDSSError as error:
-                found.problems.append(str(error))
+                findings.problems.append(str(error))
             continue
         if lacks_guard(dataset, options):
-            found.problems.append(str(missing_guard()))
+            findings.problems.append(str(missing_guard()))
             return
         if "input_ids" not in dataset.column_names:
             try:
-                reader = rows_of(strategy_of(cfg, tokenizer))
+                reader = make_media_rows(strategy_of(cfg, tokenizer))
                 said = estimate_of_media(dataset, name, reader, options)
-                found.notes.append(f"{name} data: {said}")
+                findings.notes.append(f"{name} data: {said}")
             except StarDSSError as error:
-                found.problems.append(str(error))
+                findings.problems.append(str(error))
             continue
-        found.notes.append(f"{name} data: {estimate(dataset, chat, options)}")
+        findings.notes.append(f"{name} data: {estimate(dataset, chat, options)}")

@@ -27,7 +27,7 @@ from star_dss_plugin.logprobs import IGNORE_INDEX
 __all__ = ["PromptReader", "prompt_reader"]
 
 _FIRST_PLACEHOLDER = 0xE100  # private-use characters: formats do not write them
-_MOST_READINGS = 64
+_MAX_READINGS = 64
 """Largest number of ways to parse a prompt that are tried; with more the prompt stays raw."""
 _LOADING = "axolotl.utils.data.wrappers"
 
@@ -67,10 +67,10 @@ class PromptReader:
         given = list(ids)
         bos = tokenizer.bos_token_id
         text = decode(tokenizer, given[bos is not None and given[:1] == [bos] :])
-        tried = chain.from_iterable(one.readings(text) for one in self._formats)
+        tried = chain.from_iterable(one.parse(text) for one in self._formats)
         found: tuple[Message, ...] | None = None
-        for n, (reading, made) in enumerate(islice(tried, _MOST_READINGS + 1)):
-            if n == _MOST_READINGS:
+        for n, (reading, made) in enumerate(islice(tried, _MAX_READINGS + 1)):
+            if n == _MAX_READINGS:
                 return None
             # A control token within a field would end or begin a turn, so this is a wrong reading.
             held = any(self._chat.control.search(message["content"]) for message in reading)
@@ -99,9 +99,11 @@ class _PromptTemplate:
     def matches(self, text: str) -> Iterator[dict[str, str]]:
         """Yield each choice of field values, by placeholder, that makes a text of the template."""
         if text.startswith(self.pieces[0]):
-            yield from self._from(0, len(self.pieces[0]), text, {})
+            yield from self._match_from(0, len(self.pieces[0]), text, {})
 
-    def _from(self, n: int, at: int, text: str, found: dict[str, str]) -> Iterator[dict[str, str]]:
+    def _match_from(
+        self, n: int, at: int, text: str, found: dict[str, str]
+    ) -> Iterator[dict[str, str]]:
         if n == len(self.placeholders):
             if at == len(text):
                 yield found
@@ -117,7 +119,7 @@ class _PromptTemplate:
             ends = _occurrences(piece, text, at)
         for end in ends:
             if text.startswith(piece, end):
-                yield from self._from(
+                yield from self._match_from(
                     n + 1, end + len(piece), text, {**found, placeholder: text[at:end]}
                 )
 
@@ -209,7 +211,7 @@ class _Format:
                 if any(piece.strip() for piece in template.pieces):
                     self._templates.setdefault(template, (empty, absent))
 
-    def readings(self, text: str) -> Iterator[tuple[tuple[Message, ...], list[int]]]:
+    def parse(self, text: str) -> Iterator[tuple[tuple[Message, ...], list[int]]]:
         """Yield the messages that may have made a prompt, and the tokens Axolotl makes of them."""
         names = {placeholder: name for name, placeholder in self._placeholders.items()}
         for template, (empty, absent) in self._templates.items():

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["keep_other_models_whole"]
+__all__ = ["add_kernel_methods"]
 
 
-def keep_other_models_whole(cfg: Any) -> None:
+def add_kernel_methods(cfg: Any) -> None:
     """Give the patched attention class the methods that Axolotl sets on the trained model alone.
 
     For `lora_qkv_kernel` and `lora_o_kernel` Axolotl patches the attention class so that its

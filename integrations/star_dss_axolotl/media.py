@@ -15,7 +15,7 @@ from star_dss_axolotl.mistral import MistralChat, is_mistral_common
 from star_dss_plugin.data.media_rows import MediaRows, media_tokens
 from star_dss_plugin.data.templates.chat import ChatTokenizer
 
-__all__ = ["media_rows", "rows_of", "strategy_of"]
+__all__ = ["make_media_rows", "media_rows", "strategy_of"]
 
 
 def media_rows(collator: Any) -> MediaRows | None:
@@ -26,7 +26,7 @@ def media_rows(collator: Any) -> MediaRows | None:
     """
     if not isinstance(collator, MultiModalChatDataCollator):
         return None
-    return rows_of(collator.processing_strategy)
+    return make_media_rows(collator.processing_strategy)
 
 
 def strategy_of(cfg: Any, tokenizer: Any) -> ProcessingStrategy:
@@ -48,7 +48,7 @@ def strategy_of(cfg: Any, tokenizer: Any) -> ProcessingStrategy:
     )
 
 
-def rows_of(strategy: ProcessingStrategy) -> MediaRows:
+def make_media_rows(strategy: ProcessingStrategy) -> MediaRows:
     """Return the reader of rows for a processing strategy of Axolotl's multimodal collator."""
     processor = strategy.processor
     chat: ChatTokenizer

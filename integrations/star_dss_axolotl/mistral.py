@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.tokenization_mistral_common import MistralCommonBackend
 
 from star_dss_plugin.data.decoding import decode, token_boundaries
-from star_dss_plugin.data.templates.chat import ChatTokenizer, Encoded, whole_text
+from star_dss_plugin.data.templates.chat import ChatTokenizer
+from star_dss_plugin.data.templates.encoded import Encoded, checked_utf8
 from star_dss_plugin.errors import DataError
 
 __all__ = ["MistralChat", "is_mistral_common"]
@@ -51,7 +52,7 @@ class MistralChat(ChatTokenizer):
                 "Mistral's own code (mistral-common) cannot make tokens of the row's messages: "
                 f"{type(error).__name__}: {error}"
             ) from error
-        return decode(self.tokenizer, self._once(made["input_ids"]))
+        return decode(self.tokenizer, self._one_token_per_medium(made["input_ids"]))
 
     def encode_all(
         self, texts: Sequence[str], *, add_special_tokens: bool = False
@@ -61,7 +62,7 @@ class MistralChat(ChatTokenizer):
         Raises:
             DataError: A text holds a lone surrogate.
         """
-        return [self._encoded(whole_text(text)) for text in texts]
+        return [self._encoded(checked_utf8(text)) for text in texts]
 
     def _encoded(self, text: str) -> Encoded:
         ids: list[int] = []
@@ -73,7 +74,7 @@ class MistralChat(ChatTokenizer):
         _, ends, _ = token_boundaries(self.tokenizer, ids)
         return Encoded(ids, [0, *ends[:-1]] if ends else [], ends)
 
-    def _once(self, ids: Sequence[int]) -> list[int]:
+    def _one_token_per_medium(self, ids: Sequence[int]) -> list[int]:
         """Return tokens with each medium's run of tokens reduced to its distinct tokens."""
         found: list[int] = []
         for medium, run in groupby(ids, self.media.__contains__):

@@ -9,7 +9,7 @@ from axolotl.utils.logging import get_logger
 
 from star_dss_axolotl.args import PLUGIN, is_listed, options_of
 from star_dss_axolotl.conflicts import conflicts
-from star_dss_axolotl.kernels import keep_other_models_whole
+from star_dss_axolotl.kernels import add_kernel_methods
 from star_dss_axolotl.replaced import change_settings
 from star_dss_plugin.errors import ConfigError, StarDSSError
 from star_dss_plugin.smollm2 import SMOLLM2, resolve_model
@@ -90,7 +90,7 @@ class StarDSSPlugin(BasePlugin):  # type: ignore[misc]
     def pre_model_load(self, cfg: Any) -> None:
         """Keep Axolotl's LoRA kernels from breaking guards and references."""
         if options_of(cfg) is not None:
-            keep_other_models_whole(cfg)
+            add_kernel_methods(cfg)
 
     def get_trainer_cls(self, cfg: Any) -> Any:
         """Return the trainer class with the loss; None if the plugin is not used.

@@ -10,13 +10,13 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from star_dss_axolotl.formats import prompt_reader
-from star_dss_plugin.data.columns import SCORES_COLUMN, without_marks
+from star_dss_plugin.data.columns import SCORES_COLUMN, without_asked_column
 from star_dss_plugin.data.provenance import provenance_of
 from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.options import StarDSSOptions
 from star_dss_plugin.scoring.scorer import score_dataset
-from star_dss_plugin.training.rows.prepare import asks_guard
+from star_dss_plugin.training.rows.prepare import needs_guard
 
 __all__ = ["chat_of", "chat_templates", "score"]
 
@@ -40,7 +40,7 @@ def score(
     Raises:
         StarDSSError: The data cannot be scored.
     """
-    if dataset is None or isinstance(dataset, IterableDataset) or not asks_guard(options, name):
+    if dataset is None or isinstance(dataset, IterableDataset) or not needs_guard(options, name):
         return dataset
     if not isinstance(dataset, Dataset):
         raise DataError(
@@ -51,12 +51,12 @@ def score(
     if raw:
         return dataset
     if SCORES_COLUMN in dataset.column_names:
-        return without_marks(dataset)
+        return without_asked_column(dataset)
     chat = chat_of(cfg, tokenizer)
     scored = score_dataset(dataset, chat, options, num_proc=cfg.get("dataset_num_proc") or 1)
     _announce(scored, name)
     # Axolotl's collators make tensors of every column.
-    return without_marks(scored)
+    return without_asked_column(scored)
 
 
 def chat_of(cfg: Any, tokenizer: PreTrainedTokenizerBase) -> ChatTokenizer:

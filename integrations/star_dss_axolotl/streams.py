@@ -12,7 +12,7 @@ from axolotl.utils.samplers import MultipackBatchSampler
 from datasets import IterableDataset
 from torch.utils.data import RandomSampler, SequentialSampler
 
-__all__ = ["PackedStream", "fitting", "load_stream"]
+__all__ = ["PackedStream", "drop_unpackable_rows", "load_stream"]
 
 Row = dict[str, Any]
 
@@ -43,7 +43,7 @@ def load_stream(cfg: Any) -> Any:
     return loaded
 
 
-def fitting(stream: IterableDataset, args: Any) -> IterableDataset:
+def drop_unpackable_rows(stream: IterableDataset, args: Any) -> IterableDataset:
     """Drop rows that cannot be packed: of more than `max_seq_length` tokens, or of less than two.
 
     Args:

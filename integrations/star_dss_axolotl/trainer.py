@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset
 from star_dss_axolotl.args import options_of
 from star_dss_axolotl.media import media_rows
 from star_dss_axolotl.scoring import chat_of, score
-from star_dss_axolotl.streams import PackedStream, fitting
+from star_dss_axolotl.streams import PackedStream, drop_unpackable_rows
 from star_dss_plugin.data.media_rows import MediaRows
 from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.errors import ConfigError
@@ -55,7 +55,7 @@ class StarDSSAxolotlTrainer(StarDSSMixin, AxolotlTrainer):  # type: ignore[misc]
             )
         self._options = options
         if self._packs(self.train_dataset):
-            self.train_dataset = fitting(self.train_dataset, self.args)
+            self.train_dataset = drop_unpackable_rows(self.train_dataset, self.args)
         self.train_dataset = self._scored(self.train_dataset, "train")
         self.eval_dataset = self._scored(self.eval_dataset, "eval")
         set_up(self, options)

@@ -14,7 +14,7 @@ from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.errors import ConfigError, StarDSSError
 from star_dss_plugin.guards.spec import missing_guard
 from star_dss_plugin.hookspecs import Findings
-from star_dss_plugin.models import load_tokenizer
+from star_dss_plugin.models.loading import load_tokenizer
 from star_dss_plugin.training.preflight import (
     check_options,
     describe_stream,
@@ -23,10 +23,10 @@ from star_dss_plugin.training.preflight import (
     lacks_guard,
 )
 from star_dss_plugin.training.rows.stream_checks import check_stream
-from star_dss_trl.media import has_images, load_processor, rows_of
+from star_dss_trl.media import has_images, load_processor, make_media_rows
 from star_dss_trl.sft import load_data, parse, used_splits
 from star_dss_trl.templates import training_template
-from star_dss_trl.trainer import refuse_early
+from star_dss_trl.trainer import check_settings
 
 __all__ = ["check"]
 
@@ -51,7 +51,7 @@ def check(path: Path, raw: dict[str, Any], *, data: bool) -> Findings:
         return Findings(problems=[f"{what} Set loss_type: star_dss."])
     found = check_options(training_args)
     try:
-        refuse_early(training_args)
+        check_settings(training_args)
         if not data:
             return found
         splits = load_data(script_args, mixture_args)
@@ -68,7 +68,7 @@ def check(path: Path, raw: dict[str, Any], *, data: bool) -> Findings:
         if has_images(train.column_names):
             processor = load_processor(model_args.model_name_or_path)
             template = training_template(processor) if only else None
-            reader = rows_of(processor, template, only)
+            reader = make_media_rows(processor, template, only)
             said = estimate_of_media(train, "train", reader, training_args)
             found.notes.append(f"train data: {said}")
             return found

@@ -10,14 +10,14 @@ from transformers import AutoProcessor, ProcessorMixin
 from trl.data_utils import is_conversational, prepare_multimodal_messages
 
 from star_dss_plugin.data.conversations import MEDIA, conversation_of
-from star_dss_plugin.data.media import undecoded
+from star_dss_plugin.data.media import without_decoding
 from star_dss_plugin.data.media_rows import MediaRows, media_tokens
-from star_dss_plugin.data.rows import in_row
+from star_dss_plugin.data.rows import with_row_number
 from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.errors import ConfigError, DataError
 from star_dss_plugin.smollm2 import resolve_model
 
-__all__ = ["closed_to_media", "has_images", "load_processor", "rows_of"]
+__all__ = ["has_images", "load_processor", "make_media_rows", "reject_media"]
 
 
 def has_images(columns: Iterable[str]) -> bool:
@@ -49,7 +49,7 @@ def load_processor(name: str) -> ProcessorMixin:
     return found
 
 
-def rows_of(processor: Any, template: str | None, assistant_only_loss: bool) -> MediaRows:
+def make_media_rows(processor: Any, template: str | None, assistant_only_loss: bool) -> MediaRows:
     """Return the reader of rows with images for TRL's vision collator.
 
     Args:
@@ -82,7 +82,7 @@ def _conversation(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def closed_to_media(dataset: Any, processor: Any, name: str) -> Any:
+def reject_media(dataset: Any, processor: Any, name: str) -> Any:
     """Check that no row that TRL tokenizes as text holds media.
 
     TRL would keep the placeholder tokens of the media without the media themselves: the model would
@@ -101,20 +101,20 @@ def closed_to_media(dataset: Any, processor: Any, name: str) -> Any:
     """
     if not isinstance(processor, ProcessorMixin):
         return dataset
-    check = _refuses(name)
+    check = _media_check(name)
     if isinstance(dataset, Dataset):
-        for i, row in enumerate(undecoded(dataset)):
-            in_row(i, check, row)
+        for i, row in enumerate(without_decoding(dataset)):
+            with_row_number(i, check, row)
         return dataset
 
     def checked(row: dict[str, Any], i: int) -> dict[str, Any]:
-        in_row(i, check, row)
+        with_row_number(i, check, row)
         return row
 
     return dataset.map(checked, with_indices=True)
 
 
-def _refuses(name: str) -> Callable[[Mapping[str, Any]], None]:
+def _media_check(name: str) -> Callable[[Mapping[str, Any]], None]:
     def check(row: Mapping[str, Any]) -> None:
         said = [conversation_of(row), row.get("prompt"), row.get("completion")]
         for messages in said:

@@ -96,7 +96,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Any, StarDSSConfig, Any, A
 def _unknown_options(given: Sequence[str], known: Sequence[str]) -> ConfigError:
     """Return the error for unknown arguments, with the nearest option of each."""
     names = [text[2:].split("=")[0] for text in given if text.startswith("--")] or given
-    near = {name: nearest(name, known, most=1) for name in names}
+    near = {name: nearest(name, known, limit=1) for name in names}
     said = [f"{n!r} (did you mean {m[0]!r}?)" if m else repr(n) for n, m in near.items()]
     return ConfigError(
         f"Unknown options: {', '.join(said)}. Correct or remove them; `star-dss sft --help` lists "

@@ -8,18 +8,18 @@ from typing import Any
 from datasets import Dataset
 from trl import SFTTrainer, pack_dataset
 
-from star_dss_plugin.data.bound_rows import check_bound, unbind_rows
 from star_dss_plugin.data.columns import SCORES_COLUMN
 from star_dss_plugin.data.media_rows import MediaRows
+from star_dss_plugin.data.row_digests import check_row_digests, remove_row_digests
 from star_dss_plugin.errors import ConfigError, DataError
 from star_dss_plugin.smollm2 import resolve_model
 from star_dss_plugin.training.attach import set_up
 from star_dss_plugin.training.host_checks import check_arguments, switch_fused_loss_off
 from star_dss_plugin.training.mixin import StarDSSMixin
 from star_dss_trl.config import HOST_LOSS_TYPES, StarDSSConfig
-from star_dss_trl.media import closed_to_media, rows_of
+from star_dss_trl.media import make_media_rows, reject_media
 
-__all__ = ["StarDSSTrainer", "refuse_early"]
+__all__ = ["StarDSSTrainer", "check_settings"]
 
 
 class StarDSSTrainer(StarDSSMixin, SFTTrainer):  # type: ignore[misc]
@@ -58,7 +58,7 @@ class StarDSSTrainer(StarDSSMixin, SFTTrainer):  # type: ignore[misc]
         if not args.star_dss_active:
             super().__init__(model, args, *rest, **kwargs)
             return
-        refuse_early(args)
+        check_settings(args)
         self._packs_late = True
         loss_type = args.loss_type
         # SFTTrainer accepts its own loss types only. With "nll" its forward pass returns what our
@@ -83,8 +83,8 @@ class StarDSSTrainer(StarDSSMixin, SFTTrainer):  # type: ignore[misc]
             name = str(rest[-1]) if rest else "train"
             if isinstance(dataset, Dataset):
                 # Checked before TRL truncates the tokens but not the scores.
-                check_bound(dataset, name)
-            dataset = closed_to_media(dataset, processing_class, name)
+                check_row_digests(dataset, name)
+            dataset = reject_media(dataset, processing_class, name)
         if packing and self._packs_late:
             args, packing = copy.copy(args), False
             # bfd drops the ends of long rows; the other strategies split rows, so nothing is cut.
@@ -97,7 +97,7 @@ class StarDSSTrainer(StarDSSMixin, SFTTrainer):  # type: ignore[misc]
         if not self._is_vision_dataset:
             return None
         only = bool(getattr(self.args, "assistant_only_loss", False))
-        return rows_of(self.processing_class, self.chat_template, only)
+        return make_media_rows(self.processing_class, self.chat_template, only)
 
     def pack(self, dataset: Dataset, *, evaluation: bool) -> Dataset:
         """Pack scored rows with TRL's packing, the scores with their tokens."""
@@ -111,13 +111,13 @@ class StarDSSTrainer(StarDSSMixin, SFTTrainer):  # type: ignore[misc]
         # Rewritten, because TRL's packing relies on all columns having the same Arrow chunks.
         columns = columns.map(lambda rows: rows, batched=True)
         packed = pack_dataset(columns, args.max_length, args.packing_strategy)
-        unbind_rows(packed)
+        remove_row_digests(packed)
         if args.shuffle_dataset:
             packed = packed.shuffle(seed=args.seed)
         return packed
 
 
-def refuse_early(args: StarDSSConfig) -> None:
+def check_settings(args: StarDSSConfig) -> None:
     """Reject unsupported settings before SFTTrainer's constructor fails on them.
 
     Raises:

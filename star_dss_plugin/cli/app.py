@@ -126,4 +126,4 @@ def _host_command(name: str) -> Callable[..., Any]:
             f"No integration runs `star-dss {name}`. `star-dss plugins` lists those installed."
         )
     commands = plugins.host(host).integration.commands
-    return plugins.of_host(host, commands[name], f"`star-dss {name}`")
+    return plugins.import_target(host, commands[name], f"`star-dss {name}`")

@@ -58,7 +58,7 @@ def capability(
     from star_dss_plugin.data.writing import write_text
     from star_dss_plugin.evaluate.capability import compared, open_tasks, run_tasks
     from star_dss_plugin.evaluate.models import load_whole_model
-    from star_dss_plugin.models import find_device, free_memory
+    from star_dss_plugin.models.devices import find_device, free_memory
 
     if output.is_dir():
         raise ConfigError(f"{output} is a folder. Name a file: {output}/capability.json")

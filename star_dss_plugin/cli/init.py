@@ -53,9 +53,11 @@ def init(
     path = output or Path(starter.file)
     if os.path.lexists(path):
         raise _exists(path)
-    write = plugins.of_host(chosen[0], starter.write, f"`star-dss init --host {chosen[1]}`")
-    trained = ask("--model", "Model to train (an id, a folder, or smollm2)", first_rows.model_of)
-    rows = ask("--data", "Data (a file, a folder, an id, or demo)", first_rows.look_at)
+    write = plugins.import_target(chosen[0], starter.write, f"`star-dss init --host {chosen[1]}`")
+    trained = ask(
+        "--model", "Model to train (an id, a folder, or smollm2)", first_rows.checked_model
+    )
+    rows = ask("--data", "Data (a file, a folder, an id, or demo)", first_rows.describe_rows)
     mapping: str | Mapping[str, Any] | None = None
     if rows.form != "scored":
         ask.given["--guard"] = guard
@@ -66,10 +68,10 @@ def init(
             f"{rows.data} is scored already, and --guard is {guard!r}. Leave the guard out, or "
             "name the data without scores."
         )
-    start = first_rows.start_of(trained, rows, mapping)
+    start = first_rows.start_from(trained, rows, mapping)
     _write_new(path, write(start))
     console = terminal()
-    console.print(visible(f"{rows.data}: {rows.said}"))
+    console.print(visible(f"{rows.data}: {rows.description}"))
     console.print(visible(f"Wrote {path}. Next:"), soft_wrap=True)
     for command in starter.then:
         said = command.replace("{file}", shlex.quote(str(path)))

@@ -76,11 +76,12 @@ def landscape(
     from star_dss_plugin.evaluate import landscape as space
     from star_dss_plugin.evaluate.generation import answers_to
     from star_dss_plugin.evaluate.landscape_figure import check_figures, write_landscape
-    from star_dss_plugin.evaluate.landscape_points import PointsFile, put_together
+    from star_dss_plugin.evaluate.landscape_points import PointsFile, assemble_landscape
     from star_dss_plugin.evaluate.models import load_whole_model
     from star_dss_plugin.evaluate.moved_weights import MovedWeights
     from star_dss_plugin.evaluate.prompts import HARMFUL, load_prompts
-    from star_dss_plugin.models import find_device, weights_digest
+    from star_dss_plugin.models.devices import find_device
+    from star_dss_plugin.models.fingerprints import weights_digest
 
     if figure:
         check_figures()
@@ -136,7 +137,7 @@ def landscape(
 
             space.measure(weights, loaded, missing, asked, answer, judged.verdicts, keep)
 
-    found = put_together(samples, {one: file.known[one] for one in places})
+    found = assemble_landscape(samples, {one: file.known[one] for one in places})
     said = {
         "model": model,
         "toward": toward,
@@ -160,24 +161,24 @@ def landscape(
         _show(found, model, output)
 
 
-def _show(found: Landscape, model: str, output: Path) -> None:
+def _show(landscape: Landscape, model: str, output: Path) -> None:
     console = terminal()
-    if len(found.curves[0].points[0].at) == 1:
+    if len(landscape.curves[0].points[0].at) == 1:
         rows = [
             (f"{row[0].at[0]:+.3f}", *(f"{p.attack_success:.1f}" for p in row))
-            for row in zip(*(curve.points for curve in found.curves), strict=True)
+            for row in zip(*(curve.points for curve in landscape.curves), strict=True)
         ]
-        if found.visage is not None:
-            rows.append(("VISAGE", *(f"{curve.visage:.1f}" for curve in found.curves)))
-        headings = ("α", *(curve.name for curve in found.curves))
+        if landscape.visage is not None:
+            rows.append(("VISAGE", *(f"{curve.visage:.1f}" for curve in landscape.curves)))
+        headings = ("α", *(curve.name for curve in landscape.curves))
         title = f"attack success rate, %: {visible_line(model)}"
         console.print(Sheet(headings, rows, title=title))
-    if found.centre is not None:
-        console.print(f"the model itself: attack success rate {found.centre:.1f} %")
-    if found.visage is not None:
+    if landscape.centre is not None:
+        console.print(f"the model itself: attack success rate {landscape.centre:.1f} %")
+    if landscape.visage is not None:
         console.print(
-            f"VISAGE {found.visage:.1f}: the mean margin over the {found.points_below} of "
-            f"{found.points} points where not every attack succeeds"
+            f"VISAGE {landscape.visage:.1f}: the mean margin over the {landscape.points_below} of "
+            f"{landscape.points} points where not every attack succeeds"
         )
     typer.echo(f"results in {output}")
 
@@ -197,7 +198,7 @@ def _judge(name: str, threshold: float, device: str | None) -> _Judged:
     """
     from star_dss_plugin.evaluate.refusal import is_refusal
     from star_dss_plugin.evaluate.verdicts import answer_scores
-    from star_dss_plugin.guards.base import announced
+    from star_dss_plugin.guards.base import display_name
     from star_dss_plugin.guards.loading import load_guard
 
     if name == "refusal":
@@ -208,4 +209,4 @@ def _judge(name: str, threshold: float, device: str | None) -> _Judged:
         return [score >= threshold for score in answer_scores(guard, prompts, answers)]
 
     identity = {"guard": guard.identity, "threshold": threshold}
-    return _Judged(verdicts, identity, announced(guard.name, guard.demonstration))
+    return _Judged(verdicts, identity, display_name(guard.name, guard.demonstration))

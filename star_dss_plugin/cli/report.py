@@ -51,9 +51,9 @@ def report(
     quiet: option.Quiet = False,
 ) -> None:
     """Write scored data as one HTML page that needs no network, and figures with --png."""
-    from star_dss_plugin.data.reading import in_file, read_dataset
+    from star_dss_plugin.data.reading import read_dataset, with_file_name
     from star_dss_plugin.data.writing import write_text
-    from star_dss_plugin.guards.base import announced
+    from star_dss_plugin.guards.base import display_name
     from star_dss_plugin.report import figures
     from star_dss_plugin.report.page import render_page
     from star_dss_plugin.report.reading import read_scored, tokenizer_of
@@ -69,7 +69,7 @@ def report(
         figures.check_ready(png)  # before the work, not after it
     dataset = read_dataset(scored, split)
     words = tokenizer_of(dataset, tokenizer)
-    with in_file(scored):
+    with with_file_name(scored):
         data = read_scored(dataset, words, source=source, progress=not quiet)
     name = Path(scored).name or scored
     page = render_page(data, name=name, threshold=threshold, blur=blur, text=not no_text)
@@ -77,7 +77,7 @@ def report(
     total = summarise(data.responses, threshold)
     typer.echo(
         f"{output}: {total.responses} responses, {total.tokens} tokens, {total.share_below:.1%} "
-        f"below {threshold}, guard {announced(data.guard, data.demonstration)}"
+        f"below {threshold}, guard {display_name(data.guard, data.demonstration)}"
     )
     if png is not None:
         for path in figures.write_figures(data, png, threshold=threshold, rows=wanted):
@@ -94,12 +94,12 @@ def inspect(
     """Show one scored row: its responses coloured by score, and their trajectories."""
     from rich.console import Console
 
-    from star_dss_plugin.data.reading import in_file, read_dataset
+    from star_dss_plugin.data.reading import read_dataset, with_file_name
     from star_dss_plugin.report.inspection import inspect_row
 
     probability("--threshold", threshold)
     dataset = read_dataset(scored, split)
-    with in_file(scored):
+    with with_file_name(scored):
         shown = inspect_row(dataset, row, tokenizer=tokenizer, threshold=threshold)
     Console().print(shown)
 

@@ -53,7 +53,7 @@ def score(
     quiet: option.Quiet = False,
 ) -> None:
     """Score every prefix of every response and write a data set with `star_scores`."""
-    from star_dss_plugin.guards.base import announced
+    from star_dss_plugin.guards.base import display_name
     from star_dss_plugin.scoring.guard_statistics import remarks
 
     on_cluster = {
@@ -70,14 +70,14 @@ def score(
         "num_proc": num_proc,
     }
     if ray or shard_rows is not None:
-        from star_dss_plugin.data.reading import in_file
+        from star_dss_plugin.data.reading import with_file_name
         from star_dss_plugin.scoring import jobs, on_ray, shards
 
         how["chat_template"] = _training_template(tokenizer) if assistant_only_loss else None
         job = jobs.begin(
             data, tokenizer, output, options, split=split, shard_rows=shard_rows or 1000, **how
         )
-        with in_file(data):
+        with with_file_name(data):
             if ray:
                 on_ray.score_on_ray(
                     job,
@@ -95,7 +95,7 @@ def score(
         f"{output}: {found['responses']} responses, {found['prefixes']} prefixes, "
         f"{found['trained_tokens']} trained tokens, mean prefix score "
         f"{found['mean_prefix_score']:.3f}, guard "
-        + announced(found["guard"], found["demonstration_guard"])
+        + display_name(found["guard"], found["demonstration_guard"])
     )
     for line in remarks(found):
         typer.echo(visible(line))
@@ -106,9 +106,9 @@ def _score_at_once(
 ) -> dict[str, Any]:
     """Score and write a data set in this process; return its provenance."""
     from star_dss_plugin.data.provenance import provenance_of
-    from star_dss_plugin.data.reading import in_file, read_dataset
+    from star_dss_plugin.data.reading import read_dataset, with_file_name
     from star_dss_plugin.data.writing import check_writable, write_dataset
-    from star_dss_plugin.models import load_tokenizer
+    from star_dss_plugin.models.loading import load_tokenizer
     from star_dss_plugin.scoring.scorer import score_dataset
 
     if output.exists():
@@ -116,7 +116,7 @@ def _score_at_once(
     check_writable(output)
     rows, trained = read_dataset(data, split), load_tokenizer(tokenizer)
     how["chat_template"] = _training_template(tokenizer) if how["assistant_only_loss"] else None
-    with in_file(data):
+    with with_file_name(data):
         scored = score_dataset(rows, trained, options, **how)
     write_dataset(scored, output)
     found = provenance_of(scored)
@@ -126,7 +126,7 @@ def _score_at_once(
 
 def _training_template(tokenizer: str) -> str | None:
     """Return the template that TRL trains a tokenizer's model with, where TRL is installed."""
-    from star_dss_plugin.models import load_tokenizer
+    from star_dss_plugin.models.loading import load_tokenizer
 
     try:
         trl: Any = importlib.import_module("star_dss_trl.templates")

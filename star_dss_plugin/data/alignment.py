@@ -29,7 +29,7 @@ _SHOWN = 40  # characters of each text in an error
 
 
 @dataclass(frozen=True)
-class _Words:
+class _TextWithoutMedia:
     """The text of tokens without media.
 
     Attributes:
@@ -53,13 +53,13 @@ class Alignment:
     chat: ChatTokenizer
     media: frozenset[int]
 
-    def lay(
-        self, known: Mapping[str, Any], ids: Sequence[int], labels: Sequence[int]
+    def transfer(
+        self, text_row: Mapping[str, Any], ids: Sequence[int], labels: Sequence[int]
     ) -> tuple[list[int], list[float]]:
         """Return labels and scores for a collator's tokens.
 
         Args:
-            known: The row as text: `input_ids`, `labels` and `star_scores`.
+            text_row: The row as text: `input_ids`, `labels` and `star_scores`.
             ids: The collator's tokens of this row, without padding.
             labels: The collator's labels for `ids`, unshifted.
 
@@ -72,19 +72,19 @@ class Alignment:
                 label is neither -100 nor its token.
         """
         # The tokens that the processor adds around media, and a bos token that the host adds.
-        inserted = (self._added & set(ids)) - set(known["input_ids"])
+        inserted = (self._added_tokens & set(ids)) - set(text_row["input_ids"])
         skipped = self.media | inserted
-        rendered = self._words(known["input_ids"], skipped)
-        collated = self._words(ids, skipped)
+        rendered = self._without_media(text_row["input_ids"], skipped)
+        collated = self._without_media(ids, skipped)
         beginning = collated.text.rstrip(REPLACEMENT)
         if not rendered.text.startswith(beginning):
-            raise _unlike(rendered.text, collated.text)
+            raise _texts_differ_error(rendered.text, collated.text)
         if len(beginning) < len(rendered.text):
-            self._check_cut(known["input_ids"], rendered.spans, ids, len(beginning))
+            self._check_truncation(text_row["input_ids"], rendered.spans, ids, len(beginning))
         trained = np.zeros(len(rendered.text) + 1, bool)
         scores = np.ones(len(rendered.text) + 1, np.float32)
         for (start, end), label, score in zip(
-            rendered.spans, known["labels"], known[SCORES_COLUMN], strict=True
+            rendered.spans, text_row["labels"], text_row[SCORES_COLUMN], strict=True
         ):
             if label != IGNORE_INDEX:
                 trained[start:end] = True
@@ -103,7 +103,7 @@ class Alignment:
                 made_scores[i] = float(scores[start:end][trained[start:end]].min())
         return made_labels, made_scores
 
-    def _check_cut(
+    def _check_truncation(
         self,
         rendered: Sequence[int],
         spans: Sequence[tuple[int, int]],
@@ -133,7 +133,7 @@ class Alignment:
                 "leave it out (None), give the images a smaller size, or remove the row."
             )
 
-    def _words(self, ids: Sequence[int], skipped: frozenset[int]) -> _Words:
+    def _without_media(self, ids: Sequence[int], skipped: frozenset[int]) -> _TextWithoutMedia:
         text, ends, _ = token_boundaries(self.chat.tokenizer, ids)
         starts = [0, *ends[:-1]]
         kept = np.ones(len(text) + 1, bool)
@@ -154,14 +154,14 @@ class Alignment:
             for start, end, token in zip(starts, ends, ids, strict=True)
         ]
         letters = "".join(letter for letter, keep in zip(text, kept, strict=False) if keep)
-        return _Words(letters, spans)
+        return _TextWithoutMedia(letters, spans)
 
     @cached_property
-    def _added(self) -> frozenset[int]:
+    def _added_tokens(self) -> frozenset[int]:
         return self.chat.special | frozenset(added_tokens(self.chat.tokenizer))
 
 
-def _unlike(rendered: str, collated: str) -> DataError:
+def _texts_differ_error(rendered: str, collated: str) -> DataError:
     same = next(
         (i for i, (a, b) in enumerate(zip(rendered, collated, strict=False)) if a != b),
         min(len(rendered), len(collated)),

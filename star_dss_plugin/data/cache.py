@@ -244,7 +244,7 @@ class ScoreCache:
                     )
                 self._foreign = True
                 return
-            self._add(name, shard_format.checked(data))
+            self._add(name, shard_format.checked_body(data))
         except FileNotFoundError:
             pass  # another process has set it aside
         except (OSError, ValueError) as error:

@@ -20,7 +20,7 @@ __all__ = [
     "TOKEN_COLUMNS",
     "with_attention_mask",
     "with_column",
-    "without_marks",
+    "without_asked_column",
 ]
 
 SCORES_COLUMN = "star_scores"
@@ -56,7 +56,7 @@ def with_column(dataset: Dataset, name: str, column: Sequence[Any], feature: Any
     arrays = list(map(np.asarray, column))
     for array in arrays:
         digest.update(f"{array.dtype}:{array.shape}".encode() + array.tobytes())
-    made = _in_one_piece(arrays)
+    made = _as_list_array(arrays)
     return dataset.add_column(
         name,
         column if made is None else made,
@@ -65,7 +65,7 @@ def with_column(dataset: Dataset, name: str, column: Sequence[Any], feature: Any
     )
 
 
-def _in_one_piece(arrays: Sequence[NDArray[Any]]) -> pa.ListArray | None:
+def _as_list_array(arrays: Sequence[NDArray[Any]]) -> pa.ListArray | None:
     """Return numeric rows as one Arrow array, which is faster than converting each row.
 
     Returns:
@@ -82,7 +82,7 @@ def _in_one_piece(arrays: Sequence[NDArray[Any]]) -> pa.ListArray | None:
     return pa.ListArray.from_arrays(offsets.astype(np.int32), np.concatenate(filled))
 
 
-def without_marks(dataset: Dataset) -> Dataset:
+def without_asked_column(dataset: Dataset) -> Dataset:
     """Remove the column that only reports read, because collators may stack every column."""
     return dataset.remove_columns([c for c in dataset.column_names if c == ASKED_COLUMN])
 

@@ -14,27 +14,22 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from star_dss_plugin.data.conversations import (
-    source_messages,
-)
-from star_dss_plugin.data.decoding import (
-    decode,
-    token_boundaries,
-)
+from star_dss_plugin.data.conversations import source_messages
+from star_dss_plugin.data.decoding import decode, token_boundaries
 from star_dss_plugin.data.requests import Message
 from star_dss_plugin.data.templates.chat import ChatTokenizer
-from star_dss_plugin.data.templates.placed import place, place_bytes
+from star_dss_plugin.data.templates.located import locate, locate_by_bytes
 from star_dss_plugin.data.templates.rendered import parsed_tokens
 from star_dss_plugin.data.templates.tokenized import Tokenized
 from star_dss_plugin.data.tokenization import read_row
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.validation import shortened
 
-__all__ = ["Reading", "RowReader"]
+__all__ = ["RowReader", "RunText"]
 
 
 @dataclass(frozen=True)
-class Reading:
+class RunText:
     """What a guard reads of a run of trained tokens.
 
     Attributes:
@@ -84,38 +79,38 @@ class RowReader:
         if recover and tokenized is None and source_messages(row) is None:
             found = parsed_tokens(ids, chat)
             row = row if found is None else {"messages": found}
-        self._placed = None if tokenized is None else place(chat, self._ids, tokenized)
-        for one in (chat, *chat.others) if self._placed is None and source_messages(row) else ():
+        self._located = None if tokenized is None else locate(chat, self._ids, tokenized)
+        for one in (chat, *chat.others) if self._located is None and source_messages(row) else ():
             # A template that cannot render the messages did not make the tokens.
             with contextlib.suppress(DataError):
-                self._placed = place_bytes(one, self._ids, row) or place(
+                self._located = locate_by_bytes(one, self._ids, row) or locate(
                     one, self._ids, read_row(row, one, whole_completion=False)
                 )
-            if self._placed is not None:
+            if self._located is not None:
                 break
 
-    def read(self, start: int, end: int) -> Reading:
+    def read(self, start: int, end: int) -> RunText:
         """Return what a guard reads of the tokens [start, end), at least one.
 
         Raises:
             DataError: The tokens belong to another role than the assistant.
         """
-        placed = self._placed
-        turns = placed.turns(start, end) if placed is not None else ()
-        if placed is not None and not turns and (role := placed.other(start, end)):
+        located = self._located
+        turns = located.turns(start, end) if located is not None else ()
+        if located is not None and not turns and (role := located.other_role(start, end)):
             said = shortened(decode(self._chat.tokenizer, self._ids[start:end]))
             raise DataError(
                 f"The tokens {start} to {end} ({said}) are trained, and the {role} says them. A "
                 "guard judges what the assistant says: set their labels to -100 (in Axolotl, give "
                 f"no turn of the {role} a 'training' of true)."
             )
-        if placed is None or not turns:
+        if located is None or not turns:
             return self._raw(start, *self._bare(start, end))
-        said, ends, complete = placed.said(self._chat, turns, start, end)
-        context = placed.context(turns[0], start)
+        said, ends, complete = located.turn_text(self._chat, turns, start, end)
+        context = located.context(turns[0], start)
         if context is None:
             return self._raw(start, said, ends, complete)
-        return Reading(context, False, placed.before(turns[0], start), said, ends, complete)
+        return RunText(context, False, located.text_before(turns[0], start), said, ends, complete)
 
     @cached_property
     def _reached(self) -> list[int] | None:
@@ -129,11 +124,11 @@ class RowReader:
         count = len(self._ids)
         return [0, *own.ends[:count]] if own.exact and own.ids[:count] == self._ids else None
 
-    def _raw(self, start: int, text: str, ends: list[int], complete: list[bool]) -> Reading:
-        if self._placed is None and self._chat.read_prompt is not None and start:
+    def _raw(self, start: int, text: str, ends: list[int], complete: list[bool]) -> RunText:
+        if self._located is None and self._chat.read_prompt is not None and start:
             asked = self._chat.read_prompt(self._ids[:start])
             if asked is not None:
-                return Reading(asked, False, "", text, ends, complete)
+                return RunText(asked, False, "", text, ends, complete)
         if self._tokenized is not None and self._reached is not None:
             decoded = self._tokenized.text[: self._reached[start]]
         else:
@@ -141,7 +136,7 @@ class RowReader:
         context: tuple[Message, ...] = ()
         if decoded:
             context = ({"role": "user", "content": decoded},)
-        return Reading(context, True, "", text, ends, complete)
+        return RunText(context, True, "", text, ends, complete)
 
     def _bare(self, start: int, end: int) -> tuple[str, list[int], list[bool]]:
         """Return text, ends and complete of a run without control tokens at its beginning and end.

@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 # Arguments of the tokenizer's method that are not template variables: a row must not set them.
-_OURS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {
+_RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {
     "self",
     "tools",
     "documents",
@@ -43,7 +43,7 @@ _ROLES = {
 }
 
 # Roles that need a content. An assistant may only think or call a tool, and a tool return nothing.
-_SPEAKING = ("system", "developer", "user")
+_NEED_CONTENT = ("system", "developer", "user")
 
 
 def conversation_of(row: Mapping[str, Any]) -> Any:
@@ -81,7 +81,7 @@ def _checked(column: str, messages: Any) -> list[dict[str, Any]]:
             f"{column!r} is a {type(messages).__name__}; it must be a text or a list of messages "
             "with 'role' and 'content'."
         )
-    messages = [_chatml(message) for message in messages]
+    messages = [_with_role_and_content(message) for message in messages]
     for k, message in enumerate(messages):
         where = f"{column}[{k}]"
         if not isinstance(message, Mapping):
@@ -102,7 +102,7 @@ def _checked(column: str, messages: Any) -> list[dict[str, Any]]:
                 "them to 'system', 'user', 'assistant' or 'tool'."
             )
         content = message.get("content")
-        if content is None and message["role"] in _SPEAKING:
+        if content is None and message["role"] in _NEED_CONTENT:
             raise DataError(
                 f"{where} ({message['role']}) has no content, which a chat template may write as "
                 "'None'. Give its text, or remove the message."
@@ -118,10 +118,10 @@ def _checked(column: str, messages: Any) -> list[dict[str, Any]]:
                     f"{where}.content[{j}] is {_short(part)}; a part must be a mapping with 'type' "
                     "and a 'text'."
                 )
-    return [_with_calls(message, f"{column}[{k}]") for k, message in enumerate(messages)]
+    return [_with_parsed_calls(message, f"{column}[{k}]") for k, message in enumerate(messages)]
 
 
-def _with_calls(message: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _with_parsed_calls(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return a message with `tool_calls` parsed if they are JSON text."""
     calls = message.get("tool_calls")
     if not isinstance(calls, str):
@@ -132,7 +132,7 @@ def _with_calls(message: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise DataError(f"{where}.tool_calls is a text that is not JSON: {error}.") from error
 
 
-def _chatml(message: Any) -> Any:
+def _with_role_and_content(message: Any) -> Any:
     """Return a message with `role` and `content` in place of `from` and `value`."""
     if isinstance(message, Mapping) and message.get("role") is None and "from" in message:
         rest = {k: v for k, v in message.items() if k not in ("from", "value", "role", "content")}
@@ -205,13 +205,15 @@ def template_arguments(row: Mapping[str, Any]) -> dict[str, Any]:
             f"chat_template_kwargs is {_short(given)}; it must be a mapping from names to values."
         )
     # In a column of mappings every row has all names, with null for those that it did not set.
-    given = {name: value for name, value in given.items() if name not in _OURS or value is not None}
+    given = {
+        name: value for name, value in given.items() if name not in _RESERVED or value is not None
+    }
     if "chat_template" in given:
         raise DataError(
             "chat_template_kwargs brings a chat_template, which is a program: it may come with the "
             "tokenizer, but not with the data. Remove it from the row and set the tokenizer's."
         )
-    if ours := sorted(_OURS & given.keys()):
+    if ours := sorted(_RESERVED & given.keys()):
         raise DataError(
             f"chat_template_kwargs brings {', '.join(ours)}, which is no variable of a template "
             "but says how rows are tokenized. Remove it from the row."

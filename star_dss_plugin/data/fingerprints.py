@@ -9,10 +9,17 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from star_dss_plugin.data.media import undecoded
+from star_dss_plugin.data.media import without_decoding
 from star_dss_plugin.data.requests import PrefixRequest
 
-__all__ = ["content_key", "digest_of", "request_key", "row_keys", "sample_of", "words_of"]
+__all__ = [
+    "content_key",
+    "dataset_hash",
+    "request_key",
+    "row_keys",
+    "sampled_rows_hash",
+    "tokenizer_hash",
+]
 
 
 def content_key(*parts: Any) -> str:
@@ -40,24 +47,25 @@ def row_keys(dataset: Dataset) -> list[str]:
     ]
 
 
-_SAMPLE = _AT_ONCE = 64
+_SAMPLED_ROWS = 64
+_ROWS_AT_ONCE = 64
 
 
-def sample_of(dataset: Dataset) -> str:
+def sampled_rows_hash(dataset: Dataset) -> str:
     """Return a hash of the column names and about 64 evenly spaced rows of a data set."""
-    rows = undecoded(dataset)  # the repr of a decoded image differs between processes
-    some = range(0, len(rows), max(1, len(rows) // _SAMPLE))
+    rows = without_decoding(dataset)  # the repr of a decoded image differs between processes
+    some = range(0, len(rows), max(1, len(rows) // _SAMPLED_ROWS))
     return content_key(list(rows.column_names), [repr(rows[i]) for i in some])
 
 
-def digest_of(dataset: Dataset) -> str:
+def dataset_hash(dataset: Dataset) -> str:
     """Return a hash of the column names and all rows of a data set, in their order."""
     digest = hashlib.sha256(repr(list(dataset.column_names)).encode())
-    for rows in undecoded(dataset).iter(_AT_ONCE):
+    for rows in without_decoding(dataset).iter(_ROWS_AT_ONCE):
         digest.update(repr(list(rows.values())).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
 
-def words_of(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a hash of a tokenizer's vocabulary and chat template."""
     return content_key(tokenizer.get_vocab(), tokenizer.chat_template)

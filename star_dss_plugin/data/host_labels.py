@@ -6,17 +6,23 @@ assistant says (paper, section 3), so only those tokens stay trained.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from star_dss_plugin.data.conversations import conversation_of, source_messages
 from star_dss_plugin.data.templates.chat import ChatTokenizer
-from star_dss_plugin.data.templates.tokenized import Tokenized, labels_of, runs_within
+from star_dss_plugin.data.templates.tokenized import Tokenized, labels_of, runs_within, trained_runs
 from star_dss_plugin.data.tokenization import read_row
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.logprobs import IGNORE_INDEX
 
-__all__ = ["MASKS", "assistant_labels", "has_mask", "needs_assistant_labels"]
+__all__ = [
+    "MASKS",
+    "assistant_labels",
+    "has_mask",
+    "labels_from_masks",
+    "needs_assistant_labels",
+]
 
 MASKS = ("completion_mask", "assistant_masks")
 """TRL's columns with 1 for trained tokens and 0 for others."""
@@ -39,16 +45,10 @@ def needs_assistant_labels(row: Mapping[str, Any]) -> bool:
     if isinstance(completion, list):
         others = any(m["role"] != "assistant" for m in completion)
         # Several runs: the host has excluded other roles already (assistant_only_loss).
-        in_one_run = _count_runs(row["labels"]) == 1
+        in_one_run = len(trained_runs(row["labels"])) == 1
         return IGNORE_INDEX not in row["labels"] or (others and in_one_run)
     said = isinstance(row.get("prompt"), str) and isinstance(completion, str)
     return said and bool(row["prompt"]) and IGNORE_INDEX not in row["labels"]
-
-
-def _count_runs(labels: list[int]) -> int:
-    """Return the number of runs of trained tokens."""
-    trained = [label != IGNORE_INDEX for label in labels]
-    return sum(now and not before for before, now in zip([False, *trained], trained, strict=False))
 
 
 def assistant_labels(
@@ -69,8 +69,7 @@ def assistant_labels(
     """
     given = list(row["input_ids"])
     if has_mask(row):
-        tokens = zip(given, *(row[m] for m in MASKS if row.get(m) is not None), strict=True)
-        return [token if all(bits) else IGNORE_INDEX for token, *bits in tokens]
+        return labels_from_masks(given, [row[m] for m in MASKS if row.get(m) is not None])
     tokenized = tokenized or read_row(row, chat)
     if tokenized.trained is None:
         raise DataError(tokenized.problem)
@@ -90,6 +89,12 @@ def assistant_labels(
         "template, so the assistant's turns cannot be found in them. Set "
         "assistant_only_loss=True, or give prompt-completion data."
     )
+
+
+def labels_from_masks(ids: Sequence[int], masks: Sequence[Sequence[int]]) -> list[int]:
+    """Return one label per token: the token's id if it is 1 in every mask, else -100."""
+    tokens = zip(ids, *masks, strict=True)
+    return [token if all(bits) else IGNORE_INDEX for token, *bits in tokens]
 
 
 def has_mask(row: Mapping[str, Any]) -> bool:

@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetInfo, Features, Json, LargeList, List
 
 from star_dss_plugin.errors import DataError
 
-__all__ = ["check_features", "undecoded"]
+__all__ = ["check_features", "without_decoding"]
 
 
 def check_features(
@@ -44,21 +44,23 @@ def _names_files(feature: Any) -> bool:
     return hasattr(feature, "decode_example") and not isinstance(feature, Json)
 
 
-def undecoded(dataset: Dataset) -> Dataset:
+def without_decoding(dataset: Dataset) -> Dataset:
     """Return the same rows as plain Python values, without opening files that they name."""
-    closed = Features({name: _closed(feature) for name, feature in dataset.features.items()})
+    features = Features(
+        {name: _feature_without_decoding(feature) for name, feature in dataset.features.items()}
+    )
     # The table is reused with other features, because casting a column would copy all images.
-    return Dataset(dataset.data, DatasetInfo(features=closed), indices_table=dataset._indices)
+    return Dataset(dataset.data, DatasetInfo(features=features), indices_table=dataset._indices)
 
 
-def _closed(feature: Any) -> Any:
+def _feature_without_decoding(feature: Any) -> Any:
     """Return a feature with decoding of media switched off, at any depth."""
     if isinstance(feature, List | LargeList):
         feature = copy(feature)
-        feature.feature = _closed(feature.feature)
+        feature.feature = _feature_without_decoding(feature.feature)
         return feature
     if isinstance(feature, dict):
-        return {name: _closed(value) for name, value in feature.items()}
+        return {name: _feature_without_decoding(value) for name, value in feature.items()}
     if getattr(feature, "decode", False) and not isinstance(feature, Json):
         feature = copy(feature)
         feature.decode = False

@@ -20,8 +20,8 @@ from transformers import ProcessorMixin
 from star_dss_plugin.data.columns import SCORES_COLUMN, TEXT_COLUMN
 from star_dss_plugin.data.conversations import MEDIA
 from star_dss_plugin.data.decoding import added_tokens
-from star_dss_plugin.data.media import undecoded
-from star_dss_plugin.data.rows import check_trained, in_row
+from star_dss_plugin.data.media import without_decoding
+from star_dss_plugin.data.rows import check_trained, with_row_number
 from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.data.tokenization import tokenize_row
 from star_dss_plugin.errors import DataError
@@ -82,9 +82,9 @@ class MediaRows:
         conversations: list[dict[str, Any]] = []
         ids, labels = [], []
         media: list[list[str]] = []
-        for i, row in enumerate(map(dict, undecoded(dataset))):
-            conversation, kinds = in_row(i, self._conversation, row)
-            tokenized = in_row(
+        for i, row in enumerate(map(dict, without_decoding(dataset))):
+            conversation, kinds = with_row_number(i, self._conversation, row)
+            tokenized = with_row_number(
                 i,
                 tokenize_row,
                 conversation,
@@ -147,7 +147,7 @@ class MediaRows:
                     )
                 kinds += here
                 if isinstance(content, list):
-                    message = {**message, "content": [_bare(part) for part in parts]}
+                    message = {**message, "content": [_without_media(part) for part in parts]}
                 self._check_spelling(message)
                 conversation[column].append(dict(message))
         return conversation, kinds
@@ -182,8 +182,8 @@ class MediaRows:
 
     def _check_spelling(self, message: Mapping[str, Any]) -> None:
         """Reject text that spells a media token, which the processor would take for an image."""
-        for text in _texts(message):
-            for token in self._spelled:
+        for text in _strings_in(message):
+            for token in self._media_spellings:
                 if token in text:
                     raise DataError(
                         f"A message's text spells {token}, which the processor would take for an "
@@ -192,12 +192,12 @@ class MediaRows:
                     )
 
     @property
-    def _spelled(self) -> list[str]:
+    def _media_spellings(self) -> list[str]:
         tokens = self.chat.tokenizer.convert_ids_to_tokens(sorted(self.media))
         return [str(token) for token in tokens if token]
 
 
-def _texts(message: Mapping[str, Any]) -> Iterator[str]:
+def _strings_in(message: Mapping[str, Any]) -> Iterator[str]:
     """Yield every string in a message except its role, at any depth."""
     pending: list[Any] = [value for key, value in message.items() if key != "role"]
     while pending:
@@ -210,7 +210,7 @@ def _texts(message: Mapping[str, Any]) -> Iterator[str]:
             pending += value
 
 
-def _bare(part: Mapping[str, Any]) -> dict[str, Any]:
+def _without_media(part: Mapping[str, Any]) -> dict[str, Any]:
     """Return a content part without its media: a media part keeps only its type."""
     if part.get("type") in MEDIA:
         return {"type": part["type"]}

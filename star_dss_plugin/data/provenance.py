@@ -16,11 +16,11 @@ from star_dss_plugin.errors import DataError
 __all__ = [
     "PROVENANCE_FILE",
     "damaged_note",
-    "describe",
-    "notes",
+    "note_line",
     "provenance_of",
     "provenances_of",
     "read_note",
+    "read_notes",
     "remove_note",
     "write_note",
 ]
@@ -37,7 +37,7 @@ _NOTED: dict[str, type] = {  # fields that every reader of the "scores" note nee
 }
 
 
-def notes(dataset: Dataset, name: str) -> list[Any]:
+def read_notes(dataset: Dataset, name: str) -> list[Any]:
     """Return the JSON values noted under a name: several if data sets were concatenated.
 
     Raises:
@@ -59,14 +59,14 @@ def notes(dataset: Dataset, name: str) -> list[Any]:
 
 def read_note(dataset: Dataset, name: str) -> Any:
     """Return the first JSON value noted under a name; None if there is none."""
-    return next(iter(notes(dataset, name)), None)
+    return next(iter(read_notes(dataset, name)), None)
 
 
 def write_note(dataset: Dataset, name: str, value: Any) -> None:
     """Note a JSON value under a name, replacing earlier notes."""
     remove_note(dataset, name)
     lines = (dataset.info.description or "").splitlines()
-    dataset.info.description = "\n".join([*lines, describe(name, value)])
+    dataset.info.description = "\n".join([*lines, note_line(name, value)])
 
 
 def remove_note(dataset: Dataset, name: str) -> None:
@@ -77,7 +77,7 @@ def remove_note(dataset: Dataset, name: str) -> None:
     dataset.info.description = "\n".join(kept)
 
 
-def describe(name: str, value: Any) -> str:
+def note_line(name: str, value: Any) -> str:
     """Return a note as a line of a description."""
     return f"{_MARK}{name}: {json.dumps(value, sort_keys=True)}"
 
@@ -102,7 +102,7 @@ def provenances_of(dataset: Dataset) -> list[dict[str, Any]]:
     Raises:
         DataError: A note is damaged.
     """
-    found = notes(dataset, "scores")
+    found = read_notes(dataset, "scores")
     for one in found:
         if (
             not isinstance(one, dict)

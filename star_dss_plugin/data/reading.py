@@ -25,23 +25,23 @@ from star_dss_plugin.data.files.parquet_shards import is_sharded, load_scored
 from star_dss_plugin.data.media import check_features
 from star_dss_plugin.data.rows import unreadable
 from star_dss_plugin.errors import DataError, StarDSSError
-from star_dss_plugin.validation import not_a_file
+from star_dss_plugin.validation import check_reserved_name
 
 __all__ = [
     "DEMO",
-    "DEMO_MEANS",
+    "DEMO_MEANING",
     "check_readable",
-    "in_file",
     "is_saved",
-    "packaged",
     "read_dataset",
+    "read_packaged",
     "read_splits",
     "read_streams",
+    "with_file_name",
 ]
 
 DEMO = "demo"
 """The name of the data that comes with the package, accepted where a file or folder is."""
-DEMO_MEANS = "the data that comes with the package"
+DEMO_MEANING = "the data that comes with the package"
 """What `DEMO` stands for, for messages."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?", re.ASCII)
@@ -141,7 +141,7 @@ def _splits(source: str, path: Path, config: str | None) -> Iterable[str]:
 
 
 @contextlib.contextmanager
-def in_file(source: str) -> Iterator[None]:
+def with_file_name(source: str) -> Iterator[None]:
     """Add the file or folder to any StarDSSError about a row."""
     try:
         yield
@@ -151,7 +151,7 @@ def in_file(source: str) -> Iterator[None]:
         raise
 
 
-def packaged(package: str, name: str) -> Dataset:
+def read_packaged(package: str, name: str) -> Dataset:
     """Return the rows of a .jsonl file that comes with the package.
 
     Args:
@@ -164,8 +164,8 @@ def packaged(package: str, name: str) -> Dataset:
 
 def _load(source: str, path: Path, split: str, config: str | None) -> Dataset:
     if source == DEMO:
-        not_a_file(DEMO, DEMO_MEANS)
-        return packaged("star_dss_plugin.data", "demo_mix.jsonl")
+        check_reserved_name(DEMO, DEMO_MEANING)
+        return read_packaged("star_dss_plugin.data", "demo_mix.jsonl")
     if config is not None and path.exists():
         raise DataError(
             f"{source} is a local file or folder, which has no configurations: remove "

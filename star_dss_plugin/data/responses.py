@@ -14,17 +14,15 @@ from itertools import pairwise
 from operator import eq
 from typing import Any
 
-import numpy as np
-
-from star_dss_plugin.data.context import Reading, RowReader
+from star_dss_plugin.data.context import RowReader, RunText
 from star_dss_plugin.data.requests import PrefixRequest
 from star_dss_plugin.data.templates.chat import ChatTokenizer
-from star_dss_plugin.data.templates.tokenized import Runs, Tokenized
+from star_dss_plugin.data.templates.tokenized import Runs, trained_runs
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.logprobs import IGNORE_INDEX
 from star_dss_plugin.segmenters import Segmenter, chunk_ends
 
-__all__ = ["Response", "find_responses", "is_answered", "responses_in", "runs", "tokens_of"]
+__all__ = ["Response", "find_responses", "has_untrained_tokens", "ids_and_labels", "responses_in"]
 
 _IDS = 2**32  # token ids that decoders accept are below this
 
@@ -49,7 +47,7 @@ class Response:
     raw_context: bool
 
 
-def tokens_of(row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+def ids_and_labels(row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
     """Return `input_ids` and `labels` of a row after checking them.
 
     Raises:
@@ -68,7 +66,7 @@ def tokens_of(row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
             f"input_ids holds {wrong[0]}, which is no token of any tokenizer. Tokenize the row "
             "again, or remove it."
         )
-    for start, end in runs(labels):
+    for start, end in trained_runs(labels):
         if labels[start:end] != ids[start:end]:
             raise DataError(
                 f"The labels at tokens {start} to {end} are not the input's own tokens. STAR-DSS "
@@ -93,19 +91,11 @@ def _integers(row: Mapping[str, Any], column: str) -> list[int]:
     return list(found)
 
 
-def runs(labels: Sequence[int]) -> Runs:
-    """Return the maximal runs [start, end) of labels other than -100."""
-    trained = np.asarray([IGNORE_INDEX, *labels, IGNORE_INDEX]) != IGNORE_INDEX
-    edges = np.flatnonzero(trained[1:] != trained[:-1]).tolist()
-    return list(zip(edges[::2], edges[1::2], strict=True))
-
-
 def find_responses(
     row: Mapping[str, Any],
     chat: ChatTokenizer,
     segmenter: Segmenter,
     chunk_size: int,
-    tokenized: Tokenized | None = None,
 ) -> list[Response]:
     """Return all responses of a tokenized row.
 
@@ -115,17 +105,16 @@ def find_responses(
         chat: The tokenizer and the template that made `input_ids`.
         segmenter: Decides where chunks end.
         chunk_size: M, in the segmenter's units.
-        tokenized: The result of `read_row` for the row, if known.
 
     Raises:
-        DataError: As for `tokens_of` and `RowReader`.
+        DataError: As for `ids_and_labels` and `RowReader`.
     """
-    ids, labels = tokens_of(row)
-    reader = RowReader(chat, ids, row, tokenized, recover=is_answered(labels))
-    return responses_in(runs(labels), reader, segmenter, chunk_size)
+    ids, labels = ids_and_labels(row)
+    reader = RowReader(chat, ids, row, recover=has_untrained_tokens(labels))
+    return responses_in(trained_runs(labels), reader, segmenter, chunk_size)
 
 
-def is_answered(labels: Sequence[int]) -> bool:
+def has_untrained_tokens(labels: Sequence[int]) -> bool:
     """Return whether a row has untrained tokens.
 
     A row without any is treated as plain text, even if it looks like a chat.
@@ -144,25 +133,23 @@ def responses_in(
 
 
 def _response(
-    reading: Reading, start: int, end: int, segmenter: Segmenter, chunk_size: int
+    run: RunText, start: int, end: int, segmenter: Segmenter, chunk_size: int
 ) -> Response:
     """Split a run into chunks; tokens without text at its beginning and end are not counted."""
-    ends = reading.ends
+    ends = run.ends
     first = bisect_right(ends, 0)
-    last = bisect_left(ends, len(reading.text)) + 1 if reading.text else first
-    cuts = chunk_ends(
-        segmenter(reading.text, ends[first:last], chunk_size), reading.complete[first:last]
-    )
+    last = bisect_left(ends, len(run.text)) + 1 if run.text else first
+    cuts = chunk_ends(segmenter(run.text, ends[first:last], chunk_size), run.complete[first:last])
     prefix_ends = [ends[first + cut - 1] for cut in cuts] or [0]
     tokens = [start + first + cut for cut in cuts[:-1]] + [end]
     tokens, prefix_ends = _merge_empty(tokens, prefix_ends)
-    before = len(reading.before)
+    before = len(run.before)
     request = PrefixRequest(
-        reading.context,
-        reading.before + reading.text,
+        run.context,
+        run.before + run.text,
         tuple(before + end for end in prefix_ends) if before else tuple(prefix_ends),
     )
-    return Response(start, end, tuple(tokens), request, reading.raw)
+    return Response(start, end, tuple(tokens), request, run.raw)
 
 
 def _merge_empty(tokens: list[int], prefix_ends: list[int]) -> tuple[list[int], list[int]]:

@@ -13,32 +13,32 @@ from datasets import Dataset, List, Value
 
 from star_dss_plugin.data.columns import with_column
 from star_dss_plugin.data.context import RowReader
-from star_dss_plugin.data.responses import Response, is_answered, responses_in, runs
+from star_dss_plugin.data.responses import Response, has_untrained_tokens, responses_in
 from star_dss_plugin.data.rows import (
     check_trained,
-    in_row,
-    known_rows,
-    labelled_by_masks,
-    own_labels,
+    content_rows,
     plain_rows,
+    restrict_row_labels,
     with_labels,
+    with_labels_from_masks,
+    with_row_number,
 )
 from star_dss_plugin.data.templates.chat import ChatTokenizer
-from star_dss_plugin.data.templates.tokenized import Tokenized, labels_of
-from star_dss_plugin.data.tokenization import cut_row, read_rows
+from star_dss_plugin.data.templates.tokenized import Tokenized, labels_of, trained_runs
+from star_dss_plugin.data.tokenization import read_rows, truncate_row
 from star_dss_plugin.segmenters import Segmenter
 
-__all__ = ["ReadRows", "RowOptions", "read_responses", "without_question"]
+__all__ = ["ReadRows", "RowOptions", "missing_context_warning", "read_responses"]
 
 logger = logging.getLogger(__name__)
 
 _ROWS_NAMED = 5
-_UNASKED = 0.1  # share of responses without context from which a warning is logged
-_ROWS_A_PIECE = 64  # rows that a process reads before it returns them
+_MISSING_CONTEXT_SHARE = 0.1  # share of responses without context from which a warning is logged
+_ROWS_PER_PIECE = 64  # rows that a process reads before it returns them
 
-_CUT = "max_length cuts off all that is trained"
-_SILENT = "no assistant says anything in them"
-_MASKED = "all their labels are -100"
+_CUT_OFF = "max_length cuts off all that is trained"
+_NO_ASSISTANT = "no assistant says anything in them"
+_NO_LABELS = "all their labels are -100"
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class ReadRows(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Read:
+class _RowResponses:
     """One row and its responses.
 
     Attributes:
@@ -117,7 +117,7 @@ def read_responses(
     """
     raw = "input_ids" not in dataset.column_names
     if not raw:
-        dataset = labelled_by_masks(dataset)
+        dataset = with_labels_from_masks(dataset)
     read = list(_read_all(dataset, chat, options, num_proc))
     labels = [row.labels for row in read]
     if needed:
@@ -134,9 +134,9 @@ def read_responses(
 
 def _read_all(
     dataset: Dataset, chat: ChatTokenizer, options: RowOptions, num_proc: int
-) -> Iterator[_Read]:
+) -> Iterator[_RowResponses]:
     """Read the rows in order."""
-    pieces = range(0, len(dataset), _ROWS_A_PIECE)
+    pieces = range(0, len(dataset), _ROWS_PER_PIECE)
     workers = min(num_proc, len(pieces))
     if workers < 2 or "fork" not in multiprocessing.get_all_start_methods():
         yield from _read_piece(dataset, chat, options, 0)
@@ -154,53 +154,57 @@ def _read_all(
 _work: dict[str, tuple[Dataset, ChatTokenizer, RowOptions]] = {}
 
 
-def _read_forked(start: int) -> list[_Read]:
+def _read_forked(start: int) -> list[_RowResponses]:
     """Read one piece of the data in a forked process."""
     dataset, chat, options = _work["forked"]
-    stop = min(start + _ROWS_A_PIECE, len(dataset))
+    stop = min(start + _ROWS_PER_PIECE, len(dataset))
     return list(_read_piece(dataset.select(range(start, stop)), chat, options, start))
 
 
 def _read_piece(
     dataset: Dataset, chat: ChatTokenizer, options: RowOptions, start: int
-) -> Iterator[_Read]:
+) -> Iterator[_RowResponses]:
     if "input_ids" in dataset.column_names:
-        for i, row in enumerate(known_rows(dataset), start):
-            yield in_row(i, _read_tokenized, row, chat, options)
+        for i, row in enumerate(content_rows(dataset), start):
+            yield with_row_number(i, _read_tokenized, row, chat, options)
         return
     only = options.assistant_only_loss
     tokenized = read_rows(plain_rows(dataset), chat, assistant_only_loss=only)
     for i in range(start, start + len(dataset)):
-        yield in_row(i, _read_raw, in_row(i, next, tokenized), chat, options)
+        yield with_row_number(i, _read_raw, with_row_number(i, next, tokenized), chat, options)
 
 
-def _read_raw(tokenized: Tokenized, chat: ChatTokenizer, options: RowOptions) -> _Read:
-    ids, trained = cut_row(tokenized, options.max_length, keep_end=options.keep_end)
-    silent = "" if trained else _CUT if tokenized.trained else _SILENT
+def _read_raw(tokenized: Tokenized, chat: ChatTokenizer, options: RowOptions) -> _RowResponses:
+    ids, trained = truncate_row(tokenized, options.max_length, keep_end=options.keep_end)
+    silent = "" if trained else _CUT_OFF if tokenized.trained else _NO_ASSISTANT
     reader = RowReader(chat, ids, {}, tokenized)
     found = responses_in(trained, reader, options.segmenter, options.chunk_size)
-    return _Read(ids, labels_of(ids, trained), False, found, silent, tokenized.rendered)
+    return _RowResponses(ids, labels_of(ids, trained), False, found, silent, tokenized.rendered)
 
 
-def _read_tokenized(row: Mapping[str, Any], chat: ChatTokenizer, options: RowOptions) -> _Read:
-    labels, narrowed, tokenized = own_labels(row, chat)
-    trained = runs(labels)
-    reader = RowReader(chat, row["input_ids"], row, tokenized, recover=is_answered(labels))
+def _read_tokenized(
+    row: Mapping[str, Any], chat: ChatTokenizer, options: RowOptions
+) -> _RowResponses:
+    labels, narrowed, tokenized = restrict_row_labels(row, chat)
+    trained = trained_runs(labels)
+    reader = RowReader(chat, row["input_ids"], row, tokenized, recover=has_untrained_tokens(labels))
     found = responses_in(trained, reader, options.segmenter, options.chunk_size)
-    return _Read(row["input_ids"], labels, narrowed, found, "" if trained else _MASKED, False)
+    return _RowResponses(
+        row["input_ids"], labels, narrowed, found, "" if trained else _NO_LABELS, False
+    )
 
 
-def without_question(unasked: int, responses: int) -> str:
+def missing_context_warning(missing: int, responses: int) -> str:
     """Return a warning about responses without context; "" if they are less than a tenth.
 
     Args:
-        unasked: The number of responses without context.
+        missing: The number of responses without context.
         responses: The number of responses.
     """
-    if not unasked or unasked < _UNASKED * responses:
+    if not missing or missing < _MISSING_CONTEXT_SHARE * responses:
         return ""
     return (
-        f"{unasked} of {responses} responses have nothing said before them: their rows are trained "
+        f"{missing} of {responses} responses have nothing said before them: their rows are trained "
         "from the first token, so the guard takes a user's words in them for the assistant's, and "
         "a refusal behind an unsafe question scores low. Give question and answer separately: "
         "messages, or a prompt and its completion (Axolotl: type chat_template, alpaca or "
@@ -208,7 +212,7 @@ def without_question(unasked: int, responses: int) -> str:
     )
 
 
-def _warn_about_rows(read: Sequence[_Read]) -> None:
+def _warn_about_rows(read: Sequence[_RowResponses]) -> None:
     """Warn about rows without trained tokens, unparsed chats, and raw or missing contexts."""
     silent: dict[str, list[int]] = defaultdict(list)
     for i, row in enumerate(read):
@@ -220,7 +224,7 @@ def _warn_about_rows(read: Sequence[_Read]) -> None:
             len(rows),
             len(read),
             why,
-            _named(rows),
+            _shown_rows(rows),
         )
     if rendered := [i for i, row in enumerate(read) if row.rendered]:
         logger.warning(
@@ -228,11 +232,11 @@ def _warn_about_rows(read: Sequence[_Read]) -> None:
             "turn by turn: a 'text' is one answer, and a 'prompt' is parsed only if it is what the "
             "tokenizer's chat template renders. Give messages.",
             len(rendered),
-            _named(rendered),
+            _shown_rows(rendered),
         )
     responses = [response for row in read for response in row.responses]
     unasked = sum(not response.request.context for response in responses)
-    if said := without_question(unasked, len(responses)):
+    if said := missing_context_warning(unasked, len(responses)):
         logger.warning("%s.", said)
     if raw := sum(response.raw_context for response in responses):
         logger.warning(
@@ -242,5 +246,5 @@ def _warn_about_rows(read: Sequence[_Read]) -> None:
         )
 
 
-def _named(rows: Sequence[int]) -> str:
+def _shown_rows(rows: Sequence[int]) -> str:
     return ", ".join(map(str, rows[:_ROWS_NAMED])) + (", …" if len(rows) > _ROWS_NAMED else "")

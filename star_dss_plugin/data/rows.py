@@ -13,10 +13,11 @@ from star_dss_plugin.data.host_labels import (
     MASKS,
     assistant_labels,
     has_mask,
+    labels_from_masks,
     needs_assistant_labels,
 )
 from star_dss_plugin.data.media import check_features
-from star_dss_plugin.data.responses import tokens_of
+from star_dss_plugin.data.responses import ids_and_labels
 from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.data.templates.tokenized import Tokenized
 from star_dss_plugin.data.tokenization import read_row
@@ -24,23 +25,23 @@ from star_dss_plugin.errors import DataError, StarDSSError
 from star_dss_plugin.logprobs import IGNORE_INDEX
 
 __all__ = [
-    "SAYING",
+    "CONTENT_COLUMNS",
     "check_trained",
-    "in_row",
-    "known_rows",
-    "labelled_by_masks",
-    "only_responses",
-    "own_labels",
+    "content_rows",
     "plain_rows",
+    "restrict_labels",
+    "restrict_row_labels",
     "unreadable",
     "with_labels",
+    "with_labels_from_masks",
+    "with_row_number",
 ]
 
 logger = logging.getLogger(__name__)
 
 _AT_ONCE = 64  # rows converted to Python in one step, which is faster
 
-SAYING = (
+CONTENT_COLUMNS = (
     "input_ids",
     "labels",
     "messages",
@@ -55,12 +56,12 @@ SAYING = (
 """Columns of tokenized rows that determine the messages and the trained tokens."""
 
 
-def known_rows(dataset: Dataset) -> Iterator[dict[str, Any]]:
-    """Yield the rows as plain Python values, with the columns in `SAYING` only."""
-    return plain_rows(dataset, [c for c in SAYING if c in dataset.column_names])
+def content_rows(dataset: Dataset) -> Iterator[dict[str, Any]]:
+    """Yield the rows as plain Python values, with the columns in `CONTENT_COLUMNS` only."""
+    return plain_rows(dataset, [c for c in CONTENT_COLUMNS if c in dataset.column_names])
 
 
-def in_row(i: int, function: Any, *args: Any, **kwargs: Any) -> Any:
+def with_row_number(i: int, function: Any, *args: Any, **kwargs: Any) -> Any:
     """Call `function` and add the row number to any StarDSSError it raises."""
     try:
         return function(*args, **kwargs)
@@ -69,7 +70,7 @@ def in_row(i: int, function: Any, *args: Any, **kwargs: Any) -> Any:
         raise
 
 
-def only_responses(dataset: Dataset, chat: ChatTokenizer, *, needed: bool = True) -> Dataset:
+def restrict_labels(dataset: Dataset, chat: ChatTokenizer, *, needed: bool = True) -> Dataset:
     """Restrict the labels of a tokenized data set to the assistant's turns.
 
     Args:
@@ -81,8 +82,8 @@ def only_responses(dataset: Dataset, chat: ChatTokenizer, *, needed: bool = True
         DataError: No row has a trained token, or the assistant's turns cannot be located.
     """
     column, changed = [], 0
-    for i, row in enumerate(known_rows(dataset)):
-        labels, narrowed, _ = in_row(i, own_labels, row, chat)
+    for i, row in enumerate(content_rows(dataset)):
+        labels, narrowed, _ = with_row_number(i, restrict_row_labels, row, chat)
         changed += narrowed
         column.append(labels)
     if needed:
@@ -90,7 +91,7 @@ def only_responses(dataset: Dataset, chat: ChatTokenizer, *, needed: bool = True
     return with_labels(dataset, column, changed)
 
 
-def own_labels(
+def restrict_row_labels(
     row: Mapping[str, Any], chat: ChatTokenizer
 ) -> tuple[list[int], bool, Tokenized | None]:
     """Return the labels of a tokenized row, restricted to the assistant's turns.
@@ -106,7 +107,7 @@ def own_labels(
     Raises:
         DataError: The row's tokens are malformed, or the assistant's turns cannot be located.
     """
-    _, labels = tokens_of(row)
+    _, labels = ids_and_labels(row)
     if not needs_assistant_labels(row):
         return labels, False, None
     tokenized = None if has_mask(row) else read_row(row, chat)
@@ -114,7 +115,7 @@ def own_labels(
     return found, found != labels, tokenized
 
 
-def labelled_by_masks(dataset: Dataset) -> Dataset:
+def with_labels_from_masks(dataset: Dataset) -> Dataset:
     """Return tokenized rows with `labels`, which are made from masks if the column is missing.
 
     Raises:
@@ -135,22 +136,21 @@ def labelled_by_masks(dataset: Dataset) -> Dataset:
             raise DataError(
                 f"{' or '.join(masks)} is not as long as input_ids. Give one 0 or 1 for each token."
             ).at(rows=(i,))
-        kept = zip(ids, *(row[m] for m in masks), strict=True)
-        column.append([token if all(bits) else IGNORE_INDEX for token, *bits in kept])
+        column.append(labels_from_masks(ids, [row[m] for m in masks]))
     return with_column(dataset, "labels", column, List(Value("int64")))
 
 
-def check_trained(column: Sequence[Sequence[int]], why: Iterable[str] = ()) -> None:
+def check_trained(labels: Sequence[Sequence[int]], reasons: Iterable[str] = ()) -> None:
     """Raise a DataError if no row has a trained token.
 
     Args:
-        column: The labels of each row.
-        why: Reasons why rows have no trained token, for the message.
+        labels: The labels of each row.
+        reasons: Reasons why rows have no trained token, for the message.
     """
-    if not any(label != IGNORE_INDEX for labels in column for label in labels):
-        reasons = " and ".join(dict.fromkeys(why)) or "every label is -100"
+    if not any(label != IGNORE_INDEX for row in labels for label in row):
+        given = " and ".join(dict.fromkeys(reasons)) or "every label is -100"
         raise DataError(
-            f"None of the {len(column)} rows has a trained token: {reasons}. Check the "
+            f"None of the {len(labels)} rows has a trained token: {given}. Check the "
             "columns, the chat template and max_length (a prompt that fills it leaves no response)."
         )
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from star_dss_plugin.data.requests import Trajectory
 
-__all__ = ["MAGIC", "Packed", "checked", "encode", "entries", "header", "other_format"]
+__all__ = ["MAGIC", "Packed", "checked_body", "encode", "entries", "header", "other_format"]
 
 MAGIC = b"star-dss-cache 1 "
 _ANY_FORMAT = re.compile(rb"star-dss-cache (\d+) ")
@@ -62,7 +62,7 @@ def other_format(data: bytes) -> int | None:
     return found and int(found[1])
 
 
-def checked(data: bytes) -> bytes:
+def checked_body(data: bytes) -> bytes:
     """Return the body of a shard after verifying its checksum.
 
     Raises:

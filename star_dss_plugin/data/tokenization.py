@@ -10,12 +10,18 @@ from typing import Any
 
 from star_dss_plugin.data.conversations import conversation_of, source_messages
 from star_dss_plugin.data.templates.chat import ChatTokenizer
-from star_dss_plugin.data.templates.plain_texts import of_text, of_texts
-from star_dss_plugin.data.templates.tokenized import Plan, Runs, Tokenized, labels_of, runs_within
-from star_dss_plugin.data.templates.trained_turns import of_completion, of_conversation
+from star_dss_plugin.data.templates.plain_texts import render_prompt_completion, render_text
+from star_dss_plugin.data.templates.tokenized import (
+    RenderedRow,
+    Runs,
+    Tokenized,
+    labels_of,
+    runs_within,
+)
+from star_dss_plugin.data.templates.trained_turns import render_completion, render_conversation
 from star_dss_plugin.errors import DataError
 
-__all__ = ["cut_row", "read_row", "read_rows", "tokenize_row"]
+__all__ = ["read_row", "read_rows", "tokenize_row", "truncate_row"]
 
 _AT_ONCE = 64
 _CHARACTERS_AT_ONCE = 1 << 18
@@ -43,11 +49,11 @@ def tokenize_row(
         DataError: The row has none of these columns, or the assistant's turns cannot be located.
     """
     tokenized = read_row(row, chat, assistant_only_loss=assistant_only_loss)
-    ids, trained = cut_row(tokenized, max_length)
+    ids, trained = truncate_row(tokenized, max_length)
     return {"input_ids": ids, "labels": labels_of(ids, trained)}
 
 
-def cut_row(
+def truncate_row(
     tokenized: Tokenized, max_length: int | None, *, keep_end: bool = False
 ) -> tuple[list[int], Runs]:
     """Truncate a tokenized row, and return its token ids and the runs of trained ones.
@@ -81,29 +87,28 @@ def read_rows(
     Raises:
         DataError: As for `read_row`, after all earlier rows were yielded.
     """
-    waiting: list[Plan] = []
+    waiting: list[RenderedRow] = []
     length = 0
     for row in rows:
         try:
-            plan = _plan(row, chat, assistant_only_loss, True)
+            rendered = _render(row, chat, assistant_only_loss, True)
         except DataError:
-            yield from _finished(waiting, chat)
+            yield from _tokenized(waiting, chat)
             raise
         full = len(waiting) == _AT_ONCE or length >= _CHARACTERS_AT_ONCE
-        if waiting and (full or waiting[0].plain != plan.plain):
-            yield from _finished(waiting, chat)
+        if waiting and (full or waiting[0].plain != rendered.plain):
+            yield from _tokenized(waiting, chat)
             waiting, length = [], 0
-        waiting.append(plan)
-        length += len(plan.text)
-    yield from _finished(waiting, chat)
+        waiting.append(rendered)
+        length += len(rendered.text)
+    yield from _tokenized(waiting, chat)
 
 
-def _finished(plans: Sequence[Plan], chat: ChatTokenizer) -> Iterator[Tokenized]:
-    """Tokenize plans in one call, and finish them; `plain` is the same for all."""
-    if plans:
-        texts = [plan.text for plan in plans]
-        encoded = chat.encode_all(texts, add_special_tokens=plans[0].plain)
-        yield from (plan.finish(found) for plan, found in zip(plans, encoded, strict=True))
+def _tokenized(rows: Sequence[RenderedRow], chat: ChatTokenizer) -> Iterator[Tokenized]:
+    """Tokenize rendered rows in one call; `plain` is the same for all."""
+    if rows:
+        encoded = chat.encode_all([row.text for row in rows], add_special_tokens=rows[0].plain)
+        yield from (row.finish(found) for row, found in zip(rows, encoded, strict=True))
 
 
 def read_row(
@@ -125,19 +130,19 @@ def read_row(
     Raises:
         DataError: The row has none of the columns, or its messages cannot be rendered.
     """
-    plan = _plan(row, chat, assistant_only_loss, whole_completion)
-    return plan.finish(chat.encode(plan.text, add_special_tokens=plan.plain))
+    rendered = _render(row, chat, assistant_only_loss, whole_completion)
+    return rendered.finish(chat.encode(rendered.text, add_special_tokens=rendered.plain))
 
 
-def _plan(
+def _render(
     row: Mapping[str, Any], chat: ChatTokenizer, assistant_only_loss: bool, whole_completion: bool
-) -> Plan:
+) -> RenderedRow:
     """Render a row."""
     given = {name for name, value in row.items() if value is not None}
     if conversation_of(row) is not None:
         messages = source_messages(row)
         assert messages is not None
-        return of_conversation(row, messages, chat, 0, assistant_only_loss)
+        return render_conversation(row, messages, chat, 0, assistant_only_loss)
     if {"prompt", "completion"} <= given:
         prompt, completion = row["prompt"], row["completion"]
         source = source_messages(row)
@@ -148,16 +153,16 @@ def _plan(
                 f"{type(completion).__name__}. Both must be texts, or both lists of messages."
             )
         if isinstance(prompt, str):
-            return of_texts(prompt, completion, chat)
+            return render_prompt_completion(prompt, completion, chat)
         others = any(m["role"] != "assistant" for m in completion)
         if others or assistant_only_loss or not whole_completion:
-            return of_conversation(row, source, chat, len(prompt), assistant_only_loss)
-        return of_completion(row, source, chat)
+            return render_conversation(row, source, chat, len(prompt), assistant_only_loss)
+        return render_completion(row, source, chat)
     if "text" in given:
         text = row["text"]
         if not isinstance(text, str):
             raise DataError(f"'text' is a {type(text).__name__}; it must be a text.")
-        return of_text(text, chat)
+        return render_text(text, chat)
     raise DataError(
         f"A row has the columns {sorted(given)}. Scoring needs 'messages', 'prompt' and "
         "'completion', or 'text' (or 'input_ids' and 'labels')."

@@ -20,7 +20,7 @@ class Answer(NamedTuple):
     Attributes:
         status: The HTTP status.
         retry_after: The Retry-After header; "" if there is none.
-        body: The undecoded bytes.
+        body: The without_decoding bytes.
     """
 
     status: int

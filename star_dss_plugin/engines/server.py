@@ -11,10 +11,8 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import logging
-import math
 import os
 import random
-import re
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
@@ -24,8 +22,9 @@ from typing import Any
 import httpx2
 from torch import Tensor
 
+from star_dss_plugin.engines.completions import completion_request, read_completions
 from star_dss_plugin.engines.connection import Connection
-from star_dss_plugin.engines.label_rows import label_row, longest_first, rows_of
+from star_dss_plugin.engines.label_rows import longest_first, rows_of_group
 from star_dss_plugin.engines.shared_prompts import SharedPrompts
 from star_dss_plugin.errors import GuardError
 from star_dss_plugin.validation import shortened
@@ -41,7 +40,6 @@ _MAX_WAIT_SECONDS = 30.0
 _ANSWER_BYTES = 1 << 20
 _PROMPT_BYTES = 1 << 16  # added for each prompt of the request
 _SHOWN_MODELS = 5
-_TOKEN_ID = re.compile(r"(?:token_id:)?([0-9]{1,9})")
 _RETRIES_AT_START = 2  # report an unreachable server soon
 
 
@@ -111,7 +109,7 @@ class ServerEngine:
         self, groups: Sequence[Sequence[Sequence[int]]], label_ids: Sequence[int]
     ) -> list[Tensor]:
         """See `Engine.label_logprobs`."""
-        shared = [SharedPrompts.of(group) for group in groups]
+        shared = [SharedPrompts.from_prompts(group) for group in groups]
         parts: list[tuple[int, list[int]]] = []
         for number, of_group in enumerate(shared):
             ordered = longest_first(of_group)
@@ -133,7 +131,8 @@ class ServerEngine:
                     future.cancel()
                 raise
         return [
-            rows_of(group, rows, len(label_ids)) for group, rows in zip(shared, known, strict=True)
+            rows_of_group(group, rows, len(label_ids))
+            for group, rows in zip(shared, known, strict=True)
         ]
 
     def close(self) -> None:
@@ -218,42 +217,9 @@ class ServerEngine:
     ) -> list[list[float]]:
         """Return the labels' log-probabilities after prompts of group `number`, in one request."""
         prompts = [group[i] for i in indices]
-        body = {
-            "model": self._model,
-            "prompt": prompts,
-            "max_tokens": 1,
-            "temperature": 0.0,
-            "logprobs": len(label_ids),
-            "logprob_token_ids": list(label_ids),
-            "return_tokens_as_token_ids": True,
-        }
+        body = completion_request(self._model, prompts, label_ids)
         answer = self._send("POST", "/completions", body, self._retries, number, stop)
-        try:
-            found = {
-                choice["index"]: _token_logprobs(choice["logprobs"]["top_logprobs"][0])
-                for choice in answer["choices"]
-            }
-            answers, tokens = len(answer["choices"]), answer["usage"]["prompt_tokens"]
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            raise GuardError(
-                f"The server at {self._url} answered without log-probabilities of token ids "
-                f"({type(error).__name__}: {visible_line(str(error))}). The engine needs vLLM 0.32 "
-                f"or newer: vllm serve {self._model}"
-            ) from error
-        expected = sum(map(len, prompts))
-        if answers != len(prompts) or tokens != expected:
-            raise GuardError(
-                f"The server at {self._url} read {shortened(tokens)} tokens in {answers} prompts; "
-                f"it was sent {expected} in {len(prompts)}. It changes prompts: start it without "
-                "truncation and with the guard's own model."
-            )
-        # A repeated number would leave another prompt without its answer.
-        if any(type(i) is not int for i in found) or set(found) != set(range(len(prompts))):
-            raise GuardError(
-                f"The server at {self._url} numbers its answers "
-                f"{shortened(list(found))}; they must be 0 to {len(prompts) - 1}, each once."
-            )
-        return [label_row(found[i], label_ids) for i in range(len(prompts))]
+        return read_completions(answer, prompts, label_ids, url=self._url, model=self._model)
 
     def _send(
         self,
@@ -318,21 +284,6 @@ class ServerEngine:
         half of a key.
         """
         return visible_line(text.replace(self._key, "***") if self._key else text, 500)
-
-
-def _token_logprobs(listed: Any) -> dict[int, float]:
-    """Return the log-probabilities of token ids from one choice of an answer.
-
-    Raises:
-        AttributeError, TypeError, ValueError: It is not a mapping from "token_id:N" to numbers.
-    """
-    found: dict[int, float] = {}
-    for name, value in listed.items():
-        match = _TOKEN_ID.fullmatch(name)
-        if match is None or type(value) not in (int, float):
-            raise ValueError(f"{shortened(name)}: {shortened(value)}")
-        found[int(match[1])] = float(value) if abs(value) < 1e9 else math.nan
-    return found
 
 
 def _max_bytes(body: Any) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import overload
 
-__all__ = ["SharedPrompts", "common_length"]
+__all__ = ["SharedPrompts", "common_prefix_length"]
 
 
 class SharedPrompts(Sequence[list[int]]):
@@ -41,13 +41,13 @@ class SharedPrompts(Sequence[list[int]]):
             self.pieces.append((count + more, tuple(end[more:])))
 
     @classmethod
-    def of(cls, prompts: Sequence[Sequence[int]]) -> SharedPrompts:
+    def from_prompts(cls, prompts: Sequence[Sequence[int]]) -> SharedPrompts:
         """Share the prefixes of prompts given as lists; return a `SharedPrompts` as it is."""
         if isinstance(prompts, SharedPrompts):
             return prompts
         return cls(max(prompts, key=len, default=()), [0] * len(prompts), prompts)
 
-    def framed(self, before: Sequence[int], after: Sequence[int]) -> SharedPrompts:
+    def surrounded(self, before: Sequence[int], after: Sequence[int]) -> SharedPrompts:
         """Return the prompts with the same tokens added before and after each."""
         return SharedPrompts(
             (*before, *self.trunk),
@@ -75,20 +75,25 @@ class SharedPrompts(Sequence[list[int]]):
         """Return the number of tokens of each prompt."""
         return [kept + len(end) for kept, end in self.pieces]
 
-    def part(self, index: int, start: int, stop: int | None = None) -> tuple[int, ...]:
+    def distinct(self) -> list[int]:
+        """Return the index of the first of each group of equal prompts, in any order."""
+        first = {piece: i for i, piece in reversed(list(enumerate(self.pieces)))}
+        return list(first.values())
+
+    def token_slice(self, index: int, start: int, stop: int | None = None) -> tuple[int, ...]:
         """Return the tokens `start:stop` of one prompt, without building the whole prompt."""
         kept, end = self.pieces[index]
         stop = kept + len(end) if stop is None else stop
         own = end[max(0, start - kept) : max(0, stop - kept)]
         return self.trunk[start : min(kept, stop)] + own
 
-    def common(self, one: int, other: int) -> int:
+    def common_prefix_length(self, one: int, other: int) -> int:
         """Return the length of the common prefix of two prompts."""
         (a, of_one), (b, of_other) = self.pieces[one], self.pieces[other]
         # If a != b, one prompt leaves the trunk at min(a, b) and the other still follows it.
-        return min(a, b) if a != b else a + common_length(of_one, of_other)
+        return min(a, b) if a != b else a + common_prefix_length(of_one, of_other)
 
-    def order(self, index: int) -> tuple[int, int, tuple[int, ...]]:
+    def sort_key(self, index: int) -> tuple[int, int, tuple[int, ...]]:
         """Return a key that sorts prompts in the lexicographic order of their tokens."""
         kept, end = self.pieces[index]
         if kept == len(self.trunk):
@@ -98,7 +103,7 @@ class SharedPrompts(Sequence[list[int]]):
         return (2, -kept, end) if end and end[0] > self.trunk[kept] else (0, kept, end)
 
 
-def common_length(one: Sequence[int], other: Sequence[int]) -> int:
+def common_prefix_length(one: Sequence[int], other: Sequence[int]) -> int:
     """Return the length of the common prefix of two sequences."""
     length, most = 0, min(len(one), len(other))
     while length < most and one[length] == other[length]:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from star_dss_plugin.engines.base import Weights
-from star_dss_plugin.engines.label_rows import label_row, longest_first, rows_of
+from star_dss_plugin.engines.label_rows import label_row, longest_first, rows_of_group
 from star_dss_plugin.engines.shared_prompts import SharedPrompts
 from star_dss_plugin.errors import ConfigError, GuardError
 
@@ -70,7 +70,7 @@ class VllmEngine:
         self, groups: Sequence[Sequence[Sequence[int]]], label_ids: Sequence[int]
     ) -> list[Tensor]:
         """See `Engine.label_logprobs`."""
-        shared = [SharedPrompts.of(group) for group in groups]
+        shared = [SharedPrompts.from_prompts(group) for group in groups]
         ordered = [longest_first(group) for group in shared]
         longest = int(self._llm.model_config.max_model_len) - 1
         for number, (group, indices) in enumerate(zip(shared, ordered, strict=True)):
@@ -88,7 +88,8 @@ class VllmEngine:
             for (number, i), prompt, output in zip(call, prompts, outputs, strict=True):
                 known[number][i] = self._row(output, prompt, label_ids)
         return [
-            rows_of(group, rows, len(label_ids)) for group, rows in zip(shared, known, strict=True)
+            rows_of_group(group, rows, len(label_ids))
+            for group, rows in zip(shared, known, strict=True)
         ]
 
     def close(self) -> None:

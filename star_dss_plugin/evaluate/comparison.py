@@ -17,7 +17,8 @@ from star_dss_plugin.evaluate.prompts import BENIGN, HARMFUL, Prompt, with_prefi
 from star_dss_plugin.evaluate.verdicts import PREFILL, Comparison, ModelAnswers, judge
 from star_dss_plugin.guards.base import Guard
 from star_dss_plugin.guards.loading import load_guard
-from star_dss_plugin.models import find_device, free_memory, weights_digest
+from star_dss_plugin.models.devices import find_device, free_memory
+from star_dss_plugin.models.fingerprints import weights_digest
 from star_dss_plugin.validation import at_least, probability
 
 __all__ = ["compare", "training_guard"]

@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from star_dss_plugin.data.requests import Message
 from star_dss_plugin.data.templates.chat import ChatTokenizer
+from star_dss_plugin.engines.padding import padded
 
 __all__ = ["answers_to", "greedy_answers", "prompt_ids"]
 
@@ -47,9 +47,11 @@ def greedy_answers(
     device = next(model.parameters()).device
     for at in range(0, len(order), batch_size):
         chosen = order[at : at + batch_size]
-        ids, mask = _left_padded([prompts[i] for i in chosen], device)
+        ids, real = padded([prompts[i] for i in chosen], device, left=True)
         with torch.no_grad(), _as_for_generation(model):
-            found = model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
+            found = model.generate(
+                input_ids=ids, attention_mask=real.long(), generation_config=greedy
+            )
         for i, row in zip(chosen, found[:, ids.shape[1] :].tolist(), strict=True):
             spoken = itertools.takewhile(lambda token: token not in greedy.eos_token_id, row)
             yield i, str(tokenizer.decode(list(spoken), skip_special_tokens=True))
@@ -116,11 +118,3 @@ def _greedy(model: Any, tokenizer: PreTrainedTokenizerBase, length: int) -> Gene
         eos_token_id=sorted(ends - {None}),
         pad_token_id=0,  # any id: tokens after the end are cut off
     )
-
-
-def _left_padded(rows: Sequence[Sequence[int]], device: Any) -> tuple[Tensor, Tensor]:
-    """Return token ids and attention mask, (rows, longest), int64, padded on the left."""
-    longest = max(map(len, rows))
-    padded = [[0] * (longest - len(row)) + list(row) for row in rows]
-    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(padded, device=device), torch.tensor(mask, device=device)

@@ -10,7 +10,7 @@ from star_dss_plugin.data.writing import writing
 from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.evaluate.landscape import S_MAX
 from star_dss_plugin.evaluate.landscape_points import Curve, Landscape
-from star_dss_plugin.report.plotting import GUIDE, line_style, plain, require_matplotlib
+from star_dss_plugin.report.plotting import GUIDE, escape_mathtext, line_style, require_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,7 +45,7 @@ def write_landscape(landscapes: Mapping[str, Landscape], path: Path) -> None:
         raise ConfigError("A plane fills a figure. Draw one landscape at a time.")
     figure = _plane(planes[0].curves[0]) if planes else _lines(landscapes)
     title = ", ".join(_title(label, one) for label, one in landscapes.items())
-    figure.suptitle(plain(title), fontsize=9)
+    figure.suptitle(escape_mathtext(title), fontsize=9)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
@@ -89,7 +89,7 @@ def _mean_curves(axes: Axes, landscapes: Mapping[str, Landscape]) -> None:
         at_each = list(zip(*of_curves, strict=True))
         style = line_style(k)
         mean = [sum(rates) / len(rates) for rates in at_each]
-        axes.plot(alphas, mean, label=plain(label), linewidth=1.6, **style)
+        axes.plot(alphas, mean, label=escape_mathtext(label), linewidth=1.6, **style)
         low, high = [min(r) for r in at_each], [max(r) for r in at_each]
         axes.fill_between(alphas, low, high, color=style["color"], alpha=0.12, linewidth=0)
 

@@ -14,7 +14,7 @@ from star_dss_plugin.evaluate.landscape import S_MAX, Sample, attack_success, vi
 from star_dss_plugin.evaluate.moved_weights import TOWARD, Place
 from star_dss_plugin.validation import shortened
 
-__all__ = ["Curve", "Landscape", "Point", "PointsFile", "put_together"]
+__all__ = ["Curve", "Landscape", "Point", "PointsFile", "assemble_landscape"]
 
 _FORMAT = 1
 
@@ -58,7 +58,9 @@ class Landscape:
         return asdict(self)
 
 
-def put_together(samples: Sequence[Sample], measured: Mapping[Place, Sequence[bool]]) -> Landscape:
+def assemble_landscape(
+    samples: Sequence[Sample], measured: Mapping[Place, Sequence[bool]]
+) -> Landscape:
     """Assemble the landscape of samples that are all measured.
 
     Args:

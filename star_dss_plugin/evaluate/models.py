@@ -12,14 +12,10 @@ from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from star_dss_plugin.errors import ConfigError, StarDSSError
-from star_dss_plugin.models import (
-    UNLOADABLE,
-    floating_dtype,
-    load_tokenizer,
-    read_model,
-)
-from star_dss_plugin.smollm2 import SMOLLM2, SMOLLM2_MEANS, load_smollm2
-from star_dss_plugin.validation import not_a_file, require
+from star_dss_plugin.models.devices import floating_dtype
+from star_dss_plugin.models.loading import UNLOADABLE, load_tokenizer, read_model
+from star_dss_plugin.smollm2 import SMOLLM2, SMOLLM2_MEANING, load_smollm2
+from star_dss_plugin.validation import check_reserved_name, require
 
 __all__ = ["load_whole_model"]
 
@@ -41,7 +37,7 @@ def load_whole_model(
     wanted: Any = dtype if dtype == "auto" else floating_dtype("dtype", dtype)
     try:
         if name == SMOLLM2:
-            not_a_file(name, SMOLLM2_MEANS)
+            check_reserved_name(name, SMOLLM2_MEANING)
             return load_smollm2(torch.float32 if dtype == "auto" else wanted)
         if (adapter := find_adapter_config_file(name)) is not None:
             return _merged(name, Path(adapter), wanted, base)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from star_dss_plugin.errors import ConfigError
-from star_dss_plugin.models import is_peft
+from star_dss_plugin.models.fingerprints import is_peft
 
 __all__ = ["TOWARD", "MovedWeights", "Place", "direction"]
 
@@ -25,7 +25,7 @@ TOWARD = "toward"
 """Name of the direction to another model; other names are random directions."""
 
 
-def direction(name: str, weight: Tensor, *, seed: int, which: str) -> Tensor:
+def direction(name: str, weight: Tensor, *, seed: int, direction_name: str) -> Tensor:
     """Draw a random direction for one weight: Gaussian, with the norm of the weight.
 
     It is drawn on the CPU from the seed and the two names, so it is the same on every device, in
@@ -35,13 +35,13 @@ def direction(name: str, weight: Tensor, *, seed: int, which: str) -> Tensor:
         name: The weight's name in its model.
         weight: Any shape, floating point.
         seed: Seed of the landscape.
-        which: Name of the direction.
+        direction_name: Name of the direction.
 
     Returns:
         Same shape, on the CPU, float32 (float64 for a float64 weight), with the Frobenius norm of
         the weight. For a weight of zeros the direction is zero.
     """
-    digest = hashlib.sha256(f"{seed}\n{which}\n{name}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}\n{direction_name}\n{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     drawn = torch.randn(weight.shape, generator=generator).to(_precision(weight))
     length = torch.linalg.vector_norm(drawn, dtype=torch.float64)
@@ -122,7 +122,7 @@ class MovedWeights:
             moved = (1 - share) * moved + share * other  # exact at 0 and at 1
         if name not in self._fixed:
             for which, distance in moves.items():
-                step = direction(name, original, seed=self._seed, which=which)
+                step = direction(name, original, seed=self._seed, direction_name=which)
                 moved = torch.add(moved, step, alpha=distance)
         return moved
 

@@ -17,11 +17,11 @@ from star_dss_plugin._version import __version__
 from star_dss_plugin.evaluate.prompts import BENIGN, HARMFUL
 from star_dss_plugin.evaluate.statistics import Estimate
 from star_dss_plugin.evaluate.verdicts import PREFILL, REFUSED, Comparison, measures
-from star_dss_plugin.guards.base import announced
+from star_dss_plugin.guards.base import display_name
 from star_dss_plugin.report.rendering import content_hash, page_environment
 from star_dss_plugin.visible import visible
 
-__all__ = ["HEADINGS", "Bars", "Front", "render_comparison", "shown"]
+__all__ = ["HEADINGS", "Bars", "FrontMatter", "percent", "render_comparison"]
 
 HEADINGS = {
     "safe_share": "safe share",
@@ -40,7 +40,7 @@ _TITLES = {
 }
 
 
-def shown(share: Estimate) -> str:
+def percent(share: Estimate) -> str:
     """Return a share with its interval, in percent: "93 % [85, 98]"."""
     return f"{100 * share.value:.0f} % [{100 * share.low:.0f}, {100 * share.high:.0f}]"
 
@@ -59,7 +59,7 @@ class Bars:
 
 
 @dataclass(frozen=True)
-class Front:
+class FrontMatter:
     """Hold an introduction above the comparison, such as that of the demonstration's page.
 
     Attributes:
@@ -75,54 +75,56 @@ class Front:
     links: Sequence[tuple[str, str]] = ()
 
 
-def render_comparison(found: Comparison, *, text: bool = True, front: Front | None = None) -> str:
+def render_comparison(
+    comparison: Comparison, *, text: bool = True, front: FrontMatter | None = None
+) -> str:
     """Return the complete HTML file.
 
     Args:
-        found: The result of `compare`.
+        comparison: The result of `compare`.
         text: Whether prompts and answers are included. Prompts on which models differ are unfolded.
         front: The introduction; None for a heading alone.
     """
     environment = page_environment("star_dss_plugin.evaluate")
     style = files("star_dss_plugin.evaluate").joinpath("assets", "answers.css").read_text("utf-8")
-    table = {model.name: measures(model, found.guard) for model in found.models}
+    table = {model.name: measures(model, comparison.guard) for model in comparison.models}
     names = list(next(iter(table.values())))
     judges = "phrases of refusal"
-    if found.guard is not None:
-        judges += f" and by {announced(found.guard, found.demonstration)}"
+    if comparison.guard is not None:
+        judges += f" and by {display_name(comparison.guard, comparison.demonstration)}"
     return environment.get_template("answers.html.j2").render(
         policy=f"default-src 'none'; style-src '{content_hash(style)}'; base-uri 'none'; "
         "form-action 'none'",
         style=Markup(style),
         version=__version__,
-        front=front or Front(),
+        front=front or FrontMatter(),
         judge=f"Judged by {judges}.",
-        warnings=[visible(warning) for warning in found.warnings()],
+        warnings=[visible(warning) for warning in comparison.warnings()],
         headings=[HEADINGS[name] for name in names],
         table=[
-            {"name": name, "cells": [shown(share) for share in shares.values()]}
+            {"name": name, "cells": [percent(share) for share in shares.values()]}
             for name, shares in table.items()
         ],
         sets=[
-            {"title": _TITLES[kind], "prompts": list(_prompts(found, kind))}
-            for kind in found.prompts
+            {"title": _TITLES[kind], "prompts": list(_prompts(comparison, kind))}
+            for kind in comparison.prompts
         ],
         text=text,
     )
 
 
-def _prompts(found: Comparison, kind: str) -> list[dict[str, Any]]:
+def _prompts(comparison: Comparison, kind: str) -> list[dict[str, Any]]:
     rows = []
-    for i, prompt in enumerate(found.prompts[kind]):
+    for i, prompt in enumerate(comparison.prompts[kind]):
         answers = []
-        for model in found.models:
+        for model in comparison.models:
             answer, verdicts = model.answers[kind][i], model.verdicts[kind]
             refused = verdicts[REFUSED][i]
             said = ["declines" if refused else "answers"]
             good = refused != (kind == BENIGN)
-            if found.guard in verdicts:
-                good = verdicts[found.guard][i]
-                score = model.scores[kind][found.guard][i]
+            if comparison.guard in verdicts:
+                good = verdicts[comparison.guard][i]
+                score = model.scores[kind][comparison.guard][i]
                 said.append(f"{'safe' if good else 'unsafe'}, P(safe) = {score:.2f}")
             answers.append(
                 {

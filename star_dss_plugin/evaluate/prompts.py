@@ -9,11 +9,11 @@ from typing import Any
 from datasets import Dataset
 
 from star_dss_plugin.data.conversations import row_messages
-from star_dss_plugin.data.reading import DEMO, DEMO_MEANS, packaged, read_dataset
+from star_dss_plugin.data.reading import DEMO, DEMO_MEANING, read_dataset, read_packaged
 from star_dss_plugin.data.requests import Message
-from star_dss_plugin.data.rows import in_row, plain_rows
+from star_dss_plugin.data.rows import plain_rows, with_row_number
 from star_dss_plugin.errors import DataError
-from star_dss_plugin.validation import not_a_file
+from star_dss_plugin.validation import check_reserved_name
 
 __all__ = [
     "BENIGN",
@@ -63,14 +63,14 @@ def load_prompts(
         DataError: The source cannot be read, there are no rows, or a row has no prompt.
     """
     if source == DEMO:
-        not_a_file(DEMO, DEMO_MEANS)
+        check_reserved_name(DEMO, DEMO_MEANING)
         return demo_prompts(kind, limit=limit)
     return read_prompts(read_dataset(source, split), kind, limit=limit)
 
 
 def demo_prompts(kind: str, *, limit: int | None = None) -> list[Prompt]:
     """Return the package's own prompts: 20 harmful or 12 benign ones."""
-    rows = packaged("star_dss_plugin.evaluate", f"demo_{kind}_prompts.jsonl")
+    rows = read_packaged("star_dss_plugin.evaluate", f"demo_{kind}_prompts.jsonl")
     return read_prompts(rows, kind, limit=limit)
 
 
@@ -92,7 +92,7 @@ def read_prompts(rows: Dataset, kind: str, *, limit: int | None = None) -> list[
     found = []
     chosen = rows if limit is None else rows.select(range(min(limit, len(rows))))
     for i, row in enumerate(plain_rows(chosen)):
-        messages = in_row(i, _messages, row)
+        messages = with_row_number(i, _messages, row)
         if not messages or not any(str(m["content"]).strip() for m in messages):
             raise DataError(
                 f"the row has the columns {sorted(row)} and no prompt in them. Give prompt (text "

@@ -9,6 +9,7 @@ import numpy as np
 
 __all__ = ["Estimate", "bootstrap_share", "paired_difference"]
 
+_RESAMPLES = 10_000
 _BATCH = 1000  # resamples in memory at a time
 
 
@@ -29,7 +30,9 @@ class Estimate:
     count: int
 
 
-def bootstrap_share(hits: Sequence[bool], *, resamples: int = 10_000, seed: int = 0) -> Estimate:
+def bootstrap_share(
+    hits: Sequence[bool], *, resamples: int = _RESAMPLES, seed: int = 0
+) -> Estimate:
     """Return the share of hits, with the percentile bootstrap's interval over prompts.
 
     The interval shows how the share varies with other prompts of the same kind, not with other
@@ -44,9 +47,7 @@ def bootstrap_share(hits: Sequence[bool], *, resamples: int = 10_000, seed: int 
     return _interval(np.asarray(hits, dtype=np.float64), resamples, seed)
 
 
-def paired_difference(
-    hits: Sequence[bool], baseline: Sequence[bool], *, resamples: int = 10_000, seed: int = 0
-) -> Estimate:
+def paired_difference(hits: Sequence[bool], baseline: Sequence[bool]) -> Estimate:
     """Return the difference of two shares on the same prompts, paired by prompt.
 
     Pairing removes the variation that is common to both, as some prompts are harder for every
@@ -55,14 +56,12 @@ def paired_difference(
     Args:
         hits: One truth value per prompt, at least one.
         baseline: Truth values of the other model, for the same prompts in the same order.
-        resamples: Number of draws with replacement, >= 1.
-        seed: Seed of the draws.
     """
     difference = np.asarray(hits, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)
-    return _interval(difference, resamples, seed)
+    return _interval(difference)
 
 
-def _interval(values: np.ndarray, resamples: int, seed: int) -> Estimate:
+def _interval(values: np.ndarray, resamples: int = _RESAMPLES, seed: int = 0) -> Estimate:
     draw = np.random.default_rng(seed)
     means = np.concatenate(
         [

@@ -25,7 +25,7 @@ from datasets import Dataset
 
 from star_dss_plugin.data.conversations import row_messages
 from star_dss_plugin.data.requests import Message
-from star_dss_plugin.data.rows import in_row
+from star_dss_plugin.data.rows import with_row_number
 from star_dss_plugin.errors import ConfigError, DataError
 from star_dss_plugin.validation import at_least, unknown_name
 
@@ -182,7 +182,7 @@ def _conversation(row: Mapping[str, Any], index: int) -> list[dict[str, str]]:
     given = dict(row)
     if given.get("completion") is None and isinstance(given.get("response"), str):
         given["completion"] = given["response"]
-    messages = in_row(index, row_messages, given)
+    messages = with_row_number(index, row_messages, given)
     if not messages or messages[-1]["role"] != "assistant":
         raise DataError(
             f"the row has the columns {sorted(row)}; it must be a conversation that ends with an "

@@ -36,7 +36,9 @@ def vllm_generation(
             f"vLLM loads whole models, and {model!r} is none. Save the merged model to a folder, "
             "or use the engine 'local'."
         )
-    require("vllm", "vllm", "The engine 'vllm'", otherwise="Or use the engine 'local'.", load=True)
+    require(
+        "vllm", "vllm", "The engine 'vllm'", alternative="Or use the engine 'local'.", load=True
+    )
     from vllm import LLM, SamplingParams
 
     try:

@@ -19,7 +19,7 @@ from star_dss_plugin.guards.base import Guard, StreamingGuard, check_trajectorie
 from star_dss_plugin.guards.combined import CombinedGuard
 from star_dss_plugin.validation import probability
 
-__all__ = ["STRIDE", "AdaptiveGuard", "adaptive"]
+__all__ = ["STRIDE", "AdaptiveGuard", "make_adaptive"]
 
 _Floats = NDArray[np.float64]
 _Bools = NDArray[np.bool_]
@@ -28,13 +28,13 @@ STRIDE = 8
 """Stride of the first round: every 8th prefix is scored, plus the first and the last."""
 
 
-def adaptive(guard: Guard, epsilon: float) -> Guard:
+def make_adaptive(guard: Guard, epsilon: float) -> Guard:
     """Wrap a verdict guard so that fewer prefixes are scored.
 
     A streaming guard reads a response in one pass and is returned as it is.
     """
     if isinstance(guard, CombinedGuard):
-        return guard.over([adaptive(part, epsilon) for part in guard.parts])
+        return guard.with_parts([make_adaptive(part, epsilon) for part in guard.parts])
     return guard if isinstance(guard, StreamingGuard) else AdaptiveGuard(guard, epsilon)
 
 

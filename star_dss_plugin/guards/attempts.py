@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-__all__ = ["Markers", "attempts", "scaffold_lines"]
+__all__ = ["Markers", "find_attempts", "scaffold_lines"]
 
 _SHORTEST_MARK, _SHORTEST_SENTENCE = 5, 12
 _CONTROL = "control token"
@@ -61,7 +61,7 @@ class Markers:
         return found
 
 
-def attempts(texts: Iterable[str], markers: Sequence[Markers]) -> set[str]:
+def find_attempts(texts: Iterable[str], markers: Sequence[Markers]) -> set[str]:
     """Return the kinds of attempt found in texts, with the markers of all guards that read them."""
     patterns = [*_ANYWHERE.items(), *(item for m in markers for item in m.patterns.items())]
     return {kind for text in texts for kind, pattern in patterns if pattern.search(text)}

@@ -24,16 +24,17 @@ __all__ = [
     "PrefixRequest",
     "StreamingGuard",
     "Trajectory",
-    "announced",
     "ask",
     "batches",
     "check_trajectories",
-    "lowest",
-    "not_numbers",
+    "consecutive_batches",
+    "display_name",
+    "lowest_trajectory",
+    "non_finite_error",
 ]
 
 
-def announced(name: str, demonstration: bool) -> str:
+def display_name(name: str, demonstration: bool) -> str:
     """Return a guard's name for users on one line, marked if the guard is a demonstration.
 
     Scored data names the guard that scored it, so the name is untrusted text.
@@ -68,7 +69,12 @@ def batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return found
 
 
-def lowest(answers: Sequence[Trajectory]) -> Trajectory:
+def consecutive_batches(count: int, size: int) -> list[list[int]]:
+    """Group `count` indices, in order, into batches of up to `size`."""
+    return [list(range(i, min(i + size, count))) for i in range(0, count, size)]
+
+
+def lowest_trajectory(answers: Sequence[Trajectory]) -> Trajectory:
     """Return the pointwise minimum of several trajectories for one request.
 
     Label masses are the minimum too, or None unless every trajectory has them.
@@ -105,7 +111,7 @@ def check_trajectories(
                 )
 
 
-def not_numbers(name: str, request: int) -> GuardError:
+def non_finite_error(name: str, request: int) -> GuardError:
     """Return the error for a guard that computed NaN or infinity for a request of its batch."""
     return GuardError(
         f"Guard {name!r} returned scores that are not numbers. Try guard_dtype='float32', or "
@@ -121,7 +127,7 @@ class Guard(abc.ABC):
 
     Attributes:
         name: Name in the start-up line.
-        demonstration: True for guards that give no protection; `announced` marks their name.
+        demonstration: True for guards that give no protection; `display_name` marks their name.
         min_label_mass: Lowest acceptable mean of `Trajectory.label_mass` over the data.
         markers: Patterns of text that imitates the guard's prompt; responses with them are counted.
     """

@@ -14,16 +14,12 @@ from transformers import AutoModelForSequenceClassification
 from star_dss_plugin.data.requests import PrefixRequest, Trajectory
 from star_dss_plugin.errors import ConfigError, GuardError
 from star_dss_plugin.guards.attempts import Markers
-from star_dss_plugin.guards.base import Guard, batches, not_numbers
+from star_dss_plugin.guards.base import Guard, batches, non_finite_error
 from star_dss_plugin.guards.prompting.content import ContentTokenizer, without_surrogates
 from star_dss_plugin.guards.self_check import run_self_check, self_check_identity
-from star_dss_plugin.models import (
-    default_device,
-    load_config,
-    load_weights,
-    resolve_dtype,
-    weights_fingerprint,
-)
+from star_dss_plugin.models.devices import default_device, resolve_dtype
+from star_dss_plugin.models.fingerprints import weights_fingerprint
+from star_dss_plugin.models.loading import load_config, load_weights
 
 __all__ = ["ClassifierGuard"]
 
@@ -128,7 +124,7 @@ class ClassifierGuard(Guard):
         found = [Trajectory(tuple(next(scores) for _ in request.ends)) for request in requests]
         for i, trajectory in enumerate(found):
             if not all(map(math.isfinite, trajectory.scores)):
-                raise not_numbers(self.name, i)
+                raise non_finite_error(self.name, i)
         return found
 
     def truncates(self, request: PrefixRequest) -> bool:

@@ -13,10 +13,17 @@ from typing import Any, Literal
 
 from star_dss_plugin.data.requests import PrefixRequest, Trajectory
 from star_dss_plugin.errors import ConfigError
-from star_dss_plugin.guards.base import Guard, ask, lowest
+from star_dss_plugin.guards.base import Guard, ask, lowest_trajectory
 from star_dss_plugin.validation import unknown_name
 
-__all__ = ["NEAREST", "CalibratedGuard", "CombinedGuard", "EnsembleGuard", "calibrate", "leaves"]
+__all__ = [
+    "NEAREST",
+    "CalibratedGuard",
+    "CombinedGuard",
+    "EnsembleGuard",
+    "calibrate",
+    "single_guards",
+]
 
 NEAREST = 1e-7
 """Scores nearer to 0 or 1 are moved to this distance. Some guards round to 0 and 1, whose infinite
@@ -38,7 +45,7 @@ class CombinedGuard(Guard):
         """Return the trajectory of one request from the trajectories of the parts."""
 
     @abc.abstractmethod
-    def over(self, parts: Sequence[Guard]) -> CombinedGuard:
+    def with_parts(self, parts: Sequence[Guard]) -> CombinedGuard:
         """Return the same combination over other guards."""
 
     def plan(self, requests: Sequence[PrefixRequest]) -> list[list[int]]:
@@ -99,11 +106,11 @@ class EnsembleGuard(CombinedGuard):
         masks = [answer.asked for answer in answers if answer.asked is not None]
         asked = tuple(map(all, zip(*masks, strict=True))) if masks else None
         if self._how == "min":
-            return Trajectory(lowest(answers).scores, asked=asked)
+            return Trajectory(lowest_trajectory(answers).scores, asked=asked)
         mean = tuple(math.fsum(s) / len(s) for s in zip(*scores, strict=True))
         return Trajectory(mean, asked=asked)
 
-    def over(self, parts: Sequence[Guard]) -> EnsembleGuard:
+    def with_parts(self, parts: Sequence[Guard]) -> EnsembleGuard:
         return EnsembleGuard(parts, self._how)
 
 
@@ -144,7 +151,7 @@ class CalibratedGuard(CombinedGuard):
         scores = (calibrate(p, self.temperature, self.threshold) for p in answer.scores)
         return Trajectory(tuple(scores), answer.label_mass)
 
-    def over(self, parts: Sequence[Guard]) -> CalibratedGuard:
+    def with_parts(self, parts: Sequence[Guard]) -> CalibratedGuard:
         [guard] = parts
         return CalibratedGuard(guard, self.temperature, self.threshold)
 
@@ -158,10 +165,10 @@ def calibrate(p: float, temperature: float, threshold: float) -> float:
     return 1 / (1 + small) if logit >= 0 else small / (1 + small)
 
 
-def leaves(guard: Guard) -> list[Guard]:
+def single_guards(guard: Guard) -> list[Guard]:
     """Return the guards inside nested combinations, in order; a plain guard is its own leaf."""
     if isinstance(guard, CombinedGuard):
-        return [leaf for part in guard.parts for leaf in leaves(part)]
+        return [leaf for part in guard.parts for leaf in single_guards(part)]
     return [guard]
 
 

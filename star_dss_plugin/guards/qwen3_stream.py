@@ -17,18 +17,20 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, Qwen3Config
 
 from star_dss_plugin.data.requests import Message, PrefixRequest
+from star_dss_plugin.engines.padding import padded
 from star_dss_plugin.guards.attempts import Markers
-from star_dss_plugin.guards.base import StreamingGuard, batches, not_numbers
+from star_dss_plugin.guards.base import (
+    StreamingGuard,
+    batches,
+    consecutive_batches,
+    non_finite_error,
+)
 from star_dss_plugin.guards.prompting.prompts import Prompts
 from star_dss_plugin.guards.prompting.template import GuardTemplate
 from star_dss_plugin.guards.self_check import run_self_check, self_check_identity
-from star_dss_plugin.models import (
-    default_device,
-    load_weights,
-    not_loadable,
-    resolve_dtype,
-    weights_fingerprint,
-)
+from star_dss_plugin.models.devices import default_device, resolve_dtype
+from star_dss_plugin.models.fingerprints import weights_fingerprint
+from star_dss_plugin.models.loading import load_weights, not_loadable
 from star_dss_plugin.unpatched import unpatched_module
 from star_dss_plugin.validation import probability
 
@@ -146,8 +148,7 @@ class Qwen3StreamGuard(StreamingGuard):
 
     def plan(self, requests: Sequence[PrefixRequest]) -> list[list[int]]:
         """Return the responses in their order, up to 64 per batch."""
-        every = range(0, len(requests), _RESPONSES_PER_CALL)
-        return [list(range(i, min(i + _RESPONSES_PER_CALL, len(requests)))) for i in every]
+        return consecutive_batches(len(requests), _RESPONSES_PER_CALL)
 
     def token_scores(
         self, responses: Sequence[tuple[Sequence[Message], str]]
@@ -157,13 +158,15 @@ class Qwen3StreamGuard(StreamingGuard):
         rows = []
         for i, (context, text) in enumerate(responses):
             request = PrefixRequest(tuple(context), text, (len(text),))
-            rows.append(self._template.opened(self._prompts.fitted(i, request), text))
+            rows.append(
+                self._template.prompt_with_response(self._prompts.fit_context(i, request), text)
+            )
         found: list[list[tuple[int, float]]] = [[] for _ in rows]
         for batch in batches([len(ids) for ids, _ in rows], self._batch_tokens):
             for i, scores in zip(batch, self._forward([rows[i][0] for i in batch]), strict=True):
                 ends = rows[i][1] or [0]  # an empty response: the score of the last context token
                 if not all(0 <= score <= 1 for score in scores):
-                    raise not_numbers(self.name, i)
+                    raise non_finite_error(self.name, i)
                 found[i] = list(zip(ends, scores[-len(ends) :], strict=True))
         return found
 
@@ -171,7 +174,9 @@ class Qwen3StreamGuard(StreamingGuard):
         return self._prompts.truncates(request)
 
     def explained(self, request: PrefixRequest) -> dict[str, str]:
-        ids, ends = self._template.opened(self._prompts.fitted(0, request), request.text)
+        ids, ends = self._template.prompt_with_response(
+            self._prompts.fit_context(0, request), request.text
+        )
         return {"prompt": self._template.decode(ids), "scores": f"at the last {len(ends)} tokens"}
 
     def close(self) -> None:
@@ -182,10 +187,9 @@ class Qwen3StreamGuard(StreamingGuard):
     @torch.inference_mode()
     def _forward(self, rows: Sequence[Sequence[int]]) -> list[list[float]]:
         """Return P(safe) at every token of each row."""
-        width = max(map(len, rows))
         # Padding follows the text and attention is causal, so no mask is needed.
-        ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
-        levels = self._model(ids.to(self._device)).double().softmax(-1).cpu()
+        ids, _ = padded(rows, self._device)
+        levels = self._model(ids).double().softmax(-1).cpu()
         safe = (levels @ torch.tensor(self._weights, dtype=torch.float64)).clamp(0, 1)
         return [scores[: len(row)].tolist() for scores, row in zip(safe, rows, strict=True)]
 

@@ -20,19 +20,15 @@ from star_dss_plugin.data.requests import PrefixRequest, Trajectory
 from star_dss_plugin.engines.base import Engine, Weights
 from star_dss_plugin.engines.local import LocalEngine
 from star_dss_plugin.engines.selection import choose_engine
-from star_dss_plugin.errors import ConfigError, GuardError
 from star_dss_plugin.guards.attempts import Markers, scaffold_lines
-from star_dss_plugin.guards.base import Guard, lowest, not_numbers
+from star_dss_plugin.guards.base import Guard, lowest_trajectory, non_finite_error
 from star_dss_plugin.guards.prompting.prompts import Prompts, policies
 from star_dss_plugin.guards.prompting.template import PINNED_DATE, GuardTemplate
 from star_dss_plugin.guards.self_check import run_self_check, self_check_identity
-from star_dss_plugin.models import (
-    default_device,
-    load_config,
-    load_weights,
-    resolve_dtype,
-    weights_fingerprint,
-)
+from star_dss_plugin.guards.verdict_labels import VerdictLabels, other_verdicts
+from star_dss_plugin.models.devices import default_device, resolve_dtype
+from star_dss_plugin.models.fingerprints import weights_fingerprint
+from star_dss_plugin.models.loading import load_config, load_weights
 from star_dss_plugin.smollm2 import resolve_model
 from star_dss_plugin.validation import probability
 
@@ -111,7 +107,6 @@ class VerdictGuard(Guard):
         self.min_label_mass = min_label_mass
         self._source = resolve_model(model)
         self._hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-        self._controversial_weight = controversial_weight
         self._self_check = self_check
         self._batch_tokens = batch_tokens
         self._choice = choose_engine(engine, engine_options, device=device, dtype=dtype)
@@ -138,14 +133,15 @@ class VerdictGuard(Guard):
         self._prompts = Prompts(self.name, templates, turns, longest)
         self._template = templates[0]
         if labels_from is not None:
-            unsafe_labels = self._other_verdicts(tokenizer, labels_from, safe_labels)
+            unsafe_labels = other_verdicts(self.name, tokenizer, labels_from, safe_labels)
         groups = [
             safe_labels,
             unsafe_labels,
             *([controversial_labels] if controversial_labels else []),
         ]
-        self._label_groups = [self._first_tokens(spellings) for spellings in groups]
-        self._check_labels_differ(groups)
+        self._labels = VerdictLabels.from_spellings(
+            self.name, self._template, groups, controversial_weight
+        )
         self.markers = Markers(
             self._template.control_tokens,
             scaffold_lines(self._template.ending, self._template.control_tokens),
@@ -162,7 +158,7 @@ class VerdictGuard(Guard):
             "prefill": prefill,
             "question": question,
             "typed_content": typed_content,
-            "labels": self._label_groups,
+            "labels": self._labels.groups,
             "controversial_weight": controversial_weight,
             "turns": turns,
             "dtype": str(self._dtype),
@@ -179,13 +175,12 @@ class VerdictGuard(Guard):
         if self._engine is None:
             self._load()
         assert self._engine is not None
-        prompts = [self._prompts.of(i, request) for i, request in enumerate(requests)]
-        flat = [i for group in self._label_groups for i in group]
+        prompts = [self._prompts.build(i, request) for i, request in enumerate(requests)]
         found: list[list[Trajectory]] = []
         for of_policy in zip(*prompts, strict=True):
-            answers = self._engine.label_logprobs(of_policy, flat)
-            found.append([self._read(i, answer) for i, answer in enumerate(answers)])
-        return [lowest(answers) for answers in zip(*found, strict=True)]
+            answers = self._engine.label_logprobs(of_policy, self._labels.ids)
+            found.append([self._labels.trajectory(i, answer) for i, answer in enumerate(answers)])
+        return [lowest_trajectory(answers) for answers in zip(*found, strict=True)]
 
     def plan(self, requests: Sequence[PrefixRequest]) -> list[list[int]]:
         """Group responses, in order, into batches of up to 512 prefixes (or one response).
@@ -234,14 +229,16 @@ class VerdictGuard(Guard):
         """
         sequences, positions = [], []
         for i, request in enumerate(requests):
-            ids, ends = self._template.opened(self._prompts.fitted(i, request), request.text)
+            ids, ends = self._template.prompt_with_response(
+                self._prompts.fit_context(i, request), request.text
+            )
             first = len(ids) - len(ends)
             sequences.append(ids)
             positions.append([first + bisect_right(ends, end) - 1 for end in request.ends])
         found = self._local.states(sequences, positions, blocks)
         for i, states in enumerate(found):
             if not bool(states.isfinite().all()):
-                raise not_numbers(self.name, i)
+                raise non_finite_error(self.name, i)
         return found
 
     @property
@@ -263,29 +260,16 @@ class VerdictGuard(Guard):
 
     def explained(self, request: PrefixRequest) -> dict[str, str]:
         shown = {}
-        for i, prompts in enumerate(self._prompts.of(0, request)):
+        for i, prompts in enumerate(self._prompts.build(0, request)):
             prompt = prompts[0]
             which = f" {i + 1}" if len(self._prompts.templates) > 1 else ""
             shown[f"prompt{which}"] = self._template.decode(prompt)
             shown[f"verdict position{which}"] = f"after token {len(prompt)}"
         names = ("safe", "unsafe", "controversial")
-        for name, ids in zip(names, self._label_groups, strict=False):
+        for name, ids in zip(names, self._labels.groups, strict=False):
             words = (f"{self._template.decode([i])!r} ({i})" for i in ids)
             shown[f"{name} labels"] = ", ".join(words)
         return shown
-
-    def _read(self, index: int, logprobs: torch.Tensor) -> Trajectory:
-        """Convert log-probabilities (prefixes, labels) of one response to its trajectory."""
-        logprobs = logprobs.double()
-        groups = torch.split(logprobs, [len(g) for g in self._label_groups], -1)
-        verdict = torch.stack([g.logsumexp(-1) for g in groups], -1).softmax(-1)
-        safe = verdict[:, 0]
-        if len(self._label_groups) == 3:
-            safe = safe + self._controversial_weight * verdict[:, 2]
-        mass = logprobs.exp().sum(-1).clamp(max=1)
-        if not bool(safe.isfinite().all()):
-            raise not_numbers(self.name, index)
-        return Trajectory(tuple(safe.clamp(0, 1).tolist()), tuple(mass.tolist()))
 
     def _load(self) -> None:
         if self._choice.kind == "local":
@@ -308,29 +292,3 @@ class VerdictGuard(Guard):
             **self._hub,
         )
         return LocalEngine(model, batch_tokens=self._batch_tokens)
-
-    def _first_tokens(self, spellings: Sequence[str]) -> list[int]:
-        if isinstance(spellings, str) or not spellings or not all(spellings):
-            raise ConfigError(
-                f"Guard {self.name!r}: labels must be a non-empty list of spellings, such as "
-                f"[' Safe'], not {spellings!r}."
-            )
-        return self._template.label_ids(spellings)
-
-    def _other_verdicts(self, tokenizer: Any, name: str, safe: Sequence[str]) -> list[str]:
-        verdicts = tokenizer.init_kwargs.get(name)
-        if not isinstance(verdicts, Mapping) or not set(safe) < set(verdicts):
-            raise GuardError(
-                f"The tokenizer of guard {self.name!r} has no mapping {name!r} with {list(safe)} "
-                "and other verdicts among its keys. Name the verdicts in 'unsafe_labels'."
-            )
-        return [verdict for verdict in verdicts if verdict not in safe]
-
-    def _check_labels_differ(self, groups: Sequence[Sequence[str]]) -> None:
-        flat = [i for group in self._label_groups for i in group]
-        if len(set(flat)) != len(flat):
-            raise ConfigError(
-                f"Guard {self.name!r}: labels {[list(g) for g in groups]} begin with the same "
-                f"token ({self._label_groups}), so they cannot be told apart at the verdict "
-                "position. Move their common beginning into 'prefill'."
-            )

@@ -170,7 +170,9 @@ class Plugins:
         """Return the values of `star-dss init --host`, each with the name of its integration."""
         return {name: host for host, i in self._integrations.items() for name in i.starters}
 
-    def of_host(self, name: str, target: str | Callable[..., Any], what: str) -> Callable[..., Any]:
+    def import_target(
+        self, name: str, target: str | Callable[..., Any], what: str
+    ) -> Callable[..., Any]:
         """Import a target of the integration `name`.
 
         Args:
@@ -213,7 +215,7 @@ class Plugins:
         if unmarked:
             wrong = f"defines {min(unmarked)} without marking it. Put @hookimpl above it."
         elif unknown := hooks - HOOK_KINDS.keys():
-            near = nearest(min(unknown), HOOK_KINDS, most=2) or HOOK_KINDS
+            near = nearest(min(unknown), HOOK_KINDS, limit=2) or HOOK_KINDS
             wrong = f"implements {min(unknown)}, which is no hook. Meant: {' or '.join(near)}?"
         elif not hooks:
             wrong = "implements no hook. Does its entry point name the right module or object?"

@@ -13,8 +13,8 @@ from star_dss_plugin.report.plotting import (
     COLOURS,
     GUIDE,
     QUIET,
+    escape_mathtext,
     line_style,
-    plain,
     require_matplotlib,
 )
 from star_dss_plugin.report.reading import ScoredData, ScoredResponse
@@ -125,7 +125,7 @@ def _trajectories(chosen: Sequence[ScoredResponse], threshold: float) -> Figure:
 def _histogram(data: ScoredData, threshold: float) -> Figure:
     figure, axes = _axes(3.0)
     centres = [(k + 0.5) / BINS for k in range(BINS)]
-    colours = [palette.LIGHT[palette.level(centre)] for centre in centres]
+    colours = [palette.LIGHT[palette.colour_level(centre)] for centre in centres]
     axes.bar(
         centres,
         histogram(data.responses),
@@ -145,7 +145,7 @@ def _by_source(sources: dict[str, list[ScoredResponse]], threshold: float) -> Fi
     figure, axes = _axes()
     for k, (name, responses) in enumerate(list(sources.items())[: len(COLOURS)]):
         share, mean = mean_trajectory(responses)
-        label = f"{plain(name)[:40]} ({len(responses)})"
+        label = f"{escape_mathtext(name)[:40]} ({len(responses)})"
         axes.plot(100 * share, mean, label=label, linewidth=1.5, **line_style(k))
     axes.set_xlim(0, 100)
     axes.set_xlabel("share of the response, %")
@@ -163,4 +163,4 @@ def _mark_guard(figure: Figure, data: ScoredData) -> None:
     text = f"guard: {data.guard}"
     if data.demonstration:
         text = "DEMONSTRATION SCORES: the guard protects nobody"
-    figure.suptitle(plain(text), fontsize=9, color=QUIET, x=0.01, ha="left")
+    figure.suptitle(escape_mathtext(text), fontsize=9, color=QUIET, x=0.01, ha="left")

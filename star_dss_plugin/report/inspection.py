@@ -148,7 +148,7 @@ def _coloured(response: ScoredResponse, threshold: float) -> Text:
     """Return the text coloured by score, in italics where a probe gave the score."""
     text = Text()
     for piece, score, asked in zip(response.pieces, response.scores, _asked(response), strict=True):
-        k = palette.level(score)
+        k = palette.colour_level(score)
         style = f"{palette.INK['light']} on {palette.LIGHT[k]}"
         style += "" if asked else " italic"
         text.append(visible(piece), style + (" underline" if score < threshold else ""))
@@ -161,4 +161,5 @@ def _html(value: object) -> str:
 
 def _css(score: float, threshold: float) -> str:
     line = ";text-decoration:underline" if score < threshold else ""
-    return f"background:{palette.LIGHT[palette.level(score)]};color:{palette.INK['light']}{line}"
+    background = palette.LIGHT[palette.colour_level(score)]
+    return f"background:{background};color:{palette.INK['light']}{line}"

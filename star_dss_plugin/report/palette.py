@@ -7,7 +7,7 @@ alone carries no information.
 
 from __future__ import annotations
 
-__all__ = ["DARK", "INK", "LEVELS", "LIGHT", "level"]
+__all__ = ["DARK", "INK", "LEVELS", "LIGHT", "colour_level"]
 
 LEVELS = 11
 """Number of levels; level k stands for scores around k / 10."""
@@ -31,6 +31,6 @@ INK = {"light": "#1c1d1f", "dark": "#efede8"}
 """Text colours for the light and the dark scale."""
 
 
-def level(score: float) -> int:
+def colour_level(score: float) -> int:
     """Return the level of a score in [0, 1]."""
     return round(score * (LEVELS - 1))

@@ -7,7 +7,7 @@ from typing import Any
 from star_dss_plugin.validation import require
 from star_dss_plugin.visible import visible
 
-__all__ = ["COLOURS", "GUIDE", "QUIET", "line_style", "plain", "require_matplotlib"]
+__all__ = ["COLOURS", "GUIDE", "QUIET", "escape_mathtext", "line_style", "require_matplotlib"]
 
 # Okabe and Ito's colours, distinct with every kind of colour vision. Line styles differ as well.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#1c1d1f", "#8a8d91")
@@ -18,16 +18,16 @@ GUIDE: dict[str, Any] = {"color": QUIET, "linewidth": 0.8, "linestyle": (0, (4, 
 """Style of a reference line, such as a threshold or a model."""
 
 
-def require_matplotlib(otherwise: str) -> None:
+def require_matplotlib(alternative: str) -> None:
     """Raise a ConfigError if matplotlib is missing.
 
     Args:
-        otherwise: What works without figures; the error message ends with it.
+        alternative: What works without figures; the error message ends with it.
 
     Raises:
         ConfigError: matplotlib is missing.
     """
-    require("matplotlib", "report", "A figure", otherwise=otherwise)
+    require("matplotlib", "report", "A figure", alternative=alternative)
 
 
 def line_style(k: int) -> dict[str, Any]:
@@ -35,6 +35,6 @@ def line_style(k: int) -> dict[str, Any]:
     return {"color": COLOURS[k % len(COLOURS)], "linestyle": _DASHES[k % len(_DASHES)]}
 
 
-def plain(text: str) -> str:
+def escape_mathtext(text: str) -> str:
     """Make untrusted text visible, with dollar signs escaped so that they start no formula."""
     return visible(text).replace("$", r"\$")

@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizerBase
 from star_dss_plugin.data.columns import ASKED_COLUMN, SCORES_COLUMN
 from star_dss_plugin.data.provenance import provenance_of
 from star_dss_plugin.data.requests import Message
-from star_dss_plugin.data.responses import Response, find_responses, tokens_of
-from star_dss_plugin.data.rows import in_row, known_rows
+from star_dss_plugin.data.responses import Response, find_responses, ids_and_labels
+from star_dss_plugin.data.rows import content_rows, with_row_number
 from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.errors import ConfigError, DataError
-from star_dss_plugin.models import load_tokenizer
+from star_dss_plugin.models.loading import load_tokenizer
 from star_dss_plugin.segmenters import tokens
 from star_dss_plugin.training.rows.prepare import check_scores
 
@@ -206,19 +206,19 @@ def read_scored(
     origins = [None] * len(dataset) if source is None else plain[source]
     nothing = [None] * len(dataset)
     marks = plain[ASKED_COLUMN] if ASKED_COLUMN in columns else nothing
-    rows = tqdm(known_rows(dataset), "Reading", len(dataset), unit="row", disable=not progress)
+    rows = tqdm(content_rows(dataset), "Reading", len(dataset), unit="row", disable=not progress)
     chat = ChatTokenizer(tokenizer)
     found: list[ScoredResponse] = []
     for i, (row, scores, asked, origin) in enumerate(
         zip(rows, plain[SCORES_COLUMN], marks, origins, strict=True)
     ):
-        ids, _ = in_row(i, tokens_of, row)
-        in_row(i, check_scores, scores, len(ids))
+        ids, _ = with_row_number(i, ids_and_labels, row)
+        with_row_number(i, check_scores, scores, len(ids))
         if asked is not None:
-            in_row(i, _check_marks, asked, len(ids))
+            with_row_number(i, _check_marks, asked, len(ids))
         if max(ids, default=0) >= len(tokenizer) or min(ids, default=0) < 0:
             raise _other_tokenizer(tokenizer)
-        responses = in_row(i, find_responses, row, chat, tokens, 1)
+        responses = with_row_number(i, find_responses, row, chat, tokens, 1)
         name = None if origin is None else str(origin)
         found += [_scored(i, k, name, r, scores, asked) for k, r in enumerate(responses)]
     if not found:

@@ -18,13 +18,13 @@ from star_dss_plugin.errors import GuardError
 from star_dss_plugin.guards.base import Guard, check_trajectories
 from star_dss_plugin.guards.combined import CombinedGuard
 from star_dss_plugin.guards.self_check import low_label_mass
-from star_dss_plugin.scoring.ranks import ALONE, Share
+from star_dss_plugin.scoring.ranks import SINGLE_PROCESS, Share
 
-__all__ = ["FEW", "CachedTrajectories", "none_scored"]
+__all__ = ["TOLERATED_FAILURES", "CachedTrajectories", "none_scored_error"]
 
 logger = logging.getLogger(__name__)
 
-FEW = 20
+TOLERATED_FAILURES = 20
 """With at most this many responses in a part of the data, it is no error if all of them fail."""
 
 
@@ -39,7 +39,7 @@ class CachedTrajectories:
         progress: Whether to show a progress bar.
         strict: Whether a response that cannot be scored is an error; else it counts as unsafe.
         part: Whether these are only some of the data's responses; then it is no error if all of at
-            most `FEW` responses fail.
+            most `TOLERATED_FAILURES` responses fail.
         share: This process's part of the work; all processes must have the same requests.
         members: The trajectories of each guard of an ensemble, by the guard's name.
         failed: Keys of the responses that could not be scored.
@@ -51,7 +51,7 @@ class CachedTrajectories:
     progress: bool
     strict: bool
     part: bool = False
-    share: Share = ALONE
+    share: Share = SINGLE_PROCESS
     members: dict[str, dict[str, Trajectory]] = field(default_factory=dict)
     failed: set[str] = field(default_factory=set)
 
@@ -62,16 +62,16 @@ class CachedTrajectories:
             GuardError: A response cannot be scored and `strict` is set, no response can be scored,
                 or the guard's label mass is too low.
         """
-        found, self.failed = self._of(guard)
+        found, self.failed = self._score(guard)
         return found
 
-    def _of(self, guard: Guard) -> tuple[dict[str, Trajectory], set[str]]:
+    def _score(self, guard: Guard) -> tuple[dict[str, Trajectory], set[str]]:
         """Return all trajectories, and the keys that the guard or one of its parts failed on."""
         if not isinstance(guard, CombinedGuard):
-            return self._ask(guard)
+            return self._score_single(guard)
         answers, failed = [], set[str]()
         for part in guard.parts:
-            answer, unknown = self._of(part)
+            answer, unknown = self._score(part)
             answers.append(answer)
             failed |= unknown
             if len(guard.parts) > 1:
@@ -87,14 +87,14 @@ class CachedTrajectories:
         names = itertools.chain([name], numbered)
         return next(one for one in names if one not in self.members)
 
-    def _ask(self, guard: Guard) -> tuple[dict[str, Trajectory], set[str]]:
+    def _score_single(self, guard: Guard) -> tuple[dict[str, Trajectory], set[str]]:
         """Return the trajectories and failed keys of one guard; only cache misses are asked for."""
         namespace = {"what": "star_scores", "version": 1, "guard": guard.identity}
         cache = ScoreCache(self.root, namespace)
         if self.share.ranks > 1:
-            part = {key: self.requests[key] for key in self.share.mine(list(self.requests))}
+            part = {key: self.requests[key] for key in self.share.own_part(list(self.requests))}
             self._fill(guard, cache, part, f"-{self.share.rank}-of-{self.share.ranks}")
-        self.share.meet()
+        self.share.barrier()
         cache.refresh()
         found: dict[str, Trajectory] = {}
         if self.share.ranks > 1:
@@ -103,28 +103,28 @@ class CachedTrajectories:
         left = {key: asked for key, asked in self.requests.items() if key not in found}
         more, failed = self._fill(guard, cache, left, "")
         found |= more
-        if len(failed) > (FEW if self.part else 0) and not found:
-            raise none_scored(guard.name, len(failed))
+        if len(failed) > (TOLERATED_FAILURES if self.part else 0) and not found:
+            raise none_scored_error(guard.name, len(failed))
         _check_label_mass(guard, found.values())
         return found | self._unsafe(failed), failed
 
     def _fill(
-        self, guard: Guard, cache: ScoreCache, wanted: Mapping[str, PrefixRequest], part: str
+        self, guard: Guard, cache: ScoreCache, requests: Mapping[str, PrefixRequest], part: str
     ) -> tuple[dict[str, Trajectory], set[str]]:
         """Return the trajectories of requests, and the keys that could not be scored.
 
         Args:
             guard: The guard to ask.
             cache: The guard's cache.
-            wanted: The requests by key.
+            requests: The requests by key.
             part: The lock's name (see `ScoreCache.lock`).
         """
-        found, _ = _valid_entries(guard, cache, wanted)
+        found, _ = _valid_entries(guard, cache, requests)
         # The cache is read before it is locked, because a complete cache may be read-only.
-        if len(found) == len(wanted):
+        if len(found) == len(requests):
             return found, set()
         with cache.lock(part):
-            found, invalid = _valid_entries(guard, cache, wanted)
+            found, invalid = _valid_entries(guard, cache, requests)
             if invalid:
                 logger.warning(
                     "Ignored %d entries of the cache in %s, which do not fit the requests to %r; "
@@ -133,7 +133,7 @@ class CachedTrajectories:
                     cache.folder,
                     guard.name,
                 )
-            return found, self._ask_missing(guard, wanted, found, cache)
+            return found, self._ask_missing(guard, requests, found, cache)
 
     def _unsafe(self, keys: Iterable[str]) -> dict[str, Trajectory]:
         """Return trajectories of zeros, for responses that could not be scored."""
@@ -203,7 +203,7 @@ class CachedTrajectories:
         return {}
 
 
-def none_scored(name: str, responses: int) -> GuardError:
+def none_scored_error(name: str, responses: int) -> GuardError:
     """Return the error for a guard that could not score any response."""
     return GuardError(
         f"Guard {name!r} could not score a single one of {responses} responses. With "
@@ -212,7 +212,7 @@ def none_scored(name: str, responses: int) -> GuardError:
 
 
 def _valid_entries(
-    guard: Guard, cache: ScoreCache, wanted: Mapping[str, PrefixRequest]
+    guard: Guard, cache: ScoreCache, requests: Mapping[str, PrefixRequest]
 ) -> tuple[dict[str, Trajectory], int]:
     """Return the valid cached trajectories of requests.
 
@@ -222,7 +222,7 @@ def _valid_entries(
         The trajectories by key, and the number of invalid entries.
     """
     found, invalid = {}, 0
-    for key, request in wanted.items():
+    for key, request in requests.items():
         known = cache.get(key)
         if known is None:
             continue
@@ -235,8 +235,8 @@ def _valid_entries(
     return found, invalid
 
 
-def _check_label_mass(guard: Guard, found: Iterable[Trajectory]) -> None:
-    masses = [m for t in found if t.label_mass is not None for m in t.label_mass]
+def _check_label_mass(guard: Guard, trajectories: Iterable[Trajectory]) -> None:
+    masses = [m for t in trajectories if t.label_mass is not None for m in t.label_mass]
     if masses and float(np.mean(masses)) < guard.min_label_mass:
         mean = float(np.mean(masses))
         raise low_label_mass(guard.name, mean, guard.min_label_mass, "the data")

@@ -17,12 +17,19 @@ from numpy.typing import NDArray
 
 from star_dss_plugin.data.conversations import row_messages
 from star_dss_plugin.data.requests import Message
-from star_dss_plugin.data.rows import in_row, plain_rows
+from star_dss_plugin.data.rows import plain_rows, with_row_number
 from star_dss_plugin.errors import ConfigError, DataError, GuardError
 from star_dss_plugin.guards.base import Guard
 from star_dss_plugin.guards.combined import NEAREST, CalibratedGuard, calibrate
 
-__all__ = ["Calibration", "Quality", "fit", "fit_guard", "labelled_rows", "quality"]
+__all__ = [
+    "Calibration",
+    "Quality",
+    "calibration_quality",
+    "fit_calibration",
+    "fit_guard",
+    "labelled_rows",
+]
 
 _BINS = 10
 _FOLDS = 5
@@ -117,7 +124,7 @@ def labelled_rows(dataset: Dataset) -> tuple[list[list[Message]], list[int]]:
                 ]
             }
         )
-        conversation = in_row(i, row_messages, said) or []
+        conversation = with_row_number(i, row_messages, said) or []
         if not conversation or not conversation[-1]["content"]:
             raise DataError(
                 "the row has a label and no response: its last message has no text. Remove it."
@@ -156,14 +163,14 @@ def fit_guard(
             "replace it."
         )
     scores = guard.score(conversations)
-    temperature, threshold = fit(scores, labels)
+    temperature, threshold = fit_calibration(scores, labels)
     held_out = np.empty(len(labels))
     # Every fifth row of each label, so that all folds have both labels without a random draw.
     order = sorted(range(len(labels)), key=lambda i: labels[i])
     for fold in range(_FOLDS):
         outside = order[fold::_FOLDS]
         inside = sorted(set(order) - set(outside))
-        numbers = fit([scores[i] for i in inside], [labels[i] for i in inside])
+        numbers = fit_calibration([scores[i] for i in inside], [labels[i] for i in inside])
         held_out[outside] = [calibrate(scores[i], *numbers) for i in outside]
     made = Calibration(
         guard.name,
@@ -172,13 +179,13 @@ def fit_guard(
         sum(labels),
         temperature,
         threshold,
-        quality(scores, labels),
-        quality(held_out.tolist(), labels),
+        calibration_quality(scores, labels),
+        calibration_quality(held_out.tolist(), labels),
     )
     return made, scores
 
 
-def fit(scores: Sequence[float], labels: Sequence[int]) -> tuple[float, float]:
+def fit_calibration(scores: Sequence[float], labels: Sequence[int]) -> tuple[float, float]:
     """Fit T and θ by maximum likelihood, with Newton's method on a convex loss.
 
     Args:
@@ -226,7 +233,7 @@ def fit(scores: Sequence[float], labels: Sequence[int]) -> tuple[float, float]:
     return float(1 / slope), 1 / (1 + math.exp(offset))
 
 
-def quality(scores: Sequence[float], labels: Sequence[int]) -> Quality:
+def calibration_quality(scores: Sequence[float], labels: Sequence[int]) -> Quality:
     """Return Brier score, AUROC, F1 and reliability of P(safe); labels are 1 safe, 0 harmful."""
     p, y = np.asarray(scores, dtype=np.float64), np.asarray(labels)
     # Equal scores get their mean rank, so that ties count half.

@@ -13,14 +13,22 @@ from numpy.typing import NDArray
 
 from star_dss_plugin.data.provenance import damaged_note
 from star_dss_plugin.data.requests import PrefixRequest, Trajectory
-from star_dss_plugin.data.row_responses import without_question
+from star_dss_plugin.data.row_responses import missing_context_warning
 from star_dss_plugin.errors import DataError
-from star_dss_plugin.guards.attempts import attempts
+from star_dss_plugin.guards.attempts import find_attempts
 from star_dss_plugin.guards.base import Guard
-from star_dss_plugin.guards.combined import leaves
+from star_dss_plugin.guards.combined import single_guards
 from star_dss_plugin.visible import visible_line
 
-__all__ = ["ROWS_NAMED", "attempt_notes", "label_mass", "member_notes", "merged", "remarks"]
+__all__ = [
+    "COUNTS",
+    "ROWS_NAMED",
+    "attempt_notes",
+    "label_mass",
+    "member_notes",
+    "merge_provenance",
+    "remarks",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -46,14 +54,14 @@ def attempt_notes(
         `truncated_contexts`: the number of responses for which a guard read only the end of the
         conversation.
     """
-    guards = leaves(guard)
+    guards = single_guards(guard)
     markers = [one.markers for one in guards]
     rows: dict[str, list[int]] = {}
     truncated = 0
     for row, request, raw_context in responses:
         context = () if raw_context else request.context
         text = own_marks.sub(" ", request.text) if raw_context and own_marks else request.text
-        for kind in attempts([text, *(str(m["content"]) for m in context)], markers):
+        for kind in find_attempts([text, *(str(m["content"]) for m in context)], markers):
             rows.setdefault(kind, []).append(row)
         truncated += any(one.truncates(request) for one in guards)
     found: dict[str, dict[str, Any]] = {
@@ -143,7 +151,7 @@ def _remarks(provenance: Mapping[str, Any]) -> list[str]:
         for why, count in provenance.get("untrained_rows", {}).items()
     ]
     unasked = int(provenance.get("no_contexts", 0))
-    if unasked and (sentence := without_question(unasked, int(provenance["responses"]))):
+    if unasked and (sentence := missing_context_warning(unasked, int(provenance["responses"]))):
         said.append(sentence)
     if truncated := provenance.get("truncated_contexts", 0):
         said.append(f"{int(truncated)} conversations did not fit the guard, which read their ends")
@@ -172,9 +180,13 @@ def _of_probe(probe: Mapping[str, Any]) -> str:
     )
 
 
-def label_mass(found: Mapping[str, Trajectory], keys: Sequence[str]) -> dict[str, float] | None:
+def label_mass(
+    trajectories: Mapping[str, Trajectory], keys: Sequence[str]
+) -> dict[str, float] | None:
     """Return mean, minimum and 5% quantile of the label mass; None for guards without labels."""
-    masses: NDArray[np.float64] = np.array([m for k in keys for m in found[k].label_mass or ()])
+    masses: NDArray[np.float64] = np.array(
+        [m for k in keys for m in trajectories[k].label_mass or ()]
+    )
     if not masses.size:
         return None
     return {
@@ -184,7 +196,7 @@ def label_mass(found: Mapping[str, Trajectory], keys: Sequence[str]) -> dict[str
     }
 
 
-_SUMS = (
+COUNTS = (
     "rows",
     "responses",
     "prefixes",
@@ -194,7 +206,7 @@ _SUMS = (
     "truncated_contexts",
     "guard_errors",
 )
-
+"""Counts of a provenance note, which are summed when parts of a data set are merged."""
 
 _MERGED = (
     "probed_prefixes",
@@ -207,13 +219,13 @@ _MERGED = (
 )
 
 
-def merged(notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def merge_provenance(notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Merge the provenance of all shards.
 
     Raises:
         DataError: Shards were scored in different ways, or no shard has a response.
     """
-    counted = {*_SUMS, *_MERGED}
+    counted = {*COUNTS, *_MERGED}
     first = {name: value for name, value in notes[0].items() if name not in counted}
     for number, note in enumerate(notes):
         for name in {*first, *note} - counted:
@@ -230,7 +242,7 @@ def merged(notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "fills it leaves no response)."
         )
     prefixes = [note["prefixes"] for note in full]
-    total = {name: sum(note[name] for note in notes) for name in _SUMS}
+    total = {name: sum(note[name] for note in notes) for name in COUNTS}
     if "probed_prefixes" in notes[0]:
         total["probed_prefixes"] = sum(note["probed_prefixes"] for note in notes)
     found = {**first, **total, **_mean_of(full, prefixes), "attempts": _attempts(notes)}

@@ -15,15 +15,15 @@ from typing import Any
 
 from star_dss_plugin.data.columns import SCORES_COLUMN
 from star_dss_plugin.data.files.parquet_shards import DATA, shard_name, shard_note, write_card
-from star_dss_plugin.data.fingerprints import digest_of, words_of
+from star_dss_plugin.data.fingerprints import dataset_hash, tokenizer_hash
 from star_dss_plugin.data.reading import read_dataset
 from star_dss_plugin.data.writing import write_text
 from star_dss_plugin.errors import ConfigError, DataError
-from star_dss_plugin.guards.probing.guard import probing
-from star_dss_plugin.models import load_tokenizer
+from star_dss_plugin.guards.probing.guard import make_probing
+from star_dss_plugin.models.loading import load_tokenizer
 from star_dss_plugin.options import ScoringOptions
-from star_dss_plugin.scoring.cached_trajectories import none_scored
-from star_dss_plugin.scoring.guard_statistics import merged
+from star_dss_plugin.scoring.cached_trajectories import none_scored_error
+from star_dss_plugin.scoring.guard_statistics import merge_provenance
 from star_dss_plugin.scoring.scorer import guard_of, versions
 from star_dss_plugin.validation import at_least
 
@@ -78,7 +78,7 @@ class Job:
         return Path(f"{self.output}.incomplete")
 
     @property
-    def begun(self) -> Path:
+    def shard_caches(self) -> Path:
         """The folder with the caches of unfinished shards."""
         return self.folder / "begun"
 
@@ -88,7 +88,7 @@ class Job:
         return -(-self.rows // self.shard_rows)
 
     @property
-    def learns(self) -> bool:
+    def uses_probe(self) -> bool:
         """Whether all shards use a probe, which the worker with the first shard fits."""
         return bool(self.options["trajectory"] == "probed")
 
@@ -150,11 +150,11 @@ def begin(
         raise DataError(f"{data} has no rows, so there is nothing to score.")
     if SCORES_COLUMN in dataset.column_names:
         raise DataError(f"{data} already has a {SCORES_COLUMN!r} column. Remove it to score again.")
-    tokens = words_of(load_tokenizer(tokenizer))
+    tokens = tokenizer_hash(load_tokenizer(tokenizer))
     options.validate()
     guard = guard_of(options)
     if options.trajectory == "probed":
-        probing(guard, options.probe_sample, options.probe_tolerance, 0.5)
+        make_probing(guard, options.probe_sample, options.probe_tolerance, 0.5)
     # Workers may run in other folders.
     data = str(Path(data).absolute()) if Path(data).exists() else data
     job = Job(
@@ -164,7 +164,7 @@ def begin(
         str(output.absolute()),
         len(dataset),
         shard_rows,
-        digest_of(dataset),
+        dataset_hash(dataset),
         tokens,
         guard.identity,
         asdict(options),
@@ -209,11 +209,11 @@ def finish(job: Job) -> dict[str, Any]:
         GuardError: No response could be scored.
     """
     notes = list(_notes(job))
-    provenance = merged(notes)
+    provenance = merge_provenance(notes)
     if provenance["guard_errors"] == provenance["responses"]:
-        raise none_scored(provenance["guard"], provenance["responses"])
+        raise none_scored_error(provenance["guard"], provenance["responses"])
     write_card(job.folder, provenance)
-    shutil.rmtree(job.begun, ignore_errors=True)
+    shutil.rmtree(job.shard_caches, ignore_errors=True)
     job.folder.rename(job.output)
     # The job is removed last, because without it shards could be mistaken for another run's.
     (Path(job.output) / _JOB_FILE).unlink()

@@ -15,7 +15,7 @@ from star_dss_plugin import errors
 from star_dss_plugin.data.writing import writing
 from star_dss_plugin.errors import ConfigError, GuardError, PluginError, StarDSSError
 from star_dss_plugin.scoring.jobs import Job
-from star_dss_plugin.scoring.shards import ShardScorer, bar
+from star_dss_plugin.scoring.shards import ShardScorer, progress_bar
 from star_dss_plugin.validation import at_least, require
 
 __all__ = ["score_on_ray"]
@@ -72,7 +72,7 @@ def score_on_ray(
     todo = job.missing()
     if not todo:
         return
-    for tries in job.begun.glob("*.tries"):
+    for tries in job.shard_caches.glob("*.tries"):
         tries.unlink()
     own = not ray.is_initialized()
     if own:
@@ -82,8 +82,8 @@ def score_on_ray(
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         # The worker with the first shard fits the probe that all shards use.
-        rounds = [todo[:1], todo[1:]] if job.learns else [todo]
-        with bar(job, progress) as advance:
+        rounds = [todo[:1], todo[1:]] if job.uses_probe else [todo]
+        with progress_bar(job, progress) as advance:
             for shards in filter(None, rounds):
                 # One block per shard, because Ray assigns blocks to workers.
                 items = [{"shard": i} for i in shards]
@@ -114,9 +114,9 @@ def score_on_ray(
 
 def _count_try(job: Job, shard: int) -> None:
     """Count on disk how often workers began a shard, because a worker that dies cannot report."""
-    with writing(job.begun):
-        job.begun.mkdir(exist_ok=True)
-        with (job.begun / f"{shard:05d}.tries").open("a") as file:
+    with writing(job.shard_caches):
+        job.shard_caches.mkdir(exist_ok=True)
+        with (job.shard_caches / f"{shard:05d}.tries").open("a") as file:
             file.write(".")
             tries = file.tell()
     if tries > _TRIES:

@@ -29,12 +29,20 @@ from star_dss_plugin.data.requests import PrefixRequest, Trajectory
 from star_dss_plugin.data.writing import write_text
 from star_dss_plugin.guards.base import Guard
 from star_dss_plugin.guards.probing.bounds import COVERAGE
+from star_dss_plugin.guards.probing.fitted import FittedProbe
 from star_dss_plugin.guards.probing.guard import ProbingGuard
-from star_dss_plugin.guards.probing.learned import Learned
 from star_dss_plugin.scoring.cached_trajectories import CachedTrajectories
-from star_dss_plugin.scoring.ranks import ALONE
+from star_dss_plugin.scoring.ranks import SINGLE_PROCESS
 
-__all__ = ["POOL", "STRIDE", "Pool", "ProbedTrajectories", "drawn", "places", "stratified"]
+__all__ = [
+    "POOL",
+    "STRIDE",
+    "Pool",
+    "ProbedTrajectories",
+    "prefixes_to_score",
+    "pseudo_random_order",
+    "stratified",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -74,9 +82,9 @@ class ProbedTrajectories(CachedTrajectories):
     pool: Pool | None = None
     notes: list[dict[str, Any]] = field(default_factory=list)
 
-    def _ask(self, guard: Guard) -> tuple[dict[str, Trajectory], set[str]]:
+    def _score_single(self, guard: Guard) -> tuple[dict[str, Trajectory], set[str]]:
         if not isinstance(guard, ProbingGuard):
-            return super()._ask(guard)
+            return super()._score_single(guard)
         learned, known, why = self._learn(guard)
         facts: dict[str, Any] = dict(learned.facts) if learned else {}
         if learned is None or why:
@@ -86,7 +94,7 @@ class ProbedTrajectories(CachedTrajectories):
                 why,
             )
             self.notes.append({"guard": guard.name, **facts, "fell_back": why})
-            return self._of(guard.exact)
+            return self._score(guard.exact)
         logger.info(
             "Guard %s: a probe on %d responses, behind blocks %s; of its scores for held-out "
             "responses %.1f%% lie within %s of the guard's (promised: %.0f%%), the mean difference "
@@ -102,7 +110,7 @@ class ProbedTrajectories(CachedTrajectories):
         )
         facts["threshold"] = guard.threshold
         self.notes.append({"guard": guard.name, **facts, "fell_back": None})
-        marked, failed = self.plainly(guard.with_probe(learned))
+        marked, failed = self.score_without_fitting(guard.with_probe(learned))
         found = {}
         for key, answer in marked.items():
             asked = [mass > 0 for mass in answer.label_mass or [1.0] * len(answer.scores)]
@@ -114,13 +122,13 @@ class ProbedTrajectories(CachedTrajectories):
             found[key] = Trajectory(tuple(scores), None, tuple(asked))
         return found, failed
 
-    def plainly(self, guard: Guard) -> tuple[dict[str, Trajectory], set[str]]:
+    def score_without_fitting(self, guard: Guard) -> tuple[dict[str, Trajectory], set[str]]:
         """Return the trajectories and failed keys of a guard without fitting a probe."""
-        return super()._ask(guard) if self.requests else ({}, set())
+        return super()._score_single(guard) if self.requests else ({}, set())
 
     def _learn(
         self, guard: ProbingGuard
-    ) -> tuple[Learned | None, dict[str, dict[int, float]], str | None]:
+    ) -> tuple[FittedProbe | None, dict[str, dict[int, float]], str | None]:
         """Fit a probe to a sample.
 
         Returns:
@@ -128,24 +136,24 @@ class ProbedTrajectories(CachedTrajectories):
             reason why the probe is not used, or None if it is.
         """
         pool = self.pool or Pool(self.requests, self.rows, self.root)
-        keys = drawn(pool.requests)[: POOL * guard.sample]
+        keys = pseudo_random_order(pool.requests)[: POOL * guard.sample]
         if len(keys) <= guard.sample:
             few = f"the data has {len(keys)} different responses"
             return None, {}, f"{few}, and probe_sample is {guard.sample}"
-        firsts = {key: _at_the_end(pool.requests[key]) for key in keys}
+        firsts = {key: _last_prefix(pool.requests[key]) for key in keys}
         ends, failed = self._exact(guard, pool, firsts)
         last = {key: ends[key].scores[-1] for key in keys if key not in failed}
         weights = stratified(last, guard.sample)
-        some = {key: _every_fourth(key, pool.requests[key]) for key in weights}
+        some = {key: _strided(key, pool.requests[key]) for key in weights}
         exact, failed = self._exact(guard, pool, some)
         sample = {key: exact[key] for key in weights if key not in failed}
         if len(sample) <= guard.sample // 2:
             return None, {}, f"only {len(sample)} responses of the sample could be scored"
-        learned = self._fitted(guard, pool, sample, weights)
+        learned = self._probe_of_sample(guard, pool, sample, weights)
         known = {key: {firsts[key].ends[-1]: score} for key, score in last.items()}
         for key, answer in sample.items():
             known[key] |= zip(some[key].ends, answer.scores, strict=True)
-        return learned, known, learned.refused
+        return learned, known, learned.rejection_reason
 
     def _exact(
         self, guard: ProbingGuard, pool: Pool, requests: Mapping[str, PrefixRequest]
@@ -160,19 +168,19 @@ class ProbedTrajectories(CachedTrajectories):
             progress=self.progress,
             strict=self.strict,
             part=self.part,
-            share=self.share if pool.root == self.root else ALONE,
+            share=self.share if pool.root == self.root else SINGLE_PROCESS,
         )
         found = asking.trajectories(guard.exact)
         failed = {key for key in requests if named[key] in asking.failed}
         return {key: found[named[key]] for key in requests}, failed
 
-    def _fitted(
+    def _probe_of_sample(
         self,
         guard: ProbingGuard,
         pool: Pool,
         sample: Mapping[str, Trajectory],
         weights: Mapping[str, float],
-    ) -> Learned:
+    ) -> FittedProbe:
         """Return the probe of a sample; rank 0 fits it and writes it to the cache."""
         contents = [[key, weights[key], list(found.scores)] for key, found in sample.items()]
         namespace = {"what": "probe", "guard": guard.identity}
@@ -181,20 +189,20 @@ class ProbedTrajectories(CachedTrajectories):
         requests = {key: pool.requests[key] for key in sample}
         examples = (
             list(requests.values()),
-            [places(key, len(asked.ends)) for key, asked in requests.items()],
+            [prefixes_to_score(key, len(asked.ends)) for key, asked in requests.items()],
             list(sample.values()),
             [weights[key] * min(STRIDE, len(asked.ends)) for key, asked in requests.items()],
         )
         if learned is None and self.share.rank == 0:
-            learned = guard.learn(*examples)
+            learned = guard.fit_probe(*examples)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, learned.dump())
-        self.share.meet()
+        self.share.barrier()
         # A rank that cannot read the file fits the same probe itself.
-        return learned or _read(path) or guard.learn(*examples)
+        return learned or _read(path) or guard.fit_probe(*examples)
 
 
-def drawn(keys: Mapping[str, Any]) -> list[str]:
+def pseudo_random_order(keys: Mapping[str, Any]) -> list[str]:
     """Return keys in a pseudo-random order that depends only on the keys and the seed."""
     return sorted(keys, key=lambda key: hashlib.sha256(f"{SEED} {key}".encode()).digest())
 
@@ -223,7 +231,7 @@ def stratified(scores: Mapping[str, float], count: int) -> dict[str, float]:
     return {key: weight[key] for key in scores if key in weight}
 
 
-def places(key: str, count: int) -> range:
+def prefixes_to_score(key: str, count: int) -> range:
     """Return the indices of the prefixes that the guard scores, at least one.
 
     They are every fourth prefix, from one on that is drawn by the key's hash.
@@ -232,19 +240,19 @@ def places(key: str, count: int) -> range:
     return range(draw % min(STRIDE, count), count, STRIDE)
 
 
-def _every_fourth(key: str, request: PrefixRequest) -> PrefixRequest:
-    ends = tuple(request.ends[place] for place in places(key, len(request.ends)))
+def _strided(key: str, request: PrefixRequest) -> PrefixRequest:
+    ends = tuple(request.ends[place] for place in prefixes_to_score(key, len(request.ends)))
     return PrefixRequest(request.context, request.text, ends)
 
 
-def _at_the_end(request: PrefixRequest) -> PrefixRequest:
+def _last_prefix(request: PrefixRequest) -> PrefixRequest:
     return PrefixRequest(request.context, request.text, request.ends[-1:])
 
 
-def _read(path: Path) -> Learned | None:
+def _read(path: Path) -> FittedProbe | None:
     """Return a probe from the cache; None if the file is missing or damaged."""
     try:
-        return Learned.parse(read_regular(path, _MOST_BYTES))
+        return FittedProbe.parse(read_regular(path, _MOST_BYTES))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:

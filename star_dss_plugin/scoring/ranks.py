@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from star_dss_plugin.errors import StarDSSError
 
-__all__ = ["ALONE", "Share", "share_of", "waiting"]
+__all__ = ["SINGLE_PROCESS", "Share", "explain_barrier_errors", "share_of"]
 
 T = TypeVar("T")
 
@@ -25,23 +25,23 @@ class Share:
     Attributes:
         rank: This process's local rank on its machine, from 0.
         ranks: The number of processes on this machine.
-        meet: Barrier over all processes of the run. Every process must call it equally often.
+        barrier: Barrier over all processes of the run. Every process must call it equally often.
     """
 
     rank: int
     ranks: int
-    meet: Callable[[], None]
+    barrier: Callable[[], None]
 
-    def mine(self, work: Sequence[T]) -> list[T]:
+    def own_part(self, items: Sequence[T]) -> list[T]:
         """Return this rank's items: every `ranks`-th, so that long and short ones are spread."""
-        return list(work[self.rank :: self.ranks])
+        return list(items[self.rank :: self.ranks])
 
 
-ALONE = Share(0, 1, lambda: None)
+SINGLE_PROCESS = Share(0, 1, lambda: None)
 
 
 @contextlib.contextmanager
-def waiting() -> Iterator[None]:
+def explain_barrier_errors() -> Iterator[None]:
     """Turn torch's error at a barrier into one that says what may have happened.
 
     Raises:
@@ -61,12 +61,12 @@ def waiting() -> Iterator[None]:
 def share_of(accelerator: Any) -> Share:
     """Return the share of this process under `torchrun` or `accelerate launch`."""
 
-    def meet() -> None:
-        with waiting():
+    def barrier() -> None:
+        with explain_barrier_errors():
             accelerator.wait_for_everyone()
 
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
     if accelerator.num_processes == 1 or ranks == 1:
         # Even a process that is alone on its machine must reach the same barriers as the others.
-        return Share(0, 1, meet)
-    return Share(accelerator.local_process_index, ranks, meet)
+        return Share(0, 1, barrier)
+    return Share(accelerator.local_process_index, ranks, barrier)

@@ -19,26 +19,26 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from star_dss_plugin._version import __version__
-from star_dss_plugin.data.bound_rows import bind_rows
 from star_dss_plugin.data.cache import default_cache_dir
 from star_dss_plugin.data.columns import ASKED_COLUMN, SCORES_COLUMN, with_column
 from star_dss_plugin.data.fingerprints import request_key, row_keys
 from star_dss_plugin.data.provenance import write_note
 from star_dss_plugin.data.requests import PrefixRequest, Trajectory
 from star_dss_plugin.data.responses import Response
+from star_dss_plugin.data.row_digests import write_row_digests
 from star_dss_plugin.data.row_responses import RowOptions, read_responses
 from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.errors import DataError
-from star_dss_plugin.guards.adaptive import adaptive
+from star_dss_plugin.guards.adaptive import make_adaptive
 from star_dss_plugin.guards.base import Guard
 from star_dss_plugin.guards.loading import load_guard
-from star_dss_plugin.guards.probing.guard import probing
+from star_dss_plugin.guards.probing.guard import make_probing
 from star_dss_plugin.guards.spec import missing_guard
 from star_dss_plugin.options import ScoringOptions
 from star_dss_plugin.plugins import load_plugins
 from star_dss_plugin.scoring.guard_statistics import attempt_notes, label_mass, member_notes
-from star_dss_plugin.scoring.probed import POOL, Pool, ProbedTrajectories, drawn
-from star_dss_plugin.scoring.ranks import ALONE, Share
+from star_dss_plugin.scoring.probed import POOL, Pool, ProbedTrajectories, pseudo_random_order
+from star_dss_plugin.scoring.ranks import SINGLE_PROCESS, Share
 
 __all__ = ["PoolRows", "guard_of", "pool_rows", "score_dataset", "versions"]
 
@@ -79,7 +79,7 @@ def score_dataset(
     chat_template: str | None = None,
     assistant_only_loss: bool = False,
     num_proc: int = 1,
-    share: Share = ALONE,
+    share: Share = SINGLE_PROCESS,
     part: bool = False,
     pool: PoolRows | None = None,
     progress: bool = True,
@@ -149,14 +149,14 @@ def score_dataset(
         _Row(len(labels), found, [request_key(r.request) for r in found])
         for labels, found in zip(dataset.with_format(None)["labels"], responses, strict=True)
     ]
-    asked = loaded or guard_of(options)
+    guard = loaded or guard_of(options)
     if options.trajectory == "adaptive":
-        asked = adaptive(asked, options.trajectory_epsilon)
-    learns = options.trajectory == "probed"
+        guard = make_adaptive(guard, options.trajectory_epsilon)
+    uses_probe = options.trajectory == "probed"
     try:
-        if learns:
-            asked = probing(asked, options.probe_sample, options.probe_tolerance, threshold)
-        asking = ProbedTrajectories(
+        if uses_probe:
+            guard = make_probing(guard, options.probe_sample, options.probe_tolerance, threshold)
+        lookup = ProbedTrajectories(
             _unique_requests(rows),
             _first_rows(rows),
             Path(options.score_cache_dir) if options.score_cache_dir else default_cache_dir(),
@@ -164,37 +164,37 @@ def score_dataset(
             progress=progress,
             strict=options.on_guard_error == "raise",
             part=part,
-            pool=_pool(pool, chat, how) if pool and learns else None,
+            pool=_pool(pool, chat, how) if pool and uses_probe else None,
         )
-        trajectories = asking.trajectories(asked)
+        trajectories = lookup.trajectories(guard)
         notes = attempt_notes(
-            asked,
+            guard,
             ((i, r.request, r.raw_context) for i, row in enumerate(rows) for r in row.responses),
             chat.added,
         )
     finally:
         if loaded is None:
-            asked.close()
-    provenance = _provenance(asked, options, rows, trajectories)
+            guard.close()
+    provenance = _provenance(guard, options, rows, trajectories)
     keys = [key for row in rows for key in row.keys]
-    provenance |= notes | member_notes(asking.members, keys)
+    provenance |= notes | member_notes(lookup.members, keys)
     provenance["untrained_rows"] = untrained
-    if learns:
-        provenance["probes"] = asking.notes
+    if uses_probe:
+        provenance["probes"] = lookup.notes
         provenance["probed_prefixes"] = sum(
             (trajectories[key].asked or ()).count(False) for key in keys
         )
-    provenance["guard_errors"] = sum(key in asking.failed for key in keys)
+    provenance["guard_errors"] = sum(key in lookup.failed for key in keys)
     provenance["tokenizer"] = str(tokenizer.name_or_path)  # reports decode tokens with it
     scored = with_column(dataset, SCORES_COLUMN, _scores(rows, trajectories), _SCORES)
     write_note(scored, "scores", provenance)
-    if learns:
+    if uses_probe:
         scored = with_column(scored, ASKED_COLUMN, _asked(rows, trajectories), List(Value("bool")))
     columns = [SCORES_COLUMN]
-    for name, found in (asking.members if per_guard else {}).items():
+    for name, found in (lookup.members if per_guard else {}).items():
         columns.append(f"{SCORES_COLUMN}_{name}")
         scored = with_column(scored, columns[-1], _scores(rows, found), _SCORES)
-    bind_rows(scored, columns)
+    write_row_digests(scored, columns)
     return scored
 
 
@@ -206,7 +206,7 @@ def _first_rows(rows: Sequence[_Row]) -> dict[str, int]:
 def pool_rows(dataset: Dataset, options: ScoringOptions) -> list[int]:
     """Return the indices of the rows from which all shards draw the sample for a probe."""
     first = {key: i for i, key in reversed(list(enumerate(row_keys(dataset))))}
-    return [first[key] for key in drawn(first)[: POOL * options.probe_sample]]
+    return [first[key] for key in pseudo_random_order(first)[: POOL * options.probe_sample]]
 
 
 def _pool(rows: PoolRows, chat: ChatTokenizer, how: RowOptions) -> Pool:

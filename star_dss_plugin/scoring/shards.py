@@ -19,22 +19,16 @@ from transformers import PreTrainedTokenizerBase
 
 from star_dss_plugin.data.columns import with_attention_mask
 from star_dss_plugin.data.files.parquet_shards import write_shard
-from star_dss_plugin.data.fingerprints import digest_of, words_of
+from star_dss_plugin.data.fingerprints import dataset_hash, tokenizer_hash
 from star_dss_plugin.data.reading import read_dataset
 from star_dss_plugin.errors import ConfigError, DataError, StarDSSError
 from star_dss_plugin.guards.base import Guard
-from star_dss_plugin.models import load_tokenizer
+from star_dss_plugin.models.loading import load_tokenizer
 from star_dss_plugin.options import ScoringOptions
 from star_dss_plugin.scoring.jobs import Job
-from star_dss_plugin.scoring.scorer import (
-    PoolRows,
-    guard_of,
-    pool_rows,
-    score_dataset,
-    versions,
-)
+from star_dss_plugin.scoring.scorer import PoolRows, guard_of, pool_rows, score_dataset, versions
 
-__all__ = ["ShardScorer", "bar", "score_shards"]
+__all__ = ["ShardScorer", "progress_bar", "score_shards"]
 
 
 class ShardScorer:
@@ -57,7 +51,7 @@ class ShardScorer:
             return
         start = index * job.shard_rows
         stop = min(start + job.shard_rows, job.rows)
-        begun = job.begun / f"{index:05d}"
+        begun = job.shard_caches / f"{index:05d}"
         try:
             scored = score_dataset(
                 self._dataset.select(range(start, stop)),
@@ -86,11 +80,13 @@ class ShardScorer:
 
         The worker with the first shard fills the cache.
         """
-        if not self.job.learns:
+        if not self.job.uses_probe:
             return None
         # Row numbers are relative to the shard, because error handling adds the shard's start.
         places = [row - start for row in self._pool_rows]
-        return PoolRows(self._dataset.select(self._pool_rows), places, self.job.begun / "probe")
+        return PoolRows(
+            self._dataset.select(self._pool_rows), places, self.job.shard_caches / "probe"
+        )
 
     @cached_property
     def _pool_rows(self) -> list[int]:
@@ -109,7 +105,7 @@ class ShardScorer:
                 "Scores may depend on it: install the same versions everywhere."
             )
         dataset = read_dataset(self.job.data, self.job.split)
-        if len(dataset) != self.job.rows or digest_of(dataset) != self.job.content:
+        if len(dataset) != self.job.rows or dataset_hash(dataset) != self.job.content:
             raise DataError(
                 f"A worker finds other rows in {self.job.data} than the run was begun with. Put "
                 "the data where every machine reads the same, and leave it as it is meanwhile."
@@ -119,7 +115,7 @@ class ShardScorer:
     @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         found = load_tokenizer(self.job.tokenizer)
-        if words_of(found) != self.job.tokens:
+        if tokenizer_hash(found) != self.job.tokens:
             raise ConfigError(
                 f"A worker finds another tokenizer or chat template in {self.job.tokenizer} than "
                 "the run was begun with. Give all machines the same files, and leave them as they "
@@ -144,7 +140,7 @@ def score_shards(job: Job, *, progress: bool = True) -> None:
     scorer = ShardScorer(job)
     todo = job.missing()
     try:
-        with bar(job, progress) as advance:
+        with progress_bar(job, progress) as advance:
             for index in todo:
                 scorer(index)
                 advance.update()
@@ -152,7 +148,7 @@ def score_shards(job: Job, *, progress: bool = True) -> None:
         scorer.close()
 
 
-def bar(job: Job, progress: bool) -> Any:
+def progress_bar(job: Job, progress: bool) -> Any:
     """Return a progress bar over a job's shards, advanced by the existing ones."""
     return tqdm(
         total=job.shards,

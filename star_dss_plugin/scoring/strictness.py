@@ -15,7 +15,7 @@ import numpy as np
 from datasets import Dataset, List, Value
 
 from star_dss_plugin.data.columns import SCORES_COLUMN, with_column
-from star_dss_plugin.data.provenance import notes, provenance_of, read_note, write_note
+from star_dss_plugin.data.provenance import provenance_of, read_note, read_notes, write_note
 from star_dss_plugin.data.responses import find_responses
 from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.errors import DataError
@@ -77,7 +77,7 @@ def stricter_dataset(dataset: Dataset, chat: ChatTokenizer, options: StarDSSOpti
             f"The scores were lowered before with {known}, and the options now say {rules}. Use "
             "the same options, or the scores as they were."
         )
-    joined = len(notes(dataset, "scores")) > 1
+    joined = len(read_notes(dataset, "scores")) > 1
     if known is not None and joined:
         raise DataError(
             "The data set was joined from several after the scores of some were lowered. Join them "

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer
 
 from star_dss_plugin.data.alignment import Alignment
 from star_dss_plugin.data.columns import SCORES_COLUMN
-from star_dss_plugin.data.fingerprints import sample_of
+from star_dss_plugin.data.fingerprints import sampled_rows_hash
 from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.loss import Shaping
 from star_dss_plugin.options import StarDSSOptions
@@ -26,10 +26,10 @@ from star_dss_plugin.training.reference.choice import choose_reference
 from star_dss_plugin.training.reference.column import reference_means
 from star_dss_plugin.training.reference.packs import packs_read_together
 from star_dss_plugin.training.rows.known_rows import KnownRows
-from star_dss_plugin.training.rows.prepare import DatasetSummary
 from star_dss_plugin.training.rows.raw_rows import FillerRows, scored_collator
 from star_dss_plugin.training.rows.stream import ScoredStream
 from star_dss_plugin.training.rows.stream_checks import check_stream, read_in_this_process
+from star_dss_plugin.training.rows.summary import DatasetSummary
 from star_dss_plugin.training.sequence_parallel import (
     SequenceParallelCollator,
     fixed_length,
@@ -120,7 +120,7 @@ def set_up(trainer: StarDSSMixin, options: StarDSSOptions) -> None:
     switch_fused_loss_off(trainer.args)
     model = trainer.model
     assert model is not None  # a Trainer's constructor raises an error without a model
-    ranks = Ranks.of(
+    ranks = Ranks.from_accelerator(
         trainer.accelerator,
         model,
         exchange=trainer.ranks_exchange_tokens(),
@@ -140,7 +140,7 @@ def _set_up(
 ) -> None:
     # First, because with other options a rank would not take part in a collective call below, and
     # the other ranks would wait for it.
-    ranks.agree(_facts(trainer, options))
+    ranks.check_equal(_facts_to_compare(trainer, options))
     media = trainer.media_rows()
     several = trainer.accelerator.num_processes > 1
     fillers = FillerRows() if media is not None and several else None
@@ -151,7 +151,7 @@ def _set_up(
             obstacle = "a data set that is a stream"
     with trainer.accelerator.autocast():  # as in training: some attentions need 16 bits
         # Before the reference's fingerprint: some quantized weights change on their first use.
-        projects = _projects(trainer, model, ranks)
+        projects = _can_project(trainer, model, ranks)
         if not obstacle and shaping.needs_reference:
             obstacle = packs_read_together(
                 model, trainer.data_collator, trainer.train_dataset, ranks
@@ -167,7 +167,7 @@ def _set_up(
             ranks=ranks,
         )
     summaries: dict[str, DatasetSummary] = {}
-    rows, kept, streams = KnownRows(), KeptGuard(options), list[ScoredStream]()
+    rows, kept_guard, streams = KnownRows(), KeptGuard(options), list[ScoredStream]()
 
     def prepare(dataset: Any, name: str) -> Any:
         if dataset is None:
@@ -182,8 +182,10 @@ def _set_up(
                     "constructor as eval_dataset."
                 )
             read_in_this_process(trainer)
-            stream = prepare_stream(trainer, options, tokenizer, kept, rows, ranks, dataset, name)
-            summaries[name] = stream.begin()
+            stream = prepare_stream(
+                trainer, options, tokenizer, kept_guard, rows, ranks, dataset, name
+            )
+            summaries[name] = stream.score_first_buffer()
             if name == "train":
                 stream.dataset = trainer.pack_stream(stream.dataset, options.stream_buffer)
             streams.append(stream)
@@ -203,10 +205,10 @@ def _set_up(
                 trainer, options, tokenizer, shaping, reference, ranks, dataset, name
             )
             scored = dataset
-        ranks.agree({f"scored {name} data": rows.add(scored, trainable=trainable)})
+        ranks.check_equal({f"scored {name} data": rows.add(scored, trainable=trainable)})
         if reference.kind == "precomputed":
             means = reference_means(dataset)
-            ranks.agree_about(f"reference of the {name} data", means, within=_REFERENCES_APART)
+            ranks.check_close(f"reference of the {name} data", means, within=_REFERENCES_APART)
         return dataset
 
     train = prepare(trainer.train_dataset, "train")
@@ -248,7 +250,7 @@ def _set_up(
         rows=rows,
         train_dataset=train,
         streams=streams,
-        kept=kept,
+        kept_guard=kept_guard,
         alignment=alignment,
         fillers=fillers,
         given=copy.deepcopy(args.star_dss_dict()) if isinstance(args, StarDSSOptions) else {},
@@ -256,11 +258,11 @@ def _set_up(
     trainer.add_callback(StarDSSCallback(trainer))
 
 
-def _projects(trainer: Trainer, model: nn.Module, ranks: Ranks) -> bool:
+def _can_project(trainer: Trainer, model: nn.Module, ranks: Ranks) -> bool:
     """Return whether logits can be computed in chunks of tokens; every rank must call this."""
     # With tensor parallelism no rank has the whole weight of the head.
     alone = ranks.can_run and ranks.tp_size == 1
-    projects = alone and ranks.first_decides(lambda: can_project(model))
+    projects = alone and ranks.decide_on_first(lambda: can_project(model))
     # With a static graph DDP reduces gradients by hooks on the model's outputs, which the hidden
     # states at the head are not. A compiled model calls none of our hooks.
     compiles = trainer.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
@@ -274,7 +276,7 @@ def _projects(trainer: Trainer, model: nn.Module, ranks: Ranks) -> bool:
     return projects
 
 
-def _facts(trainer: Trainer, options: StarDSSOptions) -> dict[str, Any]:
+def _facts_to_compare(trainer: Trainer, options: StarDSSOptions) -> dict[str, Any]:
     """Return the facts that must agree on all ranks before scoring: options and data sets."""
     facts: dict[str, Any] = {
         f"option {name}": str(value)
@@ -283,7 +285,7 @@ def _facts(trainer: Trainer, options: StarDSSOptions) -> dict[str, Any]:
     }
     for name, dataset in _data_sets(trainer).items():
         if isinstance(dataset, Dataset):
-            facts[f"{name} data"] = (len(dataset), sample_of(dataset))
+            facts[f"{name} data"] = (len(dataset), sampled_rows_hash(dataset))
         else:
             facts[f"{name} data"] = type(dataset).__name__
     return facts

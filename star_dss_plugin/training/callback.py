@@ -18,8 +18,7 @@ from star_dss_plugin.errors import DataError
 from star_dss_plugin.tables import terminal
 from star_dss_plugin.training.host_checks import check_trainer
 from star_dss_plugin.training.loss_check import check_loss
-from star_dss_plugin.training.plain import not_in_effect
-from star_dss_plugin.training.rows.prepare import summary_of
+from star_dss_plugin.training.rows.summary import dataset_summary
 from star_dss_plugin.training.run_record import (
     add_section,
     changed_options,
@@ -29,6 +28,7 @@ from star_dss_plugin.training.run_record import (
     stream_line,
     summary_table,
 )
+from star_dss_plugin.training.terms_by_definition import loss_not_used_error
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -73,7 +73,7 @@ class StarDSSCallback(TrainerCallback):
         """
         active: StarDSSState | None = getattr(self.trainer, "star_dss_state", None)
         if active is None:
-            raise not_in_effect(
+            raise loss_not_used_error(
                 self.trainer,
                 "this trainer was never given it. Use StarDSSTrainer with a STAR-DSS "
                 "loss_type, or star_dss_plugin.attach(trainer, guard=...)",
@@ -118,8 +118,8 @@ class StarDSSCallback(TrainerCallback):
             dataset = active.rows.as_dataset(dataset)
         if dataset is None or SCORES_COLUMN not in dataset.column_names:
             return  # `check_loss` reports what the data set lacks
-        active.ranks.agree({"training rows": active.rows.digest(dataset)})
-        summary = summary_of(dataset, active.options, active.summaries["train"].guard)
+        active.ranks.check_equal({"training rows": active.rows.digest(dataset)})
+        summary = dataset_summary(dataset, active.options, active.summaries["train"].guard)
         active.summaries["train"], active.train_dataset = summary, self.trainer.train_dataset
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -132,7 +132,7 @@ class StarDSSCallback(TrainerCallback):
         steps = getattr(self.trainer, "current_gradient_accumulation_steps", 1)
         shaped = 0 if active is None else active.shaped - self._shaped
         if active is None or shaped < steps:
-            raise not_in_effect(
+            raise loss_not_used_error(
                 self.trainer,
                 f"its training step called the compute_loss that was checked for {shaped} of "
                 f"{steps} micro-batches. Use a trainer that does so for each, or call "
@@ -146,8 +146,8 @@ class StarDSSCallback(TrainerCallback):
         if active is None:
             return
         self._sum_up_stream(active, args.output_dir, state.is_world_process_zero)
-        if active.kept is not None:
-            active.kept.close()
+        if active.kept_guard is not None:
+            active.kept_guard.close()
         if not state.is_world_process_zero:
             return
         train = active.summaries["train"]
@@ -160,7 +160,7 @@ class StarDSSCallback(TrainerCallback):
         stream = next((one for one in active.streams if one.dataset is active.train_dataset), None)
         if stream is None:
             return
-        active.summaries["train"] = stream.read()
+        active.summaries["train"] = stream.total_summary()
         if first:
             waited = sum(one.seconds for one in active.streams) - self._waited
             took = time.monotonic() - self._began

@@ -36,19 +36,22 @@ _ZIPPED = (
 """Files of `torch.save`: zip archives, whose directory is at their end."""
 
 
-def check_checkpoint(asked: str | os.PathLike[str] | bool, output_dir: str) -> None:
+def check_checkpoint(
+    resume_from_checkpoint: str | os.PathLike[str] | bool, output_dir: str
+) -> None:
     """Check that the checkpoint to resume from is complete.
 
     Reads headers and small files only: it finds missing and truncated files, not flipped bits.
 
     Args:
-        asked: The argument `resume_from_checkpoint` of `Trainer.train`; True: the last checkpoint.
+        resume_from_checkpoint: The argument of `Trainer.train`; True: the last checkpoint.
         output_dir: The run's output folder.
 
     Raises:
         CheckpointError: A file is missing or truncated. The message names the newest complete
             checkpoint.
     """
+    asked = resume_from_checkpoint
     folder = _last(output_dir) if isinstance(asked, bool) else Path(asked)
     if not folder.is_dir():
         raise CheckpointError(

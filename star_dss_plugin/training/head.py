@@ -28,14 +28,14 @@ from star_dss_plugin.logprobs import Project
 __all__ = [
     "Projection",
     "States",
-    "at_head",
+    "apply_at_head",
+    "apply_to_logits",
     "can_project",
+    "capture_first_output",
     "causal_lm",
-    "first_output",
     "forward_inputs",
-    "from_logits",
     "without_logits",
-    "zero_of",
+    "zero_loss",
 ]
 
 logger = logging.getLogger(__name__)
@@ -95,11 +95,11 @@ def forward_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def at_head(
+def apply_at_head(
     model: nn.Module,
     function: Callable[[Tensor, Projection], T],
     *,
-    wanted: Callable[[Mapping[str, Any]], bool] = lambda kwargs: True,
+    condition: Callable[[Mapping[str, Any]], bool] = lambda kwargs: True,
 ) -> Iterator[list[T]]:
     """Apply a function to the last hidden states of each forward pass, inside the head's call.
 
@@ -107,8 +107,8 @@ def at_head(
         model: A model for which `can_project` holds, without DDP's, FSDP1's or DeepSpeed's wrapper.
         function: Takes the last hidden states, (batch, seq, hidden), and the projection, and
             returns a tensor or a tuple of tensors.
-        wanted: Takes the model's keyword arguments; forward passes for which it returns False are
-            left alone.
+        condition: Takes the model's keyword arguments; forward passes for which it returns False
+            are left alone.
 
     Yields:
         A list that gets the function's result of each forward pass.
@@ -120,7 +120,7 @@ def at_head(
     asked = [True]
 
     def before(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
-        asked[0] = wanted(kwargs)
+        asked[0] = condition(kwargs)
 
     def after(_module: nn.Module, _args: Any, output: Any) -> None:
         if not asked[0]:
@@ -145,7 +145,7 @@ def at_head(
             handle.remove()
 
 
-def from_logits(
+def apply_to_logits(
     model: nn.Module,
     batch: Mapping[str, Any],
     function: Callable[[Tensor, Projection | None], T],
@@ -166,13 +166,13 @@ def from_logits(
     run = model if call is None else call
     if not project:
         return function(run(**inputs).logits, None)
-    with at_head(model, function) as found:
+    with apply_at_head(model, function) as found:
         run(**inputs, logits_to_keep=1)
     return found[0]
 
 
 @contextlib.contextmanager
-def first_output(model: nn.Module) -> Iterator[list[Any]]:
+def capture_first_output(model: nn.Module) -> Iterator[list[Any]]:
     """Yield a list that gets the output of the model's first call; it stays empty without one."""
     found: list[Any] = []
 
@@ -187,7 +187,7 @@ def first_output(model: nn.Module) -> Iterator[list[Any]]:
         handle.remove()
 
 
-def zero_of(output: Mapping[str, Any]) -> Tensor | float:
+def zero_loss(output: Mapping[str, Any]) -> Tensor | float:
     """Return a zero that depends on all outputs of a model, to which FSDP1 attaches its hooks."""
     values = (value for value in output.values() if isinstance(value, Tensor))
     return sum((value.reshape(-1)[:0].sum() for value in values if value.requires_grad), 0.0)
@@ -245,7 +245,7 @@ def can_project(model: nn.Module) -> bool:
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), at_head(model, lambda rows, project: project(rows[0])) as found:
+        with torch.no_grad(), apply_at_head(model, lambda rows, project: project(rows[0])) as found:
             logits = model(input_ids=ids, use_cache=False).logits
             same = len(found) == 1 and torch.allclose(
                 found[0].float(), logits[0].float(), rtol=1e-3, atol=1e-3

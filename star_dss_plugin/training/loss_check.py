@@ -11,28 +11,29 @@ from torch import Tensor, nn
 from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN, TOKEN_COLUMNS
 from star_dss_plugin.errors import StarDSSError
 from star_dss_plugin.logprobs import IGNORE_INDEX
-from star_dss_plugin.training.plain import (
-    Plain,
-    head_watched,
-    not_in_effect,
-    plain_terms,
-    reference_of,
-    unit_of_its_own,
-)
-from star_dss_plugin.training.rows.even import no_rows
+from star_dss_plugin.training.rows.even import no_rows_error
 from star_dss_plugin.training.rows.shortest import shortest_row
 from star_dss_plugin.training.sequence_parallel_checks import check_averaging
+from star_dss_plugin.training.terms_by_definition import (
+    TermsByDefinition,
+    loss_not_used_error,
+    reference_of,
+    separate_head_error,
+    terms_by_definition,
+    watch_sharded_head,
+)
 
 if TYPE_CHECKING:
     from star_dss_plugin.training.state import StarDSSState
+from star_dss_plugin.training.policy import policy_of
 from star_dss_plugin.training.sequence_parallel import (
     fixed_length,
-    padded,
-    part_of,
+    pad_batch,
     sequence_parallel_group,
     sequence_parallel_size,
+    slice_for_rank,
 )
-from star_dss_plugin.training.step import policy_of, times_averaged
+from star_dss_plugin.training.step import averaging_factor
 from star_dss_plugin.validation import shortened
 
 __all__ = ["check_loss"]
@@ -68,27 +69,27 @@ def check_loss(trainer: Any, active: StarDSSState, dataloader: Any) -> None:
     row = shortest_row(
         loader.dataset,
         active.options.stream_buffer,
-        iter if own is None else own.reading,
+        iter if own is None else own.iterate,
         beyond=fixed // size if fixed else 0,
     )
     there = active.ranks.gather(row is not None)
     if row is None or not all(there):
         if any(there):
-            raise no_rows(there.index(False), "train")
+            raise no_rows_error(there.index(False), "train")
         raise StarDSSError("No row has a trained token: every label is -100. Check the data.")
     try:
         batch = loader.collate_fn([row])
     except StarDSSError:
         raise
     except Exception as error:  # a data collator may raise anything
-        raise not_in_effect(
+        raise loss_not_used_error(
             trainer,
             f"its data collator makes no batch of a row that was prepared "
             f"({type(error).__name__}: {shortened(str(error))}). If the data collator was replaced "
             "after STAR-DSS was set up, give it to the trainer's constructor",
         ) from error
     if SCORES_COLUMN not in batch:
-        raise not_in_effect(
+        raise loss_not_used_error(
             trainer,
             f"its batches have no {SCORES_COLUMN!r} (they have {sorted(batch)}). The data "
             "collator or the data set was replaced after STAR-DSS was set up; give them to the "
@@ -113,12 +114,12 @@ def check_loss(trainer: Any, active: StarDSSState, dataloader: Any) -> None:
             active.metrics = type(metrics)()
             with trainer.compute_loss_context_manager():
                 reference = reference_of(active, trainer, batch, labels)
-                with head_watched(policy) as sharded_heads:
-                    plain = plain_terms(active, trainer, policy, batch, reference)
+                with watch_sharded_head(policy) as sharded_heads:
+                    plain = terms_by_definition(active, trainer, policy, batch, reference)
                 # With tensor parallelism the head is sharded, too, but its logits are complete.
                 gathered = active.ranks.tp_size > 1 or not any(sharded_heads)
                 if not gathered and not trainer.host_leaves_logits_alone():
-                    raise unit_of_its_own(
+                    raise separate_head_error(
                         "gives a wrong loss, with or without STAR-DSS, in trainers that read the "
                         "head's weight outside of its forward pass, as TRL's do"
                     )
@@ -135,18 +136,18 @@ def check_loss(trainer: Any, active: StarDSSState, dataloader: Any) -> None:
                         terms = terms + torch.where(weights.kl != 0, weights.kl * plain.kl, 0.0)
                     expected.append(terms.sum().float() / trained)
                     if size > 1:
-                        whole_row = scored if fixed is None else padded(scored, fixed)
+                        whole_row = scored if fixed is None else pad_batch(scored, fixed)
                         in_parts.append(_loss_in_parts(trainer, active, whole_row, trained, size))
         finally:
             active.metrics = metrics
             model.train(was_training)
             _restore(trainer, host)
-    scale = times_averaged(trainer, part=False)
+    scale = averaging_factor(trainer, part=False)
     for given, shaped_loss in zip(found, expected, strict=True):
         # The auxiliary loss is a mean over each micro-batch, so it is not scaled.
         wanted = shaped_loss * scale + extra
         if not plain.close(given, wanted):
-            raise not_in_effect(
+            raise loss_not_used_error(
                 trainer,
                 f"on one real row its compute_loss gives {given.item():.6f} where "
                 f"loss_type={options.loss_type!r} gives {wanted.item():.6f}. Something replaces "
@@ -155,9 +156,9 @@ def check_loss(trainer: Any, active: StarDSSState, dataloader: Any) -> None:
     if size > 1:
         check_averaging(trainer.model_wrapped)
     for given, shaped_loss in zip(in_parts, expected, strict=False):
-        shaped_loss = shaped_loss + extra * size / times_averaged(trainer, part=True)
+        shaped_loss = shaped_loss + extra * size / averaging_factor(trainer, part=True)
         if not plain.close(given, shaped_loss):
-            raise not_in_effect(
+            raise loss_not_used_error(
                 trainer,
                 f"one real row that is cut into {size} parts (sp_size) has a loss of "
                 f"{given.item():.6f}, and {shaped_loss.item():.6f} as a whole, so its attention "
@@ -170,11 +171,11 @@ def _loss_in_parts(
     trainer: Any, active: StarDSSState, batch: Mapping[str, Any], trained: int, size: int
 ) -> Tensor:
     """Return the loss of a row that the sequence-parallel group computes in parts."""
-    part = part_of(batch, size, torch.distributed.get_rank(sequence_parallel_group()))
+    part = slice_for_rank(batch, size, torch.distributed.get_rank(sequence_parallel_group()))
     rows = int(trainer.args.train_batch_size)  # Ulysses' attention is set up for full batches
     part = {name: column.repeat(rows, 1) for name, column in part.items()}
     mine = trainer.compute_loss(trainer.model_wrapped, part, num_items_in_batch=trained * rows)
-    losses = active.ranks.gather(float(mine) / times_averaged(trainer, part=True))
+    losses = active.ranks.gather(float(mine) / averaging_factor(trainer, part=True))
     groups = len(losses) // size  # each group computes this same row
     return torch.as_tensor(sum(losses) / groups, device=part["input_ids"].device)
 
@@ -184,7 +185,11 @@ _WINDOW = 512
 
 
 def _base_beyond_cross_entropy(
-    trainer: Any, active: StarDSSState, policy: nn.Module, batch: Mapping[str, Any], plain: Plain
+    trainer: Any,
+    active: StarDSSState,
+    policy: nn.Module,
+    batch: Mapping[str, Any],
+    plain: TermsByDefinition,
 ) -> Tensor:
     """Return the base class's loss minus cross-entropy: the auxiliary loss of experts, or 0.
 
@@ -200,14 +205,14 @@ def _base_beyond_cross_entropy(
         part = slice(first, first + _WINDOW)
         batch = {name: batch[name][:1, part] for name in ("input_ids", "labels")}
         batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-        plain = plain_terms(active, trainer, policy, batch, None)
+        plain = terms_by_definition(active, trainer, policy, batch, None)
     base: Tensor = trainer.base_loss(trainer.model_wrapped, batch).float()
     trained = (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
     cross_entropy: Tensor = -plain.logps.sum().float() / trained
     if auxiliary:
         return base - cross_entropy
     if not plain.close(base, cross_entropy):
-        raise not_in_effect(
+        raise loss_not_used_error(
             trainer,
             f"it has a loss of its own ({base.item():.6f} on one real row, where "
             f"cross-entropy is {cross_entropy.item():.6f}), which STAR-DSS would replace. Use a "
@@ -217,7 +222,7 @@ def _base_beyond_cross_entropy(
 
 
 def _check_start(
-    trainer: Any, active: StarDSSState, batch: Mapping[str, Any], plain: Plain
+    trainer: Any, active: StarDSSState, batch: Mapping[str, Any], plain: TermsByDefinition
 ) -> None:
     """Check that the model still gives the precomputed reference's log-probabilities.
 
@@ -230,7 +235,7 @@ def _check_start(
     apart = (plain.logps - batch[REF_COLUMN][:, 1:])[held].abs().sum()
     mean = float(apart) / max(1, int(held.sum()))
     if mean > _MOVED["16 bits" if plain.half else "32 bits"]:
-        raise not_in_effect(
+        raise loss_not_used_error(
             trainer,
             "its model is not the one that the reference was made of when STAR-DSS was "
             f"set up (log-probabilities of one row are {mean:.2f} apart on average). Load weights "

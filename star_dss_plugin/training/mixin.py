@@ -19,6 +19,7 @@ from star_dss_plugin.data.media_rows import MediaRows
 from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.training.checkpoints import check_checkpoint
 from star_dss_plugin.training.host_checks import check_options_unchanged
+from star_dss_plugin.training.policy import mode_of
 from star_dss_plugin.training.rows.stream import ScoredStream
 from star_dss_plugin.training.run_record import add_section
 from star_dss_plugin.training.sequence_parallel import (
@@ -32,7 +33,7 @@ from star_dss_plugin.training.sequence_parallel import (
 from star_dss_plugin.training.sequence_parallel_checks import check_resuming
 from star_dss_plugin.training.sharding import reshard
 from star_dss_plugin.training.state import StarDSSState
-from star_dss_plugin.training.step import mode_of, shaped_step
+from star_dss_plugin.training.step import shaped_step
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -134,7 +135,7 @@ class StarDSSMixin(_Base):
         stream = self._stream(dataset)
         if stream is None:
             return loader
-        return stream.divide(loader, self.accelerator.num_processes // self.get_tp_size())
+        return stream.wrap_loader(loader, self.accelerator.num_processes // self.get_tp_size())
 
     def _stream(self, dataset: Any) -> ScoredStream | None:
         """Return the `ScoredStream` of a data set; None if the data set is no scored stream."""
@@ -205,7 +206,7 @@ class StarDSSMixin(_Base):
         """Take the next batches, equally many in each process also if each reads its own files."""
         stream = self._stream(self.train_dataset)
         if stream is not None and sequence_parallel_size(self.accelerator) == 1:
-            epoch_iterator = stream.batches(epoch_iterator, num_batches)
+            epoch_iterator = stream.next_batches(epoch_iterator, num_batches)
         return super().get_batch_samples(epoch_iterator, num_batches, *args)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], *args: Any) -> Any:

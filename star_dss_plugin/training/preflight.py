@@ -14,8 +14,8 @@ from star_dss_plugin.data.media_rows import MediaRows
 from star_dss_plugin.data.row_responses import RowOptions, read_responses
 from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.errors import StarDSSError
-from star_dss_plugin.guards.base import announced
-from star_dss_plugin.guards.probing.guard import probing
+from star_dss_plugin.guards.base import display_name
+from star_dss_plugin.guards.probing.guard import make_probing
 from star_dss_plugin.guards.spec import missing_guard, parse_guard
 from star_dss_plugin.hookspecs import Findings, GuardInfo
 from star_dss_plugin.options import StarDSSOptions
@@ -35,8 +35,8 @@ def check_options(options: StarDSSOptions) -> Findings:
             assert guard.identity
             if options.trajectory == "probed":
                 how = (options.probe_sample, options.probe_tolerance, options.threshold)
-                guard = probing(guard, *how)
-            found.notes.append(f"guard: {announced(guard.name, guard.demonstration)}")
+                guard = make_probing(guard, *how)
+            found.notes.append(f"guard: {display_name(guard.name, guard.demonstration)}")
     except StarDSSError as error:
         found.problems.append(str(error))
     found.notes.append(

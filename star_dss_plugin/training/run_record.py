@@ -15,8 +15,8 @@ from star_dss_plugin.data.writing import write_text
 from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.plugins import load_plugins
 from star_dss_plugin.tables import Sheet
-from star_dss_plugin.training.rows.prepare import DatasetSummary
-from star_dss_plugin.visible import code, visible_line
+from star_dss_plugin.training.rows.summary import DatasetSummary
+from star_dss_plugin.visible import as_code, visible_line
 
 if TYPE_CHECKING:
     from star_dss_plugin.training.state import StarDSSState
@@ -97,7 +97,7 @@ def _streamed(active: StarDSSState) -> str:
     if not train.streamed:
         return ""
     said = "the training data is a stream"
-    if active.kept is not None and active.kept.loaded:
+    if active.kept_guard is not None and active.kept_guard.loaded:
         said += (
             f", scored {active.options.stream_buffer} rows at a time: training waits for that, and "
             "the guard stays in memory (not if the data is scored beforehand)"
@@ -215,8 +215,8 @@ model scores every prefix of every response. With `{options["loss_type"]}`, {sha
 | | |
 |---|---|
 | loss | `{options["loss_type"]}`, λ = {options["kl_coef"]}, estimator `{options["kl_estimator"]}` |
-| guard | {code(train["guard"])}, one score per {options["chunk_size"]} {options["segmenter"]} |
-| reference | {code(run["reference"])} |
+| guard | {as_code(train["guard"])}, one score per {options["chunk_size"]} {options["segmenter"]} |
+| reference | {as_code(run["reference"])} |
 | data | {train["responses"]} responses, {train["trained_tokens"]} trained tokens{stream} |
 | below τ = {options["threshold"]} | {share:.1%} of the trained tokens (mean score \
 {train["mean_score"]:.3f}) |

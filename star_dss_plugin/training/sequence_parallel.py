@@ -34,10 +34,10 @@ __all__ = [
     "is_part",
     "one_epoch",
     "own_tokens",
-    "padded",
-    "part_of",
+    "pad_batch",
     "sequence_parallel_group",
     "sequence_parallel_size",
+    "slice_for_rank",
     "trained_tokens",
     "unshifted",
 ]
@@ -108,7 +108,7 @@ class SequenceParallelCollator:
                 f"{length} (and let the data collator pad to no more), raise sp_seq_length, or "
                 "set sp_seq_length_is_variable=True."
             )
-        batch = padded(batch, length, self.pad_token_id)
+        batch = pad_batch(batch, length, self.pad_token_id)
         batch["position_ids"] = torch.arange(length).repeat(len(batch["input_ids"]), 1)
         return batch | {
             shifted: _shifted(batch[name], _PADDING[name])
@@ -117,7 +117,7 @@ class SequenceParallelCollator:
         }
 
 
-def padded(batch: Mapping[str, Any], length: int, pad_token_id: int = 0) -> dict[str, Any]:
+def pad_batch(batch: Mapping[str, Any], length: int, pad_token_id: int = 0) -> dict[str, Any]:
     """Pad a batch's token columns on the right to a length."""
     more = length - batch["input_ids"].shape[1]
     paddings = {"input_ids": pad_token_id, **_PADDING}
@@ -146,7 +146,7 @@ def _shifted(column: Tensor, padding: float) -> Tensor:
     return F.pad(column[:, 1:], (0, 1), value=padding)
 
 
-def part_of(batch: Mapping[str, Tensor], size: int, index: int) -> dict[str, Tensor]:
+def slice_for_rank(batch: Mapping[str, Tensor], size: int, index: int) -> dict[str, Tensor]:
     """Return the part of a batch that DeepSpeed gives to one process of the group.
 
     Args:

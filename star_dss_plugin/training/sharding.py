@@ -23,8 +23,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from star_dss_plugin.errors import StarDSSError
-from star_dss_plugin.models import is_partitioned, model_fingerprint
-from star_dss_plugin.scoring.ranks import ALONE, Share, share_of, waiting
+from star_dss_plugin.models.fingerprints import is_partitioned, model_fingerprint
+from star_dss_plugin.scoring.ranks import SINGLE_PROCESS, Share, explain_barrier_errors, share_of
 
 __all__ = ["Ranks", "reshard", "runnable"]
 
@@ -154,7 +154,7 @@ class Ranks:
         has_weights: Whether this rank holds them.
     """
 
-    share: Share = ALONE
+    share: Share = SINGLE_PROCESS
     gather: Callable[[Any], list[Any]] = lambda value: [value]
     device: torch.device | str = "cpu"
     sharding: str | None = None
@@ -164,7 +164,7 @@ class Ranks:
     has_weights: bool = True
 
     @classmethod
-    def of(
+    def from_accelerator(
         cls, accelerator: Any, model: nn.Module, *, exchange: bool = False, tp_size: int = 1
     ) -> Ranks:
         """Describe the ranks of a trainer's run; every rank must call this.
@@ -179,7 +179,7 @@ class Ranks:
         def gather(value: Any) -> list[Any]:
             if accelerator.num_processes == 1:
                 return [value]
-            with waiting():
+            with explain_barrier_errors():
                 found: list[Any] = gather_object([value])
             return found
 
@@ -209,16 +209,16 @@ class Ranks:
 
         With expert parallelism it covers the experts of all ranks.
         """
-        found = self.first_decides(lambda: model_fingerprint(model))
+        found = self.decide_on_first(lambda: model_fingerprint(model))
         parts = list(dict.fromkeys(self.gather(found))) if self.collective else [found]
         return parts[0] if len(parts) == 1 else hashlib.sha256("".join(parts).encode()).hexdigest()
 
-    def mine(self, work: Sequence[T]) -> list[T]:
+    def own_part(self, work: Sequence[T]) -> list[T]:
         """Return this rank's share of work, which a tensor-parallel group does together."""
         groups = max(1, self.share.ranks // self.tp_size)
         return list(work[self.share.rank // self.tp_size % groups :: groups])
 
-    def first_decides(self, decide: Callable[[], T]) -> T:
+    def decide_on_first(self, decide: Callable[[], T]) -> T:
         """Return what a function of the model's weights returns, also on ranks without weights.
 
         If only first ranks hold weights, every rank gets the result of rank 0; else each rank gets
@@ -226,7 +226,7 @@ class Ranks:
 
         Args:
             decide: The function, called only on ranks that hold weights. Every rank must call
-                `first_decides`.
+                `decide_on_first`.
 
         Raises:
             StarDSSError: On every rank, if `decide` raised it on rank 0.
@@ -245,7 +245,7 @@ class Ranks:
             raise error
         return cast(T, found)
 
-    def agree(self, facts: Mapping[str, Any]) -> None:
+    def check_equal(self, facts: Mapping[str, Any]) -> None:
         """Check that facts are equal on all ranks; every rank must call this.
 
         Args:
@@ -261,7 +261,7 @@ class Ranks:
             if other:
                 raise _apart(name, other)
 
-    def agree_about(self, name: str, values: Sequence[float], within: float) -> None:
+    def check_close(self, name: str, values: Sequence[float], within: float) -> None:
         """Check that numbers are equal on all ranks up to a tolerance; every rank must call this.
 
         Args:

@@ -13,9 +13,9 @@ from star_dss_plugin.training.kept_guard import KeptGuard
 from star_dss_plugin.training.metrics import TokenMetrics
 from star_dss_plugin.training.reference.model import Reference
 from star_dss_plugin.training.rows.known_rows import KnownRows
-from star_dss_plugin.training.rows.prepare import DatasetSummary
 from star_dss_plugin.training.rows.raw_rows import FillerRows
 from star_dss_plugin.training.rows.stream import ScoredStream
+from star_dss_plugin.training.rows.summary import DatasetSummary
 from star_dss_plugin.training.sharding import Ranks
 
 __all__ = ["StarDSSState"]
@@ -39,7 +39,7 @@ class StarDSSState:
         rows: Digests of the rows that were prepared.
         train_dataset: The data set that `summaries["train"]` describes.
         streams: The streams that are scored as they are read.
-        kept: The guard that scores them.
+        kept_guard: The guard that scores them.
         alignment: Assigns scores to tokens in the data collator; None if rows come tokenized.
         fillers: Rows with media to add to batches without; None in a run of one process.
         given: The options in the trainer's arguments at set-up; empty if these have none.
@@ -59,7 +59,7 @@ class StarDSSState:
     rows: KnownRows = field(default_factory=KnownRows)
     train_dataset: Any = None
     streams: list[ScoredStream] = field(default_factory=list)
-    kept: KeptGuard | None = None
+    kept_guard: KeptGuard | None = None
     alignment: Alignment | None = None
     fillers: FillerRows | None = None
     given: dict[str, Any] = field(default_factory=dict)

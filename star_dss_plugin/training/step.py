@@ -15,17 +15,18 @@ from transformers import Trainer
 
 from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN, TOKEN_COLUMNS
 from star_dss_plugin.errors import ConfigError, StarDSSError
-from star_dss_plugin.logprobs import IGNORE_INDEX, full_kl, kl_estimate, kl_slope, token_logprobs
-from star_dss_plugin.loss import TokenWeights, shaped_loss
+from star_dss_plugin.logprobs import token_logprobs
+from star_dss_plugin.loss import shaped_loss
 from star_dss_plugin.training.head import (
     Projection,
-    States,
-    at_head,
-    first_output,
+    apply_at_head,
+    capture_first_output,
     forward_inputs,
     without_logits,
-    zero_of,
+    zero_loss,
 )
+from star_dss_plugin.training.kl_terms import compute_kl_terms, reference_of_batch
+from star_dss_plugin.training.policy import mode_of, policy_of
 from star_dss_plugin.training.sequence_parallel import (
     balancing_over_group,
     exchanging_in_eval,
@@ -35,7 +36,7 @@ from star_dss_plugin.training.sequence_parallel import (
 )
 from star_dss_plugin.training.state import StarDSSState
 
-__all__ = ["mode_of", "policy_of", "shaped_step", "times_averaged"]
+__all__ = ["averaging_factor", "shaped_step"]
 
 
 def shaped_step(
@@ -93,12 +94,12 @@ def shaped_step(
     # Before the policy's forward pass: gradient checkpointing would recompute that pass wrongly if
     # an adapter were switched off between it and the backward pass.
     with exchanging_in_eval(trainer.model) if part else contextlib.nullcontext():
-        ref = _reference(trainer, active, model, inputs, labels, ref_logps, weights)
+        ref = reference_of_batch(trainer, active, model, inputs, labels, ref_logps, weights)
 
     def terms(rows: Tensor, project: Projection | None) -> tuple[Tensor, ...]:
         with trainer.accelerator.autocast():  # as the model applies its own head
             logps = token_logprobs(rows, labels, project)
-            return logps, *_kl_terms(active, logps, rows, project, ref, weights)
+            return logps, *compute_kl_terms(active, logps, rows, project, ref, weights)
 
     with contextlib.ExitStack() as stack:
         if part:
@@ -109,7 +110,7 @@ def shaped_step(
         )
     if found is None:
         logps = _fused_logps(outputs, labels)
-        found = logps, *_kl_terms(active, logps, None, None, ref, weights)
+        found = logps, *compute_kl_terms(active, logps, None, None, ref, weights)
     logps = found[0]
     kl_terms = found[1] if len(found) > 1 else None
     slopes = found[2] if len(found) > 2 else None
@@ -125,14 +126,14 @@ def shaped_step(
     )
     active.shaped += mode == "train"
     if num_items_in_batch is not None:
-        loss = loss * times_averaged(trainer, part=part)
+        loss = loss * averaging_factor(trainer, part=part)
     loss = _with_auxiliary_loss(trainer, loss, outputs, num_items_in_batch)
     if active.sharded:
-        loss = loss + zero_of(outputs)
+        loss = loss + zero_loss(outputs)
     return (loss, result[1]) if return_outputs else loss
 
 
-def times_averaged(trainer: Any, *, part: bool) -> int:
+def averaging_factor(trainer: Any, *, part: bool) -> int:
     """Return the factor that undoes the averaging of gradients over processes.
 
     It is the number of processes whose trained tokens are counted together in
@@ -146,17 +147,6 @@ def times_averaged(trainer: Any, *, part: bool) -> int:
     if trainer.args.average_tokens_across_devices:
         return int(trainer.accelerator.num_processes // trainer.get_tp_size())
     return sequence_parallel_size(trainer.accelerator) if part else 1
-
-
-def mode_of(trainer: Trainer) -> str:
-    """Return "train" or "eval", the mode of the trainer's model."""
-    assert trainer.model is not None
-    return "train" if trainer.model.training else "eval"
-
-
-def policy_of(trainer: Trainer, model: nn.Module) -> Any:
-    """Return a trainer's model without the wrappers of accelerate and the compiler."""
-    return trainer.accelerator.unwrap_model(model, keep_torch_compile=False)
 
 
 def _checked(scores: Tensor) -> Tensor:
@@ -173,53 +163,6 @@ def _checked(scores: Tensor) -> Tensor:
             "sets and collator to the trainer's constructor, and leave star_scores as it is."
         )
     return scores.float()
-
-
-def _reference(
-    trainer: Trainer,
-    active: StarDSSState,
-    model: nn.Module,
-    inputs: dict[str, Any],
-    labels: Tensor,
-    ref_logps: Tensor | None,
-    weights: TokenWeights,
-) -> Tensor | States | None:
-    """Return the reference's log π_ref(y_t), (batch, seq − 1), or with `full` its `States`.
-
-    None without a reference, and if no token of the batch has a KL weight (unless the reference is
-    precomputed, or other ranks wait for this forward pass).
-    """
-    kind, held = active.reference.kind, weights.kl != 0
-    if kind == "precomputed":
-        if ref_logps is None:
-            raise StarDSSError(
-                f"A batch came without {REF_COLUMN!r}, the reference's log-probabilities. "
-                "Give the data set to the trainer's constructor, before training starts."
-            )
-        return ref_logps[:, 1:]
-    if kind == "none":
-        if bool(held.any()):
-            raise StarDSSError(
-                f"loss_type {active.options.loss_type!r} gave a token a KL weight although it was "
-                "found to need no reference. The weight map must depend on its arguments alone."
-            )
-        return None
-    # Every rank must run a forward pass that communicates, even if it needs no result.
-    if not (active.sharded or active.ranks.collective) and not bool(held.any()):
-        return None
-
-    def function(rows: Tensor, project: Projection | None) -> Any:
-        if active.needs_distributions:
-            return States(rows, project.detached() if project else None)
-        wanted = labels.clone()
-        wanted[:, 1:][~held] = IGNORE_INDEX
-        return token_logprobs(rows, wanted, project)
-
-    with trainer.accelerator.autocast():
-        call = model if active.sharded else None
-        policy = policy_of(trainer, model)
-        found: Tensor | States = active.reference.run(policy, inputs, function, call=call)
-        return found
 
 
 def _forward(
@@ -246,10 +189,10 @@ def _forward(
         return alone or (active.needs_distributions and lacking)
 
     with contextlib.ExitStack() as stack:
-        captured = stack.enter_context(first_output(model))
+        captured = stack.enter_context(capture_first_output(model))
         found: list[tuple[Tensor, ...]] = []
         if active.projects:
-            found = stack.enter_context(at_head(policy, terms, wanted=reads_at_head))
+            found = stack.enter_context(apply_at_head(policy, terms, condition=reads_at_head))
         if alone:
             stack.enter_context(without_logits(model))
         result = host_loss(model, dict(inputs), return_outputs=return_outputs)
@@ -267,30 +210,6 @@ def _forward(
         call = model if active.sharded else policy
         return result, captured[0], terms(call(**forward_inputs(inputs)).logits, None)
     return result, captured[0], None
-
-
-def _kl_terms(
-    active: StarDSSState,
-    logps: Tensor,
-    rows: Tensor | None,
-    project: Projection | None,
-    ref: Tensor | States | None,
-    weights: TokenWeights,
-) -> tuple[Tensor, ...]:
-    """Return (KL_t,) for `full`, (KL_t, slope) for the estimators, () without a reference.
-
-    The slope is the derivative of KL_t by log π_θ(y_t).
-    """
-    if ref is None:
-        return ()
-    if isinstance(ref, States):
-        assert rows is not None
-        ref_project = ref.project
-        if active.reference.kind == "adapter" and project is not None:
-            ref_project = project  # the same head, gathered here if it is sharded
-        return (full_kl(rows, ref.rows, weights.kl != 0, project, ref_project),)
-    estimator = active.options.kl_estimator
-    return kl_estimate(logps, ref, estimator), kl_slope(logps.detach(), ref, estimator)
 
 
 def _fused_logps(outputs: Any, labels: Tensor) -> Tensor:

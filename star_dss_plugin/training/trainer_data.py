@@ -23,13 +23,9 @@ from star_dss_plugin.training.mixin import StarDSSMixin
 from star_dss_plugin.training.reference.column import add_reference_logps, has_reference_logps
 from star_dss_plugin.training.reference.model import Reference
 from star_dss_plugin.training.rows.known_rows import KnownRows
-from star_dss_plugin.training.rows.prepare import (
-    DatasetSummary,
-    asks_guard,
-    check_kind,
-    prepare_dataset,
-)
+from star_dss_plugin.training.rows.prepare import check_kind, needs_guard, prepare_dataset
 from star_dss_plugin.training.rows.stream import ScoredStream
+from star_dss_plugin.training.rows.summary import DatasetSummary
 from star_dss_plugin.training.sharding import Ranks
 
 __all__ = ["prepare_raw", "prepare_rows", "prepare_stream"]
@@ -111,7 +107,7 @@ def prepare_stream(
     trainer: StarDSSMixin,
     options: StarDSSOptions,
     tokenizer: PreTrainedTokenizerBase,
-    kept: KeptGuard,
+    kept_guard: KeptGuard,
     rows: KnownRows,
     ranks: Ranks,
     dataset: IterableDataset,
@@ -133,7 +129,7 @@ def prepare_stream(
             truncation=truncation,
             share=share,
             progress=False,
-            guard=kept.get() if asks_guard(options, name) and not scored else None,
+            guard=kept_guard.get() if needs_guard(options, name) and not scored else None,
             part=True,
         )
         # Some collators make tensors of all columns.

@@ -16,7 +16,12 @@ from star_dss_plugin.guards.combined import calibrate
 from star_dss_plugin.guards.loading import load_guard
 from star_dss_plugin.guards.presets import PRESETS
 from star_dss_plugin.guards.self_check import SAFE_PROBE, UNSAFE_PROBE, check_probes
-from star_dss_plugin.scoring.calibration import fit, fit_guard, labelled_rows, quality
+from star_dss_plugin.scoring.calibration import (
+    calibration_quality,
+    fit_calibration,
+    fit_guard,
+    labelled_rows,
+)
 
 
 def run(*arguments):
@@ -92,7 +97,7 @@ def drawn(n, temperature, threshold, seed=0):
 
 @pytest.mark.parametrize(("temperature", "threshold"), [(1.0, 0.5), (2.5, 0.3), (0.4, 0.8)])
 def test_the_fit_finds_what_the_data_was_drawn_with(temperature, threshold):
-    found = fit(*drawn(20000, temperature, threshold))
+    found = fit_calibration(*drawn(20000, temperature, threshold))
     assert found[0] == pytest.approx(temperature, rel=0.1)
     assert found[1] == pytest.approx(threshold, abs=0.03)
 
@@ -102,7 +107,7 @@ def test_the_fit_is_scikit_learns():
     scores, labels = drawn(5000, 1.7, 0.4)
     x = [[math.log(p / (1 - p))] for p in scores]
     model = linear_model.LogisticRegression(C=1e12, tol=1e-10).fit(x, labels)
-    temperature, threshold = fit(scores, labels)
+    temperature, threshold = fit_calibration(scores, labels)
     assert temperature == pytest.approx(1 / model.coef_[0, 0], rel=1e-2)
     logit = -model.intercept_[0] / model.coef_[0, 0]
     assert threshold == pytest.approx(1 / (1 + math.exp(-logit)), abs=1e-3)
@@ -120,7 +125,7 @@ def test_no_other_numbers_are_likelier():
             total -= target * math.log(p) + (1 - target) * math.log(1 - p)
         return total
 
-    temperature, threshold = fit(scores, labels)
+    temperature, threshold = fit_calibration(scores, labels)
     best = loss(temperature, threshold)
     for t, θ in [(1.01, 0), (0.99, 0), (1, 0.005), (1, -0.005)]:
         assert loss(temperature * t, threshold + θ) > best
@@ -128,7 +133,7 @@ def test_no_other_numbers_are_likelier():
 
 @pytest.mark.parametrize("scores", [[0.0, 1.0], [0.1, 0.9], [0.4, 0.6]])
 def test_a_guard_that_tells_all_rows_apart_can_be_calibrated(scores):
-    temperature, threshold = fit(scores * 20, [0, 1] * 20)
+    temperature, threshold = fit_calibration(scores * 20, [0, 1] * 20)
     assert 0 < temperature < 100
     assert threshold == pytest.approx(0.5)
 
@@ -136,7 +141,7 @@ def test_a_guard_that_tells_all_rows_apart_can_be_calibrated(scores):
 @pytest.mark.parametrize("scores", [[0.9, 0.1], [0.5, 0.5]])
 def test_a_guard_that_is_wrong_way_round_cannot(scores):
     with pytest.raises(GuardError, match="do not rise with safety"):
-        fit(scores * 20, [0, 1] * 20)
+        fit_calibration(scores * 20, [0, 1] * 20)
 
 
 @pytest.mark.parametrize("rare", [0, 1])
@@ -148,7 +153,7 @@ def test_a_guard_that_says_next_to_nothing_cannot(rare):
     with pytest.raises(
         GuardError, match=r"say little about the labelled rows \(\d+ safe, \d+ harm"
     ):
-        fit(scores, labels)
+        fit_calibration(scores, labels)
 
 
 def test_a_guard_is_calibrated_once():
@@ -161,7 +166,7 @@ def test_quality_by_hand_and_by_pairs():
     rng = random.Random(0)
     scores = [round(rng.random(), 1) for _ in range(200)]  # with ties
     labels = [int(rng.random() < s) for s in scores]
-    found = quality(scores, labels)
+    found = calibration_quality(scores, labels)
     pairs = [(s, h) for s, a in zip(scores, labels) if a for h, b in zip(scores, labels) if not b]
     assert found.auroc == pytest.approx(sum((s > h) + (s == h) / 2 for s, h in pairs) / len(pairs))
     assert found.brier == pytest.approx(sum((s - y) ** 2 for s, y in zip(scores, labels)) / 200)
@@ -226,10 +231,10 @@ def test_held_out_means_held_out():
     for fold in range(5):
         outside = order[fold::5]
         inside = [i for i in range(80) if i not in outside]
-        numbers = fit([scores[i] for i in inside], [labels[i] for i in inside])
+        numbers = fit_calibration([scores[i] for i in inside], [labels[i] for i in inside])
         for i in outside:
             values[i] = calibrate(scores[i], *numbers)
-    assert found.calibrated == quality(values, labels)
+    assert found.calibrated == calibration_quality(values, labels)
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,9 @@
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from star_dss_plugin.data.responses import find_responses, runs
+from star_dss_plugin.data.responses import find_responses
 from star_dss_plugin.data.templates.chat import ChatTokenizer
+from star_dss_plugin.data.templates.tokenized import trained_runs
 from star_dss_plugin.data.tokenization import tokenize_row
 from star_dss_plugin.segmenters import tokens
 
@@ -199,7 +200,7 @@ def read(chat, messages):
     """(trained text, what the guard read, whether its context is raw) of each response."""
     row = {"messages": messages}
     row |= tokenize_row(row, chat)
-    trained = [chat.tokenizer.decode(row["input_ids"][a:b]) for a, b in runs(row["labels"])]
+    trained = [chat.tokenizer.decode(row["input_ids"][a:b]) for a, b in trained_runs(row["labels"])]
     found = find_responses(row, chat, tokens, 5)
     return [
         (text, response.request.text, response.raw_context)

@@ -47,7 +47,7 @@ def test_tokens_of_images_and_white_space_around_them_are_passed_over(tokenizer,
         tokenizer,
         ["<|im_start|>user\n", "\n\n", sign, "\n", sign, "\n\n", "who?<|im_end|>the dog<|im_end|>"],
     )
-    labels, scores = align.lay(row, ids, ids)
+    labels, scores = align.transfer(row, ids, ids)
     trained = len(ids_of(tokenizer, ["the dog<|im_end|>"]))
     assert labels == [-100] * (len(ids) - trained) + ids[-trained:]
     assert scores == [1.0] * (len(ids) - trained) + [0.25] * (trained - 1) + [0.125]
@@ -57,7 +57,7 @@ def test_other_tokens_of_the_same_text_get_the_scores_of_their_characters(tokeni
     row = known(tokenizer, ["a"], ["the lazy dog"])
     letters = [tokenizer.convert_tokens_to_ids(c) for c in "athe"]
     ids = letters + ids_of(tokenizer, [" lazy dog"])
-    labels, scores = align.lay(row, ids, ids)
+    labels, scores = align.transfer(row, ids, ids)
     assert labels == [-100, *ids[1:]]
     assert scores[1:4] == [0.25] * 3
     assert scores[-1] == 0.125
@@ -67,21 +67,24 @@ def test_a_token_over_the_end_of_a_chunk_has_the_lower_score(tokenizer, align):
     letters = [tokenizer.convert_tokens_to_ids(c) for c in "the"]
     row = {"input_ids": letters, "labels": letters, "star_scores": [0.75, 0.5, 0.25]}
     (whole,) = ids_of(tokenizer, ["the"])
-    assert align.lay(row, [whole], [whole]) == ([whole], [0.25])
+    assert align.transfer(row, [whole], [whole]) == ([whole], [0.25])
 
 
 def test_characters_of_several_tokens_keep_their_scores(tokenizer, align):
     row = known(tokenizer, ["a"], ["né 漢字 🙂", "<|im_end|>"])
-    assert align.lay(row, row["input_ids"], row["input_ids"]) == (row["labels"], row["star_scores"])
+    assert align.transfer(row, row["input_ids"], row["input_ids"]) == (
+        row["labels"],
+        row["star_scores"],
+    )
     # Cut within the last character of the words, which are all but the end of the turn.
     ids = row["input_ids"][:-2]
-    assert align.lay(row, ids, ids) == (row["labels"][:-2], row["star_scores"][:-2])
+    assert align.transfer(row, ids, ids) == (row["labels"][:-2], row["star_scores"][:-2])
 
 
 def test_what_the_host_does_not_train_is_not_trained(tokenizer, align):
     row = known(tokenizer, ["a"], ["the dog", "<|im_end|>"])
     labels = [*row["labels"][:-1], -100]
-    found = align.lay(row, row["input_ids"], labels)
+    found = align.transfer(row, row["input_ids"], labels)
     assert found == (labels, [*row["star_scores"][:-1], 1.0])
 
 
@@ -89,17 +92,17 @@ def test_other_words_are_refused(tokenizer, align):
     row = known(tokenizer, ["a"], ["the dog"])
     ids = ids_of(tokenizer, ["athe cat"])
     with pytest.raises(DataError, match=re.escape("from character 5 on")):
-        align.lay(row, ids, ids)
+        align.transfer(row, ids, ids)
     more = [*row["input_ids"], *ids_of(tokenizer, [" barks"])]
     with pytest.raises(DataError, match="' barks'"):
-        align.lay(row, more, more)
+        align.transfer(row, more, more)
 
 
 def test_shifted_labels_are_refused(tokenizer, align):
     row = known(tokenizer, ["a"], ["the dog"])
     ids = row["input_ids"]
     with pytest.raises(DataError, match="unshifted labels"):
-        align.lay(row, ids, [*ids[1:], -100])
+        align.transfer(row, ids, [*ids[1:], -100])
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def test_the_cap_is_a_number(tmp_path, monkeypatch, given):
 
 def test_what_repeats_in_a_small_file_is_read(tmp_path):
     path = write(tmp_path / "rows.parquet", pa.table({"text": ["hello " * 100] * 20_000}))
-    assert path.stat().st_size * 200 < 20_000 * 600 < conversion._ALWAYS
+    assert path.stat().st_size * 200 < 20_000 * 600 < conversion._MIN_LIMIT_BYTES
     assert len(read_dataset(str(path))) == 20_000
 
 

@@ -14,7 +14,7 @@ from template_forms import FORMS, chat_of
 
 from star_dss_plugin.data.templates import inverse as module
 from star_dss_plugin.data.templates.inverse import TemplateInverse
-from star_dss_plugin.data.templates.probes import pieces_of, probe
+from star_dss_plugin.data.templates.probes import pieces_of, probe_conversation
 from star_dss_plugin.data.templates.tool_calls import call_spans
 
 CHATML = "Qwen3, SmolLM3: a block of thought in the last turn"
@@ -136,7 +136,7 @@ def test_calls_come_back(name, talk):
     inverse = inverse_of(name)
     known = talks(as_text=name.startswith("JSON text"))[talk]
     ids = inverse.chat.encode(inverse.chat.render(known)).ids
-    found = inverse.of_tokens(ids)
+    found = inverse.messages_of_tokens(ids)
     assert said(found) == said(known)
     assert inverse.chat.encode(inverse.chat.render(found)).ids == ids
 
@@ -149,13 +149,13 @@ def test_thoughts_before_calls_come_back(name):
         *(*results("wet", "dry"), answer("Only in Oslo.", reasoning_content="I see.")),
     ]
     ids = inverse.chat.encode(inverse.chat.render(known)).ids
-    assert said(inverse.of_tokens(ids)) == said(known)
+    assert said(inverse.messages_of_tokens(ids)) == said(known)
 
 
 def test_ids_and_names_that_the_template_writes_come_back():
     known = talks(as_text=True)["two"]
     inverse = inverse_of("JSON text, with ids")
-    assert inverse.of_tokens(inverse.chat.encode(inverse.chat.render(known)).ids) == known
+    assert inverse.messages_of_tokens(inverse.chat.encode(inverse.chat.render(known)).ids) == known
 
 
 def test_a_value_does_not_hold_what_comes_behind_it():
@@ -163,10 +163,10 @@ def test_a_value_does_not_hold_what_comes_behind_it():
     inverse = inverse_of("Python")
     strings = [user("Rain?"), answer("", OSLO, OSLO), *results("wet", "wet"), answer("It rains.")]
     ids = inverse.chat.encode(inverse.chat.render(strings)).ids
-    assert said(inverse.of_tokens(ids)) == said(strings)
+    assert said(inverse.messages_of_tokens(ids)) == said(strings)
     numbers = [user("Rain?"), answer("", ("weather", {"days": 2, "city": "Oslo"}))]
     known = [*numbers, *results("wet"), answer("It rains.")]
-    found = inverse.of_tokens(inverse.chat.encode(inverse.chat.render(known)).ids)
+    found = inverse.messages_of_tokens(inverse.chat.encode(inverse.chat.render(known)).ids)
     words = "[weather(days=2, city='Oslo')]"
     assert [m["content"] for m in found] == ["Rain?", words, "wet", "It rains."]
 
@@ -188,12 +188,12 @@ def test_whatever_stands_in_a_call_it_renders_back_or_is_not_used(name, given_, 
         answer("Only in Oslo."),
     ]
     ids = inverse.chat.encode(inverse.chat.render(known)).ids
-    found = inverse.of_tokens(ids)
+    found = inverse.messages_of_tokens(ids)
     if found is not None:
         assert inverse.chat.encode(inverse.chat.render(found)).ids == ids
         assert found[-1]["content"].endswith("Only in Oslo.")
     cut = data.draw(st.integers(1, len(ids)))
-    part = inverse.of_tokens(ids[:cut])
+    part = inverse.messages_of_tokens(ids[:cut])
     for call in (c for m in part or () for c in m.get("tool_calls", ())):
         assert not inverse.chat.added.search(json.dumps(call, ensure_ascii=False))
 
@@ -206,7 +206,7 @@ def test_other_forms_are_right_or_not_used(name):
             ids = inverse.chat.encode(inverse.chat.render(known)).ids
         except module.DataError:
             continue  # the template refuses it
-        found = inverse.of_tokens(ids)
+        found = inverse.messages_of_tokens(ids)
         if found is not None:
             assert inverse.chat.encode(inverse.chat.render(found)).ids == ids
             assert said(found)[0] == said(known)[0]
@@ -240,7 +240,8 @@ def test_arguments_too_deep_to_be_read_end_before_the_next_control_token(depth):
 
 
 def test_a_probe_that_is_not_written_as_it_is_teaches_nothing():
-    made, slots = probe(["user", "thinking+answer"], "thinking", as_text=False, linked=False)
+    kinds = ["user", "thinking+answer"]
+    made, slots = probe_conversation(kinds, "thinking", as_text=False, linked=False)
     marks = [made[0]["content"], made[1]["thinking"], made[1]["content"]]
     assert pieces_of("<{}|{}|{}>".format(*marks), slots) == (slots, ["<", "|", "|", ">"])
     for wrong in ("{0}|{2}", "{0}|{2}|{1}", "{0}|{0}|{1}|{2}"):
@@ -251,7 +252,7 @@ def test_a_probe_that_is_not_written_as_it_is_teaches_nothing():
 def test_two_answers_in_a_row_are_two(name):
     inverse = inverse_of(name)
     known = [user("Help me?"), answer(""), answer("Sure!"), user("So?"), answer("An apple.")]
-    assert inverse.of_tokens(inverse.chat.encode(inverse.chat.render(known)).ids) == known
+    assert inverse.messages_of_tokens(inverse.chat.encode(inverse.chat.render(known)).ids) == known
 
 
 def test_words_that_hold_the_next_answer_are_not_one_turn():

@@ -1,10 +1,11 @@
 """Columns of images are read without opening what they name."""
 
+import pytest
 from datasets import Dataset, Features, Image, List, Value
 from support.vision_models import picture
 
-from star_dss_plugin.data.fingerprints import sample_of
-from star_dss_plugin.data.media import undecoded
+from star_dss_plugin.data.fingerprints import dataset_hash, sampled_rows_hash
+from star_dss_plugin.data.media import without_decoding
 
 
 def test_no_file_is_opened(tmp_path):
@@ -14,11 +15,12 @@ def test_no_file_is_opened(tmp_path):
     data = Dataset.from_dict({k: [v, v] for k, v in row.items()}, features=features)
     closed = {"bytes": None, "path": missing}
     read = {"images": [closed, closed], "one": closed, "text": "a"}
-    assert list(undecoded(data.select([1]))) == [read]
-    assert len(sample_of(data)) == 64
+    assert list(without_decoding(data.select([1]))) == [read]
+    assert len(dataset_hash(data)) == len(sampled_rows_hash(data)) == 64
 
 
-def test_the_same_images_have_the_same_sample():
+@pytest.mark.parametrize("hash_of", [dataset_hash, sampled_rows_hash])
+def test_the_same_images_have_the_same_hash(hash_of):
     one, two = (Dataset.from_list([{"images": [picture(7)]}]) for _ in range(2))
-    assert sample_of(one) == sample_of(two)
-    assert sample_of(one) != sample_of(Dataset.from_list([{"images": [picture(8)]}]))
+    assert hash_of(one) == hash_of(two)
+    assert hash_of(one) != hash_of(Dataset.from_list([{"images": [picture(8)]}]))

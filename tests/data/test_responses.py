@@ -7,8 +7,9 @@ from support.conversations import chat
 from support.models import tokenized
 
 from star_dss_plugin import DataError
-from star_dss_plugin.data.responses import find_responses, runs
+from star_dss_plugin.data.responses import find_responses
 from star_dss_plugin.data.templates.chat import ChatTokenizer
+from star_dss_plugin.data.templates.tokenized import trained_runs
 from star_dss_plugin.data.tokenization import tokenize_row
 from star_dss_plugin.segmenters import tokens
 
@@ -89,14 +90,17 @@ def test_contexts_of_truncated_rows(tokenizer, name):
     row = labelled(messages, tokenizer)
     for length in range(1, len(row["input_ids"])):
         cut = row | {key: row[key][:length] for key in ("input_ids", "labels")}
-        assert contexts(cut, tokenizer) == before_each_answer(messages)[: len(runs(cut["labels"]))]
+        assert (
+            contexts(cut, tokenizer)
+            == before_each_answer(messages)[: len(trained_runs(cut["labels"]))]
+        )
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_context_where_the_last_turn_alone_is_trained(tokenizer, name):
     messages = CONVERSATIONS[name]
     row = labelled(messages, tokenizer)
-    start, end = runs(row["labels"])[-1]
+    start, end = trained_runs(row["labels"])[-1]
     row["labels"] = [i if start <= n < end else -100 for n, i in enumerate(row["input_ids"])]
     assert contexts(row, tokenizer) == before_each_answer(messages, [-1])
 
@@ -105,7 +109,7 @@ def test_context_where_the_last_turn_alone_is_trained(tokenizer, name):
 def test_context_of_prompt_and_completion(tokenizer, name):
     messages = CONVERSATIONS[name]
     row = labelled(messages, tokenizer)
-    start, end = runs(row["labels"])[-1]
+    start, end = trained_runs(row["labels"])[-1]
     row["labels"] = [i if start <= n < end else -100 for n, i in enumerate(row["input_ids"])]
     del row["messages"]
     row |= {"prompt": messages[:-1], "completion": messages[-1:]}
@@ -365,7 +369,7 @@ def test_no_trained_token_is_no_response(tokenizer):
     ],
 )
 def test_runs(labels, found):
-    assert runs(labels) == found
+    assert trained_runs(labels) == found
 
 
 def test_tags_of_thought_are_words_to_a_template_that_knows_none(tokenizer):

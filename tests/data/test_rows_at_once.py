@@ -16,8 +16,9 @@ from test_segments import sentencepiece_like
 
 from star_dss_plugin import DataError
 from star_dss_plugin.data import tokenization
-from star_dss_plugin.data.templates.chat import ChatTokenizer, common_prefix_length
-from star_dss_plugin.data.templates.placed import _joined, place
+from star_dss_plugin.data.templates.chat import ChatTokenizer
+from star_dss_plugin.data.templates.encoded import common_prefix_length
+from star_dss_plugin.data.templates.located import _joined, locate
 from star_dss_plugin.data.tokenization import read_row, read_rows
 
 PARTS = [
@@ -178,18 +179,18 @@ def test_what_a_run_says_follows_from_places(name, said, data):
     messages = [{"role": r, "content": c} for r, c in zip(roles, said, strict=False)]
     made = read_row({"messages": messages}, chat, whole_completion=False)
     count = len(made.encoded.ids)
-    placed = place(chat, made.encoded.ids, made)
-    if placed is None:
+    located = locate(chat, made.encoded.ids, made)
+    if located is None:
         return  # the template rewrites what is said
     start = data.draw(st.integers(0, count - 1))
     end = data.draw(st.integers(start + 1, count))
-    places = placed.places
+    places = located.tokens
     shared = any(a == b for a, b in pairwise(places.starts))
     assert places.exact is not shared
-    turns = placed.turns(start, end) or placed.layout.turns
-    text, ends, complete = placed.said(chat, turns, start, end)
-    slow = replace(placed, places=replace(places, exact=False))
-    assert slow.said(chat, turns, start, end) == (text, ends, complete)
+    turns = located.turns(start, end) or located.layout.turns
+    text, ends, complete = located.turn_text(chat, turns, start, end)
+    slow = replace(located, tokens=replace(places, exact=False))
+    assert slow.turn_text(chat, turns, start, end) == (text, ends, complete)
 
 
 @given(st.lists(st.integers(0, 12), max_size=8), st.sets(st.integers(0, 12), max_size=6))

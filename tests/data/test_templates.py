@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parent))
 from template_forms import CALL, FORMS, QUESTION, TALKS, chat_of, read, says_all, table
 
-from star_dss_plugin.data.responses import find_responses, runs
+from star_dss_plugin.data.responses import find_responses
 from star_dss_plugin.data.templates.chat import ChatTokenizer
+from star_dss_plugin.data.templates.tokenized import trained_runs
 from star_dss_plugin.data.tokenization import tokenize_row
 from star_dss_plugin.segmenters import tokens
 
@@ -198,7 +199,7 @@ def test_every_run_is_placed_by_counting_turns(name, said, cut):
         assert len(response.request.context) == k
         questions = [m["content"] for m in response.request.context if m["role"] == "user"]
         assert questions == [m["content"] for m in messages[:k] if m["role"] == "user"]
-    assert len(runs(row["labels"])) <= len(answers)
+    assert len(trained_runs(row["labels"])) <= len(answers)
 
 
 _CHATS: dict[str, ChatTokenizer] = {}

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from star_dss_plugin.data.host_labels import assistant_labels, needs_assistant_labels
 from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.data.templates.tokenized import labels_of
-from star_dss_plugin.data.tokenization import cut_row, read_row, tokenize_row
+from star_dss_plugin.data.tokenization import read_row, tokenize_row, truncate_row
 
 TRIMMED = GENERATION.replace("m.content", "m.content|trim")
 
@@ -300,15 +300,15 @@ def test_template_arguments_of_the_row(tokenizer):
 def test_rows_are_cut_at_the_end_that_is_named(tokenizer):
     row = {"prompt": "how are you?", "completion": " i am fine, thank you."}
     made = read_row(row, ChatTokenizer(tokenizer))
-    ids, trained = cut_row(made, None)
+    ids, trained = truncate_row(made, None)
     labels = labels_of(ids, trained)
     assert (ids, labels) == (
         made.encoded.ids,
         tokenize_row(row, ChatTokenizer(tokenizer))["labels"],
     )
-    assert cut_row(made, len(ids) + 1, keep_end=True) == (ids, trained)
+    assert truncate_row(made, len(ids) + 1, keep_end=True) == (ids, trained)
     for length in range(1, len(ids)):
-        last, runs = cut_row(made, length, keep_end=True)
+        last, runs = truncate_row(made, length, keep_end=True)
         assert (last, labels_of(last, runs)) == (ids[-length:], labels[-length:])
-        first, runs = cut_row(made, length)
+        first, runs = truncate_row(made, length)
         assert (first, labels_of(first, runs)) == (ids[:length], labels[:length])

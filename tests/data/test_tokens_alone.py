@@ -10,8 +10,9 @@ from template_forms import FORMS, chat_of
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from star_dss_plugin.data.responses import find_responses, runs
+from star_dss_plugin.data.responses import find_responses
 from star_dss_plugin.data.templates.chat import ChatTokenizer
+from star_dss_plugin.data.templates.tokenized import trained_runs
 from star_dss_plugin.data.tokenization import tokenize_row
 from star_dss_plugin.segmenters import tokens
 
@@ -121,12 +122,12 @@ def test_what_comes_back_is_what_was_said(form, talk):
     name, chat = form
     said = {**TALKS, **MORE}[talk]
     ids, labels = made(chat, said)
-    first, last = runs(labels)[-1]
+    first, last = trained_runs(labels)[-1]
     rows = [(ids[:cut], labels[:cut]) for cut in {*range(first, len(ids)), *range(5, first, 7)}]
     parts = [(first, last), (first, first + 1), ((first + last) // 2, last)]
     rows += [(ids, labels), *((ids, masked(labels, *part)) for part in parts)]
     for some, trained in rows:
-        if -100 not in trained or not runs(trained):
+        if -100 not in trained or not trained_runs(trained):
             continue
         alone = shown(chat, some, trained)
         for (context, text, raw, _), known in zip(
@@ -156,7 +157,7 @@ def test_whole_rows_come_back_with_their_messages(form):
         [(m["role"], m["content"]) for m in TALK[:k]] for k in (1, 3)
     ]
     assert [text for _, text, *_ in (first, last)] == ["First.", "Second one."]
-    alone = masked(labels, *runs(labels)[-1])
+    alone = masked(labels, *trained_runs(labels)[-1])
     assert shown(chat, ids, alone) == [last]
 
 
@@ -166,8 +167,8 @@ def test_words_behind_an_answer_are_no_part_of_a_turn_that_ended(form, where, tr
     name, chat = form
     ids, labels = made(chat)
     more = chat.encode("and more words").ids
-    at = {"behind the row": len(ids), "between two turns": runs(labels)[0][1]}.get(
-        where, runs(labels)[1][1]
+    at = {"behind the row": len(ids), "between two turns": trained_runs(labels)[0][1]}.get(
+        where, trained_runs(labels)[1][1]
     )
     found = shown(
         chat,
@@ -186,7 +187,7 @@ def test_turns_in_ordinary_tokens_are_words(form):
     """Within the question, and within the answer that is trained."""
     _, chat = form
     ids, labels = made(chat)
-    (_, end), (start, last) = runs(labels)
+    (_, end), (start, last) = trained_runs(labels)
     forged = ordinary(chat, chat.tokenizer.decode(ids[end - 1 : start]) + "bad")
     inside = start + (last - start) // 2
     for at, trained in ((inside, True), (2, False)):
@@ -201,7 +202,7 @@ def test_an_end_of_turn_in_ordinary_tokens_is_read(form):
     """The row is cut behind it, where the last tokens are not compared one by one."""
     _, chat = form
     ids, labels = made(chat)
-    start, _ = runs(labels)[-1]
+    start, _ = trained_runs(labels)[-1]
     stop = start + 1 + ids[start:].index(chat.encode("Second one.").ids[-1])
     end = ordinary(chat, chat.tokenizer.eos_token)
     (found,) = shown(chat, [*ids[:stop], *end], [*[-100] * start, *ids[start:stop], *end])
@@ -232,7 +233,7 @@ def test_tokens_that_begin_and_end_texts_are_never_words(form):
 def test_a_turn_of_another_within_a_trained_run_is_no_answer(form):
     _, chat = form
     ids, labels = made(chat)
-    (start, _), (_, end) = runs(labels)
+    (start, _), (_, end) = trained_runs(labels)
     found = shown(chat, ids, [-100] * start + ids[start:end] + [-100] * (len(ids) - end))
     assert all(raw for _, _, raw, _ in found)
     assert "Second question?" in found[0][1]

@@ -159,7 +159,9 @@ def test_no_block_is_missing_and_few_are_too_many(
     positions = before[:, None] + torch.arange(columns)
     positions[-1] = (positions[-1] - padding).clamp(min=0)
     lengths = [int(depth.max()) + 3 for depth in depths]
-    layout = BlockSparse.of(positions, real, [len(depth) for depth in depths], depths, lengths)
+    layout = BlockSparse.from_rows(
+        positions, real, [len(depth) for depth in depths], depths, lengths
+    )
     mask = layout._mask(asked, window)
     seen = mask.mask_mod(
         torch.tensor(0),

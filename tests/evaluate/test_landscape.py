@@ -17,7 +17,7 @@ from star_dss_plugin.evaluate.landscape import (
     toward_line,
     visage,
 )
-from star_dss_plugin.evaluate.landscape_points import PointsFile, put_together
+from star_dss_plugin.evaluate.landscape_points import PointsFile, assemble_landscape
 from star_dss_plugin.evaluate.moved_weights import MovedWeights
 
 
@@ -95,13 +95,13 @@ def test_a_landscape_is_put_together():
     safe = {(): [True, True], (("random 1", -0.5),): [False, False]}
     safe[(("random 1", 0.5),)] = safe[(("random 2", 0.5),)] = [True, False]
     safe[(("random 2", -0.5),)] = [True, True]
-    found = put_together(samples, safe)
+    found = assemble_landscape(samples, safe)
     one, two = ([p.attack_success for p in c.points] for c in found.curves)
     assert (one, two) == ([100, 0, 50], [0, 0, 50])
     assert [c.visage for c in found.curves] == [75, pytest.approx(250 / 3)]
     assert found.visage == pytest.approx((100 + 50 + 100 + 100 + 50) / 5)
     assert (found.points, found.points_below, found.prompts, found.centre) == (6, 5, 2, 0)
-    toward = put_together(toward_line(1), {(): [True], (("toward", 1.0),): [False]})
+    toward = assemble_landscape(toward_line(1), {(): [True], (("toward", 1.0),): [False]})
     assert (toward.visage, toward.curves[0].visage, toward.centre) == (None, None, 0)
 
 

@@ -13,15 +13,12 @@ from typer.main import get_command
 
 from star_dss_plugin import ConfigError
 from star_dss_plugin.cli import app as cli
-from star_dss_plugin.evaluate.landscape import (
-    grid,
-    random_lines,
-)
+from star_dss_plugin.evaluate.landscape import grid, random_lines
 from star_dss_plugin.evaluate.landscape_figure import write_landscape
-from star_dss_plugin.evaluate.landscape_points import put_together
+from star_dss_plugin.evaluate.landscape_points import assemble_landscape
 from star_dss_plugin.evaluate.models import load_whole_model
 from star_dss_plugin.evaluate.moved_weights import MovedWeights
-from star_dss_plugin.models import weights_digest
+from star_dss_plugin.models.fingerprints import weights_digest
 
 # The command.
 
@@ -189,11 +186,11 @@ def test_weights_that_are_missing_are_not_made_up(model_dir, tmp_path):
 def test_figures_of_several_models(tmp_path):
     pytest.importorskip("matplotlib")
     samples = random_lines(directions=2, steps=2)
-    one = put_together(samples, {s.place: [True, False] for s in samples})
+    one = assemble_landscape(samples, {s.place: [True, False] for s in samples})
     write_landscape({"start $x$": one, "sft": one}, tmp_path / "new" / "both.png")
     assert (tmp_path / "new" / "both.png").read_bytes()[:4] == b"\x89PNG"
     plane = grid(steps=2)
-    flat = put_together(plane, {s.place: [True] for s in plane})
+    flat = assemble_landscape(plane, {s.place: [True] for s in plane})
     with pytest.raises(ConfigError, match="one landscape at a time"):
         write_landscape({"a": flat, "b": one}, tmp_path / "no.png")
 

@@ -42,7 +42,7 @@ def slow_norm(tensor):
 def test_a_direction_is_as_long_as_its_weight(shape, seed, dtype, scale):
     torch.manual_seed(seed % 1000)
     weight = (torch.randn(shape) * scale).to(dtype)
-    found = direction("w", weight, seed=seed, which="random 1")
+    found = direction("w", weight, seed=seed, direction_name="random 1")
     assert found.shape == weight.shape
     assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert slow_norm(found) == pytest.approx(slow_norm(weight), rel=1e-6, abs=1e-12)
@@ -50,18 +50,18 @@ def test_a_direction_is_as_long_as_its_weight(shape, seed, dtype, scale):
 
 def test_a_direction_is_gaussian_and_its_own():
     weight = torch.ones(100, 100, dtype=torch.float64)
-    found = direction("w", weight, seed=0, which="random 1").reshape(-1)
+    found = direction("w", weight, seed=0, direction_name="random 1").reshape(-1)
     assert found.mean().abs() < 0.05
     kurtosis = (found**4).mean() / (found**2).mean() ** 2
     assert kurtosis == pytest.approx(3, abs=0.2)
-    assert torch.equal(found, direction("w", weight, seed=0, which="random 1").reshape(-1))
+    assert torch.equal(found, direction("w", weight, seed=0, direction_name="random 1").reshape(-1))
     for name, seed, which in (("v", 0, "random 1"), ("w", 1, "random 1"), ("w", 0, "random 2")):
-        other = direction(name, weight, seed=seed, which=which).reshape(-1)
+        other = direction(name, weight, seed=seed, direction_name=which).reshape(-1)
         assert abs(torch.nn.functional.cosine_similarity(found, other, dim=0)) < 0.05
     # The same direction in every precision, so that models of two precisions can be compared.
-    half = direction("w", weight.bfloat16(), seed=0, which="random 1").reshape(-1)
+    half = direction("w", weight.bfloat16(), seed=0, direction_name="random 1").reshape(-1)
     assert torch.allclose(found.float(), half, rtol=1e-6)
-    assert not direction("w", torch.zeros(3), seed=0, which="random 1").any()
+    assert not direction("w", torch.zeros(3), seed=0, direction_name="random 1").any()
 
 
 def test_weights_move_by_the_share_of_their_norm_and_norm_layers_stay():
@@ -75,8 +75,8 @@ def test_weights_move_by_the_share_of_their_norm_and_norm_layers_stay():
             if "norm" in name:
                 assert torch.equal(w, start)
                 continue
-            one = direction(name, start, seed=3, which="random 1")
-            two = direction(name, start, seed=3, which="random 2")
+            one = direction(name, start, seed=3, direction_name="random 1")
+            two = direction(name, start, seed=3, direction_name="random 2")
             assert torch.allclose(w, start - 0.5 * one + 0.2 * two, rtol=1e-12, atol=1e-13)
         weights.move(OUT)  # from the original weights, not from where they are
         for name in ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.bias"):

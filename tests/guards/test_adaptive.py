@@ -11,7 +11,7 @@ from star_dss_plugin import score_dataset
 from star_dss_plugin.data.provenance import provenance_of
 from star_dss_plugin.data.requests import PrefixRequest, Trajectory
 from star_dss_plugin.errors import ConfigError, GuardError
-from star_dss_plugin.guards.adaptive import STRIDE, AdaptiveGuard, adaptive
+from star_dss_plugin.guards.adaptive import STRIDE, AdaptiveGuard, make_adaptive
 from star_dss_plugin.guards.base import Guard, StreamingGuard
 
 
@@ -125,8 +125,8 @@ def test_a_streaming_guard_is_returned_unchanged():
             raise AssertionError
 
     guard = Streaming()
-    assert adaptive(guard, 0.02) is guard
-    assert isinstance(adaptive(Recorded([1.0]), 0.02), AdaptiveGuard)
+    assert make_adaptive(guard, 0.02) is guard
+    assert isinstance(make_adaptive(Recorded([1.0]), 0.02), AdaptiveGuard)
 
 
 def test_the_provenance_and_the_cache_know_adaptive_scores(tokenizer, tmp_path):

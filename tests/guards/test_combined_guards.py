@@ -14,7 +14,12 @@ from star_dss_plugin import ConfigError, GuardError, load_guard, provenance_of, 
 from star_dss_plugin.data.requests import PrefixRequest, Trajectory
 from star_dss_plugin.guards.adaptive import AdaptiveGuard
 from star_dss_plugin.guards.base import Guard
-from star_dss_plugin.guards.combined import CalibratedGuard, EnsembleGuard, calibrate, leaves
+from star_dss_plugin.guards.combined import (
+    CalibratedGuard,
+    EnsembleGuard,
+    calibrate,
+    single_guards,
+)
 from star_dss_plugin.options import StarDSSOptions
 from star_dss_plugin.report.reading import read_scored
 
@@ -212,10 +217,10 @@ def test_calibrated_scores_by_the_formula(p, temperature, threshold):
 
 def test_a_guard_that_rounds_to_0_and_1_is_calibrated_too():
     """Hard verdicts that are right in four of five cases."""
-    from star_dss_plugin.scoring.calibration import fit
+    from star_dss_plugin.scoring.calibration import fit_calibration
 
     scores, labels = [0.0, 1.0] * 100, [0, 1] * 80 + [1, 0] * 20
-    numbers = fit(scores, labels)
+    numbers = fit_calibration(scores, labels)
     assert calibrate(1.0, *numbers) == pytest.approx(0.8, abs=0.01)
     assert calibrate(0.0, *numbers) == pytest.approx(0.2, abs=0.01)
 
@@ -236,7 +241,7 @@ def test_a_calibrated_guard(tokenizer):
     guard = load_guard(whole)
     expected = calibrate((0.2 + calibrate(0.4, 1.0, 0.6)) / 2, 0.5, 0.5)
     assert guard.score([talk()]) == pytest.approx([expected])
-    assert [leaf.word for leaf in leaves(guard)] == ["bad", "fox"]
+    assert [leaf.word for leaf in single_guards(guard)] == ["bad", "fox"]
 
 
 # Responses that cannot be scored

@@ -16,7 +16,7 @@ from transformers.models.qwen3 import modeling_qwen3
 from star_dss_plugin import ConfigError, load_guard
 from star_dss_plugin.data.requests import PrefixRequest
 from star_dss_plugin.guards.qwen3_stream import Qwen3GuardStreamModel
-from star_dss_plugin.models import load_weights, read_model
+from star_dss_plugin.models.loading import load_weights, read_model
 from star_dss_plugin.training.reference.choice import _load_named
 from star_dss_plugin.unpatched import unpatched
 

@@ -21,9 +21,9 @@ from star_dss_plugin.guards.probing.bounds import (
     check_bounds,
     probabilities,
 )
-from star_dss_plugin.guards.probing.guard import ProbingGuard, probing
-from star_dss_plugin.guards.probing.learned import Learned
-from star_dss_plugin.guards.probing.linear import Linear, Sample, choose, features, summaries
+from star_dss_plugin.guards.probing.fitted import FittedProbe
+from star_dss_plugin.guards.probing.guard import ProbingGuard, make_probing
+from star_dss_plugin.guards.probing.linear import Linear, Sample, choose_probe, features, summaries
 from star_dss_plugin.options import ScoringOptions
 
 # States
@@ -38,7 +38,7 @@ def test_states_are_those_of_the_last_whole_token_of_each_prefix(tmp_path, token
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     text = "i am fine, thank you."
     [found] = guard.trunk_states([request(text, 1, 6, len(text))], [0, 2])
-    ids, ends = guard._template.opened(QUESTION, text)
+    ids, ends = guard._template.prompt_with_response(QUESTION, text)
     states = slow_states(model, ids, [0, 2])
     first = len(ids) - len(ends)
     for end, got in zip((1, 6, len(text)), found, strict=True):
@@ -59,7 +59,7 @@ def test_a_prefix_without_a_token_has_the_state_before_the_response(tmp_path, to
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     found = guard.trunk_states([request("", 0), request("you are", 0, 3)], [1])
     for text, states in zip(("", "you are"), found, strict=True):
-        ids, ends = guard._template.opened(QUESTION, text)
+        ids, ends = guard._template.prompt_with_response(QUESTION, text)
         before = slow_states(model, ids, [1])[len(ids) - len(ends) - 1]
         torch.testing.assert_close(states[0], before, rtol=1e-4, atol=1e-4)
 
@@ -89,7 +89,7 @@ def samples(count, noise, seed=0, informative=1):
 
 def test_the_block_whose_states_give_the_score_is_chosen():
     for informative in range(3):
-        chosen = choose(samples(60, 0.05, informative=informative))
+        chosen = choose_probe(samples(60, 0.05, informative=informative))
         assert informative in chosen.blocks
         held = [np.abs(probabilities(z) - s.scores) for z, s in zip(
             chosen.held_out, samples(60, 0.05, informative=informative), strict=True
@@ -101,7 +101,7 @@ def test_held_out_scores_come_from_probes_that_have_not_seen_them():
     """Changing one response's scores changes the predictions of other folds only."""
     known = samples(30, 0.1)
     changed = [*known[:7], Sample(known[7].inputs, 1 - known[7].scores, 1.0), *known[8:]]
-    one, other = choose(known), choose(changed)
+    one, other = choose_probe(known), choose_probe(changed)
     if (one.blocks, one.penalty) == (other.blocks, other.penalty):
         np.testing.assert_allclose(one.held_out[7], other.held_out[7])
         assert not np.allclose(one.held_out[8], other.held_out[8])
@@ -110,7 +110,7 @@ def test_held_out_scores_come_from_probes_that_have_not_seen_them():
 
 
 def test_a_fit_is_the_same_each_time():
-    one, other = choose(samples(25, 0.2)), choose(samples(25, 0.2))
+    one, other = choose_probe(samples(25, 0.2)), choose_probe(samples(25, 0.2))
     assert (one.probe.weight == other.probe.weight).all()
     assert one.probe.bias == other.probe.bias
 
@@ -130,10 +130,10 @@ def held(count, noise, seed=0):
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(st.floats(0.05, 2), st.integers(0, 10**6), st.sampled_from([0.02, 0.05, 0.1]))
 def test_scores_that_are_not_asked_keep_the_promise_on_new_responses(noise, seed, tolerance):
-    bounds = Bounds.of(held(200, noise, seed), tolerance, 0.5)
+    bounds = Bounds.from_held_out(held(200, noise, seed), tolerance, 0.5)
     new = held(400, noise, seed + 1)
     logits, scores = (np.concatenate([getattr(h, n) for h in new]) for n in ("logits", "scores"))
-    kept = ~bounds.asks(logits)
+    kept = ~bounds.needs_guard(logits)
     if kept.sum() > 500:
         off = np.abs(probabilities(logits) - scores)[kept]
         assert (off <= tolerance).mean() >= COVERAGE
@@ -148,14 +148,14 @@ def test_noisier_probes_leave_more_prefixes_to_the_guard():
 def test_an_interval_that_holds_the_threshold_is_asked():
     bounds = Bounds(np.array([]), np.array([0.04]), 0.05, 0.5)
     p = np.array([0.45, 0.47, 0.5, 0.53, 0.55])
-    assert bounds.asks(np.log(p / (1 - p))).tolist() == [False, True, True, True, False]
+    assert bounds.needs_guard(np.log(p / (1 - p))).tolist() == [False, True, True, True, False]
     other = Bounds(np.array([]), np.array([0.04]), 0.05, 0.9)
-    assert other.asks(np.log(p / (1 - p))).tolist() == [False] * 5
+    assert other.needs_guard(np.log(p / (1 - p))).tolist() == [False] * 5
 
 
 def test_few_held_out_prefixes_give_infinite_bounds():
     few = [HeldOut(np.array([3.0]), np.array([0.95]), 1.0)] * 5
-    assert np.isinf(Bounds.of(few, 0.05, 0.5).halves).all()
+    assert np.isinf(Bounds.from_held_out(few, 0.05, 0.5).halves).all()
     assert check_bounds(few, 0.05, 0.5)["probed"] == 0
 
 
@@ -169,21 +169,21 @@ def test_a_weight_counts_as_that_many_responses():
     mixed = [one for pair in zip(right, wrong, strict=True) for one in pair]
     heavy = [HeldOut(h.logits, h.scores, 50.0 if i % 2 else 1.0) for i, h in enumerate(mixed)]
     light = [HeldOut(h.logits, h.scores, 0.001 if i % 2 else 1.0) for i, h in enumerate(mixed)]
-    assert Bounds.of(heavy, 0.05, 0.9).halves[-1] == pytest.approx(0.5)
-    assert Bounds.of(light, 0.05, 0.9).halves[-1] == pytest.approx(0.0)
+    assert Bounds.from_held_out(heavy, 0.05, 0.9).halves[-1] == pytest.approx(0.5)
+    assert Bounds.from_held_out(light, 0.05, 0.9).halves[-1] == pytest.approx(0.0)
 
 
 def test_a_probe_comes_back_from_json_as_it_was():
     facts = {"coverage": 0.97, "probed": 0.5}
     bounds = Bounds(np.array([0.1]), np.array([0.02, np.inf]), 0.05, 0.5)
-    one = Learned((1, 2), Linear(np.array([0.1, 1 / 3]), -0.2), bounds, facts)
-    other = Learned.parse(one.dump())
+    one = FittedProbe((1, 2), Linear(np.array([0.1, 1 / 3]), -0.2), bounds, facts)
+    other = FittedProbe.parse(one.dump())
     assert other.dump() == one.dump()
     assert other.blocks == one.blocks
     assert np.isinf(other.bounds.halves[1])
     for damaged in ("{}", "[]", "null", one.dump().replace("[0.1]", "[0.1, 0.2]")):
         with pytest.raises((ValueError, TypeError, KeyError)):
-            Learned.parse(damaged)
+            FittedProbe.parse(damaged)
 
 
 # Guards that can have a probe
@@ -198,19 +198,19 @@ class Plugin(Guard):
 
 def test_guards_without_states_are_refused(model_dir):
     with pytest.raises(ConfigError, match="'plugin' is no causal guard that answers with"):
-        probing(Plugin(), 20, 0.05, 0.5)
+        make_probing(Plugin(), 20, 0.05, 0.5)
     one, other = (load_guard(describe(model_dir, prefill=p)) for p in ("a:", "b:"))
     both = CalibratedGuard(EnsembleGuard([one, other]), temperature=2.0)
     with pytest.raises(ConfigError, match="Calibrate each guard by itself"):
-        probing(both, 20, 0.05, 0.5)
+        make_probing(both, 20, 0.05, 0.5)
     with pytest.raises(ConfigError, match="is no causal guard"):
-        probing(EnsembleGuard([one, Plugin()]), 20, 0.05, 0.5)
+        make_probing(EnsembleGuard([one, Plugin()]), 20, 0.05, 0.5)
 
 
 def test_engines_without_hidden_states_are_refused(model_dir):
     served = load_guard(describe(model_dir, engine="http://localhost:9", device=None))
     with pytest.raises(ConfigError, match="computed by vLLM or a server, which give no hidden"):
-        probing(served, 20, 0.05, 0.5)
+        make_probing(served, 20, 0.05, 0.5)
     options = {"trajectory": "probed", "guard": "test-words"}
     for engine in ("vllm", "http://localhost:9"):
         with pytest.raises(ConfigError, match="a probe reads the guard's hidden states"):
@@ -234,9 +234,9 @@ def test_options_out_of_range_are_refused(options, message):
 
 def test_a_streaming_guard_is_returned_unchanged():
     guard = WordGuard()
-    assert probing(guard, 20, 0.05, 0.5) is guard
+    assert make_probing(guard, 20, 0.05, 0.5) is guard
     calibrated = CalibratedGuard(WordGuard(), 2.0)
-    assert probing(calibrated, 20, 0.05, 0.5) is calibrated
+    assert make_probing(calibrated, 20, 0.05, 0.5) is calibrated
 
 
 def test_everything_that_changes_a_score_is_in_the_identity(model_dir):
@@ -256,4 +256,4 @@ def test_a_guard_with_one_block_is_refused(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path)
     guard = ProbingGuard(load_guard(describe(tmp_path)), 20)
     with pytest.raises(ConfigError, match="has one block"):
-        guard.learn([request("a")] * 20, [[0]] * 20, [Trajectory((0.5,))] * 20, [1.0] * 20)
+        guard.fit_probe([request("a")] * 20, [[0]] * 20, [Trajectory((0.5,))] * 20, [1.0] * 20)

@@ -378,4 +378,4 @@ def test_the_built_in_integrations_bring_what_they_say(name):
         pytest.skip(f"{host.integration.host} is not installed")
     parts = (host.integration.trainer, host.integration.options, host.integration.check)
     for target in (*parts, *host.integration.commands.values()):
-        assert callable(load_plugins().of_host(name, target, "this test"))
+        assert callable(load_plugins().import_target(name, target, "this test"))

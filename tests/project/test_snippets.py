@@ -29,7 +29,7 @@ from star_dss_plugin import StarDSSOptions
 from star_dss_plugin.cli import app as cli
 from star_dss_plugin.data.writing import write_dataset
 from star_dss_plugin.hookspecs import ENTRY_POINT_GROUP
-from star_dss_plugin.models import load_tokenizer
+from star_dss_plugin.models.loading import load_tokenizer
 from star_dss_plugin.plugins import HOOK_KINDS, Origin, Plugins
 
 PAGES = [

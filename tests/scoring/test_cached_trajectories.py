@@ -33,12 +33,12 @@ def test_processes_do_not_ask_again_for_what_stood_beside_a_failure(tmp_path):
     texts = [f"{i}{'!' if i % 16 == 0 else ''}" for i in range(64)]
     requests = {f"{i:064x}": PrefixRequest((), t, (len(t),)) for i, t in enumerate(texts)}
     rows = {key: i for i, key in enumerate(requests)}
-    meet = threading.Barrier(4).wait
+    barrier = threading.Barrier(4).wait
     guards, found = [Eights() for _ in range(4)], [None] * 4
 
     def ask(index):
         asking = CachedTrajectories(
-            requests, rows, tmp_path, progress=False, strict=False, share=Share(index, 4, meet)
+            requests, rows, tmp_path, progress=False, strict=False, share=Share(index, 4, barrier)
         )
         found[index] = asking.trajectories(guards[index])
 

@@ -23,7 +23,13 @@ from star_dss_plugin.report.page import render_page
 from star_dss_plugin.report.reading import read_scored
 from star_dss_plugin.scoring import jobs, shards
 from star_dss_plugin.scoring.guard_statistics import remarks
-from star_dss_plugin.scoring.probed import POOL, STRIDE, drawn, places, stratified
+from star_dss_plugin.scoring.probed import (
+    POOL,
+    STRIDE,
+    prefixes_to_score,
+    pseudo_random_order,
+    stratified,
+)
 from star_dss_plugin.scoring.ranks import Share
 from star_dss_plugin.scoring.scorer import score_dataset
 from star_dss_plugin.training.preflight import check_options
@@ -175,7 +181,7 @@ def test_another_tolerance_is_another_score(tokenizer, guard, usual, tmp_path):
 
 def test_all_ranks_get_the_same(tokenizer, guard, usual, tmp_path):
     rows, ranks = talks(), 3
-    meet, found = threading.Barrier(ranks, timeout=120).wait, [None] * ranks
+    barrier, found = threading.Barrier(ranks, timeout=120).wait, [None] * ranks
     errors = []
     guards = [load_guard(guard) for _ in range(ranks)]
     for one in guards:
@@ -188,7 +194,7 @@ def test_all_ranks_get_the_same(tokenizer, guard, usual, tmp_path):
                 tokenizer,
                 guards[index],
                 score_cache_dir=str(tmp_path),
-                share=Share(index, ranks, meet),
+                share=Share(index, ranks, barrier),
             ).to_list()
         except BaseException as error:
             errors.append(error)
@@ -320,10 +326,10 @@ def contents(folder):
 
 
 def test_all_shards_use_one_probe(data, guard, tmp_path, monkeypatch):
-    learned, own = [], probing_guard.ProbingGuard.learn
+    learned, own = [], probing_guard.ProbingGuard.fit_probe
     monkeypatch.setattr(
         probing_guard.ProbingGuard,
-        "learn",
+        "fit_probe",
         lambda self, *told: learned.append(1) or own(self, *told),
     )
     job = begun(data, tmp_path / "one", guard)
@@ -382,18 +388,18 @@ def test_the_sample_takes_all_kinds_and_weighs_them(tokenizer):
 
 def test_what_is_drawn_depends_on_contents_alone():
     keys = {f"{i}": None for i in range(100)}
-    assert drawn(keys) == drawn(dict(reversed(keys.items())))
-    assert drawn(keys) != list(keys)
+    assert pseudo_random_order(keys) == pseudo_random_order(dict(reversed(keys.items())))
+    assert pseudo_random_order(keys) != list(keys)
     few = {key: None for key in keys if int(key) % 2}
-    assert drawn(few) == [key for key in drawn(keys) if key in few]
+    assert pseudo_random_order(few) == [key for key in pseudo_random_order(keys) if key in few]
 
 
 def test_every_prefix_is_asked_as_often_as_any_other():
-    found = [places(f"{i}", 10) for i in range(4000)]
+    found = [prefixes_to_score(f"{i}", 10) for i in range(4000)]
     counts = np.bincount(np.concatenate(found), minlength=10)
     assert counts == pytest.approx(np.full(10, 4000 / STRIDE), rel=0.12)
-    assert found == [places(f"{i}", 10) for i in range(4000)]
-    assert all(len(places(f"{i}", count)) > 0 for i in range(50) for count in (1, 2, 3))
+    assert found == [prefixes_to_score(f"{i}", 10) for i in range(4000)]
+    assert all(len(prefixes_to_score(f"{i}", count)) > 0 for i in range(50) for count in (1, 2, 3))
 
 
 def test_what_the_sample_costs(tokenizer, guard, monkeypatch):

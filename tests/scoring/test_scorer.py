@@ -8,22 +8,10 @@ import pytest
 import torch
 from datasets import Dataset, List, Value
 from support.models import CHATML
-from support.scoring import (
-    SIMPLE,
-    TALK,
-    HashGuard,
-    chat,
-    conversations,
-    scored,
-    tokenized,
-    twin,
-)
+from support.scoring import SIMPLE, TALK, HashGuard, chat, conversations, scored, tokenized, twin
 
-from star_dss_plugin import (
-    load_guard,
-    provenance_of,
-)
-from star_dss_plugin.data.responses import runs
+from star_dss_plugin import load_guard, provenance_of
+from star_dss_plugin.data.templates.tokenized import trained_runs
 
 KINDS = {  # kind -> row, contexts of its responses
     "messages": ({"messages": TALK}, [TALK[:1], TALK[:3]]),
@@ -68,7 +56,7 @@ def test_rows_of_which_the_template_makes_other_tokens_have_decoded_contexts(tok
     row = tokenized(tokenizer, SIMPLE)
     row = {name: column[1:] for name, column in row.items()}
     found = scored(Dataset.from_list([row]), tokenizer, HashGuard())
-    ((start, _),) = runs(row["labels"])
+    ((start, _),) = trained_runs(row["labels"])
     decoded = tokenizer.decode(row["input_ids"][:start])
     expected = twin(row, tokenizer, [chat(decoded)], 5)
     assert found["star_scores"][0] == pytest.approx(expected.tolist(), abs=0)
@@ -88,7 +76,7 @@ def test_a_verdict_guards_scores_are_those_of_each_prefix_alone(tokenizer, model
         }
     )
     (row,) = scored(Dataset.from_list([SIMPLE]), tokenizer, guard, chunk_size=4)
-    ((start, end),) = runs(row["labels"])
+    ((start, end),) = trained_runs(row["labels"])
     body = row["input_ids"][start : end - 1]
     for n in range(start, end):
         text = tokenizer.decode(body[: (n - start) // 4 * 4 + 4] if n < end - 1 else body)
@@ -101,7 +89,7 @@ def test_a_score_belongs_to_the_chunk_that_ends_there(tokenizer, segmenter):
     found = scored(
         Dataset.from_list([SIMPLE]), tokenizer, "test-words", segmenter=segmenter, chunk_size=1
     )[0]
-    ((start, end),) = runs(found["labels"])
+    ((start, end),) = trained_runs(found["labels"])
     text = ""
     for n in range(start, end):
         text += tokenizer.decode([found["input_ids"][n]])
@@ -121,7 +109,7 @@ def test_the_end_of_turn_has_the_last_score(tokenizer):
 
 def test_an_empty_answer_has_a_score(tokenizer):
     found = scored(Dataset.from_list([{"messages": chat("hi", "")}]), tokenizer, HashGuard())[0]
-    ((start, end),) = runs(found["labels"])
+    ((start, end),) = trained_runs(found["labels"])
     assert found["star_scores"][start:end] == [pytest.approx(HashGuard().value(chat("hi"), ""))]
 
 
@@ -129,7 +117,7 @@ def test_max_length_cuts_before_anything_is_scored(tokenizer):
     guard = HashGuard()
     found = scored(conversations(1), tokenizer, guard, max_length=20)[0]
     assert len(found["input_ids"]) == len(found["star_scores"]) == 20
-    ((start, end),) = runs(found["labels"])
+    ((start, end),) = trained_runs(found["labels"])
     assert guard.asked == [tokenizer.decode(found["input_ids"][start:end])]
 
 

@@ -7,7 +7,7 @@ from support.scoring import HashGuard, conversations, scored, tokenized
 from star_dss_plugin import (
     provenance_of,
 )
-from star_dss_plugin.scoring.guard_statistics import merged, remarks
+from star_dss_plugin.scoring.guard_statistics import merge_provenance, remarks
 
 # Provenance
 
@@ -102,4 +102,6 @@ def test_parts_are_told_of_together(tokenizer):
         provenance_of(scored(Dataset.from_list(rows), tokenizer, HashGuard()))
         for rows in (TEXTS, TEXTS[:1])
     ]
-    assert remarks(merged(parts))[0].startswith("3 of 3 responses have nothing said before them")
+    assert remarks(merge_provenance(parts))[0].startswith(
+        "3 of 3 responses have nothing said before them"
+    )

@@ -89,8 +89,8 @@ def test_a_shard_that_kills_its_workers_is_given_up(data, model_dir, tmp_path, l
     from star_dss_plugin.scoring.on_ray import _Worker
 
     job = begin(data, model_dir, tmp_path / "out", log)
-    job.begun.mkdir()
-    (job.begun / "00002.tries").write_text(".....")
+    job.shard_caches.mkdir()
+    (job.shard_caches / "00002.tries").write_text(".....")
     worker = _Worker(dataclasses.asdict(job))
     assert worker({"shard": 1}) == {"kind": "", "error": ""}
     found = worker({"shard": 2})

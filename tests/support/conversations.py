@@ -1,6 +1,6 @@
 """Conversations, and a chat template that marks the assistant's tokens."""
 
-from star_dss_plugin.data.responses import runs
+from star_dss_plugin.data.templates.tokenized import trained_runs
 
 # With the generation tags that TRL's assistant_only_loss needs; they include the end of turn.
 GENERATION = (
@@ -14,7 +14,7 @@ GENERATION = (
 
 def spoken(row, tokenizer):
     """Return the text of each run of trained tokens."""
-    return [tokenizer.decode(row["input_ids"][a:b]) for a, b in runs(row["labels"])]
+    return [tokenizer.decode(row["input_ids"][a:b]) for a, b in trained_runs(row["labels"])]
 
 
 def chat(*turns):

@@ -16,7 +16,7 @@ from star_dss_plugin import attach, hookimpl
 from star_dss_plugin.data.columns import SCORES_COLUMN
 from star_dss_plugin.errors import StarDSSError
 from star_dss_plugin.plugins import Origin, load_plugins
-from star_dss_plugin.scoring.ranks import Share, waiting
+from star_dss_plugin.scoring.ranks import Share, explain_barrier_errors
 from star_dss_plugin.training.sharding import Ranks
 from support.fuzz_inputs import tokenizer
 from support.fuzz_scored import COLUMNS, scored
@@ -55,18 +55,18 @@ class Group:
 
     def __init__(self, size):
         self.size = size
-        self.barrier = threading.Barrier(size, timeout=HANGS_SECONDS)
+        self._barrier = threading.Barrier(size, timeout=HANGS_SECONDS)
         self.values = [None] * size
 
-    def wait(self):
-        with waiting():
-            self.barrier.wait()
+    def barrier(self):
+        with explain_barrier_errors():
+            self._barrier.wait()
 
     def gather(self, rank, value):
         self.values[rank] = value
-        self.wait()
+        self.barrier()
         found = list(self.values)
-        self.wait()
+        self.barrier()
         return found
 
 
@@ -136,9 +136,9 @@ def check_ranks(case):
         trainers = [_trainer(folder, rank, size, changes) for rank in range(size)]
         places = threading.local()
 
-        def of(accelerator, model, **others):
+        def from_accelerator(accelerator, model, **others):
             rank = places.rank
-            share = Share(rank, size, group.wait) if together else Share(0, 1, group.wait)
+            share = Share(rank, size, group.barrier) if together else Share(0, 1, group.barrier)
             return Ranks(share, lambda value: group.gather(rank, value))
 
         def run(rank):
@@ -157,9 +157,9 @@ def check_ranks(case):
                 ends[rank] = "set up"
             except BaseException as error:
                 ends[rank] = error
-                group.barrier.abort()
+                group._barrier.abort()
 
-        with mock.patch.object(Ranks, "of", of):
+        with mock.patch.object(Ranks, "from_accelerator", from_accelerator):
             threads = [threading.Thread(target=run, args=(r,), daemon=True) for r in range(size)]
             for thread in threads:
                 thread.start()

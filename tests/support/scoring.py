@@ -8,9 +8,9 @@ import numpy as np
 from datasets import Dataset
 
 from star_dss_plugin import score_dataset
-from star_dss_plugin.data.bound_rows import unbind_rows
 from star_dss_plugin.data.requests import Trajectory
-from star_dss_plugin.data.responses import runs
+from star_dss_plugin.data.row_digests import remove_row_digests
+from star_dss_plugin.data.templates.tokenized import trained_runs
 from star_dss_plugin.guards.base import Guard, StreamingGuard
 
 
@@ -94,7 +94,7 @@ def twin(row, tokenizer, contexts, chunk_size):
     """Return a row's column of scores, computed by scoring each prefix of tokens by itself."""
     guard, special = HashGuard(), set(tokenizer.all_special_ids)
     column = [1.0] * len(row["input_ids"])
-    for (start, end), context in zip(runs(row["labels"]), contexts, strict=True):
+    for (start, end), context in zip(trained_runs(row["labels"]), contexts, strict=True):
         body = row["input_ids"][start:end]
         stops = [n for n, i in enumerate(body) if i in special]
         body = body[: stops[0]] if stops else body
@@ -113,5 +113,5 @@ def tokenized(tokenizer, row):
 
 def unbound(dataset):
     """Remove the digests of scored rows, as a user must who changes scores on purpose."""
-    unbind_rows(dataset)
+    remove_row_digests(dataset)
     return dataset

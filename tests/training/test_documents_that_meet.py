@@ -23,9 +23,9 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from star_dss_plugin import ConfigError, attach
 from star_dss_plugin.training.reference.packs import (
-    documents_meet,
     joined_batch,
     packs_read_together,
+    reads_documents_together,
 )
 from star_dss_plugin.training.sharding import Ranks
 
@@ -56,7 +56,7 @@ def test_attention_keeps_documents_apart(make_model, kind, dtype):
     model = make_model(96).to(dtype)
     model.set_attn_implementation(kind)
     model.train()
-    assert not documents_meet(model, PACK)
+    assert not reads_documents_together(model, PACK)
     assert model.training
 
 
@@ -64,7 +64,7 @@ def test_attention_keeps_documents_apart(make_model, kind, dtype):
 @pytest.mark.parametrize("make_model", [convolution, tiny_jamba])
 def test_convolutions_and_states_do_not(make_model, dtype):
     torch.manual_seed(0)
-    assert documents_meet(make_model(96).to(dtype), PACK)
+    assert reads_documents_together(make_model(96).to(dtype), PACK)
 
 
 def kl_at_start(trainer):
@@ -191,8 +191,8 @@ def test_padding_to_the_longest_row_costs_nothing():
 
     batch = joined_batch(padding, {})
     assert {value.shape for value in batch.values()} == {PACK["input_ids"].shape}
-    assert documents_meet(convolution(96), batch)
-    assert not documents_meet(attention(96), batch)
+    assert reads_documents_together(convolution(96), batch)
+    assert not reads_documents_together(attention(96), batch)
 
 
 class Uneven(torch.nn.Module):
@@ -211,8 +211,8 @@ class Uneven(torch.nn.Module):
 
 def test_experts_that_round_otherwise_read_nothing_together():
     torch.manual_seed(0)
-    assert not documents_meet(Uneven(attention(96), 0.05).to(torch.bfloat16), PACK)
-    assert documents_meet(Uneven(convolution(96), 0.05).to(torch.bfloat16), PACK)
+    assert not reads_documents_together(Uneven(attention(96), 0.05).to(torch.bfloat16), PACK)
+    assert reads_documents_together(Uneven(convolution(96), 0.05).to(torch.bfloat16), PACK)
 
 
 @pytest.mark.parametrize("found", [[True, False], [False, True], [False, False]])

@@ -52,7 +52,7 @@ def test_each_pass_begins_anew():
 def test_the_last_batches_of_a_step_are_equally_many_too():
     def in_twos(loader):
         batches = iter(loader.loader)
-        return [loader.take(batches, 2) for _ in range(4)]
+        return [loader.next_batches(batches, 2) for _ in range(4)]
 
     longer, shorter = in_each(["abc", "x"], in_twos)
     assert longer == [["a", "b"], ["c"], [], []]
@@ -69,7 +69,7 @@ def test_a_part_that_a_resumed_run_has_skipped_as_a_whole_is_read_again():
 
     def resumed(loader):
         batches = iter(loader.loader[2:])
-        return [loader.take(batches, 2) for _ in range(3)]
+        return [loader.next_batches(batches, 2) for _ in range(3)]
 
     longer, shorter = in_each(["abcde", "x"], resumed)
     assert longer == [["c", "d"], ["e"], []]
@@ -80,7 +80,7 @@ def test_a_resumed_run_goes_on_in_the_midst_of_a_part_that_was_read_again():
     def resumed(loader):
         loader.skipped = 4
         batches = iter(loader.loader[4:])
-        return [loader.take(batches, 1) for _ in range(3)]
+        return [loader.next_batches(batches, 1) for _ in range(3)]
 
     longer, shorter = in_each(["abcdef", "xyz"], resumed)
     assert longer == [["e"], ["f"], []]

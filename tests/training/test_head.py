@@ -19,7 +19,7 @@ from transformers import (
 
 from star_dss_plugin import attach, logprobs
 from star_dss_plugin.logprobs import full_kl, token_logprobs
-from star_dss_plugin.training.head import States, at_head, can_project, from_logits
+from star_dss_plugin.training.head import States, apply_at_head, apply_to_logits, can_project
 
 VOCAB = 96
 SMALL = {
@@ -92,13 +92,13 @@ def test_it_equals_the_whole_logits(name, what):
 
     batch = {"input_ids": ids, "labels": labels}
     with torch.no_grad():
-        ref = from_logits(reference, batch, States, project=True)
+        ref = apply_to_logits(reference, batch, States, project=True)
 
     def terms(rows, project):
         kl = full_kl(rows, ref.rows, trained, project, ref.project)
         return token_logprobs(rows, labels, project), kl
 
-    with at_head(model, terms) as found:
+    with apply_at_head(model, terms) as found:
         model(ids, logits_to_keep=1)
     parts = found[0]
     for part, of in zip(parts, whole, strict=True):

@@ -180,7 +180,7 @@ def test_resuming_with_other_options_is_said(tmp_path, tokenizer, caplog):
 
 @pytest.fixture
 def few_pass(monkeypatch):
-    monkeypatch.setattr(known_rows, "_PASSING", 4)
+    monkeypatch.setattr(known_rows, "_RECENT_ROWS", 4)
 
 
 def row(i):
@@ -189,7 +189,7 @@ def row(i):
 
 def passed_by(known, rows, stream="train", size=1):
     for i in range(0, len(rows), size):
-        known.pass_by(Dataset.from_list(rows[i : i + size]), stream, first=not i)
+        known.add_buffer(Dataset.from_list(rows[i : i + size]), stream, first=not i)
 
 
 def refused(known, gone):

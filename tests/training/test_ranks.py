@@ -39,10 +39,10 @@ def test_a_rank_with_zeros_or_shapes_only_has_no_weights(adapted):
 def test_numbers_may_be_a_little_apart(other, apart):
     ranks = Ranks(gather=lambda value: [value, other])
     if not apart:
-        ranks.agree_about("reference", [-1.0, -2.0], within=0.05)
+        ranks.check_close("reference", [-1.0, -2.0], within=0.05)
         return
     with pytest.raises(StarDSSError, match="rank 1 .* the same reference as rank 0"):
-        ranks.agree_about("reference", [-1.0, -2.0], within=0.05)
+        ranks.check_close("reference", [-1.0, -2.0], within=0.05)
 
 
 @pytest.mark.parametrize("has", [True, False])

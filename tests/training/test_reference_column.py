@@ -51,7 +51,7 @@ def with_column(tokenizer, monkeypatch):
 def count_batches(monkeypatch, kill_at=None):
     """Count forward passes; raise `Killed` in pass number `kill_at`."""
     done = []
-    from_logits = precompute.from_logits
+    apply_to_logits = precompute.apply_to_logits
 
     def counted(*args, **kwargs):
         done.append(1)
@@ -59,9 +59,9 @@ def count_batches(monkeypatch, kill_at=None):
             # As after SIGKILL, nothing more is written.
             monkeypatch.setattr(cache.ScoreCache, "flush", lambda self: None)
             raise Killed
-        return from_logits(*args, **kwargs)
+        return apply_to_logits(*args, **kwargs)
 
-    monkeypatch.setattr(precompute, "from_logits", counted)
+    monkeypatch.setattr(precompute, "apply_to_logits", counted)
     return done
 
 

@@ -25,12 +25,12 @@ from star_dss_plugin.training.sequence_parallel import (
     is_part,
     one_epoch,
     own_tokens,
-    padded,
-    part_of,
+    pad_batch,
+    slice_for_rank,
     trained_tokens,
     unshifted,
 )
-from star_dss_plugin.training.step import times_averaged
+from star_dss_plugin.training.step import averaging_factor
 
 PAD, VOCAB = 3, 11
 
@@ -68,7 +68,7 @@ def test_a_part_has_the_columns_of_the_tokens_behind_its_own(size, lengths):
     assert length % size == 0
     assert length - max(lengths) < size
     for index in range(size):
-        part = part_of(batch, size, index)
+        part = slice_for_rank(batch, size, index)
         assert is_part(part)
         assert not is_part(batch)
         assert part["input_ids"].shape == (len(lengths), length // size)
@@ -119,7 +119,7 @@ def test_the_losses_of_parts_add_up_to_the_loss_of_the_whole(loss_type):
     whole = loss_of(batch, logits, others, items)
     total, count = 0, 0
     for index in range(size):
-        part = part_of(batch, size, index)
+        part = slice_for_rank(batch, size, index)
         count += int((part["shift_labels"] != -100).sum())
         cut = slice(index * 5, (index + 1) * 5)
         total += loss_of(unshifted(part), logits[:, cut], others[:, cut], items)
@@ -134,7 +134,7 @@ def test_tokens_are_counted_in_parts_as_in_whole_rows(monkeypatch, group):
         torch.distributed, "all_reduce", lambda total, group: counted.append((int(total), group))
     )
     batch = collate(rows([9, 13]), 2)
-    parts = [part_of(batch, 2, index) for index in (0, 1)]
+    parts = [slice_for_rank(batch, 2, index) for index in (0, 1)]
     assert trained_tokens(parts, "cpu", group) == trained_tokens([batch], "cpu", group) == 6 + 10
     assert counted == [(16, group)] * 2
 
@@ -156,10 +156,10 @@ def test_an_evaluation_divides_by_the_tokens_that_its_loss_is_averaged_over(monk
         get_tp_size=lambda: 1,
     )
     whole = collate(rows([9, 13]), 2)
-    for batch, part in ((whole, False), (part_of(whole, 2, 1), True)):
+    for batch, part in ((whole, False), (slice_for_rank(whole, 2, 1), True)):
         own = int(own_tokens([batch], "cpu"))
         found = mixin.StarDSSMixin._get_num_items_in_batch(given, [batch])
-        assert int(found) == own * times_averaged(given, part=part), (together, part)
+        assert int(found) == own * averaging_factor(given, part=part), (together, part)
     assert groups == ([None, None] if together else ["of this row"])
 
 
@@ -175,7 +175,7 @@ def test_a_loss_counts_as_often_as_processes_divide_by_the_same_tokens(together,
         accelerator=accelerator,
         get_tp_size=lambda: 1,
     )
-    assert times_averaged(given, part=part) == times
+    assert averaging_factor(given, part=part) == times
 
 
 def test_batches_have_the_length_that_attention_is_set_up_for():
@@ -183,9 +183,9 @@ def test_batches_have_the_length_that_attention_is_set_up_for():
     batch = collate(features, 2, length=20)
     assert all(column.shape == (2, 20) for column in batch.values())
     free = collate(features, 2)
-    again = padded(free, 20, PAD)
+    again = pad_batch(free, 20, PAD)
     for index in (0, 1):
-        one, other = part_of(batch, 2, index), part_of(again, 2, index)
+        one, other = slice_for_rank(batch, 2, index), slice_for_rank(again, 2, index)
         assert all(torch.equal(column, other[name]) for name, column in one.items())
     with pytest.raises(DataError, match=r"rows of 13 tokens, and sp_seq_length is 12.*max_length="):
         collate(features, 2, length=12)

@@ -4,7 +4,7 @@ import torch
 from transformers import AutoModelForCausalLM, modeling_utils
 from transformers.integrations import deepspeed
 
-from star_dss_plugin.models import read_model
+from star_dss_plugin.models.loading import read_model
 
 
 def test_axolotls_word_that_zero3_is_on_holds_for_its_own_model_alone(model_dir, monkeypatch):

@@ -23,12 +23,12 @@ from star_dss_plugin.evaluate.refusal import is_refusal
 from star_dss_plugin.report.page import render_page
 from star_dss_plugin.report.reading import read_scored
 from star_dss_trl.demo.results import LABELS, page, picture, report, story, token_shares
-from star_dss_trl.demo.stages import Stages, only_in
+from star_dss_trl.demo.stages import Stages, redirect_output
 from star_dss_trl.demo.training import (
     aligned_start,
     answers,
     cross_entropies,
-    finetuned,
+    finetune,
     mixture,
     scored,
 )
@@ -65,7 +65,7 @@ def run(output: Path, *, steps: int = 13, prompt_count: int = 20) -> dict[str, A
                 f"Another `star-dss demo` is writing to {output}. Wait for it, or name another "
                 "folder: --output FOLDER"
             ) from error
-    with lock, only_in(log) as shown:
+    with lock, redirect_output(log) as shown:
         console = Console(file=shown, highlight=False)
         try:
             return _run(output, console, steps, prompt_count)
@@ -112,7 +112,7 @@ def _run(output: Path, console: Console, steps: int, prompt_count: int) -> dict[
             if loss_type is not None:
                 with stages.stage(f"finetune: {LABELS[name]}", steps) as advance:
                     model, _ = aligned_start()
-                    model, found["log"] = finetuned(
+                    model, found["log"] = finetune(
                         model, tokenizer, rows, loss_type, steps, output / name, advance
                     )
             model.eval()

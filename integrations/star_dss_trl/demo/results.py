@@ -9,7 +9,7 @@ import numpy as np
 from datasets import Dataset
 
 from star_dss_plugin.evaluate.answers import Answer
-from star_dss_plugin.evaluate.page import Bars, Front, render_comparison
+from star_dss_plugin.evaluate.page import Bars, FrontMatter, render_comparison
 from star_dss_plugin.evaluate.prompts import BENIGN, HARMFUL, Prompt
 from star_dss_plugin.evaluate.statistics import paired_difference
 from star_dss_plugin.evaluate.verdicts import Comparison, ModelAnswers, judge
@@ -123,7 +123,7 @@ def page(results: Mapping[str, Any], prompts: Sequence[Prompt]) -> str:
         for name, m in results["models"].items()
     ]
     judge(models, sets)
-    front = Front(
+    front = FrontMatter(
         "What the demonstration found",
         [
             "One small model that declines harmful requests, finetuned on a mixture of useful and "

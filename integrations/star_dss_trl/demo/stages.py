@@ -13,13 +13,13 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-__all__ = ["Stages", "only_in"]
+__all__ = ["Stages", "redirect_output"]
 
 Advance = Callable[[], None]
 
 
 @contextlib.contextmanager
-def only_in(log: Path) -> Iterator[TextIO]:
+def redirect_output(log: Path) -> Iterator[TextIO]:
     """Redirect all output of this process to a file: Python's, warnings, and that of C libraries.
 
     Args:

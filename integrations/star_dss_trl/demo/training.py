@@ -14,7 +14,7 @@ from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from star_dss_plugin.data.columns import SCORES_COLUMN
-from star_dss_plugin.data.reading import packaged
+from star_dss_plugin.data.reading import read_packaged
 from star_dss_plugin.data.requests import PrefixRequest, Trajectory
 from star_dss_plugin.evaluate.generation import greedy_answers, prompt_ids
 from star_dss_plugin.evaluate.models import load_whole_model
@@ -30,7 +30,7 @@ __all__ = [
     "aligned_start",
     "answers",
     "cross_entropies",
-    "finetuned",
+    "finetune",
     "mixture",
     "scored",
     "trained_scores",
@@ -58,7 +58,7 @@ def aligned_start() -> tuple[Any, PreTrainedTokenizerBase]:
 
 def mixture() -> tuple[Dataset, Dataset]:
     """Return the training rows, and the benign rows that are held out for the task loss."""
-    rows = packaged("star_dss_plugin.data", "demo_mix.jsonl")
+    rows = read_packaged("star_dss_plugin.data", "demo_mix.jsonl")
     benign = [i for i, label in enumerate(rows["label"]) if label == 1]
     kept = benign[::_HELD_OUT]
     return rows.select(sorted(set(range(len(rows))) - set(kept))), rows.select(kept)
@@ -93,7 +93,7 @@ class _Steps(TrainerCallback):
         self._advance()
 
 
-def finetuned(
+def finetune(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,

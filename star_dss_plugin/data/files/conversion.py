@@ -25,7 +25,7 @@ from datasets.table import MemoryMappedTable, table_cast
 from filelock import FileLock
 
 from star_dss_plugin.data.files.json_lines import JsonRow, json_rows
-from star_dss_plugin.data.files.json_types import features_of, stored, types_of
+from star_dss_plugin.data.files.json_types import converted_row, features_of, types_of
 from star_dss_plugin.data.media import check_features
 from star_dss_plugin.data.writing import atomic_file
 from star_dss_plugin.errors import ConfigError, DataError
@@ -35,7 +35,7 @@ __all__ = ["MAX_EXPANSION", "json_dataset", "parquet_dataset", "parquet_tables"]
 MAX_EXPANSION = "STAR_DSS_MAX_EXPANSION"
 """Environment variable: to how many times its size a file may expand, at least 1; default 200."""
 _DEFAULT_EXPANSION = 200.0
-_ALWAYS = 64 << 20
+_MIN_LIMIT_BYTES = 64 << 20
 """Bytes to which a file of any size may expand."""
 _FORMAT = b"star-dss-copy 1\n"  # increase the number when the conversion changes
 _BATCH_ROWS = 1000
@@ -60,11 +60,11 @@ def json_dataset(paths: Sequence[Path]) -> Dataset:
         expansion, features = _Expansion(paths), features_of(types)
         with ArrowWriter(features=features, stream=file, writer_batch_size=_BATCH_ROWS) as writer:
             for row in _rows(paths):
-                writer.write(stored(row, types))
+                writer.write(converted_row(row, types))
                 expansion.check(file.tell())
             writer.finalize(close_stream=False)
 
-    return _copy(paths, write)
+    return _converted_dataset(paths, write)
 
 
 def _rows(paths: Sequence[Path]) -> Iterator[JsonRow]:
@@ -94,7 +94,7 @@ def parquet_dataset(paths: Sequence[Path]) -> Dataset:
             for table in tables:
                 writer.write_table(table)
 
-    return _copy(paths, write)
+    return _converted_dataset(paths, write)
 
 
 def parquet_tables(paths: Sequence[Path]) -> Iterator[pa.Table]:
@@ -111,12 +111,12 @@ def parquet_tables(paths: Sequence[Path]) -> Iterator[pa.Table]:
                 features = Features.from_arrow_schema(parquet.schema_arrow)
                 check_features(features, str(path))
                 yield features.arrow_schema.empty_table()
-            rows = _measured(path, parquet)
+            rows = _rows_per_batch(path, parquet)
             for batch in parquet.iter_batches(batch_size=rows):
                 yield table_cast(pa.Table.from_batches([batch]), features.arrow_schema)
 
 
-def _measured(path: Path, parquet: pq.ParquetFile) -> int:
+def _rows_per_batch(path: Path, parquet: pq.ParquetFile) -> int:
     """Measure the expanded size of a parquet file without expanding it.
 
     Strings are read in dictionary encoding, so that a string in a million rows is in memory once.
@@ -171,26 +171,26 @@ class _Expansion:
     def __init__(self, paths: Sequence[Path]) -> None:
         self._name = str(paths[0]) if len(paths) == 1 else str(paths[0].parent)
         self._size = sum(path.stat().st_size for path in paths)
-        self._most = max(_ALWAYS, int(_limit() * self._size))
-        self._held = 0
+        self._limit = max(_MIN_LIMIT_BYTES, int(_max_expansion() * self._size))
+        self._total = 0
 
-    def add(self, held: int) -> None:
+    def add(self, size: int) -> None:
         """Add bytes to the count; raise a DataError if it exceeds the limit."""
-        self._held += held
-        self.check(self._held)
+        self._total += size
+        self.check(self._total)
 
-    def check(self, held: int) -> None:
-        """Raise a DataError if `held` bytes exceed the limit."""
-        if held > self._most:
+    def check(self, size: int) -> None:
+        """Raise a DataError if `size` bytes exceed the limit."""
+        if size > self._limit:
             raise DataError(
-                f"it has {self._size:,} bytes and holds more than {self._most:,}, as if made to "
+                f"it has {self._size:,} bytes and holds more than {self._limit:,}, as if made to "
                 "fill the memory. If you trust it, set the environment variable "
-                f"{MAX_EXPANSION} to more than {_limit():g}, the number of times its size that a "
-                "file may hold."
+                f"{MAX_EXPANSION} to more than {_max_expansion():g}, the number of times its size "
+                "that a file may hold."
             ).at(file=self._name)
 
 
-def _limit() -> float:
+def _max_expansion() -> float:
     given = os.environ.get(MAX_EXPANSION, "").strip()
     try:
         found = float(given) if given else _DEFAULT_EXPANSION
@@ -204,7 +204,7 @@ def _limit() -> float:
     return found
 
 
-def _copy(paths: Sequence[Path], write: Any) -> Dataset:
+def _converted_dataset(paths: Sequence[Path], write: Any) -> Dataset:
     """Return the data set that `write` converts files to, from the cached Arrow file if it exists.
 
     The data set's fingerprint depends only on the files' contents, not on their names or times.

@@ -38,10 +38,12 @@ FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 """Formats of data files by their suffix."""
 _SETTINGS_BYTES = 64 << 20
 """Limit for metadata files, which are much smaller."""
-_IN_NO_NAME = frozenset("/\\\0")
+_FORBIDDEN_IN_NAMES = frozenset("/\\\0")
 _SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval", "evaluation")
-_NAMED = re.compile(rf"({'|'.join(_SPLITS)})(?:[-_.].*)?", re.DOTALL)
-_DECLARED = re.compile(r"\A\s*---\s*\n.*?\bdata_files\b.*?^---\s*$", re.DOTALL | re.MULTILINE)
+_SPLIT_NAME = re.compile(rf"({'|'.join(_SPLITS)})(?:[-_.].*)?", re.DOTALL)
+_DATA_FILES_HEADER = re.compile(
+    r"\A\s*---\s*\n.*?\bdata_files\b.*?^---\s*$", re.DOTALL | re.MULTILINE
+)
 """Matches a data set card whose header assigns files to splits."""
 
 
@@ -52,7 +54,7 @@ def regular_file(folder: Path, name: Any) -> Path:
         DataError: The name is not a plain file name, or the file is missing, a link, a pipe, a
             device or a folder.
     """
-    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & _IN_NO_NAME:
+    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & _FORBIDDEN_IN_NAMES:
         raise DataError(
             f"{folder} names {shortened(name)} as one of its files, which is no name of a file in "
             "it. A data folder does not choose paths: write it again with save_to_disk."
@@ -115,7 +117,7 @@ def load_saved(folder: Path, split: str) -> Dataset:
         if split not in splits:
             raise DataError(f"{folder} has no split {split!r} (it has {', '.join(splits)}).")
         inner = folder / split
-        if set(split) & _IN_NO_NAME or split in (".", "..") or inner.is_symlink():
+        if set(split) & _FORBIDDEN_IN_NAMES or split in (".", "..") or inner.is_symlink():
             raise DataError(f"The split {split!r} is no folder in {folder}. Copy it again.")
         folder = inner
     state = read_settings(folder, "state.json")
@@ -125,7 +127,7 @@ def load_saved(folder: Path, split: str) -> Dataset:
     info = DatasetInfo.from_dict(read_settings(folder, "dataset_info.json"))
     if info.features is not None:
         check_features(info.features, str(folder))
-    tables = [_mapped(regular_file(folder, one.get("filename"))) for one in listed]
+    tables = [_memory_mapped(regular_file(folder, one.get("filename"))) for one in listed]
     if not tables:
         if info.features is None:
             raise DataError(f"{folder} has no rows and no columns.")
@@ -139,7 +141,7 @@ def load_saved(folder: Path, split: str) -> Dataset:
     )
 
 
-def _mapped(path: Path) -> MemoryMappedTable:
+def _memory_mapped(path: Path) -> MemoryMappedTable:
     """Map an uncompressed Arrow file into memory.
 
     Raises:
@@ -244,7 +246,7 @@ def file_splits(folder: Path) -> dict[str, list[Path]]:
             continue
         for path in sorted(place.iterdir()):
             if path.suffix in FORMATS and not path.name.startswith("."):
-                match = _NAMED.fullmatch(path.name)
+                match = _SPLIT_NAME.fullmatch(path.name)
                 split = match[1] if match else ""
                 named.setdefault(split, []).append(regular_file(place, path.name))
     if set(named) == {""}:
@@ -262,7 +264,7 @@ def _check_card(folder: Path) -> None:
         return
     with regular_file(folder, "README.md").open("rb") as file:
         text = file.read(_SETTINGS_BYTES).decode("utf-8", "replace")
-    if _DECLARED.search(text):
+    if _DATA_FILES_HEADER.search(text):
         raise DataError(
             f"{folder / 'README.md'} says which files belong to which split (data_files), and a "
             "data folder does not choose what is read. Name one of its files, or remove that part "

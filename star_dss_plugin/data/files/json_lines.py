@@ -23,9 +23,9 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 _NEXT = re.compile(r"[ \t\r\n]*([,\]]?)[ \t\r\n]*")
 _DEPTH = 200
 """Limit of nesting, below Python's recursion limit."""
-_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 """Matches an escape that may be a lone surrogate."""
-_LONG = re.compile(rb"[0-9]{19}")
+_LONG_INTEGER = re.compile(rb"[0-9]{19}")
 """Matches digits that may exceed a 64-bit integer."""
 _INTEGERS = range(-(2**63), 2**63)
 
@@ -62,7 +62,7 @@ def json_rows(path: Path) -> Iterator[JsonRow]:
             text = _decoded(data, number, line).strip()
             if not text:
                 continue
-            if number == 0 and (text.startswith("[") or not _is_whole(text)):
+            if number == 0 and (text.startswith("[") or not _is_complete(text)):
                 whole = True
                 break
             for value, _ in _values(text, number, line, data):
@@ -101,17 +101,17 @@ def _values(
         listed: Whether the objects are items of a list.
     """
     decoder = json.JSONDecoder(
-        object_pairs_hook=_no_field_twice,
-        parse_int=_number if _LONG.search(data) else None,
+        object_pairs_hook=_reject_duplicate_fields,
+        parse_int=_number if _LONG_INTEGER.search(data) else None,
     )
-    halves = _HALF.search(data) is not None
+    surrogates = _SURROGATE.search(data) is not None
     end = _end(_SPACE, text, 0) + listed
     end = _end(_SPACE, text, end)
     while end < len(text):
         start, at = end, end
         try:
             value, end = decoder.raw_decode(text, start)
-            _check(value, halves, 0)
+            _check(value, surrogates, 0)
             if not isinstance(value, dict):
                 shown = shortened(text[start : start + 40])
                 raise DataError(f"it begins with {shown}, which is not an object. {_WANTED}")
@@ -164,7 +164,7 @@ def _decoded(data: bytes, number: int, line: int) -> str:
         ).at(rows=(number,), line=line or before.count(b"\n") + 1) from error
 
 
-def _is_whole(text: str) -> bool:
+def _is_complete(text: str) -> bool:
     """Return whether a line begins with a complete JSON value.
 
     An incomplete one is an object over several lines, or damaged.
@@ -184,7 +184,7 @@ def _number(digits: str) -> int | float:
     return value if value is not None and value in _INTEGERS else float(digits)
 
 
-def _no_field_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _reject_duplicate_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -193,19 +193,19 @@ def _no_field_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _check(value: Any, halves: bool, depth: int, field: str = "") -> None:
-    """Check a value's nesting and, if `halves`, that no string contains a lone surrogate."""
+def _check(value: Any, surrogates: bool, depth: int, field: str = "") -> None:
+    """Check a value's nesting and, if `surrogates`, that no string contains a lone surrogate."""
     if depth > _DEPTH:
         raise DataError(f"its values are nested more than {_DEPTH} deep. {_WANTED}")
     if isinstance(value, dict):
         for name, inner in value.items():
-            _check(name, halves, depth, field)
-            _check(inner, halves, depth + 1, f"{field}.{name}" if field else name)
+            _check(name, surrogates, depth, field)
+            _check(inner, surrogates, depth + 1, f"{field}.{name}" if field else name)
     elif isinstance(value, list):
-        if halves or not {dict, list}.isdisjoint(map(type, value)):
+        if surrogates or not {dict, list}.isdisjoint(map(type, value)):
             for inner in value:
-                _check(inner, halves, depth + 1, f"{field}[]")
-    elif halves and isinstance(value, str):
+                _check(inner, surrogates, depth + 1, f"{field}[]")
+    elif surrogates and isinstance(value, str):
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:

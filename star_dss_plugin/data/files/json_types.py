@@ -11,7 +11,7 @@ from datasets import Features, Json, List, Value
 from star_dss_plugin.data.files.json_lines import JsonRow
 from star_dss_plugin.errors import DataError
 
-__all__ = ["features_of", "stored", "types_of"]
+__all__ = ["converted_row", "features_of", "types_of"]
 
 Type = Any
 """None (only nulls), a value of `_SCALARS`, _JSON, ("list", Type) or ("dict", {name: Type})."""
@@ -34,7 +34,7 @@ def types_of(rows: Iterable[JsonRow]) -> dict[str, Type]:
     found: dict[str, Type] = {}
     for row in rows:
         for name, value in row.value.items():
-            found[name] = _both(found.get(name), _type(value, 0))
+            found[name] = _common_type(found.get(name), _type(value, 0))
         if len(found) > _FIELDS:
             raise DataError(
                 f"there are more than {_FIELDS} different fields up to here. Give all rows the "
@@ -48,7 +48,7 @@ def features_of(types: Mapping[str, Type]) -> Features:
     return Features({name: _feature(kind) for name, kind in types.items()})
 
 
-def stored(row: JsonRow, types: Mapping[str, Type]) -> dict[str, Any]:
+def converted_row(row: JsonRow, types: Mapping[str, Type]) -> dict[str, Any]:
     """Convert a row's values to its columns' types.
 
     Raises:
@@ -57,7 +57,7 @@ def stored(row: JsonRow, types: Mapping[str, Type]) -> dict[str, Any]:
     found = {}
     for name, kind in types.items():
         try:
-            found[name] = _stored(row.value.get(name), kind)
+            found[name] = _converted(row.value.get(name), kind)
         except ValueError as error:
             raise DataError(
                 "it holds NaN or an infinity, and other kinds of values in other rows. Write null "
@@ -66,7 +66,7 @@ def stored(row: JsonRow, types: Mapping[str, Type]) -> dict[str, Any]:
     return found
 
 
-def _stored(value: Any, kind: Type) -> Any:
+def _converted(value: Any, kind: Type) -> Any:
     if value is None or kind is None:
         return None
     if kind == _JSON:
@@ -76,13 +76,13 @@ def _stored(value: Any, kind: Type) -> Any:
     if isinstance(kind, tuple):
         form, inner = kind
         if form == "dict":
-            return {name: _stored(value[name], one) for name, one in inner.items()}
+            return {name: _converted(value[name], one) for name, one in inner.items()}
         # Most lists are long lists of tokens, which need no conversion.
-        return value if inner in _AS_IS else [_stored(one, inner) for one in value]
+        return value if inner in _UNCONVERTED else [_converted(one, inner) for one in value]
     return value
 
 
-_AS_IS = ("string", "bool", "int64", None)
+_UNCONVERTED = ("string", "bool", "int64", None)
 _NUMBERS = ("int64", "float64")
 
 
@@ -98,15 +98,15 @@ def _type(value: Any, depth: int) -> Type:
         kinds = set(map(type, value))
         if kinds.isdisjoint((dict, list)):
             for kind in kinds:
-                inner = _both(inner, _SCALARS[kind])
+                inner = _common_type(inner, _SCALARS[kind])
         else:
             for one in value:
-                inner = _both(inner, _type(one, depth + 1))
+                inner = _common_type(inner, _type(one, depth + 1))
         return ("list", inner)
     return _SCALARS[type(value)]
 
 
-def _both(one: Type, other: Type) -> Type:
+def _common_type(one: Type, other: Type) -> Type:
     """Return the type that holds values of both types."""
     if one is None or one == other:
         return other
@@ -116,9 +116,12 @@ def _both(one: Type, other: Type) -> Type:
         return "float64"
     if isinstance(one, tuple) and isinstance(other, tuple) and one[0] == other[0]:
         if one[0] == "list":
-            return ("list", _both(one[1], other[1]))
+            return ("list", _common_type(one[1], other[1]))
         if one[1].keys() == other[1].keys():
-            return ("dict", {name: _both(kind, other[1][name]) for name, kind in one[1].items()})
+            return (
+                "dict",
+                {name: _common_type(kind, other[1][name]) for name, kind in one[1].items()},
+            )
     return _JSON
 
 

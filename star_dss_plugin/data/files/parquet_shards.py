@@ -21,14 +21,14 @@ import pyarrow.parquet as pq
 import yaml
 from datasets import Dataset, Features, IterableDataset
 
-from star_dss_plugin.data.bound_rows import note_of_rows, write_row_notes
 from star_dss_plugin.data.files.conversion import parquet_dataset, parquet_tables
 from star_dss_plugin.data.files.folders import read_settings, regular_file
 from star_dss_plugin.data.media import check_features
-from star_dss_plugin.data.provenance import PROVENANCE_FILE, describe, provenance_of, write_note
+from star_dss_plugin.data.provenance import PROVENANCE_FILE, note_line, provenance_of, write_note
+from star_dss_plugin.data.row_digests import packed_row_digests, write_merged_digests
 from star_dss_plugin.data.writing import atomic_file, write_text, writing
 from star_dss_plugin.errors import DataError
-from star_dss_plugin.visible import code
+from star_dss_plugin.visible import as_code
 
 __all__ = [
     "DATA",
@@ -62,7 +62,7 @@ def write_shard(dataset: Dataset, path: Path) -> None:
     schema = dataset.features.arrow_schema
     note = json.dumps(provenance_of(dataset), sort_keys=True).encode()
     metadata = {**(schema.metadata or {}), _NOTE: note}
-    if (rows := note_of_rows(dataset)) is not None:
+    if (rows := packed_row_digests(dataset)) is not None:
         metadata[_ROWS] = rows.encode()
     table = table.cast(schema).replace_schema_metadata(metadata)
     with writing(path), atomic_file(path) as file:
@@ -103,7 +103,7 @@ def write_card(folder: Path, provenance: Mapping[str, Any]) -> None:
             ],
             "dataset_info": {
                 "config_name": "default",
-                "description": describe("scores", provenance),
+                "description": note_line("scores", provenance),
             },
         },
         allow_unicode=True,
@@ -111,7 +111,7 @@ def write_card(folder: Path, provenance: Mapping[str, Any]) -> None:
     )
     write_text(
         folder / "README.md",
-        f"---\n{header}---\n\nScored with STAR-DSS by the guard {code(provenance['guard'])}: "
+        f"---\n{header}---\n\nScored with STAR-DSS by the guard {as_code(provenance['guard'])}: "
         "`star_scores` has one score per token of `input_ids`.\n",
     )
 
@@ -165,13 +165,13 @@ def load_scored(folder: str | Path, *, streaming: bool = False) -> Dataset | Ite
         )
     else:
         dataset = parquet_dataset(files)
-        write_row_notes(dataset, map(_row_note, files))
+        write_merged_digests(dataset, map(_row_note, files))
     write_note(dataset, "scores", provenance)
     return dataset
 
 
 def _row_note(path: Path) -> str | None:
-    """Return a shard's note about its rows (see `data.bound_rows`); None if it has none."""
+    """Return a shard's note about its rows (see `data.row_digests`); None if it has none."""
     found = (pq.read_metadata(path).metadata or {}).get(_ROWS)
     return None if found is None else found.decode("ascii", "replace")
 

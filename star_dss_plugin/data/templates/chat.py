@@ -11,40 +11,23 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from star_dss_plugin.data.decoding import (
-    added_tokens,
-    byte_places,
-    special_ids,
-    spells_bytes,
-    token_boundaries,
-)
+from star_dss_plugin.data.decoding import added_tokens, special_ids, token_boundaries
 from star_dss_plugin.data.requests import Message
+from star_dss_plugin.data.templates.encoded import (
+    Encoded,
+    checked_utf8,
+    common_prefix_length,
+    common_text_length,
+    encoded_with_offsets,
+)
+from star_dss_plugin.data.token_bytes import byte_offsets, is_byte_level
 from star_dss_plugin.errors import DataError
 
-__all__ = ["ChatTokenizer", "Encoded", "common_prefix_length", "whole_text"]
+__all__ = ["ChatTokenizer"]
 
 _TAILS = 1024  # entries of `_tails` at most, each of at most `_TAIL` characters
 _TAIL = 64
 _PROBE = "\ue0f0{}\ue0f1"  # private-use characters, which no template treats specially
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """The tokens of a text and their character offsets.
-
-    Attributes:
-        ids: Token ids.
-        starts: Offset of each token's first character; never decreasing.
-        ends: Offset one past each token's last character. Tokens that share a character all end
-            behind it.
-        exact: Whether each token's bytes are known to be exactly the characters between its
-            offsets, so that no character is split between tokens.
-    """
-
-    ids: list[int]
-    starts: list[int]
-    ends: list[int]
-    exact: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,26 +95,26 @@ class ChatTokenizer:
         Raises:
             DataError: A text contains a lone surrogate.
         """
-        texts = [whole_text(text) for text in texts]
+        texts = [checked_utf8(text) for text in texts]
         if not self._fast:
             return [self._one(text, add_special_tokens) for text in texts]
         # The backend is called directly because the tokenizer's own call also builds model inputs.
         backend = self.tokenizer.backend_tokenizer
-        if not spells_bytes(self.tokenizer):
+        if not is_byte_level(self.tokenizer):
             batch = backend.encode_batch(texts, add_special_tokens=add_special_tokens)
             made = zip(texts, batch, strict=True)
-            return [_encoded(text, found.ids, found.offsets) for text, found in made]
+            return [encoded_with_offsets(text, found.ids, found.offsets) for text, found in made]
         # Computing offsets from the tokens' bytes is much faster than asking the backend for them.
         batch = backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
         encoded = []
         for text, found in zip(texts, batch, strict=True):
             ids = found.ids
-            places = byte_places(self.tokenizer, ids, text)
+            places = byte_offsets(self.tokenizer, ids, text)
             if places is not None and (places[1] or [0])[-1] == len(text):
                 encoded.append(Encoded(ids, *places))
             else:
                 again = backend.encode(text, add_special_tokens=add_special_tokens)
-                encoded.append(_encoded(text, again.ids, again.offsets))
+                encoded.append(encoded_with_offsets(text, again.ids, again.offsets))
         return encoded
 
     def _one(self, text: str, add_special_tokens: bool) -> Encoded:
@@ -140,7 +123,7 @@ class ChatTokenizer:
             made = self.tokenizer(
                 text, add_special_tokens=add_special_tokens, return_offsets_mapping=True
             )
-            return _encoded(text, list(made["input_ids"]), made["offset_mapping"])
+            return encoded_with_offsets(text, list(made["input_ids"]), made["offset_mapping"])
         ids = list(self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
         _, ends, _ = token_boundaries(self.tokenizer, ids)
         return Encoded(ids, [0, *ends[:-1]] if ends else [], ends)
@@ -176,7 +159,7 @@ class ChatTokenizer:
             The separator's token index in `encoded`, and `question` from the separator on; None if
             the common prefix has no separator.
         """
-        shared = len(question) if text.startswith(question) else _common_text_length(text, question)
+        shared = len(question) if text.startswith(question) else common_text_length(text, question)
         for n in range(bisect_right(encoded.ends, shared) - 1, -1, -1):
             token = self._separators.get(encoded.ids[n])
             if token is not None and text.startswith(token, encoded.starts[n]):
@@ -229,7 +212,7 @@ class ChatTokenizer:
         Raises:
             DataError: The text contains a lone surrogate.
         """
-        return list(self.tokenizer(whole_text(text))["input_ids"])
+        return list(self.tokenizer(checked_utf8(text))["input_ids"])
 
     @cached_property
     def special(self) -> frozenset[int]:
@@ -275,11 +258,11 @@ class ChatTokenizer:
             return ""
         asked = asked.rpartition(_PROBE.format(0))[2]
         between = talk.partition(_PROBE.format(1))[0].rpartition(_PROBE.format(0))[2]
-        both = asked[: _common_text_length(asked, between)]
+        both = asked[: common_text_length(asked, between)]
         if asked == alone != between:  # the template ignores `add_generation_prompt`
             own = between.removeprefix(alone) if between.startswith(alone) else ""
         else:
-            shared = _common_text_length(alone, both)
+            shared = common_text_length(alone, both)
             within = [m.start() for m in self.added.finditer(both) if m.start() < shared < m.end()]
             own = both[min([shared, *within]) :]
         if not own.strip() and not between[len(both) :].strip():
@@ -290,54 +273,3 @@ class ChatTokenizer:
     def scaffolds(self) -> dict[str, Any]:
         """Scaffolds of conversations by their form (see `layout`)."""
         return {}
-
-
-def _encoded(text: str, ids: list[int], offsets: Sequence[tuple[int, int]]) -> Encoded:
-    """Return tokens with monotonic offsets that include the white space between tokens."""
-    if not ids:
-        return Encoded([], [], [])
-    starts, ends = map(list, zip(*offsets, strict=True))
-    if starts[1:] == ends[:-1]:
-        return Encoded(ids, starts, ends)
-    reached = begun = 0
-    for n, (start, end) in enumerate(offsets):
-        # Some tokenizers exclude spaces from their offsets (GPT-2's, Llama 3's).
-        if start > reached and text[reached:start].isspace():
-            start = reached
-        begun, reached = max(begun, start), max(reached, end)
-        starts[n], ends[n] = begun, reached
-    return Encoded(ids, starts, ends)
-
-
-def _common_text_length(one: str, two: str) -> int:
-    """Return how many leading characters two texts share."""
-    low, high = 0, min(len(one), len(two))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if one.startswith(two[low:middle], low):
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-def common_prefix_length(one: Sequence[int], two: Sequence[int]) -> int:
-    """Return how many leading tokens two sequences share."""
-    most = min(len(one), len(two))
-    return next((i for i in range(most) if one[i] != two[i]), most)
-
-
-def whole_text(text: str) -> str:
-    """Return a text unchanged after checking that it can be encoded in UTF-8.
-
-    Raises:
-        DataError: The text contains a lone surrogate, which JSON can spell and tokenizers reject.
-    """
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        around = ascii(text[max(0, error.start - 20) : error.end + 20])
-        raise DataError(
-            f"The row's text has half a character (a lone surrogate), here: {around}. Remove it."
-        ) from error
-    return text

@@ -19,15 +19,15 @@ from transformers import PreTrainedTokenizerBase
 
 from star_dss_plugin.data.decoding import REPLACEMENT, decode
 from star_dss_plugin.data.templates.chat import ChatTokenizer
-from star_dss_plugin.data.templates.layout import TAGS
 from star_dss_plugin.data.templates.probes import (
     IN_CALLS,
     NAMES,
     PROBES,
     REASONING,
     pieces_of,
-    probe,
+    probe_conversation,
 )
+from star_dss_plugin.data.templates.scaffold import TAGS
 from star_dss_plugin.data.templates.slots import messages_of
 from star_dss_plugin.errors import DataError
 
@@ -88,7 +88,7 @@ class TemplateInverse:
         """
         return next(self._candidates(text), None)
 
-    def of_tokens(self, ids: Sequence[int]) -> list[dict[str, Any]] | None:
+    def messages_of_tokens(self, ids: Sequence[int]) -> list[dict[str, Any]] | None:
         """Return the messages whose rendering has these tokens.
 
         Returns:
@@ -116,7 +116,7 @@ class TemplateInverse:
             if found is not None:
                 yield found
 
-    def question(self, text: str) -> list[dict[str, Any]] | None:
+    def messages_of_prompt(self, text: str) -> list[dict[str, Any]] | None:
         """Return the messages of a rendered prompt, which ends where the answer begins.
 
         Returns:
@@ -144,7 +144,7 @@ class TemplateInverse:
         """Learn the template's text around messages of these kinds."""
         text = None
         for as_text in (False, True) if any("call" in kind for kind in kinds) else (False,):
-            made, marked = probe(kinds, reasoning, as_text=as_text, linked=linked)
+            made, marked = probe_conversation(kinds, reasoning, as_text=as_text, linked=linked)
             try:
                 text = self.chat.render(made)
             except DataError:
@@ -197,11 +197,11 @@ class TemplateInverse:
         for known in (True, False):
             for opening, slot in self._sorted_openings:
                 if text.startswith(opening):
-                    slots, behind = self._slots(text, len(opening), slot, calls=known)
+                    slots, behind = self._split(text, len(opening), slot, calls=known)
                     if any(self._overruns(*one) for one in slots):
                         continue
                     said = text[: len(text) - behind]  # the template's last words may be truncated
-                    found = self._said(slots, said if exact else None)
+                    found = self._messages_of(slots, said if exact else None)
                     if found is not None:
                         return found
         return None
@@ -246,7 +246,7 @@ class TemplateInverse:
         pieces = TAGS.split(self.chat.header)
         return pieces[0].strip() or self.chat.header.strip()
 
-    def _said(
+    def _messages_of(
         self, slots: Sequence[tuple[str, str]], text: str | None
     ) -> list[dict[str, Any]] | None:
         """Return the messages of slots; None if none of their readings renders as `text`."""
@@ -258,7 +258,7 @@ class TemplateInverse:
                     return found
         return None
 
-    def _slots(
+    def _split(
         self, text: str, position: int, slot: str, *, calls: bool
     ) -> tuple[list[tuple[str, str]], int]:
         """Split a text into slots.
@@ -298,10 +298,10 @@ class TemplateInverse:
     def _unclosed(self, last: str, slot: str) -> str:
         """Return the last content without the template's text behind it, which may be truncated."""
         behind = self._closings[slot] | {piece for piece, _ in self._between[slot]}
-        endings = {piece[:n] for piece in behind for n in self._cuts(piece)}
+        endings = {piece[:n] for piece in behind for n in self._truncated_lengths(piece)}
         return last.removesuffix(max((e for e in endings if last.endswith(e)), key=len, default=""))
 
-    def _cuts(self, piece: str) -> list[int]:
+    def _truncated_lengths(self, piece: str) -> list[int]:
         """Return the lengths to which a piece may be truncated: never within an added token."""
         within = [match.span() for match in self.chat.added.finditer(piece)]
         return [n for n in range(1, len(piece) + 1) if not any(a < n < b for a, b in within)]

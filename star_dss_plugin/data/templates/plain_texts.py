@@ -5,34 +5,30 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from star_dss_plugin.data.templates.chat import (
-    ChatTokenizer,
-    Encoded,
-    common_prefix_length,
-    whole_text,
-)
-from star_dss_plugin.data.templates.layout import Layout, Turn, lay_out
+from star_dss_plugin.data.templates.chat import ChatTokenizer
+from star_dss_plugin.data.templates.encoded import Encoded, checked_utf8, common_prefix_length
+from star_dss_plugin.data.templates.layout import Layout, Turn, render_with_layout
 from star_dss_plugin.data.templates.rendered import is_rendered, parsed_chat, parsed_prompt
-from star_dss_plugin.data.templates.tokenized import Plan, Tokenized, joined_runs
+from star_dss_plugin.data.templates.tokenized import RenderedRow, Tokenized, joined_runs
 
-__all__ = ["of_text", "of_texts"]
+__all__ = ["render_prompt_completion", "render_text"]
 
 
-def of_text(text: str, chat: ChatTokenizer) -> Plan:
-    """Plan a plain text; every token is trained."""
+def render_text(text: str, chat: ChatTokenizer) -> RenderedRow:
+    """Render a plain text; every token is trained."""
     whole = _with_eos(chat, text)
     rendered = is_rendered(text, chat)
 
-    def all_of_it(encoded: Encoded) -> Tokenized:
+    def finish(encoded: Encoded) -> Tokenized:
         trained = joined_runs([(0, len(encoded.ids))])
         return Tokenized(encoded, whole, trained, None, None, rendered=rendered)
 
-    return Plan(whole, all_of_it, plain=True)
+    return RenderedRow(whole, finish, plain=True)
 
 
-def of_texts(prompt: str, completion: str, chat: ChatTokenizer) -> Plan:
-    """Plan a plain-text prompt and completion; the completion is trained."""
-    text = whole_text(prompt + _with_eos(chat, completion))
+def render_prompt_completion(prompt: str, completion: str, chat: ChatTokenizer) -> RenderedRow:
+    """Render a plain-text prompt and completion; the completion is trained."""
+    text = checked_utf8(prompt + _with_eos(chat, completion))
     asked = chat.ids(prompt)
     rendered = is_rendered(prompt, chat)
     source = parsed_prompt(prompt, chat) if rendered else [{"role": "user", "content": prompt}]
@@ -40,13 +36,13 @@ def of_texts(prompt: str, completion: str, chat: ChatTokenizer) -> Plan:
     if source is not None:
         source = [*source, {"role": "assistant", "content": completion}]
 
-    def behind_the_prompt(encoded: Encoded) -> Tokenized:
+    def finish(encoded: Encoded) -> Tokenized:
         common = common_prefix_length(encoded.ids, asked)
         trained = joined_runs([(common, len(encoded.ids))])
         unread = source is None
         return Tokenized(encoded, text, trained, layout, source, rendered=unread, plain=True)
 
-    return Plan(text, behind_the_prompt, plain=True)
+    return RenderedRow(text, finish, plain=True)
 
 
 def _plain_layout(
@@ -80,7 +76,7 @@ def _rendered_turn(
     messages = parsed_chat(text, chat) if is_rendered(prompt, chat) else None
     if messages is None or messages[:-1] != list(source):
         return None
-    rendered, layout = lay_out(chat, messages, {})
+    rendered, layout = render_with_layout(chat, messages, {})
     turn = layout.turns[-1] if layout is not None and layout.turns else None
     if turn is None or turn.message != len(source) or not rendered.startswith(text):
         return None

@@ -26,7 +26,7 @@ __all__ = [
     "TOOL_NAME",
     "VALUE",
     "pieces_of",
-    "probe",
+    "probe_conversation",
 ]
 
 THOUGHT, CALL, ARGUMENTS, KEY, VALUE = "reasoning", "call", "arguments", "key", "value"
@@ -93,7 +93,7 @@ PROBES = (
 )
 
 
-def probe(
+def probe_conversation(
     kinds: Sequence[str], reasoning: str, *, as_text: bool, linked: bool
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Return a conversation of marks, and the slot of each mark.

@@ -29,7 +29,7 @@ def is_rendered(text: str, chat: ChatTokenizer) -> bool:
 
 def parsed_prompt(prompt: str, chat: ChatTokenizer) -> list[dict[str, Any]] | None:
     """Return the messages that the template renders as this prompt; None if there are none."""
-    return _inverse(chat).question(prompt) if chat.source else None
+    return _inverse(chat).messages_of_prompt(prompt) if chat.source else None
 
 
 def parsed_chat(text: str, chat: ChatTokenizer) -> list[dict[str, Any]] | None:
@@ -40,7 +40,7 @@ def parsed_chat(text: str, chat: ChatTokenizer) -> list[dict[str, Any]] | None:
 def parsed_tokens(ids: Sequence[int], chat: ChatTokenizer) -> list[dict[str, Any]] | None:
     """Return the messages that one of the known templates renders as these tokens, or None."""
     for one in (chat, *chat.others):
-        found = _inverse(one).of_tokens(ids) if one.source else None
+        found = _inverse(one).messages_of_tokens(ids) if one.source else None
         if found is not None:
             return found
     return None

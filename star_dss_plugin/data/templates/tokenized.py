@@ -6,11 +6,21 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from star_dss_plugin.data.templates.chat import Encoded, whole_text
+import numpy as np
+
+from star_dss_plugin.data.templates.encoded import Encoded, checked_utf8
 from star_dss_plugin.data.templates.layout import Layout
 from star_dss_plugin.logprobs import IGNORE_INDEX
 
-__all__ = ["Plan", "Runs", "Tokenized", "joined_runs", "labels_of", "runs_within"]
+__all__ = [
+    "RenderedRow",
+    "Runs",
+    "Tokenized",
+    "joined_runs",
+    "labels_of",
+    "runs_within",
+    "trained_runs",
+]
 
 Runs = list[tuple[int, int]]
 
@@ -42,7 +52,7 @@ class Tokenized:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RenderedRow:
     """A row that has been rendered but not tokenized.
 
     Attributes:
@@ -56,13 +66,20 @@ class Plan:
     plain: bool = False
 
     def __post_init__(self) -> None:
-        whole_text(self.text)
+        checked_utf8(self.text)
 
 
-def joined_runs(found: Iterable[tuple[int, int]]) -> Runs:
+def trained_runs(labels: Sequence[int]) -> Runs:
+    """Return the maximal runs [start, end) of labels other than -100."""
+    trained = np.asarray([IGNORE_INDEX, *labels, IGNORE_INDEX]) != IGNORE_INDEX
+    edges = np.flatnonzero(trained[1:] != trained[:-1]).tolist()
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def joined_runs(runs: Iterable[tuple[int, int]]) -> Runs:
     """Sort runs of tokens, merge those that touch or overlap, and drop empty ones."""
     joined: Runs = []
-    for start, end in sorted(found):
+    for start, end in sorted(runs):
         if start >= end:
             continue
         if joined and start <= joined[-1][1]:
@@ -72,10 +89,10 @@ def joined_runs(found: Iterable[tuple[int, int]]) -> Runs:
     return joined
 
 
-def runs_within(found: Runs, kept: slice) -> Runs:
+def runs_within(runs: Runs, kept: slice) -> Runs:
     """Return the parts of runs within `kept`, with indices relative to `kept.start`."""
     first, last = kept.start, kept.stop
-    cut = ((max(start, first) - first, min(end, last) - first) for start, end in found)
+    cut = ((max(start, first) - first, min(end, last) - first) for start, end in runs)
     return [(start, end) for start, end in cut if start < end]
 
 

@@ -7,10 +7,12 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-__all__ = ["call_spans", "calls_of", "named"]
+__all__ = ["call_spans", "calls_of", "with_function_name"]
 
 # Words of channel and recipient headers, which templates write between control tokens.
-_RESIDUE = frozenset({"analysis", "assistant", "commentary", "final", "function", "json", "model"})
+_HEADER_WORDS = frozenset(
+    {"analysis", "assistant", "commentary", "final", "function", "json", "model"}
+)
 _CLOSING = re.compile(r"[\s}\]\"']*")
 
 
@@ -26,7 +28,7 @@ def calls_of(message: Mapping[str, Any]) -> list[tuple[Any, Any, Any]]:
     return found
 
 
-def named(call: Mapping[str, Any], name: str) -> dict[str, Any]:
+def with_function_name(call: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Return a tool call with its function renamed."""
     if isinstance(call.get("function"), Mapping):
         return {**call, "function": {**call["function"], "name": name}}
@@ -52,7 +54,9 @@ def call_spans(
     before = [match.end() for match in control.finditer(text, reached, start)]
     begin = before[-1] if before else reached
     first = control.search(text, end, limit)
-    finish = max(_end_of(text, end, limit, arguments, first.start() if first else limit), end)
+    finish = max(
+        _arguments_end(text, end, limit, arguments, first.start() if first else limit), end
+    )
     behind = control.search(text, finish, limit)
     closing = _CLOSING.match(text, finish, behind.start() if behind else limit)
     finish = closing.end() if closing else finish
@@ -61,14 +65,14 @@ def call_spans(
     for match in [*control.finditer(text, begin, finish), None]:
         stop = match.start() if match else finish
         piece = text[position:stop]
-        if piece.strip() and not set(piece.split()) <= _RESIDUE:
+        if piece.strip() and not set(piece.split()) <= _HEADER_WORDS:
             at = position + len(piece) - len(piece.lstrip())
             spans.append((at, at + len(piece.strip())))
         position = match.end() if match else stop
     return spans or [(start, end)]
 
 
-def _end_of(text: str, start: int, limit: int, arguments: Any, otherwise: int) -> int:
+def _arguments_end(text: str, start: int, limit: int, arguments: Any, otherwise: int) -> int:
     """Return where a call's arguments end; `otherwise` if they are not found."""
     known = arguments
     if isinstance(arguments, str):
@@ -80,13 +84,13 @@ def _end_of(text: str, start: int, limit: int, arguments: Any, otherwise: int) -
         except (ValueError, RecursionError):
             return otherwise
     try:
-        found = _end_of_known(text, start, limit, known)
+        found = _parsed_arguments_end(text, start, limit, known)
     except RecursionError:  # newer Pythons read deeper JSON than they can write or traverse
         found = None
     return otherwise if found is None else found
 
 
-def _end_of_known(text: str, start: int, limit: int, known: Any) -> int | None:
+def _parsed_arguments_end(text: str, start: int, limit: int, known: Any) -> int | None:
     """Return where parsed arguments end: spelled as JSON, or else key by key and value by value.
 
     Returns:
@@ -99,7 +103,7 @@ def _end_of_known(text: str, start: int, limit: int, known: Any) -> int | None:
             if at >= 0:
                 return at + len(spelled)
     position = start
-    for leaf in _leaves(known):
+    for leaf in _keys_and_values(known):
         at = text.find(leaf, position, limit)
         if at < 0:
             return None
@@ -107,15 +111,15 @@ def _end_of_known(text: str, start: int, limit: int, known: Any) -> int | None:
     return position
 
 
-def _leaves(value: Any) -> Iterator[str]:
+def _keys_and_values(value: Any) -> Iterator[str]:
     """Yield the keys and values in nested arguments as text."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield str(key)
-            yield from _leaves(inner)
+            yield from _keys_and_values(inner)
     elif isinstance(value, list):
         for inner in value:
-            yield from _leaves(inner)
+            yield from _keys_and_values(inner)
     elif isinstance(value, str):
         yield value
     elif value is not None:

@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from star_dss_plugin.data.conversations import template_arguments, text_of
-from star_dss_plugin.data.templates.chat import ChatTokenizer, Encoded, whole_text
-from star_dss_plugin.data.templates.layout import Layout, Turn, generated_spans, lay_out
-from star_dss_plugin.data.templates.tokenized import Plan, Runs, Tokenized, joined_runs
+from star_dss_plugin.data.templates.chat import ChatTokenizer
+from star_dss_plugin.data.templates.encoded import Encoded, checked_utf8
+from star_dss_plugin.data.templates.layout import Layout, Turn, render_with_layout
+from star_dss_plugin.data.templates.scaffold import generated_spans
+from star_dss_plugin.data.templates.tokenized import RenderedRow, Runs, Tokenized, joined_runs
 
-__all__ = ["of_completion", "of_conversation"]
+__all__ = ["render_completion", "render_conversation"]
 
 _NOTHING_GENERATED = (
     "assistant_only_loss is set, and the chat template does not say what is generated (it has no "
@@ -25,26 +27,26 @@ _NOT_PLAIN = (
 )
 
 
-def of_conversation(
+def render_conversation(
     row: Mapping[str, Any],
     source: list[dict[str, Any]],
     chat: ChatTokenizer,
     first: int,
     assistant_only_loss: bool,
-) -> Plan:
-    """Plan a conversation; the assistant turns from message `first` on are trained."""
+) -> RenderedRow:
+    """Render a conversation; the assistant turns from message `first` on are trained."""
     arguments = template_arguments(row)
-    text, layout = lay_out(chat, source, arguments)
+    text, layout = render_with_layout(chat, source, arguments)
     generated = layout.generated if layout else generated_spans(chat, source, arguments, text)
     question = ""
     if first and generated is not None:
         question = chat.render(source[:first], add_generation_prompt=True, **arguments)
 
-    def turns_of_it(encoded: Encoded) -> Tokenized:
+    def finish(encoded: Encoded) -> Tokenized:
         parts = text, layout, encoded
         return _turns(source, chat, first, parts, generated, question, assistant_only_loss)
 
-    return Plan(text, turns_of_it)
+    return RenderedRow(text, finish)
 
 
 def _turns(
@@ -115,18 +117,18 @@ def _of_turn(encoded: Encoded, chat: ChatTokenizer, text: str, turn: Turn) -> Ru
     return [words] if stop is None else [words, (first, stop + 1)]
 
 
-def of_completion(
+def render_completion(
     row: Mapping[str, Any], source: list[dict[str, Any]], chat: ChatTokenizer
-) -> Plan:
-    """Plan a prompt of messages and an assistant's completion; the whole completion is trained."""
+) -> RenderedRow:
+    """Render a prompt of messages and an assistant's completion, which is trained as a whole."""
     arguments, prompt = template_arguments(row), row["prompt"]
-    text, layout = lay_out(chat, source, arguments)
+    text, layout = render_with_layout(chat, source, arguments)
     question = chat.render(prompt, add_generation_prompt=True, **arguments)
-    whole_text(question)
+    checked_utf8(question)
 
-    def behind_the_question(encoded: Encoded) -> Tokenized:
+    def finish(encoded: Encoded) -> Tokenized:
         common = chat.shared_tokens(encoded, text, question)
         trained = joined_runs([(common, len(encoded.ids))])
         return Tokenized(encoded, text, trained, layout, source)
 
-    return Plan(text, behind_the_question)
+    return RenderedRow(text, finish)

@@ -24,7 +24,7 @@ from transformers import AttentionInterface
 from star_dss_plugin.engines.shared_prefix.dense import Dense
 from star_dss_plugin.engines.shared_prefix.flex import BlockSparse
 
-__all__ = ["NAME", "Attention", "KeysValues", "Pass", "Prefix", "running"]
+__all__ = ["NAME", "Attention", "KeysValues", "Pass", "Prefix", "pass_running"]
 
 NAME = "star_dss_shared_prefix"
 
@@ -111,7 +111,7 @@ class Pass:
         rows = [len(depth) for depth in depths]
         if self.block_sparse:
             lengths = [prefix.length for prefix in self.prefixes]
-            return BlockSparse.of(self.positions, self.real, rows, depths, lengths)
+            return BlockSparse.from_rows(self.positions, self.real, rows, depths, lengths)
         return Dense(self.positions, self.real, rows, depths)
 
 
@@ -119,7 +119,7 @@ _current: ContextVar[Pass] = ContextVar("star_dss_pass")
 
 
 @contextmanager
-def running(config: Any, current: Pass) -> Iterator[None]:
+def pass_running(config: Any, current: Pass) -> Iterator[None]:
     """Route a model's attention through `current` and restore its own attention afterwards."""
     own = config._attn_implementation
     token = _current.set(current)

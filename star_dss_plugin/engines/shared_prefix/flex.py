@@ -53,7 +53,7 @@ class BlockSparse:
     _masks: dict[tuple[int, int | None], BlockMask] = field(default_factory=dict)
 
     @classmethod
-    def of(
+    def from_rows(
         cls,
         positions: Tensor,
         real: Tensor,

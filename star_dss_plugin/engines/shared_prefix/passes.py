@@ -8,24 +8,11 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from star_dss_plugin.engines.padding import padded
 from star_dss_plugin.engines.shared_prefix.attention import KeysValues, Pass, Prefix
 from star_dss_plugin.engines.shared_prefix.tree import Tail
 
-__all__ = ["first_tokens", "padded", "rows_after", "tails_after"]
-
-
-def padded(
-    rows: Sequence[Sequence[int]], device: torch.device, *, left: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Return padded token ids and a mask that is False on padding, both (rows, longest)."""
-    longest = max(map(len, rows))
-    ids = torch.zeros(len(rows), longest, dtype=torch.long, device="cpu")
-    real = torch.zeros(len(rows), longest, dtype=torch.bool, device="cpu")
-    for i, tokens in enumerate(rows):
-        where = slice(longest - len(tokens), longest) if left else slice(0, len(tokens))
-        ids[i, where] = torch.tensor(tokens, dtype=torch.long, device="cpu")
-        real[i, where] = True
-    return ids.to(device), real.to(device)
+__all__ = ["first_tokens", "rows_after", "tails_after"]
 
 
 def rows_after(

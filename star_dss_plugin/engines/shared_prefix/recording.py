@@ -30,24 +30,24 @@ def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
 
 
 @contextmanager
-def recording(model: PreTrainedModel, wanted: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+def recording(model: PreTrainedModel, indices: Sequence[int]) -> Iterator[dict[int, Tensor]]:
     """Yield a mapping that each forward pass fills: block index to output (rows, columns, size).
 
     Blocks above the highest wanted one do not run meanwhile, so the logits are meaningless.
 
     Args:
         model: A causal LM.
-        wanted: Block indices, from 0.
+        indices: Block indices, from 0.
     """
     found: dict[int, Tensor] = {}
     blocks, decoder = blocks_of(model), model.get_decoder()
     with ExitStack() as stack:
-        for index in wanted:
+        for index in indices:
 
             def keep(_: Any, __: Any, output: Any, index: int = index) -> None:
                 found[index] = output[0] if isinstance(output, tuple) else output
 
             stack.callback(blocks[index].register_forward_hook(keep).remove)
         stack.callback(setattr, decoder, "layers", blocks)
-        decoder.layers = blocks[: max(wanted) + 1]
+        decoder.layers = blocks[: max(indices) + 1]
         yield found

@@ -32,7 +32,7 @@ class LastLayer:
     parts: tuple[nn.Module, ...] = ()
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> LastLayer:
+    def from_model(cls, model: PreTrainedModel) -> LastLayer:
         """Find projection and MLP in a model's last layer; without them, the whole layer runs."""
         layers = getattr(model.get_decoder(), "layers", None)
         if not isinstance(layers, nn.ModuleList) or not len(layers):

@@ -13,7 +13,14 @@ from itertools import pairwise
 from star_dss_plugin.engines import shared_prompts
 from star_dss_plugin.engines.shared_prompts import SharedPrompts
 
-__all__ = ["Tail", "Tree", "common_length", "first_batch", "grow"]
+__all__ = [
+    "Tail",
+    "Tree",
+    "build_tree",
+    "common_prefix_of_all",
+    "first_batch",
+    "shared_head_length",
+]
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,10 @@ class Tail:
     row: int
     shared: int
     tokens: tuple[int, ...]
+
+    def prompt_length(self) -> int:
+        """Return the number of tokens of the whole prompt."""
+        return self.shared + len(self.tokens)
 
 
 @dataclass(frozen=True)
@@ -50,16 +61,15 @@ class Tree:
     distinct: int
 
 
-def grow(group: int, prompts: Sequence[Sequence[int]]) -> Tree:
+def build_tree(group: int, prompts: Sequence[Sequence[int]]) -> Tree:
     """Return the tree of one response's prompts, each with at least one token.
 
     Time and memory grow with the trunk and the tails, not with the prompts written out.
     """
-    shared = SharedPrompts.of(prompts)
-    first = {piece: i for i, piece in reversed(list(enumerate(shared.pieces)))}
+    shared = SharedPrompts.from_prompts(prompts)
     # Descending, so that a prompt comes before its own prefixes and is preferred as the trunk.
-    ordered = sorted(first.values(), key=shared.order, reverse=True)
-    neighbours = [shared.common(a, b) for a, b in pairwise(ordered)]
+    ordered = sorted(shared.distinct(), key=shared.sort_key, reverse=True)
+    neighbours = [shared.common_prefix_length(a, b) for a, b in pairwise(ordered)]
     # The prompt that shares the most tokens with the rest leaves the fewest tokens in the tails.
     shared_tokens = _shared_tokens(neighbours)
     trunk = shared_tokens.index(max(shared_tokens))
@@ -68,16 +78,16 @@ def grow(group: int, prompts: Sequence[Sequence[int]]) -> Tree:
     for row, i in enumerate(ordered):
         # A prompt that is a prefix of the trunk computes its last token again, for its next-token
         # logits.
-        common = min(shared.common(i, ordered[trunk]), lengths[i] - 1)
-        tails.append(Tail(group, row, common, shared.part(i, common)))
+        common = min(shared.common_prefix_length(i, ordered[trunk]), lengths[i] - 1)
+        tails.append(Tail(group, row, common, shared.token_slice(i, common)))
     # The trunk ends where no other prompt follows it; the rest of its own prompt becomes a tail.
     end = max((t.shared for t in tails if t.row != trunk), default=0)
     own = ordered[trunk]
     kept = min(end, lengths[own] - 1)
-    tails[trunk] = Tail(group, trunk, kept, shared.part(own, kept))
+    tails[trunk] = Tail(group, trunk, kept, shared.token_slice(own, kept))
     row_of = {shared.pieces[i]: row for row, i in enumerate(ordered)}
     return Tree(
-        shared.part(own, 0, end),
+        shared.token_slice(own, 0, end),
         tuple(tails),
         tuple(row_of[piece] for piece in shared.pieces),
         sum(lengths[i] for i in ordered) - sum(neighbours),
@@ -109,9 +119,19 @@ def _shared_tokens(neighbours: Sequence[int]) -> list[int]:
     return found
 
 
-def common_length(sequences: Sequence[tuple[int, ...]]) -> int:
+def common_prefix_of_all(sequences: Sequence[tuple[int, ...]]) -> int:
     """Return the length of the common prefix of all sequences."""
-    return shared_prompts.common_length(min(sequences), max(sequences))
+    return shared_prompts.common_prefix_length(min(sequences), max(sequences))
+
+
+def shared_head_length(trees: Sequence[Tree]) -> int:
+    """Return how many first tokens all prompts of several trees share, tails not counted."""
+    if len(trees) < 2:
+        return 0
+    return min(
+        common_prefix_of_all([tree.trunk for tree in trees]),
+        *(tail.shared for tree in trees for tail in tree.tails),
+    )
 
 
 def first_batch(lengths: Sequence[int], budget: int) -> int:

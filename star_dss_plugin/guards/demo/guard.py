@@ -26,7 +26,7 @@ from torch import Tensor
 from star_dss_plugin.data.requests import Message, PrefixRequest
 from star_dss_plugin.errors import GuardError
 from star_dss_plugin.guards.attempts import Markers
-from star_dss_plugin.guards.base import StreamingGuard, batches, not_numbers
+from star_dss_plugin.guards.base import StreamingGuard, batches, non_finite_error
 from star_dss_plugin.guards.demo.states import (
     LAYERS,
     MAX_CONTEXT,
@@ -34,7 +34,7 @@ from star_dss_plugin.guards.demo.states import (
     Backbone,
     content_of,
 )
-from star_dss_plugin.models import default_device, floating_dtype
+from star_dss_plugin.models.devices import default_device, floating_dtype
 from star_dss_plugin.smollm2 import gguf_fingerprint
 from star_dss_plugin.validation import at_least
 
@@ -138,7 +138,7 @@ class DemoGuard(StreamingGuard):
         for i, (char_ends, states) in enumerate(backbone.read(responses)):
             scores = torch.sigmoid(probe_logits(states, weight, bias)).tolist()
             if not all(0 <= s <= 1 for s in scores):
-                raise not_numbers(self.name, i)
+                raise non_finite_error(self.name, i)
             # scores[0] is that of the last context token, used if the response has no tokens.
             result.append(list(zip(char_ends, scores[1:], strict=True)) or [(0, scores[0])])
         return result

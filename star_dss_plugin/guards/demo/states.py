@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from star_dss_plugin.data.requests import Message
+from star_dss_plugin.engines.padding import padded
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.guards.base import batches
 from star_dss_plugin.smollm2 import DEFAULT_SYSTEM, load_smollm2
@@ -28,7 +29,7 @@ __all__ = [
     "ROUND_A_TURN",
     "WINDOW",
     "Backbone",
-    "Reading",
+    "ResponseTokens",
     "content_of",
 ]
 
@@ -49,7 +50,7 @@ _UNREADABLE = re.compile("[\x04\x06\x13\x14\x16\x1d\ud800-\udfff\U00040000-\U000
 
 
 @dataclass(frozen=True)
-class Reading:
+class ResponseTokens:
     """Hold a response and its context as token ids.
 
     Attributes:
@@ -97,17 +98,17 @@ class Backbone:
             For each response the end of each of its T tokens in characters, and float32 states of
             shape (T + 1, H), H over all `LAYERS`; the first row is that of the last context token.
         """
-        readings = [self.tokens(context, text) for context, text in responses]
-        windows = [w for i, r in enumerate(readings) for w in _windows(i, r)]
-        states: list[list[Tensor]] = [[] for _ in readings]
+        tokens = [self.tokens(context, text) for context, text in responses]
+        windows = [w for i, r in enumerate(tokens) for w in _windows(i, r)]
+        states: list[list[Tensor]] = [[] for _ in tokens]
         for window, found in zip(windows, self._forward(windows), strict=True):
-            states[window.reading].append(found)
-        return [(r.char_ends, torch.cat(s)) for r, s in zip(readings, states, strict=True)]
+            states[window.response].append(found)
+        return [(r.char_ends, torch.cat(s)) for r, s in zip(tokens, states, strict=True)]
 
-    def tokens(self, context: Sequence[Message], text: str) -> Reading:
+    def tokens(self, context: Sequence[Message], text: str) -> ResponseTokens:
         """Return a response and its context as token ids."""
         response, char_ends = self._plain(text)
-        return Reading(self._conversation(context)[0], response, char_ends)
+        return ResponseTokens(self._conversation(context)[0], response, char_ends)
 
     def truncates(self, context: Sequence[Message]) -> bool:
         """Return whether the start of a context is cut."""
@@ -154,12 +155,9 @@ class Backbone:
         """Return the states of each window, in the order of `windows`."""
         states = [torch.empty(0)] * len(windows)
         for batch in batches([len(w.ids) for w in windows], self._batch_tokens):
-            width = max(len(windows[i].ids) for i in batch)
             # Padding follows the text and attention is causal, so no mask is needed.
-            ids = [windows[i].ids + [0] * (width - len(windows[i].ids)) for i in batch]
-            output = self._model(
-                torch.tensor(ids, device=self._device), use_cache=False, output_hidden_states=True
-            )
+            ids, _ = padded([windows[i].ids for i in batch], self._device)
+            output = self._model(ids, use_cache=False, output_hidden_states=True)
             found = torch.cat([output.hidden_states[layer] for layer in LAYERS], dim=-1).float()
             for i, rows in zip(batch, found, strict=True):
                 states[i] = rows[windows[i].start : len(windows[i].ids)].clone()
@@ -170,13 +168,13 @@ class Backbone:
 class _Window:
     """Hold one sequence of a forward pass; its states from `start` on belong to this window."""
 
-    reading: int
+    response: int
     ids: list[int]
     start: int
 
 
-def _windows(index: int, reading: Reading) -> Iterator[_Window]:
-    context, response = reading.context, reading.response
+def _windows(index: int, tokens: ResponseTokens) -> Iterator[_Window]:
+    context, response = tokens.context, tokens.response
     for begin in range(0, max(len(response), 1), WINDOW):
         before = max(begin - OVERLAP, 0)
         start = len(context) + begin - before

@@ -68,20 +68,20 @@ class Bounds:
     threshold: float
 
     @classmethod
-    def of(cls, held: Sequence[HeldOut], tolerance: float, threshold: float) -> Bounds:
+    def from_held_out(
+        cls, held_out: Sequence[HeldOut], tolerance: float, threshold: float
+    ) -> Bounds:
         """Compute bounds from held-out responses."""
-        logits = np.concatenate([one.logits for one in held])
-        off = np.abs(probabilities(logits) - np.concatenate([one.scores for one in held]))
-        weights = np.concatenate([np.full(len(one.logits), one.weight) for one in held])
+        logits = np.concatenate([one.logits for one in held_out])
+        off = np.abs(probabilities(logits) - np.concatenate([one.scores for one in held_out]))
+        weights = np.concatenate([np.full(len(one.logits), one.weight) for one in held_out])
         bins = max(1, min(_BINS, len(logits) // _FEWEST))
         edges = np.unique(np.quantile(logits, np.arange(1, bins) / bins))
         place = np.searchsorted(edges, logits, side="right")
-        halves = [
-            _bound(off[place == b], weights[place == b], tolerance) for b in range(len(edges) + 1)
-        ]
+        halves = [_bound(off[place == b], weights[place == b]) for b in range(len(edges) + 1)]
         return cls(edges, np.array(halves), tolerance, threshold)
 
-    def asks(self, logits: _Floats) -> NDArray[np.bool_]:
+    def needs_guard(self, logits: _Floats) -> NDArray[np.bool_]:
         """Return for each of the log-odds whether the guard itself must score the prefix."""
         half = self.halves[np.searchsorted(self.edges, logits, side="right")]
         p = probabilities(logits)
@@ -90,7 +90,7 @@ class Bounds:
         return asked
 
 
-def _bound(off: _Floats, weights: _Floats, tolerance: float) -> float:
+def _bound(off: _Floats, weights: _Floats) -> float:
     """Return the conformal quantile of weighted differences; infinite if there are too few.
 
     A new prefix, of the largest weight and with any difference, counts as one more.
@@ -103,7 +103,9 @@ def _bound(off: _Floats, weights: _Floats, tolerance: float) -> float:
     return float(off[order][reached[0]]) if len(reached) else float("inf")
 
 
-def check_bounds(held: Sequence[HeldOut], tolerance: float, threshold: float) -> dict[str, float]:
+def check_bounds(
+    held_out: Sequence[HeldOut], tolerance: float, threshold: float
+) -> dict[str, float]:
     """Test bounds by two-fold cross-validation: those of one half are applied to the other half.
 
     Returns:
@@ -111,12 +113,12 @@ def check_bounds(held: Sequence[HeldOut], tolerance: float, threshold: float) ->
         the share within the tolerance of the guard's score, and the `mean` and `largest` difference
         from it. Prefixes count by their weight. Without such a prefix, `coverage` is 1.
     """
-    halves = held[::2], held[1::2]
+    halves = held_out[::2], held_out[1::2]
     off, weights, total = [], [], 0.0
     for known, tested in (halves, halves[::-1]):
-        bounds = Bounds.of(known, tolerance, threshold)
+        bounds = Bounds.from_held_out(known, tolerance, threshold)
         for one in tested:
-            kept = ~bounds.asks(one.logits)
+            kept = ~bounds.needs_guard(one.logits)
             difference = np.abs(probabilities(one.logits) - one.scores)[kept]
             off.append(difference)
             weights.append(np.full(len(difference), one.weight))

@@ -20,15 +20,15 @@ from numpy.typing import NDArray
 from star_dss_plugin.data.fingerprints import content_key
 from star_dss_plugin.data.requests import PrefixRequest, Trajectory
 from star_dss_plugin.errors import ConfigError, GuardError
-from star_dss_plugin.guards.base import Guard, StreamingGuard, ask
+from star_dss_plugin.guards.base import Guard, StreamingGuard, ask, consecutive_batches
 from star_dss_plugin.guards.combined import CalibratedGuard, CombinedGuard
 from star_dss_plugin.guards.probing.bounds import Bounds, HeldOut, check_bounds, probabilities
-from star_dss_plugin.guards.probing.learned import Learned
-from star_dss_plugin.guards.probing.linear import FOLDS, Sample, choose, features, summaries
+from star_dss_plugin.guards.probing.fitted import FittedProbe
+from star_dss_plugin.guards.probing.linear import FOLDS, Sample, choose_probe, features, summaries
 from star_dss_plugin.guards.verdict import VerdictGuard
 from star_dss_plugin.validation import at_least, probability
 
-__all__ = ["ProbedGuard", "ProbingGuard", "probing"]
+__all__ = ["ProbedGuard", "ProbingGuard", "make_probing"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +43,10 @@ _Bools = NDArray[np.bool_]
 
 
 class ProbingGuard(Guard):
-    """Wrap a guard for which a probe is to be fitted, before `learn`.
+    """Wrap a guard for which a probe is to be fitted, before `fit_probe`.
 
-    `scoring/probed.py` draws the sample, calls `learn` and scores with `with_probe`. By itself this
-    guard returns exact scores.
+    `scoring/probed.py` draws the sample, calls `fit_probe` and scores with `with_probe`. By itself
+    this guard returns exact scores.
 
     Args:
         guard: A verdict guard of the local engine, or one with calibrated scores.
@@ -72,7 +72,7 @@ class ProbingGuard(Guard):
         probability("threshold", threshold)
         self.exact, self.sample = guard, sample
         self.tolerance, self.threshold = float(tolerance), float(threshold)
-        self._verdict = _verdict_in(guard)
+        self._verdict = _verdict_guard_of(guard)
         self.name, self.demonstration = guard.name, guard.demonstration
         self.min_label_mass, self.markers = self._verdict.min_label_mass, self._verdict.markers
 
@@ -99,13 +99,13 @@ class ProbingGuard(Guard):
     def close(self) -> None:
         self.exact.close()
 
-    def learn(
+    def fit_probe(
         self,
         requests: Sequence[PrefixRequest],
         asked: Sequence[Sequence[int]],
         trajectories: Sequence[Trajectory],
         weights: Sequence[float],
-    ) -> Learned:
+    ) -> FittedProbe:
         """Fit a probe on responses that the guard has scored, and test it by cross-validation.
 
         Args:
@@ -125,7 +125,7 @@ class ProbingGuard(Guard):
             for one, indices, known, weight in scored:
                 inputs = summaries(one)[list(indices)]
                 samples.append(Sample(inputs, np.array(known.scores), float(weight)))
-        chosen = choose(samples)
+        chosen = choose_probe(samples)
         held = [
             HeldOut(logits, sample.scores, sample.weight)
             for logits, sample in zip(chosen.held_out, samples, strict=True)
@@ -137,10 +137,10 @@ class ProbingGuard(Guard):
             "penalty": chosen.penalty,
             "tolerance": self.tolerance,
         }
-        bounds = Bounds.of(held, self.tolerance, self.threshold)
-        return Learned(tuple(blocks[k] for k in chosen.blocks), chosen.probe, bounds, facts)
+        bounds = Bounds.from_held_out(held, self.tolerance, self.threshold)
+        return FittedProbe(tuple(blocks[k] for k in chosen.blocks), chosen.probe, bounds, facts)
 
-    def with_probe(self, learned: Learned) -> ProbedGuard:
+    def with_probe(self, learned: FittedProbe) -> ProbedGuard:
         """Return a guard that scores with a fitted probe."""
         return ProbedGuard(self, self._verdict, learned)
 
@@ -164,7 +164,7 @@ class ProbedGuard(Guard):
         wanted: Number of prefixes that callers requested so far.
     """
 
-    def __init__(self, probing: ProbingGuard, verdict: VerdictGuard, learned: Learned) -> None:
+    def __init__(self, probing: ProbingGuard, verdict: VerdictGuard, learned: FittedProbe) -> None:
         self._probing, self._verdict, self._learned = probing, verdict, learned
         self.name, self.demonstration = probing.name, probing.demonstration
         self.markers = probing.markers
@@ -181,8 +181,7 @@ class ProbedGuard(Guard):
         Most responses need one pass only, and the guard plans its own batches for the prefixes that
         it scores.
         """
-        count = range(0, len(requests), _RESPONSES_PER_CALL)
-        return [list(range(len(requests)))[i : i + _RESPONSES_PER_CALL] for i in count]
+        return consecutive_batches(len(requests), _RESPONSES_PER_CALL)
 
     def trajectories(self, requests: Sequence[PrefixRequest]) -> list[Trajectory]:
         states = self._verdict.trunk_states(requests, self._learned.blocks)
@@ -190,7 +189,7 @@ class ProbedGuard(Guard):
         for one in states:
             logits = self._learned.linear.logits(features(summaries(one)))
             scores.append(probabilities(logits))
-            masks.append(self._learned.bounds.asks(logits))
+            masks.append(self._learned.bounds.needs_guard(logits))
         for i, found in self._ask(requests, masks).items():
             scores[i][masks[i]] = found.scores
         self.wanted += sum(map(len, masks))
@@ -223,7 +222,7 @@ class ProbedGuard(Guard):
         self._probing.close()
 
 
-def probing(guard: Guard, sample: int, tolerance: float, threshold: float) -> Guard:
+def make_probing(guard: Guard, sample: int, tolerance: float, threshold: float) -> Guard:
     """Wrap a guard in a `ProbingGuard`; in an ensemble, wrap each member.
 
     A streaming guard already reads a response in one pass and is returned as it is.
@@ -240,12 +239,12 @@ def probing(guard: Guard, sample: int, tolerance: float, threshold: float) -> Gu
     if isinstance(guard, CalibratedGuard) and isinstance(guard.parts[0], StreamingGuard):
         return guard
     if isinstance(guard, CombinedGuard) and not isinstance(guard, CalibratedGuard):
-        parts = [probing(part, sample, tolerance, threshold) for part in guard.parts]
-        return guard.over(parts)
+        parts = [make_probing(part, sample, tolerance, threshold) for part in guard.parts]
+        return guard.with_parts(parts)
     return ProbingGuard(guard, sample, tolerance, threshold)
 
 
-def _verdict_in(guard: Guard) -> VerdictGuard:
+def _verdict_guard_of(guard: Guard) -> VerdictGuard:
     """Return the verdict guard whose hidden states the probe reads.
 
     Raises:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["FOLDS", "Chosen", "Linear", "Sample", "choose", "features", "summaries"]
+__all__ = ["FOLDS", "ChosenProbe", "Linear", "Sample", "choose_probe", "features", "summaries"]
 
 FOLDS = 5
 PENALTIES = (0.1, 0.03, 0.01, 0.003, 0.001)
@@ -54,7 +54,7 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ChosenProbe:
     """Hold the chosen probe and its predictions for held-out responses.
 
     Attributes:
@@ -90,7 +90,7 @@ def features(inputs: Tensor) -> _Floats:
     return found
 
 
-def choose(samples: Sequence[Sample]) -> Chosen:
+def choose_probe(samples: Sequence[Sample]) -> ChosenProbe:
     """Choose blocks and penalty by cross-validation over responses, and fit the chosen probe.
 
     The best choice has the smallest mean absolute difference from the guard's scores. Candidates
@@ -120,7 +120,7 @@ def choose(samples: Sequence[Sample]) -> Chosen:
     _, blocks, penalty, logits = best
     inputs = [features(sample.inputs[:, :, list(blocks)]) for sample in samples]
     fits = dict(_fits(inputs, samples, down_to=penalty))
-    return Chosen(blocks, penalty, fits[penalty], logits)
+    return ChosenProbe(blocks, penalty, fits[penalty], logits)
 
 
 def _error(logits: Sequence[_Floats], samples: Sequence[Sample]) -> float:

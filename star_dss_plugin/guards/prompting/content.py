@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from star_dss_plugin.engines.shared_prompts import SharedPrompts, common_length
+from star_dss_plugin.engines.shared_prompts import SharedPrompts, common_prefix_length
 from star_dss_plugin.errors import GuardError
 from star_dss_plugin.guards.prompting.prefixes import PrefixTokenizer
 
@@ -97,7 +97,7 @@ class ContentTokenizer:
         if self._with_control_tokens(readable):
             self.ids(whole + closing)  # raises the error
         # Prompts without a control token keep their ids; both kinds then share one trunk.
-        same = common_length(found.trunk, readable.trunk)
+        same = common_prefix_length(found.trunk, readable.trunk)
         pieces = [
             piece if i in wrong else (min(same, kept), (*found.trunk[same:kept], *end))
             for i, (piece, (kept, end)) in enumerate(

@@ -41,7 +41,7 @@ class Prompts:
         self._turns = turns
         self._max_length = max_length
 
-    def of(self, index: int, request: PrefixRequest) -> list[SharedPrompts]:
+    def build(self, index: int, request: PrefixRequest) -> list[SharedPrompts]:
         """Return the prompts up to the verdict position: per template, one prompt per prefix.
 
         Args:
@@ -52,15 +52,15 @@ class Prompts:
             GuardError: The response does not fit into the guard's context; the error carries
                 `index`.
         """
-        context = self.fitted(index, request)
+        context = self.fit_context(index, request)
         found = [t.prompts(context, request.text, request.ends) for t in self.templates]
         longest = max(length for prompts in found for length in prompts.lengths())
         if self._max_length is not None and longest > self._max_length:
             raise self._too_long(longest, index)
         return found
 
-    def fitted(self, index: int, request: PrefixRequest) -> list[Message]:
-        """Return the turns of the context that fit; raise like `of`."""
+    def fit_context(self, index: int, request: PrefixRequest) -> list[Message]:
+        """Return the turns of the context that fit; raise like `build`."""
         context = self.context(request)
         if context is None:
             raise self._too_long(self._length([], request), index)

@@ -21,7 +21,7 @@ from star_dss_plugin.data.requests import Message
 from star_dss_plugin.engines.shared_prompts import SharedPrompts
 from star_dss_plugin.errors import ConfigError, GuardError
 from star_dss_plugin.guards.prompting.content import ContentTokenizer, without_surrogates
-from star_dss_plugin.guards.prompting.trimming import Trim, trim_of
+from star_dss_plugin.guards.prompting.trimming import Trim, detect_trim
 
 __all__ = ["PINNED_DATE", "GuardTemplate"]
 
@@ -93,7 +93,7 @@ class GuardTemplate:
         self.control_ids = frozenset(self._control.values())
         self.control_tokens = tuple(sorted(self._control, key=len, reverse=True))
         self._splitter = re.compile("|".join(map(re.escape, self.control_tokens)) or r"(?!)")
-        self._trims = {role: self._trim_of(role) for role in ("user", "assistant")}
+        self._trims = {role: self._detect_trim(role) for role in ("user", "assistant")}
         self._check_tokenization()
 
     def render(self, messages: Sequence[Message]) -> str:
@@ -154,9 +154,11 @@ class GuardTemplate:
         made = self._content.prefixes(
             opening + shown, [len(opening) + cut for cut in cuts], closing
         )
-        return made.framed(head_ids, tail_ids)
+        return made.surrounded(head_ids, tail_ids)
 
-    def opened(self, context: Sequence[Message], text: str) -> tuple[list[int], list[int]]:
+    def prompt_with_response(
+        self, context: Sequence[Message], text: str
+    ) -> tuple[list[int], list[int]]:
         """Return the prompt's ids up to the end of the response, and the response tokens' ends.
 
         The ends are in characters of `text`, one for each token that contains some of it; these
@@ -226,14 +228,14 @@ class GuardTemplate:
             _MARK.format(0)
         )[-1]
 
-    def _trim_of(self, role: str) -> Trim:
+    def _detect_trim(self, role: str) -> Trim:
         """Return the trimming that the template applies to the messages of a role."""
 
         def shown(content: str) -> str:
             turns = [{**m, "content": content} if m["role"] == role else m for m in _PROBE]
             return self.render(turns)
 
-        return trim_of(shown, _MARK.format(0))
+        return detect_trim(shown, _MARK.format(0))
 
     def _pinned_date(self, call: re.Match[str]) -> str:
         # The call is replaced in the template's text, because transformers 5.23 no longer passes

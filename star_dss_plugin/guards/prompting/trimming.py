@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Trim", "trim_of"]
+__all__ = ["Trim", "detect_trim"]
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,14 @@ _TRIMS = (  # those that remove less come first
 )
 
 
-def trim_of(shown: Callable[[str], str], words: str) -> Trim:
+def detect_trim(render: Callable[[str], str], content: str) -> Trim:
     """Return how a template strips a message, found by rendering one padded with white space.
 
     Args:
-        shown: Renders a conversation in which a message has the given content.
-        words: The message's words, which occur nowhere else in the conversation.
+        render: Renders a conversation in which a message has the given content.
+        content: The message's words, which occur nowhere else in the conversation.
     """
     lines = "\n" * 9  # more than any template adds around a message
-    padded = f"{lines}\t \n{words}\n \t{lines}"
-    rendered = shown(padded)
+    padded = f"{lines}\t \n{content}\n \t{lines}"
+    rendered = render(padded)
     return next((trim for trim in _TRIMS if trim(padded) in rendered), _TRIMS[-1])

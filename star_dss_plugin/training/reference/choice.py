@@ -9,7 +9,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from star_dss_plugin.errors import ConfigError
-from star_dss_plugin.models import UNLOADABLE, is_peft, model_fingerprint, read_model
+from star_dss_plugin.models.fingerprints import is_peft, model_fingerprint
+from star_dss_plugin.models.loading import UNLOADABLE, read_model
 from star_dss_plugin.options import REFERENCES
 from star_dss_plugin.smollm2 import resolve_model
 from star_dss_plugin.training.head import can_project, causal_lm
@@ -57,7 +58,7 @@ def choose_reference(
 
     def fresh() -> bool:
         decide = _adapter_is_fresh if ranks.can_run else _adapter_begins_at_zero
-        return ranks.first_decides(lambda: decide(policy))
+        return ranks.decide_on_first(lambda: decide(policy))
 
     if name == "auto":
         early = not obstacle and estimator != "full" and ranks.can_run

@@ -29,7 +29,7 @@ from star_dss_plugin.errors import CacheError
 from star_dss_plugin.guards.base import batches
 from star_dss_plugin.logprobs import IGNORE_INDEX, Project, token_logprobs
 from star_dss_plugin.loss import Shaping
-from star_dss_plugin.training.head import from_logits
+from star_dss_plugin.training.head import apply_to_logits
 from star_dss_plugin.training.reference.model import Reference
 from star_dss_plugin.training.rows.collation import document_starts
 from star_dss_plugin.training.sharding import Ranks
@@ -186,7 +186,7 @@ def add_reference_logps(
         """Run equally many forward passes on every rank, because each pass communicates."""
         lacking = set().union(*ranks.gather({key for key in wanted if known(key) is None}))
         parts = [b for b in _batches(wanted, lengths) if not lacking.isdisjoint(b)]
-        mine = ranks.mine(parts)
+        mine = ranks.own_part(parts)
         most = max(ranks.gather(len(mine)))
         compute([*mine, *parts[:1] * (most - len(mine))], wanted)
 
@@ -197,8 +197,8 @@ def add_reference_logps(
         if ranks.has_weights:
             fill("", list)
     elif ranks.share.ranks > 1:
-        fill(f"-{ranks.share.rank}-of-{ranks.share.ranks}", ranks.share.mine)
-    ranks.share.meet()
+        fill(f"-{ranks.share.rank}-of-{ranks.share.ranks}", ranks.share.own_part)
+    ranks.share.barrier()
     cache.refresh()
     if not (trained and (ranks.collective or ranks.first_only)):
         fill("", list)
@@ -271,7 +271,7 @@ def _compute(
             inputs = {"input_ids": padded.to(device), "attention_mask": mask.long().to(device)}
             with torch.no_grad(), autocast():
                 of = partial(_token_logprobs, labels=targets.to(device))
-                logps = from_logits(model, inputs, of, project=projects).cpu()
+                logps = apply_to_logits(model, inputs, of, project=projects).cpu()
             for key, row, length in zip(keys, logps, lengths.tolist(), strict=True):
                 if known(key) is None:
                     cache.put(key, Trajectory((0.0, *row[: length - 1].tolist())))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from star_dss_plugin.errors import StarDSSError
-from star_dss_plugin.training.head import Projection, from_logits
+from star_dss_plugin.training.head import Projection, apply_to_logits
 
 __all__ = ["Reference", "adapter_off"]
 
@@ -93,7 +93,7 @@ class Reference:
         """
         with self.active(policy) as model:
             wrapped = call if model is policy else None
-            return from_logits(model, batch, function, project=self.projects, call=wrapped)
+            return apply_to_logits(model, batch, function, project=self.projects, call=wrapped)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from star_dss_plugin.training.head import forward_inputs
 from star_dss_plugin.training.sharding import Ranks
 
-__all__ = ["documents_meet", "joined_batch", "packs_read_together"]
+__all__ = ["joined_batch", "packs_read_together", "reads_documents_together"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def packs_read_together(model: nn.Module, collator: Any, dataset: Any, ranks: Ra
     if batch is None:
         return ""
     # Ranks that compute it each for itself may be at both sides of a threshold.
-    if not any(ranks.gather(ranks.first_decides(lambda: documents_meet(model, batch)))):
+    if not any(ranks.gather(ranks.decide_on_first(lambda: reads_documents_together(model, batch)))):
         return ""
     logger.warning(
         "This model reads the documents of a pack together, with or without STAR-DSS: layers that "
@@ -106,7 +106,7 @@ def _without_padding(batch: dict[str, Any]) -> dict[str, Any]:
     return batch
 
 
-def documents_meet(model: nn.Module, batch: Mapping[str, Any]) -> bool:
+def reads_documents_together(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     """Return whether a document's log-probabilities change with the document before it in a pack.
 
     They do where layers that are no attention (convolutions, states) pass on what they have read,

@@ -75,7 +75,7 @@ class TokenColumnsCollator:
             return batch
         missing = [name for name in ("input_ids", "labels") if name not in batch]
         if missing:
-            raise _moved(f"its batch has no {' and no '.join(missing)}")
+            raise _moved_tokens_error(f"its batch has no {' and no '.join(missing)}")
         if len(rows) > 1 and _flattened(batch, rows):
             sequences = [[_separate(row) for row in rows]]
         input_ids, labels = batch["input_ids"], batch["labels"]
@@ -84,7 +84,9 @@ class TokenColumnsCollator:
             for name in columns
         }
         if input_ids.shape[0] != len(sequences):
-            raise _moved(f"it made {input_ids.shape[0]} sequences of {len(features)} rows")
+            raise _moved_tokens_error(
+                f"it made {input_ids.shape[0]} sequences of {len(features)} rows"
+            )
         for i, sequence in enumerate(sequences):
             for row in sequence:
                 _check_lengths(row, columns)
@@ -95,7 +97,7 @@ class TokenColumnsCollator:
             if where is None and len(sequence) == 1:  # a collator that packs rows, given only one
                 where = _find(input_ids[i], labels[i], _separate(sequence[0]))
             if where is None:
-                raise _moved("a row's tokens or labels are not the ones it was given")
+                raise _moved_tokens_error("a row's tokens or labels are not the ones it was given")
             for name in columns:
                 added[name][i, where] = torch.as_tensor(feature[name], dtype=torch.float32)
         return batch | added
@@ -166,7 +168,7 @@ def _find(padded_ids: Tensor, padded_labels: Tensor, feature: Mapping[str, Any])
     return None
 
 
-def _moved(what: str) -> DataError:
+def _moved_tokens_error(what: str) -> DataError:
     return DataError(
         f"The data collator does not keep the scored tokens in place: {what}. STAR-DSS needs a "
         "collator that only pads or joins rows (DataCollatorForSeq2Seq, TRL's default, "

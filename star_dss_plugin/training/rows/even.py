@@ -14,12 +14,12 @@ from typing import Any
 
 from star_dss_plugin.errors import DataError
 
-__all__ = ["EvenLoader", "no_rows"]
+__all__ = ["EvenLoader", "no_rows_error"]
 
 logger = logging.getLogger(__name__)
 
 
-def no_rows(rank: int, name: str) -> DataError:
+def no_rows_error(rank: int, name: str) -> DataError:
     """Return the error for a rank whose files of a stream have no rows to train on."""
     return DataError(
         f"Process {rank} got no row of the {name} stream that has trained tokens, while others "
@@ -59,15 +59,15 @@ class EvenLoader:
 
     def __iter__(self) -> Iterator[Any]:
         batches = iter(self.loader)
-        while found := self.take(batches, 1):
+        while found := self.next_batches(batches, 1):
             yield from found
 
-    def take(self, batches: Iterator[Any], most: int) -> list[Any]:
+    def next_batches(self, batches: Iterator[Any], limit: int) -> list[Any]:
         """Return the next batches of a pass, equally many in every process; each must call this.
 
         Args:
             batches: The iterator over this process's files, the same object throughout a pass.
-            most: How many batches to return at most.
+            limit: How many batches to return at most.
 
         Returns:
             The batches; empty if the pass is over in every process.
@@ -81,10 +81,10 @@ class EvenLoader:
             self._close()
         if self._over:
             return []
-        found = list(itertools.islice(batches, most))
+        found = list(itertools.islice(batches, limit))
         counts = self._gather((len(found), self._given))
-        most = max(count for count, _ in counts)
-        if not most:
+        largest = max(count for count, _ in counts)
+        if not largest:
             self._over = True
             self._close()
             return []
@@ -95,8 +95,8 @@ class EvenLoader:
                     found.append(self._repeated())
             there = self._gather(bool(found) or self._given > 0)
             if not all(there):
-                raise no_rows(there.index(False), self._name)
-        while len(found) < most:
+                raise no_rows_error(there.index(False), self._name)
+        while len(found) < largest:
             found.append(self._repeated())
         self._given += len(found)
         return found

@@ -11,6 +11,7 @@ import numpy as np
 from datasets import Dataset
 
 from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN
+from star_dss_plugin.data.row_digests import contains_digest
 from star_dss_plugin.errors import DataError
 
 __all__ = ["KnownRows"]
@@ -25,11 +26,11 @@ _COLUMNS = {
 }
 
 
-_PASSING = 65536
+_RECENT_ROWS = 65536
 """Rows of a stream to remember: more than are read between a row's scoring and its batch."""
 
 
-class _Passing:
+class _RecentRows:
     """Hold digests of a stream's latest rows, and of the first rows of the latest pass.
 
     The first rows, because accelerate fills up the last batch of a pass with rows of the first
@@ -51,13 +52,13 @@ class _Passing:
         found = list(digests)
         if first:
             self._first = set()
-        if len(self._first) < _PASSING:
+        if len(self._first) < _RECENT_ROWS:
             self._first.update(found)
         for digest in found:
             self._last[digest] = None
             self._last.move_to_end(digest)
         # Rows of the buffer before this one may still wait for their batch.
-        while len(self._last) > max(_PASSING, 2 * len(found)):
+        while len(self._last) > max(_RECENT_ROWS, 2 * len(found)):
             self._last.popitem(last=False)
 
 
@@ -70,7 +71,7 @@ class KnownRows:
     def __init__(self) -> None:
         self._digests: np.ndarray[Any, Any] = np.zeros(0, np.uint64)
         self._trainable = self._digests
-        self._passing: dict[str, _Passing] = {}
+        self._recent: dict[str, _RecentRows] = {}
 
     def add(self, dataset: Dataset, *, trainable: bool = True) -> str:
         """Remember a prepared data set's rows.
@@ -90,7 +91,7 @@ class KnownRows:
             self._trainable = np.union1d(self._trainable, found)
         return _without_reference(dataset)
 
-    def pass_by(self, dataset: Dataset, stream: str, *, first: bool) -> str:
+    def add_buffer(self, dataset: Dataset, stream: str, *, first: bool) -> str:
         """Remember a buffer of a stream until its batches have been made.
 
         Args:
@@ -102,8 +103,8 @@ class KnownRows:
         Returns:
             A digest of the buffer, as `add` returns it.
         """
-        passing = self._passing.setdefault(stream, _Passing())
-        passing.add(_digests(dataset).tolist(), first=first)
+        recent = self._recent.setdefault(stream, _RecentRows())
+        recent.add(_digests(dataset).tolist(), first=first)
         return _without_reference(dataset)
 
     def digest(self, dataset: Dataset) -> str:
@@ -118,7 +119,7 @@ class KnownRows:
         found = _digests(dataset)
         unknown = np.flatnonzero(~np.isin(found, self._trainable))
         if len(unknown):
-            raise _unknown(f"Row {unknown[0]} of the training set")
+            raise _unknown_row_error(f"Row {unknown[0]} of the training set")
         return _without_reference(dataset)
 
     def as_dataset(self, rows: Sequence[Any]) -> Dataset | None:
@@ -145,12 +146,10 @@ class KnownRows:
             DataError: The row is unknown.
         """
         found = _digest(row)
-        if any(found in passing for passing in self._passing.values()):
+        if any(found in recent for recent in self._recent.values()):
             return
-        digest = np.uint64(found)
-        place = int(np.searchsorted(self._digests, digest))
-        if place == len(self._digests) or self._digests[place] != digest:
-            raise _unknown("A row of a batch")
+        if not contains_digest(self._digests, np.uint64(found)):
+            raise _unknown_row_error("A row of a batch")
 
 
 def _digests(dataset: Dataset) -> np.ndarray[Any, Any]:
@@ -187,10 +186,10 @@ def _numbers(given: Any, dtype: Any) -> np.ndarray[Any, Any]:
             return values.astype(dtype, copy=False)
     except ValueError:  # lists of several lengths
         pass
-    raise _unknown("A row of a batch")
+    raise _unknown_row_error("A row of a batch")
 
 
-def _unknown(which: str) -> DataError:
+def _unknown_row_error(which: str) -> DataError:
     return DataError(
         f"{which} is not one that was scored when STAR-DSS was set up: its tokens, labels, "
         "scores or reference values were changed since, or another data set took its place. Give "

@@ -1,111 +1,36 @@
-"""Prepare a trainer's tokenized data set for the loss: score it, check the scores, sum it up."""
+"""Prepare a trainer's tokenized data set for the loss: score it, and check the scores."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from types import NoneType
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, List, Value
 
-from star_dss_plugin.data.bound_rows import bind_anew, check_bound
-from star_dss_plugin.data.columns import SCORES_COLUMN, with_column, without_marks
+from star_dss_plugin.data.columns import SCORES_COLUMN, with_column, without_asked_column
 from star_dss_plugin.data.provenance import provenances_of
-from star_dss_plugin.data.responses import runs
-from star_dss_plugin.data.rows import only_responses, plain_rows
+from star_dss_plugin.data.row_digests import add_row_digests, check_row_digests
+from star_dss_plugin.data.rows import plain_rows, restrict_labels
 from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.errors import DataError
-from star_dss_plugin.guards.base import Guard, announced
-from star_dss_plugin.logprobs import IGNORE_INDEX
+from star_dss_plugin.guards.base import Guard
 from star_dss_plugin.options import StarDSSOptions
-from star_dss_plugin.scoring.ranks import ALONE, Share
+from star_dss_plugin.scoring.ranks import SINGLE_PROCESS, Share
 from star_dss_plugin.scoring.scorer import score_dataset
 from star_dss_plugin.scoring.strictness import stricter_dataset
+from star_dss_plugin.training.rows.summary import DatasetSummary, dataset_summary
 
 __all__ = [
-    "DatasetSummary",
-    "asks_guard",
     "check_kind",
     "check_scores",
+    "needs_guard",
     "prepare_dataset",
-    "summary_of",
 ]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class DatasetSummary:
-    """Hold statistics of a scored data set, for the start-up line and the run's record.
-
-    Attributes:
-        rows: Number of rows.
-        responses: Number of runs of trained tokens.
-        trained_tokens: Number of trained tokens.
-        below_threshold: Number of trained tokens with a score below τ.
-        mean_score: Mean score of the trained tokens; 1 if there are none.
-        guard: Name of the guard that scored it, as messages show it.
-        provenance: The data set's provenance note; None if it has none.
-        streamed: Whether these are the rows read so far from a stream.
-    """
-
-    rows: int
-    responses: int
-    trained_tokens: int
-    below_threshold: int
-    mean_score: float
-    guard: str
-    provenance: dict[str, Any] | None
-    streamed: bool = False
-
-    def plus(self, more: DatasetSummary) -> DatasetSummary:
-        """Return the summary of these rows and of further rows of the same data set."""
-        tokens = self.trained_tokens + more.trained_tokens
-        total = sum(one.mean_score * one.trained_tokens for one in (self, more))
-        # Some rows may have brought scores by another guard.
-        guards = dict.fromkeys((*self.guard.split(" and "), *more.guard.split(" and ")))
-        return replace(
-            self,
-            guard=" and ".join(guards),
-            rows=self.rows + more.rows,
-            responses=self.responses + more.responses,
-            trained_tokens=tokens,
-            below_threshold=self.below_threshold + more.below_threshold,
-            mean_score=total / tokens if tokens else 1.0,
-            provenance=_joined(self.provenance, more.provenance),
-        )
-
-
-_COUNTS = (
-    "rows",
-    "responses",
-    "prefixes",
-    "trained_tokens",
-    "raw_contexts",
-    "no_contexts",
-    "truncated_contexts",
-    "guard_errors",
-)
-_NAMES = (
-    "guard",
-    "demonstration_guard",
-    "guard_identity",
-    "segmenter",
-    "chunk_size",
-    "tokenizer",
-    "versions",
-)
-
-
-def _joined(one: dict[str, Any] | None, more: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Merge the provenance notes of two parts of a data set: names of the first, counts summed."""
-    if one is None or more is None:
-        return one
-    counts = {name: one[name] + more[name] for name in _COUNTS if name in one and name in more}
-    return {name: one[name] for name in _NAMES if name in one} | counts
 
 
 def prepare_dataset(
@@ -115,7 +40,7 @@ def prepare_dataset(
     *,
     name: str,
     truncation: tuple[int | None, str | None],
-    share: Share = ALONE,
+    share: Share = SINGLE_PROCESS,
     num_proc: int = 1,
     progress: bool,
     guard: Guard | None = None,
@@ -157,7 +82,7 @@ def prepare_dataset(
             "recovered. Give it unpacked; packing=True packs its rows after they are scored."
         )
     if SCORES_COLUMN in dataset.column_names:
-        if options.guard is not None and not _scored_as_told(dataset, options):
+        if options.guard is not None and not _scored_as_configured(dataset, options):
             logger.warning(
                 "The %s data set brings its scores, which are not known to be those of the guard "
                 "and the chunks that the options name. They are used, and the guard is not asked. "
@@ -177,19 +102,19 @@ def prepare_dataset(
             )
         given = dataset
         # Scored data trains responses only, but a trainer may have made labels of all tokens since.
-        dataset = only_responses(dataset, chat, needed=not part)
-        check_bound(dataset, name)
+        dataset = restrict_labels(dataset, chat, needed=not part)
+        check_row_digests(dataset, name)
         dataset = _fit_scores(dataset, name, *truncation)
         changed = dataset is not given
-    elif not asks_guard(options, name):
+    elif not needs_guard(options, name):
         # So that this mode trains the same tokens as the modes that read scores.
-        dataset = only_responses(dataset, chat, needed=not part)
+        dataset = restrict_labels(dataset, chat, needed=not part)
         plain = dataset.with_format(None)
         ones = [np.ones(len(ids), dtype=np.float32) for ids in plain["input_ids"]]
         dataset = with_column(dataset, SCORES_COLUMN, ones, List(Value("float32")))
         unread = f"{options.loss_type} reads no scores"
         why = unread if name == "train" or options.score_eval else "score_eval is off"
-        return dataset, summary_of(dataset, options, f"none ({why})")
+        return dataset, dataset_summary(dataset, options, f"none ({why})")
     else:
         dataset = score_dataset(
             dataset,
@@ -202,11 +127,11 @@ def prepare_dataset(
             guard=guard or options.guard,
         )
         changed = False
-    bare = without_marks(dataset)
+    bare = without_asked_column(dataset)
     dataset = stricter_dataset(bare, chat, options)
     if changed or dataset is not bare:
-        bind_anew(dataset)  # so that the result can be given to another trainer
-    return dataset, summary_of(dataset, options, None)
+        add_row_digests(dataset)  # so that the result can be given to another trainer
+    return dataset, dataset_summary(dataset, options, None)
 
 
 def check_kind(dataset: Any, name: str) -> None:
@@ -228,7 +153,7 @@ def check_kind(dataset: Any, name: str) -> None:
         )
 
 
-def _scored_as_told(dataset: Dataset, options: StarDSSOptions) -> bool:
+def _scored_as_configured(dataset: Dataset, options: StarDSSOptions) -> bool:
     """Return whether a data set's provenance has the guard and the chunks that the options name."""
     noted = provenances_of(dataset)
     guard = options.guard if isinstance(options.guard, str) else None
@@ -247,7 +172,7 @@ def _probed_around(dataset: Dataset) -> set[float]:
     return {threshold for threshold in known if isinstance(threshold, float)}
 
 
-def asks_guard(options: StarDSSOptions, name: str) -> bool:
+def needs_guard(options: StarDSSOptions, name: str) -> bool:
     """Return whether a guard scores a data set ("train", "eval", …) that brings no scores."""
     if name != "train" and not options.score_eval:
         return False
@@ -300,34 +225,3 @@ def check_scores(scores: Any, length: int) -> None:
     if not ((values >= 0) & (values <= 1)).all():
         bad = values[~((values >= 0) & (values <= 1))][0]
         raise DataError(f"the row has a star_score of {bad}. Scores are probabilities in [0, 1].")
-
-
-def summary_of(dataset: Dataset, options: StarDSSOptions, guard: str | None) -> DatasetSummary:
-    """Return statistics of a scored data set.
-
-    Args:
-        dataset: The data set, with `labels` and `star_scores`.
-        options: The run's options.
-        guard: Name of its guard; None: the names in its provenance notes.
-    """
-    known = provenances_of(dataset)
-    provenance = known[0] if known else None
-    if guard is None:
-        names = dict.fromkeys(one["guard"] for one in known)
-        guard = announced(
-            " and ".join(names) or "unknown (star_scores column given)",
-            any(one["demonstration_guard"] for one in known),
-        )
-    responses = tokens = below = 0
-    total = 0.0
-    plain = dataset.with_format(None).select_columns(["labels", SCORES_COLUMN])
-    for row in plain:
-        trained = np.asarray(row["labels"]) != IGNORE_INDEX
-        scores = np.asarray(row[SCORES_COLUMN])[trained]
-        responses += len(runs(row["labels"]))
-        tokens += len(scores)
-        below += int((scores < options.threshold).sum())
-        total += float(scores.sum())
-    # A buffer of a stream may have no trained token.
-    mean = total / tokens if tokens else 1.0
-    return DatasetSummary(len(dataset), responses, tokens, below, mean, guard, provenance)

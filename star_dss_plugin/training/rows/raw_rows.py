@@ -82,7 +82,7 @@ class RawRowsCollator:
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if any(TEXT_COLUMN not in row for row in features):
-            raise _unscored("A row of a batch")
+            raise _unscored_error("A row of a batch")
         texts = [row[TEXT_COLUMN] for row in features]
         if self.fillers is not None:
             features = [*features, *self.fillers.for_batch(features)]
@@ -104,7 +104,9 @@ class RawRowsCollator:
             self.known.check(text)
             where = real[i].nonzero()[:, 0]
             try:
-                found = self.alignment.lay(text, _list(input_ids[i], where), _list(given[i], where))
+                found = self.alignment.transfer(
+                    text, _list(input_ids[i], where), _list(given[i], where)
+                )
             except StarDSSError as error:
                 error.at(rows=(text["row"],))
                 raise
@@ -127,11 +129,11 @@ class RawRowsCollator:
                 try:
                     self.inner([dict(row)])
                 except Exception as own:
-                    raise _refused(own).at(rows=(number,)) from own
-            raise _refused(error).at(rows=numbers) from error
+                    raise _processor_error(own).at(rows=(number,)) from own
+            raise _processor_error(error).at(rows=numbers) from error
 
 
-def _refused(error: Exception) -> DataError:
+def _processor_error(error: Exception) -> DataError:
     said = str(error).rstrip().rstrip(".")
     return DataError(
         f"The data collator cannot make tokens of the row: {type(error).__name__}: {said}. If a "
@@ -140,7 +142,7 @@ def _refused(error: Exception) -> DataError:
     )
 
 
-def _unscored(which: str) -> DataError:
+def _unscored_error(which: str) -> DataError:
     return DataError(
         f"{which} was not scored when STAR-DSS was set up. Give the data to the trainer's "
         "constructor."
@@ -172,5 +174,5 @@ def text_of_row(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     text: Mapping[str, Any] = row.get(TEXT_COLUMN, row)
     if "labels" not in text:
-        raise _unscored(f"A row of the training set (it has {', '.join(row)})")
+        raise _unscored_error(f"A row of the training set (it has {', '.join(row)})")
     return text

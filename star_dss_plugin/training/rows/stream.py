@@ -18,23 +18,23 @@ from accelerate.data_loader import DataLoaderDispatcher, IterableDatasetShard
 from datasets import Dataset, DatasetInfo, IterableDataset
 
 from star_dss_plugin.data.columns import ASKED_COLUMN, REF_COLUMN, SCORES_COLUMN
-from star_dss_plugin.data.rows import SAYING
+from star_dss_plugin.data.rows import CONTENT_COLUMNS
 from star_dss_plugin.errors import ConfigError, DataError, StarDSSError
-from star_dss_plugin.scoring.cached_trajectories import FEW, none_scored
-from star_dss_plugin.scoring.ranks import ALONE, Share
+from star_dss_plugin.scoring.cached_trajectories import TOLERATED_FAILURES, none_scored_error
+from star_dss_plugin.scoring.ranks import SINGLE_PROCESS, Share
 from star_dss_plugin.training.rows.even import EvenLoader
 from star_dss_plugin.training.rows.known_rows import KnownRows
-from star_dss_plugin.training.rows.prepare import DatasetSummary
+from star_dss_plugin.training.rows.summary import DatasetSummary
 from star_dss_plugin.training.sharding import Ranks
 
 __all__ = ["ScoredStream"]
 
 Score = Callable[[Dataset, Share], tuple[Dataset, DatasetSummary]]
 
-_READ = (*SAYING, SCORES_COLUMN, REF_COLUMN, ASKED_COLUMN, "seq_lengths")
+_SCORING_COLUMNS = (*CONTENT_COLUMNS, SCORES_COLUMN, REF_COLUMN, ASKED_COLUMN, "seq_lengths")
 """Columns that scoring reads or makes; a row's other columns are passed through."""
 
-_FORM = ("data.rows", "data.row_responses", "training.rows.prepare")
+_ROW_MODULES = ("data.rows", "data.row_responses", "training.rows.prepare")
 """Modules whose log messages on the form of rows would be repeated for each buffer."""
 
 
@@ -76,7 +76,7 @@ class ScoredStream:
         self.even: EvenLoader | None = None
         self._score, self._known, self._ranks = score, known, ranks
         self._pass: DatasetSummary | None = None
-        self._said = _SaidOnce()
+        self._log_once = _LogOnce()
         self._judged = False
         self._failed = 0
         self._description = dataset.info.description or ""
@@ -92,14 +92,14 @@ class ScoredStream:
             remove_columns=self._columns,
         )
 
-    def begin(self) -> DatasetSummary:
+    def score_first_buffer(self) -> DatasetSummary:
         """Read the first buffer and return its summary; every process must call this.
 
         Raises:
             StarDSSError: The stream is empty, or the buffer has no trained token or cannot be
                 scored.
         """
-        next(self.reading(self.dataset), None)
+        next(self.iterate(self.dataset), None)
         if self.summary is None:
             raise DataError(
                 f"The {self.name} data set is a stream that gives no row. Check what it is made "
@@ -114,37 +114,39 @@ class ScoredStream:
             )
         return self.summary
 
-    def reading(self, found: Iterable[Any]) -> Iterator[Any]:
+    def iterate(self, items: Iterable[Any]) -> Iterator[Any]:
         """Yield the rows, packs or batches of a pass over the stream; errors name the row.
 
         Raises:
             DataError: The user's or the host's code that makes the rows fails.
         """
         try:
-            yield from self._named(found)
+            yield from self._with_row_numbers(items)
         finally:
             self._reached = 0
 
-    def batches(self, found: Iterator[Any], most: int) -> Iterator[Any]:
+    def next_batches(self, batches: Iterator[Any], limit: int) -> Iterator[Any]:
         """Yield the next batches of a pass; every process must call this.
 
         Args:
-            found: The iterator of the pass, the same object throughout it.
-            most: How many batches to yield at most if processes read their own files; if not, the
+            batches: The iterator of the pass, the same object throughout it.
+            limit: How many batches to yield at most if processes read their own files; if not, the
                 caller takes from the iterator what it needs.
 
         Raises:
-            DataError: As `reading` raises it.
+            DataError: As `iterate` raises it.
         """
-        return self._named(found if self.even is None else self._even(self.even, found, most))
+        return self._with_row_numbers(
+            batches if self.even is None else self._even_batches(self.even, batches, limit)
+        )
 
-    def _even(self, even: EvenLoader, found: Iterator[Any], most: int) -> Iterator[Any]:
-        yield from even.take(found, most)
+    def _even_batches(self, even: EvenLoader, batches: Iterator[Any], limit: int) -> Iterator[Any]:
+        yield from even.next_batches(batches, limit)
 
-    def _named(self, found: Iterable[Any]) -> Iterator[Any]:
+    def _with_row_numbers(self, items: Iterable[Any]) -> Iterator[Any]:
         try:
-            # Not `yield from`: it would close `found`, which the next call goes on with.
-            for one in found:  # noqa: UP028
+            # Not `yield from`: it would close `items`, which the next call goes on with.
+            for one in items:  # noqa: UP028
                 yield one
             self._reached = 0  # the pass is over
         except StarDSSError:
@@ -157,7 +159,7 @@ class ScoredStream:
                 "the stream."
             ).at(file=f"The {self.name} stream", rows=(self._reached,)) from error
 
-    def divide(self, loader: Any, processes: int) -> Any:
+    def wrap_loader(self, loader: Any, processes: int) -> Any:
         """Set `together` by how the data loader divides the stream among processes.
 
         Args:
@@ -183,17 +185,17 @@ class ScoredStream:
             # The rows of the first buffer, which all processes read, would be counted for each.
             self.summary = self._pass = None
         self.even = None if together else EvenLoader(loader, self.name, self._ranks.gather)
-        return _ReadingLoader(self.even or loader, self.reading)
+        return _ReadingLoader(self.even or loader, self.iterate)
 
-    def read(self) -> DatasetSummary:
+    def total_summary(self) -> DatasetSummary:
         """Return the summary of the rows of all processes; every process must call this."""
-        assert self.summary is not None  # `begin` or the check of a batch comes first
+        assert self.summary is not None  # set by `score_first_buffer` or the check of a batch
         found: list[DatasetSummary] = self._ranks.gather(self.summary)
         if self.together:
             return self.summary
         total = found[0]
         for other in found[self._ranks.tp_size :: self._ranks.tp_size]:
-            total = total.plus(other)
+            total = total.merged_with(other)
         return total
 
     def _count(self, row: dict[str, Any], index: int) -> dict[str, Any]:
@@ -203,20 +205,20 @@ class ScoredStream:
 
     def _scored(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         started = time.monotonic()
-        share = self._ranks.share if self.together else ALONE
-        read = {name: values for name, values in batch.items() if name in _READ}
+        share = self._ranks.share if self.together else SINGLE_PROCESS
+        read = {name: values for name, values in batch.items() if name in _SCORING_COLUMNS}
         try:
             # A guard that draws random numbers must not change those of the training.
-            with torch.random.fork_rng(_devices()), self._said.quiet():
+            with torch.random.fork_rng(_devices()), self._log_once.quiet():
                 dataset, summary = self._score(self._table(read), share)
             self._check_judged(summary)
         except StarDSSError as error:
             error.counted_from(indices[0]).at(file=f"The {self.name} stream")
             raise
-        digest = self._known.pass_by(dataset, self.name, first=not indices[0])
+        digest = self._known.add_buffer(dataset, self.name, first=not indices[0])
         if self.together:
-            self._ranks.agree({f"scored {self.name} data": digest})
-        self._pass = self._pass.plus(summary) if self._pass and indices[0] else summary
+            self._ranks.check_equal({f"scored {self.name} data": digest})
+        self._pass = self._pass.merged_with(summary) if self._pass and indices[0] else summary
         if self.summary is None or self._pass.rows >= self.summary.rows:
             self.summary = self._pass
         self.seconds += time.monotonic() - started
@@ -226,21 +228,21 @@ class ScoredStream:
             # column that the first row of the stream lacked: give it the length of the packs.
             late = [name for name in batch if name not in (*self._columns, *found)]
             return {**found, **dict.fromkeys(late, [None] * len(dataset))}
-        others = {name: values for name, values in batch.items() if name not in _READ}
+        others = {name: values for name, values in batch.items() if name not in _SCORING_COLUMNS}
         return {**others, **found}
 
     def _check_judged(self, summary: DatasetSummary) -> None:
         """Check that the guard does not fail for all responses, counted over buffers.
 
         Raises:
-            GuardError: It has failed for more than `FEW` responses and scored none.
+            GuardError: It has failed for more than `TOLERATED_FAILURES` responses and scored none.
         """
         note = summary.provenance or {}
         failed = note.get("guard_errors", 0)
         self._judged = self._judged or failed < note.get("responses", 0)
         self._failed += failed
-        if self._failed > FEW and not self._judged:
-            raise none_scored(summary.guard, self._failed)
+        if self._failed > TOLERATED_FAILURES and not self._judged:
+            raise none_scored_error(summary.guard, self._failed)
 
     def _table(self, rows: dict[str, list[Any]]) -> Dataset:
         """Return the rows of a buffer as a data set.
@@ -275,21 +277,21 @@ def _devices() -> list[int]:
     return [torch.cuda.current_device()] if torch.cuda.is_available() else []
 
 
-class _SaidOnce(logging.Filter):
+class _LogOnce(logging.Filter):
     """Let each message on the form of rows through once, not once for every buffer."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._said: set[str] = set()
+        self._logged: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        new = record.msg not in self._said
-        self._said.add(record.msg)
+        new = record.msg not in self._logged
+        self._logged.add(record.msg)
         return new
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
-        loggers = [logging.getLogger(f"star_dss_plugin.{name}") for name in _FORM]
+        loggers = [logging.getLogger(f"star_dss_plugin.{name}") for name in _ROW_MODULES]
         for one in loggers:
             one.addFilter(self)
         try:

@@ -18,7 +18,7 @@ from axolotl_runs import (
 from star_dss_plugin import DataError
 from star_dss_plugin.data.columns import SCORES_COLUMN
 from star_dss_plugin.data.provenance import provenance_of
-from star_dss_plugin.data.responses import runs
+from star_dss_plugin.data.templates.tokenized import trained_runs
 
 
 def scored(folder, model_dir, *datasets, **changes):
@@ -43,7 +43,7 @@ def responses(dataset, tokenizer):
     """Return the trained texts of all rows in order, each with the scores of its tokens."""
     found = []
     for row in dataset:
-        for start, end in runs(row["labels"]):
+        for start, end in trained_runs(row["labels"]):
             text = tokenizer.decode(row["input_ids"][start:end])
             found.append((text, row[SCORES_COLUMN][start:end]))
     return found

@@ -152,7 +152,7 @@ def test_several_tool_calls_are_found_again(tokenizer, name):
     made = [
         tokenize_row({"messages": talk}, chat) for talk in (weather_conversation(), CONVERSATION)
     ]
-    messages = TemplateInverse(tokenizer, template).of_tokens(made[0]["input_ids"])
+    messages = TemplateInverse(tokenizer, template).messages_of_tokens(made[0]["input_ids"])
     messages = [m for m in messages if m["role"] != "system"]
     assert [m["role"] for m in messages] == ["user", "assistant", "tool", "tool", "assistant"]
     calls = [call["function"] for call in messages[1]["tool_calls"]]

@@ -230,7 +230,7 @@ def trained_tokens(tokenizer, template, kind, sign):
     assert "lazy" not in tokenizer.decode(said)
     known = {**text, SCORES_COLUMN: [0.5 if label != -100 else 1.0 for label in labels]}
     long = [token for one in ids for token in [one] * (7 if one == media else 1)]
-    found, scores = Alignment(chat_tokenizer, frozenset([media])).lay(known, long, long)
+    found, scores = Alignment(chat_tokenizer, frozenset([media])).transfer(known, long, long)
     assert sum(score == 0.5 for score in scores) == len(said)
     return said, [label for label in found if label != -100]
 

@@ -69,13 +69,13 @@ def test_the_output_is_short_and_a_page_is_written(tiny_demo, monkeypatch, capfd
 
 
 def test_an_error_names_the_log_and_a_second_run_succeeds(tiny_demo, monkeypatch, capfd, tmp_path):
-    whole = demo.finetuned
+    whole = demo.finetune
 
     def broken(*_):
         print("words of a library")
         raise RuntimeError("no more")
 
-    monkeypatch.setattr(demo, "finetuned", broken)
+    monkeypatch.setattr(demo, "finetune", broken)
     with pytest.raises(RuntimeError, match="no more"):
         demo.run(tmp_path / "out", steps=1, prompt_count=1)
     log = (tmp_path / "out" / "demo.log").read_text()
@@ -84,7 +84,7 @@ def test_an_error_names_the_log_and_a_second_run_succeeds(tiny_demo, monkeypatch
     said = capfd.readouterr().out
     assert "demo.log" in said.replace("\n", "")
     assert "words of a library" not in said
-    monkeypatch.setattr(demo, "finetuned", whole)
+    monkeypatch.setattr(demo, "finetune", whole)
     assert demo.run(tmp_path / "out", steps=1, prompt_count=1)["models"]["star_dss"]
 
 
@@ -102,11 +102,12 @@ WRITES = """
 import logging, os, runpy, sys, warnings
 from pathlib import Path
 
-only_in = runpy.run_path(sys.argv[2])["only_in"]  # without its package, which imports TRL
+# Without its package, which imports TRL.
+redirect_output = runpy.run_path(sys.argv[2])["redirect_output"]
 
 os.write(2, b"before\\n")  # after messages of the imports
 kept = logging.StreamHandler(sys.stderr)
-with only_in(Path(sys.argv[1])) as shown:
+with redirect_output(Path(sys.argv[1])) as shown:
     print("python"); warnings.warn("warned"); os.write(1, b"c-out\\n"); os.write(2, b"c-err\\n")
     kept.emit(logging.makeLogRecord({"msg": "logged"}))
     os.system("echo child")

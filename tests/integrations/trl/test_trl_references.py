@@ -174,7 +174,7 @@ def test_reference_log_probabilities_of_other_tokens_or_modes_are_replaced(tmp_p
 def test_another_adapter_is_another_reference(tmp_path, tokenizer):
     from peft import get_peft_model
 
-    from star_dss_plugin.models import model_fingerprint
+    from star_dss_plugin.models.fingerprints import model_fingerprint
 
     model = get_peft_model(tiny_llama(len(tokenizer)), lora_config())
     model.add_adapter("other", lora_config())

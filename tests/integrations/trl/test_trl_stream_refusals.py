@@ -126,19 +126,19 @@ def test_a_row_that_changes_after_scoring_stops_the_run(tmp_path, tokenizer):
 
 def test_the_number_of_row_digests_does_not_grow_with_the_stream(tmp_path, tokenizer, monkeypatch):
     """Digests do not grow with the stream."""
-    monkeypatch.setattr(known_rows, "_PASSING", 6)
+    monkeypatch.setattr(known_rows, "_RECENT_ROWS", 6)
     data = {"prompt": [str(i) for i in range(48)], "completion": ANSWERS * 6}
     rows = Dataset.from_dict(data)
     trainer = train_in_order(
         tmp_path, tokenizer, rows.to_iterable_dataset(), stream_buffer=1, max_steps=12
     )
-    assert len(trainer.star_dss_state.rows._passing["train"]) == 12
+    assert len(trainer.star_dss_state.rows._recent["train"]) == 12
 
 
 def test_an_evaluation_longer_than_the_kept_digests_does_not_stop_the_run(
     tmp_path, tokenizer, monkeypatch
 ):
-    monkeypatch.setattr(known_rows, "_PASSING", 6)
+    monkeypatch.setattr(known_rows, "_RECENT_ROWS", 6)
     data = {"prompt": [str(i) for i in range(64)], "completion": ANSWERS * 8}
     rows = Dataset.from_dict(data)
     trainer = StarDSSTrainer(

@@ -92,7 +92,7 @@ def test_a_scored_stream_needs_no_guard(tmp_path, tokenizer, asked_texts):
         train_in_order(tmp_path / "b", tokenizer, load_from_disk(tmp_path / "scored"), **changes),
     )
     assert not asked_texts
-    assert not ours.star_dss_state.kept.loaded
+    assert not ours.star_dss_state.kept_guard.loaded
 
 
 def test_the_record_names_the_guard_and_the_given_scores(tmp_path, tokenizer):

@@ -162,7 +162,7 @@ def test_tool_calls_are_found_again_from_tokens(chat):
         ids = chat.encode(chat.render(talk)).ids
     except DataError as error:
         pytest.skip(str(error))
-    found = inverse.of_tokens(ids)
+    found = inverse.messages_of_tokens(ids)
     if found is not None:
         again = chat.encode(chat.render(found)).ids
         assert again == ids

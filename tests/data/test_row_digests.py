@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from datasets import Dataset, concatenate_datasets, load_from_disk
 
-from star_dss_plugin.data.bound_rows import bind_anew, bind_rows, check_bound
 from star_dss_plugin.data.files.parquet_shards import load_scored, write_card, write_shard
 from star_dss_plugin.data.provenance import write_note
+from star_dss_plugin.data.row_digests import add_row_digests, check_row_digests, write_row_digests
 from star_dss_plugin.data.writing import write_dataset
 from star_dss_plugin.errors import DataError
 
@@ -35,7 +35,7 @@ def scored():
     ]
     dataset = Dataset.from_list(rows)
     write_note(dataset, "scores", NOTE)
-    bind_rows(dataset)
+    write_row_digests(dataset)
     return dataset
 
 
@@ -59,15 +59,15 @@ WAYS = {"in memory": lambda dataset, folder: dataset, "saved": saved, "sharded":
 @pytest.mark.parametrize("way", WAYS)
 def test_rows_may_be_selected_shuffled_joined_and_get_columns(scored, tmp_path, way):
     dataset = WAYS[way](scored, tmp_path)
-    check_bound(dataset, "train")
-    check_bound(dataset.select([5, 1, 1]), "train")
-    check_bound(dataset.shuffle(seed=3).filter(lambda row: len(row["labels"]) > 5), "train")
+    check_row_digests(dataset, "train")
+    check_row_digests(dataset.select([5, 1, 1]), "train")
+    check_row_digests(dataset.shuffle(seed=3).filter(lambda row: len(row["labels"]) > 5), "train")
     other = dataset.select([0]).map(lambda row: {"input_ids": [9, *row["input_ids"][1:]]})
     other.info.description = ""
     write_note(other, "scores", NOTE)
-    bind_rows(other)
-    check_bound(concatenate_datasets([other, dataset]), "train")
-    check_bound(dataset.map(lambda row: {"source": "web"}), "train")
+    write_row_digests(other)
+    check_row_digests(concatenate_datasets([other, dataset]), "train")
+    check_row_digests(dataset.map(lambda row: {"source": "web"}), "train")
 
 
 def edit(name, change):
@@ -103,38 +103,38 @@ CHANGES = {
 def test_what_was_changed_is_an_error(scored, tmp_path, way, change):
     changed = CHANGES[change](WAYS[way](scored, tmp_path))
     with pytest.raises(DataError, match=r"The train data set.*not as it was scored"):
-        check_bound(changed, "train")
+        check_row_digests(changed, "train")
 
 
 def test_what_this_package_cut_is_noted_anew(scored):
     names = ("input_ids", "labels", "star_scores")
     cut = scored.map(lambda row: {name: row[name][:4] for name in names})
     with pytest.raises(DataError, match="not as it was scored"):
-        check_bound(cut, "train")
-    bind_anew(cut)
-    check_bound(cut, "train")
-    check_bound(scored, "train")
+        check_row_digests(cut, "train")
+    add_row_digests(cut)
+    check_row_digests(cut, "train")
+    check_row_digests(scored, "train")
     with pytest.raises(DataError, match="not as it was scored"):
-        check_bound(CHANGES["one score"](cut), "train")
+        check_row_digests(CHANGES["one score"](cut), "train")
     cut.info.description = ""
-    bind_anew(cut)
+    add_row_digests(cut)
     assert not cut.info.description
 
 
 def test_scores_of_ones_own_need_no_note(scored):
     changed = CHANGES["all safe"](scored)
     changed.info.description = ""
-    check_bound(changed, "train")
+    check_row_digests(changed, "train")
 
 
 def test_rows_that_were_cut_or_packed_cannot_be_told(scored):
     cut = scored.map(lambda r: {"input_ids": r["input_ids"][:4], "labels": r["labels"][:4]})
-    check_bound(cut, "train")
-    check_bound(scored.map(lambda r: {"seq_lengths": [len(r["input_ids"])]}), "train")
+    check_row_digests(cut, "train")
+    check_row_digests(scored.map(lambda r: {"seq_lengths": [len(r["input_ids"])]}), "train")
 
 
 @pytest.mark.parametrize("note", [5, "no base64!", "AAAA", ["x"], "é"])
 def test_a_note_that_another_program_wrote_is_an_error(scored, note):
     write_note(scored, "rows", note)
     with pytest.raises(DataError, match="not what this package writes"):
-        check_bound(scored, "train")
+        check_row_digests(scored, "train")

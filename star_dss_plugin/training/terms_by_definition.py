@@ -14,32 +14,32 @@ from torch.distributed.tensor import DTensor
 from star_dss_plugin.data.columns import REF_COLUMN
 from star_dss_plugin.errors import ConfigError, StarDSSError
 from star_dss_plugin.logprobs import IGNORE_INDEX, kl_estimate, token_logprobs
-from star_dss_plugin.training.head import Projection, States, causal_lm, from_logits
+from star_dss_plugin.training.head import Projection, States, apply_to_logits, causal_lm
+from star_dss_plugin.training.policy import policy_of
 
 if TYPE_CHECKING:
     from star_dss_plugin.training.state import StarDSSState
-from star_dss_plugin.training.step import policy_of
 
 __all__ = [
-    "Plain",
-    "head_watched",
-    "not_in_effect",
-    "plain_terms",
+    "TermsByDefinition",
+    "loss_not_used_error",
     "reference_of",
-    "unit_of_its_own",
+    "separate_head_error",
+    "terms_by_definition",
+    "watch_sharded_head",
 ]
 
 
-def not_in_effect(trainer: Any, why: str) -> StarDSSError:
+def loss_not_used_error(trainer: Any, reason: str) -> StarDSSError:
     """Return the error for a trainer that would train with another loss, and why."""
     return StarDSSError(
         f"Training was stopped before the weights changed: the STAR-DSS loss is not the one that "
-        f"{type(trainer).__name__} would train with: {why}."
+        f"{type(trainer).__name__} would train with: {reason}."
     )
 
 
 @dataclass(frozen=True)
-class Plain:
+class TermsByDefinition:
     """Hold log-probabilities and KL terms of one row, computed by their definitions.
 
     Attributes:
@@ -62,13 +62,13 @@ _POSITIONS = 256
 """Positions whose logits are held at once, fewer than in training."""
 
 
-def plain_terms(
+def terms_by_definition(
     active: StarDSSState,
     trainer: Any,
     policy: nn.Module,
     batch: Mapping[str, Any],
     reference: Tensor | States | None,
-) -> Plain:
+) -> TermsByDefinition:
     """Return log-probabilities and KL terms of a batch by their definitions.
 
     Args:
@@ -103,17 +103,17 @@ def plain_terms(
         ]
         return *found, logits[:0].sum()  # its dtype is the model's
 
-    *given, sample = from_logits(
+    *given, sample = apply_to_logits(
         policy, batch, terms, project=active.projects, call=trainer.model_wrapped
     )
     logps = given[0]
     half = sample.dtype in (torch.bfloat16, torch.float16) or trainer.args.bf16 or trainer.args.fp16
     if logps.dtype in (torch.bfloat16, torch.float16):
-        raise unit_of_its_own("rounds log-probabilities to 16 bits")
+        raise separate_head_error("rounds log-probabilities to 16 bits")
     kl = given[1] if len(given) > 1 else None
     if isinstance(reference, Tensor):
         kl = kl_estimate(logps, reference, active.options.kl_estimator)
-    return Plain(logps, kl, half)
+    return TermsByDefinition(logps, kl, half)
 
 
 def _spread(values: Tensor, where: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ def reference_of(
         return None
     if kind == "precomputed":
         if REF_COLUMN not in batch:
-            raise not_in_effect(
+            raise loss_not_used_error(
                 trainer,
                 f"its batches have no {REF_COLUMN!r}, the reference's log-probabilities. "
                 "The data set was replaced after STAR-DSS was set up; give it to the trainer's "
@@ -155,7 +155,7 @@ def reference_of(
 
 
 @contextlib.contextmanager
-def head_watched(policy: nn.Module) -> Iterator[list[bool]]:
+def watch_sharded_head(policy: nn.Module) -> Iterator[list[bool]]:
     """Yield a list that gets, after each run of the backbone, whether the head is still sharded.
 
     It is if FSDP2 wraps the head as a unit of its own.
@@ -173,10 +173,10 @@ def head_watched(policy: nn.Module) -> Iterator[list[bool]]:
         handle.remove()
 
 
-def unit_of_its_own(why: str) -> ConfigError:
-    """Return the error for an LM head that is an FSDP2 unit of its own; `why` says what fails."""
+def separate_head_error(reason: str) -> ConfigError:
+    """Return the error for an LM head that is an FSDP2 unit of its own; `reason`: what fails."""
     return ConfigError(
-        f"The model's head (lm_head) is an FSDP2 unit of its own, which {why}. Let "
+        f"The model's head (lm_head) is an FSDP2 unit of its own, which {reason}. Let "
         "fsdp_transformer_layer_cls_to_wrap name the decoder layer alone, in place of a "
         "size-based policy or of more classes."
     )

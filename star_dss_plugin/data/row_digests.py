@@ -18,23 +18,24 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from star_dss_plugin.data.columns import SCORES_COLUMN
-from star_dss_plugin.data.provenance import damaged_note, notes, remove_note, write_note
+from star_dss_plugin.data.provenance import damaged_note, read_notes, remove_note, write_note
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.logprobs import IGNORE_INDEX
 
 __all__ = [
-    "bind_anew",
-    "bind_rows",
-    "check_bound",
-    "note_of_rows",
-    "unbind_rows",
-    "write_row_notes",
+    "add_row_digests",
+    "check_row_digests",
+    "contains_digest",
+    "packed_row_digests",
+    "remove_row_digests",
+    "write_merged_digests",
+    "write_row_digests",
 ]
 
 _NOTE = "rows"
 
 
-def bind_rows(dataset: Dataset, columns: Sequence[str] = (SCORES_COLUMN,)) -> None:
+def write_row_digests(dataset: Dataset, columns: Sequence[str] = (SCORES_COLUMN,)) -> None:
     """Write the note with the digests of a data set's rows.
 
     Args:
@@ -45,41 +46,41 @@ def bind_rows(dataset: Dataset, columns: Sequence[str] = (SCORES_COLUMN,)) -> No
     write_note(dataset, _NOTE, _packed(np.asarray(found, np.uint64)))
 
 
-def bind_anew(dataset: Dataset) -> None:
+def add_row_digests(dataset: Dataset) -> None:
     """Add the digests of rows that this package changed itself, if the data set has a note."""
-    if noted := notes(dataset, _NOTE):
+    if noted := read_notes(dataset, _NOTE):
         found = [digest for _, digest in _digests(dataset, SCORES_COLUMN)]
         known = np.concatenate([_known(noted), np.asarray(found, np.uint64)])
         write_note(dataset, _NOTE, _packed(known))
 
 
-def unbind_rows(dataset: Dataset) -> None:
+def remove_row_digests(dataset: Dataset) -> None:
     """Remove the digests, because rows were merged or scores are changed on purpose."""
     remove_note(dataset, _NOTE)
 
 
-def note_of_rows(dataset: Dataset) -> str | None:
+def packed_row_digests(dataset: Dataset) -> str | None:
     """Return a data set's digests as one text, for files without a description; None if none."""
-    found: list[Any] = notes(dataset, _NOTE)
+    found: list[Any] = read_notes(dataset, _NOTE)
     return _packed(_known(found)) if found else None
 
 
-def write_row_notes(dataset: Dataset, found: Iterable[Any]) -> None:
+def write_merged_digests(dataset: Dataset, packed: Iterable[Any]) -> None:
     """Write the digests of several parts, unless a part has none.
 
     Args:
         dataset: The rows of all parts.
-        found: The result of `note_of_rows` for each part.
+        packed: The result of `packed_row_digests` for each part.
 
     Raises:
         DataError: A note is damaged.
     """
-    parts = list(found)
+    parts = list(packed)
     if parts and None not in parts:
         write_note(dataset, _NOTE, _packed(_known(parts)))
 
 
-def check_bound(dataset: Dataset, name: str) -> None:
+def check_row_digests(dataset: Dataset, name: str) -> None:
     """Check that rows are as they were scored, if the data set has digests.
 
     Rows with `seq_lengths` (packed ones) have other digests and are not checked here.
@@ -94,18 +95,23 @@ def check_bound(dataset: Dataset, name: str) -> None:
     needed = {"input_ids", "labels", SCORES_COLUMN}
     if not needed <= set(dataset.column_names) or "seq_lengths" in dataset.column_names:
         return
-    if not (noted := notes(dataset, _NOTE)):
+    if not (noted := read_notes(dataset, _NOTE)):
         return
     known = _known(noted)
     for i, digest in _digests(dataset, SCORES_COLUMN):
-        place = int(np.searchsorted(known, digest))
-        if place == len(known) or known[place] != digest:
+        if not contains_digest(known, digest):
             raise DataError(
                 "the row is not as it was scored: its tokens, labels or scores were changed, or "
                 "the scores are another row's. Score the data again. If you changed them on "
                 "purpose, or joined the data with rows that bring scores of their own, clear "
                 "dataset.info.description, which notes how the rows were scored."
             ).at(file=f"The {name} data set", rows=(i,))
+
+
+def contains_digest(sorted_digests: NDArray[np.uint64], digest: np.uint64) -> bool:
+    """Return whether a digest is among sorted ones."""
+    place = int(np.searchsorted(sorted_digests, digest))
+    return place < len(sorted_digests) and bool(sorted_digests[place] == digest)
 
 
 def _digests(dataset: Dataset, column: str) -> Iterator[tuple[int, np.uint64]]:

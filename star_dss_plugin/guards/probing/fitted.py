@@ -13,11 +13,11 @@ import numpy as np
 from star_dss_plugin.guards.probing.bounds import COVERAGE, Bounds
 from star_dss_plugin.guards.probing.linear import Linear
 
-__all__ = ["Learned"]
+__all__ = ["FittedProbe"]
 
 
 @dataclass(frozen=True)
-class Learned:
+class FittedProbe:
     """Hold a fitted probe.
 
     Attributes:
@@ -33,7 +33,7 @@ class Learned:
     facts: Mapping[str, Any]
 
     @property
-    def refused(self) -> str | None:
+    def rejection_reason(self) -> str | None:
         """Return the reason not to use the probe at all; None if it is accurate enough."""
         if not self.facts["coverage"] >= COVERAGE:
             return (
@@ -63,7 +63,7 @@ class Learned:
         )
 
     @classmethod
-    def parse(cls, text: str | bytes) -> Learned:
+    def parse(cls, text: str | bytes) -> FittedProbe:
         """Read a probe from the JSON that `dump` returns.
 
         Raises:
@@ -80,5 +80,5 @@ class Learned:
             raise ValueError("bounds and bins differ in number")
         linear = Linear(numbers["weight"], float(raw["bias"]))
         found = cls(tuple(map(int, raw["blocks"])), linear, bounds, dict(raw["facts"]))
-        _ = found.refused  # raises if the facts are incomplete
+        _ = found.rejection_reason  # raises if the facts are incomplete
         return found

@@ -1,0 +1,1 @@
+"""Load pretrained models and tokenizers, choose devices, and identify models by hashes."""
