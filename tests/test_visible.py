@@ -6,19 +6,32 @@ import re
 
 import pytest
 from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
 
 from star_dss_plugin.data.files.parquet_shards import write_card
 from star_dss_plugin.data.provenance import write_note
 from star_dss_plugin.errors import DataError, StarDSSError
 from star_dss_plugin.guards.base import announced
 from star_dss_plugin.training.run_record import add_section
-from star_dss_plugin.visible import code, visible_line
+from star_dss_plugin.visible import code, visible, visible_line
 
 EVIL = (
     "x` |\n\n# [click](http://evil)\r\n<img src=x onerror=alert(1)> \\| ~~~ ``` $x$ &lt; "
     "\x1b[31mowned\x1b]0;t\x07 \u202e\u2028\u0085\t\ud800 [/red][link=http://evil]z[/link]"
 )
 ACTS = set("\x1b\x07\r\u202e\u2028\u0085\ud800")
+
+
+@given(st.text(st.characters(codec=None), max_size=30))
+def test_visible_text_acts_on_nothing_and_keeps_ordinary_text(text):
+    shown = visible(text)
+    shown.encode("utf-8")
+    assert not re.search(
+        "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]", shown
+    )
+    assert visible("Grüße, 漢字, שלום\n\t🐶") == "Grüße, 漢字, שלום\n\t🐶"
+    assert visible("a\x00\u202eb\x7f\ud800\U000e0041") == "a␀⟨U+202E⟩b␡⟨U+D800⟩⟨U+E0041⟩"
 
 
 def test_a_line_is_one_line():

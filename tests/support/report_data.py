@@ -8,6 +8,21 @@ PROVENANCE = {
     "segmenter": "tokens",
     "chunk_size": 5,
 }
+HOSTILE = [
+    "</script><script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "<!--<script>",
+    "]]> &lt; &amp; \u2028 \u2029",
+    "\u202eevil\u202c\u2066x",
+    "nul \x00 escape \x1b[31m bell \x07 \x9b31m",
+    "half \ud800 a pair",
+    "{{ 7 * 7 }} {% raw %}",
+]
+
+
+def messages(*turns):
+    roles = ["user", "assistant"] * len(turns)
+    return {"messages": [{"role": r, "content": t} for r, t in zip(roles, turns)]}
 
 
 def response(row=0, pieces=("all is ", "well"), scores=(0.9, 0.2), **changes):
