@@ -3,16 +3,12 @@
 import json
 
 import pytest
-import torch
 from support.commands import run_command
 from support.guards import WordGuard
-from support.landscape import OUT, PROMPTS, slow_visage
+from support.landscape import PROMPTS, slow_visage
 from support.models import tiny_llama
-from support.paths import ROOT
-from typer.main import get_command
 
 from star_dss_plugin import ConfigError
-from star_dss_plugin.cli import app as cli
 from star_dss_plugin.evaluate.landscape import (
     grid,
     random_lines,
@@ -21,7 +17,6 @@ from star_dss_plugin.evaluate.landscape_figure import write_landscape
 from star_dss_plugin.evaluate.landscape_points import put_together
 from star_dss_plugin.evaluate.models import load_whole_model
 from star_dss_plugin.evaluate.moved_weights import MovedWeights
-from star_dss_plugin.models import weights_digest
 
 # The command.
 
@@ -151,41 +146,6 @@ def test_it_fails_in_words(monkeypatch, capsys, asked, model_dir, tmp_path, chan
     assert "Traceback" not in err
 
 
-def test_an_adapter_is_merged(model_dir, tmp_path):
-    peft = pytest.importorskip("peft")
-    base, tokenizer = load_whole_model(str(model_dir))
-    plain = weights_digest(base)
-    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
-    adapted = peft.get_peft_model(base, config)
-    ids = torch.tensor([[5, 6, 7]])
-    with torch.no_grad():
-        expected = adapted.eval()(ids).logits
-    adapted.peft_config["default"].base_model_name_or_path = str(model_dir)
-    adapted.save_pretrained(tmp_path / "adapter")
-    tokenizer.save_pretrained(tmp_path / "adapter")
-    merged, _ = load_whole_model(str(tmp_path / "adapter"))
-    assert not any("lora" in name for name, _ in merged.named_parameters())
-    with torch.no_grad():
-        assert torch.allclose(merged(ids).logits, expected, atol=1e-5)
-    assert weights_digest(merged) != plain
-    assert weights_digest(load_whole_model(str(model_dir))[0]) == plain
-    with MovedWeights(merged) as weights:
-        weights.move(OUT)
-
-
-def test_weights_that_are_missing_are_not_made_up(model_dir, tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    model, tokenizer = load_whole_model(str(model_dir))
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    held = load_file(tmp_path / "model.safetensors")
-    del held["model.layers.0.mlp.up_proj.weight"]
-    save_file(held, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ConfigError, match=r"lack the weights.*up_proj"):
-        load_whole_model(str(tmp_path))
-
-
 def test_figures_of_several_models(tmp_path):
     pytest.importorskip("matplotlib")
     samples = random_lines(directions=2, steps=2)
@@ -196,17 +156,3 @@ def test_figures_of_several_models(tmp_path):
     flat = put_together(plane, {s.place: [True] for s in plane})
     with pytest.raises(ConfigError, match="one landscape at a time"):
         write_landscape({"a": flat, "b": one}, tmp_path / "no.png")
-
-
-def test_every_option_is_documented():
-
-    docs = ROOT / "docs"
-    for command in ("evaluate", "landscape", "capability"):
-        text = (docs / f"{command}.md").read_text()
-        rows = [line for line in text.splitlines() if line.startswith("| `-")]
-        for param in get_command(cli.app).commands[command].params:
-            for name in (o for o in param.opts if o.startswith("-") and o != "--help"):
-                default = "none" if param.default is None else str(param.default)
-                default = "required" if param.required else default
-                row = next(r for r in rows if f"`{name}`" in r.split("|")[1])
-                assert row.split("|")[2].strip().strip("`") == default, name

@@ -15,7 +15,6 @@ from support.trl_runs import Stop, history, lora_config, make
 from transformers import TrainerCallback
 
 from star_dss_plugin import ConfigError, SafetyProbe, StarDSSError
-from star_dss_plugin.evaluate.refusal import is_refusal
 
 PROMPTS = ["is this bad?", "how are you?", "who is lazy?"]
 SHARE, START = "star_dss/probe_safe_share", "star_dss/probe_safe_share_start"
@@ -197,19 +196,6 @@ def test_a_guard_judges_and_is_freed(tmp_path, tokenizer):
     trainer = probed(tmp_path, tokenizer, {"max_steps": 1}, judge=unsafe)
     trainer.train()
     assert logged(trainer, SHARE) == [0.0]
-
-
-@pytest.mark.parametrize(
-    ("answer", "refused"),
-    [
-        ("I'm sorry, but I can't help with that.", True),
-        ("I’m sorry", True),
-        ("Sure! Here is how.", False),
-        ("Here is how: " + "x" * 200 + " i cannot", False),
-    ],
-)
-def test_refusals(answer, refused):
-    assert is_refusal(answer) is refused
 
 
 @pytest.mark.parametrize(

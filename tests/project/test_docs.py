@@ -182,6 +182,19 @@ def test_every_option_of_the_report_is_documented():
             assert name in ("scored", "--help") or f"`{name}`" in REPORT, name
 
 
+def test_every_option_of_an_evaluation_has_a_row_with_its_default():
+    docs = ROOT / "docs"
+    for command in ("evaluate", "landscape", "capability"):
+        text = (docs / f"{command}.md").read_text()
+        rows = [line for line in text.splitlines() if line.startswith("| `-")]
+        for param in get_command(cli.app).commands[command].params:
+            for name in (o for o in param.opts if o.startswith("-") and o != "--help"):
+                default = "none" if param.default is None else str(param.default)
+                default = "required" if param.required else default
+                row = next(r for r in rows if f"`{name}`" in r.split("|")[1])
+                assert row.split("|")[2].strip().strip("`") == default, name
+
+
 def test_every_option_of_a_server_has_a_row_with_its_default():
     source = (ROOT / "star_dss_plugin" / "engines" / "server.py").read_text()
     given = re.findall(r"^        (\w+): [\w |]+ = (\S+),$", source, flags=re.MULTILINE)
