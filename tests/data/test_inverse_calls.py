@@ -2,14 +2,10 @@
 
 import json
 import re
-import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-sys.path.insert(0, str(Path(__file__).parent))
 from template_forms import FORMS, chat_of
 
 from star_dss_plugin.data.templates import inverse as module

@@ -1,18 +1,14 @@
 """Reading several rows at once: what is quick gives what one row alone, step by step, gives."""
 
-import sys
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken
-
-sys.path.insert(0, str(Path(__file__).parent))
+from support.sentencepiece import sentencepiece_like
 from template_forms import FORMS, QUESTION, TALKS, chat_of
-from test_segments import sentencepiece_like
+from tokenizers import AddedToken
 
 from star_dss_plugin import DataError
 from star_dss_plugin.data import tokenization

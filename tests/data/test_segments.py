@@ -1,6 +1,5 @@
 """How a response is cut: token boundaries, chunks, words, sentences."""
 
-import json
 import re
 import time
 from itertools import pairwise
@@ -9,8 +8,9 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from support.models import tokenized
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from support.sentencepiece import sentencepiece_like
+from tokenizers import decoders
+from transformers import AutoTokenizer
 
 from star_dss_plugin.data import decoding
 from star_dss_plugin.data.decoding import decode, special_ids, token_boundaries
@@ -19,44 +19,6 @@ from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.segmenters import chunk_ends, sentences, tokens, whole, words
 
 SEGMENTERS = {"tokens": tokens, "words": words, "sentences": sentences, "whole": whole}
-
-
-# Tokenizers: byte-level (ours, Qwen's), and two that strip the first space and fall back to bytes
-
-
-def sentencepiece_like(kind: str) -> PreTrainedTokenizerFast:
-    specials = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
-    corpus = ["the quick brown fox jumps over the lazy dog", "hello world, how are you?"]
-    if kind == "bpe":
-        model = models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True)
-        backend = Tokenizer(model)
-        trainer = trainers.BpeTrainer(vocab_size=350, special_tokens=specials, show_progress=False)
-        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-        backend.train_from_iterator(corpus, trainer)
-    else:
-        pieces = ["▁", *"abcdefghijklmnopqrstuvwxyz,.?!", "▁the", "▁hello", "▁world", "ing", "▁a"]
-        scored = [(piece, -float(i % 7 + 1)) for i, piece in enumerate([*specials, *pieces])]
-        backend = Tokenizer(models.Unigram(scored, unk_id=0, byte_fallback=True))
-        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    backend.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
-    backend.add_special_tokens(["<unk>", "<s>", "</s>", "<|im_end|>"])
-    state = json.loads(backend.to_str())
-    state["added_tokens"] = [t for t in state["added_tokens"] if not t["content"].startswith("<0x")]
-    backend = Tokenizer.from_str(json.dumps(state))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="<|im_end|>",
-        clean_up_tokenization_spaces=False,
-    )
 
 
 @pytest.fixture(scope="module", params=["bytes", "spm-bpe", "spm-unigram", "qwen3guard"])

@@ -1,13 +1,10 @@
 """What is trained, and what a guard reads, under templates in the forms of today's models."""
 
-import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-
-sys.path.insert(0, str(Path(__file__).parent))
 from template_forms import CALL, FORMS, QUESTION, TALKS, chat_of, read, says_all, table
 
 from star_dss_plugin.data.responses import find_responses, runs
