@@ -8,7 +8,8 @@ from star_dss_plugin.scoring.scorer import score_dataset
 
 
 @pytest.fixture
-def scored(tokenizer, model_dir, monkeypatch):
+def scored_dataset(tokenizer, model_dir, monkeypatch):
+    """Return three scored conversations of two sources."""
     monkeypatch.setattr(tokenizer, "name_or_path", str(model_dir))
     rows = [
         {**messages("is this bad?", "no! it is a bad word."), "source": "a", "origin": 1},
@@ -21,6 +22,7 @@ def scored(tokenizer, model_dir, monkeypatch):
 
 
 @pytest.fixture
-def folder(scored, tmp_path):
-    scored.save_to_disk(str(tmp_path / "scored"))
+def scored_folder(scored_dataset, tmp_path):
+    """Return the folder in which these conversations are saved."""
+    scored_dataset.save_to_disk(str(tmp_path / "scored"))
     return tmp_path / "scored"

@@ -5,15 +5,15 @@ import re
 
 import pytest
 from rich.console import Console
-from support.report_data import HOSTILE, data, response
+from support.report_data import HOSTILE, response, scored_data
 
 from star_dss_plugin import DataError
 from star_dss_plugin.report import inspect_row
 from star_dss_plugin.report.inspection import Inspection
 
 
-def test_inspection_in_a_terminal_and_a_notebook(scored):
-    shown = inspect_row(scored, 1)
+def test_a_row_is_shown_in_a_terminal_and_in_a_notebook(scored_dataset):
+    shown = inspect_row(scored_dataset, 1)
     console = Console(record=True, width=100, file=io.StringIO())
     console.print(shown)
     text = console.export_text()
@@ -24,11 +24,11 @@ def test_inspection_in_a_terminal_and_a_notebook(scored):
     assert "how are you?" in html
     assert "text-decoration:underline" in html
     with pytest.raises(DataError, match="no row 3"):
-        inspect_row(scored, 3)
+        inspect_row(scored_dataset, 3)
 
 
-def test_an_error_names_the_row_that_was_asked_for(scored):
-    short = scored.map(
+def test_an_error_names_the_row_of_the_data_set(scored_dataset):
+    short = scored_dataset.map(
         lambda r, i: {"star_scores": r["star_scores"][: -(i == 1) or None]}, with_indices=True
     )
     with pytest.raises(DataError, match="Row 1: "):
@@ -36,8 +36,8 @@ def test_an_error_names_the_row_that_was_asked_for(scored):
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_inspection_of_hostile_text(text):
-    shown = Inspection(data(response(pieces=(text, "[red]not markup[/red]"))), 0)
+def test_hostile_text_is_shown_as_text(text):
+    shown = Inspection(scored_data(response(pieces=(text, "[red]not markup[/red]"))), 0)
     html = shown._repr_html_()
     assert not re.search(r"<(?!/?(p|b|bdi|br|span|div)[ >])", html)
     console = Console(width=100, force_terminal=True, record=True, file=io.StringIO())
@@ -47,7 +47,7 @@ def test_inspection_of_hostile_text(text):
     assert not re.search("[\x00\x07\x9b\u202e\ud800]|\x1b(?!\\[[0-9;]*m)", out)
 
 
-def test_a_guards_name_begins_no_line_of_an_inspection():
+def test_a_line_break_in_a_guards_name_is_not_printed():
     console = Console(width=100, record=True, file=io.StringIO())
-    console.print(Inspection(data(response(), guard="a\nanother line"), 0))
+    console.print(Inspection(scored_data(response(), guard="a\nanother line"), 0))
     assert console.export_text().startswith("Row 0, guard a␊another line\n")

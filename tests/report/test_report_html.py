@@ -6,7 +6,7 @@ import re
 
 import pytest
 from rich.console import Console
-from support.report_data import HOSTILE, PROVENANCE, data, response
+from support.report_data import HOSTILE, PROVENANCE, response, scored_data
 
 from star_dss_plugin import DataError
 from star_dss_plugin.report.inspection import Inspection
@@ -20,9 +20,9 @@ def page_data(html):
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_text_cannot_leave_its_element(text):
+def test_hostile_text_is_escaped(text):
     hostile = response(pieces=(text, text), source=text, context=({"role": text, "content": text},))
-    html = render_page(data(hostile, guard=text), name=text)
+    html = render_page(scored_data(hostile, guard=text), name=text)
     html.encode("utf-8")
     assert html.count("<script") == 2  # the data and the program
     assert html.count("</script>") == 2
@@ -33,8 +33,8 @@ def test_text_cannot_leave_its_element(text):
     assert found["pieces"] == [visible(text)] * 2
 
 
-def test_the_policy_allows_this_script_alone():
-    html = render_page(data(response()), name="x")
+def test_the_content_policy_allows_only_the_reports_script():
+    html = render_page(scored_data(response()), name="x")
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', html).group(1)
     assert policy.startswith("default-src &#39;none&#39;; script-src &#39;sha256-")
     assert "unsafe" not in policy
@@ -42,9 +42,11 @@ def test_the_policy_allows_this_script_alone():
     assert not re.search(r"<[^>]* (style|on\w+)=", html)
 
 
-def test_no_text_means_none():
+def test_a_report_without_text_contains_no_text():
     html = render_page(
-        data(response(pieces=("secret one", "secret two"), source="src")), name="x", text=False
+        scored_data(response(pieces=("secret one", "secret two"), source="src")),
+        name="x",
+        text=False,
     )
     assert "secret" not in html.split('id="data"')[1].split("</script>")[0]
     assert "question 0" not in html
@@ -52,16 +54,18 @@ def test_no_text_means_none():
     assert "src" in html
 
 
-def test_a_source_column_with_texts_is_not_shown(scored, tokenizer, caplog):
-    texts = ["a private text\nof two lines"] * len(scored)
-    dataset = scored.remove_columns([c for c in ("source",) if c in scored.column_names])
+def test_a_source_column_of_texts_is_left_out(scored_dataset, tokenizer, caplog):
+    texts = ["a private text\nof two lines"] * len(scored_dataset)
+    dataset = scored_dataset.remove_columns(
+        [c for c in ("source",) if c in scored_dataset.column_names]
+    )
     found = read_scored(dataset.add_column("source", texts), tokenizer)
     assert {r.source for r in found.responses} == {None}
     assert "private" not in render_page(found, name="x", text=False)
     assert "--source" in caplog.text
 
 
-def test_a_page_does_not_say_where_the_tokenizer_lies():
+def test_a_report_names_the_tokenizer_without_its_path():
     page = render_page(ScoredData((response(),), PROVENANCE, "/home/me/model"), name="x")
     assert "/home/me" not in page
     assert "model" in page
@@ -70,13 +74,13 @@ def test_a_page_does_not_say_where_the_tokenizer_lies():
 # Remarks on the scores
 
 
-def test_a_demonstration_guard_is_named_as_one(tmp_path):
-    demo = data(response(), demonstration_guard=True)
+def test_scores_of_a_demonstration_guard_are_marked(tmp_path):
+    demo = scored_data(response(), demonstration_guard=True)
     html = render_page(demo, name="x")
     assert "(demonstration guard)</title>" in html
     assert "Demonstration scores." in html
     assert page_data(html)["demonstration"] is True
-    assert "Demonstration scores." not in render_page(data(response()), name="x")
+    assert "Demonstration scores." not in render_page(scored_data(response()), name="x")
     shown = Inspection(demo, 0)
     console = Console(record=True, width=100, file=io.StringIO())
     console.print(shown)
@@ -84,14 +88,16 @@ def test_a_demonstration_guard_is_named_as_one(tmp_path):
     assert "protects nobody" in shown._repr_html_()
 
 
-def test_interpolated_scores_are_named_as_such():
-    adaptive = data(response(), guard_identity={"trajectory": {"adaptive": {"epsilon": 0.02}}})
+def test_interpolated_scores_are_marked():
+    adaptive = scored_data(
+        response(), guard_identity={"trajectory": {"adaptive": {"epsilon": 0.02}}}
+    )
     assert "safe stretches are interpolated" in render_page(adaptive, name="x")
-    assert "interpolated" not in render_page(data(response()), name="x")
+    assert "interpolated" not in render_page(scored_data(response()), name="x")
 
 
-def test_what_was_tried_and_what_did_not_fit_is_said():
-    noted = data(
+def test_remarks_name_attempts_truncations_errors_and_disagreement():
+    noted = scored_data(
         response(),
         attempts={"control token": {"responses": 3, "rows": [1, 4]}},
         truncated_contexts=2,
@@ -107,12 +113,12 @@ def test_what_was_tried_and_what_did_not_fit_is_said():
         "0.250 apart on average; 10.0% of the prefixes are safe to one and unsafe to another.",
     ):
         assert remark in page
-    assert "could be meant" not in render_page(data(response()), name="x")
+    assert "could be meant" not in render_page(scored_data(response()), name="x")
 
 
 @pytest.mark.parametrize("identity", [{"guards": 3}, {"guards": [5, {"trajectory": {}}]}])
-def test_identities_that_somebody_else_wrote_can_be_shown(identity):
-    assert "a-guard" in render_page(data(response(), guard_identity=identity), name="x")
+def test_guard_identities_of_another_form_can_be_shown(identity):
+    assert "a-guard" in render_page(scored_data(response(), guard_identity=identity), name="x")
 
 
 @pytest.mark.parametrize(
@@ -127,6 +133,6 @@ def test_identities_that_somebody_else_wrote_can_be_shown(identity):
     ],
     ids=str,
 )
-def test_notes_that_somebody_else_wrote(notes):
+def test_provenance_of_another_form_is_refused(notes):
     with pytest.raises(DataError, match="not what this package writes"):
-        render_page(data(response(), **notes), name="x")
+        render_page(scored_data(response(), **notes), name="x")

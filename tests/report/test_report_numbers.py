@@ -14,7 +14,7 @@ from star_dss_plugin.report.summary import by_source, histogram, mean_trajectory
     st.lists(st.tuples(st.integers(1, 9), st.floats(0, 1)), min_size=1, max_size=12),
     st.floats(0, 1),
 )
-def test_a_responses_numbers_agree_with_the_plain_ones(runs, threshold):
+def test_a_responses_numbers_equal_those_of_its_tokens(runs, threshold):
     ends = np.cumsum([n for n, _ in runs])
     found = response(
         pieces=["x"] * len(runs), scores=[s for _, s in runs], token_ends=tuple(map(int, ends))
@@ -33,19 +33,19 @@ def test_a_responses_numbers_agree_with_the_plain_ones(runs, threshold):
     grid, mean = mean_trajectory([found])
     assert (mean[0], mean[-1]) == (tokens[0], tokens[-1])
     assert len(grid) == 41
-    at = [tokens[max(-(-k * len(tokens) // 40), 1) - 1] for k in range(41)]
-    np.testing.assert_allclose(mean, at)
+    expected_mean = [tokens[max(-(-k * len(tokens) // 40), 1) - 1] for k in range(41)]
+    np.testing.assert_allclose(mean, expected_mean)
 
 
 def test_the_summary_counts_tokens():
-    rs = [response(0, source="a"), response(1, source="b", scores=(1.0, 1.0)), response(2)]
-    total = summarise(rs, 0.5)
+    responses = [response(0, source="a"), response(1, source="b", scores=(1.0, 1.0)), response(2)]
+    total = summarise(responses, 0.5)
     assert (total.responses, total.tokens, total.below, total.crossing) == (3, 30, 10, 2)
     assert total.mean == pytest.approx((0.9 + 0.2 + 1 + 1 + 0.9 + 0.2) / 6)
-    assert [(g.name, g.share_below) for g in by_source(rs, 0.5)] == [("a", 0.5), ("b", 0.0)]
+    assert [(g.name, g.share_below) for g in by_source(responses, 0.5)] == [("a", 0.5), ("b", 0.0)]
 
 
-def test_the_scale_is_legible_and_steady():
+def test_the_colour_scale_is_legible_and_monotonic():
     for colours, ink in (
         (palette.LIGHT, palette.INK["light"]),
         (palette.DARK, palette.INK["dark"]),
