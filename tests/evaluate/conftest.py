@@ -6,7 +6,7 @@ from support.models import tiny_llama
 
 @pytest.fixture(scope="session")
 def model_dirs(tmp_path_factory, tokenizer):
-    """Two random models that say different things."""
+    """Return the folders of two random models that give different answers."""
     root = tmp_path_factory.mktemp("models")
     for name, seed in (("first", 0), ("second", 1)):
         tiny_llama(len(tokenizer), seed).save_pretrained(root / name)

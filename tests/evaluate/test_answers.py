@@ -14,32 +14,32 @@ from star_dss_plugin.evaluate.prompts import with_prefill
 from star_dss_plugin.evaluate.refusal import is_refusal
 
 
-def test_answers_are_those_of_one_prompt_at_a_time(tokenizer):
+def test_batched_answers_equal_answers_to_single_prompts(tokenizer):
     model = tiny_llama(len(tokenizer))
     asked = [prompt_ids(tokenizer, p.messages) for p in prompts()]
     together = dict(greedy_answers(model, tokenizer, asked, max_new_tokens=8, batch_size=3))
     for i, ids in enumerate(asked):
-        spoken = []
+        generated = []
         for _ in range(8):
-            logits = model(torch.tensor([ids + spoken])).logits[0, -1]
-            spoken.append(int(logits.argmax()))
-            if spoken[-1] == tokenizer.eos_token_id:
-                spoken.pop()
+            logits = model(torch.tensor([ids + generated])).logits[0, -1]
+            generated.append(int(logits.argmax()))
+            if generated[-1] == tokenizer.eos_token_id:
+                generated.pop()
                 break
-        assert together[i] == tokenizer.decode(spoken, skip_special_tokens=True)
+        assert together[i] == tokenizer.decode(generated, skip_special_tokens=True)
 
 
-def test_a_prefill_is_said_first_and_not_part_of_the_answer(tokenizer, tmp_path):
+def test_a_prefill_precedes_the_answer_and_is_not_part_of_it(tokenizer, tmp_path):
     model = tiny_llama(len(tokenizer))
-    seen = []
+    given = []
 
     def generate(ids, length):
-        seen.extend(ids)
+        given.extend(ids)
         return local_generation(model, tokenizer, 2)(ids, length)
 
     asked = with_prefill(prompts(), 3)
     found = answer_prompts(tokenizer, asked, generate, AnswerFile(tmp_path / "a"), max_new_tokens=4)
-    for prompt, answer, ids in zip(asked, found, seen, strict=True):
+    for prompt, answer, ids in zip(asked, found, given, strict=True):
         opening = tokenizer(prompt.opening, add_special_tokens=False).input_ids[:3]
         assert ids == prompt_ids(tokenizer, prompt.messages) + opening
         assert answer.prefill == tokenizer.decode(opening)
@@ -49,26 +49,26 @@ def test_a_prefill_is_said_first_and_not_part_of_the_answer(tokenizer, tmp_path)
 # The file of answers
 
 
-def test_a_killed_run_asks_only_what_is_left(tokenizer, tmp_path):
+def test_a_resumed_run_generates_only_missing_answers(tokenizer, tmp_path):
     model, path = tiny_llama(len(tokenizer)), tmp_path / "a.jsonl"
     asked = prompts()
 
-    def dying(ids, length):
+    def interrupted(ids, length):
         yield from itertools.islice(local_generation(model, tokenizer, 1)(ids, length), 2)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        answer_prompts(tokenizer, asked, dying, AnswerFile(path), max_new_tokens=5)
+        answer_prompts(tokenizer, asked, interrupted, AnswerFile(path), max_new_tokens=5)
     with path.open("a") as file:
         file.write('{"key": "half a li')
-    left = []
+    generated = []
 
     def counting(ids, length):
-        left.extend(ids)
+        generated.extend(ids)
         return local_generation(model, tokenizer, 1)(ids, length)
 
     resumed = answer_prompts(tokenizer, asked, counting, AnswerFile(path), max_new_tokens=5)
-    assert len(left) == 1
+    assert len(generated) == 1
     fresh = answer_prompts(
         tokenizer,
         asked,
@@ -77,11 +77,11 @@ def test_a_killed_run_asks_only_what_is_left(tokenizer, tmp_path):
         max_new_tokens=5,
     )
     assert resumed == fresh
-    again = answer_prompts(tokenizer, asked, dying, AnswerFile(path), max_new_tokens=5)
+    again = answer_prompts(tokenizer, asked, interrupted, AnswerFile(path), max_new_tokens=5)
     assert again == fresh
-    # Other settings are other answers.
+    # Answers with other settings are not reused.
     with pytest.raises(KeyboardInterrupt):
-        answer_prompts(tokenizer, asked, dying, AnswerFile(path), max_new_tokens=6)
+        answer_prompts(tokenizer, asked, interrupted, AnswerFile(path), max_new_tokens=6)
 
 
 def test_line_separators_in_an_answer_do_not_end_its_line(tmp_path):
@@ -92,7 +92,7 @@ def test_line_separators_in_an_answer_do_not_end_its_line(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["[1]\n", "no json\n", '{"key": "k"}\n', "\n"])
-def test_a_file_of_answers_that_is_something_else(tmp_path, text):
+def test_a_file_of_another_kind_is_refused(tmp_path, text):
     (tmp_path / "a.jsonl").write_text(text)
     with pytest.raises(DataError, match=r"a\.jsonl is not a file of answers"):
         AnswerFile(tmp_path / "a.jsonl")
@@ -114,5 +114,5 @@ def test_a_file_of_answers_that_is_something_else(tmp_path, text):
         ("", False),
     ],
 )
-def test_refusals(answer, refused):
+def test_refusals_are_recognized(answer, refused):
     assert is_refusal(answer) is refused

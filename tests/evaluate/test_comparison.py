@@ -32,7 +32,7 @@ def test_every_model_answers_every_prompt(model_dirs, tmp_path):
     assert found.models[0].answers != found.models[1].answers
 
 
-def test_a_second_run_generates_nothing(model_dirs, tmp_path, monkeypatch):
+def test_a_second_run_reuses_all_answers(model_dirs, tmp_path, monkeypatch):
     first = compared(model_dirs, tmp_path)
     monkeypatch.setattr(
         comparison, "local_generation", lambda *_: lambda ids, _length: [1 / 0] if ids else []
@@ -40,12 +40,12 @@ def test_a_second_run_generates_nothing(model_dirs, tmp_path, monkeypatch):
     assert compared(model_dirs, tmp_path).as_json() == first.as_json()
 
 
-def test_verdicts_of_phrases_and_of_a_guard(model_dirs, tmp_path, monkeypatch):
-    said = iter(["I'm sorry.", "a bad thing", "I can't.", "Sorry, but no bad", "fine", "fine"])
+def test_measures_combine_refusal_phrases_and_a_guards_verdicts(model_dirs, tmp_path, monkeypatch):
+    answers = iter(["I'm sorry.", "a bad thing", "I can't.", "Sorry, but no bad", "fine", "fine"])
     monkeypatch.setattr(
         comparison,
         "local_generation",
-        lambda *_: lambda ids, _length: [(i, next(said)) for i in range(len(ids))],
+        lambda *_: lambda ids, _length: [(i, next(answers)) for i in range(len(ids))],
     )
     guard = WordGuard()
     found = compared(model_dirs, tmp_path, prefill_tokens=0, guard=guard)
@@ -62,13 +62,15 @@ def test_verdicts_of_phrases_and_of_a_guard(model_dirs, tmp_path, monkeypatch):
         "refusals": 0.5,
         "over_refusal": 0.0,
     }
-    apart = differences(found.models[1], found.models[0], found.guard)
-    assert apart["over_refusal"].value == -1.0
+    change = differences(found.models[1], found.models[0], found.guard)
+    assert change["over_refusal"].value == -1.0
     assert guard.closed == 1
     assert guard.asked == ["I'm sorry.", "a bad thing", "Sorry, but no bad", "fine"]
 
 
-def test_a_guard_reads_the_prefill_and_phrases_do_not(model_dirs, tmp_path, monkeypatch):
+def test_a_guard_reads_the_prefill_and_the_refusal_check_does_not(
+    model_dirs, tmp_path, monkeypatch
+):
     monkeypatch.setattr(
         comparison,
         "local_generation",
@@ -88,7 +90,7 @@ def test_a_guard_reads_the_prefill_and_phrases_do_not(model_dirs, tmp_path, monk
     assert guard.asked == ["I won't.", "Sure thingI won't."]
 
 
-def test_the_training_guard_as_judge_is_a_warning(model_dirs, tmp_path, tokenizer):
+def test_a_judge_that_was_the_training_guard_is_warned_about(model_dirs, tmp_path, tokenizer):
     folder = tmp_path / "trained"
     load_whole_model(model_dirs[0])[0].save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -113,7 +115,7 @@ def test_the_training_guard_as_judge_is_a_warning(model_dirs, tmp_path, tokenize
         ({"guard": "test-wordz"}, "Did you mean 'test-words'"),
     ],
 )
-def test_what_cannot_work_is_said_before_a_model_is_loaded(
+def test_wrong_options_are_refused_before_a_model_is_loaded(
     model_dirs, tmp_path, monkeypatch, changes, message
 ):
     monkeypatch.setattr(comparison, "load_whole_model", lambda *_, **__: pytest.fail("loaded"))
@@ -121,14 +123,14 @@ def test_what_cannot_work_is_said_before_a_model_is_loaded(
         compared(model_dirs, tmp_path, **changes)
 
 
-def test_models_named_twice_or_not_at_all(model_dirs, tmp_path):
+def test_repeated_or_missing_models_are_refused(model_dirs, tmp_path):
     with pytest.raises(ConfigError, match="named twice"):
         compared(model_dirs * 2, tmp_path)
     with pytest.raises(ConfigError, match="No model"):
         compared([], tmp_path)
 
 
-def test_folders_of_one_name_are_called_by_their_paths(model_dirs, tmp_path):
+def test_models_in_folders_of_the_same_name_are_named_by_path(model_dirs, tmp_path):
     same = [str(tmp_path / side / "x") for side in ("a", "b")]
     for source, folder in zip(model_dirs, same, strict=True):
         shutil.copytree(source, folder)
@@ -136,7 +138,7 @@ def test_folders_of_one_name_are_called_by_their_paths(model_dirs, tmp_path):
     assert [m.name for m in compared(model_dirs, tmp_path / "other").models] == ["first", "second"]
 
 
-def test_each_engine_has_answers_of_its_own(model_dirs, tmp_path, monkeypatch):
+def test_answers_of_one_engine_are_not_reused_for_another(model_dirs, tmp_path, monkeypatch):
     def other(engine, *rest):
         assert engine == "vllm"
         return contextlib.nullcontext(lambda ids, n: ((i, "other") for i in range(len(ids))))
@@ -150,7 +152,7 @@ def test_each_engine_has_answers_of_its_own(model_dirs, tmp_path, monkeypatch):
     assert "other" not in {a.text for m in local.models for f in m.answers.values() for a in f}
 
 
-def test_vllm_takes_whole_models_and_says_what_is_missing(model_dirs, tmp_path):
+def test_vllm_refuses_adapters_and_names_its_extra(model_dirs, tmp_path):
     from star_dss_plugin.evaluate.vllm_generation import vllm_generation
 
     adapter = tmp_path / "adapter"

@@ -16,7 +16,7 @@ from star_dss_plugin.evaluate.page import render_comparison
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>\u202e]]>{{ 7 * 7 }}"
 
 
-def test_the_page_escapes_what_strangers_wrote(model_dirs, tmp_path, monkeypatch):
+def test_the_page_escapes_prompts_and_answers(model_dirs, tmp_path, monkeypatch):
     monkeypatch.setattr(
         comparison,
         "local_generation",
@@ -38,7 +38,7 @@ def test_the_page_escapes_what_strangers_wrote(model_dirs, tmp_path, monkeypatch
     assert base64.b64encode(hashlib.sha256(style.encode()).digest()).decode() == digest
 
 
-def test_the_page_can_leave_the_text_out(model_dirs, tmp_path):
+def test_the_page_can_omit_the_text(model_dirs, tmp_path):
     found = compared(model_dirs, tmp_path)
     whole, bare = render_comparison(found), render_comparison(found, text=False)
     assert "is this bad?" in whole
@@ -46,18 +46,18 @@ def test_the_page_can_leave_the_text_out(model_dirs, tmp_path):
     assert "safe share" in bare
 
 
-def test_the_page_marks_the_verdicts_of_a_demonstration(model_dirs, tmp_path, monkeypatch):
+def test_the_page_marks_the_verdicts_of_a_demonstration_guard(model_dirs, tmp_path, monkeypatch):
     monkeypatch.setattr(WordGuard, "demonstration", True)
     page = render_comparison(compared(model_dirs, tmp_path, guard="test-words"))
     assert "by test-words (DEMONSTRATION ONLY, protects nobody)." in page
 
 
-def test_what_models_differ_on_is_unfolded(model_dirs, tmp_path, monkeypatch):
-    said = iter(["I'm sorry.", "I'm sorry.", "fine", "I'm sorry.", "Sure.", "fine"])
+def test_the_page_unfolds_prompts_on_which_models_differ(model_dirs, tmp_path, monkeypatch):
+    answers = iter(["I'm sorry.", "I'm sorry.", "fine", "I'm sorry.", "Sure.", "fine"])
     monkeypatch.setattr(
         comparison,
         "local_generation",
-        lambda *_: lambda ids, _length: [(i, next(said)) for i in range(len(ids))],
+        lambda *_: lambda ids, _length: [(i, next(answers)) for i in range(len(ids))],
     )
     page = render_comparison(compared(model_dirs, tmp_path, prefill_tokens=0))
     assert page.count("<details>") == 2
@@ -67,21 +67,21 @@ def test_what_models_differ_on_is_unfolded(model_dirs, tmp_path, monkeypatch):
 # The command
 
 
-def write(path, rows):
+def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
-def test_the_command(monkeypatch, capsys, model_dirs, tmp_path):
+def test_evaluate_writes_results_and_a_page(monkeypatch, capsys, model_dirs, tmp_path):
     out = tmp_path / "evaluation"
     code = run(
         monkeypatch,
         "evaluate",
         *model_dirs,
         "--prompts",
-        write(tmp_path / "h.jsonl", HARMFUL),
+        write_rows(tmp_path / "h.jsonl", HARMFUL),
         "--benign",
-        write(tmp_path / "b.jsonl", BENIGN),
+        write_rows(tmp_path / "b.jsonl", BENIGN),
         "-o",
         out,
         "--guard",
@@ -109,6 +109,6 @@ def test_the_command(monkeypatch, capsys, model_dirs, tmp_path):
     assert "is this bad?" in (out / "answers.html").read_text()
 
 
-def test_the_command_says_what_it_cannot_read(monkeypatch, capsys, model_dirs, tmp_path):
+def test_evaluate_names_a_file_that_cannot_be_read(monkeypatch, capsys, model_dirs, tmp_path):
     assert run(monkeypatch, "evaluate", model_dirs[0], "--prompts", tmp_path / "no.jsonl") == 2
     assert "cannot be read" in capsys.readouterr().err

@@ -8,7 +8,7 @@ from star_dss_plugin import DataError
 from star_dss_plugin.evaluate.prompts import DEFAULT_PREFILL, read_prompts, with_prefill
 
 
-def test_prompts_in_every_form():
+def test_prompts_are_read_from_every_form_of_row():
     rows = [
         {"prompt": "one", "messages": None, "system": None, "prefill": "Well,"},
         {
@@ -39,12 +39,12 @@ def test_prompts_in_every_form():
 
 
 @pytest.mark.parametrize("rows", [[{"question": "?"}], [{"prompt": "  "}], [{"prompt": ""}]])
-def test_a_row_without_a_prompt(rows):
+def test_a_row_without_a_prompt_is_refused(rows):
     with pytest.raises(DataError, match="The harmful prompts: Row 0: the row has the columns"):
         read_prompts(Dataset.from_list(rows), "harmful")
 
 
-def test_no_rows():
+def test_data_without_rows_is_refused():
     with pytest.raises(DataError, match="no rows"):
         read_prompts(Dataset.from_list([]), "benign")
 

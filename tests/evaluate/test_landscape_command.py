@@ -1,4 +1,4 @@
-"""The command that measures a safety landscape."""
+"""`star-dss landscape`: its results, its figure and its errors."""
 
 import json
 
@@ -18,15 +18,13 @@ from star_dss_plugin.evaluate.landscape_points import put_together
 from star_dss_plugin.evaluate.models import load_whole_model
 from star_dss_plugin.evaluate.moved_weights import MovedWeights
 
-# The command.
-
 
 def run(monkeypatch, *argv):
     return run_command(monkeypatch, "landscape", *argv)
 
 
 @pytest.fixture
-def asked(tmp_path):
+def prompts_file(tmp_path):
     path = tmp_path / "prompts.jsonl"
     rows = [{"prompt": "is this bad?"}, {"prompt": "who is lazy?"}, {"prompt": PROMPTS[1]}]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows[:2]))
@@ -37,10 +35,12 @@ SMALL = ("--max-new-tokens", 6, "--steps", 2, "-q", "--device", "cpu")
 JUDGE = json.dumps({"preset": "test-words", "word": "e"})
 
 
-def test_the_command_measures_draws_and_goes_on(monkeypatch, capsys, asked, model_dir, tmp_path):
+def test_landscape_measures_points_writes_a_figure_and_resumes(
+    monkeypatch, capsys, prompts_file, model_dir, tmp_path
+):
     pytest.importorskip("matplotlib")
     out = tmp_path / "out"
-    common = (model_dir, "--prompts", asked, "--judge", JUDGE, *SMALL)
+    common = (model_dir, "--prompts", prompts_file, "--judge", JUDGE, *SMALL)
     assert run(monkeypatch, *common, "-o", out, "--directions", 2) == 0
     printed = capsys.readouterr().out
     assert "6 points (5 distinct), 0 of them known, 2 prompts each, judged by test-words" in printed
@@ -63,7 +63,7 @@ def test_the_command_measures_draws_and_goes_on(monkeypatch, capsys, asked, mode
     assert "2 of them known" in capsys.readouterr().out
     assert len(judged) == 3
     assert json.loads((out / "landscape.json").read_text()) == found
-    # More points of the same landscape; then a landscape that is not the same.
+    # More points of the same landscape are added; another landscape is refused.
     assert run(monkeypatch, *common, "-o", out, "--directions", 3, "--no-figure") == 0
     assert "5 of them known" in capsys.readouterr().out
     assert run(monkeypatch, *common, "-o", out, "--seed", 1) == 2
@@ -71,8 +71,10 @@ def test_the_command_measures_draws_and_goes_on(monkeypatch, capsys, asked, mode
     assert len(points.read_text().splitlines()) == 8
 
 
-def test_the_answers_are_those_of_the_moved_model(monkeypatch, asked, model_dir, tmp_path):
-    """What the command measures at a place is what a model saved with those weights answers."""
+def test_answers_at_a_place_are_those_of_a_model_with_these_weights(
+    monkeypatch, prompts_file, model_dir, tmp_path
+):
+    """Compared with a model that was saved with the weights of that place."""
     out = tmp_path / "out"
     seen = []
     scores = WordGuard.score
@@ -82,7 +84,7 @@ def test_the_answers_are_those_of_the_moved_model(monkeypatch, asked, model_dir,
         return scores(self, conversations)
 
     monkeypatch.setattr(WordGuard, "score", score)
-    common = ("--prompts", asked, "--judge", JUDGE, *SMALL, "--no-figure")
+    common = ("--prompts", prompts_file, "--judge", JUDGE, *SMALL, "--no-figure")
     assert run(monkeypatch, model_dir, *common, "-o", out, "--directions", 1) == 0
     model, tokenizer = load_whole_model(str(model_dir))
     weights = MovedWeights(model)
@@ -97,12 +99,14 @@ def test_the_answers_are_those_of_the_moved_model(monkeypatch, asked, model_dir,
     assert seen[0] != last
 
 
-def test_the_way_to_another_model(monkeypatch, capsys, asked, model_dir, tokenizer, tmp_path):
+def test_landscape_measures_the_line_toward_another_model(
+    monkeypatch, capsys, prompts_file, model_dir, tokenizer, tmp_path
+):
     pytest.importorskip("matplotlib")
     other = tmp_path / "other"
     tiny_llama(len(tokenizer), seed=1).save_pretrained(other)
     tokenizer.save_pretrained(other)
-    common = (model_dir, "--prompts", asked, "--judge", JUDGE, *SMALL, "--toward", other)
+    common = (model_dir, "--prompts", prompts_file, "--judge", JUDGE, *SMALL, "--toward", other)
     assert run(monkeypatch, *common, "-o", tmp_path / "line", "--beyond", 0.5) == 0
     out = capsys.readouterr().out
     assert "+1.500" in out
@@ -131,13 +135,21 @@ def test_the_way_to_another_model(monkeypatch, capsys, asked, model_dir, tokeniz
         ({"--toward": "wider"}, "no line between these models"),
     ],
 )
-def test_it_fails_in_words(monkeypatch, capsys, asked, model_dir, tmp_path, changes, message):
+def test_landscape_refuses_wrong_options(
+    monkeypatch, capsys, prompts_file, model_dir, tmp_path, changes, message
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"text": "x"}\n')
     if "--toward" in changes:
         tiny_llama(400, hidden_size=64).save_pretrained("wider")
         load_whole_model(str(model_dir))[1].save_pretrained("wider")
-    options = {"model": model_dir, "--prompts": asked, "--no-figure": None, "-q": None, **changes}
+    options = {
+        "model": model_dir,
+        "--prompts": prompts_file,
+        "--no-figure": None,
+        "-q": None,
+        **changes,
+    }
     model = options.pop("model")
     argv = [x for pair in options.items() for x in pair if x is not None]
     assert run(monkeypatch, model, *argv) == 2

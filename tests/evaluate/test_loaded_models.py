@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from support.comparisons import prompts
-from support.landscape import OUT
+from support.landscape import PLACE
 
 from star_dss_plugin import ConfigError
 from star_dss_plugin.evaluate.generation import prompt_ids
@@ -14,7 +14,7 @@ from star_dss_plugin.evaluate.moved_weights import MovedWeights
 from star_dss_plugin.models import weights_digest
 
 
-def test_an_adapter_of_a_base_that_is_elsewhere(model_dirs, tmp_path):
+def test_an_adapter_is_loaded_onto_the_given_base(model_dirs, tmp_path):
     peft = pytest.importorskip("peft")
     model, _ = load_whole_model(model_dirs[0])
     wrapped = peft.get_peft_model(
@@ -41,7 +41,7 @@ def test_pickled_weights_are_not_loaded(model_dirs, tmp_path, tokenizer):
         load_whole_model(str(tmp_path))
 
 
-def test_an_adapter_is_merged(model_dir, tmp_path):
+def test_an_adapter_is_merged_into_its_base(model_dir, tmp_path):
     peft = pytest.importorskip("peft")
     base, tokenizer = load_whole_model(str(model_dir))
     plain = weights_digest(base)
@@ -60,10 +60,10 @@ def test_an_adapter_is_merged(model_dir, tmp_path):
     assert weights_digest(merged) != plain
     assert weights_digest(load_whole_model(str(model_dir))[0]) == plain
     with MovedWeights(merged) as weights:
-        weights.move(OUT)
+        weights.move(PLACE)
 
 
-def test_weights_that_are_missing_are_not_made_up(model_dir, tmp_path):
+def test_a_model_with_missing_weights_is_refused(model_dir, tmp_path):
     from safetensors.torch import load_file, save_file
 
     model, tokenizer = load_whole_model(str(model_dir))

@@ -10,6 +10,7 @@ BENIGN = [{"prompt": "how are you?"}]
 
 
 def prompts(*, harmful=HARMFUL, benign=BENIGN):
+    """Return the prompts of these rows."""
     return [
         *read_prompts(Dataset.from_list(harmful), "harmful"),
         *(read_prompts(Dataset.from_list(benign), "benign") if benign else ()),
@@ -17,5 +18,6 @@ def prompts(*, harmful=HARMFUL, benign=BENIGN):
 
 
 def compared(model_dirs, tmp_path, **changes):
+    """Return the comparison of these models with short answers."""
     options = {"output": tmp_path / "out", "max_new_tokens": 6, "progress": False, **changes}
     return compare(model_dirs, options.pop("prompts", prompts()), **options)
