@@ -1,4 +1,4 @@
-"""Data for `LettersGuard` to score in shards, and talks scored with and without a probe."""
+"""Rows that `LettersGuard` scores in shards, and talks scored with and without a probe."""
 
 import json
 from types import SimpleNamespace
@@ -20,6 +20,7 @@ def _letters():
 
 @pytest.fixture
 def data(tmp_path):
+    """Return a file of short conversations."""
     path = tmp_path / "chat.jsonl"
     talk = (
         [
@@ -34,6 +35,7 @@ def data(tmp_path):
 
 @pytest.fixture
 def log(tmp_path):
+    """Return an empty folder, in which `LettersGuard` records what it scores."""
     path = tmp_path / "log"
     path.mkdir()
     return path

@@ -9,7 +9,7 @@ from star_dss_plugin.guards.verdict import VerdictGuard
 from star_dss_plugin.scoring.probed import POOL, STRIDE, drawn, places, stratified
 
 
-def test_the_sample_takes_all_kinds_and_weighs_them(tokenizer):
+def test_the_sample_has_all_kinds_of_responses_with_weights():
     scores = {f"s{i}": 0.99 for i in range(90)} | {f"u{i}": 0.01 for i in range(6)}
     scores |= {f"m{i}": 0.5 for i in range(4)}
     weights = stratified(scores, 20)
@@ -22,7 +22,7 @@ def test_the_sample_takes_all_kinds_and_weighs_them(tokenizer):
     assert stratified(scores, 1000) == dict.fromkeys(scores, 1.0)
 
 
-def test_what_is_drawn_depends_on_contents_alone():
+def test_the_drawn_order_depends_only_on_the_contents():
     keys = {f"{i}": None for i in range(100)}
     assert drawn(keys) == drawn(dict(reversed(keys.items())))
     assert drawn(keys) != list(keys)
@@ -30,7 +30,7 @@ def test_what_is_drawn_depends_on_contents_alone():
     assert drawn(few) == [key for key in drawn(keys) if key in few]
 
 
-def test_every_prefix_is_asked_as_often_as_any_other():
+def test_every_prefix_is_sampled_equally_often():
     found = [places(f"{i}", 10) for i in range(4000)]
     counts = np.bincount(np.concatenate(found), minlength=10)
     assert counts == pytest.approx(np.full(10, 4000 / STRIDE), rel=0.12)
@@ -38,36 +38,37 @@ def test_every_prefix_is_asked_as_often_as_any_other():
     assert all(len(places(f"{i}", count)) > 0 for i in range(50) for count in (1, 2, 3))
 
 
-def test_what_the_sample_costs(tokenizer, learnable_guard, monkeypatch):
+def test_the_sample_scores_last_prefixes_and_every_fourth_one(
+    tokenizer, learnable_guard, monkeypatch
+):
     """The guard scores each pool response's last prefix and every fourth prefix of the sample."""
-    own, wanted = VerdictGuard.trajectories, []
+    trajectories, requested = VerdictGuard.trajectories, []
     monkeypatch.setattr(
         VerdictGuard,
         "trajectories",
-        lambda self, requests: wanted.extend(requests) or own(self, requests),
+        lambda self, requests: requested.extend(requests) or trajectories(self, requests),
     )
     probed(talks(), tokenizer, learnable_guard)
-    said = [request for request in wanted if request.text != "a"]
-    firsts, rest = said[: POOL * 30], said[POOL * 30 :]
-    assert all(request.ends == (len(request.text),) for request in firsts)
+    scored = [request for request in requested if request.text != "a"]
+    last_prefixes, rest = scored[: POOL * 30], scored[POOL * 30 :]
+    assert all(request.ends == (len(request.text),) for request in last_prefixes)
     for request in rest[:30]:
-        places = len(request.ends)
-        assert places <= -(-len(tokenizer(request.text)["input_ids"]) // STRIDE) + 1
+        assert len(request.ends) <= -(-len(tokenizer(request.text)["input_ids"]) // STRIDE) + 1
 
 
-def test_what_cannot_be_scored_is_left_out_of_the_sample(tokenizer, learnable_guard, monkeypatch):
-    own, wanted = VerdictGuard.trajectories, []
+def test_responses_that_fail_are_left_out_of_the_sample(tokenizer, learnable_guard, monkeypatch):
+    trajectories, requested = VerdictGuard.trajectories, []
 
-    def picky(self, requests):
+    def fail_on_foxes(self, requests):
         for index, request in enumerate(requests):
             if request.text.startswith("fox"):
-                wanted.append(request)
+                requested.append(request)
                 raise GuardError("no foxes", request=index)
-        return own(self, requests)
+        return trajectories(self, requests)
 
-    monkeypatch.setattr(VerdictGuard, "trajectories", picky)
+    monkeypatch.setattr(VerdictGuard, "trajectories", fail_on_foxes)
     with pytest.raises(GuardError, match="no foxes"):
         probed(talks(), tokenizer, learnable_guard)
     found = probed(talks(), tokenizer, learnable_guard, on_guard_error="unsafe")
-    assert wanted
+    assert requested
     assert provenance_of(found)["probes"][0]["fell_back"] is None

@@ -19,13 +19,13 @@ from star_dss_plugin.scoring.scorer import score_dataset
 
 def test_probed_scores_are_close_and_all_others_are_exact(scored_twice):
     """Compared with a run in which the guard scores every prefix."""
-    twin, found = scored_twice.exact, scored_twice.probed
-    off = np.abs(trained(found) - trained(twin))
+    exact_run, found = scored_twice.exact, scored_twice.probed
+    difference = np.abs(trained(found) - trained(exact_run))
     asked = trained(found, ASKED_COLUMN)
-    assert (off[asked] < 1e-5).all()
+    assert (difference[asked] < 1e-5).all()
     assert 0.7 < (~asked).mean() < 0.95
-    assert (off[~asked] > 1e-6).mean() > 0.9
-    assert (off[~asked] <= 0.05).mean() >= 0.95
+    assert (difference[~asked] > 1e-6).mean() > 0.9
+    assert (difference[~asked] <= 0.05).mean() >= 0.95
     of_rows = [
         np.array(marks)[np.array(labels) != -100]
         for marks, labels in zip(found[ASKED_COLUMN], found["labels"], strict=True)
@@ -38,7 +38,7 @@ def test_probed_scores_are_close_and_all_others_are_exact(scored_twice):
         assert all(mark for mark, label in zip(marks, labels, strict=True) if label == -100)
 
 
-def test_provenance_says_what_was_learned_and_how_good_it_is(scored_twice):
+def test_provenance_describes_the_probe_and_its_coverage(scored_twice):
     found = provenance_of(scored_twice.probed)
     [note] = found["probes"]
     assert note["responses"] == PROBED["probe_sample"]
@@ -47,18 +47,16 @@ def test_provenance_says_what_was_learned_and_how_good_it_is(scored_twice):
     assert note["guard"] == found["guard"]
     assert 0 < found["probed_prefixes"] < found["prefixes"]
     assert found["guard_identity"]["trajectory"]["probed"]["tolerance"] == 0.05
-    said = " ".join(remarks(found))
-    assert "most scores" in said
-    assert f"{note['coverage']:.1%}" in said
+    remark = " ".join(remarks(found))
+    assert "most scores" in remark
+    assert f"{note['coverage']:.1%}" in remark
     assert provenance_of(scored_twice.exact).keys() == found.keys() - {
         "probes",
         "probed_prefixes",
     }
 
 
-def test_the_order_of_the_data_changes_nothing_but_rounding(
-    tokenizer, learnable_guard, scored_twice
-):
+def test_the_order_of_rows_changes_only_the_rounding(tokenizer, learnable_guard, scored_twice):
     order = np.random.default_rng(0).permutation(ROWS).tolist()
     one, other = scored_twice.probed, probed(talks().select(order), tokenizer, learnable_guard)
     assert provenance_of(one)["probes"] == provenance_of(other)["probes"]
@@ -67,7 +65,7 @@ def test_the_order_of_the_data_changes_nothing_but_rounding(
         assert one[here][SCORES_COLUMN] == pytest.approx(other[there][SCORES_COLUMN], abs=1e-5)
 
 
-def test_hidden_doubles_count_once(tokenizer, learnable_guard):
+def test_repeated_responses_count_once(tokenizer, learnable_guard):
     rows = talks(40)
     twice = Dataset.from_list([*rows, *rows])
     found = probed(twice, tokenizer, learnable_guard)
@@ -76,27 +74,27 @@ def test_hidden_doubles_count_once(tokenizer, learnable_guard):
     assert provenance_of(found)["probes"] == one["probes"]
 
 
-def test_all_ranks_get_the_same(tokenizer, learnable_guard, scored_twice, tmp_path):
+def test_all_ranks_get_the_same_scores(tokenizer, learnable_guard, scored_twice, tmp_path):
     rows, ranks = talks(), 3
-    meet, found = threading.Barrier(ranks, timeout=120).wait, [None] * ranks
+    wait_for_all, found = threading.Barrier(ranks, timeout=120).wait, [None] * ranks
     errors = []
     guards = [load_guard(learnable_guard) for _ in range(ranks)]
     for one in guards:
         one._load()  # before the threads: transformers cannot load models in several at once
 
-    def work(index):
+    def score(index):
         try:
             found[index] = probed(
                 rows,
                 tokenizer,
                 guards[index],
                 score_cache_dir=str(tmp_path),
-                share=Share(index, ranks, meet),
+                share=Share(index, ranks, wait_for_all),
             ).to_list()
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(ranks)]
+    threads = [threading.Thread(target=score, args=(i,)) for i in range(ranks)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -110,7 +108,9 @@ def test_all_ranks_get_the_same(tokenizer, learnable_guard, scored_twice, tmp_pa
         assert one[SCORES_COLUMN] == pytest.approx(other[SCORES_COLUMN], abs=1e-3)
 
 
-def test_the_threshold_of_the_loss_is_asked_around(tokenizer, learnable_guard, scored_twice):
+def test_more_prefixes_are_asked_around_the_threshold_of_the_loss(
+    tokenizer, learnable_guard, scored_twice
+):
     """With τ amid the scores, many error intervals contain it, so more prefixes are asked."""
     from star_dss_trl import StarDSSConfig
 
@@ -128,27 +128,29 @@ def test_the_threshold_of_the_loss_is_asked_around(tokenizer, learnable_guard, s
 # Several guards, and calibrated ones
 
 
-def test_each_guard_of_several_learns_by_itself(tokenizer, learnable_guard, scored_twice, tmp_path):
+def test_each_of_several_guards_has_its_own_probe(
+    tokenizer, learnable_guard, scored_twice, tmp_path
+):
     other = learnable(tmp_path, tokenizer, seed=0)
     both = {"guards": [learnable_guard, other], "combine": "mean"}
     rows = talks()
-    found, twin = probed(rows, tokenizer, both), exact(rows, tokenizer, both)
+    found, exact_run = probed(rows, tokenizer, both), exact(rows, tokenizer, both)
     notes = provenance_of(found)["probes"]
     assert [note["guard"] for note in notes] == [learnable_guard["model"], other["model"]]
     asked = trained(found, ASKED_COLUMN)
-    off = np.abs(trained(found) - trained(twin))
-    assert (off[asked] < 1e-5).all()
-    assert (off[~asked] <= 0.05).mean() >= 0.95
+    difference = np.abs(trained(found) - trained(exact_run))
+    assert (difference[asked] < 1e-5).all()
+    assert (difference[~asked] <= 0.05).mean() >= 0.95
     assert (asked <= trained(scored_twice.probed, ASKED_COLUMN)).all()
 
 
-def test_the_tolerance_is_one_of_calibrated_scores(tokenizer, learnable_guard, scored_twice):
+def test_the_tolerance_applies_to_calibrated_scores(tokenizer, learnable_guard, scored_twice):
     sharp = {**learnable_guard, "calibration": {"temperature": 0.2, "threshold": 0.4}}
     rows = talks()
-    found, twin = probed(rows, tokenizer, sharp), exact(rows, tokenizer, sharp)
-    asked, off = trained(found, ASKED_COLUMN), np.abs(trained(found) - trained(twin))
-    assert (off[asked] < 1e-4).all()
-    assert not len(off[~asked]) or (off[~asked] <= 0.05).mean() >= 0.95
+    found, exact_run = probed(rows, tokenizer, sharp), exact(rows, tokenizer, sharp)
+    asked, difference = trained(found, ASKED_COLUMN), np.abs(trained(found) - trained(exact_run))
+    assert (difference[asked] < 1e-4).all()
+    assert not len(difference[~asked]) or (difference[~asked] <= 0.05).mean() >= 0.95
     # Scores that spread five times as far are less predictable: more prefixes are asked.
     assert asked.mean() > trained(scored_twice.probed, ASKED_COLUMN).mean()
 
@@ -156,7 +158,7 @@ def test_the_tolerance_is_one_of_calibrated_scores(tokenizer, learnable_guard, s
 # Reports
 
 
-def test_reports_tell_probed_from_asked_chunks(tokenizer, learnable_guard, scored_twice):
+def test_reports_distinguish_probed_from_asked_chunks(tokenizer, learnable_guard, scored_twice):
     found = scored_twice.probed
     read = read_scored(found, tokenizer)
     marks = [mark for response in read.responses for mark in response.asked]
@@ -173,7 +175,7 @@ def test_reports_tell_probed_from_asked_chunks(tokenizer, learnable_guard, score
     assert '"asked"' not in plain
 
 
-def test_marks_that_are_damaged_are_refused(tokenizer, learnable_guard):
+def test_damaged_marks_are_refused(tokenizer, learnable_guard):
     found = probed(talks(31), tokenizer, learnable_guard)
     wrong = found.remove_columns(ASKED_COLUMN).add_column(ASKED_COLUMN, [[True]] * len(found))
     with pytest.raises(Exception, match="does not hold true or false"):

@@ -16,11 +16,12 @@ def unlearnable_guard(tmp_path_factory, tokenizer):
 
 
 def same_as_exact(found, tokenizer, guard, rows):
-    twin = exact(rows, tokenizer, guard)
-    return (trained(found) == trained(twin)).all() and trained(found, ASKED_COLUMN).all()
+    """Return whether the guard scored every prefix, with the scores of an exact run."""
+    expected = exact(rows, tokenizer, guard)
+    return (trained(found) == trained(expected)).all() and trained(found, ASKED_COLUMN).all()
 
 
-def test_few_responses_are_all_asked(tokenizer, learnable_guard, caplog):
+def test_the_guard_scores_all_prefixes_of_few_responses(tokenizer, learnable_guard, caplog):
     rows = talks(30)
     found = probed(rows, tokenizer, learnable_guard)
     assert "the data has 30 different responses, and probe_sample is 30" in caplog.text
@@ -32,17 +33,21 @@ def test_few_responses_are_all_asked(tokenizer, learnable_guard, caplog):
     assert "was not used" in " ".join(remarks(provenance_of(found)))
 
 
-def test_a_guard_that_cannot_be_learned_is_asked(tokenizer, unlearnable_guard, caplog):
+def test_a_guard_with_unpredictable_scores_scores_all_prefixes(
+    tokenizer, unlearnable_guard, caplog
+):
     rows = talks(60)
     found = probed(rows, tokenizer, unlearnable_guard)
     assert "the probe is sure of no held-out response" in caplog.text
     assert same_as_exact(found, tokenizer, unlearnable_guard, rows)
 
 
-def test_a_promise_that_is_not_kept_is_not_made(tokenizer, learnable_guard, caplog, monkeypatch):
-    own = probing_guard.check_bounds
+def test_a_probe_below_the_promised_coverage_is_not_used(
+    tokenizer, learnable_guard, caplog, monkeypatch
+):
+    check_bounds = probing_guard.check_bounds
     monkeypatch.setattr(
-        probing_guard, "check_bounds", lambda *told: {**own(*told), "coverage": 0.9499}
+        probing_guard, "check_bounds", lambda *told: {**check_bounds(*told), "coverage": 0.9499}
     )
     rows = talks(60)
     found = probed(rows, tokenizer, learnable_guard)
@@ -51,7 +56,7 @@ def test_a_promise_that_is_not_kept_is_not_made(tokenizer, learnable_guard, capl
     assert same_as_exact(found, tokenizer, learnable_guard, rows)
 
 
-def test_a_guard_that_reads_a_response_once_learns_nothing(tokenizer):
+def test_a_streaming_guard_has_no_probe(tokenizer):
     rows = talks(40)
     found = probed(rows, tokenizer, WordGuard())
     assert provenance_of(found)["probes"] == []

@@ -17,25 +17,27 @@ from star_dss_plugin.training.preflight import check_options
 
 @pytest.fixture
 def data(tmp_path):
+    """Return a file of talks."""
     path = tmp_path / "talks.jsonl"
     talks().to_json(path)
     return path
 
 
-def begun(data, output, guard, model=None, **changes):
+def begin_job(data, output, guard, model=None, **changes):
+    """Begin a job of shards of 15 rows with a probe."""
     model = model or guard["model"]
     options = {**PROBED, "shard_rows": 15, **changes}
     return jobs.begin(str(data), model, output, guard=guard, **options)
 
 
 def test_all_shards_use_one_probe(data, learnable_guard, tmp_path, monkeypatch):
-    learned, own = [], probing_guard.ProbingGuard.learn
+    learned, learn = [], probing_guard.ProbingGuard.learn
     monkeypatch.setattr(
         probing_guard.ProbingGuard,
         "learn",
-        lambda self, *told: learned.append(1) or own(self, *told),
+        lambda self, *told: learned.append(1) or learn(self, *told),
     )
-    job = begun(data, tmp_path / "one", learnable_guard)
+    job = begin_job(data, tmp_path / "one", learnable_guard)
     shards.score_shards(job, progress=False)
     provenance = jobs.finish(job)
     assert len(learned) == 1
@@ -46,7 +48,7 @@ def test_all_shards_use_one_probe(data, learnable_guard, tmp_path, monkeypatch):
     assert False in marks
     assert provenance["probed_prefixes"] > 0
     # Another worker with another order of shards writes the same files.
-    other = begun(data, tmp_path / "two", learnable_guard)
+    other = begin_job(data, tmp_path / "two", learnable_guard)
     for index in reversed(range(other.shards)):
         scorer = shards.ShardScorer(other)
         scorer(index)
@@ -59,17 +61,17 @@ def test_an_error_in_the_sample_names_its_row(
     data, learnable_guard, tmp_path, monkeypatch, tokenizer
 ):
     rows = read_dataset(str(data))
-    bad = rows[37]["messages"][1]["content"]
-    own = VerdictGuard.trajectories
+    failing = rows[37]["messages"][1]["content"]
+    trajectories = VerdictGuard.trajectories
 
-    def picky(self, requests):
+    def fail_on_one_row(self, requests):
         for index, request in enumerate(requests):
-            if request.text == bad:
+            if request.text == failing:
                 raise GuardError("no", request=index)
-        return own(self, requests)
+        return trajectories(self, requests)
 
-    monkeypatch.setattr(VerdictGuard, "trajectories", picky)
-    job = begun(
+    monkeypatch.setattr(VerdictGuard, "trajectories", fail_on_one_row)
+    job = begin_job(
         data, tmp_path / "out", learnable_guard, probe_sample=60
     )  # all rows are in the pool
     scorer = shards.ShardScorer(job)
@@ -81,7 +83,7 @@ def test_a_guard_that_cannot_be_probed_is_refused_before_a_job_begins(data, mode
     one, other = (describe(model_dir, prefill=prefill) for prefill in ("a:", "b:"))
     both = {"guards": [one, other], "calibration": {"temperature": 2.0, "threshold": 0.5}}
     with pytest.raises(ConfigError, match="Calibrate each guard by itself"):
-        begun(data, tmp_path / "out", both, str(model_dir))
+        begin_job(data, tmp_path / "out", both, str(model_dir))
     found = check_options(StarDSSOptions(guard=both, trajectory="probed"))
     assert "Calibrate each guard by itself" in " ".join(found.problems)
     assert not (tmp_path / "out.incomplete").exists()

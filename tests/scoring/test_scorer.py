@@ -37,7 +37,7 @@ KINDS = {  # kind -> row, contexts of its responses
 @pytest.mark.parametrize("chunk_size", [1, 3, 5, 1000])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("raw", [True, False], ids=["raw", "tokenized"])
-def test_scores_are_those_of_the_prefixes(tokenizer, kind, raw, chunk_size):
+def test_scores_equal_those_of_each_prefix_alone(tokenizer, kind, raw, chunk_size):
     row, contexts = KINDS[kind]
     if not raw:
         row = row | tokenized(tokenizer, row)
@@ -56,7 +56,7 @@ def test_scores_are_those_of_the_prefixes(tokenizer, kind, raw, chunk_size):
     )
 
 
-def test_rows_of_tokens_alone_are_read_as_their_messages(tokenizer):
+def test_messages_are_recovered_from_rows_of_tokens(tokenizer):
     row = tokenized(tokenizer, SIMPLE)
     found = scored(Dataset.from_list([row]), tokenizer, HashGuard())
     expected = twin(row, tokenizer, [SIMPLE["messages"][:1]], 5)
@@ -64,7 +64,7 @@ def test_rows_of_tokens_alone_are_read_as_their_messages(tokenizer):
     assert provenance_of(found)["raw_contexts"] == 0
 
 
-def test_rows_of_which_the_template_makes_other_tokens_have_decoded_contexts(tokenizer, caplog):
+def test_rows_with_tokens_of_no_template_have_decoded_contexts(tokenizer, caplog):
     row = tokenized(tokenizer, SIMPLE)
     row = {name: column[1:] for name, column in row.items()}
     found = scored(Dataset.from_list([row]), tokenizer, HashGuard())
@@ -76,7 +76,7 @@ def test_rows_of_which_the_template_makes_other_tokens_have_decoded_contexts(tok
     assert provenance_of(found)["raw_contexts"] == 1
 
 
-def test_a_verdict_guards_scores_are_those_of_each_prefix_alone(tokenizer, model_dir):
+def test_a_verdict_guards_scores_equal_those_of_each_prefix_alone(tokenizer, model_dir):
     guard = load_guard(
         {
             "model": str(model_dir),
@@ -97,7 +97,7 @@ def test_a_verdict_guards_scores_are_those_of_each_prefix_alone(tokenizer, model
 
 
 @pytest.mark.parametrize("segmenter", ["words", "sentences", "whole"])
-def test_a_score_belongs_to_the_chunk_that_ends_there(tokenizer, segmenter):
+def test_a_chunk_has_the_score_of_the_prefix_at_its_end(tokenizer, segmenter):
     found = scored(
         Dataset.from_list([SIMPLE]), tokenizer, "test-words", segmenter=segmenter, chunk_size=1
     )[0]
@@ -125,7 +125,7 @@ def test_an_empty_answer_has_a_score(tokenizer):
     assert found["star_scores"][start:end] == [pytest.approx(HashGuard().value(chat("hi"), ""))]
 
 
-def test_max_length_cuts_before_anything_is_scored(tokenizer):
+def test_rows_are_cut_to_max_length_before_scoring(tokenizer):
     guard = HashGuard()
     found = scored(conversations(1), tokenizer, guard, max_length=20)[0]
     assert len(found["input_ids"]) == len(found["star_scores"]) == 20
@@ -133,7 +133,7 @@ def test_max_length_cuts_before_anything_is_scored(tokenizer):
     assert guard.asked == [tokenizer.decode(found["input_ids"][start:end])]
 
 
-def test_raw_rows_use_the_template_they_are_given(tokenizer):
+def test_raw_rows_use_the_given_chat_template(tokenizer):
     template = CHATML.replace("<|im_start|>", "<|im_start|>the ")
     found = scored(Dataset.from_list([SIMPLE]), tokenizer, HashGuard(), chat_template=template)
     assert tokenizer.decode(found[0]["input_ids"]).startswith("<|im_start|>the user\n")
@@ -144,7 +144,7 @@ def test_raw_rows_use_the_template_they_are_given(tokenizer):
     assert again["star_scores"][:] == found["star_scores"][:]
 
 
-def test_trained_questions_are_not_trained_any_more(tokenizer, caplog):
+def test_labels_of_user_messages_are_removed(tokenizer, caplog):
     ids = tokenized(tokenizer, {"messages": TALK})
     row = {"messages": TALK, "input_ids": ids["input_ids"], "labels": ids["input_ids"]}
     found = scored(Dataset.from_list([row, row | ids]), tokenizer, HashGuard())
@@ -168,7 +168,7 @@ def test_other_columns_and_order_are_kept(tokenizer):
 
 @pytest.mark.parametrize("columns", [None, ["input_ids", "labels"]])
 @pytest.mark.parametrize("kind", ["torch", "numpy"])
-def test_formatted_data_sets(tokenizer, kind, columns):
+def test_formatted_data_sets_keep_their_format(tokenizer, kind, columns):
     plain = Dataset.from_list([row | tokenized(tokenizer, row) for row in conversations(3)])
     expected = scored(plain, tokenizer, HashGuard())
     found = scored(plain.with_format(kind, columns=columns), tokenizer, HashGuard())
@@ -179,7 +179,7 @@ def test_formatted_data_sets(tokenizer, kind, columns):
         assert isinstance(value, torch.Tensor if kind == "torch" else np.ndarray)
 
 
-def test_narrow_integers(tokenizer):
+def test_int32_tokens_have_the_same_scores(tokenizer):
     row = SIMPLE | tokenized(tokenizer, SIMPLE)
     data = Dataset.from_list([row])
     for name in ("input_ids", "labels"):
@@ -191,7 +191,7 @@ def test_narrow_integers(tokenizer):
     )
 
 
-def test_rows_without_a_response_stay_without(tokenizer):
+def test_rows_without_a_response_are_kept(tokenizer):
     ids = tokenized(tokenizer, SIMPLE)
     nothing = {"input_ids": [5, 6], "labels": [-100, -100]}
     empty = {"input_ids": [], "labels": []}
@@ -201,7 +201,7 @@ def test_rows_without_a_response_stay_without(tokenizer):
     assert provenance_of(found)["responses"] == 1
 
 
-def test_progress_counts_prefixes_and_stays_silent_when_nothing_is_asked(tokenizer, capsys):
+def test_progress_counts_prefixes_and_is_silent_for_cached_scores(tokenizer, capsys):
     found = scored(conversations(3), tokenizer, HashGuard(), progress=True)
     prefixes = provenance_of(found)["prefixes"]
     assert f"{prefixes}/{prefixes}" in capsys.readouterr().err
@@ -209,7 +209,7 @@ def test_progress_counts_prefixes_and_stays_silent_when_nothing_is_asked(tokeniz
     assert "prefix" not in capsys.readouterr().err
 
 
-def test_nothing_is_logged_where_nothing_is_odd(tokenizer, caplog):
+def test_ordinary_data_logs_no_warning(tokenizer, caplog):
     with caplog.at_level(logging.WARNING, logger="star_dss_plugin"):
         scored(conversations(2), tokenizer, HashGuard())
     assert caplog.records == []
