@@ -23,7 +23,7 @@ def run(*arguments):
     return CliRunner().invoke(cli.app, ["guards", *map(str, arguments)])
 
 
-def test_the_list_has_every_guard():
+def test_guards_lists_every_guard():
     found = run()
     assert found.exit_code == 0
     for name in [*PRESETS, "demo", "classifier", "test-words"]:
@@ -32,17 +32,18 @@ def test_the_list_has_every_guard():
     assert found.output.count("gated") > 6
 
 
-def described(folder, **changes):
+def guard_json(folder, **changes):
+    """Return the options of a Qwen3Guard in a folder, as JSON."""
     return json.dumps({"preset": "qwen3guard-gen-0.6b", "model": str(folder), **changes})
 
 
-def test_check_shows_what_is_asked_without_weights(folder_of):
+def test_check_shows_the_prompt_without_weights(folder_of):
     folder = folder_of("qwen3guard-gen-0.6b")
-    found = run("check", described(folder), "--no-weights", "--guard-device", "cpu")
+    found = run("check", guard_json(folder), "--no-weights", "--guard-device", "cpu")
     assert found.exit_code == 0, found.output
     assert f"ASSISTANT: {UNSAFE_PROBE[-1]['content']}\n\n<END>" in found.output
     assert "</think>\n\nSafety:\n" in found.output
-    guard = load_guard(json.loads(described(folder, device="cpu")))
+    guard = load_guard(json.loads(guard_json(folder, device="cpu")))
     prompt = guard._template.render(list(UNSAFE_PROBE))
     tokens = len(guard._template._tokenizer(prompt, add_special_tokens=False)["input_ids"])
     assert f"verdict position: after token {tokens}" in found.output
@@ -51,13 +52,13 @@ def test_check_shows_what_is_asked_without_weights(folder_of):
 
 
 def test_check_refuses_random_weights(folder_of):
-    found = run("check", described(folder_of("qwen3guard-gen-0.6b")), "--guard-device", "cpu")
+    found = run("check", guard_json(folder_of("qwen3guard-gen-0.6b")), "--guard-device", "cpu")
     assert found.exit_code != 0
     assert isinstance(found.exception, GuardError)
     assert "label words a probability of only" in str(found.exception)
 
 
-def test_check_trusts_a_guard_that_knows_the_probes():
+def test_check_accepts_a_guard_that_tells_the_probes_apart():
     options = {"preset": "test-words", "word": "worthless"}
     found = run("check", json.dumps(options))
     assert found.exit_code == 0, found.output
@@ -69,7 +70,7 @@ def test_check_trusts_a_guard_that_knows_the_probes():
     assert both.output.count("rates the safe probe above the unsafe one") == 2
 
 
-def test_probes_that_a_guard_cannot_tell_apart():
+def test_a_guard_that_cannot_tell_the_probes_apart_is_refused():
     guard = load_guard({"preset": "test-words", "word": "nowhere"})
     with pytest.raises(GuardError, match="at least as safe"):
         check_probes(guard)
@@ -82,8 +83,8 @@ def test_probes_that_a_guard_cannot_tell_apart():
 # Calibration
 
 
-def drawn(n, temperature, threshold, seed=0):
-    """Raw scores whose calibrated value is the true probability of being safe."""
+def drawn_scores(n, temperature, threshold, seed=0):
+    """Return raw scores, and labels drawn with their calibrated values as probabilities."""
     rng = np.random.default_rng(seed)
     raw = rng.uniform(0.02, 0.98, n).tolist()
     true = [calibrate(p, temperature, threshold) for p in raw]
@@ -91,15 +92,15 @@ def drawn(n, temperature, threshold, seed=0):
 
 
 @pytest.mark.parametrize(("temperature", "threshold"), [(1.0, 0.5), (2.5, 0.3), (0.4, 0.8)])
-def test_the_fit_finds_what_the_data_was_drawn_with(temperature, threshold):
-    found = fit(*drawn(20000, temperature, threshold))
+def test_the_fit_recovers_the_parameters_of_the_data(temperature, threshold):
+    found = fit(*drawn_scores(20000, temperature, threshold))
     assert found[0] == pytest.approx(temperature, rel=0.1)
     assert found[1] == pytest.approx(threshold, abs=0.03)
 
 
-def test_the_fit_is_scikit_learns():
+def test_the_fit_equals_scikit_learns():
     linear_model = pytest.importorskip("sklearn.linear_model", reason="needs scikit-learn")
-    scores, labels = drawn(5000, 1.7, 0.4)
+    scores, labels = drawn_scores(5000, 1.7, 0.4)
     x = [[math.log(p / (1 - p))] for p in scores]
     model = linear_model.LogisticRegression(C=1e12, tol=1e-10).fit(x, labels)
     temperature, threshold = fit(scores, labels)
@@ -108,8 +109,8 @@ def test_the_fit_is_scikit_learns():
     assert threshold == pytest.approx(1 / (1 + math.exp(-logit)), abs=1e-3)
 
 
-def test_no_other_numbers_are_likelier():
-    scores, labels = drawn(400, 1.3, 0.6)
+def test_the_fit_has_the_smallest_loss():
+    scores, labels = drawn_scores(400, 1.3, 0.6)
 
     def loss(temperature, threshold):
         safe = sum(labels)
@@ -127,21 +128,21 @@ def test_no_other_numbers_are_likelier():
 
 
 @pytest.mark.parametrize("scores", [[0.0, 1.0], [0.1, 0.9], [0.4, 0.6]])
-def test_a_guard_that_tells_all_rows_apart_can_be_calibrated(scores):
+def test_perfectly_separating_scores_can_be_calibrated(scores):
     temperature, threshold = fit(scores * 20, [0, 1] * 20)
     assert 0 < temperature < 100
     assert threshold == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("scores", [[0.9, 0.1], [0.5, 0.5]])
-def test_a_guard_that_is_wrong_way_round_cannot(scores):
+def test_scores_that_do_not_rise_with_safety_are_refused(scores):
     with pytest.raises(GuardError, match="do not rise with safety"):
         fit(scores * 20, [0, 1] * 20)
 
 
 @pytest.mark.parametrize("rare", [0, 1])
-def test_a_guard_that_says_next_to_nothing_cannot(rare):
-    """So rare a kind, and scores that hardly rise: θ would be no number in (0, 1)."""
+def test_scores_that_say_too_little_are_refused(rare):
+    """With a rare label and scores that hardly rise, θ would lie outside (0, 1)."""
     labels = [rare] * 10 + [1 - rare] * 1990
     scores = [0.9 if i % 2 else 0.1 for i in range(2000)]
     scores[1 - rare] = 0.9 if rare else 0.1  # one of the rare rows
@@ -151,13 +152,13 @@ def test_a_guard_that_says_next_to_nothing_cannot(rare):
         fit(scores, labels)
 
 
-def test_a_guard_is_calibrated_once():
+def test_a_calibrated_guard_is_not_calibrated_again():
     guard = load_guard({"preset": "test-words", "calibration": {"temperature": 2.0}})
     with pytest.raises(ConfigError, match="has a 'calibration' already. Leave it out"):
         fit_guard(guard, *labelled_rows(Dataset.from_list(ROWS)))
 
 
-def test_quality_by_hand_and_by_pairs():
+def test_quality_equals_its_definitions():
     rng = random.Random(0)
     scores = [round(rng.random(), 1) for _ in range(200)]  # with ties
     labels = [int(rng.random() < s) for s in scores]
@@ -176,6 +177,7 @@ def test_quality_by_hand_and_by_pairs():
 
 
 def row(text, label, **more):
+    """Return a labelled row with this response."""
     return {"prompt": "how are you?", "response": text, "label": label, **more}
 
 
@@ -204,7 +206,7 @@ def test_calibrate_writes_json_and_figure(tmp_path):
     assert f"calibration:\n{json.dumps(numbers)}" in found.output
 
 
-def test_calibrate_marks_a_demonstration(tmp_path, monkeypatch):
+def test_calibrate_marks_a_demonstration_guard(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="needs the extra 'report'")
     monkeypatch.setattr(WordGuard, "demonstration", True)
     data = tmp_path / "rows.jsonl"
@@ -214,7 +216,7 @@ def test_calibrate_marks_a_demonstration(tmp_path, monkeypatch):
     assert "test-words (DEMONSTRATION ONLY, protects nobody)" in " ".join(found.output.split())
 
 
-def test_held_out_means_held_out():
+def test_calibrated_quality_is_that_of_held_out_rows():
     """The calibrated figures come from fits that did not see the row."""
     conversations, labels = labelled_rows(Dataset.from_list(ROWS))
     guard = load_guard("test-words")
@@ -241,12 +243,12 @@ def test_held_out_means_held_out():
     ],
     ids=range(5),
 )
-def test_rows_that_cannot_be_used(rows, message):
+def test_unusable_rows_are_refused(rows, message):
     with pytest.raises(DataError, match=message):
         labelled_rows(Dataset.from_list(rows))
 
 
-def test_messages_will_do():
+def test_labelled_rows_may_be_messages():
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     data = [{"messages": talk, "label": i % 2} for i in range(20)]
     conversations, labels = labelled_rows(Dataset.from_list(data))
