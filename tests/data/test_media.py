@@ -7,7 +7,7 @@ from star_dss_plugin.data.fingerprints import sample_of
 from star_dss_plugin.data.media import undecoded
 
 
-def test_no_file_is_opened(tmp_path):
+def test_columns_of_images_are_read_without_opening_files(tmp_path):
     missing = str(tmp_path / "nothing.png")
     features = Features({"images": List(Image()), "one": Image(), "text": Value("string")})
     row = {"images": [missing, missing], "one": missing, "text": "a"}
