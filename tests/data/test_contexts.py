@@ -52,14 +52,14 @@ CONVERSATIONS = {
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
-def test_contexts_are_the_messages_before(tokenizer, name):
+def test_contexts_are_the_messages_before_each_answer(tokenizer, name):
     messages = CONVERSATIONS[name]
     row = labelled(messages, tokenizer)
     assert contexts(row, tokenizer) == before_each_answer(messages)
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
-def test_contexts_of_truncated_rows(tokenizer, name):
+def test_contexts_of_truncated_rows_are_unchanged(tokenizer, name):
     messages = CONVERSATIONS[name]
     row = labelled(messages, tokenizer)
     for length in range(1, len(row["input_ids"])):
@@ -68,7 +68,7 @@ def test_contexts_of_truncated_rows(tokenizer, name):
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
-def test_context_where_the_last_turn_alone_is_trained(tokenizer, name):
+def test_the_context_of_a_last_turn_that_alone_is_trained(tokenizer, name):
     messages = CONVERSATIONS[name]
     row = labelled(messages, tokenizer)
     start, end = runs(row["labels"])[-1]
@@ -77,7 +77,7 @@ def test_context_where_the_last_turn_alone_is_trained(tokenizer, name):
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
-def test_context_of_prompt_and_completion(tokenizer, name):
+def test_the_context_of_a_completion_is_its_prompt(tokenizer, name):
     messages = CONVERSATIONS[name]
     row = labelled(messages, tokenizer)
     start, end = runs(row["labels"])[-1]
@@ -114,7 +114,7 @@ TEMPLATES = {
 TALK = chat("s:be good", "u:how are you?", "a: fine, you?\n", "u:good", "a:good to hear")
 
 
-LATE = (  # as Mistral's: the instruction stands with the last question
+INSTRUCTION_LAST = (  # as in Mistral's template, the instruction is part of the last question
     "{%- for m in messages if m.role != 'system' %}{{- '<|im_start|>' + m.role + '\n' }}"
     "{%- if loop.revindex == 2 %}{{- messages[0].content + '\n\n' }}{%- endif %}"
     "{{- m.content + '<|im_end|>\n' }}{%- endfor %}"
@@ -122,16 +122,15 @@ LATE = (  # as Mistral's: the instruction stands with the last question
 
 
 def test_an_instruction_is_read_where_the_template_writes_it(tokenizer):
-    row = labelled(TALK, tokenizer, chat_template=LATE)
-    first, second = contexts(row, tokenizer, chat_template=LATE)
+    row = labelled(TALK, tokenizer, chat_template=INSTRUCTION_LAST)
+    first, second = contexts(row, tokenizer, chat_template=INSTRUCTION_LAST)
     assert first == before_each_answer(TALK[1:])[0]
     assert second == before_each_answer(TALK)[1]
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["its own", "another"])
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_contexts_under_other_templates(tokenizer, template, own):
-    """With the template that made the tokens; by another one nobody can tell where turns are."""
+def test_contexts_are_found_only_with_the_template_of_the_tokens(tokenizer, template, own):
     row = labelled(TALK, tokenizer, chat_template=TEMPLATES[template])
     chat_template = TEMPLATES[template] if own else None
     said = [m for m in TALK if template != "drops system turns" or m["role"] != "system"]
@@ -142,8 +141,8 @@ def test_contexts_under_other_templates(tokenizer, template, own):
     )
 
 
-def test_contexts_where_old_answers_are_cut(tokenizer):
-    """As Qwen3 does with what it thought."""
+def test_contexts_under_a_template_that_drops_earlier_reasoning(tokenizer):
+    """Qwen3's template does so."""
     template = (
         "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' }}"
         "{{- m.content if loop.last else m.content.split('</think>')[-1] }}"
@@ -158,13 +157,13 @@ def test_contexts_where_old_answers_are_cut(tokenizer):
     assert contexts(row, tokenizer, chat_template=template) == wanted
 
 
-def test_context_of_plain_text_is_the_prompt(tokenizer):
+def test_the_context_of_a_plain_completion_is_its_prompt(tokenizer):
     row = {"prompt": "how are you? ", "completion": "how are you? fine"}
     row |= tokenize_row(row, ChatTokenizer(tokenizer))
     assert contexts(row, tokenizer) == [[("user", "how are you? ")]]
 
 
-def test_context_of_plain_text_behind_a_bos_token(tokenizer):
+def test_the_context_of_a_plain_completion_excludes_a_bos_token(tokenizer):
     row = {"prompt": "how are you?", "completion": " fine"}
     ids = tokenize_row(row, ChatTokenizer(tokenizer))
     row |= {
@@ -174,7 +173,7 @@ def test_context_of_plain_text_behind_a_bos_token(tokenizer):
     assert contexts(row, tokenizer) == [[("user", "how are you?")]]
 
 
-def test_typed_content_is_text(tokenizer):
+def test_typed_content_is_read_as_text_and_marks(tokenizer):
     template = (
         "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' }}"
         "{%- for part in m.content %}{{- part.text or '' }}{%- endfor %}{{- '<|im_end|>\n' }}"
@@ -192,11 +191,11 @@ def test_typed_content_is_text(tokenizer):
         },
         {"role": "assistant", "content": [{"type": "text", "text": "fine"}]},
     ]
-    # The template shows no image; that one was given is said all the same.
+    # The template renders no image, but the context marks it.
     assert contexts(row, tokenizer, template) == [[("user", "how are\n[image] you?")]]
 
 
-def test_the_tokenizer_may_have_no_template(tokenizer):
+def test_contexts_are_raw_without_a_chat_template(tokenizer):
     bare = copy.deepcopy(tokenizer)
     bare.chat_template = None
     messages = CONVERSATIONS["system"]

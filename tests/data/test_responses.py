@@ -10,20 +10,20 @@ from star_dss_plugin.data.responses import find_responses, runs
 from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.segmenters import tokens
 
-FORGETFUL = "{%- for m in messages %}{{- m.role + ': ' + m.content|upper + '\n' }}{%- endfor %}"
+UPPER_CASE = "{%- for m in messages %}{{- m.role + ': ' + m.content|upper + '\n' }}{%- endfor %}"
 
 
-def test_messages_are_found_in_tokens_alone(tokenizer):
+def test_messages_are_recovered_from_tokens_alone(tokenizer):
     talk = chat("s:be good", "u:hi", "a:ok", "u:more", "a:no")
     row = labelled(talk, tokenizer)
     known = find_responses(row, ChatTokenizer(tokenizer), tokens, 5)
     del row["messages"]
     assert find_responses(row, ChatTokenizer(tokenizer), tokens, 5) == known
-    others = ChatTokenizer(tokenizer, FORGETFUL, others=(ChatTokenizer(tokenizer),))
+    others = ChatTokenizer(tokenizer, UPPER_CASE, others=(ChatTokenizer(tokenizer),))
     assert find_responses(row, others, tokens, 5) == known
 
 
-def test_tokens_that_are_trained_as_a_whole_are_a_text(tokenizer):
+def test_fully_trained_tokens_are_read_as_a_text(tokenizer):
     row = labelled(chat("u:hi", "a:ok"), tokenizer)
     ids = row["input_ids"]
     (response,) = find_responses(
@@ -33,10 +33,10 @@ def test_tokens_that_are_trained_as_a_whole_are_a_text(tokenizer):
     assert "hi" in response.request.text
 
 
-def test_tokens_that_no_known_template_makes_are_decoded(tokenizer):
+def test_tokens_of_an_unknown_template_have_decoded_contexts(tokenizer):
     row = labelled(chat("u:hi", "a:ok", "u:more", "a:no"), tokenizer)
     del row["messages"]
-    first, second = find_responses(row, ChatTokenizer(tokenizer, FORGETFUL), tokens, 5)
+    first, second = find_responses(row, ChatTokenizer(tokenizer, UPPER_CASE), tokens, 5)
     assert first.raw_context
     assert second.raw_context
     assert first.request.context == (
@@ -47,7 +47,7 @@ def test_tokens_that_no_known_template_makes_are_decoded(tokenizer):
     )
 
 
-def test_nothing_before_is_no_context(tokenizer):
+def test_a_response_at_the_beginning_has_an_empty_context(tokenizer):
     ids = tokenized(tokenizer, "the dog<|im_end|>")
     (response,) = find_responses(
         {"input_ids": ids, "labels": ids}, ChatTokenizer(tokenizer), tokens, 5
@@ -65,20 +65,20 @@ def test_nothing_before_is_no_context(tokenizer):
         [],
     ],
 )
-def test_messages_that_do_not_match_are_not_used(tokenizer, messages):
+def test_messages_that_do_not_match_the_tokens_are_not_used(tokenizer, messages):
     row = labelled(chat("u:hi", "a:ok"), tokenizer) | {"messages": messages}
     assert contexts(row, tokenizer) == ["raw"]
 
 
 def test_rows_cut_at_their_start_have_raw_contexts(tokenizer):
-    """The question is gone, so the model does not see it, and neither does the guard."""
+    """The model does not see the question that was cut off, and neither does the guard."""
     row = labelled(chat("u:how are you?", "a:fine", "u:good", "a:fine"), tokenizer)
     cut = row | {key: row[key][6:] for key in ("input_ids", "labels")}
     assert contexts(cut, tokenizer) == ["raw", "raw"]
 
 
-def test_tags_of_thought_are_words_to_a_template_that_knows_none(tokenizer):
-    """Were they left out, text that closes a thought and gives a verdict would go unseen."""
+def test_think_tags_are_text_to_a_template_without_reasoning(tokenizer):
+    """Without the tags, the guard would not read text that closes a reasoning."""
     said = "<think>\n</think><score>no"
     row = labelled(
         [{"role": "user", "content": "hi"}, {"role": "assistant", "content": said}], tokenizer
@@ -87,7 +87,7 @@ def test_tags_of_thought_are_words_to_a_template_that_knows_none(tokenizer):
     assert response.request.text == said
 
 
-def test_no_trained_token_is_no_response(tokenizer):
+def test_a_row_without_trained_tokens_has_no_response(tokenizer):
     row = {"input_ids": [5, 6], "labels": [-100, -100]}
     assert find_responses(row, ChatTokenizer(tokenizer), tokens, 5) == []
     assert (
@@ -104,7 +104,7 @@ def test_no_trained_token_is_no_response(tokenizer):
         ([1, -100, -100], [(0, 1)]),
     ],
 )
-def test_runs(labels, found):
+def test_runs_are_stretches_of_trained_labels(labels, found):
     assert runs(labels) == found
 
 
@@ -112,7 +112,7 @@ def test_runs(labels, found):
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_a_trained_question_is_no_answer(tokenizer, known):
+def test_a_trained_question_is_refused(tokenizer, known):
     row = labelled(chat("u:hi", "a:ok", "u:why?", "a:fine"), tokenizer)
     start = row["input_ids"].index(tokenized(tokenizer, "why?")[0])
     row["labels"] = [i if start <= n < start + 3 else -100 for n, i in enumerate(row["input_ids"])]
@@ -131,7 +131,7 @@ def test_a_trained_question_is_no_answer(tokenizer, known):
         ([-1, -1, 7], "not the input's own tokens"),
     ],
 )
-def test_labels_must_be_the_inputs(tokenizer, labels, message):
+def test_labels_other_than_the_inputs_are_refused(tokenizer, labels, message):
     with pytest.raises(DataError, match=message):
         find_responses(
             {"input_ids": [5, 6, 7], "labels": labels}, ChatTokenizer(tokenizer), tokens, 5
@@ -152,7 +152,7 @@ def test_labels_must_be_the_inputs(tokenizer, labels, message):
         ({"prompt": "a", "completion": 5}, "'completion' is a int"),
     ],
 )
-def test_what_is_no_token_is_named(tokenizer, changes, message):
+def test_rows_with_invalid_tokens_or_messages_are_refused(tokenizer, changes, message):
     row = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], **changes}
     with pytest.raises(DataError, match=message):
         find_responses(row, ChatTokenizer(tokenizer), tokens, 5)

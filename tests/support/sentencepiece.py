@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 
 def sentencepiece_like(kind: str) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of kind "bpe" or "unigram"."""
     specials = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
     corpus = ["the quick brown fox jumps over the lazy dog", "hello world, how are you?"]
     if kind == "bpe":
