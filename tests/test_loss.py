@@ -98,7 +98,7 @@ def test_values_and_gradients_equal_a_naive_implementation(
     batch, mode, estimator, kl_coef, threshold, n
 ):
     logits, ref, labels, scores = batch
-    ours, twin = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    ours, naive_logits = logits.clone().requires_grad_(), logits.clone().requires_grad_()
     found = star_dss_loss(
         ours,
         labels,
@@ -110,12 +110,12 @@ def test_values_and_gradients_equal_a_naive_implementation(
         threshold=threshold,
         num_items_in_batch=n,
     ).loss
-    expected = naive(twin, ref, labels, scores, mode, kl_coef, estimator, threshold, n)
+    expected = naive(naive_logits, ref, labels, scores, mode, kl_coef, estimator, threshold, n)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
     found.backward()
     if expected.requires_grad:
         expected.backward()
-        torch.testing.assert_close(ours.grad, twin.grad, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(ours.grad, naive_logits.grad, rtol=1e-9, atol=1e-12)
     else:
         assert not ours.grad.any()
 

@@ -1,4 +1,4 @@
-"""Benchmarks are run by hand, and must not rot in between."""
+"""Benchmarks are run by hand; these tests show that they still work."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ BENCHMARKS = ROOT / "benchmarks"
 
 def run(folder: Path, name: str, *arguments: str) -> str:
     """Run a benchmark; return what it prints."""
-    # A script finds what stands beside it; a forked process has to be told.
+    # A forked process does not find the modules beside the script by itself.
     place = dict(os.environ) | {"PYTHONPATH": str(BENCHMARKS)}
     done = forked(BENCHMARKS / name, list(arguments), place, folder / "log")
     assert done.returncode == 0, done.stdout
     return done.stdout
 
 
-# What benchmarks share is no command.
+# The modules that benchmarks share are no commands.
 COMMANDS = [path.name for path in BENCHMARKS.glob("*.py") if "__main__" in path.read_text()]
 
 

@@ -1,4 +1,4 @@
-"""Every way in, as a user starts it: the scripts in examples/ and the YAML."""
+"""The scripts and YAML files in examples/ run as a user starts them."""
 
 import json
 import runpy
@@ -41,7 +41,7 @@ def data(tmp_path):
         ("own_loop", "chat"),
     ],
 )
-def test_example_runs(script, kind, data, model_dir, tmp_path, monkeypatch, capsys):
+def test_examples_run(script, kind, data, model_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
         sys,

@@ -35,7 +35,7 @@ def install(target, *sources):
 
 @pytest.fixture(scope="module")
 def sites(tmp_path_factory):
-    """Folders with the integration and a guard, and with the host, as pip installs them."""
+    """Return the folders in which pip installed the integration with a guard, and the host."""
     for needed in ("pip", "hatchling"):
         pytest.importorskip(needed, reason=f"{needed} is needed to install the example")
     plugins = install(tmp_path_factory.mktemp("plugins"), EXAMPLE, EXAMPLE / "toy_integration")
@@ -43,7 +43,7 @@ def sites(tmp_path_factory):
 
 
 def run(sites, *words, cwd=None):
-    """What `python …` prints and its exit status, with `sites` on its path."""
+    """Run `python …` with `sites` on its path; return its output and exit status."""
     search = [*map(str, sites), str(ROOT), str(ROOT / "integrations")]
     search += [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     environment = {
@@ -71,7 +71,7 @@ CONFIG = {
 
 
 def write_config(folder, name, model_dir, change):
-    """Writes a configuration with blocks changed, and its data."""
+    """Write a configuration with changed blocks, and its data."""
     rows = [{"prompt": "how are you?", "completion": " i am bad. no! it is a word"}] * 2
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     toy = {**CONFIG["toy"], "model": str(model_dir), **change.get("toy", {})}
@@ -87,7 +87,7 @@ def test_the_host_is_listed_with_its_version(sites):
     assert f"toy: {TRAINER}, options of star_dss_toy.trainer:ToyOptions\n" in shown.stdout
 
 
-def test_a_host_that_is_not_installed_says_how_to_get_it(sites, tmp_path, model_dir):
+def test_a_host_that_is_not_installed_is_named_with_its_installation(sites, tmp_path, model_dir):
     shown = run(sites[:1], *STAR_DSS, "plugins")
     assert shown.returncode == 0, shown.stderr
     assert re.search(r"^toy +toy-host +>=2,<3 +- +not found", shown.stdout, flags=re.MULTILINE)
@@ -113,7 +113,7 @@ for name, words in json.loads(sys.argv[1]).items():
 print(json.dumps(found))
 """
 CHECKED = {
-    # name: what is changed, words of the command, exit status, what is said
+    # name: changes, words of the command, exit status, a part of the output
     "good": ({}, (), 0, "train data: 2 rows, 2 responses (0 without messages): one pass over"),
     "guard": ({}, (), 0, "guard: word-list (DEMONSTRATION ONLY"),
     "options": ({}, (), 0, "options: toy cannot set engine, engine_options, guard_device,"),
@@ -130,7 +130,7 @@ CHECKED = {
 
 @pytest.fixture(scope="module")
 def checked(sites, tmp_path_factory, model_dir):
-    """What `star-dss check` says of each of `CHECKED`, in one process."""
+    """Return exit status and output of `star-dss check` for each of `CHECKED`."""
     folder = tmp_path_factory.mktemp("checked")
     for name, (change, *_) in CHECKED.items():
         write_config(folder, f"{name}.yaml", model_dir, change)
@@ -141,7 +141,7 @@ def checked(sites, tmp_path_factory, model_dir):
 
 
 @pytest.mark.parametrize("name", CHECKED)
-def test_the_hosts_configurations_are_checked(checked, name):
+def test_configurations_of_the_host_are_checked(checked, name):
     _, _, status, message = CHECKED[name]
     assert checked[name][0] == status, checked[name][1]
     assert message in checked[name][1]
@@ -164,19 +164,19 @@ print(json.dumps(losses))
 """
 
 
-def test_it_trains_with_the_loss(sites, tmp_path, model_dir):
+def test_the_host_trains_with_the_loss(sites, tmp_path, model_dir):
     write_config(tmp_path, "toy.yaml", model_dir, {})
     done = run(sites, "-c", TRAIN, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     losses = json.loads(done.stdout)
     assert {len(steps) for steps in losses.values()} == {2}
-    # Tokens from the listed word on weigh a tenth, and the reference is the model itself at first.
+    # Tokens from the listed word on have weight 0.1; at first the reference equals the model.
     assert 0 < losses["shaped"][0] < 0.9 * losses["plain"][0]
     assert losses["shaped"][1] < losses["shaped"][0]
     assert losses["sft"] == pytest.approx(losses["plain"], rel=1e-4)
 
 
-def test_nothing_heavy_is_imported_to_find_it(sites):
+def test_finding_the_host_imports_nothing_heavy(sites):
     code = (
         "import sys; from star_dss_plugin.plugins import load_plugins;"
         "assert 'toy' in load_plugins().names('integration');"
@@ -186,7 +186,7 @@ def test_nothing_heavy_is_imported_to_find_it(sites):
     assert run(sites, "-c", code).stdout == "[]\n"
 
 
-# What integrations may do wrong
+# Errors of integrations
 
 
 def integration(**changes):
@@ -235,7 +235,7 @@ def test_a_part_that_cannot_be_used_is_an_error(change, message):
         registered(integration(**change))
 
 
-def test_what_is_no_integration_is_an_error():
+def test_an_object_that_is_no_integration_is_an_error():
     with pytest.raises(PluginError, match=r"my-package .*'a:b'. Give a .*Integration"):
         registered("a:b")
 
@@ -252,13 +252,13 @@ def test_a_command_that_another_integration_runs_is_an_error():
 
 
 @pytest.fixture
-def use(monkeypatch):
-    """Makes `star-dss check` ask these integrations."""
+def use_plugins(monkeypatch):
+    """Return a function that lets `star-dss check` use these plugins."""
 
-    def use(plugins):
+    def use_plugins(plugins):
         monkeypatch.setattr("star_dss_plugin.cli.check.load_plugins", lambda: plugins)
 
-    return use
+    return use_plugins
 
 
 @pytest.fixture
@@ -280,7 +280,7 @@ def test_a_file_that_no_integration_knows_is_an_error_that_lists_them(path):
         check_config(path, data=False)
 
 
-def test_a_file_that_two_integrations_know_is_an_error_that_names_both(path, use):
+def test_a_file_that_two_integrations_know_is_an_error_that_names_both(path, use_plugins):
     class Plugin:
         @hookimpl
         def star_dss_register_integrations(self, register):
@@ -289,7 +289,7 @@ def test_a_file_that_two_integrations_know_is_an_error_that_names_both(path, use
 
     plugins = Plugins()
     plugins.register(Plugin(), Origin("mine", "my-package", "1.0"))
-    use(plugins)
+    use_plugins(plugins)
     with pytest.raises(ConfigError, match="each of one and two") as error:
         check_config(path, data=False)
     assert "two: something else" in str(error.value)
@@ -302,14 +302,14 @@ def test_an_unknown_integration_is_an_error_with_the_nearest(path):
         check_config(path, data=False, integration="axolot")
 
 
-def test_a_check_that_returns_nothing_is_an_error(path, use):
-    use(registered(integration(check=lambda path, raw, *, data: None)))
+def test_a_check_that_returns_nothing_is_an_error(path, use_plugins):
+    use_plugins(registered(integration(check=lambda path, raw, *, data: None)))
     with pytest.raises(PluginError, match="'mine' returned NoneType, not Findings"):
         check_config(path, data=False)
 
 
-def test_claims_that_fail_are_an_error(path, use):
-    use(registered(integration(claims=lambda raw: raw["absent"])))
+def test_claims_that_fail_are_an_error(path, use_plugins):
+    use_plugins(registered(integration(claims=lambda raw: raw["absent"])))
     with pytest.raises(
         PluginError, match=r"'claims' of .*'mine' of my-package .* failed on .*KeyError"
     ):
@@ -317,32 +317,32 @@ def test_claims_that_fail_are_an_error(path, use):
 
 
 @pytest.mark.parametrize("part", ["trainer", "options", "check"])
-def test_a_part_that_cannot_be_imported_is_an_error_with_the_cause(path, use, part):
-    use(registered(integration(**{part: "absent_module:thing"})))
+def test_a_part_that_cannot_be_imported_is_an_error_with_the_cause(path, use_plugins, part):
+    use_plugins(registered(integration(**{part: "absent_module:thing"})))
     with pytest.raises(PluginError, match="needs pytest, which cannot be imported here") as error:
         check_config(path, data=False)
     assert "No module named 'absent_module'" in str(error.value)
 
 
-def test_how_to_install_a_host_is_said_once(path, use, tmp_path, monkeypatch):
+def test_the_installation_of_a_host_is_named_once(path, use_plugins, tmp_path, monkeypatch):
     (tmp_path / "speaking_host.py").write_text(
         "raise RuntimeError(\"Install it with its needs: pip install 'my-package[all]'\")\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    use(registered(integration(install="my-package[all]", check="speaking_host:check")))
+    use_plugins(registered(integration(install="my-package[all]", check="speaking_host:check")))
     with pytest.raises(PluginError) as error:
         check_config(path, data=False)
     assert str(error.value).count("pip install 'my-package[all]'") == 1
 
 
-def test_a_version_that_was_not_tested_is_noted(path, use):
-    use(registered(integration(versions="<1")))
+def test_a_version_that_was_not_tested_is_noted(path, use_plugins):
+    use_plugins(registered(integration(versions="<1")))
     (note,) = check_config(path, data=False).notes
     assert f"pytest {pytest.__version__} is installed, and the integration was tested" in note
 
 
-def test_options_that_cannot_be_set_are_noted(path, use):
-    use(registered(integration(options=lambda guard, chunk_size: None)))
+def test_options_that_cannot_be_set_are_noted(path, use_plugins):
+    use_plugins(registered(integration(options=lambda guard, chunk_size: None)))
     (note,) = check_config(path, data=False).notes
     assert note.startswith("options: mine cannot set engine, engine_options, guard_device")
     assert "chunk_size" not in note
@@ -352,7 +352,7 @@ def test_options_that_cannot_be_set_are_noted(path, use):
 
 
 def test_the_core_names_hosts_only_where_they_are_registered():
-    """Docstrings may; an extra that brings PEFT is called trl; `score` and `init` name them."""
+    """Docstrings may name them; so do `score`, `init`, and an extra called trl that brings PEFT."""
     package, found = ROOT / "star_dss_plugin", set()
     hosts = "|".join(host.integration.host for host in load_plugins().hosts())
     for file in sorted(package.rglob("*.py")):
@@ -372,7 +372,7 @@ def test_the_core_names_hosts_only_where_they_are_registered():
 
 
 @pytest.mark.parametrize("name", load_plugins().names("integration"))
-def test_the_built_in_integrations_bring_what_they_say(name):
+def test_the_parts_of_built_in_integrations_can_be_imported(name):
     host = load_plugins().host(name)
     if not host.installed:
         pytest.skip(f"{host.integration.host} is not installed")

@@ -1,4 +1,4 @@
-"""The how-to pages: what they show of the example is what the tests install (test_hosts.py).
+"""The how-to pages show the example package that the tests install (test_hosts.py).
 
 Their Python runs in test_snippets.py.
 """
@@ -33,7 +33,7 @@ def test_every_field_is_in_the_table(page, described):
     assert {field.name for field in fields(described)} <= told
 
 
-def test_where_an_engine_is_chosen_exists():
+def test_functions_that_choose_an_engine_exist():
     page = (DOCS / "howto_engine.md").read_text()
     source = (ROOT / "star_dss_plugin" / "engines" / "selection.py").read_text()
     for name in ("choose_engine", "identity", "open", "check_installed"):

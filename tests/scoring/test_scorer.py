@@ -15,8 +15,8 @@ from support.scoring import (
     chat,
     conversations,
     scored,
+    scores_of_prefixes,
     tokenized,
-    twin,
 )
 
 from star_dss_plugin import (
@@ -47,7 +47,7 @@ def test_scores_equal_those_of_each_prefix_alone(tokenizer, kind, raw, chunk_siz
     assert len(row["star_scores"]) == len(row["input_ids"]) == len(row["labels"])
     assert (
         np.asarray(row["star_scores"], dtype=np.float32).tolist()
-        == twin(row, tokenizer, contexts, chunk_size).tolist()
+        == scores_of_prefixes(row, tokenizer, contexts, chunk_size).tolist()
     )
     assert all(
         score == 1.0
@@ -59,7 +59,7 @@ def test_scores_equal_those_of_each_prefix_alone(tokenizer, kind, raw, chunk_siz
 def test_messages_are_recovered_from_rows_of_tokens(tokenizer):
     row = tokenized(tokenizer, SIMPLE)
     found = scored(Dataset.from_list([row]), tokenizer, HashGuard())
-    expected = twin(row, tokenizer, [SIMPLE["messages"][:1]], 5)
+    expected = scores_of_prefixes(row, tokenizer, [SIMPLE["messages"][:1]], 5)
     assert found["star_scores"][0] == pytest.approx(expected.tolist(), abs=0)
     assert provenance_of(found)["raw_contexts"] == 0
 
@@ -70,7 +70,7 @@ def test_rows_with_tokens_of_no_template_have_decoded_contexts(tokenizer, caplog
     found = scored(Dataset.from_list([row]), tokenizer, HashGuard())
     ((start, _),) = runs(row["labels"])
     decoded = tokenizer.decode(row["input_ids"][:start])
-    expected = twin(row, tokenizer, [chat(decoded)], 5)
+    expected = scores_of_prefixes(row, tokenizer, [chat(decoded)], 5)
     assert found["star_scores"][0] == pytest.approx(expected.tolist(), abs=0)
     assert "For 1 responses the guard reads the decoded tokens before them" in caplog.text
     assert provenance_of(found)["raw_contexts"] == 1

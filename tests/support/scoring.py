@@ -90,7 +90,7 @@ def scored(dataset, tokenizer, guard, **options):
     return score_dataset(dataset, tokenizer, guard=guard, **{"progress": False, **options})
 
 
-def twin(row, tokenizer, contexts, chunk_size):
+def scores_of_prefixes(row, tokenizer, contexts, chunk_size):
     """Return a row's column of scores, computed by scoring each prefix of tokens by itself."""
     guard, special = HashGuard(), set(tokenizer.all_special_ids)
     column = [1.0] * len(row["input_ids"])
