@@ -109,11 +109,7 @@ TEMPLATES = {
         "{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endfor %}"
     ),
 }
-
-
 TALK = chat("s:be good", "u:how are you?", "a: fine, you?\n", "u:good", "a:good to hear")
-
-
 INSTRUCTION_LAST = (  # as in Mistral's template, the instruction is part of the last question
     "{%- for m in messages if m.role != 'system' %}{{- '<|im_start|>' + m.role + '\n' }}"
     "{%- if loop.revindex == 2 %}{{- messages[0].content + '\n\n' }}{%- endif %}"
