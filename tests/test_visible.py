@@ -1,4 +1,4 @@
-"""Untrusted text is shown on one line and as text, wherever it is shown."""
+"""Untrusted text is shown as text and on one line: in errors, cards, logs and summaries."""
 
 import json
 import logging

@@ -30,11 +30,11 @@ def alignment(tokenizer, image_token):
 
 def text_row(tokenizer, before, answer, score=0.25):
     """Return a row of text: `answer` is trained, and its last token has a lower score."""
-    head, said = ids_of(tokenizer, before), ids_of(tokenizer, answer)
+    head, trained = ids_of(tokenizer, before), ids_of(tokenizer, answer)
     return {
-        "input_ids": head + said,
-        "labels": [-100] * len(head) + said,
-        "star_scores": [1.0] * len(head) + [score] * (len(said) - 1) + [0.125],
+        "input_ids": head + trained,
+        "labels": [-100] * len(head) + trained,
+        "star_scores": [1.0] * len(head) + [score] * (len(trained) - 1) + [0.125],
     }
 
 

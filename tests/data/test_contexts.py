@@ -124,16 +124,18 @@ def test_an_instruction_is_read_where_the_template_writes_it(tokenizer):
     assert second == before_each_answer(TALK)[1]
 
 
-@pytest.mark.parametrize("own", [True, False], ids=["its own", "another"])
+@pytest.mark.parametrize("same_template", [True, False], ids=["its own", "another"])
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_contexts_are_found_only_with_the_template_of_the_tokens(tokenizer, template, own):
+def test_contexts_are_found_only_with_the_template_of_the_tokens(
+    tokenizer, template, same_template
+):
     row = labelled(TALK, tokenizer, chat_template=TEMPLATES[template])
-    chat_template = TEMPLATES[template] if own else None
-    said = [m for m in TALK if template != "drops system turns" or m["role"] != "system"]
-    known = before_each_answer(said)
-    same = own or template == "insists on an answer"
+    chat_template = TEMPLATES[template] if same_template else None
+    rendered = [m for m in TALK if template != "drops system turns" or m["role"] != "system"]
+    expected = before_each_answer(rendered)
+    found = same_template or template == "insists on an answer"
     assert contexts(row, tokenizer, chat_template=chat_template) == (
-        known if same else ["raw"] * len(known)
+        expected if found else ["raw"] * len(expected)
     )
 
 

@@ -135,10 +135,10 @@ def test_names_of_files_are_shown_on_one_line(root, outside, caplog, kind):
     else:
         make_file(kind, path, outside)
     ScoreCache(root, NAMESPACE).refresh()
-    said = [record.getMessage() for record in caplog.records]
-    assert len(said) == 1
-    assert "FAKE LOG LINE" in said[0]
-    assert not set(said[0]) & set("\x1b\x07\n\u202e\udcff")
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == 1
+    assert "FAKE LOG LINE" in warnings[0]
+    assert not set(warnings[0]) & set("\x1b\x07\n\u202e\udcff")
 
 
 def test_larger_shards_than_are_ever_written_are_not_read(root, monkeypatch):

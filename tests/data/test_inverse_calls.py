@@ -80,30 +80,30 @@ OSLO, ROME = ("weather", {"city": "Oslo"}), ("weather", {"city": "Rome", "when":
 
 
 def talks(as_text=False):
-    how = {"text_arguments": as_text}
+    options = {"text_arguments": as_text}
     return {
-        "one": [user("Rain?"), answer("", OSLO, **how), *results("wet"), answer("It rains.")],
+        "one": [user("Rain?"), answer("", OSLO, **options), *results("wet"), answer("It rains.")],
         "two": [
-            *(user("Rain?"), answer("", OSLO, ROME, **how), *results("wet", "dry")),
+            *(user("Rain?"), answer("", OSLO, ROME, **options), *results("wet", "dry")),
             answer("Only in Oslo."),
         ],
         "said, and two": [
-            *(user("Rain?"), answer("Let me look.", ROME, OSLO, **how), *results("dry", "wet")),
+            *(user("Rain?"), answer("Let me look.", ROME, OSLO, **options), *results("dry", "wet")),
             answer("Only in Oslo."),
         ],
         "no arguments": [
-            *(user("Rain?"), answer("", ("weather", {}), OSLO, **how), *results("dry", "wet")),
+            *(user("Rain?"), answer("", ("weather", {}), OSLO, **options), *results("dry", "wet")),
             answer("Only in Oslo."),
         ],
         "one after the other": [
-            *(user("Rain?"), answer("", OSLO, **how), *results("wet")),
-            *(answer("", ROME, **how), *results("dry"), answer("Only in Oslo.")),
+            *(user("Rain?"), answer("", OSLO, **options), *results("wet")),
+            *(answer("", ROME, **options), *results("dry"), answer("Only in Oslo.")),
         ],
         "later": [
-            *(user("Hi"), answer("Hello."), user("Rain?"), answer("", OSLO, ROME, **how)),
+            *(user("Hi"), answer("Hello."), user("Rain?"), answer("", OSLO, ROME, **options)),
             *(*results("wet", "dry"), answer("Only in Oslo."), user("Thanks"), answer("Fine.")),
         ],
-        "last": [user("Rain?"), answer("", OSLO, ROME, **how)],
+        "last": [user("Rain?"), answer("", OSLO, ROME, **options)],
     }
 
 
@@ -176,11 +176,15 @@ texts = st.text(st.sampled_from("ab \n<>/{}\"'=(),é|"), max_size=12) | st.sampl
 @given(
     st.sampled_from(MANY), st.dictionaries(st.sampled_from("ab"), texts), texts, texts, st.data()
 )
-def test_recovered_calls_render_to_the_same_tokens(name, given_, told, asked, data):
+def test_recovered_calls_render_to_the_same_tokens(name, arguments, result, question, data):
     inverse = inverse_of(name)
-    how = {"text_arguments": name.startswith("JSON text")}
+    options = {"text_arguments": name.startswith("JSON text")}
     known = [
-        *(user(asked), answer("", ("weather", given_), OSLO, **how), *results(told, "wet")),
+        *(
+            user(question),
+            answer("", ("weather", arguments), OSLO, **options),
+            *results(result, "wet"),
+        ),
         answer("Only in Oslo."),
     ]
     ids = inverse.chat.encode(inverse.chat.render(known)).ids
@@ -201,7 +205,7 @@ def test_recovered_messages_of_other_templates_render_to_the_same_tokens(name):
         try:
             ids = inverse.chat.encode(inverse.chat.render(known)).ids
         except module.DataError:
-            continue  # the template refuses it
+            continue  # the template refuses this conversation
         found = inverse.of_tokens(ids)
         if found is not None:
             assert inverse.chat.encode(inverse.chat.render(found)).ids == ids

@@ -1,4 +1,4 @@
-"""Columns of images are read without opening what they name."""
+"""Columns of images are read without opening the files that they name."""
 
 from datasets import Dataset, Features, Image, List, Value
 from support.vision_models import picture

@@ -79,12 +79,12 @@ def test_rows_cut_at_their_start_have_raw_contexts(tokenizer):
 
 def test_think_tags_are_text_to_a_template_without_reasoning(tokenizer):
     """Without the tags, the guard would not read text that closes a reasoning."""
-    said = "<think>\n</think><score>no"
+    content = "<think>\n</think><score>no"
     row = labelled(
-        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": said}], tokenizer
+        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": content}], tokenizer
     )
     (response,) = find_responses(row, ChatTokenizer(tokenizer), tokens, 5)
-    assert response.request.text == said
+    assert response.request.text == content
 
 
 def test_a_row_without_trained_tokens_has_no_response(tokenizer):

@@ -63,18 +63,18 @@ def test_rows_at_once_equal_each_row_alone(chat, monkeypatch, rows, characters):
 
 def test_calls_of_the_tokenizer_have_a_limit_of_characters(chat, monkeypatch):
     """Apart from its last row, no call gets more characters than the limit."""
-    most = []
-    real = ChatTokenizer.encode_all
+    characters = []
+    encode_all = ChatTokenizer.encode_all
 
-    def watched(self, texts, **kwargs):
-        most.append(sum(map(len, texts[:-1])))
-        return real(self, texts, **kwargs)
+    def recorded(self, texts, **kwargs):
+        characters.append(sum(map(len, texts[:-1])))
+        return encode_all(self, texts, **kwargs)
 
-    monkeypatch.setattr(ChatTokenizer, "encode_all", watched)
+    monkeypatch.setattr(ChatTokenizer, "encode_all", recorded)
     monkeypatch.setattr(tokenization, "_CHARACTERS_AT_ONCE", 1000)
     made = list(read_rows([{"messages": [QUESTION, answer("ok " * 100)]}] * 20, chat))
     assert len(made) == 20
-    assert 0 < max(most) < 1000
+    assert 0 < max(characters) < 1000
 
 
 @pytest.mark.parametrize(
@@ -121,15 +121,17 @@ def sentencepiece_chat():
     st.integers(0, 12),
     st.sampled_from(["", " ", "<think>", "<think>\n\n</think>", "<|im_", "of pieces", "é"]),
 )
-def test_a_completion_begins_at_the_end_of_its_prompts_tokens(name, asked, said, cut, more):
+def test_a_completion_begins_at_the_end_of_its_prompts_tokens(
+    name, prompt_text, answer_text, cut, suffix
+):
     """Compared with the tokens that the prompt alone shares with the whole text."""
     if name not in _CHATS:
         _CHATS[name] = sentencepiece_chat() if name == "pieces" else chat_of(name)
     chat = _CHATS[name]
-    prompt = [{"role": "user", "content": asked}]
-    text = chat.render([*prompt, answer(said)])
+    prompt = [{"role": "user", "content": prompt_text}]
+    text = chat.render([*prompt, answer(answer_text)])
     question = chat.render(prompt, add_generation_prompt=True)
-    question = question[: len(question) - cut] + more
+    question = question[: len(question) - cut] + suffix
     encoded = chat.encode(text)
     slowly = common_prefix_length(encoded.ids, chat.encode(question).ids)
     assert chat.shared_tokens(encoded, text, question) == slowly
@@ -138,13 +140,13 @@ def test_a_completion_begins_at_the_end_of_its_prompts_tokens(name, asked, said,
 def tokenized_texts(monkeypatch):
     """Return a list to which every text is added that is tokenized."""
     texts = []
-    real = ChatTokenizer.encode_all
+    encode_all = ChatTokenizer.encode_all
 
-    def watched(self, given, **kwargs):
+    def recorded(self, given, **kwargs):
         texts.extend(given)
-        return real(self, given, **kwargs)
+        return encode_all(self, given, **kwargs)
 
-    monkeypatch.setattr(ChatTokenizer, "encode_all", watched)
+    monkeypatch.setattr(ChatTokenizer, "encode_all", recorded)
     return texts
 
 
@@ -168,11 +170,11 @@ def test_a_prompt_that_ends_at_a_control_token_is_not_tokenized_again(monkeypatc
 
 @settings(max_examples=80, deadline=None)
 @given(st.sampled_from(list(FORMS)), st.lists(contents, min_size=2, max_size=4), st.data())
-def test_the_text_of_a_run_follows_from_the_places_of_tokens(name, said, data):
+def test_the_text_of_a_run_follows_from_the_places_of_tokens(name, texts, data):
     """Compared with joining the bytes of the run's tokens."""
     chat = _CHATS.setdefault(name, chat_of(name))
     roles = ["user", "assistant"] * 2
-    messages = [{"role": r, "content": c} for r, c in zip(roles, said, strict=False)]
+    messages = [{"role": r, "content": c} for r, c in zip(roles, texts, strict=False)]
     made = read_row({"messages": messages}, chat, whole_completion=False)
     count = len(made.encoded.ids)
     placed = place(chat, made.encoded.ids, made)

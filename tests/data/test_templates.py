@@ -153,8 +153,8 @@ def test_rendered_prompts_are_read_as_messages_or_raw(form):
     prompt = chat.render(messages, add_generation_prompt=True)
     row = {"prompt": prompt, "completion": STORY}
     (response,) = find_responses(row | tokenize_row(row, chat), chat, tokens, 5)
-    said = [m["content"] for m in response.request.context]
-    assert response.raw_context or said == [m["content"] for m in messages]
+    context_texts = [m["content"] for m in response.request.context]
+    assert response.raw_context or context_texts == [m["content"] for m in messages]
     if name.startswith(("Qwen", "Llama", "Cohere", "Phi")):
         assert not response.raw_context
 
@@ -177,11 +177,11 @@ contents = st.lists(words, min_size=1, max_size=5).map("".join)
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(list(FORMS)), st.lists(contents, min_size=2, max_size=6), st.integers(0, 60))
 @example("Qwen 2.5", ["ok", "ok", "ok", "ok"], 0)
-def test_every_run_has_the_messages_before_its_answer_as_context(name, said, cut):
+def test_every_run_has_the_messages_before_its_answer_as_context(name, texts, cut):
     """Compared with counting: the k-th run is the k-th answer."""
     chat = CHATS.setdefault(name, chat_of(name))
     roles = ["user", "assistant"] * 3
-    messages = [{"role": r, "content": c} for r, c in zip(roles, said, strict=False)]
+    messages = [{"role": r, "content": c} for r, c in zip(roles, texts, strict=False)]
     try:
         made = tokenize_row({"messages": messages}, chat)
     except ValueError:

@@ -192,7 +192,7 @@ hostile = st.lists(
 @example(["hi", ""], False)
 @example(["hi", "fine\n", "", "\n"], True)
 def test_hostile_turns_change_no_other_turns_labels(tokenizer, contents, trims):
-    """Up to the white space that a token may share with the template's own."""
+    """White space is not compared, because a token may join it to that of the template."""
     roles = ["user", "assistant"] * 3
     messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
     template = TRIMMED if trims else None

@@ -77,8 +77,8 @@ def test_tool_calls_are_trained_and_read(tokenizer, content):
     row = {"messages": messages}
     calling = ChatTokenizer(tokenizer, TOOLS_TEMPLATE)
     made = tokenize_row(row, calling)
-    said = f"{content or ''}<tool_call>sum</tool_call><|im_end|>"
-    assert spoken(made, tokenizer) == [said, "it is 42<|im_end|>"]
+    expected = f"{content or ''}<tool_call>sum</tool_call><|im_end|>"
+    assert spoken(made, tokenizer) == [expected, "it is 42<|im_end|>"]
     assert assistant_labels(row | made, calling) == made["labels"]
 
 

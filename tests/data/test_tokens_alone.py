@@ -119,8 +119,8 @@ def test_recovered_messages_equal_the_original_ones(form, talk):
     Templates join a system turn to a question and trim texts, so that only words are compared.
     """
     name, chat = form
-    said = {**TALKS, **MORE}[talk]
-    ids, labels = made(chat, said)
+    messages = {**TALKS, **MORE}[talk]
+    ids, labels = made(chat, messages)
     first, last = runs(labels)[-1]
     rows = [(ids[:cut], labels[:cut]) for cut in {*range(first, len(ids)), *range(5, first, 7)}]
     parts = [(first, last), (first, first + 1), ((first + last) // 2, last)]
@@ -130,7 +130,7 @@ def test_recovered_messages_equal_the_original_ones(form, talk):
             continue
         alone = shown(chat, some, trained)
         for (context, text, raw, _), known in zip(
-            alone, shown(chat, some, trained, messages=said), strict=True
+            alone, shown(chat, some, trained, messages=messages), strict=True
         ):
             if raw or known[2]:
                 continue

@@ -1,4 +1,4 @@
-"""Capability through lm-eval: what our task definitions ask, and what the command reports."""
+"""Capability through lm-eval: the prompts of our task definitions, and the command."""
 
 import json
 import math
@@ -78,8 +78,8 @@ def test_worked_answers_are_prompted_and_extracted_like_those_of_gsm8k(
         answers = []
         for k, request in enumerate(requests):
             truth = request.doc["answer"].replace(",", "")
-            said = [f"so\n#### {truth}.", f"I say {truth}", "#### 7", ""][k % 4]
-            answers.append(f" {said}")
+            answer = [f"so\n#### {truth}.", f"I say {truth}", "#### 7", ""][k % 4]
+            answers.append(f" {answer}")
         return answers
 
     monkeypatch.setattr(HFLM, "generate_until", generate_until)
@@ -96,8 +96,8 @@ def test_worked_answers_are_prompted_and_extracted_like_those_of_gsm8k(
         assert last == f"Question: {request.doc['prompt']}\nAnswer:"
         assert len(shots) == len(set(shots)) == 5
         known = {f"Question: {r['prompt']}\nAnswer: {r['response']}" for r in WORKED}
-        own = f"Question: {request.doc['prompt']}\nAnswer: {request.doc['response']}"
-        assert set(shots) <= known - {own}
+        own_example = f"Question: {request.doc['prompt']}\nAnswer: {request.doc['response']}"
+        assert set(shots) <= known - {own_example}
 
 
 def test_every_model_gets_the_same_examples(tokenizer, task_files):

@@ -119,8 +119,8 @@ def test_wrong_options_are_refused(changes, error, message):
 def test_rows_without_a_conversation_are_refused():
     with pytest.raises(DataError, match=r"Row 0: the row has the columns \['text'\]"):
         build_threat("harmful_mix", TASKS, Dataset.from_list([{"text": "x"}]), ratio=1.0, size=1)
-    said = Dataset.from_list([{"messages": [{"role": "assistant", "content": "x"}]}])
+    without_question = Dataset.from_list([{"messages": [{"role": "assistant", "content": "x"}]}])
     with pytest.raises(DataError, match="Row 0: there is no user message"):
-        build_threat("prompt_poisoning", TASKS, said, ratio=1.0, size=1)
+        build_threat("prompt_poisoning", TASKS, without_question, ratio=1.0, size=1)
     with pytest.raises(DataError, match="tasks has no rows"):
         build_threat("harmful_mix", TASKS.select([]), POISON, ratio=0.5, size=4)

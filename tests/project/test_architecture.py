@@ -82,9 +82,9 @@ def test_scoring_and_training_call_these_functions_in_this_order(
         trainer.train()
     finally:
         sys.setprofile(None)
-    rest = iter(order)
+    later_calls = iter(order)
     for _, name in CALLS:
-        assert name in rest, f"{name} is not called after the functions above it"
+        assert name in later_calls, f"{name} is not called after the functions above it"
     assert torch.isfinite(torch.tensor(trainer.state.log_history[-1]["train_loss"]))
 
 

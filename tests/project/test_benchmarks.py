@@ -42,7 +42,7 @@ def test_every_benchmark_says_how_it_is_used(name: str, tmp_path: Path) -> None:
 
 @needs_smollm2
 def test_scoring_compares_the_engine_with_one_pass_per_prefix(tmp_path: Path) -> None:
-    said = run(
+    output = run(
         tmp_path,
         "scoring.py",
         "W2",
@@ -57,14 +57,14 @@ def test_scoring_compares_the_engine_with_one_pass_per_prefix(tmp_path: Path) ->
         "--threads",
         "1",
     )
-    distinct = re.search(r"(\d+) distinct, (\d+) computed", said)
+    distinct = re.search(r"(\d+) distinct, (\d+) computed", output)
     assert distinct is not None
     assert int(distinct[1]) <= int(distinct[2]) <= 1.2 * int(distinct[1])
-    difference = re.search(r"largest difference (\S+),", said)
+    difference = re.search(r"largest difference (\S+),", output)
     assert difference is not None
     assert float(difference[1]) <= 1e-4
     for contender in ("engine", "plain", "(a)", "(a')"):
-        assert f"{contender:8s}" in said
+        assert f"{contender:8s}" in output
 
 
 def test_probed_scores_are_compared_where_a_probe_gave_them(

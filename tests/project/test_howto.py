@@ -29,8 +29,8 @@ def test_the_page_on_hosts_shows_every_file_of_the_example(path):
 )
 def test_every_field_is_in_the_table(page, described):
     rows = re.findall(r"^\| (`.*?) \|", (DOCS / f"{page}.md").read_text(), flags=re.MULTILINE)
-    told = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
-    assert {field.name for field in fields(described)} <= told
+    documented = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert {field.name for field in fields(described)} <= documented
 
 
 def test_functions_that_choose_an_engine_exist():

@@ -174,7 +174,7 @@ def test_the_lowest_versions_that_are_tested_are_those_declared():
     for requirement in map(Requirement, declared):
         (bound,) = (s.version for s in requirement.specifier if s.operator == ">=")
         lowest[requirement.name] = bound
-    del lowest["torch"], tested["torch"]  # see the file
+    del lowest["torch"], tested["torch"]  # constraints/lowest.txt explains torch's version
     assert lowest.keys() == tested.keys()
     for name, bound in lowest.items():
         padded = f"{bound}.0.0".split(".")[: tested[name].count(".") + 1]

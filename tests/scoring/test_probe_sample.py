@@ -50,9 +50,9 @@ def test_the_sample_scores_last_prefixes_and_every_fourth_one(
     )
     probed(talks(), tokenizer, learnable_guard)
     scored = [request for request in requested if request.text != "a"]
-    last_prefixes, rest = scored[: POOL * 30], scored[POOL * 30 :]
+    last_prefixes, sampled = scored[: POOL * 30], scored[POOL * 30 :]
     assert all(request.ends == (len(request.text),) for request in last_prefixes)
-    for request in rest[:30]:
+    for request in sampled[:30]:
         assert len(request.ends) <= -(-len(tokenizer(request.text)["input_ids"]) // STRIDE) + 1
 
 

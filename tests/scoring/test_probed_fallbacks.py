@@ -47,7 +47,7 @@ def test_a_probe_below_the_promised_coverage_is_not_used(
 ):
     check_bounds = probing_guard.check_bounds
     monkeypatch.setattr(
-        probing_guard, "check_bounds", lambda *told: {**check_bounds(*told), "coverage": 0.9499}
+        probing_guard, "check_bounds", lambda *args: {**check_bounds(*args), "coverage": 0.9499}
     )
     rows = talks(60)
     found = probed(rows, tokenizer, learnable_guard)

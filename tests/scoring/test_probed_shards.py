@@ -35,7 +35,7 @@ def test_all_shards_use_one_probe(data, learnable_guard, tmp_path, monkeypatch):
     monkeypatch.setattr(
         probing_guard.ProbingGuard,
         "learn",
-        lambda self, *told: learned.append(1) or learn(self, *told),
+        lambda self, *args: learned.append(1) or learn(self, *args),
     )
     job = begin_job(data, tmp_path / "one", learnable_guard)
     shards.score_shards(job, progress=False)

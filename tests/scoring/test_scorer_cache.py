@@ -248,9 +248,9 @@ def test_a_full_disk_loses_only_unwritten_scores(tokenizer, tmp_path, monkeypatc
         patched.setattr(cache.ScoreCache, "_write", write_until_full)
         with pytest.raises(CacheError, match=r"No space left.*start the same command again"):
             scored(conversations(), tokenizer, BatchGuard(), score_cache_dir=tmp_path / "full")
-    rest = BatchGuard()
-    found = scored(conversations(), tokenizer, rest, score_cache_dir=tmp_path / "full")
-    assert len(rest.batches) == 14 - 3
+    resumed = BatchGuard()
+    found = scored(conversations(), tokenizer, resumed, score_cache_dir=tmp_path / "full")
+    assert len(resumed.batches) == 14 - 3
     assert saved_bytes(found, tmp_path / "a") == saved_bytes(whole, tmp_path / "b")
 
 

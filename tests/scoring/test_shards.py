@@ -82,8 +82,8 @@ def test_provenance_of_combined_guards_is_merged(model_dir, tokenizer, tmp_path,
     )
     assert found["attempts"] == one_call["attempts"] != {}
     assert found["members"].keys() == one_call["members"].keys()
-    for name, said in one_call["members"].items():
-        mean = said["mean_prefix_score"]
+    for name, member in one_call["members"].items():
+        mean = member["mean_prefix_score"]
         assert found["members"][name]["mean_prefix_score"] == pytest.approx(mean)
     for name in ("mean", "opposite"):
         assert found["disagreement"][name] == pytest.approx(one_call["disagreement"][name])
