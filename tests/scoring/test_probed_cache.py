@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 from support.probed import exact, probed, talks, trained
+from support.scoring import saved_bytes
 from transformers import AutoModelForCausalLM
 
 from star_dss_plugin.data.columns import ASKED_COLUMN
@@ -18,12 +19,6 @@ def uninterrupted_run(tmp_path_factory, tokenizer, learnable_guard):
         patch.setattr(probing_guard, "_RESPONSES_PER_CALL", 16)
         folder = tmp_path_factory.mktemp("uninterrupted")
         return probed(talks(), tokenizer, learnable_guard, score_cache_dir=str(folder))
-
-
-def saved_bytes(dataset, folder):
-    """Return the bytes of each file of the saved data set."""
-    dataset.save_to_disk(folder)
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def test_a_second_run_loads_no_weights_and_writes_the_same_bytes(

@@ -10,7 +10,7 @@ import pytest
 from datasets import Dataset, load_from_disk
 from support.forks import FORKS
 from support.guards import WordGuard
-from support.scoring import SIMPLE, BatchGuard, HashGuard, chat, conversations, scored
+from support.scoring import SIMPLE, BatchGuard, HashGuard, chat, conversations, saved_bytes, scored
 from transformers import AutoModelForCausalLM
 
 from star_dss_plugin import (
@@ -33,12 +33,6 @@ def test_identical_responses_are_scored_once(tokenizer):
     assert column[0] == column[1] == column[3]
     trained = [[s for s in scores if s != 1.0] for scores in column]
     assert trained[0] != trained[2]
-
-
-def saved_bytes(dataset, folder: Path) -> dict[str, bytes]:
-    """Return the bytes of each file of the saved data set."""
-    dataset.save_to_disk(folder)
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def test_a_second_run_scores_nothing_and_writes_the_same_bytes(tokenizer, tmp_path):

@@ -114,3 +114,9 @@ def unbound(dataset):
     """Remove the digests of scored rows, as a user must who changes scores on purpose."""
     unbind_rows(dataset)
     return dataset
+
+
+def saved_bytes(dataset, folder):
+    """Return the bytes of each file of the saved data set."""
+    dataset.save_to_disk(folder)
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
