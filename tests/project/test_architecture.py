@@ -27,11 +27,6 @@ def test_the_calls_are_numbered():
     assert len(CALLS) > 10
 
 
-@pytest.mark.parametrize("name", [name for _, name in CALLS])
-def test_every_function_of_the_table_exists(name):
-    assert callable(resolved(name))
-
-
 def test_modules_and_functions_in_the_text_exist():
     package = ROOT / "star_dss_plugin"
     for path in re.findall(r"`([\w/]+(?:\.py|/))`", PAGE):

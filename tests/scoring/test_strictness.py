@@ -75,8 +75,6 @@ def test_options_that_are_no_count_are_refused(name, value):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("threshold", "0.5", "threshold is '0.5'"),
-        ("threshold", True, "threshold is True"),
         ("trajectory_epsilon", None, "trajectory_epsilon is None"),
         ("monotone", "no", "monotone is 'no'; it must be true or false"),
         ("score_eval", 0, "score_eval is 0; it must be true or false"),
