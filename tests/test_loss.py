@@ -73,6 +73,7 @@ def naive(logits, ref, labels, scores, mode, kl_coef, estimator, threshold, n=No
 
 @st.composite
 def batches(draw):
+    """Draw logits, reference logits, labels and scores of a batch."""
     b, t, v = draw(st.integers(1, 3)), draw(st.integers(2, 9)), draw(st.integers(2, 6))
     seed = draw(st.integers(0, 2**31))
     g = torch.Generator().manual_seed(seed)
@@ -121,6 +122,7 @@ def test_values_and_gradients_equal_a_naive_implementation(
 
 
 def sample(dtype=torch.float64, seed=0):
+    """Return logits, reference logits, labels and scores of a random batch."""
     g = torch.Generator().manual_seed(seed)
     logits = torch.randn(2, 6, 11, generator=g, dtype=torch.float64).to(dtype)
     ref = torch.randn(2, 6, 11, generator=g, dtype=torch.float64).to(dtype)

@@ -21,6 +21,7 @@ ROWS = [
 
 @pytest.fixture
 def chat_file(tmp_path):
+    """Return a file of two conversations."""
     path = tmp_path / "chat.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in ROWS))
     return path

@@ -111,6 +111,7 @@ def test_answers_before_a_full_disk_are_kept(tmp_path):
 
 @pytest.fixture
 def chat_file(tmp_path):
+    """Return a file of six conversations."""
     path = tmp_path / "chat.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return path
@@ -154,6 +155,7 @@ def test_a_full_disk_in_a_conversion_is_not_blamed_on_the_data(monkeypatch, chat
 
 
 def begin_job(chat, model_dir, tmp_path):
+    """Begin a job of shards of two rows."""
     return jobs.begin(
         str(chat), str(model_dir), tmp_path / "scored", shard_rows=2, guard="test-words"
     )

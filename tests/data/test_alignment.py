@@ -14,6 +14,7 @@ from star_dss_plugin.errors import DataError
 
 
 def ids_of(tokenizer, pieces):
+    """Return the tokens of pieces that are tokenized one by one."""
     return [token for piece in pieces for token in tokenized(tokenizer, piece)]
 
 
@@ -25,6 +26,7 @@ def image_token(tokenizer):
 
 @pytest.fixture
 def alignment(tokenizer, image_token):
+    """Return the alignment that skips image tokens."""
     return Alignment(ChatTokenizer(tokenizer), frozenset([image_token]))
 
 

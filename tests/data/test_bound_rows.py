@@ -40,11 +40,13 @@ def scored_rows():
 
 
 def saved(dataset, folder):
+    """Return the data set, written and loaded again."""
     write_dataset(dataset, folder / "scored")
     return load_from_disk(str(folder / "scored"))
 
 
 def sharded(dataset, folder):
+    """Return the data set, written as two shards and loaded again."""
     for k in range(2):
         part = dataset.select(range(3 * k, 3 * k + 3))
         write_note(part, "scores", {**NOTE, "rows": 3})

@@ -25,6 +25,7 @@ def in_child(function, *args) -> dict[str, str]:
 
 
 def error_of(function) -> str:
+    """Return the class and the message of the error that a call raises."""
     try:
         function()
     except StarDSSError as error:
@@ -33,6 +34,7 @@ def error_of(function) -> str:
 
 
 def use_read_only(answer: Connection, parent: Path) -> None:
+    """Send what a read-only cache returns and raises, as a user who may not write."""
     os.chdir(parent)
     if os.geteuid() == 0:  # root may write everywhere
         os.setuid(65534)
@@ -80,6 +82,7 @@ def test_a_read_only_folder_is_read_and_writing_names_the_cause(tmp_path):
 
 
 def use_full_disk(answer: Connection, root: Path) -> None:
+    """Send what a cache returns and raises while files have at most 4 KiB."""
     cache = filled(root, {"a": ENTRY})
     cache.put("b", numbered(0, 0, size=10_000))
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

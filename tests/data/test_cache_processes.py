@@ -17,6 +17,7 @@ pytestmark = pytest.mark.slow
 
 
 def write_many(root: Path, writer: int, flushes: int, ready) -> None:
+    """Write entries of its own and a shared one, in this number of flushes."""
     cache = ScoreCache(root, NAMESPACE)
     ready.wait()
     for i in range(flushes):
@@ -54,6 +55,7 @@ def large(i: int) -> Trajectory:
 
 
 def write_until_killed(root: Path, first: int, progress: Connection) -> None:
+    """Write entry after entry and report each number."""
     cache = ScoreCache(root, NAMESPACE)
     for i in range(first, 10**9):
         cache.put(str(i), large(i))
@@ -88,6 +90,7 @@ def test_a_killed_writer_leaves_all_flushed_entries_and_no_damage(tmp_path):
 
 
 def die_in(step: str, root: Path) -> None:
+    """Die in this function of `os`, which a flush calls."""
     cache = filled(root, {"flushed": ENTRY})
     setattr(os, step, lambda *args: os.kill(os.getpid(), signal.SIGKILL))
     cache.put("pending", ENTRY)
@@ -108,6 +111,7 @@ def test_a_writer_killed_within_a_flush_leaves_no_damage(tmp_path, step):
 
 
 def hold_the_lock(root: Path, started: Connection, finish: bool) -> None:
+    """Hold the lock for half a second and write an entry, or hold it until killed."""
     cache = ScoreCache(root, NAMESPACE)
     with cache.lock():
         started.send(True)

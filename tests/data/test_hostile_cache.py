@@ -16,6 +16,7 @@ NAMESPACE = {"guard": "g"}
 
 
 def cache_with_entry(root, key="mine"):
+    """Return a cache to which an entry was written."""
     cache = ScoreCache(root, NAMESPACE)
     cache.put(key, ENTRY)
     cache.flush()
@@ -50,6 +51,7 @@ KINDS = ["pipe", "link", "dangling link", "loop", "device", "folder", "socket", 
 
 @pytest.fixture
 def outside(tmp_path):
+    """Return a file of another program."""
     path = tmp_path / "outside"
     path.write_text("of another program")
     return path
@@ -57,6 +59,7 @@ def outside(tmp_path):
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
+    """Change to an empty folder; return the place of a cache in it."""
     monkeypatch.chdir(tmp_path)
     return tmp_path / "cache"
 

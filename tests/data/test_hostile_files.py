@@ -21,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("own_copies")
 
 
 def texts(count):
+    """Return a table of texts of 1 MiB."""
     return pa.table({"text": [BIG] * count})
 
 
@@ -36,21 +37,22 @@ BOMBS = {
 }
 
 
-def write(path, table, **options):
+def write_compressed(path, table, **options):
+    """Write a table with zstd; return its path."""
     pq.write_table(table, path, compression="zstd", **options)
     return path
 
 
 @pytest.mark.parametrize("kind", BOMBS)
 def test_a_small_file_that_expands_to_400_mb_is_refused(tmp_path, kind):
-    path = write(tmp_path / "rows.parquet", BOMBS[kind]())
+    path = write_compressed(tmp_path / "rows.parquet", BOMBS[kind]())
     assert path.stat().st_size < MB / 2
     with pytest.raises(DataError, match=f"holds more than .*{MAX_EXPANSION}"):
         read_dataset(str(path))
 
 
 def test_measuring_an_expansion_takes_little_memory(tmp_path):
-    path = write(tmp_path / "rows.parquet", texts(300))
+    path = write_compressed(tmp_path / "rows.parquet", texts(300))
     pool = pa.default_memory_pool()
     peak = pool.max_memory()
     with pytest.raises(DataError, match="holds more than"):
@@ -61,7 +63,7 @@ def test_measuring_an_expansion_takes_little_memory(tmp_path):
 def test_missing_texts_are_counted_before_they_are_expanded(tmp_path):
     """One row with a list of 17 million missing texts takes some hundred bytes."""
     missing = pa.array([[None] * (17 * MB)], pa.list_(pa.string()))
-    path = write(tmp_path / "rows.parquet", pa.table({"text": missing}))
+    path = write_compressed(tmp_path / "rows.parquet", pa.table({"text": missing}))
     assert path.stat().st_size < 2000
     del missing
     pool = pa.default_memory_pool()
@@ -73,7 +75,7 @@ def test_missing_texts_are_counted_before_they_are_expanded(tmp_path):
 
 
 def test_the_limit_of_expansion_can_be_raised(tmp_path, monkeypatch):
-    path = write(tmp_path / "rows.parquet", texts(100))
+    path = write_compressed(tmp_path / "rows.parquet", texts(100))
     with pytest.raises(DataError, match="holds more than"):
         read_dataset(str(path))
     monkeypatch.setenv(MAX_EXPANSION, "1e6")
@@ -83,13 +85,15 @@ def test_the_limit_of_expansion_can_be_raised(tmp_path, monkeypatch):
 @pytest.mark.parametrize("given", ["x", "0", "0.5", "nan", "inf", "-3"])
 def test_an_invalid_limit_of_expansion_is_refused(tmp_path, monkeypatch, given):
     monkeypatch.setenv(MAX_EXPANSION, given)
-    path = write(tmp_path / "rows.parquet", pa.table({"text": [f"of {given}"]}))
+    path = write_compressed(tmp_path / "rows.parquet", pa.table({"text": [f"of {given}"]}))
     with pytest.raises(ConfigError, match=f"{MAX_EXPANSION} is '{given}'"):
         read_dataset(str(path))
 
 
 def test_repetitive_small_files_are_read(tmp_path):
-    path = write(tmp_path / "rows.parquet", pa.table({"text": ["hello " * 100] * 20_000}))
+    path = write_compressed(
+        tmp_path / "rows.parquet", pa.table({"text": ["hello " * 100] * 20_000})
+    )
     assert path.stat().st_size * 200 < 20_000 * 600 < conversion._ALWAYS
     assert len(read_dataset(str(path))) == 20_000
 
@@ -97,7 +101,7 @@ def test_repetitive_small_files_are_read(tmp_path):
 def test_a_shard_that_expands_too_much_is_refused_in_memory_and_streaming(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "star_dss.json").write_text("{}")
-    write(tmp_path / "data" / "train-00000-of-00001.parquet", texts(400))
+    write_compressed(tmp_path / "data" / "train-00000-of-00001.parquet", texts(400))
     for streaming in (False, True):
         with pytest.raises(DataError, match="holds more than"):
             list(load_scored(tmp_path, streaming=streaming))

@@ -49,11 +49,13 @@ def requests_of_server(monkeypatch):
 
 
 def saved(folder, text="mine"):
+    """Return a folder with a saved data set of one text."""
     Dataset.from_list([{"text": text}]).save_to_disk(folder)
     return folder
 
 
 def change_json(path, **entries):
+    """Change entries of a JSON file."""
     path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
 
 
@@ -82,6 +84,7 @@ def test_only_the_file_of_exactly_that_name_is_read(tmp_path, name, suffix):
 
 
 def write(path, text):
+    """Write one text as JSON or Parquet."""
     if path.suffix == ".jsonl":
         path.write_text(json.dumps({"text": text}) + "\n")
     else:
@@ -190,6 +193,7 @@ def test_columns_of_media_are_refused_in_every_form(tmp_path):
 
 
 def change_features(path):
+    """Declare a column as images."""
     info = json.loads(path.read_text())
     info["features"]["seen"] = {"_type": "Image"}
     path.write_text(json.dumps(info))
@@ -259,7 +263,8 @@ def test_a_pipe_is_refused(tmp_path):
 # Shards
 
 
-def shards(folder):
+def folder_of_shards(folder):
+    """Return a folder like that of a finished job."""
     (folder / "data").mkdir(parents=True)
     (folder / "star_dss.json").write_text("{}")
     write(folder / "data" / "train-00000-of-00001.parquet", "mine")
@@ -268,14 +273,14 @@ def shards(folder):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_shards_are_read_from_a_folder_of_any_name(tmp_path, streaming):
-    folder = shards(tmp_path / "scored[1]")
-    shards(tmp_path / "scored1")
+    folder = folder_of_shards(tmp_path / "scored[1]")
+    folder_of_shards(tmp_path / "scored1")
     rows = load_scored(folder, streaming=streaming)
     assert [row["text"] for row in rows] == ["mine"]
 
 
 def test_shards_that_are_links_are_refused(tmp_path):
-    folder = shards(tmp_path / "a")
+    folder = folder_of_shards(tmp_path / "a")
     shard = folder / "data" / "train-00000-of-00001.parquet"
     write(tmp_path / "secret.parquet", SECRET)
     shard.unlink()
@@ -285,7 +290,7 @@ def test_shards_that_are_links_are_refused(tmp_path):
 
 @pytest.mark.parametrize("text", ["[" * 5000, "5", "", "\udcff"])
 def test_damaged_provenance_is_refused(tmp_path, text):
-    folder = shards(tmp_path / "a")
+    folder = folder_of_shards(tmp_path / "a")
     (folder / "star_dss.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     assert_refused(folder, "star_dss.json is damaged")
 

@@ -45,6 +45,7 @@ _INVERSES = {}
 
 
 def inverse_of(name):
+    """Return the inverse of a template, which is made once."""
     if name not in _INVERSES:
         chat = chat_of(CHATML if name in OTHERS else name)
         _INVERSES[name] = TemplateInverse(chat.tokenizer, OTHERS.get(name, chat.chat_template))
@@ -56,6 +57,7 @@ def user(text):
 
 
 def answer(text, *calls, text_arguments=False, **more):
+    """Return an answer with calls of tools."""
     made = []
     for n, (name, arguments) in enumerate(calls):
         given = json.dumps(arguments) if text_arguments else arguments
@@ -70,6 +72,7 @@ def answer(text, *calls, text_arguments=False, **more):
 
 
 def results(*texts, name="weather"):
+    """Return the results of tools."""
     return [
         {"role": "tool", "content": text, "tool_call_id": f"number_{n:02d}", "name": name}
         for n, text in enumerate(texts)
@@ -80,6 +83,7 @@ OSLO, ROME = ("weather", {"city": "Oslo"}), ("weather", {"city": "Rome", "when":
 
 
 def talks(as_text=False):
+    """Return conversations with calls of tools."""
     options = {"text_arguments": as_text}
     return {
         "one": [user("Rain?"), answer("", OSLO, **options), *results("wet"), answer("It rains.")],

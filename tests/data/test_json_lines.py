@@ -12,6 +12,7 @@ pytestmark = pytest.mark.usefixtures("own_copies")
 
 
 def read(tmp_path, data):
+    """Return the rows of a file with this data."""
     path = tmp_path / "rows.jsonl"
     path.write_bytes(data if isinstance(data, bytes) else json.dumps(data).encode())
     return list(read_dataset(str(path)))

@@ -48,6 +48,7 @@ MIXED = [
 
 @pytest.fixture(scope="module", params=["bytes", "bpe", "unigram"])
 def chat(request, tokenizer):
+    """Return a byte-level or SentencePiece-like tokenizer with a template."""
     if request.param == "bytes":
         return ChatTokenizer(tokenizer)
     return ChatTokenizer(sentencepiece_like(request.param), tokenizer.chat_template)

@@ -70,6 +70,7 @@ texts = st.lists(pieces | st.text(max_size=4), max_size=14).map("".join)
 
 
 def decoded(tokenizer, ids):
+    """Return the text of tokens, with special tokens."""
     return tokenizer.decode(
         list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
     )

@@ -20,6 +20,7 @@ STORY = "Sure! A dragon woke up " + "and flew over one more hill " * 12
 
 @pytest.fixture(scope="module", params=list(FORMS))
 def form(request):
+    """Return the name of a form and its chat tokenizer."""
     return request.param, chat_of(request.param)
 
 

@@ -29,6 +29,7 @@ def generating_tokenizer(tokenizer):
 
 
 def answers_with_end(messages, end="<|im_end|>"):
+    """Return the assistant's texts with their end-of-turn token."""
     return [m["content"] + end for m in messages if m["role"] == "assistant"]
 
 
@@ -64,6 +65,7 @@ def by_trl(tmp_path_factory):
 
 
 def by_plugin(rows, tokenizer, **kwargs):
+    """Return the (input_ids, labels) that this package makes of rows."""
     made = [tokenize_row(row, ChatTokenizer(tokenizer), **kwargs) for row in rows]
     return [(row["input_ids"], row["labels"]) for row in made]
 

@@ -52,6 +52,7 @@ def test_a_completion_needs_labels_where_several_turns_are_trained(completion, l
 
 @contextmanager
 def refuses(message):
+    """Check that a DataError with this message is raised."""
     with pytest.raises(DataError, match=message):
         yield
 

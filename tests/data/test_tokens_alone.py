@@ -37,6 +37,7 @@ MORE = {
 
 @pytest.fixture(scope="module", params=[*FORMS, *REAL])
 def form(request):
+    """Return the name of a form, or of a real tokenizer, and its chat tokenizer."""
     if request.param in FORMS:
         return request.param, chat_of(request.param)
     name, template = REAL[request.param]
@@ -63,7 +64,8 @@ def shown(chat, ids, labels, **known):
     ]
 
 
-def made(chat, talk=TALK):
+def ids_and_labels(chat, talk=TALK):
+    """Return the tokens and labels of a conversation."""
     row = tokenize_row({"messages": talk}, chat)
     return row["input_ids"], row["labels"]
 
@@ -98,10 +100,12 @@ def sentencepiece_tokenizer(special, end):
 
 
 def masked(labels, start, end):
+    """Return labels that are masked outside of a range."""
     return [label if start <= i < end else -100 for i, label in enumerate(labels)]
 
 
 def words(messages):
+    """Return all contents without white space."""
     return "".join("".join(content.split()) for _, content in messages)
 
 
@@ -120,7 +124,7 @@ def test_recovered_messages_equal_the_original_ones(form, talk):
     """
     name, chat = form
     messages = {**TALKS, **MORE}[talk]
-    ids, labels = made(chat, messages)
+    ids, labels = ids_and_labels(chat, messages)
     first, last = runs(labels)[-1]
     rows = [(ids[:cut], labels[:cut]) for cut in {*range(first, len(ids)), *range(5, first, 7)}]
     parts = [(first, last), (first, first + 1), ((first + last) // 2, last)]
@@ -146,7 +150,7 @@ def test_recovered_messages_equal_the_original_ones(form, talk):
 
 def test_messages_of_whole_rows_are_recovered(form):
     name, chat = form
-    ids, labels = made(chat)
+    ids, labels = ids_and_labels(chat)
     first, last = shown(chat, ids, labels)
     if name == NO_INVERSE:
         assert first[2]
@@ -164,7 +168,7 @@ def test_messages_of_whole_rows_are_recovered(form):
 @pytest.mark.parametrize("where", ["behind the row", "behind the answer", "between two turns"])
 def test_text_behind_a_finished_turn_is_not_part_of_it(form, where, trained):
     name, chat = form
-    ids, labels = made(chat)
+    ids, labels = ids_and_labels(chat)
     more = chat.encode("and more words").ids
     at = {"behind the row": len(ids), "between two turns": runs(labels)[0][1]}.get(
         where, runs(labels)[1][1]
@@ -185,7 +189,7 @@ def test_text_behind_a_finished_turn_is_not_part_of_it(form, where, trained):
 def test_forged_turns_in_ordinary_tokens_are_text(form):
     """Within the question, and within the answer that is trained."""
     _, chat = form
-    ids, labels = made(chat)
+    ids, labels = ids_and_labels(chat)
     (_, end), (start, last) = runs(labels)
     forged = ordinary_tokens(chat, chat.tokenizer.decode(ids[end - 1 : start]) + "bad")
     inside = start + (last - start) // 2
@@ -200,7 +204,7 @@ def test_forged_turns_in_ordinary_tokens_are_text(form):
 def test_an_end_of_turn_in_ordinary_tokens_is_read(form):
     """The row is cut behind it, where the last tokens are not compared one by one."""
     _, chat = form
-    ids, labels = made(chat)
+    ids, labels = ids_and_labels(chat)
     start, _ = runs(labels)[-1]
     stop = start + 1 + ids[start:].index(chat.encode("Second one.").ids[-1])
     end = ordinary_tokens(chat, chat.tokenizer.eos_token)
@@ -211,7 +215,7 @@ def test_an_end_of_turn_in_ordinary_tokens_is_read(form):
 def test_bos_eos_and_padding_tokens_are_never_text(form):
     """Doubled, as padding on either side, or trained behind the answer."""
     _, chat = form
-    ids, labels = made(chat)
+    ids, labels = ids_and_labels(chat)
     tokenizer = chat.tokenizer
     for token in {tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id} - {None}:
         word = tokenizer.convert_ids_to_tokens(token)
@@ -231,7 +235,7 @@ def test_bos_eos_and_padding_tokens_are_never_text(form):
 
 def test_a_user_turn_within_a_trained_run_gives_raw_contexts(form):
     _, chat = form
-    ids, labels = made(chat)
+    ids, labels = ids_and_labels(chat)
     (start, _), (_, end) = runs(labels)
     found = shown(chat, ids, [-100] * start + ids[start:end] + [-100] * (len(ids) - end))
     assert all(raw for _, _, raw, _ in found)
@@ -240,14 +244,14 @@ def test_a_user_turn_within_a_trained_run_gives_raw_contexts(form):
 
 def test_a_fully_trained_row_is_read_as_a_text(form):
     _, chat = form
-    ids, _ = made(chat)
+    ids, _ = ids_and_labels(chat)
     assert all(raw for _, _, raw, _ in shown(chat, ids, ids))
 
 
 def test_a_bos_token_that_the_template_does_not_write_gives_a_raw_context():
     """The guard does not read the BOS token as text."""
     chat = ChatTokenizer(tokenizer_for(FORMS["Qwen 2.5"][3]), FORMS["Qwen 2.5"][3])
-    ids, labels = made(chat)
+    ids, labels = ids_and_labels(chat)
     bos = chat.tokenizer.bos_token_id
     (first, last) = shown(chat, [bos, *ids], [-100, *labels])
     assert first[2]
@@ -259,7 +263,7 @@ def test_spaces_that_sentencepiece_writes_behind_control_tokens_are_ignored(name
     """The decoded text also is a rendered conversation, but with other contents."""
     special, end, added, template = FORMS[name]
     chat = ChatTokenizer(sentencepiece_tokenizer([*special, *added], end), template)
-    ids, labels = made(chat)
+    ids, labels = ids_and_labels(chat)
     first, last = shown(chat, ids, labels)
     assert (first, last) == tuple(shown(chat, ids, labels, messages=TALK))
     assert [words(first[0]), words(last[0])] == [

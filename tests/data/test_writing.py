@@ -19,6 +19,7 @@ def umask():
 
 
 def mode(path):
+    """Return the permissions of a file or folder."""
     return stat.S_IMODE(path.stat().st_mode)
 
 

@@ -30,6 +30,7 @@ WORKED = [
 
 @pytest.fixture
 def task_files(tmp_path):
+    """Return a file of multiple-choice tasks and one of worked tasks, by name."""
     for name, rows in (("choices", CHOICES), ("worked", WORKED)):
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (tmp_path / f"{name}.jsonl").write_text(text)
@@ -228,6 +229,7 @@ def test_a_missing_lm_eval_is_named_with_its_extra(monkeypatch):
 
 
 def run(monkeypatch, *argv):
+    """Return the exit status of `star-dss capability` with these arguments."""
     return run_command(monkeypatch, "capability", *argv)
 
 

@@ -20,11 +20,13 @@ from star_dss_plugin.evaluate.moved_weights import MovedWeights
 
 
 def run(monkeypatch, *argv):
+    """Return the exit status of `star-dss landscape` with these arguments."""
     return run_command(monkeypatch, "landscape", *argv)
 
 
 @pytest.fixture
 def prompts_file(tmp_path):
+    """Return a file of two prompts."""
     path = tmp_path / "prompts.jsonl"
     rows = [{"prompt": "is this bad?"}, {"prompt": "who is lazy?"}, {"prompt": PROMPTS[1]}]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows[:2]))

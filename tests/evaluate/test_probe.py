@@ -42,6 +42,7 @@ class RandomJudge(WordGuard):
 
 
 def trainer_with_probe(tmp_path, tokenizer, changes=None, **options):
+    """Return a trainer with a probe of three prompts at every step."""
     trainer = make(tmp_path, tokenizer, **(changes or {}))
     options = {"prompts": PROMPTS, "every": 1, "max_new_tokens": 4, "batch_size": 2, **options}
     trainer.add_callback(SafetyProbe(trainer, **options))
@@ -49,6 +50,7 @@ def trainer_with_probe(tmp_path, tokenizer, changes=None, **options):
 
 
 def logged_values(trainer, name):
+    """Return the values that a trainer has logged under a name."""
     return [line[name] for line in trainer.state.log_history if name in line]
 
 

@@ -28,6 +28,7 @@ POISON = Dataset.from_list(
 
 
 def built_threat(threat="harmful_mix", **changes):
+    """Return a poisoned training set of ten rows."""
     options = {"ratio": 0.3, "size": 10, "seed": 0, **changes}
     return build_threat(threat, TASKS, POISON, **options)
 

@@ -27,6 +27,7 @@ def lines(path: Any) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def contrast() -> list[dict[str, Any]]:
+    """Return the rows that are harmless and look harmful."""
     return lines(ROOT / "scripts" / "aligned_contrast.jsonl")
 
 

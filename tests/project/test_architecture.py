@@ -19,6 +19,7 @@ CALLS = re.findall(r"^\| (\d+) \| `([\w.]+)` \|", PAGE, flags=re.MULTILINE)
 
 
 def resolved(name):
+    """Return the object of this name within the package."""
     return pkgutil.resolve_name(f"star_dss_plugin.{name}")
 
 

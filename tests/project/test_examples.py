@@ -15,6 +15,7 @@ PAIRS = [("how are you?", "i am fine, thank you."), ("is this bad?", "no! a bad 
 
 @pytest.fixture
 def data(tmp_path):
+    """Return a file of conversations and one of prompts with completions, by name."""
     chat, plain = tmp_path / "chat.jsonl", tmp_path / "plain.jsonl"
     chat.write_text(
         "".join(

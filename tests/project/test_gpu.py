@@ -50,6 +50,7 @@ def test_shared_prefixes_equal_one_pass_per_sequence(dtype, attention):
 
 
 def rows(tokenizer, length):
+    """Return four equal rows of this length, with scores."""
     ids = tokenizer("the lazy dog is fine " * length)["input_ids"][:length]
     half = length // 2
     row = {
@@ -62,6 +63,7 @@ def rows(tokenizer, length):
 
 
 def losses(folder, device, dtype, **changes):
+    """Return the losses of three steps."""
     tokenizer = make_tokenizer()
     trainer = Trainer(
         tiny_llama(len(tokenizer), max_position_embeddings=2048).to(device, dtype),

@@ -15,6 +15,7 @@ TRAINER = "star_dss_toy.trainer:StarDSSToyTrainer"
 
 
 def install(target, *sources):
+    """Install packages into a folder, as pip does for a user."""
     subprocess.run(
         [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         + ["--no-index", "--no-deps", "--no-build-isolation", "--target", str(target)]

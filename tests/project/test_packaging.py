@@ -30,6 +30,7 @@ JUNK = re.compile(
 
 
 def build(source, target, kind):
+    """Return the path of the wheel or sdist that is built."""
     subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-t", kind, "-d", str(target)],
         cwd=source,

@@ -67,6 +67,7 @@ OWN_FILES = {"smollm2.py"}  # reads a package's GGUF file, which holds numbers, 
 
 
 def nodes(kind):
+    """Yield the place and the node of every AST node of a kind."""
     for path, tree in SOURCES.items():
         for node in ast.walk(tree):
             if isinstance(node, kind):
@@ -74,6 +75,7 @@ def nodes(kind):
 
 
 def dotted(node) -> str:
+    """Return the dotted name of an expression."""
     if isinstance(node, ast.Attribute):
         return f"{dotted(node.value)}.{node.attr}"
     return node.id if isinstance(node, ast.Name) else "?"
@@ -232,11 +234,14 @@ HOSTILE_NAMES = [
 
 
 def files_below(folder: Path) -> dict[str, bytes]:
+    """Return the bytes of every file below a folder."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
+    """Return a function that runs `star-dss` and checks that it succeeds."""
+
     def run(*argv):
         monkeypatch.setattr(sys, "argv", ["star-dss", *map(str, argv)])
         with pytest.raises(SystemExit) as stop:

@@ -41,6 +41,7 @@ FENCE = re.compile(r"^ *```(\w*)[^\n]*\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
 
 
 def blocks(language):
+    """Return the fenced blocks of a language, as parameters with page and line."""
     found = []
     for page in PAGES:
         for match in FENCE.finditer(page.read_text(encoding="utf-8")):
@@ -84,6 +85,7 @@ def workdir(tmp_path, monkeypatch):
 
 
 def write_scored(model_dir, *, shards: bool):
+    """Write scored conversations as a data set or as shards."""
     if shards:
         from star_dss_plugin.scoring import jobs
         from star_dss_plugin.scoring.shards import score_shards
@@ -236,6 +238,7 @@ def commands():
 
 
 def words_of(line: str) -> list[str]:
+    """Return the words of a command line."""
     try:
         return shlex.split(line, comments=True)
     except ValueError:  # a drawing or a sentence

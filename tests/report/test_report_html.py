@@ -16,6 +16,7 @@ from star_dss_plugin.visible import visible
 
 
 def page_data(html):
+    """Return the data that a report embeds."""
     return json.loads(re.search(r'id="data">(.*?)</script>', html, re.DOTALL).group(1))
 
 

@@ -37,6 +37,7 @@ HOSTILE = [
 
 @pytest.fixture(scope="module")
 def browser():
+    """Return a started Chromium."""
     with sync_api.sync_playwright() as playwright:
         # As root, as in containers, Chromium refuses to start with its sandbox.
         found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
@@ -74,10 +75,12 @@ def response_titles(page):
 
 
 def shown_rows(page):
+    """Return the numbers of the rows in the list."""
     return [int(re.search(r"row (\d+)", text).group(1)) for text in response_titles(page)]
 
 
 def many_responses(count):
+    """Return responses of two sources with all kinds of scores."""
     scores = [((7 * i) % count) / count for i in range(count)]
     return [
         response(i, (f"word{i} ", "the end"), (max(s, 1 - s), s), source="ab"[i % 2])

@@ -12,6 +12,7 @@ from star_dss_plugin.scoring.guard_statistics import remarks
 
 @pytest.fixture(scope="module")
 def unlearnable_guard(tmp_path_factory, tokenizer):
+    """Return a guard whose scores differ too much for a probe."""
     return learnable(tmp_path_factory.mktemp("unlearnable"), tokenizer, seed=0, spread=0.2)
 
 

@@ -151,6 +151,7 @@ def test_a_missing_score_is_computed_with_its_whole_batch(tokenizer, tmp_path):
 
 
 def score_in_a_process(tokenizer, folder, out, fail_at, delay, start=None):
+    """Score conversations in a process, which dies at batch `fail_at`."""
     cache._FLUSH_SECONDS = 0.0
     guard = BatchGuard(fail_at, lambda: os._exit(7), delay)
     if start is not None:
@@ -160,6 +161,7 @@ def score_in_a_process(tokenizer, folder, out, fail_at, delay, start=None):
 
 
 def run_together(*processes):
+    """Run processes at the same time; return their exit codes."""
     for process in processes:
         process.start()
     for process in processes:
@@ -200,6 +202,7 @@ def test_two_processes_resume_a_killed_run_and_score_each_batch_once(tokenizer, 
 
 
 def score_a_part(tokenizer, folder, first, out, start):
+    """Score nine of 24 conversations; write the scores to a file."""
     cache._FLUSH_SECONDS = 0.0
     rows = conversations(24).select(range(first, first + 9))
     start.wait()
