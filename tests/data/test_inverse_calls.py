@@ -6,6 +6,7 @@ import re
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.talks import user
 from template_forms import FORMS, chat_of
 
 from star_dss_plugin.data.templates import inverse as module
@@ -50,10 +51,6 @@ def inverse_of(name):
         chat = chat_of(CHATML if name in OTHERS else name)
         _INVERSES[name] = TemplateInverse(chat.tokenizer, OTHERS.get(name, chat.chat_template))
     return _INVERSES[name]
-
-
-def user(text):
-    return {"role": "user", "content": text}
 
 
 def answer(text, *calls, text_arguments=False, **more):

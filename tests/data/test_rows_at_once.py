@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.sentencepiece import sentencepiece_like
+from support.talks import answer
 from template_forms import FORMS, QUESTION, TALKS, chat_of
 from tokenizers import AddedToken
 
@@ -30,10 +31,6 @@ PARTS = [
     "日本",
 ]
 contents = st.lists(st.sampled_from(PARTS), min_size=1, max_size=6).map("".join)
-
-
-def answer(text):
-    return {"role": "assistant", "content": text}
 
 
 MIXED = [

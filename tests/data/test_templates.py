@@ -1,10 +1,10 @@
 """Trained tokens, and the text that a guard reads, under templates of today's forms."""
 
-from pathlib import Path
-
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support.paths import ROOT
+from support.talks import answer, user
 from template_forms import CALL, FORMS, QUESTION, TALKS, chat_of, read, renders_all, table
 
 from star_dss_plugin.data.responses import find_responses, runs
@@ -12,7 +12,7 @@ from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.data.tokenization import tokenize_row
 from star_dss_plugin.segmenters import tokens
 
-DOCS = Path(__file__).parents[2] / "docs" / "templates.md"
+PAGE = ROOT / "docs" / "templates.md"
 QWEN3 = "Qwen3, SmolLM3: a block of thought in the last turn"
 CHATS: dict[str, ChatTokenizer] = {}
 STORY = "Sure! A dragon woke up " + "and flew over one more hill " * 12
@@ -24,16 +24,8 @@ def form(request):
     return request.param, chat_of(request.param)
 
 
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def answer(text, **more):
-    return {"role": "assistant", "content": text, **more}
-
-
 def test_the_table_in_the_docs_is_up_to_date():
-    assert table() in DOCS.read_text(encoding="utf-8")
+    assert table() in PAGE.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("talk", TALKS)
