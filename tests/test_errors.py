@@ -1,4 +1,4 @@
-"""Where an error is, as data, and that an error stays what it was raised as."""
+"""The place of an error (file, row, field), and errors that keep their class and attributes."""
 
 import pickle
 
@@ -39,12 +39,12 @@ def test_a_message_begins_with_the_place(place, beginning):
     assert str(DataError("no").at(**place)) == beginning + "no"
 
 
-def test_what_was_closer_stays():
+def test_the_first_place_of_an_error_is_kept():
     error = DataError("no").at(rows=(1,)).at(rows=(5,), file="a").at(file="b")
     assert error.where == Where(file="a", rows=(1,))
 
 
-def test_an_error_with_its_own_constructor_survives():
+def test_an_error_with_another_constructor_keeps_its_class():
     error = TwoArguments(7, "why")
     with (
         pytest.raises(TwoArguments, match=r"^f\.jsonl: Row 4: 7: why$") as stop,
@@ -56,19 +56,19 @@ def test_an_error_with_its_own_constructor_survives():
     assert stop.value.where == Where(file="f.jsonl", rows=(4,))
 
 
-def test_a_file_is_named_only_for_its_rows():
+def test_errors_without_a_row_do_not_name_the_file():
     with pytest.raises(ConfigError, match="^an option$"), with_file_name("f.jsonl"):
         fail(ConfigError("an option"))
 
 
-def test_the_place_and_the_request_go_through_a_process_boundary():
+def test_place_and_request_can_be_pickled():
     error = GuardError("no", request=2).at(rows=(3,))
-    again = pickle.loads(pickle.dumps(error))  # made in the line above
+    again = pickle.loads(pickle.dumps(error))  # pickled here
     assert (str(again), again.request, again.where) == ("Row 3: no", 2, Where(rows=(3,)))
 
 
 class LongestFirst(Guard):
-    """Refuses one text, in batches of two that begin with the longest."""
+    """Refuse the text "no"; score batches of two, the longest texts first."""
 
     name = "longest-first"
     identity = {"name": name}
@@ -84,12 +84,12 @@ class LongestFirst(Guard):
         return [Trajectory((1.0,)) for _ in requests]
 
 
-def test_the_request_of_an_error_is_that_of_the_whole_list():
+def test_the_request_of_an_error_counts_in_the_whole_list():
     texts = ["a", "four", "no", "three"]
     with pytest.raises(GuardError) as stop:
         ask(LongestFirst(), [PrefixRequest((), text, (1,)) for text in texts])
     assert stop.value.request == 2
 
 
-def test_every_error_has_a_place():
+def test_a_new_error_has_an_empty_place():
     assert StarDSSError("x").where == Where()

@@ -1,4 +1,4 @@
-"""Eq. (3): the stored golden values, a naive twin, and what must hold for any input."""
+"""Eq. (3): stored golden values, a naive implementation, and properties for any input."""
 
 import json
 import math
@@ -22,7 +22,7 @@ ESTIMATORS = ["k1", "k2", "k3", "full"]
 @pytest.mark.parametrize(
     "case", CASES, ids=lambda c: f"{c['mode']}-{c['kl_estimator']}-{c['seed']}"
 )
-def test_golden_values(case):
+def test_the_loss_equals_golden_values(case):
     found = star_dss_loss(
         torch.tensor(case["logits"], dtype=torch.float64),
         torch.tensor(case["labels"]),
@@ -38,7 +38,7 @@ def test_golden_values(case):
 
 
 def naive(logits, ref, labels, scores, mode, kl_coef, estimator, threshold, n=None):
-    """The formula of METHOD.md's table, token by token."""
+    """Return the loss of Eq. (3), computed token by token."""
     total, count = torch.zeros((), dtype=logits.dtype), 0
     for b in range(labels.shape[0]):
         for t in range(1, labels.shape[1]):
@@ -73,6 +73,7 @@ def naive(logits, ref, labels, scores, mode, kl_coef, estimator, threshold, n=No
 
 @st.composite
 def batches(draw):
+    """Draw logits, reference logits, labels and scores of a batch."""
     b, t, v = draw(st.integers(1, 3)), draw(st.integers(2, 9)), draw(st.integers(2, 6))
     seed = draw(st.integers(0, 2**31))
     g = torch.Generator().manual_seed(seed)
@@ -94,9 +95,11 @@ def batches(draw):
     st.sampled_from([0.0, 0.25, 0.5, 1.0]),
     st.sampled_from([None, 7]),
 )
-def test_values_and_gradients_equal_a_naive_twin(batch, mode, estimator, kl_coef, threshold, n):
+def test_values_and_gradients_equal_a_naive_implementation(
+    batch, mode, estimator, kl_coef, threshold, n
+):
     logits, ref, labels, scores = batch
-    ours, twin = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    ours, naive_logits = logits.clone().requires_grad_(), logits.clone().requires_grad_()
     found = star_dss_loss(
         ours,
         labels,
@@ -108,17 +111,18 @@ def test_values_and_gradients_equal_a_naive_twin(batch, mode, estimator, kl_coef
         threshold=threshold,
         num_items_in_batch=n,
     ).loss
-    expected = naive(twin, ref, labels, scores, mode, kl_coef, estimator, threshold, n)
+    expected = naive(naive_logits, ref, labels, scores, mode, kl_coef, estimator, threshold, n)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
     found.backward()
     if expected.requires_grad:
         expected.backward()
-        torch.testing.assert_close(ours.grad, twin.grad, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(ours.grad, naive_logits.grad, rtol=1e-9, atol=1e-12)
     else:
         assert not ours.grad.any()
 
 
 def sample(dtype=torch.float64, seed=0):
+    """Return logits, reference logits, labels and scores of a random batch."""
     g = torch.Generator().manual_seed(seed)
     logits = torch.randn(2, 6, 11, generator=g, dtype=torch.float64).to(dtype)
     ref = torch.randn(2, 6, 11, generator=g, dtype=torch.float64).to(dtype)
@@ -128,7 +132,7 @@ def sample(dtype=torch.float64, seed=0):
     return logits.requires_grad_(), ref, labels, scores
 
 
-def test_all_safe_equals_plain_sft():
+def test_the_loss_with_safe_scores_is_that_of_sft():
     logits, ref, labels, scores = sample()
     ones = torch.ones_like(scores)
     expected = star_dss_loss(logits, labels, scores, loss_type="nll").loss
@@ -136,7 +140,7 @@ def test_all_safe_equals_plain_sft():
         assert star_dss_loss(logits, labels, ones, ref_logits=ref, loss_type=mode).loss == expected
 
 
-def test_all_unsafe_stays_at_the_reference():
+def test_unsafe_scores_at_the_reference_have_no_loss_and_no_gradient():
     logits, _, labels, scores = sample()
     zeros = torch.zeros_like(scores)
     found = star_dss_loss(logits, labels, zeros, ref_logits=logits.detach(), kl_estimator="full")
@@ -153,7 +157,7 @@ def test_a_token_without_weight_has_no_gradient():
     assert logits.grad[0, 3].any()
 
 
-def test_a_token_without_weight_cannot_poison_the_loss():
+def test_nan_at_a_token_without_weight_does_not_reach_the_loss():
     logits, ref, labels, scores = sample()
     ref = ref.clone()
     ref[0, 2] = float("nan")
@@ -161,7 +165,7 @@ def test_a_token_without_weight_cannot_poison_the_loss():
     assert math.isfinite(star_dss_loss(logits, labels, scores, ref_logits=ref).loss)
 
 
-def test_weights_are_zero_on_prompt_tokens():
+def test_scores_of_prompt_tokens_are_ignored():
     logits, ref, labels, scores = sample()
     changed = scores.clone()
     changed[labels == -100] = 0.123
@@ -203,7 +207,7 @@ def test_half_precision_logits_are_upcast():
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=20), st.randoms(use_true_random=False))
-def test_last_score_is_that_of_the_end_of_the_run(trained, random):
+def test_last_scores_are_those_at_the_ends_of_runs(trained, random):
     scores = [random.random() for _ in trained]
     expected = list(scores)
     for i, on in enumerate(trained):
@@ -227,7 +231,7 @@ def test_last_score_is_that_of_the_end_of_the_run(trained, random):
         ("sft", False, False),
     ],
 )
-def test_what_a_mode_needs_is_found_from_its_weights(mode, guard, reference):
+def test_a_mode_needs_scores_and_reference_by_its_weights(mode, guard, reference):
     shaping = Shaping.named(mode, kl_coef=0.5, threshold=0.5)
     assert shaping.needs_scores is guard
     assert shaping.needs_reference is reference

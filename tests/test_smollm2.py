@@ -1,4 +1,4 @@
-"""`smollm2` is a model wherever a model or a tokenizer is asked for, and `demo` is data."""
+"""`smollm2` names a model or a tokenizer in every command, and `demo` names data."""
 
 import importlib.util
 import json
@@ -19,12 +19,12 @@ from star_dss_plugin.models.loading import load_tokenizer
 
 @pytest.fixture
 def converted(model_dir, monkeypatch):
-    """A tiny model in place of the real one: the real conversion is tested with the guard."""
+    """Use a tiny model; the conversion of the real one is tested with the guard."""
     monkeypatch.setattr(smollm2, "_converted_copy", lambda: model_dir)
     return model_dir
 
 
-def test_other_names_stay_as_they_are():
+def test_other_names_are_unchanged():
     assert resolve_model("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
     assert resolve_model("./smollm2") == "./smollm2"
 
@@ -37,7 +37,7 @@ def test_the_name_becomes_a_folder(converted):
     assert load_whole_model("smollm2", dtype="bfloat16")[0].dtype == torch.bfloat16
 
 
-def test_a_folder_of_the_same_name_is_not_guessed_about(converted, tmp_path, monkeypatch):
+def test_a_folder_of_the_same_name_is_refused_as_ambiguous(converted, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("smollm2").mkdir()
     for load in (resolve_model, load_tokenizer, load_whole_model):
@@ -76,7 +76,7 @@ def test_the_copy_is_made_once(monkeypatch, tmp_path):
     assert Path(first, "file").is_file()
 
 
-def test_scored_data_names_it_and_is_reported_with_it(converted, tmp_path, monkeypatch, capsys):
+def test_score_and_report_accept_smollm2_as_tokenizer(converted, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = ("--tokenizer", "smollm2", "--guard", "test-words", "-q")
     assert run_command(monkeypatch, "score", "demo", *words, "-o", "scored") == 0
@@ -103,7 +103,7 @@ def test_demo_is_data_and_prompts(tmp_path, monkeypatch):
             load("demo")
 
 
-def test_the_models_are_compared_and_measured_by_name(converted, tmp_path, monkeypatch, capsys):
+def test_evaluate_and_landscape_accept_smollm2(converted, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     few = ("--limit", "2", "--max-new-tokens", "2", "-q")
     asked = ("--prompts", "demo", "--benign", "demo", *few)
@@ -114,7 +114,7 @@ def test_the_models_are_compared_and_measured_by_name(converted, tmp_path, monke
     assert Path("landscape/landscape.json").is_file()
 
 
-def test_trl_trains_it_by_name(converted, tmp_path, monkeypatch, capsys):
+def test_sft_trains_smollm2(converted, tmp_path, monkeypatch, capsys):
     pytest.importorskip("trl")
     monkeypatch.chdir(tmp_path)
     settings = "max_steps: 1\nuse_cpu: true\nbf16: false\nreport_to: none\nmax_length: 32\n"

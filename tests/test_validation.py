@@ -20,7 +20,7 @@ def test_a_missing_package_is_named_with_its_extra(load, monkeypatch):
         )
 
 
-def test_a_package_that_is_installed_is_not_imported_unless_asked(tmp_path, monkeypatch):
+def test_an_installed_package_is_imported_only_on_request(tmp_path, monkeypatch):
     (tmp_path / "heavy.py").write_text("raise ImportError('no GPU')\n")
     monkeypatch.syspath_prepend(tmp_path)
     require("heavy", "vllm", "The engine")

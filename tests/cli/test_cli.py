@@ -1,4 +1,4 @@
-"""The command line: what it prints, what it writes, how it fails."""
+"""The command line: what it prints and writes, and its errors."""
 
 import json
 
@@ -20,18 +20,19 @@ ROWS = [
 
 
 @pytest.fixture
-def chat(tmp_path):
+def chat_file(tmp_path):
+    """Return a file of two conversations."""
     path = tmp_path / "chat.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in ROWS))
     return path
 
 
-def test_score_writes_a_data_set(monkeypatch, capsys, chat, model_dir, tmp_path):
+def test_score_writes_a_data_set(monkeypatch, capsys, chat_file, model_dir, tmp_path):
     out = tmp_path / "scored"
     code = run(
         monkeypatch,
         "score",
-        chat,
+        chat_file,
         "--guard",
         "test-words",
         "--tokenizer",
@@ -50,15 +51,25 @@ def test_score_writes_a_data_set(monkeypatch, capsys, chat, model_dir, tmp_path)
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".scored")] == []
     assert (
         run(
-            monkeypatch, "score", chat, "--guard", "test-words", "--tokenizer", model_dir, "-o", out
+            monkeypatch,
+            "score",
+            chat_file,
+            "--guard",
+            "test-words",
+            "--tokenizer",
+            model_dir,
+            "-o",
+            out,
         )
         == 2
     )
     assert "exists" in capsys.readouterr().err
 
 
-def test_score_writes_shards_and_reads_them(monkeypatch, capsys, chat, model_dir, tmp_path):
-    common = ["score", chat, "--guard", "test-words", "--tokenizer", model_dir, "-q"]
+def test_shards_have_the_rows_of_a_whole_data_set(
+    monkeypatch, capsys, chat_file, model_dir, tmp_path
+):
+    common = ["score", chat_file, "--guard", "test-words", "--tokenizer", model_dir, "-q"]
     assert run(monkeypatch, *common, "-o", tmp_path / "plain") == 0
     assert run(monkeypatch, *common, "-o", tmp_path / "shards", "--shard-rows", 1) == 0
     one, other = capsys.readouterr().out.splitlines()
@@ -71,16 +82,18 @@ def test_score_writes_shards_and_reads_them(monkeypatch, capsys, chat, model_dir
 
 
 @pytest.mark.parametrize("kind", ["parquet", "folder", "json-guard"])
-def test_score_reads_other_inputs(monkeypatch, chat, model_dir, tmp_path, kind):
+def test_score_reads_parquet_folders_and_guards_in_json(
+    monkeypatch, chat_file, model_dir, tmp_path, kind
+):
     from datasets import load_dataset
 
-    data, guard = chat, "test-words"
+    data, guard = chat_file, "test-words"
     if kind == "parquet":
         data = tmp_path / "chat.parquet"
-        load_dataset("json", data_files=str(chat), split="train").to_parquet(str(data))
+        load_dataset("json", data_files=str(chat_file), split="train").to_parquet(str(data))
     elif kind == "folder":
         data = tmp_path / "folder"
-        load_dataset("json", data_files=str(chat), split="train").save_to_disk(str(data))
+        load_dataset("json", data_files=str(chat_file), split="train").save_to_disk(str(data))
     else:
         guard = json.dumps({"preset": "test-words", "word": "no"})
     out = tmp_path / "out"
@@ -105,11 +118,13 @@ def test_score_reads_other_inputs(monkeypatch, chat, model_dir, tmp_path, kind):
         ({"--engine": "vllm"}, "takes no engine"),
     ],
 )
-def test_score_fails_in_words(monkeypatch, capsys, chat, model_dir, tmp_path, changes, message):
+def test_score_refuses_wrong_arguments(
+    monkeypatch, capsys, chat_file, model_dir, tmp_path, changes, message
+):
     (tmp_path / "text.txt").write_text("x")
     monkeypatch.chdir(tmp_path)
     options = {
-        "data": chat,
+        "data": chat_file,
         "--guard": "test-words",
         "--tokenizer": model_dir,
         "-o": tmp_path / "o",
@@ -128,10 +143,10 @@ def test_score_fails_in_words(monkeypatch, capsys, chat, model_dir, tmp_path, ch
     ("output", "message"),
     [("x" * 5000, "File name too long"), ("chat.jsonl/scored", "File exists")],
 )
-def test_outputs_that_cannot_be_written(
-    monkeypatch, capsys, chat, model_dir, tmp_path, output, message
+def test_score_names_an_output_that_cannot_be_written(
+    monkeypatch, capsys, chat_file, model_dir, tmp_path, output, message
 ):
-    argv = ["score", chat, "--guard", "test-words", "--tokenizer", model_dir, "-q"]
+    argv = ["score", chat_file, "--guard", "test-words", "--tokenizer", model_dir, "-q"]
     assert run(monkeypatch, *argv, "-o", tmp_path / output) == 2
     err = " ".join(capsys.readouterr().err.split())
     assert message in err
@@ -154,7 +169,7 @@ def test_plugins_lists_everything(monkeypatch, capsys):
         assert word in out
 
 
-def test_version_and_help(monkeypatch, capsys):
+def test_version_and_help_are_printed(monkeypatch, capsys):
     assert run(monkeypatch, "--version") == 0
     assert __version__ in capsys.readouterr().out
     assert run(monkeypatch, "--help") == 0

@@ -1,34 +1,25 @@
 """`star-dss guards`, `guards check` and `guards calibrate`."""
 
 import json
-import math
-import random
 
-import numpy as np
 import pytest
-from datasets import Dataset
 from support.guards import WordGuard
+from support.labelled import ROWS, row
 from typer.testing import CliRunner
 
-from star_dss_plugin import ConfigError, DataError, GuardError
+from star_dss_plugin import GuardError
 from star_dss_plugin.cli import app as cli
-from star_dss_plugin.guards.combined import calibrate
 from star_dss_plugin.guards.loading import load_guard
 from star_dss_plugin.guards.presets import PRESETS
 from star_dss_plugin.guards.self_check import SAFE_PROBE, UNSAFE_PROBE, check_probes
-from star_dss_plugin.scoring.calibration import (
-    calibration_quality,
-    fit_calibration,
-    fit_guard,
-    labelled_rows,
-)
 
 
 def run(*arguments):
+    """Return the result of `star-dss guards` with these arguments."""
     return CliRunner().invoke(cli.app, ["guards", *map(str, arguments)])
 
 
-def test_the_list_has_every_guard():
+def test_guards_lists_every_guard():
     found = run()
     assert found.exit_code == 0
     for name in [*PRESETS, "demo", "classifier", "test-words"]:
@@ -37,17 +28,18 @@ def test_the_list_has_every_guard():
     assert found.output.count("gated") > 6
 
 
-def described(folder, **changes):
+def guard_json(folder, **changes):
+    """Return the options of a Qwen3Guard in a folder, as JSON."""
     return json.dumps({"preset": "qwen3guard-gen-0.6b", "model": str(folder), **changes})
 
 
-def test_check_shows_what_is_asked_without_weights(folder_of):
+def test_check_shows_the_prompt_without_weights(folder_of):
     folder = folder_of("qwen3guard-gen-0.6b")
-    found = run("check", described(folder), "--no-weights", "--guard-device", "cpu")
+    found = run("check", guard_json(folder), "--no-weights", "--guard-device", "cpu")
     assert found.exit_code == 0, found.output
     assert f"ASSISTANT: {UNSAFE_PROBE[-1]['content']}\n\n<END>" in found.output
     assert "</think>\n\nSafety:\n" in found.output
-    guard = load_guard(json.loads(described(folder, device="cpu")))
+    guard = load_guard(json.loads(guard_json(folder, device="cpu")))
     prompt = guard._template.render(list(UNSAFE_PROBE))
     tokens = len(guard._template._tokenizer(prompt, add_special_tokens=False)["input_ids"])
     assert f"verdict position: after token {tokens}" in found.output
@@ -56,13 +48,13 @@ def test_check_shows_what_is_asked_without_weights(folder_of):
 
 
 def test_check_refuses_random_weights(folder_of):
-    found = run("check", described(folder_of("qwen3guard-gen-0.6b")), "--guard-device", "cpu")
+    found = run("check", guard_json(folder_of("qwen3guard-gen-0.6b")), "--guard-device", "cpu")
     assert found.exit_code != 0
     assert isinstance(found.exception, GuardError)
     assert "label words a probability of only" in str(found.exception)
 
 
-def test_check_trusts_a_guard_that_knows_the_probes():
+def test_check_accepts_a_guard_that_tells_the_probes_apart():
     options = {"preset": "test-words", "word": "worthless"}
     found = run("check", json.dumps(options))
     assert found.exit_code == 0, found.output
@@ -74,7 +66,7 @@ def test_check_trusts_a_guard_that_knows_the_probes():
     assert both.output.count("rates the safe probe above the unsafe one") == 2
 
 
-def test_probes_that_a_guard_cannot_tell_apart():
+def test_a_guard_that_cannot_tell_the_probes_apart_is_refused():
     guard = load_guard({"preset": "test-words", "word": "nowhere"})
     with pytest.raises(GuardError, match="at least as safe"):
         check_probes(guard)
@@ -82,110 +74,6 @@ def test_probes_that_a_guard_cannot_tell_apart():
         "user",
         "assistant",
     }
-
-
-# Calibration
-
-
-def drawn(n, temperature, threshold, seed=0):
-    """Raw scores whose calibrated value is the true probability of being safe."""
-    rng = np.random.default_rng(seed)
-    raw = rng.uniform(0.02, 0.98, n).tolist()
-    true = [calibrate(p, temperature, threshold) for p in raw]
-    return raw, (rng.uniform(size=n) < true).astype(int).tolist()
-
-
-@pytest.mark.parametrize(("temperature", "threshold"), [(1.0, 0.5), (2.5, 0.3), (0.4, 0.8)])
-def test_the_fit_finds_what_the_data_was_drawn_with(temperature, threshold):
-    found = fit_calibration(*drawn(20000, temperature, threshold))
-    assert found[0] == pytest.approx(temperature, rel=0.1)
-    assert found[1] == pytest.approx(threshold, abs=0.03)
-
-
-def test_the_fit_is_scikit_learns():
-    linear_model = pytest.importorskip("sklearn.linear_model", reason="needs scikit-learn")
-    scores, labels = drawn(5000, 1.7, 0.4)
-    x = [[math.log(p / (1 - p))] for p in scores]
-    model = linear_model.LogisticRegression(C=1e12, tol=1e-10).fit(x, labels)
-    temperature, threshold = fit_calibration(scores, labels)
-    assert temperature == pytest.approx(1 / model.coef_[0, 0], rel=1e-2)
-    logit = -model.intercept_[0] / model.coef_[0, 0]
-    assert threshold == pytest.approx(1 / (1 + math.exp(-logit)), abs=1e-3)
-
-
-def test_no_other_numbers_are_likelier():
-    scores, labels = drawn(400, 1.3, 0.6)
-
-    def loss(temperature, threshold):
-        safe = sum(labels)
-        high, low = (safe + 1) / (safe + 2), 1 / (len(labels) - safe + 2)
-        total = 0.0
-        for score, label in zip(scores, labels):
-            p, target = calibrate(score, temperature, threshold), high if label else low
-            total -= target * math.log(p) + (1 - target) * math.log(1 - p)
-        return total
-
-    temperature, threshold = fit_calibration(scores, labels)
-    best = loss(temperature, threshold)
-    for t, θ in [(1.01, 0), (0.99, 0), (1, 0.005), (1, -0.005)]:
-        assert loss(temperature * t, threshold + θ) > best
-
-
-@pytest.mark.parametrize("scores", [[0.0, 1.0], [0.1, 0.9], [0.4, 0.6]])
-def test_a_guard_that_tells_all_rows_apart_can_be_calibrated(scores):
-    temperature, threshold = fit_calibration(scores * 20, [0, 1] * 20)
-    assert 0 < temperature < 100
-    assert threshold == pytest.approx(0.5)
-
-
-@pytest.mark.parametrize("scores", [[0.9, 0.1], [0.5, 0.5]])
-def test_a_guard_that_is_wrong_way_round_cannot(scores):
-    with pytest.raises(GuardError, match="do not rise with safety"):
-        fit_calibration(scores * 20, [0, 1] * 20)
-
-
-@pytest.mark.parametrize("rare", [0, 1])
-def test_a_guard_that_says_next_to_nothing_cannot(rare):
-    """So rare a kind, and scores that hardly rise: θ would be no number in (0, 1)."""
-    labels = [rare] * 10 + [1 - rare] * 1990
-    scores = [0.9 if i % 2 else 0.1 for i in range(2000)]
-    scores[1 - rare] = 0.9 if rare else 0.1  # one of the rare rows
-    with pytest.raises(
-        GuardError, match=r"say little about the labelled rows \(\d+ safe, \d+ harm"
-    ):
-        fit_calibration(scores, labels)
-
-
-def test_a_guard_is_calibrated_once():
-    guard = load_guard({"preset": "test-words", "calibration": {"temperature": 2.0}})
-    with pytest.raises(ConfigError, match="has a 'calibration' already. Leave it out"):
-        fit_guard(guard, *labelled_rows(Dataset.from_list(ROWS)))
-
-
-def test_quality_by_hand_and_by_pairs():
-    rng = random.Random(0)
-    scores = [round(rng.random(), 1) for _ in range(200)]  # with ties
-    labels = [int(rng.random() < s) for s in scores]
-    found = calibration_quality(scores, labels)
-    pairs = [(s, h) for s, a in zip(scores, labels) if a for h, b in zip(scores, labels) if not b]
-    assert found.auroc == pytest.approx(sum((s > h) + (s == h) / 2 for s, h in pairs) / len(pairs))
-    assert found.brier == pytest.approx(sum((s - y) ** 2 for s, y in zip(scores, labels)) / 200)
-    right = sum(s < 0.5 and not y for s, y in zip(scores, labels))
-    precision, recall = right / sum(s < 0.5 for s in scores), right / labels.count(0)
-    assert found.f1 == pytest.approx(2 * precision * recall / (precision + recall))
-    assert sum(count for count, _, _ in found.bins) == 200
-    count, mean, share = found.bins[0]
-    inside = [y for s, y in zip(scores, labels) if s < 0.1]
-    assert (count, share) == (len(inside), pytest.approx(sum(inside) / len(inside)))
-    assert 0 <= mean < 0.1
-
-
-def row(text, label, **more):
-    return {"prompt": "how are you?", "response": text, "label": label, **more}
-
-
-ROWS = [row("bad fox" if i % 4 else "good fox", 0) for i in range(40)]
-ROWS += [row("good dog" if i % 4 else "bad dog", 1) for i in range(40)]
 
 
 def test_calibrate_writes_json_and_figure(tmp_path):
@@ -209,7 +97,7 @@ def test_calibrate_writes_json_and_figure(tmp_path):
     assert f"calibration:\n{json.dumps(numbers)}" in found.output
 
 
-def test_calibrate_marks_a_demonstration(tmp_path, monkeypatch):
+def test_calibrate_marks_a_demonstration_guard(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="needs the extra 'report'")
     monkeypatch.setattr(WordGuard, "demonstration", True)
     data = tmp_path / "rows.jsonl"
@@ -219,43 +107,3 @@ def test_calibrate_marks_a_demonstration(tmp_path, monkeypatch):
     assert "test-words (DEMONSTRATION ONLY, protects nobody)" in " ".join(found.output.split())
     written = json.loads((tmp_path / "out" / "calibration.json").read_text())
     assert written["demonstration_guard"] is True
-
-
-def test_held_out_means_held_out():
-    """The calibrated figures come from fits that did not see the row."""
-    conversations, labels = labelled_rows(Dataset.from_list(ROWS))
-    guard = load_guard("test-words")
-    found, scores = fit_guard(guard, conversations, labels)
-    order = sorted(range(80), key=lambda i: labels[i])
-    values = [0.0] * 80
-    for fold in range(5):
-        outside = order[fold::5]
-        inside = [i for i in range(80) if i not in outside]
-        numbers = fit_calibration([scores[i] for i in inside], [labels[i] for i in inside])
-        for i in outside:
-            values[i] = calibrate(scores[i], *numbers)
-    assert found.calibrated == calibration_quality(values, labels)
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ([{"prompt": "a", "response": "b"}], "lacks label"),
-        ([{"prompt": "a", "label": 1}], "lacks response"),
-        ([row("a", 2)], "Row 0: the label is 2"),
-        ([{**row("a", 1), "response": None}], "Row 0: the row has a label and no response"),
-        (ROWS[:45], "5 safe and 40 harmful"),
-    ],
-    ids=range(5),
-)
-def test_rows_that_cannot_be_used(rows, message):
-    with pytest.raises(DataError, match=message):
-        labelled_rows(Dataset.from_list(rows))
-
-
-def test_messages_will_do():
-    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    data = [{"messages": talk, "label": i % 2} for i in range(20)]
-    conversations, labels = labelled_rows(Dataset.from_list(data))
-    assert conversations[3][-1]["content"] == "b"
-    assert labels[:3] == [0, 1, 0]

@@ -1,4 +1,4 @@
-"""`star-dss init` writes a first run that `star-dss check` accepts, and never over anything."""
+"""`star-dss init` writes a first run that `star-dss check` accepts, and overwrites nothing."""
 
 import io
 import json
@@ -21,8 +21,8 @@ from star_dss_plugin.plugins import Origin, Plugins
 
 
 @pytest.fixture
-def room(tmp_path, monkeypatch, model_dir):
-    """An empty folder with a model in it."""
+def workdir(tmp_path, monkeypatch, model_dir):
+    """Change to an empty folder with a model in it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
     shutil.copytree(model_dir, "model")
@@ -30,16 +30,17 @@ def room(tmp_path, monkeypatch, model_dir):
 
 
 def init(monkeypatch, host, data, *words, guard="test-words"):
+    """Return the exit status of `star-dss init` for the model in this folder."""
     guards = () if guard is None else ("--guard", guard)
     given = (f"--host={host}", "--model=./model", f"--data={data}", *guards, *words)
     return run_command(monkeypatch, "init", *given)
 
 
-ALL = [*FORMS, "parquet", "splits", "scored"]
+ALL_FORMS = [*FORMS, "parquet", "splits", "scored"]
 
 
-@pytest.mark.parametrize("form", ALL)
-def test_the_yaml_for_trl_is_accepted(form, room, monkeypatch, tokenizer, capsys):
+@pytest.mark.parametrize("form", ALL_FORMS)
+def test_the_yaml_for_trl_is_accepted(form, workdir, monkeypatch, tokenizer, capsys):
     pytest.importorskip("trl")
     data = write_rows(Path("rows.jsonl"), form, tokenizer)
     guard = None if form == "scored" else "test-words"
@@ -57,8 +58,8 @@ def test_the_yaml_for_trl_is_accepted(form, room, monkeypatch, tokenizer, capsys
     assert run_command(monkeypatch, "check", "run.yaml") == 0
 
 
-@pytest.mark.parametrize("form", ALL)
-def test_the_script_runs(form, room, monkeypatch, tokenizer, capsys):
+@pytest.mark.parametrize("form", ALL_FORMS)
+def test_the_script_runs(form, workdir, monkeypatch, tokenizer, capsys):
     pytest.importorskip("trl")
     data = write_rows(Path("rows.jsonl"), form, tokenizer)
     assert init(monkeypatch, "script", data, guard=None if form == "scored" else "test-words") == 0
@@ -69,7 +70,7 @@ def test_the_script_runs(form, room, monkeypatch, tokenizer, capsys):
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_names_are_quoted(name, room, monkeypatch, tokenizer, capsys):
+def test_hostile_file_names_are_quoted(name, workdir, monkeypatch, tokenizer, capsys):
     pytest.importorskip("trl")
     write_rows(Path(name), "messages", tokenizer)
     guard = json.dumps({"preset": "test-words", "word": "it's: \"#\n"})
@@ -86,7 +87,7 @@ def test_names_are_quoted(name, room, monkeypatch, tokenizer, capsys):
     assert f"data_files={name!r}" in Path(f"{name}.py").read_text()
 
 
-def test_the_packages_own_model_and_data(room, monkeypatch, model_dir, capsys):
+def test_init_takes_the_built_in_model_and_data(workdir, monkeypatch, model_dir, capsys):
     pytest.importorskip("trl")
     monkeypatch.setattr(smollm2, "_converted_copy", lambda: model_dir)
     monkeypatch.setattr("star_dss_plugin.cli.first_rows.gguf_fingerprint", dict)
@@ -100,27 +101,28 @@ def test_the_packages_own_model_and_data(room, monkeypatch, model_dir, capsys):
     assert "demo_mix.jsonl" in Path("train.py").read_text()
 
 
-def test_nothing_is_overwritten(room, monkeypatch, tokenizer, capsys):
+def test_nothing_is_overwritten(workdir, monkeypatch, tokenizer, capsys):
     pytest.importorskip("trl")
     data = write_rows(Path("rows.jsonl"), "messages", tokenizer)
     Path("run.yaml").write_text("mine")
     os.symlink("nowhere", "train.py")
     for host, file in (("trl", "run.yaml"), ("script", "train.py")):
         assert init(monkeypatch, host, data) == 2
-        said = capsys.readouterr().err
-        assert f"{file} exists, and nothing was written. Name another file: --output" in said
+        message = capsys.readouterr().err
+        assert f"{file} exists, and nothing was written. Name another file: --output" in message
     assert Path("run.yaml").read_text() == "mine"
     assert not Path("nowhere").exists()
     assert init(monkeypatch, "trl", data, "-o", "no/such/folder.yaml") == 2
     assert "cannot be written" in capsys.readouterr().err
 
 
-def rows(*given):
+def write_given_rows(*given):
+    """Write rows.jsonl with these rows."""
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "message"),
     [
         (
             {"instruction": "a", "output": "b"},
@@ -139,19 +141,21 @@ def rows(*given):
         ({"messages": [{"role": "user", "content": "a"}]}, "said by the role 'assistant'"),
     ],
 )
-def test_what_is_wrong_with_the_rows_is_said(row, said, room, monkeypatch, capsys):
+def test_rows_of_unknown_columns_or_roles_are_refused_with_advice(
+    row, message, workdir, monkeypatch, capsys
+):
     pytest.importorskip("trl")
-    rows(row)
+    write_given_rows(row)
     assert init(monkeypatch, "trl", "rows.jsonl") == 2
-    assert said in " ".join(capsys.readouterr().err.split())
+    assert message in " ".join(capsys.readouterr().err.split())
     assert not Path("run.yaml").exists()
 
 
-def test_wrong_answers_are_named_with_the_nearest_right_one(room, monkeypatch, tokenizer, capsys):
+def test_wrong_arguments_are_refused_with_a_suggestion(workdir, monkeypatch, tokenizer, capsys):
     pytest.importorskip("trl")
     data = write_rows(Path("rows.jsonl"), "messages", tokenizer)
     scored = write_rows(Path("scored"), "scored", tokenizer)
-    for words, said in (
+    for words, message in (
         (("trl", data, "--guard", "qwen3gard-gen-0.6b"), "Did you mean 'qwen3guard-gen-0.6b'"),
         (("tlr", data), "Unknown --host 'tlr'. Did you mean 'trl'?"),
         (("trl", data, "--model", "no model"), "'no model' is no folder here, and no id"),
@@ -160,12 +164,12 @@ def test_wrong_answers_are_named_with_the_nearest_right_one(room, monkeypatch, t
         (("trl", scored), "is scored already, and --guard is 'test-words'"),
     ):
         assert init(monkeypatch, *words) == 2
-        assert said in " ".join(capsys.readouterr().err.split())
+        assert message in " ".join(capsys.readouterr().err.split())
     assert not Path("run.yaml").exists()
 
 
 @pytest.mark.parametrize(
-    ("flag", "value", "said"),
+    ("flag", "value", "message"),
     [
         ("--model", "", "No model is named"),
         ("--model", " ", "No model is named"),
@@ -173,15 +177,17 @@ def test_wrong_answers_are_named_with_the_nearest_right_one(room, monkeypatch, t
         ("--data", "", "No data is named"),
     ],
 )
-def test_names_that_name_nothing_are_refused(flag, value, said, room, monkeypatch, capsys):
+def test_empty_names_and_files_as_models_are_refused(
+    flag, value, message, workdir, monkeypatch, capsys
+):
     Path("rows.jsonl").write_text('{"prompt": "hello", "completion": " hi"}\n')
     given = {"--host": "script", "--model": "model", "--data": "rows.jsonl", "--guard": "demo"}
     line = [word for pair in ({**given, flag: value}).items() for word in pair]
     assert run_command(monkeypatch, "init", *line) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_without_a_terminal_all_that_is_missing_is_named(room, monkeypatch, capsys):
+def test_missing_arguments_are_named_without_a_terminal(workdir, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     assert run_command(monkeypatch, "init", "--model", "./model") == 2
     assert "--host, --data: not given, and there is no terminal" in (
@@ -189,7 +195,7 @@ def test_without_a_terminal_all_that_is_missing_is_named(room, monkeypatch, caps
     )
 
 
-def test_with_a_terminal_it_asks_until_the_answer_is_right(room, monkeypatch, tokenizer, capsys):
+def test_a_terminal_is_asked_until_the_answer_is_valid(workdir, monkeypatch, tokenizer, capsys):
     pytest.importorskip("trl")
     data = write_rows(Path("rows.jsonl"), "messages", tokenizer)
     answers = iter(["tlr", "trl", "./model", "no.jsonl", data, "qwen", "test-words"])
@@ -202,7 +208,7 @@ def test_with_a_terminal_it_asks_until_the_answer_is_right(room, monkeypatch, to
     assert (settings["model_name_or_path"], settings["guard"]) == ("./model", "test-words")
 
 
-def test_a_plugins_host_brings_its_own(room, monkeypatch, tokenizer, capsys):
+def test_an_integration_can_bring_its_own_starter(workdir, monkeypatch, tokenizer, capsys):
     class Toy:
         def __init__(self, starter):
             self.starter = starter

@@ -1,4 +1,4 @@
-"""What commands print fits 80 columns with nothing cut, and `--json` says it to programs."""
+"""Tables of the commands fit 80 columns with no text cut; `--json` prints them as JSON."""
 
 import json
 import re
@@ -17,13 +17,14 @@ from star_dss_plugin.tables import Sheet
 
 
 def printed(sheet, width, *, lined=False):
+    """Return the lines of a printed sheet."""
     console = Console(width=width, force_terminal=lined, color_system=None, highlight=False)
     with console.capture() as capture:
         console.print(sheet)
     return [line.rstrip() for line in capture.get().splitlines()]
 
 
-def test_words_stay_whole_and_numbers_are_right():
+def test_words_are_not_broken_and_numbers_are_right_aligned():
     rows = [("qwen3guard-gen-0.6b", "9.5"), ("a name of words", "110.25"), ("-", "-")]
     assert printed(Sheet(("guard", "size"), rows, title="What there is"), 28) == [
         "What there is",
@@ -38,7 +39,7 @@ def test_words_stay_whole_and_numbers_are_right():
     assert printed(Sheet(("a", "b"), [("1.2.3", "x")]), 80)[2] == "1.2.3  x"
 
 
-def test_columns_that_do_not_fit_follow_below():
+def test_columns_that_do_not_fit_follow_in_another_table():
     headings = ("task", "metric", *(f"model-{i}" for i in range(9)))
     sheet = Sheet(headings, [("sums", "acc", *["0.312 ± 0.013"] * 9)], keys=2)
     lines = printed(sheet, 80)
@@ -49,24 +50,24 @@ def test_columns_that_do_not_fit_follow_below():
 
 
 @pytest.mark.parametrize("width", [20, 40, 80])
-def test_nothing_is_lost_at_any_width(width):
+def test_no_text_is_cut_at_any_width(width):
     name, word = "n" * 50, "w" * 33
     lines = printed(Sheet(("model", "is", "value"), [(name, word, "12")] * 2), width)
     assert max(map(cell_len, lines)) <= width
     assert "…" not in "".join(lines)
     text = "".join(lines)
-    tables = sum(line.startswith("--") for line in lines)  # each repeats the names
+    tables = sum(line.startswith("--") for line in lines)  # each table repeats the names
     assert (text.count("n"), text.count("w")) == (tables * 2 * 50, 2 * 33)
 
 
-def test_text_of_others_is_only_text():
+def test_markup_and_escapes_in_cells_are_shown_as_text():
     shown = "\n".join(printed(Sheet(("a[b]",), [("[red]x[/red]",), ("\x1b[31m",)]), 80, lined=True))
     assert "[red]x[/red]" in shown
     assert "\x1b" not in shown
     assert "─" in shown
 
 
-def test_tables_have_one_home():
+def test_only_one_module_imports_rich_tables():
     for folder in ("star_dss_plugin", "integrations"):
         for path in (ROOT / folder).rglob("*.py"):
             if path.name != "tables.py":
@@ -81,8 +82,8 @@ LONG = "a-model-whose-name-is-rather-long"
 
 
 @pytest.fixture
-def room(tmp_path, monkeypatch, model_dir):
-    """A folder with two models and what the commands read; 80 columns."""
+def workdir(tmp_path, monkeypatch, model_dir):
+    """Change to a folder with two models and the input of the commands; set 80 columns."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
     for name in ("start", LONG):
@@ -118,11 +119,11 @@ TABLES = {
     "capability": ("lm_eval", f"capability start {LONG} --tasks-data sums=sums.jsonl --limit 2"),
     "sft": ("trl", "sft --config run.yaml"),
 }
-"""What prints a table: what it needs, and a command line for it."""
+"""A package that is needed, and a command line that prints a table, by command."""
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_tables_fit_80_columns(name, room, monkeypatch, capsys):
+def test_tables_fit_80_columns(name, workdir, monkeypatch, capsys):
     needs, line = TABLES[name]
     if needs:
         pytest.importorskip(needs)
@@ -130,7 +131,7 @@ def test_tables_fit_80_columns(name, room, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert re.search("^ ?-{5,}", out, flags=re.MULTILINE), "there is no table"
     lines = out.splitlines()
-    if name == "sft":  # the trainer's own lines are not ours
+    if name == "sft":  # only the lines of this package
         start = next(i for i, text in enumerate(lines) if text.startswith("STAR-DSS: "))
         lines = [text for text in lines[start:] if not text.startswith(("Model saved", "{"))]
     for text in lines:
@@ -139,7 +140,7 @@ def test_tables_fit_80_columns(name, room, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", sorted(TABLES.keys() - {"sft"}))
-def test_tables_are_json_for_programs(name, room, monkeypatch, capsys):
+def test_tables_can_be_printed_as_json(name, workdir, monkeypatch, capsys):
     needs, line = TABLES[name]
     if needs:
         pytest.importorskip(needs)
@@ -147,7 +148,7 @@ def test_tables_are_json_for_programs(name, room, monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out)
 
 
-def test_every_command_that_prints_a_table_is_here():
+def test_every_command_with_json_output_is_tested():
     commands = get_command(cli.app).commands
     commands = {**commands, **{f"guards {n}": c for n, c in commands["guards"].commands.items()}}
     with_json = {n for n, c in commands.items() if any("--json" in p.opts for p in c.params)}

@@ -1,4 +1,4 @@
-"""Chat templates in the forms of today's models, in few words, and what a table says of them."""
+"""Short chat templates in the forms of today's models, and the table of docs/templates.md."""
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -21,7 +21,7 @@ def _prompt(text):
     return "{%- if add_generation_prompt %}{{- '" + text + "' }}{%- endif %}"
 
 
-# name: (special tokens, the one that ends, other added tokens, template)
+# name: (special tokens, end-of-text token, other added tokens, template)
 FORMS = {
     "Qwen 2.5": (
         CHATML,
@@ -172,7 +172,7 @@ TALKS = {
 
 
 def chat_of(name):
-    """A small byte-level tokenizer with the control tokens of a form."""
+    """Return a small byte-level tokenizer with the template and control tokens of a form."""
     special, end, added, template = FORMS[name]
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -197,7 +197,7 @@ def chat_of(name):
 
 
 def read(chat, messages):
-    """(trained text, what the guard read, whether its context is raw) of each response."""
+    """Return (trained text, text for the guard, whether its context is raw) of each response."""
     row = {"messages": messages}
     row |= tokenize_row(row, chat)
     trained = [chat.tokenizer.decode(row["input_ids"][a:b]) for a, b in trained_runs(row["labels"])]
@@ -208,8 +208,8 @@ def read(chat, messages):
     ]
 
 
-def says_all(name, talk):
-    """Whether a form has words for all of a talk; else the row is refused, or says less."""
+def renders_all(name, talk):
+    """Return whether a template renders all parts of a conversation."""
     template = FORMS[name][3]
     return (talk != "a call" or "tool_calls" in template) and (
         talk != "with thought" or "reasoning_content" in template
@@ -217,12 +217,12 @@ def says_all(name, talk):
 
 
 def table():
-    """The table of docs/templates.md."""
+    """Return the table of docs/templates.md."""
     lines = ["| template | row | trained tokens | the guard read | raw |", "|---|---|---|---|---|"]
     for name in FORMS:
         chat = chat_of(name)
         for talk, messages in TALKS.items():
-            if says_all(name, talk):
+            if renders_all(name, talk):
                 rows = read(chat, messages)
                 shown = [" · ".join(_code(row[i]) for row in rows) for i in (0, 1)]
                 raw = "yes" if any(row[2] for row in rows) else "no"

@@ -1,4 +1,4 @@
-"""The score cache: exact, and one value for all readers."""
+"""The score cache returns exact values, and the same value to all readers."""
 
 import json
 import struct
@@ -16,8 +16,6 @@ from star_dss_plugin.data.fingerprints import content_key
 from star_dss_plugin.data.requests import Trajectory
 from star_dss_plugin.errors import CacheError
 
-# What is put comes back
-
 
 @settings(max_examples=60, deadline=None)
 @given(st.dictionaries(st.text(), trajectories, max_size=6))
@@ -31,17 +29,17 @@ def test_entries_come_back_bit_for_bit(entries):
             assert {key: bits(cache.get(key)) for key in entries} == {
                 key: bits(entry) for key, entry in entries.items()
             }
-            assert cache.get("a key that nobody put") is None
+            assert cache.get("a missing key") is None
 
 
-def test_entries_are_there_before_they_are_flushed(tmp_path):
+def test_entries_can_be_read_before_they_are_flushed(tmp_path):
     cache = ScoreCache(tmp_path, NAMESPACE)
     cache.put("a", ENTRY)
     assert cache.get("a") == ENTRY
     assert not shards(cache)
 
 
-def test_nothing_to_flush_writes_nothing(tmp_path):
+def test_flushing_no_entries_writes_no_file(tmp_path):
     cache = filled(tmp_path, {})
     assert not cache.folder.exists()
     cache.put("a", ENTRY)
@@ -50,7 +48,7 @@ def test_nothing_to_flush_writes_nothing(tmp_path):
     assert len(shards(cache)) == 1
 
 
-def test_of_several_values_the_latest_counts_for_everybody(tmp_path):
+def test_all_readers_get_the_latest_value(tmp_path):
     first, second, third = (Trajectory((x,)) for x in (0.1, 0.2, 0.3))
     early, late = ScoreCache(tmp_path, NAMESPACE), ScoreCache(tmp_path, NAMESPACE)
     early.put("a", first)
@@ -65,7 +63,7 @@ def test_of_several_values_the_latest_counts_for_everybody(tmp_path):
     assert [cache.get("a") for cache in (early, late, fresh)] == [third] * 3
 
 
-def test_what_is_put_replaces_what_a_clock_that_is_ahead_left(tmp_path, monkeypatch):
+def test_a_new_value_replaces_one_from_a_fast_clock(tmp_path, monkeypatch):
     with monkeypatch.context() as ahead:
         ahead.setattr(time, "time_ns", lambda: 10**19)
         filled(tmp_path, {"a": Trajectory((0.1,))})
@@ -76,7 +74,7 @@ def test_what_is_put_replaces_what_a_clock_that_is_ahead_left(tmp_path, monkeypa
     assert here.get("a") == ScoreCache(tmp_path, NAMESPACE).get("a") == ENTRY
 
 
-def test_a_clock_that_is_set_back_does_not_bring_old_values_back(tmp_path, monkeypatch):
+def test_a_new_value_counts_after_the_clock_is_set_back(tmp_path, monkeypatch):
     cache = filled(tmp_path, {"a": Trajectory((0.1,))})
     monkeypatch.setattr(time, "time_ns", lambda: 1)
     cache.put("a", ENTRY)
@@ -85,7 +83,7 @@ def test_a_clock_that_is_set_back_does_not_bring_old_values_back(tmp_path, monke
     assert ScoreCache(tmp_path, NAMESPACE).get("a") == ENTRY
 
 
-def test_two_writers_at_the_same_tick_of_the_clock_both_count(tmp_path, monkeypatch):
+def test_entries_written_at_the_same_time_are_all_read(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "time_ns", lambda: 1)
     filled(tmp_path, {"a": ENTRY})
     filled(tmp_path, {"b": ENTRY})
@@ -93,7 +91,7 @@ def test_two_writers_at_the_same_tick_of_the_clock_both_count(tmp_path, monkeypa
     assert (fresh.get("a"), fresh.get("b")) == (ENTRY, ENTRY)
 
 
-def test_refresh_picks_up_what_others_wrote(tmp_path):
+def test_refresh_reads_entries_of_other_writers(tmp_path):
     reader = ScoreCache(tmp_path, NAMESPACE)
     assert reader.get("a") is None
     filled(tmp_path, {"a": ENTRY})
@@ -124,10 +122,10 @@ def test_shards_of_earlier_releases_can_be_read(tmp_path):
     assert cache.get("b") == Trajectory((-1.5,), None)
 
 
-# Names of things
+# Namespaces, keys and folders
 
 
-def test_namespaces_do_not_mix(tmp_path):
+def test_namespaces_are_separate(tmp_path):
     mine = filled(tmp_path, {"a": ENTRY})
     other = ScoreCache(tmp_path, {**NAMESPACE, "guard": "h"})
     assert other.get("a") is None
@@ -142,7 +140,7 @@ def test_a_namespace_does_not_depend_on_the_order_of_its_keys(tmp_path):
     assert json.loads((cache.folder / "namespace.json").read_text("utf-8")) == turned
 
 
-def test_content_keys():
+def test_content_keys_are_stable_and_distinct():
     assert content_key({"a": 1, "b": [2.5, None]}) == content_key({"b": (2.5, None), "a": 1})
     different = [("a", "b"), ("ab",), (["a", "b"],), ("b", "a"), (1,), (1.0,), (True,), ("1",), ()]
     assert len({content_key(*parts) for parts in different}) == len(different)
@@ -155,7 +153,7 @@ def test_content_keys():
             content_key(value)
 
 
-def test_default_folder(monkeypatch, tmp_path):
+def test_the_default_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("STAR_DSS_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)

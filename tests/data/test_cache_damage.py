@@ -1,4 +1,4 @@
-"""The score cache: damage, foreign files and wrong clocks cost time and never a score."""
+"""The score cache with damage, foreign files and wrong clocks: no score is wrong."""
 
 import hashlib
 import os
@@ -19,7 +19,7 @@ from star_dss_plugin.data.requests import Trajectory
 
 @st.composite
 def damages(draw):
-    """A function that damages bytes: one flipped bit, a lost or a doubled end, or other bytes."""
+    """Draw a function that damages bytes: a flipped bit, a lost or repeated end, a lost byte."""
 
     def damage(data: bytes) -> bytes:
         at = draw(st.integers(0, len(data) - 1))
@@ -40,7 +40,7 @@ def damages(draw):
 
 @settings(max_examples=150, deadline=None)
 @given(damages(), st.dictionaries(st.text(), trajectories, min_size=1, max_size=3))
-def test_any_damage_is_found(damage, entries):
+def test_damaged_shards_are_detected(damage, entries):
     with tempfile.TemporaryDirectory() as root, Log() as warnings:
         filled(Path(root), {"intact": ENTRY})
         cache = filled(Path(root), entries)
@@ -53,10 +53,10 @@ def test_any_damage_is_found(damage, entries):
         assert fresh.get("intact") == ENTRY
         assert len(warnings) == 1
         assert str(path) in warnings[0]
-        assert path.exists() == ("another version" in warnings[0])  # one bit of its number
+        assert path.exists() == ("another version" in warnings[0])  # a flipped bit of the version
 
 
-def test_every_single_bit_counts(tmp_path):
+def test_every_flipped_bit_is_detected(tmp_path):
     cache = filled(tmp_path, {"key": Trajectory((0.5,))})
     (path,) = shards(cache)
     data = path.read_bytes()
@@ -78,7 +78,7 @@ def test_every_single_bit_counts(tmp_path):
         (b"star-dss-cache 1 " + b"0" * 64 + b"\n[]\n", "truncated or damaged"),
     ],
 )
-def test_foreign_files_are_set_aside_and_their_entries_computed_again(tmp_path, content, reason):
+def test_foreign_files_are_set_aside(tmp_path, content, reason):
     cache = ScoreCache(tmp_path, NAMESPACE)
     cache.folder.mkdir(parents=True)
     path = cache.folder / "00-foreign.shard"
@@ -112,8 +112,8 @@ def test_foreign_files_are_set_aside_and_their_entries_computed_again(tmp_path, 
     ],
     ids=lambda index: index[:30],
 )
-def test_what_has_a_checksum_and_is_no_index_is_set_aside_too(tmp_path, index):
-    """A checksum finds damage, and not what another version, or somebody, wrote on purpose."""
+def test_an_invalid_index_with_a_valid_checksum_is_set_aside(tmp_path, index):
+    """A checksum detects damage, but not an index that another program wrote on purpose."""
     body = index.encode() + b"\n" + struct.pack("<d", 0.5)
     cache = filled(tmp_path, {"mine": ENTRY})
     path = cache.folder / "00-foreign.shard"
@@ -128,7 +128,7 @@ def test_what_has_a_checksum_and_is_no_index_is_set_aside_too(tmp_path, index):
     assert not path.exists()
 
 
-def test_what_cannot_be_read_is_ignored_but_left_where_it_is(tmp_path):
+def test_a_folder_named_like_a_shard_is_ignored_and_kept(tmp_path):
     cache = filled(tmp_path, {"a": ENTRY})
     folder = cache.folder / "9-folder.shard"
     folder.mkdir()
@@ -140,7 +140,7 @@ def test_what_cannot_be_read_is_ignored_but_left_where_it_is(tmp_path):
     assert folder.exists()
 
 
-def test_a_file_that_another_process_has_just_set_aside_is_no_news(tmp_path, monkeypatch):
+def test_a_shard_that_another_process_just_moved_causes_no_warning(tmp_path, monkeypatch):
     cache = filled(tmp_path, {"a": ENTRY})
     listed = [*os.listdir(cache.folder), "1-gone.shard"]
     monkeypatch.setattr(os, "listdir", lambda folder: listed)
@@ -149,7 +149,7 @@ def test_a_file_that_another_process_has_just_set_aside_is_no_news(tmp_path, mon
     assert not warnings
 
 
-def test_what_killed_writers_left_behind_is_ignored_and_removed_after_a_day(tmp_path):
+def test_temporary_files_of_killed_writers_are_removed_after_a_day(tmp_path):
     cache = filled(tmp_path, {"a": ENTRY})
     old, young = cache.folder / "x.shard.1.tmp", cache.folder / "x.shard.2.tmp"
     for path in (old, young):
@@ -166,10 +166,10 @@ def test_what_killed_writers_left_behind_is_ignored_and_removed_after_a_day(tmp_
     assert young.exists()
 
 
-# Clocks that are wrong
+# Wrong clocks
 
 
-def test_a_wrong_clock_here_does_not_remove_what_others_are_writing(tmp_path, monkeypatch):
+def test_a_wrong_clock_does_not_remove_new_temporary_files(tmp_path, monkeypatch):
     cache = filled(tmp_path, {"a": ENTRY})
     theirs = cache.folder / "x.shard.1.tmp"
     theirs.write_bytes(b"star-dss-cache 1 ")
@@ -181,8 +181,8 @@ def test_a_wrong_clock_here_does_not_remove_what_others_are_writing(tmp_path, mo
 
 
 @pytest.mark.parametrize("days", [-400_000, -20_000, -2, 2, 400_000])
-def test_files_of_another_day_are_read_like_all(tmp_path, days):
-    """As a machine with another clock, or a copy without times, leaves them."""
+def test_files_with_any_modification_time_are_read(tmp_path, days):
+    """Such files come from a machine with another clock, or from a copy without times."""
     cache = filled(tmp_path, {"a": ENTRY})
     for path in [*shards(cache), cache.folder / "namespace.json", cache.folder]:
         os.utime(path, (max(time.time() + days * 86400, -(2**31)),) * 2)
@@ -202,7 +202,7 @@ def test_files_of_another_day_are_read_like_all(tmp_path, days):
         max_size=8,
     )
 )
-def test_writers_whose_clocks_disagree_lose_nothing_and_all_readers_agree(puts):
+def test_readers_agree_on_entries_of_writers_with_different_clocks(puts):
     with tempfile.TemporaryDirectory() as root, pytest.MonkeyPatch.context() as patched:
         writers = [ScoreCache(Path(root), NAMESPACE) for _ in range(3)]
         given: dict[str, set[Trajectory]] = {}
@@ -223,7 +223,7 @@ def test_writers_whose_clocks_disagree_lose_nothing_and_all_readers_agree(puts):
 # Other versions of this package
 
 
-def test_two_versions_share_a_cache_folder_and_leave_each_other_alone(tmp_path, monkeypatch):
+def test_two_versions_share_a_cache_folder(tmp_path, monkeypatch):
     old = filled(tmp_path, {"a": ENTRY})
     newer = Trajectory((0.125,))
     with monkeypatch.context() as patched, Log() as warnings:
@@ -244,7 +244,7 @@ def test_two_versions_share_a_cache_folder_and_leave_each_other_alone(tmp_path, 
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_shards_of_another_format_are_left_alone_and_named_once(tmp_path):
+def test_shards_of_another_format_are_kept_and_named_once(tmp_path):
     cache = filled(tmp_path, {"a": ENTRY})
     others = {
         cache.folder / f"{i:020d}-other.shard": b"star-dss-cache %d whatever comes then" % i

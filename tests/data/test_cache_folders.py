@@ -1,4 +1,4 @@
-"""The score cache: folders that cannot be written."""
+"""Score caches in folders that cannot be written."""
 
 import os
 import resource
@@ -11,11 +11,9 @@ from support.caches import ENTRY, NAMESPACE, SPAWN, Log, filled, numbered
 from star_dss_plugin.data.cache import ScoreCache
 from star_dss_plugin.errors import CacheError, StarDSSError
 
-# Folders that cannot be written
-
 
 def in_child(function, *args) -> dict[str, str]:
-    """Runs `function(connection, *args)` in another process and returns what it sends."""
+    """Run `function(connection, *args)` in another process and return what it sends."""
     result, theirs = SPAWN.Pipe(duplex=False)
     child = SPAWN.Process(target=function, args=(theirs, *args))
     child.start()
@@ -27,6 +25,7 @@ def in_child(function, *args) -> dict[str, str]:
 
 
 def error_of(function) -> str:
+    """Return the class and the message of the error that a call raises."""
     try:
         function()
     except StarDSSError as error:
@@ -35,6 +34,7 @@ def error_of(function) -> str:
 
 
 def use_read_only(answer: Connection, parent: Path) -> None:
+    """Send what a read-only cache returns and raises, as a user who may not write."""
     os.chdir(parent)
     if os.geteuid() == 0:  # root may write everywhere
         os.setuid(65534)
@@ -58,7 +58,7 @@ def filled_elsewhere() -> None:
     filled(Path("nowhere"), {"a": ENTRY})
 
 
-def test_a_read_only_folder_can_be_read_and_says_why_it_cannot_be_written(tmp_path):
+def test_a_read_only_folder_is_read_and_writing_names_the_cause(tmp_path):
     cache = filled(tmp_path / "cache", {"a": ENTRY})
     damaged = cache.folder / "9-damaged.shard"
     damaged.write_bytes(b"")
@@ -82,6 +82,7 @@ def test_a_read_only_folder_can_be_read_and_says_why_it_cannot_be_written(tmp_pa
 
 
 def use_full_disk(answer: Connection, root: Path) -> None:
+    """Send what a cache returns and raises while files have at most 4 KiB."""
     cache = filled(root, {"a": ENTRY})
     cache.put("b", numbered(0, 0, size=10_000))
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -95,7 +96,7 @@ def use_full_disk(answer: Connection, root: Path) -> None:
     answer.send({"full": full, "left": str(left), "seen": seen})
 
 
-def test_a_full_disk_is_named_and_costs_nothing_but_the_flush(tmp_path):
+def test_a_full_disk_is_named_and_fails_only_the_flush(tmp_path):
     # A limit on the size of files ends a write half-way, as a full disk does.
     found = in_child(use_full_disk, tmp_path)
     assert found["full"].startswith("CacheError: Cannot write to the score cache")
@@ -106,7 +107,7 @@ def test_a_full_disk_is_named_and_costs_nothing_but_the_flush(tmp_path):
     assert later.get("b") == numbered(0, 0, size=10_000)
 
 
-def test_a_root_that_is_a_file_is_named(tmp_path):
+def test_a_file_as_cache_folder_is_refused(tmp_path):
     root = tmp_path / "file"
     root.write_text("")
     cache = ScoreCache(root, NAMESPACE)

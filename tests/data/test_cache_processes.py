@@ -1,4 +1,4 @@
-"""The score cache: processes that write at once, die, and wait for each other."""
+"""The score cache with several processes: concurrent writes, kills, and the lock."""
 
 import os
 import random
@@ -17,6 +17,7 @@ pytestmark = pytest.mark.slow
 
 
 def write_many(root: Path, writer: int, flushes: int, ready) -> None:
+    """Write entries of its own and a shared one, in this number of flushes."""
     cache = ScoreCache(root, NAMESPACE)
     ready.wait()
     for i in range(flushes):
@@ -25,7 +26,7 @@ def write_many(root: Path, writer: int, flushes: int, ready) -> None:
         cache.flush()
 
 
-def test_processes_that_write_at_once_lose_nothing(tmp_path):
+def test_concurrent_writers_lose_no_entries(tmp_path):
     flushes = 40
     ready = SPAWN.Barrier(3)
     writers = [
@@ -49,11 +50,12 @@ def test_processes_that_write_at_once_lose_nothing(tmp_path):
 
 
 def large(i: int) -> Trajectory:
-    """Quick to make and slow to write, so that kills at random hit the writing."""
+    """Return an entry that takes long to write, so that kills at random hit the writing."""
     return Trajectory((float(i),) * 200_000)
 
 
-def write_for_ever(root: Path, first: int, progress: Connection) -> None:
+def write_until_killed(root: Path, first: int, progress: Connection) -> None:
+    """Write entry after entry and report each number."""
     cache = ScoreCache(root, NAMESPACE)
     for i in range(first, 10**9):
         cache.put(str(i), large(i))
@@ -61,11 +63,11 @@ def write_for_ever(root: Path, first: int, progress: Connection) -> None:
         progress.send(i)
 
 
-def test_a_killed_writer_leaves_everything_it_had_flushed_and_nothing_broken(tmp_path):
+def test_a_killed_writer_leaves_all_flushed_entries_and_no_damage(tmp_path):
     done = -1
     for _ in range(8):
         progress, theirs = SPAWN.Pipe(duplex=False)
-        writer = SPAWN.Process(target=write_for_ever, args=(tmp_path, done + 1, theirs))
+        writer = SPAWN.Process(target=write_until_killed, args=(tmp_path, done + 1, theirs))
         writer.start()
         theirs.close()
         assert progress.poll(60)
@@ -88,6 +90,7 @@ def test_a_killed_writer_leaves_everything_it_had_flushed_and_nothing_broken(tmp
 
 
 def die_in(step: str, root: Path) -> None:
+    """Die in this function of `os`, which a flush calls."""
     cache = filled(root, {"flushed": ENTRY})
     setattr(os, step, lambda *args: os.kill(os.getpid(), signal.SIGKILL))
     cache.put("pending", ENTRY)
@@ -95,7 +98,7 @@ def die_in(step: str, root: Path) -> None:
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
-def test_a_writer_killed_at_the_worst_moment_breaks_nothing(tmp_path, step):
+def test_a_writer_killed_within_a_flush_leaves_no_damage(tmp_path, step):
     writer = SPAWN.Process(target=die_in, args=(step, tmp_path))
     writer.start()
     writer.join()
@@ -108,6 +111,7 @@ def test_a_writer_killed_at_the_worst_moment_breaks_nothing(tmp_path, step):
 
 
 def hold_the_lock(root: Path, started: Connection, finish: bool) -> None:
+    """Hold the lock for half a second and write an entry, or hold it until killed."""
     cache = ScoreCache(root, NAMESPACE)
     with cache.lock():
         started.send(True)
@@ -117,7 +121,7 @@ def hold_the_lock(root: Path, started: Connection, finish: bool) -> None:
 
 
 @pytest.mark.parametrize("finish", [True, False], ids=["finished", "killed"])
-def test_the_second_process_waits_for_the_first_and_then_has_its_entries(tmp_path, finish):
+def test_a_second_process_waits_for_the_lock_and_reads_the_entries(tmp_path, finish):
     started, theirs = SPAWN.Pipe(duplex=False)
     holder = SPAWN.Process(target=hold_the_lock, args=(tmp_path, theirs, finish))
     holder.start()
@@ -133,7 +137,7 @@ def test_the_second_process_waits_for_the_first_and_then_has_its_entries(tmp_pat
     holder.join()
 
 
-def test_the_lock_is_free_again_after_an_error(tmp_path):
+def test_the_lock_is_released_after_an_error(tmp_path):
     cache = ScoreCache(tmp_path, NAMESPACE)
     with pytest.raises(RuntimeError), cache.lock():
         raise RuntimeError

@@ -1,8 +1,7 @@
-"""Files that hold much more than their size are refused before they are expanded."""
+"""Files that expand to much more than their size are refused before they are expanded."""
 
 from unittest import mock
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,13 +17,11 @@ BIG = "x" * (1 << 20)
 MB = 1 << 20
 
 
-@pytest.fixture(autouse=True)
-def copies(monkeypatch, tmp_path):
-    """Keep the copies of what is read with the test: one of an earlier run would be used."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "copies")
+pytestmark = pytest.mark.usefixtures("own_copies")
 
 
 def texts(count):
+    """Return a table of texts of 1 MiB."""
     return pa.table({"text": [BIG] * count})
 
 
@@ -40,21 +37,22 @@ BOMBS = {
 }
 
 
-def write(path, table, **options):
+def write_compressed(path, table, **options):
+    """Write a table with zstd; return its path."""
     pq.write_table(table, path, compression="zstd", **options)
     return path
 
 
 @pytest.mark.parametrize("kind", BOMBS)
-def test_a_small_file_of_400_mb_is_refused(tmp_path, kind):
-    path = write(tmp_path / "rows.parquet", BOMBS[kind]())
+def test_a_small_file_that_expands_to_400_mb_is_refused(tmp_path, kind):
+    path = write_compressed(tmp_path / "rows.parquet", BOMBS[kind]())
     assert path.stat().st_size < MB / 2
     with pytest.raises(DataError, match=f"holds more than .*{MAX_EXPANSION}"):
         read_dataset(str(path))
 
 
-def test_measuring_it_takes_little_memory(tmp_path):
-    path = write(tmp_path / "rows.parquet", texts(300))
+def test_measuring_an_expansion_takes_little_memory(tmp_path):
+    path = write_compressed(tmp_path / "rows.parquet", texts(300))
     pool = pa.default_memory_pool()
     peak = pool.max_memory()
     with pytest.raises(DataError, match="holds more than"):
@@ -65,7 +63,7 @@ def test_measuring_it_takes_little_memory(tmp_path):
 def test_missing_texts_are_counted_before_they_are_expanded(tmp_path):
     """One row with a list of 17 million missing texts takes some hundred bytes."""
     missing = pa.array([[None] * (17 * MB)], pa.list_(pa.string()))
-    path = write(tmp_path / "rows.parquet", pa.table({"text": missing}))
+    path = write_compressed(tmp_path / "rows.parquet", pa.table({"text": missing}))
     assert path.stat().st_size < 2000
     del missing
     pool = pa.default_memory_pool()
@@ -76,8 +74,8 @@ def test_missing_texts_are_counted_before_they_are_expanded(tmp_path):
     assert pool.bytes_allocated() - before < MB
 
 
-def test_the_cap_can_be_raised(tmp_path, monkeypatch):
-    path = write(tmp_path / "rows.parquet", texts(100))
+def test_the_limit_of_expansion_can_be_raised(tmp_path, monkeypatch):
+    path = write_compressed(tmp_path / "rows.parquet", texts(100))
     with pytest.raises(DataError, match="holds more than"):
         read_dataset(str(path))
     monkeypatch.setenv(MAX_EXPANSION, "1e6")
@@ -85,23 +83,25 @@ def test_the_cap_can_be_raised(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("given", ["x", "0", "0.5", "nan", "inf", "-3"])
-def test_the_cap_is_a_number(tmp_path, monkeypatch, given):
+def test_an_invalid_limit_of_expansion_is_refused(tmp_path, monkeypatch, given):
     monkeypatch.setenv(MAX_EXPANSION, given)
-    path = write(tmp_path / "rows.parquet", pa.table({"text": [f"of {given}"]}))
+    path = write_compressed(tmp_path / "rows.parquet", pa.table({"text": [f"of {given}"]}))
     with pytest.raises(ConfigError, match=f"{MAX_EXPANSION} is '{given}'"):
         read_dataset(str(path))
 
 
-def test_what_repeats_in_a_small_file_is_read(tmp_path):
-    path = write(tmp_path / "rows.parquet", pa.table({"text": ["hello " * 100] * 20_000}))
+def test_repetitive_small_files_are_read(tmp_path):
+    path = write_compressed(
+        tmp_path / "rows.parquet", pa.table({"text": ["hello " * 100] * 20_000})
+    )
     assert path.stat().st_size * 200 < 20_000 * 600 < conversion._MIN_LIMIT_BYTES
     assert len(read_dataset(str(path))) == 20_000
 
 
-def test_a_shard_that_holds_too_much_is_refused_in_both_ways(tmp_path):
+def test_a_shard_that_expands_too_much_is_refused_in_memory_and_streaming(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "star_dss.json").write_text("{}")
-    write(tmp_path / "data" / "train-00000-of-00001.parquet", texts(400))
+    write_compressed(tmp_path / "data" / "train-00000-of-00001.parquet", texts(400))
     for streaming in (False, True):
         with pytest.raises(DataError, match="holds more than"):
             list(load_scored(tmp_path, streaming=streaming))

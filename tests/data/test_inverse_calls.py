@@ -1,15 +1,12 @@
-"""Calls of functions come back from the tokens of a rendered conversation, or are left as words."""
+"""Tool calls are recovered from the tokens of a rendered conversation, or are left as text."""
 
 import json
 import re
-import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-sys.path.insert(0, str(Path(__file__).parent))
+from support.talks import user
 from template_forms import FORMS, chat_of
 
 from star_dss_plugin.data.templates import inverse as module
@@ -49,17 +46,15 @@ _INVERSES = {}
 
 
 def inverse_of(name):
+    """Return the inverse of a template, which is made once."""
     if name not in _INVERSES:
         chat = chat_of(CHATML if name in OTHERS else name)
         _INVERSES[name] = TemplateInverse(chat.tokenizer, OTHERS.get(name, chat.chat_template))
     return _INVERSES[name]
 
 
-def user(text):
-    return {"role": "user", "content": text}
-
-
 def answer(text, *calls, text_arguments=False, **more):
+    """Return an answer with calls of tools."""
     made = []
     for n, (name, arguments) in enumerate(calls):
         given = json.dumps(arguments) if text_arguments else arguments
@@ -74,6 +69,7 @@ def answer(text, *calls, text_arguments=False, **more):
 
 
 def results(*texts, name="weather"):
+    """Return the results of tools."""
     return [
         {"role": "tool", "content": text, "tool_call_id": f"number_{n:02d}", "name": name}
         for n, text in enumerate(texts)
@@ -84,35 +80,36 @@ OSLO, ROME = ("weather", {"city": "Oslo"}), ("weather", {"city": "Rome", "when":
 
 
 def talks(as_text=False):
-    how = {"text_arguments": as_text}
+    """Return conversations with calls of tools."""
+    options = {"text_arguments": as_text}
     return {
-        "one": [user("Rain?"), answer("", OSLO, **how), *results("wet"), answer("It rains.")],
+        "one": [user("Rain?"), answer("", OSLO, **options), *results("wet"), answer("It rains.")],
         "two": [
-            *(user("Rain?"), answer("", OSLO, ROME, **how), *results("wet", "dry")),
+            *(user("Rain?"), answer("", OSLO, ROME, **options), *results("wet", "dry")),
             answer("Only in Oslo."),
         ],
         "said, and two": [
-            *(user("Rain?"), answer("Let me look.", ROME, OSLO, **how), *results("dry", "wet")),
+            *(user("Rain?"), answer("Let me look.", ROME, OSLO, **options), *results("dry", "wet")),
             answer("Only in Oslo."),
         ],
         "no arguments": [
-            *(user("Rain?"), answer("", ("weather", {}), OSLO, **how), *results("dry", "wet")),
+            *(user("Rain?"), answer("", ("weather", {}), OSLO, **options), *results("dry", "wet")),
             answer("Only in Oslo."),
         ],
         "one after the other": [
-            *(user("Rain?"), answer("", OSLO, **how), *results("wet")),
-            *(answer("", ROME, **how), *results("dry"), answer("Only in Oslo.")),
+            *(user("Rain?"), answer("", OSLO, **options), *results("wet")),
+            *(answer("", ROME, **options), *results("dry"), answer("Only in Oslo.")),
         ],
         "later": [
-            *(user("Hi"), answer("Hello."), user("Rain?"), answer("", OSLO, ROME, **how)),
+            *(user("Hi"), answer("Hello."), user("Rain?"), answer("", OSLO, ROME, **options)),
             *(*results("wet", "dry"), answer("Only in Oslo."), user("Thanks"), answer("Fine.")),
         ],
-        "last": [user("Rain?"), answer("", OSLO, ROME, **how)],
+        "last": [user("Rain?"), answer("", OSLO, ROME, **options)],
     }
 
 
-def said(messages):
-    """Roles, words, and calls with their arguments; without ids, which templates may not write."""
+def contents(messages):
+    """Return role, text, reasoning and calls of each message, without ids, which may be lost."""
     shown = []
     for m in messages:
         calls = []
@@ -132,38 +129,38 @@ MANY = (
 
 @pytest.mark.parametrize("talk", talks())
 @pytest.mark.parametrize("name", MANY)
-def test_calls_come_back(name, talk):
+def test_tool_calls_are_recovered(name, talk):
     inverse = inverse_of(name)
     known = talks(as_text=name.startswith("JSON text"))[talk]
     ids = inverse.chat.encode(inverse.chat.render(known)).ids
     found = inverse.messages_of_tokens(ids)
-    assert said(found) == said(known)
+    assert contents(found) == contents(known)
     assert inverse.chat.encode(inverse.chat.render(found)).ids == ids
 
 
 @pytest.mark.parametrize("name", [CHATML, "GLM: the next role ends a turn"])
-def test_thoughts_before_calls_come_back(name):
+def test_reasoning_before_calls_is_recovered(name):
     inverse = inverse_of(name)
     known = [
         *(user("Rain?"), answer("", OSLO, ROME, reasoning_content="Both, then.")),
         *(*results("wet", "dry"), answer("Only in Oslo.", reasoning_content="I see.")),
     ]
     ids = inverse.chat.encode(inverse.chat.render(known)).ids
-    assert said(inverse.messages_of_tokens(ids)) == said(known)
+    assert contents(inverse.messages_of_tokens(ids)) == contents(known)
 
 
-def test_ids_and_names_that_the_template_writes_come_back():
+def test_rendered_ids_and_names_are_recovered():
     known = talks(as_text=True)["two"]
     inverse = inverse_of("JSON text, with ids")
     assert inverse.messages_of_tokens(inverse.chat.encode(inverse.chat.render(known)).ids) == known
 
 
-def test_a_value_does_not_hold_what_comes_behind_it():
-    """Numbers stand without quotes here, and the end of such a value is not known."""
+def test_calls_with_unquoted_numbers_are_left_as_text():
+    """This template writes numbers without quotes, so that their end cannot be found."""
     inverse = inverse_of("Python")
     strings = [user("Rain?"), answer("", OSLO, OSLO), *results("wet", "wet"), answer("It rains.")]
     ids = inverse.chat.encode(inverse.chat.render(strings)).ids
-    assert said(inverse.messages_of_tokens(ids)) == said(strings)
+    assert contents(inverse.messages_of_tokens(ids)) == contents(strings)
     numbers = [user("Rain?"), answer("", ("weather", {"days": 2, "city": "Oslo"}))]
     known = [*numbers, *results("wet"), answer("It rains.")]
     found = inverse.messages_of_tokens(inverse.chat.encode(inverse.chat.render(known)).ids)
@@ -180,11 +177,15 @@ texts = st.text(st.sampled_from("ab \n<>/{}\"'=(),é|"), max_size=12) | st.sampl
 @given(
     st.sampled_from(MANY), st.dictionaries(st.sampled_from("ab"), texts), texts, texts, st.data()
 )
-def test_whatever_stands_in_a_call_it_renders_back_or_is_not_used(name, given_, told, asked, data):
+def test_recovered_calls_render_to_the_same_tokens(name, arguments, result, question, data):
     inverse = inverse_of(name)
-    how = {"text_arguments": name.startswith("JSON text")}
+    options = {"text_arguments": name.startswith("JSON text")}
     known = [
-        *(user(asked), answer("", ("weather", given_), OSLO, **how), *results(told, "wet")),
+        *(
+            user(question),
+            answer("", ("weather", arguments), OSLO, **options),
+            *results(result, "wet"),
+        ),
         answer("Only in Oslo."),
     ]
     ids = inverse.chat.encode(inverse.chat.render(known)).ids
@@ -199,17 +200,17 @@ def test_whatever_stands_in_a_call_it_renders_back_or_is_not_used(name, given_, 
 
 
 @pytest.mark.parametrize("name", [n for n in FORMS if n not in MANY])
-def test_other_forms_are_right_or_not_used(name):
+def test_recovered_messages_of_other_templates_render_to_the_same_tokens(name):
     inverse = inverse_of(name)
     for known in talks().values():
         try:
             ids = inverse.chat.encode(inverse.chat.render(known)).ids
         except module.DataError:
-            continue  # the template refuses it
+            continue  # the template refuses this conversation
         found = inverse.messages_of_tokens(ids)
         if found is not None:
             assert inverse.chat.encode(inverse.chat.render(found)).ids == ids
-            assert said(found)[0] == said(known)[0]
+            assert contents(found)[0] == contents(known)[0]
 
 
 DEPTH = 200_000  # deeper than any Python reads JSON
@@ -217,21 +218,21 @@ DEEP = '{"a": ' + "[" * DEPTH + "1" + "]" * DEPTH + "}"
 
 
 @pytest.mark.parametrize("name", ["JSON text, with ids", "Qwen 2.5", "Llama 3: headers"])
-def test_arguments_too_deep_to_be_read_are_words(name):
+def test_too_deeply_nested_arguments_are_left_as_text(name):
     inverse = inverse_of(name)
     arguments = '{"a": "b"}' if name.startswith("JSON text") else {"a": "b"}
     known = [user("Rain?"), answer("")]
     called = {"name": "weather", "arguments": arguments}
     known[1]["tool_calls"] = [{"type": "function", "id": "number_00", "function": called}]
     rendered = inverse.chat.render(known)
-    assert said(inverse.messages(rendered)) == said(known)
+    assert contents(inverse.messages(rendered)) == contents(known)
     found = inverse.messages(rendered.replace('{"a": "b"}', DEEP))
     assert "tool_calls" not in found[1]
     assert DEEP in found[1]["content"]
 
 
 @pytest.mark.parametrize("depth", [3000, DEPTH])  # Python 3.12 and newer read the first
-def test_arguments_too_deep_to_be_read_end_before_the_next_control_token(depth):
+def test_too_deeply_nested_arguments_end_before_the_next_control_token(depth):
     deep = '{"a": ' + "[" * depth + "1" + "]" * depth + "}"
     text = f"<c>weather {json.dumps(deep)}</c>"
     place = (0, text.index("weather"), text.index("weather") + len("weather"), len(text))
@@ -239,9 +240,10 @@ def test_arguments_too_deep_to_be_read_end_before_the_next_control_token(depth):
     assert text[start:end] == f"weather {json.dumps(deep)}"
 
 
-def test_a_probe_that_is_not_written_as_it_is_teaches_nothing():
-    kinds = ["user", "thinking+answer"]
-    made, slots = probe_conversation(kinds, "thinking", as_text=False, linked=False)
+def test_probe_values_that_are_rendered_in_another_order_are_not_used():
+    made, slots = probe_conversation(
+        ["user", "thinking+answer"], "thinking", as_text=False, linked=False
+    )
     marks = [made[0]["content"], made[1]["thinking"], made[1]["content"]]
     assert pieces_of("<{}|{}|{}>".format(*marks), slots) == (slots, ["<", "|", "|", ">"])
     for wrong in ("{0}|{2}", "{0}|{2}|{1}", "{0}|{0}|{1}|{2}"):
@@ -249,13 +251,13 @@ def test_a_probe_that_is_not_written_as_it_is_teaches_nothing():
 
 
 @pytest.mark.parametrize("name", ["XML", "Llama 3: headers"])
-def test_two_answers_in_a_row_are_two(name):
+def test_two_answers_in_a_row_are_recovered(name):
     inverse = inverse_of(name)
     known = [user("Help me?"), answer(""), answer("Sure!"), user("So?"), answer("An apple.")]
     assert inverse.messages_of_tokens(inverse.chat.encode(inverse.chat.render(known)).ids) == known
 
 
-def test_words_that_hold_the_next_answer_are_not_one_turn():
+def test_text_that_contains_another_answer_is_not_one_turn():
     inverse = inverse_of("XML")
     text = (
         "<|im_start|>user\nRain?<|im_end|>\n<|im_start|>assistant\nNo.<|eot|>"
@@ -265,8 +267,8 @@ def test_words_that_hold_the_next_answer_are_not_one_turn():
     assert inverse.messages(text) is None
 
 
-def test_an_answer_without_the_thought_of_the_prompt_is_no_part_of_a_result():
-    """Nemotron's template begins no thought where the answer has one already."""
+def test_an_answer_without_the_reasoning_of_the_prompt_is_not_part_of_a_result():
+    """This form of Nemotron's template opens no reasoning if the answer already has one."""
     form = "Nemotron: thought in every turn, begun by the prompt"
     template = chat_of(form).chat_template or chat_of(form).tokenizer.chat_template
     begins = "{%- if m.role == 'assistant' %}"

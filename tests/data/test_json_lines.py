@@ -1,22 +1,18 @@
-"""Rows of JSON files: where each is, and that every value stays what was written."""
+"""Rows of JSON files: their line numbers, and values that stay as they were written."""
 
 import json
 
-import datasets
 import pytest
 
 from star_dss_plugin.data.files.json_lines import json_rows
 from star_dss_plugin.data.reading import read_dataset
 from star_dss_plugin.errors import DataError
 
-
-@pytest.fixture(autouse=True)
-def copies(monkeypatch, tmp_path):
-    """Keep the copies of what is read with the test: one of an earlier run would be used."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "copies")
+pytestmark = pytest.mark.usefixtures("own_copies")
 
 
 def read(tmp_path, data):
+    """Return the rows of a file with this data."""
     path = tmp_path / "rows.jsonl"
     path.write_bytes(data if isinstance(data, bytes) else json.dumps(data).encode())
     return list(read_dataset(str(path)))
@@ -32,7 +28,7 @@ def read(tmp_path, data):
         (b'\xef\xbb\xbf\n{"a": 1}', [2]),
     ],
 )
-def test_each_row_knows_its_line(tmp_path, data, lines):
+def test_each_row_has_its_line_number(tmp_path, data, lines):
     path = tmp_path / "rows"
     path.write_bytes(data)
     rows = list(json_rows(path))
@@ -52,7 +48,7 @@ def test_each_row_knows_its_line(tmp_path, data, lines):
         (b'{"a": 1, \n"b": \xff}', "Row 0 (line 2): it is not UTF-8: invalid start byte at its"),
     ],
 )
-def test_faults_are_placed(tmp_path, data, place):
+def test_errors_name_the_row_and_the_line(tmp_path, data, place):
     with pytest.raises(DataError) as stop:
         read(tmp_path, data)
     assert str(stop.value).startswith(f"{tmp_path / 'rows.jsonl'}: {place}")
@@ -94,8 +90,8 @@ def test_a_field_that_is_new_in_the_last_row_is_kept(tmp_path):
     assert read(tmp_path, rows)[-1] == {"t": "x", "late": ["y"]}
 
 
-def test_rows_that_each_bring_a_field_are_refused(tmp_path):
-    """Every row would have a place for every field: a quadratic number of them."""
+def test_too_many_different_fields_are_refused(tmp_path):
+    """Every row would get every field: the number of values would be quadratic."""
     with pytest.raises(DataError, match=r"Row 1000 .line 1.: there are more than 1000 different"):
         read(tmp_path, [{f"field {i}": 1} for i in range(2000)])
 
@@ -105,7 +101,7 @@ def test_rows_without_fields_are_refused(tmp_path):
         read(tmp_path, b"{}\n{}\n")
 
 
-def test_what_is_read_depends_on_the_contents_alone(tmp_path):
+def test_the_fingerprint_depends_only_on_the_contents(tmp_path):
     one, other = tmp_path / "a.jsonl", tmp_path / "b[1]*.jsonl"
     for path in (one, other):
         path.write_text('{"text": "a"}\n')

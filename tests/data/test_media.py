@@ -1,4 +1,4 @@
-"""Columns of images are read without opening what they name."""
+"""Columns of images are read without opening the files that they name."""
 
 import pytest
 from datasets import Dataset, Features, Image, List, Value
@@ -8,7 +8,7 @@ from star_dss_plugin.data.fingerprints import dataset_hash, sampled_rows_hash
 from star_dss_plugin.data.media import without_decoding
 
 
-def test_no_file_is_opened(tmp_path):
+def test_columns_of_images_are_read_without_opening_files(tmp_path):
     missing = str(tmp_path / "nothing.png")
     features = Features({"images": List(Image()), "one": Image(), "text": Value("string")})
     row = {"images": [missing, missing], "one": missing, "text": "a"}

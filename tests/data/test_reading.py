@@ -1,15 +1,14 @@
-"""Files of rows that cannot be used: what an error says of them, and that nothing else happens."""
+"""Reading files of rows: all layouts of JSON, and errors that name file, row and line."""
 
 import json
-import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, IterableDataset
+from support.commands import run_command
 
 from star_dss_plugin import DataError, score_dataset
-from star_dss_plugin.cli import app as cli
 from star_dss_plugin.data.reading import read_dataset, read_streams
 
 TEXT = b'{"text": "hi"}\n'
@@ -22,7 +21,10 @@ TEXT = b'{"text": "hi"}\n'
         (b"\n \n", "rows.jsonl: it is empty"),
         (b"null", "Row 0 .line 1.: it begins with 'null'"),  # pyarrow would crash
         (b"\xef\xbb\xbfnull", "Row 0 .line 1.: it begins with 'null'"),
-        (TEXT + b"\nnull\n", "Row 1 .line 3.: it begins with 'null'"),  # would be a row of nothing
+        (
+            TEXT + b"\nnull\n",
+            "Row 1 .line 3.: it begins with 'null'",
+        ),  # would be a row without values
         (TEXT * 3 + b'{"text": "h\xffi"}', "Row 3 .line 4.: it is not UTF-8: .* at its byte 11"),
         ('{"text": "hi"}'.encode("utf-16"), "Row 0 .line 1.: it is not UTF-8"),
         (b"[null]", "Row 0 .line 1.: it begins with 'null]'"),
@@ -42,7 +44,7 @@ TEXT = b'{"text": "hi"}\n'
         ),
     ],
 )
-def test_json_files_say_where_they_are_wrong(tmp_path, data, message):
+def test_errors_in_json_files_name_the_row_and_the_line(tmp_path, data, message):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(data)
     with pytest.raises(DataError, match=message) as stop:
@@ -71,7 +73,7 @@ def test_json_files_of_every_layout_are_read(tmp_path, name, data, rows):
 
 
 def broken_text():
-    """A column of texts whose second one is no UTF-8: Arrow does not look."""
+    """Return a table whose second text is no UTF-8, which Arrow does not check."""
     texts = pa.array([b"hi", b"h\xffi"]).view(pa.string())
     return pa.table({"source": ["a", "b"], "text": texts})
 
@@ -83,12 +85,12 @@ def test_parquet_that_is_no_utf8_names_the_row_and_the_column(tmp_path):
         read_dataset(str(path))
 
 
-def test_so_does_a_data_set_that_a_trainer_is_given(tokenizer):
+def test_a_data_set_that_is_no_utf8_names_the_row_and_the_column(tokenizer):
     with pytest.raises(DataError, match="Row 1: field 'text': the value cannot be read"):
         score_dataset(Dataset(broken_text()), tokenizer, guard="test-words", progress=False)
 
 
-def test_damaged_files_are_said_to_be(tmp_path):
+def test_a_damaged_parquet_file_is_refused(tmp_path):
     path = tmp_path / "rows.parquet"
     path.write_bytes(b"PAR1 and nothing else")
     with pytest.raises(DataError, match=r"rows.parquet cannot be read: ArrowInvalid: "):
@@ -117,19 +119,17 @@ def test_a_column_that_names_files_is_refused(tmp_path, nested):
         read_dataset(str(path))
 
 
-def test_an_error_about_a_row_names_the_file_too(monkeypatch, capsys, tmp_path, model_dir):
+def test_errors_of_the_command_name_the_file_and_the_row(monkeypatch, capsys, tmp_path, model_dir):
     path = tmp_path / "chat.jsonl"
     rows = [{"messages": [{"role": "user", "content": "a"}]}] * 2
     rows.append({"messages": [{"role": "user", "content": "a"}, {"content": "b"}]})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     argv = ["score", path, "--guard", "test-words", "--tokenizer", model_dir, "-o", tmp_path / "o"]
-    monkeypatch.setattr(sys, "argv", ["star-dss", *map(str, argv)])
-    with pytest.raises(SystemExit):
-        cli.main()
+    assert run_command(monkeypatch, *argv)
     assert f"{path}: Row 2: messages[1].role is NoneType None" in capsys.readouterr().err
 
 
-def test_files_and_folders_are_read_as_streams_too(tmp_path):
+def test_files_and_folders_can_be_streamed(tmp_path):
     rows = [{"text": f"row {i}"} for i in range(4)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "many").mkdir()

@@ -1,4 +1,4 @@
-"""Scores belong to the tokens that they were made for, from `star-dss score` to training."""
+"""Scored rows keep digests of their tokens, labels and scores; training checks them."""
 
 import numpy as np
 import pytest
@@ -23,8 +23,8 @@ NOTE = {
 
 
 @pytest.fixture
-def scored():
-    """Six rows as `score_dataset` leaves them; rows 4 and 5 are equally long."""
+def scored_rows():
+    """Return six rows as `score_dataset` makes them; rows 4 and 5 are equally long."""
     rows = [
         {
             "input_ids": list(range(i, i + 5 + min(i, 4))),
@@ -40,11 +40,13 @@ def scored():
 
 
 def saved(dataset, folder):
+    """Return the data set, written and loaded again."""
     write_dataset(dataset, folder / "scored")
     return load_from_disk(str(folder / "scored"))
 
 
 def sharded(dataset, folder):
+    """Return the data set, written as two shards and loaded again."""
     for k in range(2):
         part = dataset.select(range(3 * k, 3 * k + 3))
         write_note(part, "scores", {**NOTE, "rows": 3})
@@ -57,8 +59,8 @@ WAYS = {"in memory": lambda dataset, folder: dataset, "saved": saved, "sharded":
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_rows_may_be_selected_shuffled_joined_and_get_columns(scored, tmp_path, way):
-    dataset = WAYS[way](scored, tmp_path)
+def test_rows_may_be_selected_shuffled_joined_and_extended(scored_rows, tmp_path, way):
+    dataset = WAYS[way](scored_rows, tmp_path)
     check_row_digests(dataset, "train")
     check_row_digests(dataset.select([5, 1, 1]), "train")
     check_row_digests(dataset.shuffle(seed=3).filter(lambda row: len(row["labels"]) > 5), "train")
@@ -71,11 +73,12 @@ def test_rows_may_be_selected_shuffled_joined_and_get_columns(scored, tmp_path, 
 
 
 def edit(name, change):
+    """Return a function that changes one column of every row."""
     return lambda dataset: dataset.map(lambda row: {name: change(row[name])})
 
 
 def moved(name):
-    """Give the rows another order of one column; the last two are equally long."""
+    """Return a function that swaps one column of the last two rows, which are equally long."""
 
     def move(dataset):
         order = [0, 1, 2, 3, 5, 4]
@@ -100,20 +103,20 @@ CHANGES = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_was_changed_is_an_error(scored, tmp_path, way, change):
-    changed = CHANGES[change](WAYS[way](scored, tmp_path))
+def test_changed_rows_are_refused(scored_rows, tmp_path, way, change):
+    changed = CHANGES[change](WAYS[way](scored_rows, tmp_path))
     with pytest.raises(DataError, match=r"The train data set.*not as it was scored"):
         check_row_digests(changed, "train")
 
 
-def test_what_this_package_cut_is_noted_anew(scored):
+def test_rows_cut_by_this_package_get_new_digests(scored_rows):
     names = ("input_ids", "labels", "star_scores")
-    cut = scored.map(lambda row: {name: row[name][:4] for name in names})
+    cut = scored_rows.map(lambda row: {name: row[name][:4] for name in names})
     with pytest.raises(DataError, match="not as it was scored"):
         check_row_digests(cut, "train")
     add_row_digests(cut)
     check_row_digests(cut, "train")
-    check_row_digests(scored, "train")
+    check_row_digests(scored_rows, "train")
     with pytest.raises(DataError, match="not as it was scored"):
         check_row_digests(CHANGES["one score"](cut), "train")
     cut.info.description = ""
@@ -121,20 +124,20 @@ def test_what_this_package_cut_is_noted_anew(scored):
     assert not cut.info.description
 
 
-def test_scores_of_ones_own_need_no_note(scored):
-    changed = CHANGES["all safe"](scored)
+def test_scores_without_a_digest_are_accepted(scored_rows):
+    changed = CHANGES["all safe"](scored_rows)
     changed.info.description = ""
     check_row_digests(changed, "train")
 
 
-def test_rows_that_were_cut_or_packed_cannot_be_told(scored):
-    cut = scored.map(lambda r: {"input_ids": r["input_ids"][:4], "labels": r["labels"][:4]})
+def test_cut_and_packed_rows_are_not_compared(scored_rows):
+    cut = scored_rows.map(lambda r: {"input_ids": r["input_ids"][:4], "labels": r["labels"][:4]})
     check_row_digests(cut, "train")
-    check_row_digests(scored.map(lambda r: {"seq_lengths": [len(r["input_ids"])]}), "train")
+    check_row_digests(scored_rows.map(lambda r: {"seq_lengths": [len(r["input_ids"])]}), "train")
 
 
 @pytest.mark.parametrize("note", [5, "no base64!", "AAAA", ["x"], "é"])
-def test_a_note_that_another_program_wrote_is_an_error(scored, note):
-    write_note(scored, "rows", note)
+def test_digests_of_another_form_are_refused(scored_rows, note):
+    write_note(scored_rows, "rows", note)
     with pytest.raises(DataError, match="not what this package writes"):
-        check_row_digests(scored, "train")
+        check_row_digests(scored_rows, "train")

@@ -1,18 +1,15 @@
-"""Reading several rows at once: what is quick gives what one row alone, step by step, gives."""
+"""Tokenizing several rows at once gives the same as each row alone."""
 
-import sys
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken
-
-sys.path.insert(0, str(Path(__file__).parent))
+from support.sentencepiece import sentencepiece_like
+from support.talks import answer
 from template_forms import FORMS, QUESTION, TALKS, chat_of
-from test_segments import sentencepiece_like
+from tokenizers import AddedToken
 
 from star_dss_plugin import DataError
 from star_dss_plugin.data import tokenization
@@ -37,10 +34,6 @@ PARTS = [
 contents = st.lists(st.sampled_from(PARTS), min_size=1, max_size=6).map("".join)
 
 
-def answer(text):
-    return {"role": "assistant", "content": text}
-
-
 MIXED = [
     {"messages": TALKS["an answer"]},
     {"prompt": [QUESTION], "completion": [answer("four é 👩‍👩‍👧")]},
@@ -53,33 +46,34 @@ MIXED = [
 
 @pytest.fixture(scope="module", params=["bytes", "bpe", "unigram"])
 def chat(request, tokenizer):
+    """Return a byte-level or SentencePiece-like tokenizer with a template."""
     if request.param == "bytes":
         return ChatTokenizer(tokenizer)
     return ChatTokenizer(sentencepiece_like(request.param), tokenizer.chat_template)
 
 
 @pytest.mark.parametrize(("rows", "characters"), [(64, 1 << 18), (2, 1 << 18), (64, 100), (1, 1)])
-def test_rows_at_once_are_each_row(chat, monkeypatch, rows, characters):
+def test_rows_at_once_equal_each_row_alone(chat, monkeypatch, rows, characters):
     alone = [read_row(row, chat) for row in MIXED]
     monkeypatch.setattr(tokenization, "_AT_ONCE", rows)
     monkeypatch.setattr(tokenization, "_CHARACTERS_AT_ONCE", characters)
     assert list(read_rows(MIXED, chat)) == alone
 
 
-def test_long_rows_do_not_wait_for_each_other(chat, monkeypatch):
-    """Memory: no call gets more than the bound, and one row."""
-    most = []
-    real = ChatTokenizer.encode_all
+def test_calls_of_the_tokenizer_have_a_limit_of_characters(chat, monkeypatch):
+    """Apart from its last row, no call gets more characters than the limit."""
+    characters = []
+    encode_all = ChatTokenizer.encode_all
 
-    def watched(self, texts, **kwargs):
-        most.append(sum(map(len, texts[:-1])))
-        return real(self, texts, **kwargs)
+    def recorded(self, texts, **kwargs):
+        characters.append(sum(map(len, texts[:-1])))
+        return encode_all(self, texts, **kwargs)
 
-    monkeypatch.setattr(ChatTokenizer, "encode_all", watched)
+    monkeypatch.setattr(ChatTokenizer, "encode_all", recorded)
     monkeypatch.setattr(tokenization, "_CHARACTERS_AT_ONCE", 1000)
     made = list(read_rows([{"messages": [QUESTION, answer("ok " * 100)]}] * 20, chat))
     assert len(made) == 20
-    assert 0 < max(most) < 1000
+    assert 0 < max(characters) < 1000
 
 
 @pytest.mark.parametrize(
@@ -92,7 +86,7 @@ def test_long_rows_do_not_wait_for_each_other(chat, monkeypatch):
         {"other": "column"},
     ],
 )
-def test_the_first_bad_row_stops_behind_the_rows_before_it(chat, bad):
+def test_an_invalid_row_is_an_error_after_the_rows_before_it(chat, bad):
     later = {"messages": [{"role": "human", "content": "hi"}]}
     made = read_rows([*MIXED, bad, *MIXED, later], chat)
     before = [next(made) for _ in MIXED]
@@ -107,7 +101,8 @@ def test_the_first_bad_row_stops_behind_the_rows_before_it(chat, bad):
 _CHATS: dict[str, ChatTokenizer] = {}
 
 
-def of_pieces():
+def sentencepiece_chat():
+    """Return a SentencePiece-like tokenizer with control tokens and a template."""
     model = sentencepiece_like("bpe")
     model.add_tokens([AddedToken("<|end|>", special=True), AddedToken("<think>", special=False)])
     return ChatTokenizer(
@@ -125,35 +120,37 @@ def of_pieces():
     st.integers(0, 12),
     st.sampled_from(["", " ", "<think>", "<think>\n\n</think>", "<|im_", "of pieces", "é"]),
 )
-def test_a_completion_begins_where_its_prompts_tokens_end(name, asked, said, cut, more):
-    """The slow twin tokenizes the prompt as well."""
+def test_a_completion_begins_at_the_end_of_its_prompts_tokens(
+    name, prompt_text, answer_text, cut, suffix
+):
+    """Compared with the tokens that the prompt alone shares with the whole text."""
     if name not in _CHATS:
-        _CHATS[name] = of_pieces() if name == "pieces" else chat_of(name)
+        _CHATS[name] = sentencepiece_chat() if name == "pieces" else chat_of(name)
     chat = _CHATS[name]
-    prompt = [{"role": "user", "content": asked}]
-    text = chat.render([*prompt, answer(said)])
+    prompt = [{"role": "user", "content": prompt_text}]
+    text = chat.render([*prompt, answer(answer_text)])
     question = chat.render(prompt, add_generation_prompt=True)
-    question = question[: len(question) - cut] + more
+    question = question[: len(question) - cut] + suffix
     encoded = chat.encode(text)
     slowly = common_prefix_length(encoded.ids, chat.encode(question).ids)
     assert chat.shared_tokens(encoded, text, question) == slowly
 
 
-def watch(monkeypatch):
-    """The texts that are tokenized."""
+def tokenized_texts(monkeypatch):
+    """Return a list to which every text is added that is tokenized."""
     texts = []
-    real = ChatTokenizer.encode_all
+    encode_all = ChatTokenizer.encode_all
 
-    def watched(self, given, **kwargs):
+    def recorded(self, given, **kwargs):
         texts.extend(given)
-        return real(self, given, **kwargs)
+        return encode_all(self, given, **kwargs)
 
-    monkeypatch.setattr(ChatTokenizer, "encode_all", watched)
+    monkeypatch.setattr(ChatTokenizer, "encode_all", recorded)
     return texts
 
 
 @pytest.mark.parametrize("way", [{}, {"lstrip": True}, {"rstrip": True}, {"normalized": True}])
-def test_a_prompt_is_not_tokenized_again_where_a_token_parts_it(monkeypatch, way):
+def test_a_prompt_that_ends_at_a_control_token_is_not_tokenized_again(monkeypatch, way):
     name = "Llama 3: headers"
     chat = chat_of(name)
     backend = chat.tokenizer.backend_tokenizer
@@ -161,7 +158,7 @@ def test_a_prompt_is_not_tokenized_again_where_a_token_parts_it(monkeypatch, way
     backend.add_special_tokens(controls)
     row = {"prompt": [{"role": "user", "content": "2 + 2? "}], "completion": [answer("four")]}
     read_row(row, chat)
-    texts = watch(monkeypatch)
+    texts = tokenized_texts(monkeypatch)
     made = read_row(row, chat)
     question = chat.render(row["prompt"], add_generation_prompt=True)
     parts = not any(way.values())
@@ -172,16 +169,16 @@ def test_a_prompt_is_not_tokenized_again_where_a_token_parts_it(monkeypatch, way
 
 @settings(max_examples=80, deadline=None)
 @given(st.sampled_from(list(FORMS)), st.lists(contents, min_size=2, max_size=4), st.data())
-def test_what_a_run_says_follows_from_places(name, said, data):
-    """The slow twin joins the bytes of the run's own tokens."""
+def test_the_text_of_a_run_follows_from_the_places_of_tokens(name, texts, data):
+    """Compared with joining the bytes of the run's tokens."""
     chat = _CHATS.setdefault(name, chat_of(name))
     roles = ["user", "assistant"] * 2
-    messages = [{"role": r, "content": c} for r, c in zip(roles, said, strict=False)]
+    messages = [{"role": r, "content": c} for r, c in zip(roles, texts, strict=False)]
     made = read_row({"messages": messages}, chat, whole_completion=False)
     count = len(made.encoded.ids)
     located = locate(chat, made.encoded.ids, made)
     if located is None:
-        return  # the template rewrites what is said
+        return  # the template rewrites the contents
     start = data.draw(st.integers(0, count - 1))
     end = data.draw(st.integers(start + 1, count))
     places = located.tokens
@@ -194,7 +191,7 @@ def test_what_a_run_says_follows_from_places(name, said, data):
 
 
 @given(st.lists(st.integers(0, 12), max_size=8), st.sets(st.integers(0, 12), max_size=6))
-def test_parts_of_a_text_are_joined_as_one_token_after_the_other_says(ends, edges):
+def test_joined_spans_have_the_text_and_the_ends_of_their_tokens(ends, edges):
     text, ends, edges = "ab  cd\n\nef gh"[:12], sorted(ends), sorted(edges)
     spans = list(zip(edges[::2], edges[1::2], strict=False))
     joined, found = _joined(text, ends, spans)

@@ -1,6 +1,5 @@
-"""How a response is cut: token boundaries, chunks, words, sentences."""
+"""How a response is cut: token boundaries, chunks, words and sentences."""
 
-import json
 import re
 import time
 from itertools import pairwise
@@ -9,8 +8,9 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from support.models import tokenized
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from support.sentencepiece import sentencepiece_like
+from tokenizers import decoders
+from transformers import AutoTokenizer
 
 from star_dss_plugin.data import decoding
 from star_dss_plugin.data.decoding import decode, special_ids, token_boundaries
@@ -21,46 +21,9 @@ from star_dss_plugin.segmenters import chunk_ends, sentences, tokens, whole, wor
 SEGMENTERS = {"tokens": tokens, "words": words, "sentences": sentences, "whole": whole}
 
 
-# Tokenizers: byte-level (ours, Qwen's), and two that strip the first space and fall back to bytes
-
-
-def sentencepiece_like(kind: str) -> PreTrainedTokenizerFast:
-    specials = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
-    corpus = ["the quick brown fox jumps over the lazy dog", "hello world, how are you?"]
-    if kind == "bpe":
-        model = models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True)
-        backend = Tokenizer(model)
-        trainer = trainers.BpeTrainer(vocab_size=350, special_tokens=specials, show_progress=False)
-        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-        backend.train_from_iterator(corpus, trainer)
-    else:
-        pieces = ["▁", *"abcdefghijklmnopqrstuvwxyz,.?!", "▁the", "▁hello", "▁world", "ing", "▁a"]
-        scored = [(piece, -float(i % 7 + 1)) for i, piece in enumerate([*specials, *pieces])]
-        backend = Tokenizer(models.Unigram(scored, unk_id=0, byte_fallback=True))
-        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    backend.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
-    backend.add_special_tokens(["<unk>", "<s>", "</s>", "<|im_end|>"])
-    state = json.loads(backend.to_str())
-    state["added_tokens"] = [t for t in state["added_tokens"] if not t["content"].startswith("<0x")]
-    backend = Tokenizer.from_str(json.dumps(state))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="<|im_end|>",
-        clean_up_tokenization_spaces=False,
-    )
-
-
 @pytest.fixture(scope="module", params=["bytes", "spm-bpe", "spm-unigram", "qwen3guard"])
-def tok(request, tokenizer):
+def each_tokenizer(request, tokenizer):
+    """Return a byte-level tokenizer (ours or Qwen's) or a SentencePiece-like one."""
     if request.param == "bytes":
         return tokenizer
     if request.param == "qwen3guard":
@@ -107,13 +70,14 @@ texts = st.lists(pieces | st.text(max_size=4), max_size=14).map("".join)
 
 
 def decoded(tokenizer, ids):
+    """Return the text of tokens, with special tokens."""
     return tokenizer.decode(
         list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
     )
 
 
-def one(tokenizer, ids, segmenter=tokens, chunk_size=5, before=(), after=()):
-    """The response of a row that trains `ids` and nothing else."""
+def response_to(tokenizer, ids, segmenter=tokens, chunk_size=5, before=(), after=()):
+    """Return the response of a row in which only `ids` are trained."""
     row = {
         "input_ids": [*before, *ids, *after],
         "labels": [-100] * len(before) + list(ids) + [-100] * len(after),
@@ -123,13 +87,13 @@ def one(tokenizer, ids, segmenter=tokens, chunk_size=5, before=(), after=()):
 
 
 def assume_clear(tokenizer, ids):
-    """Where bytes may be tokens, two of U+FFFD look like the first two bytes of anything."""
+    """Skip two U+FFFD where bytes are tokens: they look like the first bytes of any character."""
     byte_level = isinstance(tokenizer.backend_tokenizer.decoder, decoders.ByteLevel)
     assume(byte_level or "\ufffd\ufffd" not in decoded(tokenizer, ids))
 
 
 def readable(tokenizer, ids):
-    """The decoded text; without half a character at its end where that spoils what is before it."""
+    """Return the decoded text, without half a character that changes the text before it."""
     text = decoded(tokenizer, ids)
     shorter = [decoded(tokenizer, ids[: len(ids) - n]) for n in (1, 2, 3) if n < len(ids)]
     clean = next((s for s in shorter if not s.endswith("\ufffd")), text)
@@ -137,7 +101,7 @@ def readable(tokenizer, ids):
 
 
 def body(tokenizer, ids):
-    """Ids without leading special tokens, and without the last special tokens and what follows."""
+    """Return ids without leading special tokens, and without the last ones and what follows."""
     special = special_ids(tokenizer)
     ids = list(ids)
     while ids and ids[0] in special:
@@ -149,16 +113,16 @@ def body(tokenizer, ids):
     return ids
 
 
-# What token_boundaries must say
+# Token boundaries
 
 
 def decode_every_prefix(tokenizer, ids):
-    """The slow twin: no window, every prefix decoded in full."""
+    """Return the boundaries, computed by decoding every prefix in full."""
     whole_text = readable(tokenizer, ids)
     prefixes = [decoded(tokenizer, ids[:n]) for n in range(1, len(ids) + 1)]
     ends, complete = [], []
     for n, prefix in enumerate(prefixes):
-        # Half of a U+FFFD decodes to U+FFFD as well: the text does not grow with its other half.
+        # Half of a U+FFFD decodes to U+FFFD, too, and its other half adds no text.
         half = prefix.endswith("\ufffd") and prefix in prefixes[n + 1 : n + 3]
         complete.append(whole_text.startswith(prefix) and not half)
         ends.append(len(prefix) if complete[-1] else ends[-1] if ends else 0)
@@ -173,15 +137,15 @@ def decode_every_prefix(tokenizer, ids):
 @example("你" * 12, 0)
 @example("\ufffd👩‍👩‍👧\ufffd", 0)
 @example("👩‍👩‍👧" * 3, 1)
-def test_token_boundaries_are_those_of_every_prefix_decoded(tok, text, cut):
-    ids = tokenized(tok, text)
-    ids = ids[: len(ids) - cut]  # truncation may leave half a character
-    assume_clear(tok, ids)
-    assert token_boundaries(tok, ids) == decode_every_prefix(tok, ids)
+def test_token_boundaries_equal_those_of_decoded_prefixes(each_tokenizer, text, cut):
+    ids = tokenized(each_tokenizer, text)
+    ids = ids[: len(ids) - cut]  # a cut row may end with half a character
+    assume_clear(each_tokenizer, ids)
+    assert token_boundaries(each_tokenizer, ids) == decode_every_prefix(each_tokenizer, ids)
 
 
 def byte_lengths(tokenizer, ids):
-    """Of byte-level tokens: one character of a token's name is one byte."""
+    """Return the bytes of each byte-level token: each character of its name is one byte."""
     added = {i: str(t) for i, t in tokenizer.added_tokens_decoder.items()}
     return [
         len(added[i].encode()) if i in added else len(tokenizer.convert_ids_to_tokens(i))
@@ -189,22 +153,22 @@ def byte_lengths(tokenizer, ids):
     ]
 
 
-@pytest.mark.parametrize("tok", ["bytes", "qwen3guard"], indirect=True)
+@pytest.mark.parametrize("each_tokenizer", ["bytes", "qwen3guard"], indirect=True)
 @settings(max_examples=60, deadline=None)
 @given(texts)
 @example("\ufffd\ufffd a\ufffd")
-def test_token_boundaries_are_those_of_the_bytes(tok, text):
-    ids = tokenized(tok, text)
-    text = decoded(tok, ids)  # Qwen normalises to NFC
+def test_token_boundaries_equal_those_of_the_bytes(each_tokenizer, text):
+    ids = tokenized(each_tokenizer, text)
+    text = decoded(each_tokenizer, ids)  # Qwen normalises to NFC
     char_ends = {0: 0}
     for i, char in enumerate(text):
         char_ends[max(char_ends) + len(char.encode())] = i + 1
     reached, ends, complete = 0, [], []
-    for length in byte_lengths(tok, ids):
+    for length in byte_lengths(each_tokenizer, ids):
         reached += length
         complete.append(reached in char_ends)
         ends.append(max(end for at, end in char_ends.items() if at <= reached))
-    found_text, found_ends, found_complete = token_boundaries(tok, ids)
+    found_text, found_ends, found_complete = token_boundaries(each_tokenizer, ids)
     assert (found_text, found_complete) == (text, complete)
     assert [e for e, c in zip(found_ends, complete, strict=True) if c] == [
         e for e, c in zip(ends, complete, strict=True) if c
@@ -214,16 +178,16 @@ def test_token_boundaries_are_those_of_the_bytes(tok, text):
 @pytest.mark.parametrize(
     "text", ["the quick brown fox 🛡️ said 你好. ", "你好", "😀", "a\ufffd", " ", "a"]
 )
-def test_four_thousand_tokens_are_not_decoded_in_every_prefix(tok, text, monkeypatch):
-    ids, decoded = tokenized(tok, text * 4000)[:3999], []
+def test_token_boundaries_of_long_texts_decode_few_tokens(each_tokenizer, text, monkeypatch):
+    ids, decoded = tokenized(each_tokenizer, text * 4000)[:3999], []
 
     def counting(tokenizer, some):
         decoded.append(len(some))
         return decode(tokenizer, some)
 
     monkeypatch.setattr(decoding, "decode", counting)
-    found, ends, complete = token_boundaries(tok, ids)
-    assert sum(decoded) < 200 * len(ids)  # each prefix in full: 2000 times as many as there are
+    found, ends, complete = token_boundaries(each_tokenizer, ids)
+    assert sum(decoded) < 200 * len(ids)  # decoding each prefix in full takes 2000 times as many
     assert ends[-1] == len(found)
     assert complete[-1]
 
@@ -238,12 +202,12 @@ def test_four_thousand_tokens_are_not_decoded_in_every_prefix(tok, text, monkeyp
 @example("<|im_end|>\n<|im_end|>", "sentences", 1, 0)
 @example("a\n<|im_end|>\n", "tokens", 1, 0)
 @example("👩‍👩‍👧你\ufffd", "tokens", 1, 1)
-def test_chunks_partition_every_run(tok, text, segmenter, chunk_size, cut):
-    eos = tok.convert_tokens_to_ids("<|im_end|>")
-    ids = [*tokenized(tok, text), eos]
+def test_chunks_partition_every_run(each_tokenizer, text, segmenter, chunk_size, cut):
+    eos = each_tokenizer.convert_tokens_to_ids("<|im_end|>")
+    ids = [*tokenized(each_tokenizer, text), eos]
     ids = ids[: max(1, len(ids) - cut)]
-    before, after = tokenized(tok, "hello world"), [eos]
-    response = one(tok, ids, SEGMENTERS[segmenter], chunk_size, before, after)
+    before, after = tokenized(each_tokenizer, "hello world"), [eos]
+    response = response_to(each_tokenizer, ids, SEGMENTERS[segmenter], chunk_size, before, after)
     assert (response.start, response.end) == (len(before), len(before) + len(ids))
     ends, prefixes = response.chunk_ends, response.request.ends
     # every trained token has exactly one chunk
@@ -255,45 +219,45 @@ def test_chunks_partition_every_run(tok, text, segmenter, chunk_size, cut):
     assert list(prefixes) == sorted(set(prefixes))
     assert prefixes[-1] == len(response.request.text)
     # the text is that of the tokens, and each prefix is what its own tokens decode to
-    inside = body(tok, ids)
-    assert response.request.text == readable(tok, inside)
+    inside = body(each_tokenizer, ids)
+    assert response.request.text == readable(each_tokenizer, inside)
     first = ids.index(inside[0]) if inside else 0
     for end, prefix in zip(ends[:-1], prefixes, strict=False):
         own = ids[first : end - response.start]
-        assert decoded(tok, own) == response.request.text[:prefix]
+        assert decoded(each_tokenizer, own) == response.request.text[:prefix]
 
 
 @settings(max_examples=60, deadline=None)
 @given(texts, st.integers(1, 4))
-def test_words_end_at_the_token_that_completes_every_mth_word(tok, text, chunk_size):
-    ids = body(tok, tokenized(tok, text))
+def test_words_end_at_the_token_that_completes_every_mth_word(each_tokenizer, text, chunk_size):
+    ids = body(each_tokenizer, tokenized(each_tokenizer, text))
     assume(ids)
-    assume_clear(tok, ids)
-    text, char_ends, complete = decode_every_prefix(tok, ids)
+    assume_clear(each_tokenizer, ids)
+    text, char_ends, complete = decode_every_prefix(each_tokenizer, ids)
     word_ends = [m.end() for m in re.finditer(r"\S+", text)][chunk_size - 1 :: chunk_size]
     expected = {len(ids)} | {
         next(n + 1 for n, end in enumerate(char_ends) if end >= word and complete[n])
         for word in word_ends
     }
-    response = one(tok, ids, words, chunk_size)
+    response = response_to(each_tokenizer, ids, words, chunk_size)
     assert set(response.chunk_ends) <= expected
-    # where one is left out, its chunk would have had no text
+    # an end is left out only if its chunk would have no text
     for end in expected - set(response.chunk_ends):
         later = min(e for e in response.chunk_ends if e > end)
-        assert not decoded(tok, ids[end:later]).strip()
+        assert not decoded(each_tokenizer, ids[end:later]).strip()
 
 
 @given(texts)
 @settings(max_examples=30, deadline=None)
-def test_whole_is_one_chunk(tok, text):
-    ids = [*tokenized(tok, text), tok.convert_tokens_to_ids("<|im_end|>")]
-    assert len(one(tok, ids, whole, 3).chunk_ends) == 1
+def test_the_segmenter_whole_makes_one_chunk(each_tokenizer, text):
+    ids = [*tokenized(each_tokenizer, text), each_tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    assert len(response_to(each_tokenizer, ids, whole, 3).chunk_ends) == 1
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 5, 100])
-def test_tokens_are_counted_without_special_ones(tokenizer, chunk_size):
+def test_special_tokens_do_not_count_for_chunks(tokenizer, chunk_size):
     ids = tokenized(tokenizer, "<|im_start|>a quick brown fox jumps over it<|im_end|>")
-    response = one(tokenizer, ids, tokens, chunk_size)
+    response = response_to(tokenizer, ids, tokens, chunk_size)
     length = len(ids) - 2
     cuts = [1 + n for n in range(chunk_size, length, chunk_size)]
     assert list(response.chunk_ends) == [*cuts, len(ids)]
@@ -319,8 +283,10 @@ def test_tokens_are_counted_without_special_ones(tokenizer, chunk_size):
         ("", 1, [""]),
     ],
 )
-def test_sentences(tokenizer, text, chunk_size, chunks):
-    response = one(tokenizer, tokenized(tokenizer, text + "<|im_end|>"), sentences, chunk_size)
+def test_sentences_are_chunks(tokenizer, text, chunk_size, chunks):
+    response = response_to(
+        tokenizer, tokenized(tokenizer, text + "<|im_end|>"), sentences, chunk_size
+    )
     bounds = [0, *response.request.ends]
     assert [text[a:b] for a, b in pairwise(bounds)] == chunks
 
@@ -365,5 +331,5 @@ def test_segmenters_take_linear_time(segmenter, part, end):
         ([3], "1100", (4,)),
     ],
 )
-def test_illegal_proposals_are_mended(proposed, boundaries, ends):
+def test_invalid_chunk_ends_are_corrected(proposed, boundaries, ends):
     assert chunk_ends(proposed, [b == "1" for b in boundaries]) == ends

@@ -1,14 +1,11 @@
-"""What is trained, and what a guard reads, under templates in the forms of today's models."""
-
-import sys
-from pathlib import Path
+"""Trained tokens, and the text that a guard reads, under templates of today's forms."""
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-
-sys.path.insert(0, str(Path(__file__).parent))
-from template_forms import CALL, FORMS, QUESTION, TALKS, chat_of, read, says_all, table
+from support.paths import ROOT
+from support.talks import answer, user
+from template_forms import CALL, FORMS, QUESTION, TALKS, chat_of, read, renders_all, table
 
 from star_dss_plugin.data.responses import find_responses
 from star_dss_plugin.data.templates.chat import ChatTokenizer
@@ -16,33 +13,27 @@ from star_dss_plugin.data.templates.tokenized import trained_runs
 from star_dss_plugin.data.tokenization import tokenize_row
 from star_dss_plugin.segmenters import tokens
 
-DOCS = Path(__file__).parents[2] / "docs" / "templates.md"
+PAGE = ROOT / "docs" / "templates.md"
 QWEN3 = "Qwen3, SmolLM3: a block of thought in the last turn"
+CHATS: dict[str, ChatTokenizer] = {}
 STORY = "Sure! A dragon woke up " + "and flew over one more hill " * 12
 
 
 @pytest.fixture(scope="module", params=list(FORMS))
 def form(request):
+    """Return the name of a form and its chat tokenizer."""
     return request.param, chat_of(request.param)
 
 
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def answer(text, **more):
-    return {"role": "assistant", "content": text, **more}
-
-
-def test_the_table_in_the_docs_is_what_the_code_does():
-    assert table() in DOCS.read_text(encoding="utf-8")
+def test_the_table_in_the_docs_is_up_to_date():
+    assert table() in PAGE.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("talk", TALKS)
-def test_every_trained_word_is_read_and_no_residue(form, talk):
+def test_the_guard_reads_every_trained_word_and_no_control_token(form, talk):
     name, chat = form
-    if not says_all(name, talk):
-        pytest.skip("the template has no words for it")
+    if not renders_all(name, talk):
+        pytest.skip("the template does not render all of it")
     for trained, read_text, raw in read(chat, TALKS[talk]):
         assert not raw
         assert not chat.control.search(read_text)
@@ -51,8 +42,8 @@ def test_every_trained_word_is_read_and_no_residue(form, talk):
             assert (word in trained) == (word in read_text)
 
 
-def found(chat, row, cut=None, end=False):
-    """The responses of a row as a host would have tokenized it."""
+def responses_of(chat, row, cut=None, end=False):
+    """Return the responses of a row that a host has tokenized and cut."""
     made = tokenize_row({"messages": row["messages"]}, chat)
     kept = slice(None) if cut is None else slice(-cut, None) if end else slice(cut)
     made = {key: value[kept] for key, value in made.items()}
@@ -60,22 +51,22 @@ def found(chat, row, cut=None, end=False):
 
 
 def test_a_cut_answer_is_not_the_answer_to_an_earlier_question(form):
-    """Its beginning is the whole of an earlier answer."""
+    """The cut answer begins like the whole of an earlier answer."""
     _, chat = form
     before = [user("Can you help me?"), answer("Sure!"), user("Tell me a story.")]
     row = {"messages": [*before, answer(STORY)]}
     length = len(tokenize_row(row, chat)["input_ids"])
     for cut in range(length - 80, length, 13):
-        last = found(chat, row, cut)[-1]
+        last = responses_of(chat, row, cut)[-1]
         assert not last.raw_context
         assert [m["content"] for m in last.request.context] == [m["content"] for m in before]
         assert STORY.startswith(last.request.text)
 
 
-def test_rows_without_their_beginning_are_raw(form):
+def test_rows_without_their_beginning_have_raw_contexts(form):
     _, chat = form
     row = {"messages": [user("Can you help me?"), answer("Sure!"), user("More?"), answer(STORY)]}
-    for response in found(chat, row, 60, end=True):
+    for response in responses_of(chat, row, 60, end=True):
         assert response.raw_context
         assert response.request.text.strip() in STORY
 
@@ -83,7 +74,7 @@ def test_rows_without_their_beginning_are_raw(form):
 @pytest.mark.parametrize(
     "name", ["Qwen3, SmolLM3: a block of thought in the last turn", "gpt-oss: channels"]
 )
-def test_an_earlier_turn_says_in_the_context_what_stands_in_the_tokens(name):
+def test_an_earlier_turn_has_the_text_of_its_tokens_in_the_context(name):
     chat = chat_of(name)
     messages = [
         QUESTION,
@@ -91,7 +82,7 @@ def test_an_earlier_turn_says_in_the_context_what_stands_in_the_tokens(name):
         user("And 3 + 3?"),
         answer("It is six.", reasoning_content="Three and three."),
     ]
-    last = found(chat, {"messages": messages})[-1]
+    last = responses_of(chat, {"messages": messages})[-1]
     kept = "Two and two." in chat.render(messages)
     earlier = "Two and two.\n\nIt is four." if kept else "It is four."
     assert [m["content"] for m in last.request.context] == [
@@ -101,7 +92,7 @@ def test_an_earlier_turn_says_in_the_context_what_stands_in_the_tokens(name):
     ]
 
 
-def test_a_turn_of_which_the_end_alone_is_trained_is_read_from_its_beginning():
+def test_a_turn_with_only_its_end_trained_is_read_from_its_beginning():
     chat = chat_of(QWEN3)
     messages = [QUESTION, answer("It is four.", reasoning_content="Two and two.")]
     row = {"messages": messages} | tokenize_row({"messages": messages}, chat)
@@ -113,13 +104,13 @@ def test_a_turn_of_which_the_end_alone_is_trained_is_read_from_its_beginning():
     assert response.request.ends[0] > len("Two and two.")
 
 
-def test_thought_within_the_content_is_read_like_thought_in_a_field():
+def test_reasoning_in_the_content_is_read_like_reasoning_in_a_field():
     chat = chat_of(QWEN3)
     inline = answer("<think>\nTwo and two.\n</think>\n\nIt is four.")
     assert read(chat, [QUESTION, inline]) == read(chat, TALKS["with thought"])
 
 
-def test_several_calls_are_all_read(form):
+def test_several_tool_calls_are_all_read(form):
     name, chat = form
     if name not in ("Qwen 2.5", "GLM: the next role ends a turn"):
         pytest.skip("the template writes one call")
@@ -131,7 +122,7 @@ def test_several_calls_are_all_read(form):
         assert word in text
 
 
-def test_typed_content_is_its_text():
+def test_typed_content_is_read_as_its_text():
     chat = chat_of("Gemma: contents are trimmed, the system turn joins the question")
     typed = [
         {"role": m["role"], "content": [{"type": "text", "text": m["content"]}]}
@@ -143,13 +134,12 @@ def test_typed_content_is_its_text():
 def test_a_moved_system_turn_is_part_of_the_context():
     chat = chat_of("Gemma: contents are trimmed, the system turn joins the question")
     messages = [{"role": "system", "content": "Be brief."}, QUESTION, answer("Four.")]
-    (response,) = found(chat, {"messages": messages})
+    (response,) = responses_of(chat, {"messages": messages})
     assert not response.raw_context
     assert [m["role"] for m in response.request.context] == ["system", "user"]
 
 
-def test_rendered_prompts_are_recognised(form):
-    """A plain prompt that is a chat already is read as its messages, or is said to be raw."""
+def test_rendered_prompts_are_read_as_messages_or_raw(form):
     name, chat = form
     messages = [user("Can you help me?"), answer("Sure!"), user("Tell me a story.")]
     if "add_generation_prompt" not in FORMS[name][3]:
@@ -157,14 +147,14 @@ def test_rendered_prompts_are_recognised(form):
     prompt = chat.render(messages, add_generation_prompt=True)
     row = {"prompt": prompt, "completion": STORY}
     (response,) = find_responses(row | tokenize_row(row, chat), chat, tokens, 5)
-    said = [m["content"] for m in response.request.context]
-    assert response.raw_context or said == [m["content"] for m in messages]
+    context_texts = [m["content"] for m in response.request.context]
+    assert response.raw_context or context_texts == [m["content"] for m in messages]
     if name.startswith(("Qwen", "Llama", "Cohere", "Phi")):
         assert not response.raw_context
 
 
-def test_messages_that_stand_elsewhere_in_the_tokens_are_raw():
-    """A question that the tokens hold and the messages do not."""
+def test_messages_that_lack_a_question_have_raw_contexts():
+    """The tokens have a question that the messages lack."""
     chat = chat_of("Qwen 2.5")
     messages = [user("Hello?"), answer("Yes."), user("Where is it?"), answer("Over the hill.")]
     made = tokenize_row({"messages": messages}, chat)
@@ -181,15 +171,15 @@ contents = st.lists(words, min_size=1, max_size=5).map("".join)
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(list(FORMS)), st.lists(contents, min_size=2, max_size=6), st.integers(0, 60))
 @example("Qwen 2.5", ["ok", "ok", "ok", "ok"], 0)
-def test_every_run_is_placed_by_counting_turns(name, said, cut):
-    """The slow twin: the k-th run is the k-th answer, and before it is what stands before it."""
-    chat = _CHATS.setdefault(name, chat_of(name))
+def test_every_run_has_the_messages_before_its_answer_as_context(name, texts, cut):
+    """Compared with counting: the k-th run is the k-th answer."""
+    chat = CHATS.setdefault(name, chat_of(name))
     roles = ["user", "assistant"] * 3
-    messages = [{"role": r, "content": c} for r, c in zip(roles, said, strict=False)]
+    messages = [{"role": r, "content": c} for r, c in zip(roles, texts, strict=False)]
     try:
         made = tokenize_row({"messages": messages}, chat)
     except ValueError:
-        return  # the template leaves words out
+        return  # the template leaves text out
     kept = max(1, len(made["input_ids"]) - cut)
     row = {"messages": messages} | {key: value[:kept] for key, value in made.items()}
     answers = [k for k, m in enumerate(messages) if m["role"] == "assistant"]
@@ -200,6 +190,3 @@ def test_every_run_is_placed_by_counting_turns(name, said, cut):
         questions = [m["content"] for m in response.request.context if m["role"] == "user"]
         assert questions == [m["content"] for m in messages[:k] if m["role"] == "user"]
     assert len(trained_runs(row["labels"])) <= len(answers)
-
-
-_CHATS: dict[str, ChatTokenizer] = {}

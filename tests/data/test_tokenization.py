@@ -1,4 +1,4 @@
-"""Rows to tokens and labels: TRL's tokens, and only what an assistant says is trained."""
+"""Tokens and labels of rows: TRL's tokens, and labels only for the assistant's turns."""
 
 import copy
 import importlib
@@ -21,23 +21,24 @@ TRIMMED = GENERATION.replace("m.content", "m.content|trim")
 
 
 @pytest.fixture(scope="module")
-def generating(tokenizer):
-    """The tiny tokenizer with a template that marks what the assistant says."""
+def generating_tokenizer(tokenizer):
+    """Return the tiny tokenizer with a template that marks the assistant's tokens."""
     found = copy.deepcopy(tokenizer)
     found.chat_template = GENERATION
     return found
 
 
-def said(messages, end="<|im_end|>"):
+def answers_with_end(messages, end="<|im_end|>"):
+    """Return the assistant's texts with their end-of-turn token."""
     return [m["content"] + end for m in messages if m["role"] == "assistant"]
 
 
-# Against TRL
+# Compared with TRL
 
 
 @pytest.fixture(scope="module")
 def by_trl(tmp_path_factory):
-    """What SFTTrainer makes of some rows: [(input_ids, labels)]."""
+    """Return a function from rows to the (input_ids, labels) that SFTTrainer makes of them."""
     trl = pytest.importorskip("trl")
 
     def prepare(rows, tokenizer, **changes):
@@ -63,7 +64,8 @@ def by_trl(tmp_path_factory):
     return prepare
 
 
-def by_us(rows, tokenizer, **kwargs):
+def by_plugin(rows, tokenizer, **kwargs):
+    """Return the (input_ids, labels) that this package makes of rows."""
     made = [tokenize_row(row, ChatTokenizer(tokenizer), **kwargs) for row in rows]
     return [(row["input_ids"], row["labels"]) for row in made]
 
@@ -84,26 +86,26 @@ def test_plain_prompt_and_completion_as_trl(tokenizer, by_trl):
     if not hasattr(importlib.import_module("trl.data_utils"), "common_prefix_length"):
         # Older TRL counts the prompt's own tokens, also where they merge with the completion's.
         rows = [r for r in PLAIN if not r["prompt"].endswith((" ", "\n", "👩"))]
-    assert by_us(rows, tokenizer) == by_trl(rows, tokenizer)
+    assert by_plugin(rows, tokenizer) == by_trl(rows, tokenizer)
 
 
 def test_text_as_trl(tokenizer, by_trl):
     rows = [{"text": t} for t in ("the quick fox", "ends<|im_end|>", "", "a\n\nb 👩‍👩‍👧")]
-    assert by_us(rows, tokenizer) == by_trl(rows, tokenizer)
+    assert by_plugin(rows, tokenizer) == by_trl(rows, tokenizer)
 
 
 def test_conversational_prompt_and_completion_as_trl(tokenizer, by_trl):
     rows = [
         {"prompt": messages[:-1], "completion": messages[-1:]}
         for name, messages in CONVERSATIONS.items()
-        if name != "two answers in a row"  # the prompt's rendering ends with an answer
+        if name != "two answers in a row"  # the rendered prompt ends with an answer
     ]
-    assert by_us(rows, tokenizer) == by_trl(rows, tokenizer)
+    assert by_plugin(rows, tokenizer) == by_trl(rows, tokenizer)
 
 
 @pytest.mark.parametrize("template", [GENERATION, TRIMMED], ids=["as is", "trimmed"])
-def test_conversations_as_trl_with_assistant_only_loss(generating, by_trl, template):
-    tokenizer = copy.deepcopy(generating)
+def test_conversations_as_trl_with_assistant_only_loss(generating_tokenizer, by_trl, template):
+    tokenizer = copy.deepcopy(generating_tokenizer)
     tokenizer.chat_template = template
     rows = [{"messages": messages} for messages in CONVERSATIONS.values()]
     if template is TRIMMED:
@@ -111,44 +113,48 @@ def test_conversations_as_trl_with_assistant_only_loss(generating, by_trl, templ
             {"messages": chat("u: hi\n", "a:\n fine \n\n", "u:\tok", "a: ok ")},
             {"messages": chat("u:hi", "a:fine\n", "u:hi", "a:fine\n")},
         ]
-    assert by_us(rows, tokenizer) == by_trl(rows, tokenizer, assistant_only_loss=True)
+    assert by_plugin(rows, tokenizer) == by_trl(rows, tokenizer, assistant_only_loss=True)
 
 
-def test_open_labels_become_those_of_assistant_only_loss(generating, by_trl):
+def test_open_labels_become_those_of_assistant_only_loss(generating_tokenizer, by_trl):
     rows = [{"messages": messages} for messages in CONVERSATIONS.values()]
-    everything = by_trl(rows, generating)
+    everything = by_trl(rows, generating_tokenizer)
     assert all(ids == labels for ids, labels in everything)
     ours = [
-        assistant_labels(row | {"input_ids": ids, "labels": labels}, ChatTokenizer(generating))
+        assistant_labels(
+            row | {"input_ids": ids, "labels": labels}, ChatTokenizer(generating_tokenizer)
+        )
         for row, (ids, labels) in zip(rows, everything, strict=True)
     ]
-    assert ours == [labels for _, labels in by_trl(rows, generating, assistant_only_loss=True)]
+    assert ours == [
+        labels for _, labels in by_trl(rows, generating_tokenizer, assistant_only_loss=True)
+    ]
 
 
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
-def test_open_labels_of_truncated_rows(generating, by_trl, mode):
+def test_open_labels_of_truncated_rows(generating_tokenizer, by_trl, mode):
     row = {"messages": CONVERSATIONS["two turns"]}
     length = (
-        len(tokenize_row(row, ChatTokenizer(generating))["input_ids"]) - 4
+        len(tokenize_row(row, ChatTokenizer(generating_tokenizer))["input_ids"]) - 4
     )  # ends within an answer
     cut = {"max_length": length, "truncation_mode": mode}
-    ((ids, labels),) = by_trl([row], generating, **cut)
-    ((_, masked),) = by_trl([row], generating, assistant_only_loss=True, **cut)
+    ((ids, labels),) = by_trl([row], generating_tokenizer, **cut)
+    ((_, masked),) = by_trl([row], generating_tokenizer, assistant_only_loss=True, **cut)
     assert labels == ids != masked
     open_labels = row | {"input_ids": ids, "labels": labels}
-    assert assistant_labels(open_labels, ChatTokenizer(generating)) == masked
+    assert assistant_labels(open_labels, ChatTokenizer(generating_tokenizer)) == masked
     if mode == "keep_start":
-        assert by_us([row], generating, max_length=length) == [(ids, masked)]
+        assert by_plugin([row], generating_tokenizer, max_length=length) == [(ids, masked)]
 
 
-# Only what the assistant says, and all of it
+# Labels of the assistant's turns
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
-def test_each_answer_is_trained_with_its_end_of_turn(tokenizer, name):
+def test_every_answer_is_trained_with_its_end_of_turn(tokenizer, name):
     messages = CONVERSATIONS[name]
     row = tokenize_row({"messages": messages}, ChatTokenizer(tokenizer))
-    assert spoken(row, tokenizer) == said(messages)
+    assert spoken(row, tokenizer) == answers_with_end(messages)
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     assert row["input_ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
 
@@ -188,14 +194,14 @@ hostile = st.lists(
 @example(["hi", ""], False)
 @example(["hi", "fine\n", "", "\n"], True)
 def test_hostile_turns_change_no_other_turns_labels(tokenizer, contents, trims):
-    """Up to the white space that a token may share with the template's own."""
+    """White space is not compared, because a token may join it to that of the template."""
     roles = ["user", "assistant"] * 3
     messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
     template = TRIMMED if trims else None
     row = tokenize_row({"messages": messages}, ChatTokenizer(tokenizer, template))
     trained = "".join(spoken(row, tokenizer))
-    assert "".join(trained.split()) == "".join("".join(said(messages)).split())
-    # the row's own length tells that nothing else was looked at
+    assert "".join(trained.split()) == "".join("".join(answers_with_end(messages)).split())
+    # all other text of the row is untrained
     untrained = [i for i, x in zip(row["input_ids"], row["labels"], strict=True) if x == -100]
     users = [m["content"] for m in messages if m["role"] == "user"]
     answers = len(messages) - len(users)
@@ -205,7 +211,7 @@ def test_hostile_turns_change_no_other_turns_labels(tokenizer, contents, trims):
     )
 
 
-def test_spaces_that_offsets_leave_out_are_trained(tokenizer):
+def test_spaces_outside_of_trimmed_offsets_are_trained(tokenizer):
     """GPT-2's and Llama 3's tokenizers trim offsets: a run of spaces has an empty one."""
     trimming = copy.deepcopy(tokenizer)
     trimming.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
@@ -213,11 +219,11 @@ def test_spaces_that_offsets_leave_out_are_trained(tokenizer):
     encoded = trimming("a   b", add_special_tokens=False, return_offsets_mapping=True)
     assert any(a == b for a, b in encoded["offset_mapping"])
     row = tokenize_row({"messages": messages}, ChatTokenizer(trimming))
-    assert spoken(row, trimming) == said(messages)
+    assert spoken(row, trimming) == answers_with_end(messages)
     assert row == tokenize_row({"messages": messages}, ChatTokenizer(tokenizer))
 
 
-def test_qwens_tokenizer(shared):
+def test_answers_are_trained_with_qwens_tokenizer(shared):
     tokenizer = AutoTokenizer.from_pretrained(shared / "guards" / "qwen3guard_gen")
     messages = [
         *CONVERSATIONS["spaces inside"],
@@ -228,7 +234,7 @@ def test_qwens_tokenizer(shared):
     found = [text.encode() for text in spoken(row, tokenizer)]
     assert found == [
         text.encode()
-        for text in said(
+        for text in answers_with_end(
             [
                 {**m, "content": m["content"].replace("e\u0301", "é")}
                 for m in messages  # NFC
@@ -237,7 +243,7 @@ def test_qwens_tokenizer(shared):
     ]
 
 
-def test_a_turn_that_ends_without_a_control_token(tokenizer):
+def test_answers_without_a_control_token_at_their_end_are_trained(tokenizer):
     template = "{%- for m in messages %}{{- m.role + ': ' + m.content + '\n' }}{%- endfor %}"
     row = {"messages": chat("u:hi", "a:fine", "u:assistant: no", "a:fine")}
     row = tokenize_row(row, ChatTokenizer(tokenizer, template))
@@ -270,7 +276,7 @@ def test_truncation_keeps_labels_and_tokens_together(tokenizer, name):
         assert assistant_labels(row | tail, ChatTokenizer(tokenizer)) == tail["labels"]
 
 
-def test_typed_content(tokenizer):
+def test_typed_content_has_the_tokens_of_its_text(tokenizer):
     template = (
         "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' }}"
         "{%- if m.content is string %}{{- m.content }}"
@@ -284,7 +290,7 @@ def test_typed_content(tokenizer):
     )
 
 
-def test_template_arguments_of_the_row(tokenizer):
+def test_tools_and_template_arguments_of_a_row_are_used(tokenizer):
     template = "{{- tools[0].name + mood + '\n' }}" + GENERATION
     row = {
         "messages": chat("u:hi", "a:fine"),
@@ -297,7 +303,7 @@ def test_template_arguments_of_the_row(tokenizer):
     assert assistant_labels(row | made, ChatTokenizer(tokenizer, template)) == made["labels"]
 
 
-def test_rows_are_cut_at_the_end_that_is_named(tokenizer):
+def test_rows_are_cut_at_the_given_end(tokenizer):
     row = {"prompt": "how are you?", "completion": " i am fine, thank you."}
     made = read_row(row, ChatTokenizer(tokenizer))
     ids, trained = truncate_row(made, None)

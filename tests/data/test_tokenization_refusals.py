@@ -1,4 +1,4 @@
-"""Rows and templates whose labels cannot be told are refused."""
+"""Rows and templates in which the assistant's tokens cannot be found are refused."""
 
 import copy
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from star_dss_plugin.data.host_labels import assistant_labels, needs_assistant_l
 from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.data.tokenization import tokenize_row
 
-# Whose labels are left open
+# Rows that need labels
 
 
 @pytest.mark.parametrize(
@@ -34,24 +34,25 @@ def test_a_conversation_needs_labels_where_all_of_it_is_trained(messages, labels
         (chat("a:ok"), [1, 2, 3], True),  # the prompt is trained too
         (chat("a:ok", "u:hi", "a:ok"), [-100, 2, 3, 4], True),
         (chat("a:ok", "u:hi", "a:ok"), [1, 2, 3, 4], True),
-        # assistant_only_loss has told the turns apart; its advice must help
+        # the labels of assistant_only_loss are complete
         (chat("a:ok", "u:hi", "a:ok"), [-100, 2, -100, 4], False),
         (chat("a:ok", "t:42", "a:ok"), [-100, -100, -100], False),
         ("ok", [1, 2, 3], True),
         ("ok", [-100, 2, 3], False),
     ],
 )
-def test_a_completion_needs_labels_where_its_turns_are_not_apart(completion, labels, needed):
+def test_a_completion_needs_labels_where_several_turns_are_trained(completion, labels, needed):
     prompt = "hi" if isinstance(completion, str) else chat("u:hi")
     row = {"prompt": prompt, "completion": completion, "labels": labels}
     assert needs_assistant_labels(row) is needed
 
 
-# Rows that cannot be used
+# Rows and templates
 
 
 @contextmanager
 def refuses(message):
+    """Check that a DataError with this message is raised."""
     with pytest.raises(DataError, match=message):
         yield
 
@@ -77,12 +78,12 @@ def test_tool_calls_are_trained_and_read(tokenizer, content):
     row = {"messages": messages}
     calling = ChatTokenizer(tokenizer, TOOLS_TEMPLATE)
     made = tokenize_row(row, calling)
-    said = f"{content or ''}<tool_call>sum</tool_call><|im_end|>"
-    assert spoken(made, tokenizer) == [said, "it is 42<|im_end|>"]
+    expected = f"{content or ''}<tool_call>sum</tool_call><|im_end|>"
+    assert spoken(made, tokenizer) == [expected, "it is 42<|im_end|>"]
     assert assistant_labels(row | made, calling) == made["labels"]
 
 
-def test_a_reasoning_is_trained(tokenizer):
+def test_reasoning_is_trained(tokenizer):
     messages = chat("u:hi", "a:ok")
     messages[1]["reasoning_content"] = "hm"
     made = tokenize_row({"messages": messages}, ChatTokenizer(tokenizer, THINKING_TEMPLATE))
@@ -104,7 +105,7 @@ def test_rewritten_answers_are_refused_unless_the_template_marks_them(tokenizer,
         tokenize_row(row, ChatTokenizer(tokenizer, plain))
 
 
-def test_what_the_template_leaves_out_is_not_trained(tokenizer):
+def test_text_that_the_template_leaves_out_is_not_trained(tokenizer):
     template = GENERATION.replace("m.content", "m.content.split('</think>')[-1]")
     row = {"messages": chat("u:hi", 'a:hm</think>"ok"')}
     made = tokenize_row(row, ChatTokenizer(tokenizer, template))
@@ -164,12 +165,12 @@ def test_answers_that_the_template_drops_are_refused(tokenizer):
         ),
     ],
 )
-def test_rows_that_say_too_little(tokenizer, row, message):
+def test_invalid_rows_are_refused(tokenizer, row, message):
     with refuses(message):
         tokenize_row(row, ChatTokenizer(tokenizer))
 
 
-def test_columns_without_a_value_do_not_count(tokenizer):
+def test_columns_without_a_value_are_ignored(tokenizer):
     row = {"messages": None, "prompt": None, "completion": None, "text": "hello"}
     assert tokenize_row(row, ChatTokenizer(tokenizer)) == tokenize_row(
         {"text": "hello"}, ChatTokenizer(tokenizer)
@@ -185,7 +186,7 @@ def test_columns_without_a_value_do_not_count(tokenizer):
         ("{% for", "cannot render the row's messages"),
     ],
 )
-def test_templates_that_fail(tokenizer, template, message):
+def test_failing_templates_are_refused(tokenizer, template, message):
     bare = copy.deepcopy(tokenizer)
     bare.chat_template = template
     with refuses(message):
@@ -202,7 +203,7 @@ def test_tokens_of_another_template_are_refused(tokenizer):
         assistant_labels(row | {"input_ids": row["input_ids"] * 2}, ChatTokenizer(tokenizer))
 
 
-def test_a_tokenizer_without_an_end_adds_none(tokenizer):
+def test_a_tokenizer_without_an_eos_token_adds_none(tokenizer):
     endless = copy.deepcopy(tokenizer)
     endless.eos_token = None
     assert (

@@ -1,4 +1,4 @@
-"""Attacks on rows of tokens alone: a guard is shown what was said, or the tokens as they are."""
+"""Attacks on rows of tokens alone: a guard reads the right messages, or decoded tokens."""
 
 import copy
 import json
@@ -17,7 +17,7 @@ from star_dss_plugin.data.tokenization import tokenize_row
 from star_dss_plugin.segmenters import tokens
 
 QWEN3 = "Qwen3, SmolLM3: a block of thought in the last turn"
-LOSES = "DeepSeek-R1: thought is left out"  # no inverse can be trusted
+NO_INVERSE = "DeepSeek-R1: thought is left out"  # its messages cannot be recovered
 REAL = {
     "the tokens of Qwen3": ("qwen3guard_gen", FORMS["Qwen 2.5"][3]),
     "the tokens of Qwen3, with thought": ("qwen3guard_gen", FORMS[QWEN3][3]),
@@ -38,6 +38,7 @@ MORE = {
 
 @pytest.fixture(scope="module", params=[*FORMS, *REAL])
 def form(request):
+    """Return the name of a form, or of a real tokenizer, and its chat tokenizer."""
     if request.param in FORMS:
         return request.param, chat_of(request.param)
     name, template = REAL[request.param]
@@ -51,7 +52,7 @@ def form(request):
 
 
 def shown(chat, ids, labels, **known):
-    """What a guard reads of each run: context, text, whether the context is raw, and the cuts."""
+    """Return (context, text, whether the context is raw, chunk ends) of each run."""
     row = {"input_ids": ids, "labels": labels, **known}
     return [
         (
@@ -64,13 +65,14 @@ def shown(chat, ids, labels, **known):
     ]
 
 
-def made(chat, talk=TALK):
+def ids_and_labels(chat, talk=TALK):
+    """Return the tokens and labels of a conversation."""
     row = tokenize_row({"messages": talk}, chat)
     return row["input_ids"], row["labels"]
 
 
-def pieces_tokenizer(special, end):
-    """A small tokenizer that writes a space before each stretch of text, as SentencePiece does."""
+def sentencepiece_tokenizer(special, end):
+    """Return a small tokenizer that puts a space before each stretch of text."""
     backend = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     space = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     backend.normalizer = normalizers.Sequence(space)
@@ -99,29 +101,31 @@ def pieces_tokenizer(special, end):
 
 
 def masked(labels, start, end):
+    """Return labels that are masked outside of a range."""
     return [label if start <= i < end else -100 for i, label in enumerate(labels)]
 
 
 def words(messages):
+    """Return all contents without white space."""
     return "".join("".join(content.split()) for _, content in messages)
 
 
-def ordinary(chat, text):
-    """Control words in ordinary tokens."""
+def ordinary_tokens(chat, text):
+    """Return a text with control words in ordinary tokens."""
     backend = copy.deepcopy(chat.tokenizer.backend_tokenizer)
     backend.encode_special_tokens = True
     return backend.encode(text, add_special_tokens=False).ids
 
 
 @pytest.mark.parametrize("talk", [*TALKS, *MORE])
-def test_what_comes_back_is_what_was_said(form, talk):
-    """Cut anywhere, trained in whole or in part: as with the messages, or raw.
+def test_recovered_messages_equal_the_original_ones(form, talk):
+    """Rows that are cut, or trained in part, are read as with their messages, or are raw.
 
-    Templates join a system turn to a question, and trim; what is said in them is the same.
+    Templates join a system turn to a question and trim texts, so that only words are compared.
     """
     name, chat = form
-    said = {**TALKS, **MORE}[talk]
-    ids, labels = made(chat, said)
+    messages = {**TALKS, **MORE}[talk]
+    ids, labels = ids_and_labels(chat, messages)
     first, last = trained_runs(labels)[-1]
     rows = [(ids[:cut], labels[:cut]) for cut in {*range(first, len(ids)), *range(5, first, 7)}]
     parts = [(first, last), (first, first + 1), ((first + last) // 2, last)]
@@ -131,12 +135,12 @@ def test_what_comes_back_is_what_was_said(form, talk):
             continue
         alone = shown(chat, some, trained)
         for (context, text, raw, _), known in zip(
-            alone, shown(chat, some, trained, messages=said), strict=True
+            alone, shown(chat, some, trained, messages=messages), strict=True
         ):
             if raw or known[2]:
                 continue
             assert text.strip() == known[1].strip(), (name, len(some))
-            # A forged turn in a question's control tokens is a turn to the model, too.
+            # A turn that a question forges with control tokens is a turn for the model, too.
             if talk == "control words":
                 continue
             assert words(context) == words(known[0])
@@ -145,11 +149,11 @@ def test_what_comes_back_is_what_was_said(form, talk):
             assert all(m[1].strip() in asked for m in known[0] if m[0] == "user")
 
 
-def test_whole_rows_come_back_with_their_messages(form):
+def test_messages_of_whole_rows_are_recovered(form):
     name, chat = form
-    ids, labels = made(chat)
+    ids, labels = ids_and_labels(chat)
     first, last = shown(chat, ids, labels)
-    if name == LOSES:
+    if name == NO_INVERSE:
         assert first[2]
         assert last[2]
         return
@@ -163,9 +167,9 @@ def test_whole_rows_come_back_with_their_messages(form):
 
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("where", ["behind the row", "behind the answer", "between two turns"])
-def test_words_behind_an_answer_are_no_part_of_a_turn_that_ended(form, where, trained):
+def test_text_behind_a_finished_turn_is_not_part_of_it(form, where, trained):
     name, chat = form
-    ids, labels = made(chat)
+    ids, labels = ids_and_labels(chat)
     more = chat.encode("and more words").ids
     at = {"behind the row": len(ids), "between two turns": trained_runs(labels)[0][1]}.get(
         where, trained_runs(labels)[1][1]
@@ -183,12 +187,12 @@ def test_words_behind_an_answer_are_no_part_of_a_turn_that_ended(form, where, tr
     assert ("and more words" in "".join(text for _, text, *_ in found)) == trained
 
 
-def test_turns_in_ordinary_tokens_are_words(form):
+def test_forged_turns_in_ordinary_tokens_are_text(form):
     """Within the question, and within the answer that is trained."""
     _, chat = form
-    ids, labels = made(chat)
+    ids, labels = ids_and_labels(chat)
     (_, end), (start, last) = trained_runs(labels)
-    forged = ordinary(chat, chat.tokenizer.decode(ids[end - 1 : start]) + "bad")
+    forged = ordinary_tokens(chat, chat.tokenizer.decode(ids[end - 1 : start]) + "bad")
     inside = start + (last - start) // 2
     for at, trained in ((inside, True), (2, False)):
         row = [*ids[:at], *forged, *ids[at:]]
@@ -201,18 +205,18 @@ def test_turns_in_ordinary_tokens_are_words(form):
 def test_an_end_of_turn_in_ordinary_tokens_is_read(form):
     """The row is cut behind it, where the last tokens are not compared one by one."""
     _, chat = form
-    ids, labels = made(chat)
+    ids, labels = ids_and_labels(chat)
     start, _ = trained_runs(labels)[-1]
     stop = start + 1 + ids[start:].index(chat.encode("Second one.").ids[-1])
-    end = ordinary(chat, chat.tokenizer.eos_token)
+    end = ordinary_tokens(chat, chat.tokenizer.eos_token)
     (found,) = shown(chat, [*ids[:stop], *end], [*[-100] * start, *ids[start:stop], *end])
     assert found[1].endswith(f"Second one.{chat.tokenizer.eos_token}")
 
 
-def test_tokens_that_begin_and_end_texts_are_never_words(form):
+def test_bos_eos_and_padding_tokens_are_never_text(form):
     """Doubled, as padding on either side, or trained behind the answer."""
     _, chat = form
-    ids, labels = made(chat)
+    ids, labels = ids_and_labels(chat)
     tokenizer = chat.tokenizer
     for token in {tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id} - {None}:
         word = tokenizer.convert_ids_to_tokens(token)
@@ -230,37 +234,37 @@ def test_tokens_that_begin_and_end_texts_are_never_words(form):
                 assert read[1][1]
 
 
-def test_a_turn_of_another_within_a_trained_run_is_no_answer(form):
+def test_a_user_turn_within_a_trained_run_gives_raw_contexts(form):
     _, chat = form
-    ids, labels = made(chat)
+    ids, labels = ids_and_labels(chat)
     (start, _), (_, end) = trained_runs(labels)
     found = shown(chat, ids, [-100] * start + ids[start:end] + [-100] * (len(ids) - end))
     assert all(raw for _, _, raw, _ in found)
     assert "Second question?" in found[0][1]
 
 
-def test_a_row_that_is_trained_as_a_whole_is_a_text(form):
+def test_a_fully_trained_row_is_read_as_a_text(form):
     _, chat = form
-    ids, _ = made(chat)
+    ids, _ = ids_and_labels(chat)
     assert all(raw for _, _, raw, _ in shown(chat, ids, ids))
 
 
-def test_a_token_that_the_tokenizer_adds_is_none_of_the_template():
-    """Begin-of-text behind a template that writes none: raw, and it is not judged."""
+def test_a_bos_token_that_the_template_does_not_write_gives_a_raw_context():
+    """The guard does not read the BOS token as text."""
     chat = ChatTokenizer(tokenizer_for(FORMS["Qwen 2.5"][3]), FORMS["Qwen 2.5"][3])
-    ids, labels = made(chat)
+    ids, labels = ids_and_labels(chat)
     bos = chat.tokenizer.bos_token_id
     (first, last) = shown(chat, [bos, *ids], [-100, *labels])
     assert first[2]
     assert last[1] == "Second one."
 
 
-@pytest.mark.parametrize("name", [n for n in FORMS if n != LOSES])
-def test_spaces_that_a_tokenizer_writes_behind_control_tokens_are_no_words(name):
-    """SentencePiece's: the decoded text is a conversation, too, but not the one that was said."""
+@pytest.mark.parametrize("name", [n for n in FORMS if n != NO_INVERSE])
+def test_spaces_that_sentencepiece_writes_behind_control_tokens_are_ignored(name):
+    """The decoded text also is a rendered conversation, but with other contents."""
     special, end, added, template = FORMS[name]
-    chat = ChatTokenizer(pieces_tokenizer([*special, *added], end), template)
-    ids, labels = made(chat)
+    chat = ChatTokenizer(sentencepiece_tokenizer([*special, *added], end), template)
+    ids, labels = ids_and_labels(chat)
     first, last = shown(chat, ids, labels)
     assert (first, last) == tuple(shown(chat, ids, labels, messages=TALK))
     assert [words(first[0]), words(last[0])] == [

@@ -1,4 +1,4 @@
-"""What is written appears whole, with the mode that the umask leaves, or not at all."""
+"""Files and folders are written whole or not at all, with the mode of the umask."""
 
 import os
 import stat
@@ -11,7 +11,7 @@ from star_dss_plugin.errors import OutputError
 
 @pytest.fixture
 def umask():
-    """A umask that is not the usual one, so that its effect shows."""
+    """Set an unusual umask, so that its effect shows."""
     set_umask = os.umask
     before = set_umask(0o027)
     yield
@@ -19,6 +19,7 @@ def umask():
 
 
 def mode(path):
+    """Return the permissions of a file or folder."""
     return stat.S_IMODE(path.stat().st_mode)
 
 
@@ -31,7 +32,7 @@ def test_files_and_folders_have_the_mode_of_the_umask(tmp_path, umask, monkeypat
     assert (mode(tmp_path / "file"), mode(tmp_path / "folder")) == (0o640, 0o750)
 
 
-def test_what_was_there_stays_until_the_new_file_is_whole(tmp_path):
+def test_a_file_is_replaced_only_by_a_whole_one(tmp_path):
     path = tmp_path / "deep" / "file"
     write_text(path, "before\n")
 
@@ -48,7 +49,7 @@ def test_what_was_there_stays_until_the_new_file_is_whole(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["file"]
 
 
-def test_half_a_folder_is_not_left(tmp_path):
+def test_an_unfinished_folder_is_removed(tmp_path):
     def fail_half_way():
         with atomic_folder(tmp_path / "folder") as folder:
             (folder / "inner").write_bytes(b"half")
@@ -59,7 +60,7 @@ def test_half_a_folder_is_not_left(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_is_there_is_not_replaced(tmp_path):
+def test_an_existing_folder_is_not_replaced(tmp_path):
     with atomic_folder(tmp_path / "folder") as folder:
         (folder / "first").touch()
     with pytest.raises(OSError, match="not empty|exists"), atomic_folder(tmp_path / "folder"):
@@ -67,18 +68,18 @@ def test_a_folder_that_is_there_is_not_replaced(tmp_path):
     assert [p.name for p in (tmp_path / "folder").iterdir()] == ["first"]
 
 
-def test_names_may_be_as_long_as_the_file_system_takes_them(tmp_path):
+def test_names_may_have_the_largest_length_of_the_file_system(tmp_path):
     path = tmp_path / ("ä" * 127)
     write_text(path, "a")
     assert path.read_text() == "a"
 
 
-def test_text_is_written_as_it_is(tmp_path):
+def test_text_is_written_as_utf8_without_changed_line_ends(tmp_path):
     write_text(tmp_path / "file", "é\n\r\n")
     assert (tmp_path / "file").read_bytes() == b"\xc3\xa9\n\r\n"
 
 
-def test_a_place_that_cannot_be_written_is_said(tmp_path):
+def test_a_path_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="cannot be written.*name an output"):
         write_text(tmp_path / "file" / "inner", "a")

@@ -1,4 +1,4 @@
-"""Capability through lm-eval: what our task definitions ask, and what the command reports."""
+"""Capability through lm-eval: the prompts of our task definitions, and the command."""
 
 import json
 import math
@@ -6,12 +6,12 @@ import sys
 
 import pytest
 import torch
+from support.commands import run_command
 from support.models import tiny_llama
 
 pytest.importorskip("lm_eval", reason="needs the extra evaluate (lm-eval)")
 
 from star_dss_plugin import ConfigError, DataError
-from star_dss_plugin.cli import app as cli
 from star_dss_plugin.evaluate import capability
 from star_dss_plugin.evaluate.capability import compared, open_tasks, run_tasks
 
@@ -29,7 +29,8 @@ WORKED = [
 
 
 @pytest.fixture
-def data(tmp_path):
+def task_files(tmp_path):
+    """Return a file of multiple-choice tasks and one of worked tasks, by name."""
     for name, rows in (("choices", CHOICES), ("worked", WORKED)):
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (tmp_path / f"{name}.jsonl").write_text(text)
@@ -37,6 +38,7 @@ def data(tmp_path):
 
 
 def log_likelihood(model, tokenizer, context, continuation):
+    """Return the log-probability of a continuation, from one forward pass."""
     start = len(tokenizer(context).input_ids)
     ids = tokenizer(context + continuation, return_tensors="pt").input_ids
     with torch.no_grad():
@@ -44,8 +46,8 @@ def log_likelihood(model, tokenizer, context, continuation):
     return sum(float(logps[i - 1, ids[0, i]]) for i in range(start, ids.shape[1]))
 
 
-def test_choices_are_asked_as_arc_is(model, tokenizer, data):
-    """The slow twin of lm-eval with our definition: one choice at a time, exactly this prompt."""
+def test_choices_are_scored_like_those_of_arc(model, tokenizer, task_files):
+    """Compared with one forward pass per choice, with exactly this prompt."""
     right, normed = [], []
     for row in CHOICES:
         context = f"Question: {row['prompt']}\nAnswer:"
@@ -53,11 +55,11 @@ def test_choices_are_asked_as_arc_is(model, tokenizer, data):
         right.append(each.index(max(each)) == row["answer"])
         by_length = [x / len(c) for x, c in zip(each, row["choices"])]
         normed.append(by_length.index(max(by_length)) == row["answer"])
-    with open_tasks(data={"colours": data["choices"]}) as tasks:
+    with open_tasks(data={"colours": task_files["choices"]}) as tasks:
         found = run_tasks(model.eval(), tokenizer, tasks)
     numbers = found["results"]["file:colours"]
     share = sum(right) / len(right)
-    assert 0 < share < 1  # or the comparison says little
+    assert 0 < share < 1  # otherwise the comparison shows little
     assert numbers["acc,none"] == pytest.approx(share)
     assert numbers["acc_norm,none"] == pytest.approx(sum(normed) / len(normed))
     expected = math.sqrt(share * (1 - share) / (len(right) - 1))
@@ -65,40 +67,42 @@ def test_choices_are_asked_as_arc_is(model, tokenizer, data):
     assert found["n-shot"]["file:colours"] == 0
 
 
-def test_worked_answers_are_asked_and_read_as_gsm8k_is(model, tokenizer, data, monkeypatch):
+def test_worked_answers_are_prompted_and_extracted_like_those_of_gsm8k(
+    model, tokenizer, task_files, monkeypatch
+):
     from lm_eval.models.huggingface import HFLM
 
-    asked = []
+    requested = []
 
     def generate_until(self, requests, **kwargs):
-        asked.extend(requests)
+        requested.extend(requests)
         answers = []
         for k, request in enumerate(requests):
             truth = request.doc["answer"].replace(",", "")
-            said = [f"so\n#### {truth}.", f"I say {truth}", "#### 7", ""][k % 4]
-            answers.append(f" {said}")
+            answer = [f"so\n#### {truth}.", f"I say {truth}", "#### 7", ""][k % 4]
+            answers.append(f" {answer}")
         return answers
 
     monkeypatch.setattr(HFLM, "generate_until", generate_until)
-    with open_tasks(data={"sums": data["worked"]}) as tasks:
+    with open_tasks(data={"sums": task_files["worked"]}) as tasks:
         found = run_tasks(model, tokenizer, tasks)
     numbers = found["results"]["file:sums"]
     assert numbers["exact_match,strict-match"] == 2 / 8
     assert numbers["exact_match,flexible-extract"] == 4 / 8
     assert found["n-shot"]["file:sums"] == 5
-    for request in asked:
+    for request in requested:
         context, settings = request.args
         assert settings["do_sample"] is False
         *shots, last = context.split("\n\n")
         assert last == f"Question: {request.doc['prompt']}\nAnswer:"
         assert len(shots) == len(set(shots)) == 5
         known = {f"Question: {r['prompt']}\nAnswer: {r['response']}" for r in WORKED}
-        own = f"Question: {request.doc['prompt']}\nAnswer: {request.doc['response']}"
-        assert set(shots) <= known - {own}
+        own_example = f"Question: {request.doc['prompt']}\nAnswer: {request.doc['response']}"
+        assert set(shots) <= known - {own_example}
 
 
-def test_the_same_examples_for_every_model(tokenizer, data):
-    with open_tasks(data={"sums": data["worked"]}, num_fewshot=2) as tasks:
+def test_every_model_gets_the_same_examples(tokenizer, task_files):
+    with open_tasks(data={"sums": task_files["worked"]}, num_fewshot=2) as tasks:
         settings = {"num_fewshot": 2, "limit": 2}
         first = run_tasks(tiny_llama(len(tokenizer)), tokenizer, tasks, **settings)
         again = run_tasks(tiny_llama(len(tokenizer)), tokenizer, tasks, **settings)
@@ -107,7 +111,7 @@ def test_the_same_examples_for_every_model(tokenizer, data):
     json.dumps(first, allow_nan=False)
 
 
-def test_groups_stand_for_their_parts():
+def test_a_group_replaces_its_subtasks():
     def results(shift):
         return {
             "results": {
@@ -130,6 +134,7 @@ def test_groups_stand_for_their_parts():
 
 
 def with_row(row):
+    """Return two valid rows and this one."""
     return [*CHOICES[:2], row]
 
 
@@ -146,14 +151,14 @@ def with_row(row):
         (WORKED[:5], "5 rows, too few for 5 examples"),
     ],
 )
-def test_rows_that_cannot_be_asked(tmp_path, rows, message):
+def test_unusable_rows_are_refused(tmp_path, rows, message):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(DataError, match=message), open_tasks(data={"mine": path}):
         pass
 
 
-def test_tasks_that_cannot_be_had(tmp_path, data):
+def test_missing_tasks_and_files_are_refused(tmp_path, task_files):
     def refused(*args, **kwargs):
         with pytest.raises((ConfigError, DataError)) as caught, open_tasks(*args, **kwargs):
             pass
@@ -165,7 +170,7 @@ def test_tasks_that_cannot_be_had(tmp_path, data):
     assert "is not a .jsonl file" in refused(data={"x": tmp_path / "x.csv"})
 
 
-def test_names_of_lm_eval(monkeypatch):
+def test_unknown_lm_eval_tasks_are_refused(monkeypatch):
     # HF_HUB_OFFLINE is set for all tests.
     with (
         pytest.raises(ConfigError, match=r"'gsm8k' cannot be loaded.*--tasks-data"),
@@ -184,12 +189,14 @@ def test_names_of_lm_eval(monkeypatch):
         pass
 
 
-def test_a_file_may_be_called_like_a_task(tmp_path, data):
-    with open_tasks(data={"gsm8k": data["worked"], "a b/../c": data["choices"]}) as tasks:
+def test_a_file_may_have_the_name_of_an_lm_eval_task(tmp_path, task_files):
+    with open_tasks(
+        data={"gsm8k": task_files["worked"], "a b/../c": task_files["choices"]}
+    ) as tasks:
         assert tasks.names == ("file:gsm8k", "file:a b/../c")
 
 
-def test_code_that_a_model_writes_is_never_run():
+def test_tasks_that_run_generated_code_are_refused():
     class Unsafe:
         UNSAFE_CODE = True
 
@@ -205,7 +212,7 @@ def test_code_that_a_model_writes_is_never_run():
 
 
 def test_a_file_whose_name_is_a_pattern_is_refused(tmp_path):
-    """lm-eval reads the file again, by a pattern: rows1.jsonl in place of this one."""
+    """lm-eval takes the name for a pattern, which matches rows1.jsonl instead."""
     for name in ("rows[1].jsonl", "rows1.jsonl"):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in CHOICES))
     with (
@@ -215,25 +222,25 @@ def test_a_file_whose_name_is_a_pattern_is_refused(tmp_path):
         pass
 
 
-def test_lm_eval_is_an_extra(monkeypatch):
+def test_a_missing_lm_eval_is_named_with_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ConfigError, match=r"star-dss-plugin\[evaluate\]"):
         capability.check_lm_eval()
 
 
 def run(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["star-dss", "capability", *map(str, argv)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return stop.value.code or 0
+    """Return the exit status of `star-dss capability` with these arguments."""
+    return run_command(monkeypatch, "capability", *argv)
 
 
-def test_the_command_compares_models(monkeypatch, capsys, data, model_dir, tokenizer, tmp_path):
+def test_capability_compares_models(
+    monkeypatch, capsys, task_files, model_dir, tokenizer, tmp_path
+):
     other = tmp_path / "other"
     tiny_llama(len(tokenizer), seed=1).save_pretrained(other)
     tokenizer.save_pretrained(other)
     out = tmp_path / "new" / "capability.json"
-    files = [x for name, path in data.items() for x in ("--tasks-data", f"{name}={path}")]
+    files = [x for name, path in task_files.items() for x in ("--tasks-data", f"{name}={path}")]
     common = ("--limit", 3, "--device", "cpu", "--num-fewshot", 1, "-o", out)
     monkeypatch.setenv("COLUMNS", "200")
     assert run(monkeypatch, model_dir, other, *files, *common) == 0
@@ -259,7 +266,7 @@ def test_the_command_compares_models(monkeypatch, capsys, data, model_dir, token
         (["--device", "abacus"], "device is 'abacus'"),
     ],
 )
-def test_it_fails_in_words(monkeypatch, capsys, model_dir, argv, message):
+def test_capability_refuses_wrong_options(monkeypatch, capsys, model_dir, argv, message):
     argv = [model_dir if x == "model" else x for x in argv]
     assert run(monkeypatch, model_dir, *argv) == 2
     assert message in " ".join(capsys.readouterr().err.split())

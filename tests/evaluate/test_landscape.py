@@ -1,11 +1,11 @@
-"""The safety landscape: its points, VISAGE, and points that are kept."""
+"""The safety landscape: its points, VISAGE, and the file that keeps the points."""
 
 import math
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.landscape import OUT, PROMPTS, slow_visage
+from support.landscape import PLACE, PROMPTS, slow_visage
 from support.models import tiny_llama
 
 from star_dss_plugin import ConfigError, DataError
@@ -23,11 +23,11 @@ from star_dss_plugin.evaluate.moved_weights import MovedWeights
 
 @settings(deadline=None, max_examples=200)
 @given(st.lists(st.one_of(st.just(100.0), st.floats(0, 100)), max_size=30))
-def test_visage_is_the_mean_margin(rates):
+def test_visage_is_the_mean_distance_to_100(rates):
     found = visage(rates)
     assert found == pytest.approx(slow_visage(rates), rel=1e-12, abs=1e-300)
     assert 0 <= found <= 100
-    assert visage([*rates, 100.0]) == found  # where every attack succeeds nothing is added
+    assert visage([*rates, 100.0]) == found  # a rate of 100 adds nothing
 
 
 def test_visage_of_known_curves():
@@ -41,7 +41,7 @@ def test_visage_of_known_curves():
     assert attack_success([True, False, False, True, True]) == 40
 
 
-def test_the_points():
+def test_lines_and_grids_have_the_documented_points():
     lines = random_lines()
     assert len(lines) == 3 * 21
     assert len({s.place for s in lines}) == 61  # the model itself is on each line
@@ -72,7 +72,7 @@ def test_the_points():
             make()
 
 
-def test_answers_and_verdicts_are_counted():
+def test_wrong_numbers_of_answers_and_verdicts_are_refused():
     model = tiny_llama()
     for answers, verdicts in ((["a"], [True]), (["a", "b"], [True])):
         with (
@@ -90,7 +90,7 @@ def test_answers_and_verdicts_are_counted():
             )
 
 
-def test_a_landscape_is_put_together():
+def test_points_are_put_together_to_a_landscape():
     samples = random_lines(directions=2, steps=2)
     safe = {(): [True, True], (("random 1", -0.5),): [False, False]}
     safe[(("random 1", 0.5),)] = safe[(("random 2", 0.5),)] = [True, False]
@@ -105,40 +105,40 @@ def test_a_landscape_is_put_together():
     assert (toward.visage, toward.curves[0].visage, toward.centre) == (None, None, 0)
 
 
-# The file of points.
+# The file of points
 
-BOUND = {"model": "a" * 64, "seed": 0, "judge": {"guard": ("x", 1)}}
+IDENTITY = {"model": "a" * 64, "seed": 0, "judge": {"guard": ("x", 1)}}
 
 
-def test_points_are_kept_and_half_a_line_is_not(tmp_path):
+def test_points_are_kept_and_a_torn_line_is_dropped(tmp_path):
     path = tmp_path / "new" / "points.jsonl"
-    file = PointsFile(path, BOUND, 2)
+    file = PointsFile(path, IDENTITY, 2)
     assert file.known == {}
     file.add((), [True, False])
-    file.add(OUT, [False, False])
-    again = PointsFile(path, BOUND, 2)
-    assert again.known == {(): [True, False], OUT: [False, False]}
+    file.add(PLACE, [False, False])
+    again = PointsFile(path, IDENTITY, 2)
+    assert again.known == {(): [True, False], PLACE: [False, False]}
     path.write_bytes(path.read_bytes()[:-7])  # a killed run
-    torn = PointsFile(path, BOUND, 2)
+    torn = PointsFile(path, IDENTITY, 2)
     assert torn.known == {(): [True, False]}
-    torn.add(OUT, [True, True])
-    assert PointsFile(path, BOUND, 2).known == {(): [True, False], OUT: [True, True]}
+    torn.add(PLACE, [True, True])
+    assert PointsFile(path, IDENTITY, 2).known == {(): [True, False], PLACE: [True, True]}
     path.write_bytes(path.read_bytes()[:9])  # killed while the first line was written
-    empty = PointsFile(path, BOUND, 2)
+    empty = PointsFile(path, IDENTITY, 2)
     empty.add((), [True, True])
-    assert PointsFile(path, BOUND, 2).known == {(): [True, True]}
+    assert PointsFile(path, IDENTITY, 2).known == {(): [True, True]}
 
 
 def test_points_of_another_landscape_are_refused(tmp_path):
     path = tmp_path / "points.jsonl"
-    PointsFile(path, BOUND, 2).add((), [True, False])
+    PointsFile(path, IDENTITY, 2).add((), [True, False])
     with pytest.raises(ConfigError, match=r"seed was 0 and is now 1.*Name another output folder"):
-        PointsFile(path, {**BOUND, "seed": 1}, 2)
+        PointsFile(path, {**IDENTITY, "seed": 1}, 2)
     with pytest.raises(ConfigError, match=r"model was 'aaa.*… and is now"):
-        PointsFile(path, {**BOUND, "model": "b" * 64}, 2)
+        PointsFile(path, {**IDENTITY, "model": "b" * 64}, 2)
     with pytest.raises(DataError, match="2 verdicts for 3 prompts"):
-        PointsFile(path, BOUND, 3)
+        PointsFile(path, IDENTITY, 3)
     for text in ("[1]\n", "no json\n", '{"a": 1}\n', path.read_text() + '{"place": 3}\n'):
         path.write_text(text)
         with pytest.raises(DataError, match="not a file of landscape points"):
-            PointsFile(path, BOUND, 2)
+            PointsFile(path, IDENTITY, 2)

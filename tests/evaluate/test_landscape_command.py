@@ -1,34 +1,32 @@
-"""The command that measures a safety landscape."""
+"""`star-dss landscape`: its results, its figure and its errors."""
 
 import json
 
 import pytest
-import torch
 from support.commands import run_command
 from support.guards import WordGuard
-from support.landscape import OUT, PROMPTS, slow_visage
+from support.landscape import PROMPTS, slow_visage
 from support.models import tiny_llama
-from support.paths import ROOT
-from typer.main import get_command
 
 from star_dss_plugin import ConfigError
-from star_dss_plugin.cli import app as cli
-from star_dss_plugin.evaluate.landscape import grid, random_lines
+from star_dss_plugin.evaluate.landscape import (
+    grid,
+    random_lines,
+)
 from star_dss_plugin.evaluate.landscape_figure import write_landscape
 from star_dss_plugin.evaluate.landscape_points import assemble_landscape
 from star_dss_plugin.evaluate.models import load_whole_model
 from star_dss_plugin.evaluate.moved_weights import MovedWeights
-from star_dss_plugin.models.fingerprints import weights_digest
-
-# The command.
 
 
 def run(monkeypatch, *argv):
+    """Return the exit status of `star-dss landscape` with these arguments."""
     return run_command(monkeypatch, "landscape", *argv)
 
 
 @pytest.fixture
-def asked(tmp_path):
+def prompts_file(tmp_path):
+    """Return a file of two prompts."""
     path = tmp_path / "prompts.jsonl"
     rows = [{"prompt": "is this bad?"}, {"prompt": "who is lazy?"}, {"prompt": PROMPTS[1]}]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows[:2]))
@@ -39,10 +37,12 @@ SMALL = ("--max-new-tokens", 6, "--steps", 2, "-q", "--device", "cpu")
 JUDGE = json.dumps({"preset": "test-words", "word": "e"})
 
 
-def test_the_command_measures_draws_and_goes_on(monkeypatch, capsys, asked, model_dir, tmp_path):
+def test_landscape_measures_points_writes_a_figure_and_resumes(
+    monkeypatch, capsys, prompts_file, model_dir, tmp_path
+):
     pytest.importorskip("matplotlib")
     out = tmp_path / "out"
-    common = (model_dir, "--prompts", asked, "--judge", JUDGE, *SMALL)
+    common = (model_dir, "--prompts", prompts_file, "--judge", JUDGE, *SMALL)
     assert run(monkeypatch, *common, "-o", out, "--directions", 2) == 0
     printed = capsys.readouterr().out
     assert "6 points (5 distinct), 0 of them known, 2 prompts each, judged by test-words" in printed
@@ -65,7 +65,7 @@ def test_the_command_measures_draws_and_goes_on(monkeypatch, capsys, asked, mode
     assert "2 of them known" in capsys.readouterr().out
     assert len(judged) == 3
     assert json.loads((out / "landscape.json").read_text()) == found
-    # More points of the same landscape; then a landscape that is not the same.
+    # More points of the same landscape are added; another landscape is refused.
     assert run(monkeypatch, *common, "-o", out, "--directions", 3, "--no-figure") == 0
     assert "5 of them known" in capsys.readouterr().out
     assert run(monkeypatch, *common, "-o", out, "--seed", 1) == 2
@@ -73,8 +73,10 @@ def test_the_command_measures_draws_and_goes_on(monkeypatch, capsys, asked, mode
     assert len(points.read_text().splitlines()) == 8
 
 
-def test_the_answers_are_those_of_the_moved_model(monkeypatch, asked, model_dir, tmp_path):
-    """What the command measures at a place is what a model saved with those weights answers."""
+def test_answers_at_a_place_are_those_of_a_model_with_these_weights(
+    monkeypatch, prompts_file, model_dir, tmp_path
+):
+    """Compared with a model that was saved with the weights of that place."""
     out = tmp_path / "out"
     seen = []
     scores = WordGuard.score
@@ -84,7 +86,7 @@ def test_the_answers_are_those_of_the_moved_model(monkeypatch, asked, model_dir,
         return scores(self, conversations)
 
     monkeypatch.setattr(WordGuard, "score", score)
-    common = ("--prompts", asked, "--judge", JUDGE, *SMALL, "--no-figure")
+    common = ("--prompts", prompts_file, "--judge", JUDGE, *SMALL, "--no-figure")
     assert run(monkeypatch, model_dir, *common, "-o", out, "--directions", 1) == 0
     model, tokenizer = load_whole_model(str(model_dir))
     weights = MovedWeights(model)
@@ -99,12 +101,14 @@ def test_the_answers_are_those_of_the_moved_model(monkeypatch, asked, model_dir,
     assert seen[0] != last
 
 
-def test_the_way_to_another_model(monkeypatch, capsys, asked, model_dir, tokenizer, tmp_path):
+def test_landscape_measures_the_line_toward_another_model(
+    monkeypatch, capsys, prompts_file, model_dir, tokenizer, tmp_path
+):
     pytest.importorskip("matplotlib")
     other = tmp_path / "other"
     tiny_llama(len(tokenizer), seed=1).save_pretrained(other)
     tokenizer.save_pretrained(other)
-    common = (model_dir, "--prompts", asked, "--judge", JUDGE, *SMALL, "--toward", other)
+    common = (model_dir, "--prompts", prompts_file, "--judge", JUDGE, *SMALL, "--toward", other)
     assert run(monkeypatch, *common, "-o", tmp_path / "line", "--beyond", 0.5) == 0
     out = capsys.readouterr().out
     assert "+1.500" in out
@@ -133,54 +137,27 @@ def test_the_way_to_another_model(monkeypatch, capsys, asked, model_dir, tokeniz
         ({"--toward": "wider"}, "no line between these models"),
     ],
 )
-def test_it_fails_in_words(monkeypatch, capsys, asked, model_dir, tmp_path, changes, message):
+def test_landscape_refuses_wrong_options(
+    monkeypatch, capsys, prompts_file, model_dir, tmp_path, changes, message
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"text": "x"}\n')
     if "--toward" in changes:
         tiny_llama(400, hidden_size=64).save_pretrained("wider")
         load_whole_model(str(model_dir))[1].save_pretrained("wider")
-    options = {"model": model_dir, "--prompts": asked, "--no-figure": None, "-q": None, **changes}
+    options = {
+        "model": model_dir,
+        "--prompts": prompts_file,
+        "--no-figure": None,
+        "-q": None,
+        **changes,
+    }
     model = options.pop("model")
     argv = [x for pair in options.items() for x in pair if x is not None]
     assert run(monkeypatch, model, *argv) == 2
     err = " ".join(capsys.readouterr().err.split())
     assert message in err
     assert "Traceback" not in err
-
-
-def test_an_adapter_is_merged(model_dir, tmp_path):
-    peft = pytest.importorskip("peft")
-    base, tokenizer = load_whole_model(str(model_dir))
-    plain = weights_digest(base)
-    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
-    adapted = peft.get_peft_model(base, config)
-    ids = torch.tensor([[5, 6, 7]])
-    with torch.no_grad():
-        expected = adapted.eval()(ids).logits
-    adapted.peft_config["default"].base_model_name_or_path = str(model_dir)
-    adapted.save_pretrained(tmp_path / "adapter")
-    tokenizer.save_pretrained(tmp_path / "adapter")
-    merged, _ = load_whole_model(str(tmp_path / "adapter"))
-    assert not any("lora" in name for name, _ in merged.named_parameters())
-    with torch.no_grad():
-        assert torch.allclose(merged(ids).logits, expected, atol=1e-5)
-    assert weights_digest(merged) != plain
-    assert weights_digest(load_whole_model(str(model_dir))[0]) == plain
-    with MovedWeights(merged) as weights:
-        weights.move(OUT)
-
-
-def test_weights_that_are_missing_are_not_made_up(model_dir, tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    model, tokenizer = load_whole_model(str(model_dir))
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    held = load_file(tmp_path / "model.safetensors")
-    del held["model.layers.0.mlp.up_proj.weight"]
-    save_file(held, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ConfigError, match=r"lack the weights.*up_proj"):
-        load_whole_model(str(tmp_path))
 
 
 def test_figures_of_several_models(tmp_path):
@@ -193,17 +170,3 @@ def test_figures_of_several_models(tmp_path):
     flat = assemble_landscape(plane, {s.place: [True] for s in plane})
     with pytest.raises(ConfigError, match="one landscape at a time"):
         write_landscape({"a": flat, "b": one}, tmp_path / "no.png")
-
-
-def test_every_option_is_documented():
-
-    docs = ROOT / "docs"
-    for command in ("evaluate", "landscape", "capability"):
-        text = (docs / f"{command}.md").read_text()
-        rows = [line for line in text.splitlines() if line.startswith("| `-")]
-        for param in get_command(cli.app).commands[command].params:
-            for name in (o for o in param.opts if o.startswith("-") and o != "--help"):
-                default = "none" if param.default is None else str(param.default)
-                default = "required" if param.required else default
-                row = next(r for r in rows if f"`{name}`" in r.split("|")[1])
-                assert row.split("|")[2].strip().strip("`") == default, name

@@ -7,12 +7,10 @@ from hypothesis import strategies as st
 
 from star_dss_plugin.evaluate.statistics import bootstrap_share, paired_difference
 
-# Shares and intervals
-
 
 @given(st.lists(st.booleans(), min_size=1, max_size=40), st.integers(0, 5))
 @settings(max_examples=40, deadline=None)
-def test_the_interval_is_that_of_resampled_means(hits, seed):
+def test_the_interval_equals_that_of_resampled_means(hits, seed):
     found = bootstrap_share(hits, resamples=300, seed=seed)
     draw = np.random.default_rng(seed)
     means = [
@@ -24,7 +22,7 @@ def test_the_interval_is_that_of_resampled_means(hits, seed):
     assert found.count == len(hits)
 
 
-def test_the_interval_covers_as_often_as_it_says():
+def test_the_interval_has_its_nominal_coverage():
     draw = np.random.default_rng(0)
     covered = 0
     for i in range(300):
@@ -33,13 +31,13 @@ def test_the_interval_covers_as_often_as_it_says():
     assert 0.90 <= covered / 300 <= 0.98
 
 
-def test_batches_of_resamples_are_one_draw():
+def test_resamples_are_deterministic_and_depend_on_their_number():
     hits = [True, False, True] * 5
     assert bootstrap_share(hits, resamples=2500) == bootstrap_share(hits, resamples=2500)
     assert bootstrap_share(hits, resamples=2500).low != bootstrap_share(hits, resamples=1).low
 
 
-def test_pairs_cancel_what_is_hard_for_both():
+def test_paired_differences_have_narrow_intervals():
     one = [i % 2 == 0 for i in range(60)]
     assert paired_difference(one, one) == paired_difference(one, one)
     same = paired_difference(one, one)

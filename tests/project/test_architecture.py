@@ -1,4 +1,4 @@
-"""The page on the architecture says what the code does: functions, their order, and the floors."""
+"""The page on the architecture matches the code: functions, their order, and the layers."""
 
 import json
 import pkgutil
@@ -15,21 +15,17 @@ from star_dss_plugin import attach, score_dataset
 from star_dss_plugin.data.reading import read_dataset
 
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
-TRIP = re.findall(r"^\| (\d+) \| `([\w.]+)` \|", PAGE, flags=re.MULTILINE)
+CALLS = re.findall(r"^\| (\d+) \| `([\w.]+)` \|", PAGE, flags=re.MULTILINE)
 
 
-def found(name):
+def resolved(name):
+    """Return the object of this name within the package."""
     return pkgutil.resolve_name(f"star_dss_plugin.{name}")
 
 
-def test_the_trip_is_numbered():
-    assert [int(number) for number, _ in TRIP] == list(range(1, len(TRIP) + 1))
-    assert len(TRIP) > 10
-
-
-@pytest.mark.parametrize("name", [name for _, name in TRIP])
-def test_every_function_of_the_trip_exists(name):
-    assert callable(found(name))
+def test_the_calls_are_numbered():
+    assert [int(number) for number, _ in CALLS] == list(range(1, len(CALLS) + 1))
+    assert len(CALLS) > 10
 
 
 def test_modules_and_functions_in_the_text_exist():
@@ -39,15 +35,17 @@ def test_modules_and_functions_in_the_text_exist():
         assert (package / inside).exists() or (ROOT / path).exists(), path
     for name in re.findall(r"`([a-z_]+(?:\.\w+)+)`", PAGE):
         if not name.endswith((".py", ".toml")):
-            assert callable(found(name)), name
+            assert callable(resolved(name)), name
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
-def test_a_token_takes_this_trip(tmp_path, model, tokenizer, folder_of):
-    """The calls of a run have those of the table among them, in this order."""
+def test_scoring_and_training_call_these_functions_in_this_order(
+    tmp_path, model, tokenizer, folder_of
+):
+    """A run makes the calls of the table in this order, among others."""
     codes = {}
-    for _, name in TRIP:
-        function = found(name)
+    for _, name in CALLS:
+        function = resolved(name)
         codes[getattr(function, "__wrapped__", function).__code__] = name
     guard = {
         "preset": "qwen3guard-gen-0.6b",
@@ -80,25 +78,27 @@ def test_a_token_takes_this_trip(tmp_path, model, tokenizer, folder_of):
         trainer.train()
     finally:
         sys.setprofile(None)
-    rest = iter(order)
-    for _, name in TRIP:
-        assert name in rest, f"{name} is not called after what stands above it"
+    later_calls = iter(order)
+    for _, name in CALLS:
+        assert name in later_calls, f"{name} is not called after the functions above it"
     assert torch.isfinite(torch.tensor(trainer.state.log_history[-1]["train_loss"]))
 
 
-def test_the_floors_are_those_of_the_contract():
+def test_the_layers_are_those_of_the_contract():
     text = PAGE[PAGE.index("| floor |") : PAGE.index("Heavy packages")]
-    told = [set(re.findall(r"`(\w+)`", row.split("|")[1])) for row in text.splitlines()[2:] if row]
+    documented = [
+        set(re.findall(r"`(\w+)`", row.split("|")[1])) for row in text.splitlines()[2:] if row
+    ]
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
     (layers,) = (c["layers"] for c in settings["contracts"] if c["type"] == "layers")
-    kept = [
+    contract = [
         {name.strip().removeprefix("star_dss_plugin.") for name in layer.split("|")}
         for layer in layers
     ]
-    assert told == kept
+    assert documented == contract
 
 
-def test_every_module_has_a_floor():
+def test_every_module_has_a_layer():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
     (layers,) = (c["layers"] for c in settings["contracts"] if c["type"] == "layers")
     named = {name.strip().removeprefix("star_dss_plugin.") for s in layers for name in s.split("|")}

@@ -1,4 +1,4 @@
-"""Benchmarks are run by hand, and must not rot in between."""
+"""Benchmarks are run by hand; these tests show that they still work."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ BENCHMARKS = ROOT / "benchmarks"
 
 def run(folder: Path, name: str, *arguments: str) -> str:
     """Run a benchmark; return what it prints."""
-    # A script finds what stands beside it; a forked process has to be told.
+    # A forked process does not find the modules beside the script by itself.
     place = dict(os.environ) | {"PYTHONPATH": str(BENCHMARKS)}
     done = forked(BENCHMARKS / name, list(arguments), place, folder / "log")
     assert done.returncode == 0, done.stdout
     return done.stdout
 
 
-# What benchmarks share is no command.
+# The modules that benchmarks share are no commands.
 COMMANDS = [path.name for path in BENCHMARKS.glob("*.py") if "__main__" in path.read_text()]
 
 
@@ -42,7 +42,7 @@ def test_every_benchmark_says_how_it_is_used(name: str, tmp_path: Path) -> None:
 
 @needs_smollm2
 def test_scoring_compares_the_engine_with_one_pass_per_prefix(tmp_path: Path) -> None:
-    said = run(
+    output = run(
         tmp_path,
         "scoring.py",
         "W2",
@@ -57,14 +57,14 @@ def test_scoring_compares_the_engine_with_one_pass_per_prefix(tmp_path: Path) ->
         "--threads",
         "1",
     )
-    distinct = re.search(r"(\d+) distinct, (\d+) computed", said)
+    distinct = re.search(r"(\d+) distinct, (\d+) computed", output)
     assert distinct is not None
     assert int(distinct[1]) <= int(distinct[2]) <= 1.2 * int(distinct[1])
-    difference = re.search(r"largest difference (\S+),", said)
+    difference = re.search(r"largest difference (\S+),", output)
     assert difference is not None
     assert float(difference[1]) <= 1e-4
     for contender in ("engine", "plain", "(a)", "(a')"):
-        assert f"{contender:8s}" in said
+        assert f"{contender:8s}" in output
 
 
 def test_probed_scores_are_compared_where_a_probe_gave_them(

@@ -1,4 +1,4 @@
-"""The documentation names what exists: options and defaults, metrics, presets, hooks, errors."""
+"""The documentation names existing options, defaults, metrics, presets, hooks and errors."""
 
 import ast
 import re
@@ -27,11 +27,11 @@ README = (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("option", fields(StarDSSOptions), ids=lambda f: f.name)
-def test_every_option_has_a_row_with_its_default(option):
+def test_every_option_has_a_row_with_its_default_and_help(option):
     row = next(line for line in REFERENCE.splitlines() if line.startswith(f"| `{option.name}` |"))
     default = "none" if option.default is None else str(option.default)
     assert row.split("|")[3].strip().strip("`") == default
-    # TRL's parser hands it to argparse, which takes a percent sign for a format.
+    # TRL passes the help to argparse, for which a percent sign begins a format.
     assert option.metadata["help"]
     assert "%" not in option.metadata["help"]
 
@@ -51,9 +51,9 @@ def test_the_readme_for_axolotl_names_every_refused_setting():
     source = (AXOLOTL.parent / "conflicts.py").read_text()
     refused = set(re.findall(r'^    "(\w+)": \(', source, flags=re.MULTILINE))
     assert len(refused) > 10
-    told = (AXOLOTL.read_text() + (ROOT / "docs" / "axolotl.md").read_text()).casefold()
+    documented = (AXOLOTL.read_text() + (ROOT / "docs" / "axolotl.md").read_text()).casefold()
     for name in refused:
-        assert name in told, name
+        assert name in documented, name
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", AXOLOTL.read_text()):
         assert (AXOLOTL.parent / target).exists(), target
 
@@ -94,19 +94,19 @@ def test_every_error_has_a_row():
             assert f".. autoexception:: star_dss_plugin.{name}" in API
 
 
-def leaves(command, path=()):
-    """Every command of the command line, with its words."""
+def commands_below(command, path=()):
+    """Yield the words of every command, and the command."""
     children = getattr(command, "commands", {})
     if not children or (command.callback is not None and path):
         yield path, command
     for name, child in children.items():
-        yield from leaves(child, (*path, name))
+        yield from commands_below(child, (*path, name))
 
 
-COMMANDS = dict(leaves(get_command(cli.app)))
+COMMANDS = dict(commands_below(get_command(cli.app)))
 
 
-def test_the_commands_are_found():
+def test_all_kinds_of_commands_are_found():
     assert {("score",), ("guards",), ("guards", "check"), ("demo",)} <= set(COMMANDS)
 
 
@@ -123,7 +123,7 @@ def test_every_command_and_its_options_are_documented(path):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_the_table_of_guards_says_what_the_presets_say(name):
+def test_the_table_of_guards_equals_the_presets(name):
     preset, info = PRESETS[name], load_plugins().guard_info(name)
     row = next(line for line in GUARDS.splitlines() if line.startswith(f"| `{name}` |"))
     cells = [cell.strip() for cell in row.split("|")][2:8]
@@ -182,6 +182,19 @@ def test_every_option_of_the_report_is_documented():
             assert name in ("scored", "--help") or f"`{name}`" in REPORT, name
 
 
+def test_every_option_of_an_evaluation_has_a_row_with_its_default():
+    docs = ROOT / "docs"
+    for command in ("evaluate", "landscape", "capability"):
+        text = (docs / f"{command}.md").read_text()
+        rows = [line for line in text.splitlines() if line.startswith("| `-")]
+        for param in get_command(cli.app).commands[command].params:
+            for name in (o for o in param.opts if o.startswith("-") and o != "--help"):
+                default = "none" if param.default is None else str(param.default)
+                default = "required" if param.required else default
+                row = next(r for r in rows if f"`{name}`" in r.split("|")[1])
+                assert row.split("|")[2].strip().strip("`") == default, name
+
+
 def test_every_option_of_a_server_has_a_row_with_its_default():
     source = (ROOT / "star_dss_plugin" / "engines" / "server.py").read_text()
     given = re.findall(r"^        (\w+): [\w |]+ = (\S+),$", source, flags=re.MULTILINE)
@@ -192,9 +205,9 @@ def test_every_option_of_a_server_has_a_row_with_its_default():
         assert shown in (default.strip('"'), default.removesuffix(".0")), name
 
 
-def test_the_page_on_scale_names_what_exists():
+def test_the_page_on_scale_names_existing_options_and_targets():
     options = {o for param in get_command(cli.app).commands["score"].params for o in param.opts}
-    told = set(re.findall(r"--[a-z][a-z-]+[a-z]", SCALE))
+    documented = set(re.findall(r"--[a-z][a-z-]+[a-z]", SCALE))
     others = {
         "--address",
         "--min-nodes",
@@ -211,7 +224,7 @@ def test_the_page_on_scale_names_what_exists():
         "--rows",
         "--rounds",
     }
-    assert told - options <= others
+    assert documented - options <= others
     for name in (
         "--ray",
         "--address",
@@ -221,7 +234,7 @@ def test_the_page_on_scale_names_what_exists():
         "--engine",
         "--engine-options",
     ):
-        assert name in options & told
+        assert name in options & documented
     makefile = (ROOT / "Makefile").read_text()
     for command in re.findall(r"`make ([\w-]+)`", SCALE):
         assert f"\n{command}:" in makefile
@@ -238,7 +251,7 @@ PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), AXOLOTL]
 
 
 def anchors(page):
-    """The names of a page's headings in links, as Sphinx (`make docs`) and git hosts make them."""
+    """Return the anchors of a page's headings, as Sphinx (`make docs`) and git hosts make them."""
     text = page.read_text()
     for included in re.findall(r"^```\{include\} (\S+)", text, flags=re.MULTILINE):
         text += (page.parent / included).read_text()
@@ -247,7 +260,7 @@ def anchors(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_somewhere(page):
+def test_links_have_existing_targets(page):
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", page.read_text()):
         found = (page.parent / target).resolve() if target else page
         assert found.exists(), target

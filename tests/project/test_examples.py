@@ -1,4 +1,4 @@
-"""Every way in, as a user starts it: the scripts in examples/ and the YAML."""
+"""The scripts and YAML files in examples/ run as a user starts them."""
 
 import json
 import runpy
@@ -15,6 +15,7 @@ PAIRS = [("how are you?", "i am fine, thank you."), ("is this bad?", "no! a bad 
 
 @pytest.fixture
 def data(tmp_path):
+    """Return a file of conversations and one of prompts with completions, by name."""
     chat, plain = tmp_path / "chat.jsonl", tmp_path / "plain.jsonl"
     chat.write_text(
         "".join(
@@ -41,7 +42,7 @@ def data(tmp_path):
         ("own_loop", "chat"),
     ],
 )
-def test_example_runs(script, kind, data, model_dir, tmp_path, monkeypatch, capsys):
+def test_examples_run(script, kind, data, model_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
         sys,

@@ -1,6 +1,6 @@
-"""What a page of the documentation shows first works as pasted, offline, in an empty folder.
+"""The first command of each page of the documentation works as pasted, in an empty folder.
 
-These run the real small model, so they take minutes.
+These tests run the real small model offline, so they take minutes.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from support.paths import ROOT
 
 pytestmark = [pytest.mark.slow, needs_smollm2]
 
-ELSEWHERE = {
-    "fewer_prefixes": "needs a guard of the Hub: tests/scoring/test_probed.py has a tiny one",
+NOT_RUN = {
+    "fewer_prefixes": "needs a guard of the Hub; tests/scoring/test_probed.py has a tiny one",
     "evidence": "trains for an hour on data that is not shipped",
     "howto_engine": "needs vLLM: tests/engines/test_vllm.py",
     "howto_guard": "needs the guard that the page is about: tests/project/test_howto.py",
-    "reference": "its YAML names data of yours: tests/project/test_examples.py runs such a one",
-    "scale": "scores the same data as `scoring` once more: tests/scoring/test_shards.py has less",
-    "performance": "takes minutes: tests/project/test_benchmarks.py has a shorter one",
+    "reference": "its YAML names the user's data; tests/project/test_examples.py runs such files",
+    "scale": "scores the data of `scoring` again; tests/scoring/test_shards.py scores less data",
+    "performance": "takes minutes; tests/project/test_benchmarks.py runs a shorter one",
 }
-"""Pages whose first command is not run here, and why."""
+"""Why the first command of a page is not run here."""
 NEEDS = {
     "axolotl": "axolotl",
     "capability": "lm_eval",
     "choose": "trl",
     "landscape": "matplotlib",
 }
-"""What must be installed for a page."""
+"""The package that the first command of a page needs."""
 
 BLOCK = re.compile(r"(?:^    \S.*\n)+", re.MULTILINE)
 FENCE = re.compile(r"^ *```.*?^ *```\n", re.DOTALL | re.MULTILINE)
@@ -42,7 +42,7 @@ COMMAND = re.compile(r"star-dss |accelerate |python ")
 
 
 def first_commands() -> dict[str, str]:
-    """Of each page that shows commands, its first block to its first command that computes."""
+    """Return the first block of each page with commands, up to the first one that computes."""
     found = {}
     pages = {page.stem: page for page in sorted((ROOT / "docs").glob("*.md"))}
     pages["axolotl"] = ROOT / "integrations" / "star_dss_axolotl" / "README.md"
@@ -61,14 +61,14 @@ def first_commands() -> dict[str, str]:
 FIRST = first_commands()
 
 
-def test_the_pages_are_found() -> None:
-    assert set(ELSEWHERE) <= set(FIRST)
+def test_all_pages_with_commands_are_found() -> None:
+    assert set(NOT_RUN) <= set(FIRST)
     assert {"scoring", "report", "evaluate", "landscape", "capability", "guards"} <= set(FIRST)
 
 
 @pytest.fixture(scope="module")
-def room(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment of a shell in which `star-dss` is this checkout's, with a cache to share."""
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Return a shell environment with this checkout's `star-dss` and one cache for all tests."""
     folder = tmp_path_factory.mktemp("bin")
     script = folder / "star-dss"
     script.write_text(f"#!{sys.executable}\nfrom star_dss_plugin.cli import main\nmain()\n")
@@ -83,18 +83,20 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
 
 
-# Pages that begin alike are run once.
-ONCE = {FIRST[page]: page for page in sorted(FIRST.keys() - ELSEWHERE.keys(), reverse=True)}
+# A command that several pages begin with is run once.
+PAGE_OF_COMMAND = {
+    FIRST[page]: page for page in sorted(FIRST.keys() - NOT_RUN.keys(), reverse=True)
+}
 
 
-@pytest.mark.parametrize("page", sorted(ONCE.values()))
-def test_the_first_command_works(page: str, room: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", sorted(PAGE_OF_COMMAND.values()))
+def test_the_first_command_works(page: str, environment: dict[str, str], tmp_path: Path) -> None:
     if page in NEEDS:
         pytest.importorskip(NEEDS[page])
     done = subprocess.run(
         ["bash", "-e", "-c", FIRST[page]],
         cwd=tmp_path,
-        env=room,
+        env=environment,
         capture_output=True,
         text=True,
         check=False,

@@ -1,4 +1,4 @@
-"""Hostile input, some of each kind: it works, or is refused in words (support/fuzz_targets.py)."""
+"""Hostile inputs of each kind work or are refused in words (support/fuzz_targets.py)."""
 
 import pytest
 
@@ -17,7 +17,7 @@ def test_hostile_input_works_or_is_refused(name):
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_what_others_give_is_used_as_they_may_or_refused(name):
+def test_untrusted_input_is_used_within_its_limits_or_refused(name):
     if name == "servers":
         pytest.importorskip("httpx2")
     holds(ATTACKS[name])

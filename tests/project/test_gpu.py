@@ -1,4 +1,4 @@
-"""What needs a GPU to be tested: run by benchmarks/gpu.sh, and skipped where there is none."""
+"""Tests that need a GPU: benchmarks/gpu.sh runs them, and without a GPU they are skipped."""
 
 import importlib.util
 import os
@@ -31,8 +31,8 @@ def engine_model(dtype):
 @on_device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
-def test_shared_prefixes_give_what_one_pass_each_gives(dtype, attention):
-    """With FlexAttention compiled, where there is a GPU."""
+def test_shared_prefixes_equal_one_pass_per_sequence(dtype, attention):
+    """On a GPU, FlexAttention is compiled."""
     if attention == "flex_attention" and DEVICE == "cpu":
         pytest.skip("FlexAttention is compiled on a GPU only")
     model = engine_model(dtype)
@@ -44,12 +44,13 @@ def test_shared_prefixes_give_what_one_pass_each_gives(dtype, attention):
         wanted = one_pass_per_sequence(exact, sequences, LABELS)
         alone = one_pass_per_sequence(model, sequences, LABELS)
         found, wanted, alone = (torch.as_tensor(x).float() for x in (found, wanted, alone))
-        # No further from float32 than the same precision takes one pass each.
+        # The error may be twice that of one pass per sequence in the same precision.
         bound = 2e-4 + 2 * (alone - wanted).abs().max()
         assert (found - wanted).abs().max() < bound, name
 
 
 def rows(tokenizer, length):
+    """Return four equal rows of this length, with scores."""
     ids = tokenizer("the lazy dog is fine " * length)["input_ids"][:length]
     half = length // 2
     row = {
@@ -62,6 +63,7 @@ def rows(tokenizer, length):
 
 
 def losses(folder, device, dtype, **changes):
+    """Return the losses of three steps."""
     tokenizer = make_tokenizer()
     trainer = Trainer(
         tiny_llama(len(tokenizer), max_position_embeddings=2048).to(device, dtype),
@@ -87,7 +89,7 @@ def losses(folder, device, dtype, **changes):
 
 @on_device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_training_gives_the_losses_of_a_cpu(tmp_path, dtype):
+def test_losses_equal_those_of_a_cpu(tmp_path, dtype):
     found = losses(tmp_path / "one", DEVICE, dtype)
     wanted = losses(tmp_path / "two", "cpu", torch.float32)
     assert found == pytest.approx(wanted, rel=3e-2 if dtype == torch.bfloat16 else 1e-3)
@@ -95,7 +97,7 @@ def test_training_gives_the_losses_of_a_cpu(tmp_path, dtype):
 
 @on_device
 @pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="needs Liger")
-def test_ligers_other_kernels_give_the_same_losses(tmp_path):
+def test_losses_are_the_same_with_ligers_other_kernels(tmp_path):
     if DEVICE == "cpu":
         pytest.skip("Liger's kernels need a GPU")
     found = losses(tmp_path / "one", DEVICE, torch.float32, use_liger_kernel=True)
@@ -103,5 +105,5 @@ def test_ligers_other_kernels_give_the_same_losses(tmp_path):
     assert found == pytest.approx(wanted, rel=1e-3)
 
 
-def test_the_script_is_well_formed():
+def test_the_script_has_valid_syntax():
     subprocess.run(["bash", "-n", str(ROOT / "benchmarks/gpu.sh")], check=True)

@@ -1,4 +1,4 @@
-"""The four hooks, and every way in which a plugin can be wrong about them."""
+"""The four hooks, and the errors of plugins that implement them wrongly."""
 
 import inspect
 import typing
@@ -14,7 +14,7 @@ from star_dss_plugin.plugins import HOOK_KINDS, Kind, Plugins
 
 
 def integration(**changes) -> Integration:
-    """An integration of which nothing can be imported."""
+    """Return an integration whose parts cannot be imported."""
     parts = {
         "host": "host",
         "versions": ">=1",
@@ -126,7 +126,7 @@ def test_one_kind_may_use_the_names_of_another():
     assert (plugins.guard("same"), plugins.segmenter("same")) == (dict, list)
 
 
-# What is wrong is said, with the package's name
+# Errors, which name the package
 
 
 def test_a_misspelt_hook_is_an_error_with_the_nearest_hook():

@@ -1,4 +1,4 @@
-"""The how-to pages: what they show of the example is what the tests install (test_hosts.py).
+"""The how-to pages show the example package that the tests install (test_hosts.py).
 
 Their Python runs in test_snippets.py.
 """
@@ -29,11 +29,11 @@ def test_the_page_on_hosts_shows_every_file_of_the_example(path):
 )
 def test_every_field_is_in_the_table(page, described):
     rows = re.findall(r"^\| (`.*?) \|", (DOCS / f"{page}.md").read_text(), flags=re.MULTILINE)
-    told = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
-    assert {field.name for field in fields(described)} <= told
+    documented = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert {field.name for field in fields(described)} <= documented
 
 
-def test_where_an_engine_is_chosen_exists():
+def test_functions_that_choose_an_engine_exist():
     page = (DOCS / "howto_engine.md").read_text()
     source = (ROOT / "star_dss_plugin" / "engines" / "selection.py").read_text()
     for name in ("choose_engine", "identity", "open", "check_installed"):

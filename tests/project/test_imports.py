@@ -1,4 +1,4 @@
-"""The core runs without any host framework, and says nothing to it until it is asked."""
+"""Imports: the core needs no host, and heavy packages are imported when they are used."""
 
 import ast
 import importlib
@@ -13,7 +13,7 @@ import pytest
 import star_dss_plugin
 
 PACKAGE = Path(star_dss_plugin.__file__).parent
-SOURCE_TREE = Path(__file__).parents[2]  # also where the package under test is an installed wheel
+SOURCE_TREE = Path(__file__).parents[2]  # also if the package under test is an installed wheel
 MODULES = [m.name for m in pkgutil.walk_packages([str(PACKAGE)], "star_dss_plugin.")]
 NEED_AN_EXTRA = {"star_dss_plugin.engines.server": "httpx2"}
 HOSTS = {"trl", "axolotl", "peft", "star_dss_trl", "star_dss_axolotl"}
@@ -27,7 +27,7 @@ def test_every_module_of_the_core_imports(name):
     importlib.import_module(name)
 
 
-def test_the_core_names_no_host_and_no_extra_where_it_is_imported():
+def test_modules_of_the_core_import_no_host_and_no_extra():
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.parse(path.read_text()).body:
             if not isinstance(node, ast.Import | ast.ImportFrom):
@@ -39,7 +39,7 @@ def test_the_core_names_no_host_and_no_extra_where_it_is_imported():
             assert not roots - set(NEED_AN_EXTRA.values()), path
 
 
-def test_modules_take_public_names_of_each_other():
+def test_modules_import_only_public_names_of_each_other():
     paths = [*PACKAGE.rglob("*.py"), *(SOURCE_TREE / "integrations").rglob("*.py")]
     for path in sorted(paths):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -66,7 +66,7 @@ IMPORT = re.compile(r"^ *from (star_dss_plugin[\w.]*) import (\w+(?:, \w+)*)$", 
 
 
 def imports_in_strings() -> list[tuple[str, str, str]]:
-    """Return what programs inside string constants import: they are run in other processes."""
+    """Return (file, module, name) of imports by programs in strings, for other processes."""
     found = []
     for folder in ("benchmarks", "scripts", "tests", "star_dss_plugin", "integrations"):
         for path in sorted((SOURCE_TREE / folder).rglob("*.py")):
@@ -77,7 +77,7 @@ def imports_in_strings() -> list[tuple[str, str, str]]:
     return found
 
 
-def test_programs_in_strings_import_what_is_there():
+def test_programs_in_strings_import_existing_names():
     found = imports_in_strings()
     assert "kills.py" in {path for path, _, _ in found}
     for path, module, name in found:

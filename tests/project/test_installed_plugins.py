@@ -1,4 +1,4 @@
-"""Plugins as packages: entry points, built-ins, disabled ones, and the example."""
+"""Plugins as packages: entry points, built-ins, disabled plugins, and the example."""
 
 import json
 import os
@@ -97,7 +97,7 @@ def test_two_distributions_with_one_plugin_name_are_an_error_that_names_both(ins
 
 
 @pytest.mark.parametrize("word", ["entry", "my-dist", "My_Dist", " entry "])
-def test_a_disabled_plugin_is_listed_but_not_even_imported(install, word):
+def test_a_disabled_plugin_is_listed_but_not_imported(install, word):
     install("my-dist", {"entry": "broken_plugin"}, broken_plugin="raise AssertionError")
     plugins = Plugins.discover(builtins=(), disabled=[word, ""])
     blocked = [info for info in plugins.listing() if info.blocked]
@@ -106,7 +106,7 @@ def test_a_disabled_plugin_is_listed_but_not_even_imported(install, word):
     assert "broken_plugin" not in sys.modules
 
 
-def test_disabling_what_is_not_there_is_an_error(install):
+def test_disabling_a_missing_plugin_is_an_error(install):
     install("my-dist", {"entry": "my_plugin"}, my_plugin=guard_source("a", "my_plugin"))
     with pytest.raises(PluginError, match=r"STAR_DSS_DISABLED_PLUGINS names 'entyr'.*my-dist 1.0"):
         Plugins.discover(builtins=(), disabled=["entyr"])
@@ -136,11 +136,11 @@ def test_load_plugins_reads_the_environment_once(install, monkeypatch):
         load_plugins.cache_clear()
 
 
-# In a process of its own
+# In a new process
 
 
 def python(code: str, *path: Path, **environment: str) -> str:
-    """What a fresh interpreter prints, with `path` before this repository on its path."""
+    """Return what a new interpreter prints, with `path` before this repository on its path."""
     search = [*map(str, path), str(ROOT), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
@@ -173,7 +173,7 @@ def test_importing_loads_no_plugin(install, tmp_path):
 
 @pytest.fixture(scope="module")
 def example(tmp_path_factory):
-    """The example plugin as pip installs it."""
+    """Return the folder in which pip installed the example plugin."""
     for needed in ("pip", "hatchling"):
         pytest.importorskip(needed, reason=f"{needed} is needed to install the example plugin")
     target = tmp_path_factory.mktemp("site")

@@ -1,4 +1,4 @@
-"""What is published: what the wheel and the sdist hold, what their metadata says."""
+"""What is published: the files of the wheel and the sdist, and their metadata."""
 
 import email
 import re
@@ -30,6 +30,7 @@ JUNK = re.compile(
 
 
 def build(source, target, kind):
+    """Return the path of the wheel or sdist that is built."""
     subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-t", kind, "-d", str(target)],
         cwd=source,
@@ -48,7 +49,7 @@ def sdist(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wheel(sdist, tmp_path_factory):
-    """Built from the sdist, as an installer would."""
+    """Build the wheel from the sdist, as an installer does."""
     source = tmp_path_factory.mktemp("source")
     with tarfile.open(sdist) as archive:
         archive.extractall(source, filter="data")
@@ -84,7 +85,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(files):
     }
 
 
-def test_the_wheel_has_what_is_read_at_run_time(files):
+def test_the_wheel_has_the_files_that_are_read_at_run_time(files):
     for name in (
         *(f"{package}/py.typed" for package in PACKAGES),
         "star_dss_plugin/guards/demo/probe.safetensors",
@@ -101,7 +102,7 @@ def test_the_wheel_has_what_is_read_at_run_time(files):
     assert not any(re.search(r"^(tests|docs|benchmarks|trl|axolotl)/", name) for name in files)
 
 
-def test_nothing_large_or_left_behind_is_published(files, sdist):
+def test_no_large_or_temporary_file_is_published(files, sdist):
     with tarfile.open(sdist) as archive:
         inside = archive.getnames()
     assert not [name for name in [*files, *inside] if JUNK.search(name)]
@@ -111,7 +112,7 @@ def test_nothing_large_or_left_behind_is_published(files, sdist):
     assert sdist.stat().st_size < 5_000_000
 
 
-def test_the_sdist_is_enough_to_test_and_document(sdist):
+def test_the_sdist_has_the_files_for_tests_and_documentation(sdist):
     with tarfile.open(sdist) as archive:
         top = {name.split("/")[1] for name in archive.getnames() if "/" in name}
         inside = {"/".join(name.split("/")[1:]) for name in archive.getnames()}
@@ -131,7 +132,7 @@ def test_the_sdist_is_enough_to_test_and_document(sdist):
     assert {"tests/conftest.py", "tests/golden/shaped_loss.json", "docs/conf.py"} <= inside
 
 
-def test_the_metadata(metadata, files):
+def test_the_metadata_is_that_of_the_project(metadata, files):
     assert metadata["Name"] == "star-dss-plugin"
     assert metadata["Version"] == __version__
     assert metadata["License-Expression"] == "Apache-2.0"
@@ -140,8 +141,8 @@ def test_the_metadata(metadata, files):
     assert b"star-dss = star_dss_plugin.cli.app:main" in files[f"{INFO}/entry_points.txt"]
 
 
-def test_the_description_reads_well_on_its_own(metadata):
-    """On PyPI there is no folder beside the README."""
+def test_the_description_needs_no_other_file(metadata):
+    """PyPI shows the README without the repository."""
     text = metadata.get_payload()
     assert metadata["Description-Content-Type"] == "text/markdown"
     links = re.findall(r"\]\(([^)]*)\)", text)
@@ -174,7 +175,7 @@ def test_the_lowest_versions_that_are_tested_are_those_declared():
     for requirement in map(Requirement, declared):
         (bound,) = (s.version for s in requirement.specifier if s.operator == ">=")
         lowest[requirement.name] = bound
-    del lowest["torch"], tested["torch"]  # see the file
+    del lowest["torch"], tested["torch"]  # constraints/lowest.txt explains torch's version
     assert lowest.keys() == tested.keys()
     for name, bound in lowest.items():
         padded = f"{bound}.0.0".split(".")[: tested[name].count(".") + 1]

@@ -1,4 +1,4 @@
-"""What SECURITY.md promises: no code from data or files, no secrets in what is written."""
+"""The promises of SECURITY.md: no code from data or files is run, no secret is written."""
 
 import ast
 import inspect
@@ -28,7 +28,7 @@ HOMES = (PACKAGE.parent, PACKAGE.parent / "integrations")  # installed, or in th
 FOLDERS = [PACKAGE, *(h / name for h in HOMES for name in ("star_dss_trl", "star_dss_axolotl"))]
 SOURCES = {path: ast.parse(path.read_text()) for f in FOLDERS for path in sorted(f.rglob("*.py"))}
 
-RUNS_WHAT_IT_READS = {
+MODULES_THAT_RUN_DATA = {
     "cloudpickle",
     "cPickle",
     "code",
@@ -43,7 +43,7 @@ RUNS_WHAT_IT_READS = {
     "shelve",
     "subprocess",
 }
-CALLS = {
+CALLS_THAT_RUN_DATA = {
     "eval",
     "exec",
     "compile",
@@ -67,6 +67,7 @@ OWN_FILES = {"smollm2.py"}  # reads a package's GGUF file, which holds numbers, 
 
 
 def nodes(kind):
+    """Yield the place and the node of every AST node of a kind."""
     for path, tree in SOURCES.items():
         for node in ast.walk(tree):
             if isinstance(node, kind):
@@ -74,40 +75,41 @@ def nodes(kind):
 
 
 def dotted(node) -> str:
+    """Return the dotted name of an expression."""
     if isinstance(node, ast.Attribute):
         return f"{dotted(node.value)}.{node.attr}"
     return node.id if isinstance(node, ast.Name) else "?"
 
 
-def test_the_walk_sees_the_package():
+def test_all_packages_are_searched():
     seen = {path.name for path in SOURCES}
     assert {"loss_check.py", "models.py", "sft.py", "conflicts.py"} <= seen
 
 
-def test_nothing_is_imported_that_runs_what_it_reads():
+def test_no_module_that_runs_data_is_imported():
     for where, node in nodes((ast.Import, ast.ImportFrom)):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module]
         for name in names:
-            assert str(name).split(".")[0] not in RUNS_WHAT_IT_READS, f"{where} imports {name}"
+            assert str(name).split(".")[0] not in MODULES_THAT_RUN_DATA, f"{where} imports {name}"
 
 
-def test_nothing_is_called_that_runs_what_it_reads():
+def test_no_function_that_runs_data_is_called():
     for where, node in nodes(ast.Call):
-        assert dotted(node.func) not in CALLS, f"{where} calls {dotted(node.func)}"
+        assert dotted(node.func) not in CALLS_THAT_RUN_DATA, f"{where} calls {dotted(node.func)}"
         for keyword in node.keywords:
             given = isinstance(keyword.value, ast.Constant) and keyword.value.value
             unsafe = keyword.arg in ("shell", "trust_remote_code", "allow_pickle") and given
             assert not unsafe, f"{where} sets {keyword.arg}"
 
 
-def test_whatever_is_loaded_says_whether_its_code_may_run():
-    """Left open, transformers asks on the terminal, where somebody may say yes."""
+def test_every_load_sets_trust_remote_code_and_safetensors():
+    """If trust_remote_code is not set, transformers asks on the terminal."""
     seen = 0
     for where, node in nodes(ast.Call):
         if not dotted(node.func).endswith(".from_pretrained") or where.split(":")[0] in OWN_FILES:
             continue
         if dotted(node.func) == "PeftModel.from_pretrained":
-            # It has no such options; that there are safetensors is looked up before.
+            # It has no such options; the package checks before that there are safetensors.
             assert '"adapter_model.safetensors"' in (PACKAGE / "evaluate" / "models.py").read_text()
             continue
         seen += 1
@@ -124,21 +126,21 @@ def test_remote_code_is_never_the_default():
     assert not any("trust_remote_code" in preset.options for preset in PRESETS.values())
 
 
-HOLES = {"jinja2": "3.1.5", "filelock": "3.20.2", "ray": "2.51.9"}
+VULNERABLE = {"jinja2": "3.1.5", "filelock": "3.20.2", "ray": "2.51.9"}
 
 
-def test_versions_with_known_holes_are_not_accepted():
+def test_versions_with_known_vulnerabilities_are_not_accepted():
     needed = [Requirement(line) for line in requires("star-dss-plugin")]
-    named = {one.name: one.specifier for one in needed if one.name in HOLES}
-    assert set(named) == set(HOLES)
-    for name, version in HOLES.items():
+    named = {one.name: one.specifier for one in needed if one.name in VULNERABLE}
+    assert set(named) == set(VULNERABLE)
+    for name, version in VULNERABLE.items():
         assert not named[name].contains(version), name
 
 
 @pytest.mark.parametrize(("given", "used"), [(None, "0"), ("1", "1")])
 def test_ray_reports_usage_only_if_that_is_switched_on(monkeypatch, given, used):
     name = "RAY_USAGE_STATS_ENABLED"
-    monkeypatch.setenv(name, given or "")  # so that it is as it was afterwards
+    monkeypatch.setenv(name, given or "")  # monkeypatch restores it after the test
     if given is None:
         monkeypatch.delenv(name)
     on_ray._connect(SimpleNamespace(init=lambda **options: None), None, 1)
@@ -149,7 +151,7 @@ FULL = {"ranks": Ranks(), "estimator": "full", "needed": True, "projects": False
 
 
 def test_a_pickled_reference_is_refused(tokenizer, tmp_path):
-    """A model whose weights are in a .bin file is not read, whatever is in it."""
+    """A .bin file of weights is not read, whatever its content."""
     from support.models import tiny_llama
 
     from star_dss_plugin import ConfigError
@@ -163,8 +165,8 @@ def test_a_pickled_reference_is_refused(tokenizer, tmp_path):
         choose_reference(str(tmp_path), model, tokenizer, **FULL)
 
 
-def test_a_reference_that_is_not_whole_is_refused(tokenizer, tmp_path):
-    """transformers fills missing weights with random numbers: that would be no reference at all."""
+def test_a_reference_with_missing_weights_is_refused(tokenizer, tmp_path):
+    """transformers would fill the missing weights with random numbers."""
     from safetensors.torch import load_file, save_file
     from support.models import tiny_llama
 
@@ -184,8 +186,8 @@ def test_a_reference_that_is_not_whole_is_refused(tokenizer, tmp_path):
         choose_reference(str(tmp_path), model, tokenizer, **FULL)
 
 
-def test_an_adapter_of_a_base_that_is_not_whole_is_no_reference(tokenizer, tmp_path):
-    """transformers says what the adapter lacks, and not what its base does."""
+def test_an_adapter_of_a_base_with_missing_weights_is_refused(tokenizer, tmp_path):
+    """transformers reports weights that the adapter lacks, but not those of its base."""
     peft = pytest.importorskip("peft")
     from safetensors.torch import load_file, save_file
     from support.models import tiny_llama
@@ -210,27 +212,36 @@ def test_an_adapter_of_a_base_that_is_not_whole_is_no_reference(tokenizer, tmp_p
 
 
 def test_a_row_cannot_bring_a_template(tokenizer):
-    """A chat template is a program: a row's could loop for ever, or show the guard another text."""
+    """A row's chat template could loop without end, or show the guard another text."""
     row = {
         "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "bad"}],
         "chat_template_kwargs": {"chat_template": "{% for i in range(9) %}fine{% endfor %}"},
     }
     with pytest.raises(DataError, match=r"Row 0: chat_template_kwargs brings a chat_template"):
         score_dataset(Dataset.from_list([row]), tokenizer, guard="test-words", progress=False)
-    row["chat_template_kwargs"]["chat_template"] = None  # as Arrow fills rows that have none
+    row["chat_template_kwargs"]["chat_template"] = None  # as Arrow fills rows without one
     scored = score_dataset(Dataset.from_list([row]), tokenizer, guard="test-words", progress=False)
     assert min(scored[0]["star_scores"]) == pytest.approx(0.1)
 
 
-NASTY = ["../../outside", "/etc/passwd", "https://example.invalid/x", "a/b\0c", "$(touch outside)"]
+HOSTILE_NAMES = [
+    "../../outside",
+    "/etc/passwd",
+    "https://example.invalid/x",
+    "a/b\0c",
+    "$(touch outside)",
+]
 
 
-def everything_below(folder: Path) -> dict[str, bytes]:
+def files_below(folder: Path) -> dict[str, bytes]:
+    """Return the bytes of every file below a folder."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
+    """Return a function that runs `star-dss` and checks that it succeeds."""
+
     def run(*argv):
         monkeypatch.setattr(sys, "argv", ["star-dss", *map(str, argv)])
         with pytest.raises(SystemExit) as stop:
@@ -241,28 +252,29 @@ def run(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("columns", [("source", "id"), ("file_name", "path")])
-def test_values_of_rows_are_no_paths(run, monkeypatch, tmp_path, model_dir, columns):
-    room = tmp_path / "outer" / "room"
-    room.mkdir(parents=True)
-    monkeypatch.chdir(room)
+def test_values_of_rows_are_not_used_as_paths(run, monkeypatch, tmp_path, model_dir, columns):
+    workdir = tmp_path / "outer" / "workdir"
+    workdir.mkdir(parents=True)
+    monkeypatch.chdir(workdir)
     monkeypatch.setenv("STAR_DSS_CACHE", str(tmp_path / "cache"))
     rows = [
-        {"prompt": name, "completion": f" {name}", **dict.fromkeys(columns, name)} for name in NASTY
+        {"prompt": name, "completion": f" {name}", **dict.fromkeys(columns, name)}
+        for name in HOSTILE_NAMES
     ]
-    (room / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (workdir / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     common = ("rows.jsonl", "--guard", "test-words", "--tokenizer", model_dir, "-q")
     run("score", *common, "-o", "scored")
     run("score", *common, "-o", "shards", "--shard-rows", 2)
     run("report", "scored", "-q", "--source", columns[0])
-    assert sorted(p.name for p in (tmp_path / "outer").iterdir()) == ["room"]
-    found = {p.name for p in room.iterdir()}
+    assert sorted(p.name for p in (tmp_path / "outer").iterdir()) == ["workdir"]
+    found = {p.name for p in workdir.iterdir()}
     assert found == {"rows.jsonl", "scored", "shards", "report.html"}
-    names = " ".join(str(p.relative_to(room)) for p in room.rglob("*"))
+    names = " ".join(str(p.relative_to(workdir)) for p in workdir.rglob("*"))
     assert "outside" not in names
     assert "passwd" not in names
 
 
-def test_secrets_are_in_nothing_that_is_written(
+def test_secrets_are_neither_written_nor_printed(
     run, monkeypatch, tmp_path, model_dir, capsys, caplog
 ):
     canary = "canary-7f3a"
@@ -285,7 +297,7 @@ def test_secrets_are_in_nothing_that_is_written(
     run("report", scored, "-o", tmp_path / "report.html")
     run("inspect", scored, "--row", 0)
     run("plugins")
-    written = everything_below(tmp_path)
+    written = files_below(tmp_path)
     assert {"report.html", "scored/star_dss.json"} <= set(written)
     for name, data in written.items():
         assert canary.encode() not in data, name
@@ -294,7 +306,7 @@ def test_secrets_are_in_nothing_that_is_written(
     assert not any(canary in text for text in shown)
 
 
-def test_a_trainers_token_is_not_in_our_record(tmp_path, tokenizer, model_dir):
+def test_a_trainers_hub_token_is_not_in_the_run_record(tmp_path, tokenizer, model_dir):
     pytest.importorskip("trl")
     from star_dss_trl import StarDSSConfig, StarDSSTrainer
 

@@ -1,7 +1,7 @@
-"""What the README and the documentation show runs: Python, YAML, TOML and command lines.
+"""The Python, YAML, TOML and command lines of the README and the documentation run.
 
-Python is executed, against a tiny model in place of the named one and a guard that reads words in
-place of the named guard. YAML goes through our configuration, commands through the real parser, so
+Python is executed with a tiny model in place of the named one and a guard that reads words in
+place of the named guard. YAML is read by our configuration and commands by the real parser, so
 that a name, a flag or an argument that no longer exists fails here.
 """
 
@@ -41,6 +41,7 @@ FENCE = re.compile(r"^ *```(\w*)[^\n]*\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
 
 
 def blocks(language):
+    """Return the fenced blocks of a language, as parameters with page and line."""
     found = []
     for page in PAGES:
         for match in FENCE.finditer(page.read_text(encoding="utf-8")):
@@ -58,7 +59,7 @@ def pages_without_fences():
 
 # Python
 
-BOUND_ONLY = {
+NOT_EXECUTED = {
     'engine="http://gpu-7:8000"': "asks a server; test_server_engine.py runs one",
 }
 
@@ -75,8 +76,8 @@ def jsonl(rows) -> str:
 
 
 @pytest.fixture
-def room(tmp_path, monkeypatch):
-    """A folder with the files that the snippets read."""
+def workdir(tmp_path, monkeypatch):
+    """Change to a folder with the files that the snippets read."""
     monkeypatch.chdir(tmp_path)
     Path("chat.jsonl").write_text(jsonl(CHAT))
     Path("pairs.jsonl").write_text(jsonl({"prompt": p, "completion": a} for p, a in PAIRS))
@@ -84,6 +85,7 @@ def room(tmp_path, monkeypatch):
 
 
 def write_scored(model_dir, *, shards: bool):
+    """Write scored conversations as a data set or as shards."""
     if shards:
         from star_dss_plugin.scoring import jobs
         from star_dss_plugin.scoring.shards import score_shards
@@ -103,8 +105,8 @@ def write_scored(model_dir, *, shards: bool):
         write_dataset(scored, Path("scored"))
 
 
-def stand_ins(source, tokenizer) -> dict:
-    """What the snippets take for granted: the public names, and what a user's script would have."""
+def names_for(source, tokenizer) -> dict:
+    """Return the names that a snippet presupposes: public names and objects of a user's script."""
     names = {n: getattr(star_dss_plugin, n) for n in star_dss_plugin.__all__}
     policy, reference = tiny_llama(len(tokenizer)), tiny_llama(len(tokenizer))
     names |= {
@@ -133,7 +135,7 @@ def stand_ins(source, tokenizer) -> dict:
 
 
 def bind_calls(source: str) -> int:
-    """Checks the arguments of every call of a public name against its signature."""
+    """Check the arguments of calls of public names; return the number of calls."""
     bound = 0
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
@@ -146,8 +148,8 @@ def bind_calls(source: str) -> int:
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
 @pytest.mark.parametrize("source", blocks("python"))
-def test_python_runs(source, room, tokenizer, model_dir):
-    if any(mark in source for mark in BOUND_ONLY):
+def test_python_runs(source, workdir, tokenizer, model_dir):
+    if any(mark in source for mark in NOT_EXECUTED):
         assert bind_calls(source)
         return
     if re.search(r"\b(trl|star_dss_trl|lora)\b", source):
@@ -158,7 +160,7 @@ def test_python_runs(source, room, tokenizer, model_dir):
     source = source.replace('"Qwen/Qwen3-0.6B"', repr(str(model_dir)))
     source = re.sub(r'"(qwen3guard-gen-0\.6b|demo)"', '"test-words"', source)
     source = source.replace('output_dir="out"', SMALL)
-    names = stand_ins(source, tokenizer)
+    names = names_for(source, tokenizer)
     exec(compile(source, "snippet", "exec"), names)
     if isinstance(names.get("guard"), dict):
         StarDSSOptions(guard=names["guard"]).validate()
@@ -169,7 +171,7 @@ def test_python_runs(source, room, tokenizer, model_dir):
         assert sum(map(len, plugins.listing()[0].names.values()))
 
 
-def test_every_way_in_is_shown():
+def test_every_kind_of_use_is_shown():
     shown = "".join(block.values[0] for block in blocks("python"))
     for call in ("StarDSSTrainer(", "attach(", "star_dss_loss(", "score_dataset(", " Trainer("):
         assert call in shown
@@ -177,7 +179,7 @@ def test_every_way_in_is_shown():
 
 # YAML and TOML
 
-YAMLS = [
+YAML_TEXTS = [
     *blocks("yaml"),
     *(
         pytest.param(path.read_text(), id=str(path.relative_to(ROOT)))
@@ -186,8 +188,8 @@ YAMLS = [
 ]
 
 
-@pytest.mark.parametrize("text", YAMLS)
-def test_yaml_is_what_we_read(text, tmp_path):
+@pytest.mark.parametrize("text", YAML_TEXTS)
+def test_yaml_is_valid_configuration(text, tmp_path):
     found = yaml.safe_load(text)
     if "apiVersion" in found:
         command = shlex.split(found["spec"]["entrypoint"])
@@ -221,7 +223,7 @@ def test_toml_names_our_entry_points(text):
 
 
 def commands():
-    """Every line of code that is a command, continued lines joined, and inline ones."""
+    """Return (page, line, inline) of every command; continued lines are joined."""
     found = []
     for page, text in pages_without_fences():
         lines = re.sub(r" *\\\n *", " ", text)
@@ -236,17 +238,20 @@ def commands():
 
 
 def words_of(line: str) -> list[str]:
+    """Return the words of a command line."""
     try:
         return shlex.split(line, comments=True)
     except ValueError:  # a drawing or a sentence
         return []
 
 
-OURS = [(page, line, inline) for page, line, inline in commands() if "star-dss" in words_of(line)]
+STAR_DSS_COMMANDS = [
+    (page, line, inline) for page, line, inline in commands() if "star-dss" in words_of(line)
+]
 
 
 def check_command(where: str, words: list[str], *, partial: bool = False) -> None:
-    """Parses `star-dss …` with the command's own parser, without running it."""
+    """Parse `star-dss …` with the command's own parser, without running it."""
     words = words[words.index("star-dss") + 1 :]
     command, path = get_command(cli.app), ["star-dss"]
     while hasattr(command, "commands") and words and not words[0].startswith("-"):
@@ -254,7 +259,7 @@ def check_command(where: str, words: list[str], *, partial: bool = False) -> Non
         path.append(words.pop(0))
         command = command.commands[path[-1]]
     if "…" in words:
-        # What a page leaves out is left out here; "--guard …" keeps its value.
+        # An ellipsis is dropped unless it is the value of an option.
         kept = [w != "…" or before.startswith("-") for before, w in zip(["", *words], words)]
         words = list(itertools.compress(words, kept))
         partial = True
@@ -263,8 +268,8 @@ def check_command(where: str, words: list[str], *, partial: bool = False) -> Non
     try:
         if partial:
             context = command.make_context(path[-1], [], resilient_parsing=True)
-            context.resilient_parsing = False  # for what is missing only
-            # Prose names an option without its value: it gets one.
+            context.resilient_parsing = False  # it was needed for missing arguments only
+            # In prose an option may lack its value: any value is added.
             command.make_parser(context).parse_args([*words, "1"])
         else:
             command.make_context(path[-1], list(words))
@@ -272,7 +277,7 @@ def check_command(where: str, words: list[str], *, partial: bool = False) -> Non
         pytest.fail(f"{where}: star-dss {' '.join(path[1:])}: {error}")
 
 
-@pytest.mark.parametrize(("page", "line", "inline"), OURS)
+@pytest.mark.parametrize(("page", "line", "inline"), STAR_DSS_COMMANDS)
 def test_commands_are_parsed(page, line, inline):
     if "COMMAND" not in line:
         check_command(f"{page}: {line}", words_of(line), partial=inline)
@@ -281,7 +286,7 @@ def test_commands_are_parsed(page, line, inline):
 @pytest.mark.parametrize(
     "line", ["star-dss scor x", "star-dss score x --gard y …", "star-dss report"]
 )
-def test_a_wrong_command_line_is_noticed(line):
+def test_a_wrong_command_line_is_detected(line):
     with pytest.raises((AssertionError, pytest.fail.Exception)):
         check_command("here", line.split())
 
@@ -292,7 +297,11 @@ def test_the_flags_of_sft_are_parsed(tmp_path):
 
     config = tmp_path / "run.yaml"
     config.write_text((ROOT / "examples" / "sft.yaml").read_text() + "bf16: false\nuse_cpu: true\n")
-    shown = [words_of(line) for _, line, inline in OURS if "star-dss sft" in line and not inline]
+    shown = [
+        words_of(line)
+        for _, line, inline in STAR_DSS_COMMANDS
+        if "star-dss sft" in line and not inline
+    ]
     assert shown
     for words in shown:
         words = words[words.index("sft") + 1 :]
@@ -300,7 +309,7 @@ def test_the_flags_of_sft_are_parsed(tmp_path):
         sft.parse(words)
 
 
-def test_what_is_installed_and_made_exists():
+def test_extras_targets_scripts_and_sessions_exist():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     makefile = (ROOT / "Makefile").read_text()
     seen = set()
@@ -325,7 +334,7 @@ def test_what_is_installed_and_made_exists():
 
 
 def test_names_in_the_text_exist():
-    """`star_dss_plugin.x.y` in prose and in the site's directives is something."""
+    """Every `star_dss_plugin.x.y` in prose and in directives can be imported."""
     for page, text in ((p, p.read_text()) for p in PAGES):
         for name in set(re.findall(r"\bstar_dss_plugin(?:\.\w+)+", text)):
             *module, attribute = name.split(".")

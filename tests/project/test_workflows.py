@@ -1,4 +1,4 @@
-"""Workflows, hooks and templates: they parse, and the commands that they name exist."""
+"""Workflows, hooks and templates can be parsed, and the commands that they name exist."""
 
 import re
 import shlex
@@ -21,7 +21,7 @@ STEPS = [
     for step in job.get("steps", ())
 ]
 COMMANDS = [(name, step["run"]) for name, step in STEPS if "run" in step]
-KNOWN = {"sudo", "pipx", "test", "grep", "!"}  # of the image, or of the shell
+KNOWN = {"sudo", "pipx", "test", "grep", "!"}  # commands of the runner's image or of the shell
 
 
 def name_of(path):
@@ -29,7 +29,7 @@ def name_of(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_it_parses(path):
+def test_files_are_valid_yaml(path):
     assert isinstance(yaml.safe_load(path.read_text()), dict)
 
 
@@ -43,7 +43,7 @@ def test_there_are_a_gate_a_fast_lane_and_a_release():
 
 
 def missing(command):
-    """What a line of a workflow names that does not exist; None if all does."""
+    """Return the missing command or target of a workflow's line, or None."""
     words = shlex.split(re.sub(r"^(\w+)=\"\$\(.*\)\"$", "test", command))
     if words[0] == "make":
         return next((t for t in words[1:] if f"\n{t}:" not in MAKEFILE), None)
@@ -59,7 +59,7 @@ def test_the_commands_exist(name, command):
 
 
 @pytest.mark.parametrize("command", ["make tset", ".ci/rnu", "tox -e py311"])
-def test_a_command_that_does_not_exist_is_noticed(command):
+def test_a_missing_command_is_detected(command):
     assert missing(command)
 
 
@@ -92,7 +92,7 @@ def test_actions_are_pinned_by_their_major_version():
         assert "workflow_call" in yaml.safe_load((ROOT / path).read_text())[True]  # `on`, to YAML
 
 
-def test_rights_are_given_where_they_are_needed():
+def test_workflows_have_only_the_permissions_they_need():
     for workflow in WORKFLOWS.values():
         assert workflow["permissions"] == {"contents": "read"}
         given = {n: j["permissions"] for n, j in workflow["jobs"].items() if "permissions" in j}
@@ -119,7 +119,7 @@ def test_the_hooks_before_a_commit_are_those_of_make_lint():
         assert any(wanted <= set(line) for line in lines), program
 
 
-def test_dependabot_watches_what_is_there():
+def test_dependabot_watches_existing_files():
     updates = yaml.safe_load((GITHUB / "dependabot.yml").read_text())["updates"]
     assert {one["package-ecosystem"] for one in updates} == {"pip", "github-actions"}
     for one in updates:
@@ -130,7 +130,7 @@ def test_dependabot_watches_what_is_there():
 
 
 @pytest.mark.parametrize("path", sorted(GITHUB.glob("ISSUE_TEMPLATE/[!c]*.yml")), ids=name_of)
-def test_issue_forms_are_whole(path):
+def test_issue_forms_are_complete(path):
     form = yaml.safe_load(path.read_text())
     assert form["name"]
     assert form["description"]

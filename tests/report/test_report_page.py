@@ -1,4 +1,4 @@
-"""The report in a real browser: nothing gets out of the data, and a keyboard is enough.
+"""The report in Chromium: text stays text, lists are sorted and paged, and all works by keyboard.
 
 Needs Chromium on the path (`apt-get install chromium`) and Playwright's Python package.
 """
@@ -7,7 +7,7 @@ import re
 import shutil
 
 import pytest
-from support.report_data import data, response
+from support.report_data import response, scored_data
 
 from star_dss_plugin.report.page import render_page
 from star_dss_plugin.visible import visible
@@ -37,6 +37,7 @@ HOSTILE = [
 
 @pytest.fixture(scope="module")
 def browser():
+    """Return a started Chromium."""
     with sync_api.sync_playwright() as playwright:
         # As root, as in containers, Chromium refuses to start with its sandbox.
         found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
@@ -46,7 +47,7 @@ def browser():
 
 @pytest.fixture
 def open_report(browser, tmp_path):
-    """Opens a report and, at the end, asserts that nothing went wrong or out."""
+    """Return a function that opens a report; fail on any dialog, message, error or request."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     page = context.new_page()
     problems, requests = [], []
@@ -57,7 +58,7 @@ def open_report(browser, tmp_path):
     path = tmp_path / "report.html"
 
     def open_(responses, scheme="light", provenance=None, **options):
-        html = render_page(data(*responses, **(provenance or {})), name="test", **options)
+        html = render_page(scored_data(*responses, **(provenance or {})), name="test", **options)
         path.write_text(html, encoding="utf-8")
         page.emulate_media(color_scheme=scheme)
         page.goto(path.as_uri())
@@ -69,15 +70,17 @@ def open_report(browser, tmp_path):
     context.close()
 
 
-def items(page):
+def response_titles(page):
     return page.locator("#list .what").all_inner_texts()
 
 
-def rows(page):
-    return [int(re.search(r"row (\d+)", text).group(1)) for text in items(page)]
+def shown_rows(page):
+    """Return the numbers of the rows in the list."""
+    return [int(re.search(r"row (\d+)", text).group(1)) for text in response_titles(page)]
 
 
-def many(count):
+def many_responses(count):
+    """Return responses of two sources with all kinds of scores."""
     scores = [((7 * i) % count) / count for i in range(count)]
     return [
         response(i, (f"word{i} ", "the end"), (max(s, 1 - s), s), source="ab"[i % 2])
@@ -85,7 +88,7 @@ def many(count):
     ]
 
 
-def test_hostile_rows_are_text(open_report):
+def test_hostile_text_is_shown_as_text(open_report):
     page = open_report(
         [
             response(
@@ -106,14 +109,14 @@ def test_hostile_rows_are_text(open_report):
     assert page.locator(found).count() == 0
     assert page.locator("script").count() == 2
     assert page.locator("style").count() == 1
-    # The order of what stands around a right-to-left text is not changed by it.
+    # A right-to-left text does not change the order of the text around it.
     isolated = "e => getComputedStyle(e).unicodeBidi"
     assert page.locator("#text").evaluate(isolated) in ("isolate", "plaintext")
     assert page.locator("tbody th bdi").first.evaluate(isolated) == "isolate"
 
 
-def test_markup_that_got_in_would_still_be_stopped_by_the_policy(browser, tmp_path):
-    html = render_page(data(response()), name="x")
+def test_the_content_policy_stops_markup_that_was_not_escaped(browser, tmp_path):
+    html = render_page(scored_data(response()), name="x")
     path = tmp_path / "r.html"
     path.write_text(html.replace("<footer", "<img src=x onerror=alert(1)><footer", 1))
     page = browser.new_page()
@@ -127,7 +130,7 @@ def test_markup_that_got_in_would_still_be_stopped_by_the_policy(browser, tmp_pa
     page.close()
 
 
-def test_a_line_of_a_megabyte_is_clipped_until_asked_for(open_report):
+def test_a_text_of_a_megabyte_is_clipped_until_all_is_requested(open_report):
     long = "x" * 2**20
     page = open_report([response(0, (long, "tail"), context=({"role": "user", "content": long},))])
     shown = "e => e.textContent.length"
@@ -139,7 +142,7 @@ def test_a_line_of_a_megabyte_is_clipped_until_asked_for(open_report):
 
 
 def test_ten_thousand_responses_are_paged(open_report):
-    page = open_report(many(10_000))
+    page = open_report(many_responses(10_000))
     assert page.locator("#status").inner_text().startswith("10,000 of 10,000 responses")
     assert page.locator("#list li").count() == 50
     assert page.evaluate("document.querySelectorAll('*').length") < 1500
@@ -148,7 +151,7 @@ def test_ten_thousand_responses_are_paged(open_report):
     assert page.locator("#list li").count() == 50
     page.fill("#search", "word4321 ")
     sync_api.expect(page.locator("#list li")).to_have_count(1)
-    assert rows(page) == [4321]
+    assert shown_rows(page) == [4321]
     assert page.locator("#text").inner_text() == "word4321 the end"
     assert page.evaluate("CSS.highlights.get('found').size") == 1
     page.fill("#search", "nothing has this")
@@ -156,8 +159,8 @@ def test_ten_thousand_responses_are_paged(open_report):
     assert "No response matches" in page.locator("#detail").inner_text()
 
 
-def test_sort_and_filter(open_report):
-    responses = many(101)
+def test_responses_are_sorted_and_filtered(open_report):
+    responses = many_responses(101)
     page = open_report(responses)
 
     def expected(key):
@@ -170,20 +173,20 @@ def test_sort_and_filter(open_report):
         "row": lambda r: r.row,
     }.items():
         page.select_option("#sort", order)
-        assert rows(page) == expected(key), order
+        assert shown_rows(page) == expected(key), order
     page.select_option("#sort", "row")
     page.select_option("#filter", "safe")
-    assert rows(page) == [r.row for r in responses if r.crossing(0.5) is None][:50]
+    assert shown_rows(page) == [r.row for r in responses if r.crossing(0.5) is None][:50]
     page.select_option("#filter", "mixed")
-    assert rows(page) == [r.row for r in responses if r.crossing(0.5) == 6][:50]
+    assert shown_rows(page) == [r.row for r in responses if r.crossing(0.5) == 6][:50]
     page.select_option("#source", label="b")
-    assert all(row % 2 for row in rows(page))
+    assert all(row % 2 for row in shown_rows(page))
 
 
-def test_everything_by_keyboard(open_report):
-    page = open_report(many(60))
+def test_the_keyboard_reaches_everything(open_report):
+    page = open_report(many_responses(60))
     title = page.locator("#detail h2")
-    order = rows(page)
+    order = shown_rows(page)
     assert title.inner_text().startswith(f"Row {order[0]} ")
     page.keyboard.press("j")
     page.keyboard.press("j")
@@ -200,7 +203,7 @@ def test_everything_by_keyboard(open_report):
     page.keyboard.press("ControlOrMeta+a")
     page.keyboard.press("Delete")
     sync_api.expect(page.locator("#list li")).to_have_count(50)
-    for _ in range(12):  # by Tab alone into the list
+    for _ in range(12):  # Tab alone reaches the list
         page.keyboard.press("Tab")
         if page.evaluate("document.activeElement.closest('#list') !== null"):
             break
@@ -212,8 +215,8 @@ def test_everything_by_keyboard(open_report):
     assert outline == "solid"
 
 
-def test_the_page_does_not_jump_until_it_is_moved(open_report):
-    page = open_report(many(60))
+def test_the_page_scrolls_to_a_response_only_after_a_key(open_report):
+    page = open_report(many_responses(60))
     page.set_viewport_size({"width": 1280, "height": 400})
     page.reload()
     assert page.evaluate("scrollY") == 0
@@ -221,7 +224,7 @@ def test_the_page_does_not_jump_until_it_is_moved(open_report):
     assert page.locator("#detail h2").evaluate("e => e.getBoundingClientRect().top < innerHeight")
 
 
-def test_the_end_of_the_line_is_the_last_token(open_report):
+def test_the_right_end_of_the_chart_is_the_last_token(open_report):
     page = open_report([response(0, "abcd", (0.9, 0.8, 0.2, 0.1))])
     box = page.locator(".chart svg").bounding_box()
     page.mouse.move(box["x"] + box["width"] - 1, box["y"] + 50)
@@ -230,14 +233,14 @@ def test_the_end_of_the_line_is_the_last_token(open_report):
     assert page.locator("#readout").inner_text() == "tokens 1 to 5: score 0.900"
 
 
-def test_a_source_for_each_response_is_no_list_of_all(open_report):
+def test_many_sources_are_listed_in_part(open_report):
     page = open_report([response(i, source=f"id-{i}") for i in range(500)])
     assert page.locator("#source option").count() == 201
     assert page.locator("tbody tr").count() == 40
     assert "and 460 more sources" in page.locator(".summary").inner_text()
 
 
-def test_the_crossing_is_where_the_scores_say(open_report):
+def test_the_first_token_below_the_threshold_is_marked(open_report):
     page = open_report([response(3, ("good ", "bad ", "good"), (0.9, 0.2, 0.8))])
     assert page.locator(".crossed").inner_text() == "bad "
     assert "below 0.5 from token 6 of 15" in page.locator("#facts").inner_text()
@@ -248,7 +251,7 @@ def test_the_crossing_is_where_the_scores_say(open_report):
 
 
 def test_blurred_text_is_revealed_on_request(open_report):
-    page = open_report(many(3), blur=True)
+    page = open_report(many_responses(3), blur=True)
     blur = "e => getComputedStyle(e).filter"
     text = page.locator("#text")
     assert "blur" in text.evaluate(blur)
@@ -265,8 +268,8 @@ def test_blurred_text_is_revealed_on_request(open_report):
     assert page.locator(".snippet").first.evaluate(blur) == "none"
 
 
-def test_without_text_there_is_none(open_report):
-    page = open_report(many(3), text=False)
+def test_a_report_without_text_shows_none(open_report):
+    page = open_report(many_responses(3), text=False)
     assert page.locator("#text, #search, .snippet, .message").count() == 0
     assert "word" not in page.locator("body").inner_text()
     page.keyboard.press("ArrowRight")
@@ -274,7 +277,7 @@ def test_without_text_there_is_none(open_report):
 
 
 def test_demonstration_scores_are_marked_everywhere(open_report):
-    page = open_report(many(3), provenance={"demonstration_guard": True})
+    page = open_report(many_responses(3), provenance={"demonstration_guard": True})
     assert "demonstration" in page.title()
     for where in (".warning", "#status", "#facts"):
         assert "demonstration scores" in page.locator(where).first.inner_text().lower()
@@ -315,6 +318,6 @@ def test_contrast_meets_wcag_aa(open_report, scheme):
     )
     ratio, where = page.evaluate(CONTRAST)
     assert ratio >= 4.5, where
-    page.click("#theme")  # the other scheme, by hand
+    page.click("#theme")  # switch to the other scheme
     ratio, where = page.evaluate(CONTRAST)
     assert ratio >= 4.5, where

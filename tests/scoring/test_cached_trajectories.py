@@ -9,7 +9,7 @@ from star_dss_plugin.scoring.cached_trajectories import CachedTrajectories
 from star_dss_plugin.scoring.ranks import Share
 
 
-class Eights(Guard):
+class BatchesOfEight(Guard):
     """Score in batches of eight; fail on a response that ends with an exclamation mark."""
 
     name = "eights"
@@ -29,16 +29,21 @@ class Eights(Guard):
         return [Trajectory((0.5,)) for _ in requests]
 
 
-def test_processes_do_not_ask_again_for_what_stood_beside_a_failure(tmp_path):
+def test_ranks_score_each_response_once_despite_failures_in_batches(tmp_path):
     texts = [f"{i}{'!' if i % 16 == 0 else ''}" for i in range(64)]
     requests = {f"{i:064x}": PrefixRequest((), t, (len(t),)) for i, t in enumerate(texts)}
     rows = {key: i for i, key in enumerate(requests)}
-    barrier = threading.Barrier(4).wait
-    guards, found = [Eights() for _ in range(4)], [None] * 4
+    wait_for_all = threading.Barrier(4).wait
+    guards, found = [BatchesOfEight() for _ in range(4)], [None] * 4
 
     def ask(index):
         asking = CachedTrajectories(
-            requests, rows, tmp_path, progress=False, strict=False, share=Share(index, 4, barrier)
+            requests,
+            rows,
+            tmp_path,
+            progress=False,
+            strict=False,
+            share=Share(index, 4, wait_for_all),
         )
         found[index] = asking.trajectories(guards[index])
 

@@ -8,7 +8,16 @@ import pytest
 import torch
 from datasets import Dataset, List, Value
 from support.models import CHATML
-from support.scoring import SIMPLE, TALK, HashGuard, chat, conversations, scored, tokenized, twin
+from support.scoring import (
+    SIMPLE,
+    TALK,
+    HashGuard,
+    chat,
+    conversations,
+    scored,
+    scores_of_prefixes,
+    tokenized,
+)
 
 from star_dss_plugin import load_guard, provenance_of
 from star_dss_plugin.data.templates.tokenized import trained_runs
@@ -25,7 +34,7 @@ KINDS = {  # kind -> row, contexts of its responses
 @pytest.mark.parametrize("chunk_size", [1, 3, 5, 1000])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("raw", [True, False], ids=["raw", "tokenized"])
-def test_scores_are_those_of_the_prefixes(tokenizer, kind, raw, chunk_size):
+def test_scores_equal_those_of_each_prefix_alone(tokenizer, kind, raw, chunk_size):
     row, contexts = KINDS[kind]
     if not raw:
         row = row | tokenized(tokenizer, row)
@@ -35,7 +44,7 @@ def test_scores_are_those_of_the_prefixes(tokenizer, kind, raw, chunk_size):
     assert len(row["star_scores"]) == len(row["input_ids"]) == len(row["labels"])
     assert (
         np.asarray(row["star_scores"], dtype=np.float32).tolist()
-        == twin(row, tokenizer, contexts, chunk_size).tolist()
+        == scores_of_prefixes(row, tokenizer, contexts, chunk_size).tolist()
     )
     assert all(
         score == 1.0
@@ -44,27 +53,27 @@ def test_scores_are_those_of_the_prefixes(tokenizer, kind, raw, chunk_size):
     )
 
 
-def test_rows_of_tokens_alone_are_read_as_their_messages(tokenizer):
+def test_messages_are_recovered_from_rows_of_tokens(tokenizer):
     row = tokenized(tokenizer, SIMPLE)
     found = scored(Dataset.from_list([row]), tokenizer, HashGuard())
-    expected = twin(row, tokenizer, [SIMPLE["messages"][:1]], 5)
+    expected = scores_of_prefixes(row, tokenizer, [SIMPLE["messages"][:1]], 5)
     assert found["star_scores"][0] == pytest.approx(expected.tolist(), abs=0)
     assert provenance_of(found)["raw_contexts"] == 0
 
 
-def test_rows_of_which_the_template_makes_other_tokens_have_decoded_contexts(tokenizer, caplog):
+def test_rows_with_tokens_of_no_template_have_decoded_contexts(tokenizer, caplog):
     row = tokenized(tokenizer, SIMPLE)
     row = {name: column[1:] for name, column in row.items()}
     found = scored(Dataset.from_list([row]), tokenizer, HashGuard())
     ((start, _),) = trained_runs(row["labels"])
     decoded = tokenizer.decode(row["input_ids"][:start])
-    expected = twin(row, tokenizer, [chat(decoded)], 5)
+    expected = scores_of_prefixes(row, tokenizer, [chat(decoded)], 5)
     assert found["star_scores"][0] == pytest.approx(expected.tolist(), abs=0)
     assert "For 1 responses the guard reads the decoded tokens before them" in caplog.text
     assert provenance_of(found)["raw_contexts"] == 1
 
 
-def test_a_verdict_guards_scores_are_those_of_each_prefix_alone(tokenizer, model_dir):
+def test_a_verdict_guards_scores_equal_those_of_each_prefix_alone(tokenizer, model_dir):
     guard = load_guard(
         {
             "model": str(model_dir),
@@ -85,7 +94,7 @@ def test_a_verdict_guards_scores_are_those_of_each_prefix_alone(tokenizer, model
 
 
 @pytest.mark.parametrize("segmenter", ["words", "sentences", "whole"])
-def test_a_score_belongs_to_the_chunk_that_ends_there(tokenizer, segmenter):
+def test_a_chunk_has_the_score_of_the_prefix_at_its_end(tokenizer, segmenter):
     found = scored(
         Dataset.from_list([SIMPLE]), tokenizer, "test-words", segmenter=segmenter, chunk_size=1
     )[0]
@@ -113,7 +122,7 @@ def test_an_empty_answer_has_a_score(tokenizer):
     assert found["star_scores"][start:end] == [pytest.approx(HashGuard().value(chat("hi"), ""))]
 
 
-def test_max_length_cuts_before_anything_is_scored(tokenizer):
+def test_rows_are_cut_to_max_length_before_scoring(tokenizer):
     guard = HashGuard()
     found = scored(conversations(1), tokenizer, guard, max_length=20)[0]
     assert len(found["input_ids"]) == len(found["star_scores"]) == 20
@@ -121,7 +130,7 @@ def test_max_length_cuts_before_anything_is_scored(tokenizer):
     assert guard.asked == [tokenizer.decode(found["input_ids"][start:end])]
 
 
-def test_raw_rows_use_the_template_they_are_given(tokenizer):
+def test_raw_rows_use_the_given_chat_template(tokenizer):
     template = CHATML.replace("<|im_start|>", "<|im_start|>the ")
     found = scored(Dataset.from_list([SIMPLE]), tokenizer, HashGuard(), chat_template=template)
     assert tokenizer.decode(found[0]["input_ids"]).startswith("<|im_start|>the user\n")
@@ -132,7 +141,7 @@ def test_raw_rows_use_the_template_they_are_given(tokenizer):
     assert again["star_scores"][:] == found["star_scores"][:]
 
 
-def test_trained_questions_are_not_trained_any_more(tokenizer, caplog):
+def test_labels_of_user_messages_are_removed(tokenizer, caplog):
     ids = tokenized(tokenizer, {"messages": TALK})
     row = {"messages": TALK, "input_ids": ids["input_ids"], "labels": ids["input_ids"]}
     found = scored(Dataset.from_list([row, row | ids]), tokenizer, HashGuard())
@@ -156,7 +165,7 @@ def test_other_columns_and_order_are_kept(tokenizer):
 
 @pytest.mark.parametrize("columns", [None, ["input_ids", "labels"]])
 @pytest.mark.parametrize("kind", ["torch", "numpy"])
-def test_formatted_data_sets(tokenizer, kind, columns):
+def test_formatted_data_sets_keep_their_format(tokenizer, kind, columns):
     plain = Dataset.from_list([row | tokenized(tokenizer, row) for row in conversations(3)])
     expected = scored(plain, tokenizer, HashGuard())
     found = scored(plain.with_format(kind, columns=columns), tokenizer, HashGuard())
@@ -167,7 +176,7 @@ def test_formatted_data_sets(tokenizer, kind, columns):
         assert isinstance(value, torch.Tensor if kind == "torch" else np.ndarray)
 
 
-def test_narrow_integers(tokenizer):
+def test_int32_tokens_have_the_same_scores(tokenizer):
     row = SIMPLE | tokenized(tokenizer, SIMPLE)
     data = Dataset.from_list([row])
     for name in ("input_ids", "labels"):
@@ -179,7 +188,7 @@ def test_narrow_integers(tokenizer):
     )
 
 
-def test_rows_without_a_response_stay_without(tokenizer):
+def test_rows_without_a_response_are_kept(tokenizer):
     ids = tokenized(tokenizer, SIMPLE)
     nothing = {"input_ids": [5, 6], "labels": [-100, -100]}
     empty = {"input_ids": [], "labels": []}
@@ -189,7 +198,7 @@ def test_rows_without_a_response_stay_without(tokenizer):
     assert provenance_of(found)["responses"] == 1
 
 
-def test_progress_counts_prefixes_and_stays_silent_when_nothing_is_asked(tokenizer, capsys):
+def test_progress_counts_prefixes_and_is_silent_for_cached_scores(tokenizer, capsys):
     found = scored(conversations(3), tokenizer, HashGuard(), progress=True)
     prefixes = provenance_of(found)["prefixes"]
     assert f"{prefixes}/{prefixes}" in capsys.readouterr().err
@@ -197,7 +206,7 @@ def test_progress_counts_prefixes_and_stays_silent_when_nothing_is_asked(tokeniz
     assert "prefix" not in capsys.readouterr().err
 
 
-def test_nothing_is_logged_where_nothing_is_odd(tokenizer, caplog):
+def test_ordinary_data_logs_no_warning(tokenizer, caplog):
     with caplog.at_level(logging.WARNING, logger="star_dss_plugin"):
         scored(conversations(2), tokenizer, HashGuard())
     assert caplog.records == []

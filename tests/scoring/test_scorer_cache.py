@@ -10,7 +10,7 @@ import pytest
 from datasets import Dataset, load_from_disk
 from support.forks import FORKS
 from support.guards import WordGuard
-from support.scoring import SIMPLE, BatchGuard, HashGuard, chat, conversations, scored
+from support.scoring import SIMPLE, BatchGuard, HashGuard, chat, conversations, saved_bytes, scored
 from transformers import AutoModelForCausalLM
 
 from star_dss_plugin import (
@@ -23,10 +23,8 @@ from star_dss_plugin.data import cache
 from star_dss_plugin.data.cache import ScoreCache
 from star_dss_plugin.data.requests import Trajectory
 
-# Scored once
 
-
-def test_identical_responses_are_asked_once(tokenizer):
+def test_identical_responses_are_scored_once(tokenizer):
     guard = HashGuard()
     same, other = {"messages": chat("hi", "ok")}, {"messages": chat("bye", "ok")}
     found = scored(Dataset.from_list([same, same, other, same]), tokenizer, guard)
@@ -37,18 +35,13 @@ def test_identical_responses_are_asked_once(tokenizer):
     assert trained[0] != trained[2]
 
 
-def saved(dataset, folder: Path) -> dict[str, bytes]:
-    dataset.save_to_disk(folder)
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
-def test_a_second_run_asks_nothing_and_is_the_same_to_the_byte(tokenizer, tmp_path):
+def test_a_second_run_scores_nothing_and_writes_the_same_bytes(tokenizer, tmp_path):
     first, second = HashGuard(), HashGuard()
     one = scored(conversations(), tokenizer, first)
     two = scored(conversations(), tokenizer, second)
     assert len(first.asked) == 40
     assert second.asked == []
-    assert saved(one, tmp_path / "one") == saved(two, tmp_path / "two")
+    assert saved_bytes(one, tmp_path / "one") == saved_bytes(two, tmp_path / "two")
 
 
 def test_a_cached_run_loads_no_weights(tokenizer, model_dir, monkeypatch):
@@ -83,7 +76,7 @@ def test_a_cached_run_loads_no_weights(tokenizer, model_dir, monkeypatch):
     ],
     ids=str,
 )
-def test_what_is_asked_again(tokenizer, tmp_path, changes, asked_again):
+def test_a_guard_is_loaded_again_only_for_other_scores(tokenizer, tmp_path, changes, asked_again):
     options = {"guard": "test-words", "chunk_size": 5, "score_cache_dir": tmp_path / "cache"}
     data = Dataset.from_list([SIMPLE])
     scored(data, tokenizer, **options)
@@ -94,7 +87,7 @@ def test_what_is_asked_again(tokenizer, tmp_path, changes, asked_again):
     assert (WordGuard.loads > before) == asked_again
 
 
-def test_new_rows_alone_are_asked(tokenizer):
+def test_only_new_rows_are_scored(tokenizer):
     first, second = HashGuard(), HashGuard()
     scored(conversations(10), tokenizer, first)
     found = scored(conversations(11).shuffle(seed=1), tokenizer, second)
@@ -108,7 +101,7 @@ def test_new_rows_alone_are_asked(tokenizer):
     assert found["star_scores"][:] == fresh["star_scores"][:]
 
 
-def test_a_guard_is_closed_by_who_loaded_it(tokenizer, monkeypatch):
+def test_only_guards_loaded_by_name_are_closed(tokenizer, monkeypatch):
     closed = []
     monkeypatch.setattr(WordGuard, "close", lambda self: closed.append(self))
     mine = WordGuard()
@@ -133,7 +126,7 @@ def stop():
     raise Stop
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped(tokenizer, tmp_path):
+def test_an_interrupted_run_resumes_after_its_last_batch(tokenizer, tmp_path):
     whole = scored(conversations(), tokenizer, BatchGuard(), score_cache_dir=tmp_path / "whole")
     first, second = BatchGuard(fail_at=6, action=stop), BatchGuard()
     with pytest.raises(Stop):
@@ -141,10 +134,10 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tokenizer, tmp_path):
     found = scored(conversations(), tokenizer, second, score_cache_dir=tmp_path / "cut")
     assert len(first.batches) == 6
     assert len(second.batches) == 14 - 6
-    assert saved(found, tmp_path / "a") == saved(whole, tmp_path / "b")
+    assert saved_bytes(found, tmp_path / "a") == saved_bytes(whole, tmp_path / "b")
 
 
-def test_what_a_batch_lost_is_computed_in_the_same_batch(tokenizer, tmp_path):
+def test_a_missing_score_is_computed_with_its_whole_batch(tokenizer, tmp_path):
     """The last bits depend on the batch: if one of three is missing, all three are scored."""
     whole = scored(conversations(), tokenizer, BatchGuard(), score_cache_dir=tmp_path / "whole")
     some = conversations().select([0, 3, 4, 9])  # other batches, other last bits
@@ -158,6 +151,7 @@ def test_what_a_batch_lost_is_computed_in_the_same_batch(tokenizer, tmp_path):
 
 
 def score_in_a_process(tokenizer, folder, out, fail_at, delay, start=None):
+    """Score conversations in a process, which dies at batch `fail_at`."""
     cache._FLUSH_SECONDS = 0.0
     guard = BatchGuard(fail_at, lambda: os._exit(7), delay)
     if start is not None:
@@ -167,6 +161,7 @@ def score_in_a_process(tokenizer, folder, out, fail_at, delay, start=None):
 
 
 def run_together(*processes):
+    """Run processes at the same time; return their exit codes."""
     for process in processes:
         process.start()
     for process in processes:
@@ -174,11 +169,11 @@ def run_together(*processes):
     return [process.exitcode for process in processes]
 
 
-def arrow(folder: Path) -> dict[str, bytes]:
+def arrow_files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("*.arrow")}
 
 
-def test_killed_and_started_again_by_two_at_once(tokenizer, tmp_path):
+def test_two_processes_resume_a_killed_run_and_score_each_batch_once(tokenizer, tmp_path):
     """A run is killed after 4 batches; then two runs continue, and share the remaining ones."""
     whole = scored(conversations(), tokenizer, BatchGuard(), score_cache_dir=tmp_path / "whole")
     cache = tmp_path / "cache"
@@ -198,11 +193,16 @@ def test_killed_and_started_again_by_two_at_once(tokenizer, tmp_path):
     asked = [int((tmp_path / name / "batches").read_text()) for name in "ab"]
     assert sorted(asked) == [0, 14 - 4]
     whole.save_to_disk(tmp_path / "saved")
-    assert arrow(tmp_path / "a") == arrow(tmp_path / "b") == arrow(tmp_path / "saved")
+    assert (
+        arrow_files(tmp_path / "a")
+        == arrow_files(tmp_path / "b")
+        == arrow_files(tmp_path / "saved")
+    )
     assert provenance_of(load_from_disk(tmp_path / "a")) == provenance_of(whole)
 
 
 def score_a_part(tokenizer, folder, first, out, start):
+    """Score nine of 24 conversations; write the scores to a file."""
     cache._FLUSH_SECONDS = 0.0
     rows = conversations(24).select(range(first, first + 9))
     start.wait()
@@ -210,7 +210,7 @@ def score_a_part(tokenizer, folder, first, out, start):
     out.write_text(json.dumps(list(found["star_scores"])))
 
 
-def test_sixteen_processes_on_one_cache_lose_nothing(tokenizer, tmp_path):
+def test_sixteen_processes_share_one_cache(tokenizer, tmp_path):
     """Each scores nine of 24 rows; most of them are scored by other processes, too."""
     start, outs = FORKS.Barrier(16), [tmp_path / f"{i}.json" for i in range(16)]
     processes = [
@@ -230,25 +230,25 @@ def test_sixteen_processes_on_one_cache_lose_nothing(tokenizer, tmp_path):
     assert left == {".shard", ".json", ""}  # no damaged or temporary file; "" is the lock
 
 
-def test_a_disk_that_fills_up_costs_what_was_not_written(tokenizer, tmp_path, monkeypatch):
+def test_a_full_disk_loses_only_unwritten_scores(tokenizer, tmp_path, monkeypatch):
     whole = scored(conversations(), tokenizer, BatchGuard(), score_cache_dir=tmp_path / "whole")
     monkeypatch.setattr(cache, "_FLUSH_SECONDS", -1.0)
     write, written = cache.ScoreCache._write, []
 
-    def until_full(self, name, data):
+    def write_until_full(self, name, data):
         written.append(name)
         if len(written) > 4:  # namespace.json and three batches
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(self, name, data)
 
     with monkeypatch.context() as patched:
-        patched.setattr(cache.ScoreCache, "_write", until_full)
+        patched.setattr(cache.ScoreCache, "_write", write_until_full)
         with pytest.raises(CacheError, match=r"No space left.*start the same command again"):
             scored(conversations(), tokenizer, BatchGuard(), score_cache_dir=tmp_path / "full")
-    rest = BatchGuard()
-    found = scored(conversations(), tokenizer, rest, score_cache_dir=tmp_path / "full")
-    assert len(rest.batches) == 14 - 3
-    assert saved(found, tmp_path / "a") == saved(whole, tmp_path / "b")
+    resumed = BatchGuard()
+    found = scored(conversations(), tokenizer, resumed, score_cache_dir=tmp_path / "full")
+    assert len(resumed.batches) == 14 - 3
+    assert saved_bytes(found, tmp_path / "a") == saved_bytes(whole, tmp_path / "b")
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
@@ -263,13 +263,11 @@ def test_a_damaged_cache_is_computed_again(tokenizer, tmp_path, caplog, damage):
     again = scored(conversations(), tokenizer, guard, score_cache_dir=tmp_path / "cache")
     assert len(guard.asked) == 40
     assert "computed again" in caplog.text
-    assert saved(again, tmp_path / "a") == saved(first, tmp_path / "b")
+    assert saved_bytes(again, tmp_path / "a") == saved_bytes(first, tmp_path / "b")
 
 
 @pytest.mark.parametrize("entry", [(), (0.5,) * 99, (float("inf"),), (-1.0,)])
-def test_an_entry_of_the_cache_that_is_no_answer_is_computed_again(
-    tmp_path, tokenizer, caplog, entry
-):
+def test_an_invalid_entry_of_the_cache_is_computed_again(tmp_path, tokenizer, caplog, entry):
     """A valid checksum does not show that the entry is a valid answer."""
     data = conversations(2)
     options = {"guard": WordGuard(), "score_cache_dir": tmp_path, "progress": False}

@@ -9,10 +9,8 @@ from star_dss_plugin import (
 )
 from star_dss_plugin.scoring.guard_statistics import merge_provenance, remarks
 
-# Provenance
 
-
-def test_provenance_says_how_and_not_when(tokenizer, tmp_path):
+def test_equal_scores_have_equal_provenance(tokenizer, tmp_path):
     found = provenance_of(scored(conversations(3), tokenizer, HashGuard(), chunk_size=2))
     assert found == {
         "guard": "test-hash",
@@ -47,7 +45,7 @@ def test_provenance_says_how_and_not_when(tokenizer, tmp_path):
     assert provenance_of(again) == found
 
 
-def test_provenance_survives(tokenizer, tmp_path):
+def test_provenance_is_kept_by_operations_on_the_data_set(tokenizer, tmp_path):
     found = scored(conversations(4), tokenizer, HashGuard())
     expected = provenance_of(found)
     found.save_to_disk(tmp_path / "saved")
@@ -64,7 +62,7 @@ def test_provenance_survives(tokenizer, tmp_path):
         assert provenance_of(kept) == expected
 
 
-def test_a_description_is_kept(tokenizer):
+def test_the_data_sets_own_description_is_kept(tokenizer):
     data = conversations(1)
     data.info.description = "Made of foxes.\nTwo lines."
     found = scored(data, tokenizer, HashGuard())
@@ -74,7 +72,7 @@ def test_a_description_is_kept(tokenizer):
     assert provenance_of(data) is None
 
 
-def test_scored_again_the_old_provenance_is_gone(tokenizer):
+def test_scoring_again_replaces_the_provenance(tokenizer):
     first = scored(conversations(1), tokenizer, HashGuard())
     again = scored(first.remove_columns("star_scores"), tokenizer, HashGuard("salt"), chunk_size=2)
     assert provenance_of(again)["guard_identity"]["salt"] == "salt"
@@ -86,18 +84,23 @@ def test_scored_again_the_old_provenance_is_gone(tokenizer):
 TEXTS = [{"text": "user: a bad word? assistant: no"}, {"text": "user: hi assistant: hello"}]
 
 
-@pytest.mark.parametrize(("asked", "told"), [(0, True), (9, True), (10, False)])
-def test_responses_without_a_question_are_told_of(tokenizer, caplog, asked, told):
-    rows = [tokenized(tokenizer, row) for row in (*conversations(asked).to_list(), *TEXTS)]
+@pytest.mark.parametrize(("conversations_before", "warned"), [(0, True), (9, True), (10, False)])
+def test_many_responses_without_a_context_are_warned_about(
+    tokenizer, caplog, conversations_before, warned
+):
+    rows = [
+        tokenized(tokenizer, row)
+        for row in (*conversations(conversations_before).to_list(), *TEXTS)
+    ]
     found = scored(Dataset.from_list(rows), tokenizer, HashGuard())
     note = provenance_of(found)
     assert note["no_contexts"] == 2
-    said = f"2 of {note['responses']} responses have nothing said before them"
-    assert (said in caplog.text) == told
-    assert [line.startswith(said) for line in remarks(note)] == [True] * told
+    warning = f"2 of {note['responses']} responses have nothing said before them"
+    assert (warning in caplog.text) == warned
+    assert [line.startswith(warning) for line in remarks(note)] == [True] * warned
 
 
-def test_parts_are_told_of_together(tokenizer):
+def test_remarks_on_merged_parts_count_all_responses(tokenizer):
     parts = [
         provenance_of(scored(Dataset.from_list(rows), tokenizer, HashGuard()))
         for rows in (TEXTS, TEXTS[:1])

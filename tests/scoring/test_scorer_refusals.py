@@ -16,18 +16,18 @@ from star_dss_plugin.guards.base import Guard
 
 
 @pytest.mark.parametrize(
-    "places", [[30, 34, 39], [3, 1, 5], [-1, 2, 3]], ids=["of the prompt", "unordered", "negative"]
+    "ends", [[30, 34, 39], [3, 1, 5], [-1, 2, 3]], ids=["of the prompt", "unordered", "negative"]
 )
-def test_places_that_are_not_the_responses_are_an_error(tokenizer, monkeypatch, places):
+def test_token_ends_outside_or_out_of_order_are_refused(tokenizer, monkeypatch, ends):
     """Otherwise tokens would get the scores of other prefixes."""
-    tokens = [(end, 0.9 - i / 10) for i, end in enumerate(places)]
+    tokens = [(end, 0.9 - i / 10) for i, end in enumerate(ends)]
     monkeypatch.setattr(WordGuard, "token_scores", lambda self, responses: [tokens])
     with pytest.raises(GuardError, match="must count from the beginning of the response"):
         scored(Dataset.from_list([SIMPLE]), tokenizer, "test-words")
 
 
 @pytest.mark.parametrize("count", [0, 2])
-def test_token_scores_of_other_responses_are_an_error(tokenizer, monkeypatch, count):
+def test_a_wrong_number_of_token_scores_is_refused(tokenizer, monkeypatch, count):
     monkeypatch.setattr(WordGuard, "token_scores", lambda *_: [[(0, 0.5)]] * count)
     with pytest.raises(GuardError, match=f"of {count} responses for 1; token_scores must"):
         scored(Dataset.from_list([SIMPLE]), tokenizer, "test-words")
@@ -36,11 +36,11 @@ def test_token_scores_of_other_responses_are_an_error(tokenizer, monkeypatch, co
 # Guards with invalid answers
 
 
-class Nonsense(Guard):
-    """Return a fixed answer."""
+class AnsweringGuard(Guard):
+    """Answer with a given function."""
 
-    name = "test-nonsense"
-    identity = {"kind": "nonsense"}
+    name = "test-answers"
+    identity = {"kind": "answers"}
 
     def __init__(self, answer) -> None:
         self.answer = answer
@@ -49,7 +49,8 @@ class Nonsense(Guard):
         return self.answer(requests)
 
 
-def each(scores, mass=None):
+def trajectories_of(scores, mass=None):
+    """Return a function that makes a trajectory for each request from its number of ends."""
     return lambda requests: [
         Trajectory(scores(len(r.ends)), None if mass is None else mass(len(r.ends)))
         for r in requests
@@ -59,32 +60,34 @@ def each(scores, mass=None):
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (each(lambda n: (float("nan"),) * n), "one probability in"),
-        (each(lambda n: (0.5,) * (n - 1) + (float("nan"),)), "one probability in"),
-        (each(lambda n: (float("inf"),) * n), "one probability in"),
-        (each(lambda n: (-1e-6,) * n), "one probability in"),
-        (each(lambda n: (1.000001,) * n), "one probability in"),
-        (each(lambda n: (0.5,) * (n - 1)), "one probability in"),
-        (each(lambda n: (0.5,) * (n + 1)), "one probability in"),
-        (each(lambda n: ()), "one probability in"),
-        (each(lambda n: (0.5,) * n, lambda n: (0.5,) * (n + 1)), "label_mass"),
-        (each(lambda n: (0.5,) * n, lambda n: (float("nan"),) * n), "label_mass"),
-        (each(lambda n: (0.5,) * n, lambda n: (2.0,) * n), "label_mass"),
+        (trajectories_of(lambda n: (float("nan"),) * n), "one probability in"),
+        (trajectories_of(lambda n: (0.5,) * (n - 1) + (float("nan"),)), "one probability in"),
+        (trajectories_of(lambda n: (float("inf"),) * n), "one probability in"),
+        (trajectories_of(lambda n: (-1e-6,) * n), "one probability in"),
+        (trajectories_of(lambda n: (1.000001,) * n), "one probability in"),
+        (trajectories_of(lambda n: (0.5,) * (n - 1)), "one probability in"),
+        (trajectories_of(lambda n: (0.5,) * (n + 1)), "one probability in"),
+        (trajectories_of(lambda n: ()), "one probability in"),
+        (trajectories_of(lambda n: (0.5,) * n, lambda n: (0.5,) * (n + 1)), "label_mass"),
+        (trajectories_of(lambda n: (0.5,) * n, lambda n: (float("nan"),) * n), "label_mass"),
+        (trajectories_of(lambda n: (0.5,) * n, lambda n: (2.0,) * n), "label_mass"),
         (lambda requests: [], "0 trajectories for 1 responses"),
         (lambda requests: [Trajectory((0.5,))] * 2, "2 trajectories for 1 responses"),
     ],
 )
-def test_nonsense_is_an_error_and_not_remembered(tokenizer, answer, message):
+def test_invalid_trajectories_are_refused_and_not_cached(tokenizer, answer, message):
     data = conversations(2)
     with pytest.raises(GuardError, match=message):
-        scored(data, tokenizer, Nonsense(answer))
-    honest = scored(data, tokenizer, Nonsense(each(lambda n: (0.25,) * n)))
-    assert {s for scores in honest["star_scores"] for s in scores} == {0.25, 1.0}
+        scored(data, tokenizer, AnsweringGuard(answer))
+    valid = scored(data, tokenizer, AnsweringGuard(trajectories_of(lambda n: (0.25,) * n)))
+    assert {s for scores in valid["star_scores"] for s in scores} == {0.25, 1.0}
 
 
 @pytest.mark.parametrize("edge", [0.0, 1.0])
-def test_the_ends_of_the_range_are_scores(tokenizer, edge):
-    found = scored(conversations(1), tokenizer, Nonsense(each(lambda n: (edge,) * n)))
+def test_zero_and_one_are_valid_scores(tokenizer, edge):
+    found = scored(
+        conversations(1), tokenizer, AnsweringGuard(trajectories_of(lambda n: (edge,) * n))
+    )
     assert {s for scores in found["star_scores"] for s in scores} == {edge, 1.0}
 
 
@@ -92,10 +95,10 @@ def test_an_error_of_the_guard_names_the_row(tokenizer):
     def refuse(requests):
         if "7" in requests[0].text:
             raise GuardError("too long")
-        return each(lambda n: (0.5,) * n)(requests)
+        return trajectories_of(lambda n: (0.5,) * n)(requests)
 
     with pytest.raises(GuardError, match="^Row 7: too long"):
-        scored(conversations(), tokenizer, Nonsense(refuse))
+        scored(conversations(), tokenizer, AnsweringGuard(refuse))
 
 
 @pytest.mark.parametrize(
@@ -107,8 +110,8 @@ def test_an_error_of_the_guard_names_the_row(tokenizer):
         (1e-9, 0.5, False),
     ],
 )
-def test_label_mass_over_the_data(tokenizer, mass, minimum, trusted):
-    guard = Nonsense(each(lambda n: (0.9,) * n, lambda n: (mass,) * n))
+def test_a_label_mass_below_the_minimum_is_refused(tokenizer, mass, minimum, trusted):
+    guard = AnsweringGuard(trajectories_of(lambda n: (0.9,) * n, lambda n: (mass,) * n))
     guard.min_label_mass = minimum
     data = conversations(3)
     for _ in range(2):  # computed, and from the cache
@@ -116,7 +119,7 @@ def test_label_mass_over_the_data(tokenizer, mass, minimum, trusted):
             found = provenance_of(scored(data, tokenizer, guard))["label_mass"]
             assert found == pytest.approx({"mean": mass, "min": mass, "p05": mass})
         else:
-            with pytest.raises(GuardError, match="test-nonsense.*probability of only.*the data"):
+            with pytest.raises(GuardError, match="test-answers.*probability of only.*the data"):
                 scored(data, tokenizer, guard)
 
 
@@ -145,7 +148,7 @@ def test_label_mass_over_the_data(tokenizer, mass, minimum, trusted):
         ),
     ],
 )
-def test_data_that_cannot_be_scored(tokenizer, rows, message):
+def test_data_that_cannot_be_scored_is_refused(tokenizer, rows, message):
     guard = HashGuard()
     with pytest.raises(DataError, match=message):
         scored(Dataset.from_list(rows), tokenizer, guard)
@@ -153,7 +156,7 @@ def test_data_that_cannot_be_scored(tokenizer, rows, message):
 
 
 @pytest.mark.parametrize("columns", [{"messages": []}, {"input_ids": [], "labels": []}], ids=str)
-def test_an_empty_data_set(tokenizer, columns):
+def test_an_empty_data_set_is_refused(tokenizer, columns):
     with pytest.raises(DataError, match="None of the 0 rows"):
         scored(Dataset.from_dict(columns), tokenizer, HashGuard())
 
@@ -176,6 +179,6 @@ def test_an_empty_data_set(tokenizer, columns):
         ({"guard": {}}, "lacks model, safe_labels, unsafe_labels"),
     ],
 )
-def test_options_that_cannot_work(tokenizer, options, message):
+def test_wrong_options_are_refused(tokenizer, options, message):
     with pytest.raises(ConfigError, match=message):
         scored(conversations(1), tokenizer, **{"guard": "test-words", **options})

@@ -27,26 +27,26 @@ from star_dss_plugin.training.rows.collation import TokenColumnsCollator
 # The files
 
 
-def test_shards_hold_what_one_call_scores(data, model_dir, tokenizer, tmp_path, log):
+def test_shards_equal_the_rows_of_one_call(data, model_dir, tokenizer, tmp_path, log):
     """Compared with all rows in one call of `score_dataset`."""
     provenance = in_one_process(data, model_dir, tmp_path / "out", log)
     guard = load_guard({"preset": "test-letters", "log": str(log)})
-    twin = score_dataset(
+    one_call = score_dataset(
         read_dataset(str(data)), tokenizer, guard=guard, chunk_size=2, progress=False
     )
     found = load_scored(tmp_path / "out")
     assert {mask for row in found["attention_mask"] for mask in row} == {1}
     assert list(map(len, found["attention_mask"])) == list(map(len, found["input_ids"]))
     found = found.remove_columns("attention_mask")
-    assert found.column_names == twin.column_names
-    assert found.features["star_scores"] == twin.features["star_scores"]
-    assert found.to_list() == twin.to_list()
+    assert found.column_names == one_call.column_names
+    assert found.features["star_scores"] == one_call.features["star_scores"]
+    assert found.to_list() == one_call.to_list()
     assert (
         provenance
         == provenance_of(found)
         == json.loads((tmp_path / "out" / "star_dss.json").read_text())
     )
-    expected = provenance_of(twin)
+    expected = provenance_of(one_call)
     assert provenance["mean_prefix_score"] == pytest.approx(expected["mean_prefix_score"])
     for name in set(expected) - {"mean_prefix_score", "tokenizer"}:
         assert provenance[name] == expected[name], name
@@ -54,7 +54,7 @@ def test_shards_hold_what_one_call_scores(data, model_dir, tokenizer, tmp_path, 
     assert len(list((tmp_path / "out" / "data").iterdir())) == SHARDS
 
 
-def test_what_guards_of_several_said_is_merged(model_dir, tokenizer, tmp_path, log):
+def test_provenance_of_combined_guards_is_merged(model_dir, tokenizer, tmp_path, log):
     """The merged facts equal those of one call: attempts by row, means over all prefixes."""
     path = tmp_path / "chat.jsonl"
     with path.open("w") as file:
@@ -77,16 +77,16 @@ def test_what_guards_of_several_said_is_merged(model_dir, tokenizer, tmp_path, l
     )
     shards.score_shards(job, progress=False)
     found = jobs.finish(job)
-    twin = provenance_of(
+    one_call = provenance_of(
         score_dataset(read_dataset(str(path)), tokenizer, guard=guard, chunk_size=2, progress=False)
     )
-    assert found["attempts"] == twin["attempts"] != {}
-    assert found["members"].keys() == twin["members"].keys()
-    for name, said in twin["members"].items():
-        mean = said["mean_prefix_score"]
+    assert found["attempts"] == one_call["attempts"] != {}
+    assert found["members"].keys() == one_call["members"].keys()
+    for name, member in one_call["members"].items():
+        mean = member["mean_prefix_score"]
         assert found["members"][name]["mean_prefix_score"] == pytest.approx(mean)
     for name in ("mean", "opposite"):
-        assert found["disagreement"][name] == pytest.approx(twin["disagreement"][name])
+        assert found["disagreement"][name] == pytest.approx(one_call["disagreement"][name])
 
 
 def test_label_masses_are_merged(data, model_dir, tokenizer, tmp_path):
@@ -111,7 +111,7 @@ def test_label_masses_are_merged(data, model_dir, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("way", ["load_dataset", "files", "streaming"])
-def test_datasets_reads_the_shards(data, model_dir, tmp_path, log, way):
+def test_load_dataset_reads_the_shards(data, model_dir, tmp_path, log, way):
     provenance = in_one_process(data, model_dir, tmp_path / "out", log)
     found = load_dataset(
         *(["parquet"] if way == "files" else [str(tmp_path / "out")]),
@@ -145,7 +145,7 @@ def test_a_training_loop_streams_the_shards(data, model_dir, model, tokenizer, t
     assert seen == ROWS
 
 
-def test_each_shard_says_how_it_was_made(data, model_dir, tmp_path, log):
+def test_each_shard_holds_its_provenance(data, model_dir, tmp_path, log):
     in_one_process(data, model_dir, tmp_path / "out", log)
     for path in (tmp_path / "out" / "data").iterdir():
         note = json.loads(pq.read_schema(path).metadata[b"star_dss"])
@@ -153,7 +153,7 @@ def test_each_shard_says_how_it_was_made(data, model_dir, tmp_path, log):
         assert note["chunk_size"] == 2
 
 
-def test_a_missing_or_foreign_shard_is_an_error(data, model_dir, tmp_path, log):
+def test_a_folder_without_all_shards_is_refused(data, model_dir, tmp_path, log):
     out = tmp_path / "out"
     with pytest.raises(DataError, match="is not a folder of scored shards"):
         load_scored(tmp_path)
@@ -184,10 +184,10 @@ def test_a_shard_may_hold_no_response(data, model_dir, tokenizer, tmp_path, log,
     job = jobs.begin(str(data), str(model_dir), tmp_path / "out", shard_rows=5, **options)
     shards.score_shards(job, progress=False)
     provenance = jobs.finish(job)
-    twin = score_dataset(read_dataset(str(data)), tokenizer, progress=False, **options)
+    one_call = score_dataset(read_dataset(str(data)), tokenizer, progress=False, **options)
     found = load_scored(tmp_path / "out").remove_columns("attention_mask")
-    assert found.to_list() == twin.to_list()
-    expected = provenance_of(twin)
+    assert found.to_list() == one_call.to_list()
+    expected = provenance_of(one_call)
     assert expected["responses"] == ROWS - len(empty)
     assert provenance["mean_prefix_score"] == pytest.approx(expected["mean_prefix_score"])
     if several:
@@ -195,7 +195,7 @@ def test_a_shard_may_hold_no_response(data, model_dir, tokenizer, tmp_path, log,
         assert provenance["disagreement"]["mean"] == pytest.approx(mean)
 
 
-def test_no_response_at_all_is_an_error(data, model_dir, tmp_path, log):
+def test_a_job_without_any_response_is_refused(data, model_dir, tmp_path, log):
     without_answer(data, *range(ROWS))
     job = begin(data, model_dir, tmp_path / "out", log, max_length=64)
     shards.score_shards(job, progress=False)
@@ -203,7 +203,7 @@ def test_no_response_at_all_is_an_error(data, model_dir, tmp_path, log):
         jobs.finish(job)
 
 
-def picky(model_dir):
+def short_context_guard(model_dir):
     """Return a guard with a short context, which long responses do not fit."""
     return {
         "model": str(model_dir),
@@ -214,10 +214,10 @@ def picky(model_dir):
     }
 
 
-def test_a_shard_of_which_nothing_can_be_scored(data, model_dir, tmp_path):
+def test_a_shard_may_have_no_scored_response_but_not_all_shards(data, model_dir, tmp_path):
     """A failure of the last shard's one response does not stop the job; a failure of all does."""
     options = {
-        "guard": picky(model_dir),
+        "guard": short_context_guard(model_dir),
         "guard_device": "cpu",
         "on_guard_error": "unsafe",
         "chunk_size": 500,
@@ -242,7 +242,7 @@ def test_a_shard_of_which_nothing_can_be_scored(data, model_dir, tmp_path):
 # Interrupted and resumed jobs
 
 
-def test_a_run_goes_on_where_it_was_killed(data, model_dir, tmp_path, log):
+def test_a_resumed_job_scores_only_missing_shards(data, model_dir, tmp_path, log):
     in_one_process(data, model_dir, tmp_path / "whole", log)
     out = tmp_path / "out"
     job = begin(data, model_dir, out, log)
@@ -268,12 +268,25 @@ def test_a_run_goes_on_where_it_was_killed(data, model_dir, tmp_path, log):
     ],
     ids=str,
 )
-def test_another_run_in_the_same_place_is_refused(data, model_dir, tmp_path, log, changes, message):
+def test_a_job_with_other_options_in_the_same_folder_is_refused(
+    data, model_dir, tmp_path, log, changes, message
+):
     begin(data, model_dir, tmp_path / "out", log)
     if changes.pop("rows", None):
         data.write_text(data.read_text() + data.read_text().splitlines()[0] + "\n")
     with pytest.raises(ConfigError, match=message):
         begin(data, model_dir, tmp_path / "out", log, **changes)
+
+
+@pytest.mark.parametrize("row", [1, 299])
+def test_a_job_whose_data_changed_in_one_row_is_not_resumed(data, model_dir, tmp_path, log, row):
+    rows = [json.loads(line) for line in data.read_text().splitlines()] * 10
+    data.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    shards.ShardScorer(begin(data, model_dir, tmp_path / "out", log, shard_rows=50))(0)
+    rows[row] = {"messages": [rows[row]["messages"][0], {"role": "assistant", "content": "no"}]}
+    data.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    with pytest.raises(ConfigError, match="content differ"):
+        begin(data, model_dir, tmp_path / "out", log, shard_rows=50)
 
 
 @pytest.mark.parametrize(
@@ -287,13 +300,15 @@ def test_another_run_in_the_same_place_is_refused(data, model_dir, tmp_path, log
     ],
     ids=str,
 )
-def test_what_cannot_work_is_said_at_once(data, model_dir, tmp_path, log, changes, message):
+def test_wrong_options_are_refused_before_the_job_begins(
+    data, model_dir, tmp_path, log, changes, message
+):
     with pytest.raises(ConfigError, match=message):
         begin(data, model_dir, tmp_path / "out", log, **changes)
     assert not (tmp_path / "out.incomplete").exists()
 
 
-def test_a_damaged_shard_is_made_again(data, model_dir, tmp_path, log):
+def test_a_damaged_shard_is_named_and_made_again(data, model_dir, tmp_path, log):
     job = begin(data, model_dir, tmp_path / "out", log)
     shards.score_shards(job, progress=False)
     damaged = job.path(2)
@@ -307,25 +322,14 @@ def test_a_damaged_shard_is_made_again(data, model_dir, tmp_path, log):
     assert len(load_scored(tmp_path / "out")) == ROWS
 
 
-def test_a_worker_that_reads_other_rows_says_so(data, model_dir, tmp_path, log):
+def test_a_worker_that_reads_other_rows_is_refused(data, model_dir, tmp_path, log):
     job = begin(data, model_dir, tmp_path / "out", log)
     data.write_text(data.read_text().replace("how is 0?", "who is 0?"))
     with pytest.raises(DataError, match="finds other rows"):
         shards.ShardScorer(job)(1)
 
 
-@pytest.mark.parametrize("row", [1, 299])
-def test_no_row_may_change_before_a_run_is_resumed(data, model_dir, tmp_path, log, row):
-    rows = [json.loads(line) for line in data.read_text().splitlines()] * 10
-    data.write_text("".join(json.dumps(one) + "\n" for one in rows))
-    shards.ShardScorer(begin(data, model_dir, tmp_path / "out", log, shard_rows=50))(0)
-    rows[row] = {"messages": [rows[row]["messages"][0], {"role": "assistant", "content": "no"}]}
-    data.write_text("".join(json.dumps(one) + "\n" for one in rows))
-    with pytest.raises(ConfigError, match="content differ"):
-        begin(data, model_dir, tmp_path / "out", log, shard_rows=50)
-
-
-def test_another_tokenizer_is_another_run(data, model_dir, tmp_path, log):
+def test_another_chat_template_is_refused(data, model_dir, tmp_path, log):
     folder = tmp_path / "model"
     shutil.copytree(model_dir, folder)
     job = begin(data, folder, tmp_path / "out", log)
@@ -338,7 +342,7 @@ def test_another_tokenizer_is_another_run(data, model_dir, tmp_path, log):
         shards.ShardScorer(job)(2)
 
 
-def test_shards_are_never_without_their_job(data, model_dir, tmp_path, log, monkeypatch):
+def test_a_job_killed_while_finishing_keeps_its_plan(data, model_dir, tmp_path, log, monkeypatch):
     """After a kill while finishing, a run with other options must not use the old shards."""
     job = begin(data, model_dir, tmp_path / "out", log)
     shards.score_shards(job, progress=False)
@@ -360,7 +364,7 @@ def test_shards_are_never_without_their_job(data, model_dir, tmp_path, log, monk
     ]
 
 
-def test_an_error_names_the_rows(data, model_dir, tmp_path, log):
+def test_an_error_names_the_row_of_the_data_set(data, model_dir, tmp_path, log):
     job = begin(data, model_dir, tmp_path / "out", log, guard_options={"refuse": "it is 12"})
     with pytest.raises(GuardError, match="^Row 12: not this one$"):
         shards.score_shards(job, progress=False)

@@ -22,8 +22,6 @@ from star_dss_plugin.scoring import jobs, shards
 
 pytestmark = pytest.mark.slow
 
-# On Ray
-
 
 @pytest.fixture(scope="session")
 def ray_cluster(tmp_path_factory):
@@ -61,8 +59,7 @@ def plugin_site(folder):
 
 def search_path(site):
     """Return a new process's PYTHONPATH: the plugin, and this package."""
-    root = ROOT
-    known = [site, root, root / "integrations", os.environ.get("PYTHONPATH", "")]
+    known = [site, ROOT, ROOT / "integrations", os.environ.get("PYTHONPATH", "")]
     return os.pathsep.join(map(str, filter(None, known)))
 
 
@@ -85,7 +82,7 @@ def test_ray_makes_the_same_files(ray_cluster, data, model_dir, tmp_path, log, w
     assert {text for texts in asked(log) for text in texts} == {f"it is {i}" for i in range(ROWS)}
 
 
-def test_a_shard_that_kills_its_workers_is_given_up(data, model_dir, tmp_path, log):
+def test_a_shard_whose_workers_all_died_is_an_error(data, model_dir, tmp_path, log):
     from star_dss_plugin.scoring.on_ray import _Worker
 
     job = begin(data, model_dir, tmp_path / "out", log)
@@ -98,7 +95,7 @@ def test_a_shard_that_kills_its_workers_is_given_up(data, model_dir, tmp_path, l
     assert "5 workers have died on shard 2 (rows 10 and on)" in found["error"]
 
 
-def test_all_workers_use_the_probe_that_one_has_learned(ray_cluster, tokenizer, tmp_path):
+def test_all_workers_use_the_same_probe(ray_cluster, tokenizer, tmp_path):
     from star_dss_plugin.scoring.on_ray import score_on_ray
 
     guard = learnable(tmp_path / "guard", tokenizer)
@@ -120,7 +117,7 @@ def test_all_workers_use_the_probe_that_one_has_learned(ray_cluster, tokenizer, 
     assert contents(tmp_path / "out") == contents(tmp_path / "one")
 
 
-def test_an_error_of_a_worker_is_raised_in_words(ray_cluster, data, model_dir, tmp_path, log):
+def test_an_error_of_a_worker_is_raised_with_its_row(ray_cluster, data, model_dir, tmp_path, log):
     from star_dss_plugin.scoring.on_ray import score_on_ray
 
     job = begin(data, model_dir, tmp_path / "out", log, guard_options={"refuse": "it is 12"})
@@ -147,7 +144,7 @@ def test_a_worker_takes_a_gpu_unless_servers_compute(guard, gpus):
     assert _gpus(cluster, job, 0.5) == 0.5
 
 
-def test_ray_that_is_missing_is_named(data, model_dir, tmp_path, log, monkeypatch):
+def test_a_missing_ray_is_named_with_its_extra(data, model_dir, tmp_path, log, monkeypatch):
     from star_dss_plugin.scoring.on_ray import score_on_ray
 
     monkeypatch.setitem(sys.modules, "ray", None)
@@ -156,7 +153,7 @@ def test_ray_that_is_missing_is_named(data, model_dir, tmp_path, log, monkeypatc
         score_on_ray(job, num_workers=1)
 
 
-def test_a_killed_driver_is_started_again(data, model_dir, tmp_path, log):
+def test_a_killed_driver_can_be_started_again(data, model_dir, tmp_path, log):
     """`star-dss score --ray` is killed halfway; the same command then finishes the job."""
     pytest.importorskip("ray", reason="needs Ray (pip install 'star-dss-plugin[ray]')")
     in_one_process(data, model_dir, tmp_path / "one", log)

@@ -41,7 +41,7 @@ def test_scores_are_only_lowered_and_only_around_harm(scores, rules):
         assert found[first:] == scores[first:]
 
 
-def test_the_rules_by_example():
+def test_stricter_scores_of_an_example():
     scores = [1.0, 0.9, 0.8, 0.3, 0.9, 0.1, 0.7]
     rules = {"threshold": 0.5, "unsafe_lookahead": 2, "monotone": True}
     assert stricter_scores(scores, **rules) == [1.0, 0.3, 0.3, 0.3, 0.3, 0.1, 0.1]
@@ -60,14 +60,14 @@ def test_the_warm_up_rises_to_kl_coef(step, steps, kl_coef):
 
 @pytest.mark.parametrize("value", [math.inf, math.nan, True, "0.5"])
 @pytest.mark.parametrize("name", ["kl_coef", "threshold", "trajectory_epsilon"])
-def test_what_is_no_finite_number(name, value):
+def test_options_that_are_no_finite_number_are_refused(name, value):
     with pytest.raises(ConfigError, match=f"{name} is {value!r}; it must be a "):
         StarDSSOptions(guard="demo", **{name: value}).validate()
 
 
 @pytest.mark.parametrize("name", ["kl_warmup_steps", "unsafe_lookahead"])
 @pytest.mark.parametrize("value", [-1, 0.5, True])
-def test_bad_values(name, value):
+def test_options_that_are_no_count_are_refused(name, value):
     with pytest.raises(ConfigError, match=f"{name} is {value}"):
         StarDSSOptions(guard="demo", **{name: value}).validate()
 
@@ -75,8 +75,6 @@ def test_bad_values(name, value):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("threshold", "0.5", "threshold is '0.5'"),
-        ("threshold", True, "threshold is True"),
         ("trajectory_epsilon", None, "trajectory_epsilon is None"),
         ("monotone", "no", "monotone is 'no'; it must be true or false"),
         ("score_eval", 0, "score_eval is 0; it must be true or false"),
@@ -95,12 +93,12 @@ def test_bad_values(name, value):
         ("engine_options", '{"a":' * 3000, "engine_options is not valid JSON"),
     ],
 )
-def test_options_of_the_wrong_kind(name, value, message):
+def test_options_of_the_wrong_kind_are_refused(name, value, message):
     with pytest.raises(ConfigError, match=message):
         StarDSSOptions(**{"guard": "demo", name: value}).validate()
 
 
-def test_numbers_of_numpy_are_numbers():
+def test_numpy_numbers_are_accepted():
     StarDSSOptions(
         guard="demo", threshold=np.float32(0.5), kl_coef=np.float64(0.1), chunk_size=np.int64(3)
     ).validate()
@@ -113,7 +111,7 @@ def scores_by_chunk(trainer):
         yield [round(score, 3) for score, label in pairs if label != -100][::2]
 
 
-def test_a_trainers_data_follows_them(tmp_path, tokenizer):
+def test_a_trainer_lowers_the_scores_of_its_data(tmp_path, tokenizer):
     pytest.importorskip("trl")
     from support.trl_runs import make
 
@@ -121,13 +119,13 @@ def test_a_trainers_data_follows_them(tmp_path, tokenizer):
     strict = make(tmp_path, tokenizer, unsafe_lookahead=1, monotone=True)
     changed = 0
     for given_scores, found in zip(scores_by_chunk(plain), scores_by_chunk(strict), strict=True):
-        twin = stricter_scores(given_scores, threshold=0.5, unsafe_lookahead=1, monotone=True)
-        assert found == twin
+        expected = stricter_scores(given_scores, threshold=0.5, unsafe_lookahead=1, monotone=True)
+        assert found == expected
         changed += found != given_scores
     assert changed
 
 
-def test_the_warm_up_is_what_the_loss_takes(tmp_path, tokenizer):
+def test_the_loss_follows_the_warm_up(tmp_path, tokenizer):
     pytest.importorskip("trl")
     from support.trl_runs import make
 
@@ -143,7 +141,7 @@ def test_the_warm_up_is_what_the_loss_takes(tmp_path, tokenizer):
     assert factors == pytest.approx([1 / 3, 2 / 3, 1, 1])
 
 
-def test_prepared_data_is_not_lowered_twice(tmp_path, tokenizer):
+def test_scores_are_not_lowered_twice(tmp_path, tokenizer):
     pytest.importorskip("trl")
     from support.trl_runs import make
 
@@ -168,7 +166,7 @@ def test_scored_data_that_a_trainer_cut_can_be_given_to_another(tmp_path, tokeni
     assert list(scores_by_chunk(again)) == list(scores_by_chunk(first))
 
 
-def test_a_column_of_unknown_chunks_cannot_be_lowered(tmp_path, tokenizer):
+def test_scores_of_unknown_chunks_cannot_be_lowered(tmp_path, tokenizer):
     pytest.importorskip("trl")
     from support.trl_runs import make
 
@@ -178,12 +176,12 @@ def test_a_column_of_unknown_chunks_cannot_be_lowered(tmp_path, tokenizer):
         make(tmp_path, tokenizer, scored, monotone=True)
 
 
-def test_other_chunks_than_those_that_were_scored_are_refused(tmp_path, tokenizer):
+def test_rows_with_other_chunks_than_scored_are_refused(tmp_path, tokenizer):
     pytest.importorskip("trl")
     from support.trl_runs import make
 
     scored = make(tmp_path, tokenizer).train_dataset
-    later = scored.map(lambda row: {"labels": _one_less(row["labels"])})
+    later = scored.map(lambda row: {"labels": without_first_label(row["labels"])})
     with pytest.raises(DataError, match="not as it was scored"):
         make(tmp_path, tokenizer, later, monotone=True)
     unbound(later)  # as in shards that another process reads
@@ -194,13 +192,13 @@ def test_other_chunks_than_those_that_were_scored_are_refused(tmp_path, tokenize
         make(tmp_path, tokenizer, joined, monotone=True)
 
 
-def _one_less(labels):
-    """Stop training the first trained token."""
+def without_first_label(labels):
+    """Return labels of which the first trained one is masked."""
     first = next(i for i, label in enumerate(labels) if label != -100)
     return [*labels[:first], -100, *labels[first + 1 :]]
 
 
-def test_evaluations_have_the_whole_kl_coef(tmp_path, tokenizer):
+def test_evaluation_uses_the_full_kl_coef(tmp_path, tokenizer):
     pytest.importorskip("trl")
     from support.trl_runs import make, prompt_completion
 

@@ -1,11 +1,11 @@
-"""Prompts and points of small landscapes, and a plain implementation of VISAGE."""
+"""Prompts and a place of small landscapes, and a plain implementation of VISAGE."""
 
 PROMPTS = [[{"role": "user", "content": text}] for text in ("is this bad?", "hello world")]
-OUT = (("random 1", 0.25),)
+PLACE = (("random 1", 0.25),)
 
 
 def slow_visage(rates):
-    """Return 100 minus the mean of the rates below 100."""
+    """Return the mean distance to 100 of all rates below 100."""
     total, count = 0.0, 0
     for rate in rates:
         if rate < 100:

@@ -90,7 +90,7 @@ def scored(dataset, tokenizer, guard, **options):
     return score_dataset(dataset, tokenizer, guard=guard, **{"progress": False, **options})
 
 
-def twin(row, tokenizer, contexts, chunk_size):
+def scores_of_prefixes(row, tokenizer, contexts, chunk_size):
     """Return a row's column of scores, computed by scoring each prefix of tokens by itself."""
     guard, special = HashGuard(), set(tokenizer.all_special_ids)
     column = [1.0] * len(row["input_ids"])
@@ -115,3 +115,9 @@ def unbound(dataset):
     """Remove the digests of scored rows, as a user must who changes scores on purpose."""
     remove_row_digests(dataset)
     return dataset
+
+
+def saved_bytes(dataset, folder):
+    """Return the bytes of each file of the saved data set."""
+    dataset.save_to_disk(folder)
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
