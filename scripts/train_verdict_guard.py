@@ -5,9 +5,9 @@
         --passes 2 --rate 4e-4
 
 These two commands made the guard of docs/fewer_prefixes.md; the second continues from the adapter
-of the first. A LoRA adapter on the first blocks of SmolLM2-135M-Instruct learns to answer the prompt
-of Qwen3Guard with "Safety: Safe" or "Safety: Unsafe". DATA_DIR holds guard_train, guard_dev and
-guard_test_A (.jsonl, one row per line: prompt, response, label 1 safe or 0 harmful, source,
+of the first. A LoRA adapter on the first blocks of SmolLM2-135M-Instruct learns to answer the
+prompt of Qwen3Guard with "Safety: Safe" or "Safety: Unsafe". DATA_DIR holds guard_train, guard_dev
+and guard_test_A (.jsonl, one row per line: prompt, response, label 1 safe or 0 harmful, source,
 licence); the template is that of Qwen3Guard-Gen (`--template`). The script writes to OUTPUT the
 whole guard, which a configuration can name as a guard's `model`, its figures in `card.json`, and
 the adapter alone in `adapter/`. The guard protects nobody.

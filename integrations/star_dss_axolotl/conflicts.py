@@ -33,13 +33,7 @@ _REFUSED: dict[str, tuple[str, str]] = {
     ),
     "use_pose": ("it moves positions, for which no reference is computed", "Set use_pose: false"),
 }
-_PARALLEL = {
-    "context_parallel_size": _SPLIT,
-    "sequence_parallel_degree": _SPLIT,
-    "tensor_parallel_size": (
-        "it splits layers over devices, which Axolotl 0.19 itself did not train when it was tried"
-    ),
-}
+_PARALLEL = ("context_parallel_size", "sequence_parallel_degree")
 # Reasons by the plugin's package in axolotl.integrations. Any other plugin that provides a trainer
 # is found in `StarDSSPlugin.get_trainer_cls`.
 _PLUGINS = {
@@ -68,9 +62,9 @@ def _conflicts(cfg: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     for name, (why, change) in _REFUSED.items():
         if cfg.get(name):
             yield f"{name}: {shortened(cfg[name])}", why, change
-    for name, why in _PARALLEL.items():
+    for name in _PARALLEL:
         if (cfg.get(name) or 1) > 1:
-            yield f"{name}: {cfg[name]}", why, f"Set {name}: 1"
+            yield f"{name}: {cfg[name]}", _SPLIT, f"Set {name}: 1"
     parallel = cfg.get("context_parallel")  # a block of Axolotl 0.21's plugin of this name
     if isinstance(parallel, Mapping) and (parallel.get("size") or 1) > 1:
         yield f"context_parallel.size: {parallel['size']}", _SPLIT, "Set context_parallel.size: 1"

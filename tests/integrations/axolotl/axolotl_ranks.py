@@ -55,6 +55,7 @@ def use_cpus(kind):
     """Keep Axolotl from using GPUs, and from operations that gloo does not have."""
     import axolotl.train
     import bitsandbytes.nn.modules
+    import torch
     from accelerate import ParallelismConfig
     from axolotl.loaders import ModelLoader
 
@@ -68,6 +69,7 @@ def use_cpus(kind):
             self.model_kwargs["device_map"] = {"": "cpu"}
 
     ModelLoader._set_device_map_config = place_on_cpu
+    torch.cuda.can_device_access_peer = lambda *devices: True  # Axolotl 0.21 asks without a GPU
     # Otherwise bitsandbytes packs weights into integers in evaluation; FSDP1 cannot flatten these.
     bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
     axolotl.train.cleanup_distributed = lambda: None  # the next configuration needs the group

@@ -4,6 +4,7 @@ The tests with Axolotl have a folder of their own, and `make test-axolotl` runs 
 their own, because importing Axolotl patches transformers and torch.
 """
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -26,6 +27,7 @@ from axolotl.train import setup_model_and_trainer
 from support.paths import ROOT, TESTS
 from support.sharding_kinds import deepspeed_config
 
+VERSION = tuple(map(int, importlib.metadata.version("axolotl").split(".")[:2]))
 PLUGIN = "star_dss_axolotl.StarDSSPlugin"
 PROMPTS = ["how are you?", "is this bad?", "1 + 1 =", "hello world. who is lazy?"] * 2
 ANSWERS = [
@@ -151,6 +153,15 @@ def trained(folder, config):
     trainer = trainer_of(folder, config)
     trainer.train()
     return trainer
+
+
+def train_in_one_process(folder, config):
+    """Train, and save the model in `folder / "final"`; return the logs and evaluation losses."""
+    trainer = trained(folder, config)
+    trainer.save_model(str(folder / "final"))
+    history = trainer.state.log_history
+    logs = [(h["step"], h["loss"], h["grad_norm"]) for h in history if "grad_norm" in h]
+    return logs, [h["eval_loss"] for h in history if "eval_loss" in h]
 
 
 def output_of(process):

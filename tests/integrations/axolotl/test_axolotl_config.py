@@ -107,7 +107,6 @@ REFUSED = [
     {"context_parallel_size": 2},
     {"context_parallel": {"size": 2}},
     {"sequence_parallel_degree": 2},
-    {"tensor_parallel_size": 2},
     {"plugins": [PLUGIN, "axolotl.integrations.kd.KDPlugin"]},
     {"plugins": [PLUGIN, "axolotl.integrations.diffusion.DiffusionPlugin"]},
     {"plugins": [PLUGIN, "axolotl.integrations.hatchery.HatcheryPlugin"]},

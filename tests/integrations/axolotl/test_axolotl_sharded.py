@@ -3,10 +3,11 @@
 import pytest
 from axolotl_runs import (
     LORA,
+    VERSION,
     _light_runs,  # noqa: F401
     configuration,
     on_two_ranks,
-    trained,
+    train_in_one_process,
     write_config,
     zero_file,
 )
@@ -115,17 +116,10 @@ def launch(folder, model_dir, site, kind):
     return on_two_ranks(folder, site, kind, configs)
 
 
-def train_in_one_process(folder, model_dir, name):
-    """Train a case in one process; return its logs, evaluation losses and the model's folder."""
-    trainer = trained(folder, case(folder, model_dir, name, 1))
-    trainer.save_model(str(folder / "final"))
-    history = trainer.state.log_history
-    logs = [(h["step"], h["loss"], h["grad_norm"]) for h in history if "grad_norm" in h]
-    return logs, [h["eval_loss"] for h in history if "eval_loss" in h], folder / "final"
-
-
 @pytest.mark.parametrize("kind", RUNS)
 def test_two_ranks_take_the_steps_of_one_process(tmp_path, model_dir, site, kind):
+    if kind == "fsdp1" and VERSION >= (0, 21):
+        pytest.skip("Axolotl 0.21 refuses the list `fsdp`, and so FSDP1")
     (found, second), done = launch(tmp_path, model_dir, site, kind)
     twins = {}
     for name in RUNS[kind]:
@@ -137,12 +131,14 @@ def test_two_ranks_take_the_steps_of_one_process(tmp_path, model_dir, site, kind
         assert found[name]["shaped"] == (4 if half else 8), name
         twin = "full" if half else name
         if twin not in twins:
-            twins[twin] = train_in_one_process(tmp_path / f"alone-{twin}", model_dir, twin)
-        logs, evaluations, final = twins[twin]
+            alone = tmp_path / f"alone-{twin}"
+            twins[twin] = train_in_one_process(alone, case(alone, model_dir, twin, 1))
+        logs, evaluations = twins[twin]
         steps = apart(found[name]["logs"], logs[:2] if name == "stopped" else logs)
         evaluated = apart([[0.0, *found[name]["evaluations"]]], [[0.0, *evaluations]])
         saved = 0.0
         if kind != "fsdp1" and name != "stopped":
+            final = tmp_path / f"alone-{twin}" / "final"
             saved = weights_apart(tmp_path / name, final, lora="adapter" in CASES[name])
         print(f"{kind} {name}: {steps:.1e}, {evaluated:.1e}, {saved:.1e}")
         assert max(steps, evaluated) < CLOSE, name
