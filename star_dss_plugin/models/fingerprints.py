@@ -99,31 +99,32 @@ def weights_digest(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-_MODEL_FILES = (".json", ".safetensors", ".bin", ".gguf", ".jinja", ".model", ".txt", ".py")
+_TEXT_FILES = (".json", ".jinja", ".model", ".txt", ".py")
+_WEIGHT_FILES = (".safetensors", ".bin", ".gguf")
+_BLOCK_BYTES, _BLOCKS = 1 << 12, 1 << 9
 
 
 def weights_fingerprint(source: str, config: Any) -> str:
     """Return a hash that identifies weights without reading all of them (8B guards have 16 GB).
 
-    For a Hub model it is the commit. For a folder it covers the configuration and each weight
-    file's name, size and 512 evenly spaced blocks, because a finetuned copy may differ only in some
-    layers.
+    For a Hub model it is the commit. For a folder it covers the configuration, the tokenizer and
+    the templates, and of each weight file the name, the size and 512 evenly spaced blocks, because
+    a finetuned copy may differ only in some layers.
     """
     commit = getattr(config, "_commit_hash", None)
     if commit:
         return str(commit)
     digest = hashlib.sha256()
-    block, blocks = 1 << 12, 1 << 9
     for path in sorted(Path(source).glob("*")):
-        if path.suffix not in _MODEL_FILES:
+        if path.suffix not in _TEXT_FILES + _WEIGHT_FILES:
             continue
         size = path.stat().st_size
         digest.update(f"{path.name}:{size}:".encode())
         with path.open("rb") as file:
-            if size <= block * blocks:
+            if path.suffix in _TEXT_FILES or size <= _BLOCK_BYTES * _BLOCKS:
                 digest.update(file.read())
                 continue
-            for i in range(blocks):
-                file.seek(i * (size - block) // (blocks - 1))
-                digest.update(file.read(block))
+            for i in range(_BLOCKS):
+                file.seek(i * (size - _BLOCK_BYTES) // (_BLOCKS - 1))
+                digest.update(file.read(_BLOCK_BYTES))
     return digest.hexdigest()

@@ -132,6 +132,16 @@ def test_a_finetuned_layer_is_another_guard(big_dir, tmp_path, layer):
     )
 
 
+def test_one_letter_of_a_large_vocabulary_file_changes_the_identity(model_dir, tmp_path):
+    folder = tmp_path / "edited"
+    shutil.copytree(model_dir, folder)
+    found = []
+    for letter in "ab":
+        (folder / "vocab.txt").write_text("n" * 4_000_000 + letter + "n" * 4_000_000)
+        found.append(load_guard(describe(folder)).identity["weights"])
+    assert found[0] != found[1]
+
+
 def test_code_in_the_models_folder_changes_the_identity(model_dir, tmp_path):
     folder = tmp_path / "coded"
     shutil.copytree(model_dir, folder)
