@@ -88,6 +88,14 @@ def attach(trainer: Trainer, options: StarDSSOptions | None = None, **changes: A
     except BaseException:
         trainer.__class__ = original
         raise
+    steps, reference = trainer.state.global_step, trainer.star_dss_state.reference  # type: ignore[attr-defined]
+    if steps and (reference.is_start or reference.kind == "copy"):
+        logger.warning(
+            "This trainer has trained %d steps without the STAR-DSS loss, and the reference is the "
+            "model as it is now: what it has unlearned since it began is not restored. Attach "
+            "before the first step, or name the model that training began with as reference.",
+            steps,
+        )
     return trainer
 
 

@@ -147,6 +147,19 @@ def test_train_may_be_called_again(tmp_path, tokenizer):
     trainer.train()
 
 
+@pytest.mark.parametrize(("reference", "warned"), [("auto", True), ("copy", True), ("NAME", False)])
+def test_attach_warns_if_the_reference_is_a_trained_model(
+    tmp_path, tokenizer, model_dir, caplog, reference, warned
+):
+    trainer = make(tmp_path, tokenizer, cls=SFTTrainer)
+    trainer.train()
+    reference = str(model_dir) if reference == "NAME" else reference
+    attach(trainer, guard="test-words", reference=reference)
+    said = "has trained 3 steps without the STAR-DSS loss" in caplog.text
+    assert said == warned
+    trainer.train()
+
+
 def test_attach_refuses_a_model_init(tmp_path, tokenizer):
     trainer = SFTTrainer(
         tiny_llama(len(tokenizer)),
