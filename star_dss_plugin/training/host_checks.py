@@ -9,19 +9,12 @@ from accelerate.utils import DistributedType
 from transformers import Trainer
 
 from star_dss_plugin.errors import ConfigError
-from star_dss_plugin.options import StarDSSOptions
 from star_dss_plugin.training.sequence_parallel_checks import unsupported_with_sequence_parallel
 
 if TYPE_CHECKING:
     from star_dss_plugin.training.mixin import StarDSSMixin
 
-__all__ = [
-    "check_arguments",
-    "check_options_unchanged",
-    "check_trainer",
-    "expose_logits",
-    "switch_fused_loss_off",
-]
+__all__ = ["check_arguments", "check_trainer", "expose_logits", "switch_fused_loss_off"]
 
 logger = logging.getLogger(__name__)
 
@@ -115,34 +108,6 @@ def check_trainer(trainer: StarDSSMixin) -> None:
             ),
         ]
     )
-
-
-def check_options_unchanged(trainer: StarDSSMixin) -> None:
-    """Check that a trainer's arguments have the STAR-DSS options that they had at set-up.
-
-    Raises:
-        ConfigError: An option was changed since, or a loss type of STAR-DSS was set on a trainer
-            that was made without its loss. Neither could have an effect any more.
-    """
-    args: Any = trainer.args
-    if not isinstance(args, StarDSSOptions):
-        return
-    state, now = trainer.star_dss_state, args.star_dss_dict()
-    if state is not None:
-        changed = [
-            f"{name} to {value!r}"
-            for name, value in now.items()
-            if state.given.get(name, value) != value
-        ]
-    else:
-        shaped = getattr(args, "star_dss_active", False)
-        changed = [f"loss_type to {args.loss_type!r}"] if shaped else []
-    if changed:
-        raise ConfigError(
-            f"The trainer's arguments were changed since it was made: {', '.join(changed)}. That "
-            "has no effect, because data, reference and loss were set up before. Set options "
-            "before the trainer is made, and make a new trainer."
-        )
 
 
 def _refuse(settings: list[tuple[Any, str, str]]) -> None:

@@ -18,7 +18,6 @@ from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN, TEXT_COLUMN,
 from star_dss_plugin.data.media_rows import MediaRows
 from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.training.checkpoints import check_checkpoint
-from star_dss_plugin.training.host_checks import check_options_unchanged
 from star_dss_plugin.training.policy import mode_of
 from star_dss_plugin.training.rows.stream import ScoredStream
 from star_dss_plugin.training.run_record import add_section
@@ -32,7 +31,7 @@ from star_dss_plugin.training.sequence_parallel import (
 )
 from star_dss_plugin.training.sequence_parallel_checks import check_resuming
 from star_dss_plugin.training.sharding import reshard
-from star_dss_plugin.training.state import StarDSSState
+from star_dss_plugin.training.state import StarDSSState, check_options_unchanged
 from star_dss_plugin.training.step import shaped_step
 
 if TYPE_CHECKING:
@@ -176,7 +175,7 @@ class StarDSSMixin(_Base):
             ConfigError: With sequence parallelism the batches read before cannot be skipped; or
                 options were changed since the trainer was made.
         """
-        check_options_unchanged(self)
+        check_options_unchanged(self.args, self.star_dss_state)
         if self.star_dss_state is not None and resume_from_checkpoint:
             check_resuming(self)
             check_checkpoint(resume_from_checkpoint, str(self.args.output_dir))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from star_dss_plugin.data.alignment import Alignment
+from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.loss import Shaping
 from star_dss_plugin.options import StarDSSOptions
 from star_dss_plugin.training.kept_guard import KeptGuard
@@ -18,7 +19,7 @@ from star_dss_plugin.training.rows.stream import ScoredStream
 from star_dss_plugin.training.rows.summary import DatasetSummary
 from star_dss_plugin.training.sharding import Ranks
 
-__all__ = ["StarDSSState"]
+__all__ = ["StarDSSState", "check_options_unchanged"]
 
 
 @dataclass
@@ -78,3 +79,33 @@ class StarDSSState:
     def stream_of(self, dataset: Any) -> ScoredStream | None:
         """Return the `ScoredStream` that a data set belongs to; None if there is none."""
         return next((stream for stream in self.streams if stream.dataset is dataset), None)
+
+
+def check_options_unchanged(args: Any, state: StarDSSState | None) -> None:
+    """Check that a trainer's arguments have the STAR-DSS options that they had at set-up.
+
+    Args:
+        args: The trainer's arguments. Only those of a `StarDSSConfig` have options.
+        state: The trainer's state; None if its STAR-DSS loss is not active.
+
+    Raises:
+        ConfigError: An option was changed since, or a loss type of STAR-DSS was set on a trainer
+            that was made without its loss. Neither could have an effect any more.
+    """
+    if not isinstance(args, StarDSSOptions):
+        return
+    if state is not None:
+        changed = [
+            f"{name} to {value!r}"
+            for name, value in args.star_dss_dict().items()
+            if state.given.get(name, value) != value
+        ]
+    else:
+        shaped = getattr(args, "star_dss_active", False)
+        changed = [f"loss_type to {args.loss_type!r}"] if shaped else []
+    if changed:
+        raise ConfigError(
+            f"The trainer's arguments were changed since it was made: {', '.join(changed)}. That "
+            "has no effect, because data, reference and loss were set up before. Set options "
+            "before the trainer is made, and make a new trainer."
+        )
