@@ -210,4 +210,4 @@ def test_the_parts_of_built_in_integrations_can_be_imported(name):
         pytest.skip(f"{host.integration.host} is not installed")
     parts = (host.integration.trainer, host.integration.options, host.integration.check)
     for target in (*parts, *host.integration.commands.values()):
-        assert callable(load_plugins().of_host(name, target, "this test"))
+        assert callable(load_plugins().import_target(name, target, "this test"))

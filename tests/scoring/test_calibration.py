@@ -38,7 +38,7 @@ def test_the_fit_equals_scikit_learns():
     linear_model = pytest.importorskip("sklearn.linear_model", reason="needs scikit-learn")
     scores, labels = drawn_scores(5000, 1.7, 0.4)
     x = [[math.log(p / (1 - p))] for p in scores]
-    model = linear_model.LogisticRegression(C=1e12, tol=1e-10).fit_calibration(x, labels)
+    model = linear_model.LogisticRegression(C=1e12, tol=1e-10).fit(x, labels)
     temperature, threshold = fit_calibration(scores, labels)
     assert temperature == pytest.approx(1 / model.coef_[0, 0], rel=1e-2)
     logit = -model.intercept_[0] / model.coef_[0, 0]

@@ -7,9 +7,11 @@ import pytest
 import trl
 from support.talks import TALKS, WITH_CALLS, tokenizer_for
 
-from star_dss_plugin.data.responses import find_responses
+from star_dss_plugin.data.context import RowReader
+from star_dss_plugin.data.responses import find_responses, responses_in
 from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.data.templates.inverse import TemplateInverse
+from star_dss_plugin.data.templates.tokenized import trained_runs
 from star_dss_plugin.data.tokenization import read_row, tokenize_row
 from star_dss_plugin.errors import DataError
 from star_dss_plugin.segmenters import tokens
@@ -110,8 +112,9 @@ def check_words(chat, talk, row, made, cut):
     kept = slice(len(made["input_ids"]) - cut)
     made = {name: column[kept] for name, column in made.items()}
     found = find_responses({**row, **made}, chat, tokens, 5)
-    assert found == find_responses(made, chat, tokens, 5, read_row(row, chat))
     ids = made["input_ids"]
+    reader = RowReader(chat, ids, made, read_row(row, chat))
+    assert found == responses_in(trained_runs(made["labels"]), reader, tokens, 5)
     for response in found:
         trained = chat.tokenizer.decode(ids[response.start : response.end])
         said = response.request.text
