@@ -12,6 +12,8 @@ CASES = {
     "trl": {},
     "trl-lora": {"lora": True},
     "trl-untied": {"untied": True},
+    # Nothing but training follows the passes that compute the reference.
+    "trl-no-eval": {"eval_strategy": "no"},
     "trl-untied-no-eval": {"untied": True, "eval_strategy": "no"},
     "trl-adapter-full": {"lora": True, "kl_estimator": "full", "reference": "adapter"},
     "trl-adapter-k2": {"lora": True, "reference": "adapter"},

@@ -25,7 +25,14 @@ from support.sharding_kinds import KINDS, RANKS, SPLIT
 
 pytestmark = pytest.mark.slow
 
-TRL = ("trl", "trl-lora", "trl-adapter-full", "trl-adapter-rare", "trl-checkpointing")
+TRL = (
+    "trl-no-eval",
+    "trl",
+    "trl-lora",
+    "trl-adapter-full",
+    "trl-adapter-rare",
+    "trl-checkpointing",
+)
 PLAIN = ("plain", "plain-lora", "plain-adapter-full", "plain-adapter-rare", "plain-named-full")
 RUNS = {
     "fsdp2": (
@@ -48,7 +55,7 @@ RUNS = {
         "trl-untied-copy",
         "trl-untied-lora",
     ),
-    "tp-fsdp2": ("trl-untied", "plain-untied"),
+    "tp-fsdp2": ("trl-untied", "trl-untied-no-eval", "plain-untied"),
     "fsdp2-loaded": ("trl-untied", "plain-untied", "trl-untied-copy", "trl-untied-no-eval"),
     "zero1": (
         *("trl", "trl-lora", "trl-adapter-full", "trl-copy-full", "trl-named-full"),
