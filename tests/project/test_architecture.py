@@ -85,7 +85,7 @@ def test_scoring_and_training_call_these_functions_in_this_order(
 
 
 def test_the_layers_are_those_of_the_contract():
-    text = PAGE[PAGE.index("| floor |") : PAGE.index("Heavy packages")]
+    text = PAGE[PAGE.index("| layer |") : PAGE.index("Heavy packages")]
     documented = [
         set(re.findall(r"`(\w+)`", row.split("|")[1])) for row in text.splitlines()[2:] if row
     ]
