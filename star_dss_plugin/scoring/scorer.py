@@ -246,7 +246,7 @@ def _provenance(
         "prefixes": len(scores),
         "trained_tokens": sum(r.end - r.start for _, r in responses),
         "raw_contexts": sum(r.raw_context for _, r in responses),
-        "no_contexts": sum(not r.request.context for _, r in responses),
+        "no_contexts": sum(r.lacks_context for _, r in responses),
         "mean_prefix_score": float(scores.mean()) if scores.size else None,
         "label_mass": label_mass(trajectories, [key for key, _ in responses]),
         "versions": versions(),
