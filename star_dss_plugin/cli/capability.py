@@ -55,7 +55,7 @@ def capability(
 
     See docs/capability.md.
     """
-    from star_dss_plugin.data.writing import write_text
+    from star_dss_plugin.data.writing import check_writable, write_text
     from star_dss_plugin.evaluate.capability import compared, open_tasks, run_tasks
     from star_dss_plugin.evaluate.models import load_whole_model
     from star_dss_plugin.models.devices import find_device, free_memory
@@ -64,6 +64,7 @@ def capability(
         raise ConfigError(f"{output} is a folder. Name a file: {output}/capability.json")
     if len(set(models)) < len(models):
         raise ConfigError("A model is given twice. Name each once.")
+    check_writable(output)  # before hours of work
     names = [name for part in tasks or [] for name in part.split(",") if name]
     place = find_device(device)
     found = {}

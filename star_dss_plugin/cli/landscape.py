@@ -74,7 +74,7 @@ def landscape(
     from star_dss_plugin.data.fingerprints import content_key
     from star_dss_plugin.data.writing import write_text
     from star_dss_plugin.evaluate import landscape as space
-    from star_dss_plugin.evaluate.generation import answers_to
+    from star_dss_plugin.evaluate.generation import answers_to, end_ids, prompt_ids
     from star_dss_plugin.evaluate.landscape_figure import check_figures, write_landscape
     from star_dss_plugin.evaluate.landscape_points import PointsFile, assemble_landscape
     from star_dss_plugin.evaluate.models import load_whole_model
@@ -108,6 +108,8 @@ def landscape(
         "prompts": content_key([list(p) for p in asked]),
         "max_new_tokens": max_new_tokens,
         "chat_template": content_key(tokenizer.chat_template),
+        "prompt_tokens": content_key([prompt_ids(tokenizer, p) for p in asked]),
+        "ends": end_ids(loaded, tokenizer),
         "judge": judged.identity,
     }
     file = PointsFile(output / "points.jsonl", bound, len(asked))

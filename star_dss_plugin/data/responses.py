@@ -46,6 +46,14 @@ class Response:
     request: PrefixRequest
     raw_context: bool
 
+    @property
+    def lacks_context(self) -> bool:
+        """Whether the row is trained from its first token, and no message is known before it.
+
+        Not so of an assistant's message that begins a conversation.
+        """
+        return self.raw_context and not self.request.context
+
 
 def ids_and_labels(row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
     """Return `input_ids` and `labels` of a row after checking them.

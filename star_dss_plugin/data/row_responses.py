@@ -235,7 +235,7 @@ def _warn_about_rows(read: Sequence[_RowResponses]) -> None:
             _shown_rows(rendered),
         )
     responses = [response for row in read for response in row.responses]
-    unasked = sum(not response.request.context for response in responses)
+    unasked = sum(response.lacks_context for response in responses)
     if said := missing_context_warning(unasked, len(responses)):
         logger.warning("%s.", said)
     if raw := sum(response.raw_context for response in responses):

@@ -10,8 +10,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from star_dss_plugin.data.fingerprints import content_key
 from star_dss_plugin.errors import ConfigError
 from star_dss_plugin.evaluate.answers import AnswerFile, Generate, answer_prompts, local_generation
+from star_dss_plugin.evaluate.generation import end_ids
 from star_dss_plugin.evaluate.models import load_whole_model
 from star_dss_plugin.evaluate.prompts import BENIGN, HARMFUL, Prompt, with_prefill
 from star_dss_plugin.evaluate.verdicts import PREFILL, Comparison, ModelAnswers, judge
@@ -43,7 +45,8 @@ def compare(
     """Ask every model every prompt and judge the answers.
 
     Models are loaded one at a time and freed before the guard is loaded. Each answer is written to
-    `output/answers` immediately, keyed by the model's weights and the prompt's tokens.
+    `output/answers` immediately, keyed by the model's weights, the tokens that end an answer, and
+    the prompt's tokens.
 
     Args:
         models: Ids or folders, as `load_whole_model` takes them. Each is compared with the first.
@@ -78,7 +81,8 @@ def compare(
         model, tokenizer = load_whole_model(source, dtype=dtype, base=base)
         # Engines round differently, so each has its own file of answers.
         suffix = "" if engine == "local" else f"-{engine}"
-        store = AnswerFile(output / "answers" / f"{weights_digest(model)[:16]}{suffix}.jsonl")
+        key = content_key(weights_digest(model), end_ids(model, tokenizer))
+        store = AnswerFile(output / "answers" / f"{key[:16]}{suffix}.jsonl")
         if engine == "local":
             model.to(place)  # type: ignore[arg-type]
         with _generation(engine, source, model, tokenizer, dtype, batch_size) as generate:

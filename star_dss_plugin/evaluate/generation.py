@@ -18,7 +18,7 @@ from star_dss_plugin.data.requests import Message
 from star_dss_plugin.data.templates.chat import ChatTokenizer
 from star_dss_plugin.engines.padding import padded
 
-__all__ = ["answers_to", "greedy_answers", "prompt_ids"]
+__all__ = ["answers_to", "end_ids", "greedy_answers", "prompt_ids"]
 
 
 def greedy_answers(
@@ -107,14 +107,18 @@ def _as_for_generation(model: Any) -> Iterator[None]:
             module.training = training
 
 
-def _greedy(model: Any, tokenizer: PreTrainedTokenizerBase, length: int) -> GenerationConfig:
-    """Return a greedy configuration that ends at the EOS ids of the model and the tokenizer."""
+def end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the token ids that end an answer: the EOS ids of the model and the tokenizer."""
     own = model.generation_config.eos_token_id
     ends = set(own if isinstance(own, list) else [own]) | {tokenizer.eos_token_id}
+    return sorted(ends - {None})
+
+
+def _greedy(model: Any, tokenizer: PreTrainedTokenizerBase, length: int) -> GenerationConfig:
     return GenerationConfig(
         max_new_tokens=length,
         do_sample=False,
         use_cache=True,
-        eos_token_id=sorted(ends - {None}),
+        eos_token_id=end_ids(model, tokenizer),
         pad_token_id=0,  # any id: tokens after the end are cut off
     )

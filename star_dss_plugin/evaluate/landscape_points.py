@@ -111,8 +111,14 @@ class PointsFile:
         self._began = self._read()
 
     def add(self, place: Place, safe: Iterable[bool]) -> None:
-        """Store a point and write it to the file."""
+        """Store a point and write it to the file.
+
+        Raises:
+            ConfigError: Another process has begun the file since, with another configuration.
+            DataError: The file that it has begun is damaged.
+        """
         verdicts = list(safe)
+        self._began = self._began or self._read()
         lines = [] if self._began else [self._bound]
         lines.append({"place": place, "safe": verdicts})
         append_lines(self._path, lines)
@@ -129,7 +135,9 @@ class PointsFile:
             if not isinstance(head, dict) or "star_dss_landscape" not in head:
                 raise ValueError("its first line is no header of a landscape")
             if head == self._bound:
-                self.known = dict(map(self._point, lines[1:]))
+                # Two processes that begin a file at the same moment both write its first line.
+                points = (line for line in lines[1:] if line != head)
+                self.known.update(map(self._point, points))
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"{self._path} is not a file of landscape points ({error!r}). Remove it, or name "

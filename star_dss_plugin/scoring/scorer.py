@@ -6,6 +6,7 @@ was killed and restarted gives the same bytes as an uninterrupted one.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -149,7 +150,8 @@ def score_dataset(
         _Row(len(labels), found, [request_key(r.request) for r in found])
         for labels, found in zip(dataset.with_format(None)["labels"], responses, strict=True)
     ]
-    guard = loaded or guard_of(options)
+    with _own_random_numbers():
+        guard = loaded or guard_of(options)
     if options.trajectory == "adaptive":
         guard = make_adaptive(guard, options.trajectory_epsilon)
     uses_probe = options.trajectory == "probed"
@@ -166,7 +168,8 @@ def score_dataset(
             part=part,
             pool=_pool(pool, chat, how) if pool and uses_probe else None,
         )
-        trajectories = lookup.trajectories(guard)
+        with _own_random_numbers():
+            trajectories = lookup.trajectories(guard)
         notes = attempt_notes(
             guard,
             ((i, r.request, r.raw_context) for i, row in enumerate(rows) for r in row.responses),
@@ -196,6 +199,16 @@ def score_dataset(
         scored = with_column(scored, columns[-1], _scores(rows, found), _SCORES)
     write_row_digests(scored, columns)
     return scored
+
+
+def _own_random_numbers() -> contextlib.AbstractContextManager[None]:
+    """Return a context after which the random numbers of the training are as they were before.
+
+    If a guard drew some of them, a run whose scores are in the cache would take other steps than
+    the run that computed them.
+    """
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    return torch.random.fork_rng(devices)
 
 
 def _first_rows(rows: Sequence[_Row]) -> dict[str, int]:
@@ -246,7 +259,7 @@ def _provenance(
         "prefixes": len(scores),
         "trained_tokens": sum(r.end - r.start for _, r in responses),
         "raw_contexts": sum(r.raw_context for _, r in responses),
-        "no_contexts": sum(not r.request.context for _, r in responses),
+        "no_contexts": sum(r.lacks_context for _, r in responses),
         "mean_prefix_score": float(scores.mean()) if scores.size else None,
         "label_mass": label_mass(trajectories, [key for key, _ in responses]),
         "versions": versions(),

@@ -18,6 +18,7 @@ from star_dss_plugin.segmenters import tokens
 
 QWEN3 = "Qwen3, SmolLM3: a block of thought in the last turn"
 NO_INVERSE = "DeepSeek-R1: thought is left out"  # its messages cannot be recovered
+NO_HEADER = "Mistral: the question's end is the answer's beginning"
 REAL = {
     "the tokens of Qwen3": ("qwen3guard_gen", FORMS["Qwen 2.5"][3]),
     "the tokens of Qwen3, with thought": ("qwen3guard_gen", FORMS[QWEN3][3]),
@@ -31,6 +32,7 @@ MORE = {
         *(user("a?"), answer("b"), answer("c")),
         *(user("d?"), answer("e"), answer("f")),
     ],
+    "the assistant begins": [answer("Hello."), user("a?"), answer("b"), user("c?"), answer("d")],
     "an empty last answer": [user("Hi?"), answer("Sure"), user("And?"), answer("")],
     "an answer ends like a control word": [user("a?"), answer("1 <"), user("b?"), answer("2 <|")],
 }
@@ -163,6 +165,17 @@ def test_messages_of_whole_rows_are_recovered(form):
     assert [text for _, text, *_ in (first, last)] == ["First.", "Second one."]
     alone = masked(labels, *trained_runs(labels)[-1])
     assert shown(chat, ids, alone) == [last]
+
+
+def test_a_conversation_that_the_assistant_begins_is_recovered(form):
+    name, chat = form
+    talk = [answer("Welcome."), user("Second question?"), answer("Second one.")]
+    first, last = shown(chat, *ids_and_labels(chat, talk))
+    assert (first[1], last[1].strip()) == ("Welcome.", "Second one.")
+    assert (first[2], last[2]) == (name in (NO_INVERSE, NO_HEADER),) * 2
+    if not first[2]:
+        assert first[0] == []
+        assert last[0] == [(m["role"], m["content"]) for m in talk[:2]]
 
 
 @pytest.mark.parametrize("trained", [False, True])

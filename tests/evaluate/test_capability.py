@@ -270,3 +270,13 @@ def test_capability_refuses_wrong_options(monkeypatch, capsys, model_dir, argv, 
     argv = [model_dir if x == "model" else x for x in argv]
     assert run(monkeypatch, model_dir, *argv) == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_capability_refuses_an_output_that_cannot_be_written_before_a_model_is_loaded(
+    monkeypatch, capsys, task_files, tmp_path
+):
+    (tmp_path / "file").write_text("")
+    output = tmp_path / "file" / "capability.json"
+    data = ("--tasks-data", f"sums={task_files['worked']}")
+    assert run(monkeypatch, tmp_path / "no-model", *data, "-o", output) == 2
+    assert f"{output} cannot be written" in capsys.readouterr().err

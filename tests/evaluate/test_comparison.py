@@ -4,8 +4,10 @@ import contextlib
 import shutil
 
 import pytest
+import torch
 from support.comparisons import compared, prompts
 from support.guards import WordGuard
+from transformers import GenerationConfig
 
 from star_dss_plugin import ConfigError
 from star_dss_plugin.evaluate import comparison
@@ -38,6 +40,19 @@ def test_a_second_run_reuses_all_answers(model_dirs, tmp_path, monkeypatch):
         comparison, "local_generation", lambda *_: lambda ids, _length: [1 / 0] if ids else []
     )
     assert compared(model_dirs, tmp_path).as_json() == first.as_json()
+
+
+def test_answers_that_another_token_ends_are_generated_again(model_dirs, tmp_path):
+    """Weights and prompts are the same; generation_config.json is not."""
+    folder = tmp_path / "model"
+    shutil.copytree(model_dirs[0], folder)
+    model, tokenizer = load_whole_model(str(folder))
+    asked = torch.tensor([prompt_ids(tokenizer, prompts()[0].messages)])
+    (before,) = compared([str(folder)], tmp_path).models
+    assert before.answers["harmful"][0].text
+    GenerationConfig(eos_token_id=int(model(asked).logits[0, -1].argmax())).save_pretrained(folder)
+    (after,) = compared([str(folder)], tmp_path).models
+    assert after.answers["harmful"][0].text == ""
 
 
 def test_measures_combine_refusal_phrases_and_a_guards_verdicts(model_dirs, tmp_path, monkeypatch):

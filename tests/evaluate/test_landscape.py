@@ -110,6 +110,19 @@ def test_points_are_put_together_to_a_landscape():
 IDENTITY = {"model": "a" * 64, "seed": 0, "judge": {"guard": ("x", 1)}}
 
 
+def test_two_processes_that_begin_one_file_of_points_share_it(tmp_path):
+    path = tmp_path / "points.jsonl"
+    one, two, other = (PointsFile(path, {**IDENTITY, "seed": n}, 2) for n in (0, 0, 1))
+    one.add((), [True, False])
+    two.add(PLACE, [True, True])
+    assert PointsFile(path, {**IDENTITY, "seed": 0}, 2).known == one.known | two.known
+    with pytest.raises(ConfigError, match="another landscape"):
+        other.add((), [True, True])
+    first = path.read_text().splitlines()[0]
+    path.write_text(path.read_text() + first + "\n")
+    assert len(PointsFile(path, {**IDENTITY, "seed": 0}, 2).known) == 2
+
+
 def test_points_are_kept_and_a_torn_line_is_dropped(tmp_path):
     path = tmp_path / "new" / "points.jsonl"
     file = PointsFile(path, IDENTITY, 2)

@@ -1,12 +1,14 @@
 """`star-dss landscape`: its results, its figure and its errors."""
 
 import json
+import shutil
 
 import pytest
 from support.commands import run_command
 from support.guards import WordGuard
 from support.landscape import PROMPTS, slow_visage
 from support.models import tiny_llama
+from transformers import GenerationConfig
 
 from star_dss_plugin import ConfigError
 from star_dss_plugin.evaluate.landscape import (
@@ -71,6 +73,18 @@ def test_landscape_measures_points_writes_a_figure_and_resumes(
     assert run(monkeypatch, *common, "-o", out, "--seed", 1) == 2
     assert "seed was 0 and is now 1" in capsys.readouterr().err
     assert len(points.read_text().splitlines()) == 8
+
+
+def test_points_of_answers_that_another_token_ends_are_refused(
+    monkeypatch, capsys, prompts_file, model_dir, tmp_path
+):
+    folder = tmp_path / "model"
+    shutil.copytree(model_dir, folder)
+    words = (folder, "--prompts", prompts_file, "-o", tmp_path / "out", "--no-figure", *SMALL)
+    assert run(monkeypatch, *words, "--directions", 1) == 0
+    GenerationConfig(eos_token_id=7).save_pretrained(folder)
+    assert run(monkeypatch, *words, "--directions", 1) == 2
+    assert "ends was" in capsys.readouterr().err
 
 
 def test_answers_at_a_place_are_those_of_a_model_with_these_weights(

@@ -2,7 +2,7 @@
 
 import pytest
 from datasets import Dataset, load_from_disk
-from support.scoring import HashGuard, conversations, scored, tokenized
+from support.scoring import HashGuard, chat, conversations, scored, tokenized
 
 from star_dss_plugin import (
     provenance_of,
@@ -98,6 +98,16 @@ def test_many_responses_without_a_context_are_warned_about(
     warning = f"2 of {note['responses']} responses have nothing said before them"
     assert (warning in caplog.text) == warned
     assert [line.startswith(warning) for line in remarks(note)] == [True] * warned
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_conversation_that_the_assistant_begins_lacks_no_context(tokenizer, caplog, alone):
+    """With its messages, and of its tokens alone."""
+    row = {"messages": chat("", "hello, i am here", "how are you?", "fine")[1:]}
+    rows = [tokenized(tokenizer, row) if alone else row]
+    note = provenance_of(scored(Dataset.from_list(rows), tokenizer, HashGuard()))
+    assert (note["no_contexts"], note["raw_contexts"], note["responses"]) == (0, 0, 2)
+    assert "nothing said before them" not in caplog.text
 
 
 def test_remarks_on_merged_parts_count_all_responses(tokenizer):

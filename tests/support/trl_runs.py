@@ -94,8 +94,10 @@ def history(trainer):
     return [(h["loss"], h["grad_norm"]) for h in trainer.state.log_history if "grad_norm" in h]
 
 
-def lora_config():
-    return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+def lora_config(dropout=0.0):
+    return LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", lora_dropout=dropout
+    )
 
 
 class Stop(TrainerCallback):

@@ -155,10 +155,12 @@ class TemplateInverse:
         if taken is None:
             return
         slots, pieces = taken
-        self._openings.add((pieces[0], slots[0]))
+        header = self.chat.header
+        # If answers have no header, any text could be an answer that begins a conversation.
+        if slots[0] != "assistant" or (header and header in pieces[0]):
+            self._openings.add((pieces[0], slots[0]))
         for slot, piece, following in zip(slots, pieces[1:], slots[1:], strict=False):
             # If answers have no header, the text between two of them only ends the first.
-            header = self.chat.header
             parts = {slot, following} != {"assistant"} or (header and header in piece)
             if piece and parts:
                 self._between[slot].add((piece, following))

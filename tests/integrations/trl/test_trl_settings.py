@@ -13,6 +13,7 @@ pytest.importorskip("trl")
 
 from peft import AdaLoraConfig, PromptTuningConfig
 from star_dss_trl import StarDSSConfig, StarDSSTrainer
+from support.guards import WordGuard
 from support.models import tiny_mixtral
 from support.trl_runs import arguments, history, lora_config, make, prompt_completion
 from trl import SFTTrainer
@@ -37,6 +38,26 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, tokenizer, reentrant):
     torch.testing.assert_close(
         torch.tensor(history(plain)), torch.tensor(history(saving)), rtol=1e-5, atol=1e-6
     )
+
+
+def test_a_guard_that_draws_random_numbers_does_not_change_dropout(
+    tmp_path, tokenizer, monkeypatch
+):
+    """The second run finds the scores in the cache, and asks no guard."""
+    score = WordGuard.token_scores
+
+    def draw(self, responses):
+        torch.rand(len(responses))
+        return score(self, responses)
+
+    monkeypatch.setattr(WordGuard, "token_scores", draw)
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(1)  # TRL makes the adapter before it sets the seed
+        trainer = make(tmp_path, tokenizer, peft_config=lora_config(dropout=0.5))
+        trainer.train()
+        runs.append(history(trainer))
+    assert runs[0] == runs[1]
 
 
 def test_neftune_noise_is_not_part_of_the_reference(tmp_path, tokenizer):
