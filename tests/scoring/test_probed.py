@@ -10,6 +10,7 @@ from support.probed import PROBED, ROWS, exact, learnable, probed, talks, traine
 from star_dss_plugin import inspect_row, load_guard, provenance_of
 from star_dss_plugin.data.columns import ASKED_COLUMN, SCORES_COLUMN
 from star_dss_plugin.data.templates.chat import ChatTokenizer
+from star_dss_plugin.errors import DataError
 from star_dss_plugin.options import StarDSSOptions
 from star_dss_plugin.report.page import render_page
 from star_dss_plugin.report.reading import read_scored
@@ -194,5 +195,5 @@ def test_reports_distinguish_probed_from_asked_chunks(tokenizer, learnable_guard
 def test_damaged_marks_are_refused(tokenizer, learnable_guard):
     found = probed(talks(31), tokenizer, learnable_guard)
     wrong = found.remove_columns(ASKED_COLUMN).add_column(ASKED_COLUMN, [[True]] * len(found))
-    with pytest.raises(Exception, match="does not hold true or false"):
+    with pytest.raises(DataError, match="does not hold true or false"):
         read_scored(wrong, tokenizer)
