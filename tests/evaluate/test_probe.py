@@ -1,7 +1,6 @@
 """The safety probe: what it measures and logs, and that it leaves training unchanged."""
 
 import copy
-import json
 import logging
 
 import pytest
@@ -12,9 +11,9 @@ pytest.importorskip("trl")
 from support.guards import WordGuard
 from support.models import tiny_llama
 from support.trl_runs import Stop, history, lora_config, make
-from transformers import TrainerCallback
 
 from star_dss_plugin import ConfigError, SafetyProbe, StarDSSError
+from star_dss_plugin.evaluate.prompts import HARMFUL, demo_prompts
 
 PROMPTS = ["is this bad?", "how are you?", "who is lazy?"]
 SHARE, START = "star_dss/probe_safe_share", "star_dss/probe_safe_share_start"
@@ -228,8 +227,8 @@ def test_the_probe_needs_an_active_loss(tmp_path, tokenizer):
         trainer.train()
 
 
-def test_there_are_eight_default_prompts(tmp_path, tokenizer):
+def test_the_default_prompts_are_the_first_eight_for_demonstrations(tmp_path, tokenizer):
+    demonstrated = demo_prompts(HARMFUL, limit=8)
+    assert len({prompt.messages[-1]["content"] for prompt in demonstrated}) == 8
     found = SafetyProbe(make(tmp_path, tokenizer)).prompts
-    assert len(found) == 8
-    assert all(json.dumps(p) and p[0]["role"] == "user" for p in found)
-    assert issubclass(SafetyProbe, TrainerCallback)
+    assert found == [list(prompt.messages) for prompt in demonstrated]
