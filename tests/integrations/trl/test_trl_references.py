@@ -30,40 +30,54 @@ def test_every_loss_type_trains(tmp_path, tokenizer, mode, lora):
 
 
 @pytest.mark.parametrize(
-    ("estimator", "reference", "lora"),
+    ("estimator", "lora", "references"),
     [
-        ("k1", "auto", False),
-        ("k3", "adapter", True),
-        ("k2", "adapter", True),
-        ("k2", "copy", False),
-        ("full", "auto", True),
-        ("full", "auto", False),
-        ("full", "copy", True),
+        ("k2", True, ("adapter", "precomputed", "copy")),
+        ("k3", True, ("adapter", "precomputed")),
+        ("k1", False, ("precomputed", "copy")),
+        ("k2", False, ("precomputed", "copy")),
+        ("full", True, ("adapter", "copy")),
     ],
 )
-def test_every_reference_gives_the_same_trajectory(tmp_path, tokenizer, estimator, reference, lora):
-    """The twin has another kind of the same reference: precomputed for k1-k3, a copy for full."""
-    config = {"max_steps": 3, "kl_estimator": estimator, "kl_coef": 2.0}
-    ours = make(
+def test_every_reference_gives_the_same_trajectory(
+    tmp_path, tokenizer, estimator, lora, references
+):
+    runs = []
+    for reference in references:
+        trainer = make(
+            tmp_path,
+            tokenizer,
+            reference=reference,
+            peft_config=lora_config() if lora else None,
+            max_steps=3,
+            kl_estimator=estimator,
+            kl_coef=2.0,
+        )
+        assert trainer.star_dss_state.reference.kind == reference
+        trainer.train()
+        runs.append(trainer)
+    for other in runs[1:]:
+        torch.testing.assert_close(
+            torch.tensor(history(runs[0])), torch.tensor(history(other)), rtol=1e-4, atol=1e-5
+        )
+    assert runs[0].state.log_history[2]["star_dss/kl"] != 0
+
+
+@pytest.mark.parametrize(
+    ("estimator", "lora", "kind"),
+    [("k1", False, "precomputed"), ("full", False, "copy"), ("full", True, "adapter")],
+)
+def test_auto_chooses_the_reference_by_estimator_and_adapter(
+    tmp_path, tokenizer, estimator, lora, kind
+):
+    trainer = make(
         tmp_path,
         tokenizer,
-        reference=reference,
+        reference="auto",
+        kl_estimator=estimator,
         peft_config=lora_config() if lora else None,
-        **config,
     )
-    ours.train()
-    twin = make(
-        tmp_path,
-        tokenizer,
-        reference="copy" if estimator == "full" else "precomputed",
-        peft_config=lora_config() if lora else None,
-        **config,
-    )
-    twin.train()
-    torch.testing.assert_close(
-        torch.tensor(history(ours)), torch.tensor(history(twin)), rtol=1e-4, atol=1e-5
-    )
-    assert ours.state.log_history[2]["star_dss/kl"] != 0
+    assert trainer.star_dss_state.reference.kind == kind
 
 
 @pytest.mark.parametrize("lora", [False, True])
