@@ -85,15 +85,14 @@ def test_only_the_assistants_turns_are_trained(tmp_path, tokenizer):
 
 
 def test_scores_fall_at_the_unsafe_word(tmp_path, tokenizer):
-    trainer = make(tmp_path, tokenizer)
-    row = trainer.train_dataset[1]
-    text = ""
-    for token, label, score in zip(row["input_ids"], row["labels"], row[SCORES_COLUMN]):
-        if label == -100:
-            continue
-        text += tokenizer.decode([token])
-        if "bad" in text:
-            assert score == pytest.approx(0.1)
+    """With chunk_size 2 the token before the word has the word's score."""
+    row = make(tmp_path, tokenizer).train_dataset[1]
+    trained = [i for i, label in enumerate(row["labels"]) if label != -100]
+    tokens = [tokenizer.decode(row["input_ids"][i]) for i in trained]
+    assert tokens[:6] == ["no", "!", " it", " is", " a", " bad"]
+    assert [row[SCORES_COLUMN][i] for i in trained] == pytest.approx(
+        [0.9] * 4 + [0.1] * (len(trained) - 4)
+    )
 
 
 def test_the_guard_is_not_asked_again_for_cached_scores(tmp_path, tokenizer):
