@@ -161,15 +161,14 @@ def test_each_of_several_guards_has_its_own_probe(
     assert (asked <= trained(scored_twice.probed, ASKED_COLUMN)).all()
 
 
-def test_the_tolerance_applies_to_calibrated_scores(tokenizer, learnable_guard, scored_twice):
-    sharp = {**learnable_guard, "calibration": {"temperature": 0.2, "threshold": 0.4}}
+def test_the_tolerance_applies_to_calibrated_scores(tokenizer, learnable_guard):
+    calibrated = {**learnable_guard, "calibration": {"temperature": 0.3, "threshold": 0.22}}
     rows = talks()
-    found, exact_run = probed(rows, tokenizer, sharp), exact(rows, tokenizer, sharp)
+    found, exact_run = probed(rows, tokenizer, calibrated), exact(rows, tokenizer, calibrated)
     asked, difference = trained(found, ASKED_COLUMN), np.abs(trained(found) - trained(exact_run))
     assert (difference[asked] < 1e-4).all()
-    assert not len(difference[~asked]) or (difference[~asked] <= 0.05).mean() >= 0.95
-    # Scores that spread five times as far are less predictable: more prefixes are asked.
-    assert asked.mean() > trained(scored_twice.probed, ASKED_COLUMN).mean()
+    assert (~asked).mean() > 0.5
+    assert (difference[~asked] <= 0.05).mean() >= 0.95
 
 
 # Reports
