@@ -6,7 +6,7 @@ import re
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.talks import user
+from support.template_conversations import user
 from template_forms import FORMS, chat_of
 
 from star_dss_plugin.data.templates.inverse import TemplateInverse

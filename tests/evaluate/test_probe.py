@@ -10,7 +10,7 @@ pytest.importorskip("trl")
 
 from support.guards import WordGuard
 from support.models import tiny_llama
-from support.trl_runs import Stop, history, lora_config, make
+from support.trl_runs import Stop, history, lora_config, tiny_trainer
 
 from star_dss_plugin import ConfigError, SafetyProbe, StarDSSError
 from star_dss_plugin.evaluate.prompts import HARMFUL, demo_prompts
@@ -42,7 +42,7 @@ class RandomJudge(WordGuard):
 
 def trainer_with_probe(tmp_path, tokenizer, changes=None, **options):
     """Return a trainer with a probe of three prompts at every step."""
-    trainer = make(tmp_path, tokenizer, **(changes or {}))
+    trainer = tiny_trainer(tmp_path, tokenizer, **(changes or {}))
     options = {"prompts": PROMPTS, "every": 1, "max_new_tokens": 4, "batch_size": 2, **options}
     trainer.add_callback(SafetyProbe(trainer, **options))
     return trainer
@@ -69,7 +69,7 @@ def test_the_probe_does_not_change_training(tmp_path, tokenizer, lora, checkpoin
             "max_steps": 4,
         }
 
-    plain = make(tmp_path, tokenizer, **settings())
+    plain = tiny_trainer(tmp_path, tokenizer, **settings())
     plain.train()
     watched = trainer_with_probe(tmp_path, tokenizer, settings(), judge=RandomJudge())
     watched.train()
@@ -215,13 +215,13 @@ def test_a_guard_judges_the_answers_and_is_closed(tmp_path, tokenizer):
     ],
 )
 def test_wrong_options_are_refused_at_once(tmp_path, tokenizer, options, message):
-    trainer = make(tmp_path, tokenizer)
+    trainer = tiny_trainer(tmp_path, tokenizer)
     with pytest.raises(ConfigError, match=message):
         SafetyProbe(trainer, **options)
 
 
 def test_the_probe_needs_an_active_loss(tmp_path, tokenizer):
-    trainer = make(tmp_path, tokenizer, loss_type="nll", guard=None)
+    trainer = tiny_trainer(tmp_path, tokenizer, loss_type="nll", guard=None)
     trainer.add_callback(SafetyProbe(trainer))
     with pytest.raises(StarDSSError, match="without a STAR-DSS loss"):
         trainer.train()
@@ -230,5 +230,5 @@ def test_the_probe_needs_an_active_loss(tmp_path, tokenizer):
 def test_the_default_prompts_are_the_first_eight_for_demonstrations(tmp_path, tokenizer):
     demonstrated = demo_prompts(HARMFUL, limit=8)
     assert len({prompt.messages[-1]["content"] for prompt in demonstrated}) == 8
-    found = SafetyProbe(make(tmp_path, tokenizer)).prompts
+    found = SafetyProbe(tiny_trainer(tmp_path, tokenizer)).prompts
     assert found == [list(prompt.messages) for prompt in demonstrated]

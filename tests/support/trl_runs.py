@@ -76,7 +76,7 @@ def arguments(tmp_path, cls=StarDSSConfig, **changes):
     return cls(**{**options, **changes})
 
 
-def make(
+def tiny_trainer(
     tmp_path, tokenizer, data=None, model=None, cls=StarDSSTrainer, peft_config=None, **changes
 ):
     """Return a trainer of a tiny model; `changes` are training arguments."""

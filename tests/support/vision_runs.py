@@ -47,7 +47,7 @@ def asked_and_answered():
     )
 
 
-def make(tmp_path, parts, data, peft_config=None, **changes):
+def vision_trainer(tmp_path, parts, data, peft_config=None, **changes):
     """Return a trainer of a model and its processor; `changes` are training arguments."""
     model, processor = parts
     return StarDSSTrainer(

@@ -11,7 +11,7 @@ from axolotl.utils.chat_templates.base import _CHAT_TEMPLATES
 from axolotl.utils.dict import DictDefault
 from axolotl_runs import _light_runs  # noqa: F401
 from jinja2 import TemplateError
-from support.talks import TALKS, WITH_CALLS, tokenizer_for
+from support.template_conversations import TALKS, WITH_CALLS, tokenizer_for
 
 from star_dss_plugin.data.responses import find_responses
 from star_dss_plugin.data.templates.chat import ChatTokenizer

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import trl
-from support.talks import TALKS, WITH_CALLS, tokenizer_for
+from support.template_conversations import TALKS, WITH_CALLS, tokenizer_for
 
 from star_dss_plugin.data.responses import find_responses
 from star_dss_plugin.data.templates.chat import ChatTokenizer
