@@ -10,7 +10,8 @@ pytest.importorskip("trl")
 
 from support.guards import WordGuard
 from support.models import tiny_llama
-from support.trl_runs import Stop, history, lora_config, tiny_trainer
+from support.run_differences import history
+from support.trl_runs import Stop, lora_config, tiny_trainer
 
 from star_dss_plugin import ConfigError, SafetyProbe, StarDSSError
 from star_dss_plugin.evaluate.prompts import HARMFUL, demo_prompts

@@ -1,9 +1,14 @@
-"""Differences between two runs of the same training."""
+"""The logged numbers of training runs, and differences between two runs."""
 
 from __future__ import annotations
 
 CLOSE = 1e-5
 """Largest difference of a loss or gradient norm from that of a run in one process."""
+
+
+def history(trainer):
+    """Return the loss and the gradient norm of each logged step."""
+    return [(h["loss"], h["grad_norm"]) for h in trainer.state.log_history if "grad_norm" in h]
 
 
 def largest_difference(one, other):

@@ -89,11 +89,6 @@ def tiny_trainer(
     )
 
 
-def history(trainer):
-    """Return the loss and the gradient norm of each logged step."""
-    return [(h["loss"], h["grad_norm"]) for h in trainer.state.log_history if "grad_norm" in h]
-
-
 def lora_config():
     return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 

@@ -2,7 +2,8 @@
 
 import torch
 
-from support.trl_runs import history, tiny_trainer
+from support.run_differences import history
+from support.trl_runs import tiny_trainer
 
 IN_ORDER = {"train_sampling_strategy": "sequential", "stream_buffer": 3}
 """Options with which a data set is read in the order of a stream; buffers do not fit batches."""

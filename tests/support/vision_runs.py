@@ -4,7 +4,8 @@ import pytest
 from datasets import Dataset
 from star_dss_trl import StarDSSTrainer
 
-from support.trl_runs import ANSWERS, PROMPTS, arguments, history
+from support.run_differences import history
+from support.trl_runs import ANSWERS, PROMPTS, arguments
 from support.vision_models import MAKE, picture
 
 each_model = pytest.mark.parametrize("name", sorted(MAKE))

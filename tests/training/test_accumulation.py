@@ -5,7 +5,8 @@ import pytest
 pytest.importorskip("trl")
 
 from star_dss_trl import StarDSSTrainer
-from support.trl_runs import history, prompt_completion, tiny_trainer
+from support.run_differences import history
+from support.trl_runs import prompt_completion, tiny_trainer
 
 
 def uncounted(self, *args, **kwargs):

@@ -10,7 +10,8 @@ from datasets import Dataset
 pytest.importorskip("trl")
 
 from support.models import tiny_llama
-from support.trl_runs import arguments, history, lora_config, prompt_completion, tiny_trainer
+from support.run_differences import history
+from support.trl_runs import arguments, lora_config, prompt_completion, tiny_trainer
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, Trainer
 from trl import SFTTrainer
 

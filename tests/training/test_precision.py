@@ -9,7 +9,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 pytest.importorskip("trl")
 
 from support.models import tiny_llama
-from support.trl_runs import history, lora_config, tiny_trainer
+from support.run_differences import history
+from support.trl_runs import lora_config, tiny_trainer
 
 
 def halves_alone(module, query, key, value, *args, **kwargs):

@@ -13,7 +13,6 @@ from axolotl_runs import (
     _light_runs,  # noqa: F401
     chat,
     configuration,
-    history,
     multi_turn,
     trained,
     trainer_of,
@@ -24,6 +23,7 @@ from star_dss_axolotl.trainer import StarDSSAxolotlTrainer
 from star_dss_trl import StarDSSConfig, StarDSSTrainer
 from support.guards import WordGuard
 from support.models import tiny_llama
+from support.run_differences import history
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from star_dss_plugin import CheckpointError, DataError, load_scored, star_dss_loss

@@ -18,7 +18,6 @@ from axolotl_runs import (
     chat,
     configuration,
     data_of,
-    history,
     loaded,
     on_two_ranks,
     trained,
@@ -28,7 +27,7 @@ from axolotl_runs import (
 from datasets import Dataset
 from star_dss_axolotl.check import check
 from star_dss_axolotl.media import media_rows
-from support.run_differences import CLOSE, largest_difference
+from support.run_differences import CLOSE, history, largest_difference
 from support.vision_models import gemma3, picture, smolvlm, stripes
 
 from star_dss_plugin.data.alignment import Alignment

@@ -10,10 +10,10 @@ pytest.importorskip("trl")
 from star_dss_trl import StarDSSTrainer
 from support.guards import WordGuard
 from support.models import tiny_llama
+from support.run_differences import history
 from support.trl_runs import (
     arguments,
     conversations,
-    history,
     lora_config,
     prompt_completion,
     tiny_trainer,

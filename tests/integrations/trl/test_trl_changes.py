@@ -13,12 +13,12 @@ from accelerate.state import AcceleratorState
 from peft import get_peft_model
 from star_dss_trl import StarDSSTrainer
 from support.models import tiny_llama
+from support.run_differences import history
 from support.trl_runs import (
     ANSWERS,
     PROMPTS,
     arguments,
     conversations,
-    history,
     lora_config,
     prompt_completion,
     tiny_trainer,

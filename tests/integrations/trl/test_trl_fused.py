@@ -10,7 +10,8 @@ import torch
 pytest.importorskip("trl")
 
 from support.models import tiny_llama
-from support.trl_runs import history, prompt_completion, tiny_trainer
+from support.run_differences import history
+from support.trl_runs import prompt_completion, tiny_trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 from transformers.integrations import liger

@@ -7,7 +7,8 @@ pytest.importorskip("trl")
 from datasets import IterableDataset
 from star_dss_trl import StarDSSTrainer
 from support.models import tiny_llama
-from support.trl_runs import ANSWERS, PROMPTS, arguments, history, prompt_completion, tiny_trainer
+from support.run_differences import history
+from support.trl_runs import ANSWERS, PROMPTS, arguments, prompt_completion, tiny_trainer
 
 from star_dss_plugin import DataError
 

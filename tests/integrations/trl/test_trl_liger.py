@@ -26,7 +26,8 @@ import json, pathlib, sys
 import support.interpreted_triton
 from support.guards import register_guard
 from support.models import make_tokenizer
-from support.trl_runs import history, tiny_trainer
+from support.trl_runs import tiny_trainer
+from support.run_differences import history
 
 register_guard()
 folder, found = pathlib.Path(sys.argv[1]), {}

@@ -10,7 +10,8 @@ from datasets import Dataset
 pytest.importorskip("trl")
 from peft import LoraConfig
 from support.models import tiny_llama
-from support.trl_runs import conversations, history, lora_config, tiny_trainer
+from support.run_differences import history
+from support.trl_runs import conversations, lora_config, tiny_trainer
 
 from star_dss_plugin import ConfigError, StarDSSError
 

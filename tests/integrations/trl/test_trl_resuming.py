@@ -12,7 +12,8 @@ from datasets import load_from_disk
 pytest.importorskip("trl")
 from support.forks import FORKS
 from support.guards import WordGuard, register_guard
-from support.trl_runs import Stop, history, prompt_completion, tiny_trainer
+from support.run_differences import history
+from support.trl_runs import Stop, prompt_completion, tiny_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from star_dss_plugin import CheckpointError, ConfigError

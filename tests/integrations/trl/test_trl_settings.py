@@ -14,7 +14,8 @@ pytest.importorskip("trl")
 from peft import AdaLoraConfig, PromptTuningConfig
 from star_dss_trl import StarDSSConfig, StarDSSTrainer
 from support.models import tiny_mixtral
-from support.trl_runs import arguments, history, lora_config, prompt_completion, tiny_trainer
+from support.run_differences import history
+from support.trl_runs import arguments, lora_config, prompt_completion, tiny_trainer
 from trl import SFTTrainer
 
 from star_dss_plugin import ConfigError

@@ -9,7 +9,8 @@ pytest.importorskip("trl")
 
 from datasets import Dataset, IterableDataset, load_from_disk
 from support.guards import WordGuard
-from support.trl_runs import ANSWERS, Stop, conversations, history, prompt_completion, tiny_trainer
+from support.run_differences import history
+from support.trl_runs import ANSWERS, Stop, conversations, prompt_completion, tiny_trainer
 from support.trl_streams import IN_ORDER, assert_same_history, train_in_order
 
 from star_dss_plugin import score_dataset

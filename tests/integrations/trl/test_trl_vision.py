@@ -12,7 +12,8 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from star_dss_trl import StarDSSTrainer
 from support.paths import TESTS
-from support.trl_runs import ANSWERS, PROMPTS, Stop, arguments, history, lora_config
+from support.run_differences import history
+from support.trl_runs import ANSWERS, PROMPTS, Stop, arguments, lora_config
 from support.vision_models import MAKE, gemma3, smolvlm
 from support.vision_runs import (
     asked_and_answered,
