@@ -240,9 +240,9 @@ def test_a_mode_needs_scores_and_reference_by_its_weights(mode, guard, reference
 
 def test_errors_say_what_to_change():
     logits, ref, labels, scores = sample()
-    with pytest.raises(ConfigError, match="ref_logits or ref_logps"):
+    with pytest.raises(ConfigError, match="but ref_logits or ref_logps was not given"):
         star_dss_loss(logits, labels, scores)
-    with pytest.raises(ConfigError, match="needs|ref_logits"):
+    with pytest.raises(ConfigError, match="but ref_logits was not given"):
         star_dss_loss(logits, labels, scores, ref_logps=scores, kl_estimator="full")
     with pytest.raises(ConfigError, match="Did you mean 'star_dss'"):
         star_dss_loss(logits, labels, scores, loss_type="star_ds")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from support.commands import run_command
-from support.starts import FORMS, HOSTILE, write_rows
+from support.init_data import FORMS, HOSTILE, write_rows
 
 from star_dss_plugin import smollm2
 from star_dss_plugin.errors import PluginError

@@ -6,10 +6,9 @@ import re
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.talks import user
+from support.template_conversations import user
 from template_forms import FORMS, chat_of
 
-from star_dss_plugin.data.templates import inverse as module
 from star_dss_plugin.data.templates.inverse import TemplateInverse
 from star_dss_plugin.data.templates.probes import pieces_of, probe_conversation
 from star_dss_plugin.data.templates.tool_calls import call_spans
@@ -199,18 +198,32 @@ def test_recovered_calls_render_to_the_same_tokens(name, arguments, result, ques
         assert not inverse.chat.added.search(json.dumps(call, ensure_ascii=False))
 
 
+# The inverse of DeepSeek-R1's template is not reliable; Gemma's gives up at two results in a row.
+NOT_RECOVERED = {
+    "DeepSeek-R1: thought is left out": tuple(talks()),
+    "Gemma: contents are trimmed, the system turn joins the question": (
+        *("two", "said, and two", "no arguments", "later"),
+    ),
+}
+FIRST_CALL_IS_RENDERED = (
+    *("gpt-oss: channels", "Llama 3: headers"),
+    "Mistral: the question's end is the answer's beginning",
+)
+
+
 @pytest.mark.parametrize("name", [n for n in FORMS if n not in MANY])
-def test_recovered_messages_of_other_templates_render_to_the_same_tokens(name):
+def test_messages_of_other_templates_are_recovered_or_none_are(name):
     inverse = inverse_of(name)
-    for known in talks().values():
-        try:
-            ids = inverse.chat.encode(inverse.chat.render(known)).ids
-        except module.DataError:
-            continue  # the template refuses this conversation
+    for talk, known in talks().items():
+        ids = inverse.chat.encode(inverse.chat.render(known)).ids
         found = inverse.messages_of_tokens(ids)
-        if found is not None:
-            assert inverse.chat.encode(inverse.chat.render(found)).ids == ids
-            assert contents(found)[0] == contents(known)[0]
+        if talk in NOT_RECOVERED.get(name, ()):
+            assert found is None, talk
+            continue
+        assert inverse.chat.encode(inverse.chat.render(found)).ids == ids
+        assert contents(found)[0] == contents(known)[0]
+        if name in FIRST_CALL_IS_RENDERED and talk in ("one", "one after the other"):
+            assert contents(found) == contents(known)
 
 
 DEPTH = 200_000  # deeper than any Python reads JSON

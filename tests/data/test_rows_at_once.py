@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.sentencepiece import sentencepiece_like
-from support.talks import answer
+from support.template_conversations import answer
 from template_forms import FORMS, QUESTION, TALKS, chat_of
 from tokenizers import AddedToken
 

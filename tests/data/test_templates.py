@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.paths import ROOT
-from support.talks import answer, user
+from support.template_conversations import answer, user
 from template_forms import CALL, FORMS, QUESTION, TALKS, chat_of, read, renders_all, table
 
 from star_dss_plugin.data.responses import find_responses

@@ -5,7 +5,7 @@ import json
 
 import pytest
 from support.paths import SHARED
-from support.talks import TALKS, answer, tokenizer_for, user
+from support.template_conversations import TALKS, answer, tokenizer_for, user
 from template_forms import FORMS, chat_of
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast

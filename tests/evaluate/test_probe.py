@@ -1,7 +1,6 @@
 """The safety probe: what it measures and logs, and that it leaves training unchanged."""
 
 import copy
-import json
 import logging
 
 import pytest
@@ -11,10 +10,11 @@ pytest.importorskip("trl")
 
 from support.guards import WordGuard
 from support.models import tiny_llama
-from support.trl_runs import Stop, history, lora_config, make
-from transformers import TrainerCallback
+from support.run_differences import history
+from support.trl_runs import Stop, lora_config, tiny_trainer
 
 from star_dss_plugin import ConfigError, SafetyProbe, StarDSSError
+from star_dss_plugin.evaluate.prompts import HARMFUL, demo_prompts
 
 PROMPTS = ["is this bad?", "how are you?", "who is lazy?"]
 SHARE, START = "star_dss/probe_safe_share", "star_dss/probe_safe_share_start"
@@ -43,7 +43,7 @@ class RandomJudge(WordGuard):
 
 def trainer_with_probe(tmp_path, tokenizer, changes=None, **options):
     """Return a trainer with a probe of three prompts at every step."""
-    trainer = make(tmp_path, tokenizer, **(changes or {}))
+    trainer = tiny_trainer(tmp_path, tokenizer, **(changes or {}))
     options = {"prompts": PROMPTS, "every": 1, "max_new_tokens": 4, "batch_size": 2, **options}
     trainer.add_callback(SafetyProbe(trainer, **options))
     return trainer
@@ -70,7 +70,7 @@ def test_the_probe_does_not_change_training(tmp_path, tokenizer, lora, checkpoin
             "max_steps": 4,
         }
 
-    plain = make(tmp_path, tokenizer, **settings())
+    plain = tiny_trainer(tmp_path, tokenizer, **settings())
     plain.train()
     watched = trainer_with_probe(tmp_path, tokenizer, settings(), judge=RandomJudge())
     watched.train()
@@ -216,20 +216,20 @@ def test_a_guard_judges_the_answers_and_is_closed(tmp_path, tokenizer):
     ],
 )
 def test_wrong_options_are_refused_at_once(tmp_path, tokenizer, options, message):
-    trainer = make(tmp_path, tokenizer)
+    trainer = tiny_trainer(tmp_path, tokenizer)
     with pytest.raises(ConfigError, match=message):
         SafetyProbe(trainer, **options)
 
 
 def test_the_probe_needs_an_active_loss(tmp_path, tokenizer):
-    trainer = make(tmp_path, tokenizer, loss_type="nll", guard=None)
+    trainer = tiny_trainer(tmp_path, tokenizer, loss_type="nll", guard=None)
     trainer.add_callback(SafetyProbe(trainer))
     with pytest.raises(StarDSSError, match="without a STAR-DSS loss"):
         trainer.train()
 
 
-def test_there_are_eight_default_prompts(tmp_path, tokenizer):
-    found = SafetyProbe(make(tmp_path, tokenizer)).prompts
-    assert len(found) == 8
-    assert all(json.dumps(p) and p[0]["role"] == "user" for p in found)
-    assert issubclass(SafetyProbe, TrainerCallback)
+def test_the_default_prompts_are_the_first_eight_for_demonstrations(tmp_path, tokenizer):
+    demonstrated = demo_prompts(HARMFUL, limit=8)
+    assert len({prompt.messages[-1]["content"] for prompt in demonstrated}) == 8
+    found = SafetyProbe(tiny_trainer(tmp_path, tokenizer)).prompts
+    assert found == [list(prompt.messages) for prompt in demonstrated]

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from star_dss_plugin.evaluate import statistics
 from star_dss_plugin.evaluate.statistics import bootstrap_share, paired_difference
 
 
@@ -31,10 +32,12 @@ def test_the_interval_has_its_nominal_coverage():
     assert 0.90 <= covered / 300 <= 0.98
 
 
-def test_resamples_are_deterministic_and_depend_on_their_number():
-    hits = [True, False, True] * 5
-    assert bootstrap_share(hits, resamples=2500) == bootstrap_share(hits, resamples=2500)
-    assert bootstrap_share(hits, resamples=2500).low != bootstrap_share(hits, resamples=1).low
+@pytest.mark.parametrize("batch", [1, 7, 250, 299])
+def test_batches_of_resamples_give_the_interval_of_a_single_draw(monkeypatch, batch):
+    hits = [True, False, True] * 15
+    whole = bootstrap_share(hits, resamples=300)
+    monkeypatch.setattr(statistics, "_BATCH", batch)
+    assert bootstrap_share(hits, resamples=300) == whole
 
 
 def test_paired_differences_have_narrow_intervals():

@@ -10,6 +10,7 @@ from support.probed import PROBED, ROWS, exact, learnable, probed, talks, traine
 from star_dss_plugin import inspect_row, load_guard, provenance_of
 from star_dss_plugin.data.columns import ASKED_COLUMN, SCORES_COLUMN
 from star_dss_plugin.data.templates.chat import ChatTokenizer
+from star_dss_plugin.errors import DataError
 from star_dss_plugin.options import StarDSSOptions
 from star_dss_plugin.report.page import render_page
 from star_dss_plugin.report.reading import read_scored
@@ -160,15 +161,14 @@ def test_each_of_several_guards_has_its_own_probe(
     assert (asked <= trained(scored_twice.probed, ASKED_COLUMN)).all()
 
 
-def test_the_tolerance_applies_to_calibrated_scores(tokenizer, learnable_guard, scored_twice):
-    sharp = {**learnable_guard, "calibration": {"temperature": 0.2, "threshold": 0.4}}
+def test_the_tolerance_applies_to_calibrated_scores(tokenizer, learnable_guard):
+    calibrated = {**learnable_guard, "calibration": {"temperature": 0.3, "threshold": 0.22}}
     rows = talks()
-    found, exact_run = probed(rows, tokenizer, sharp), exact(rows, tokenizer, sharp)
+    found, exact_run = probed(rows, tokenizer, calibrated), exact(rows, tokenizer, calibrated)
     asked, difference = trained(found, ASKED_COLUMN), np.abs(trained(found) - trained(exact_run))
     assert (difference[asked] < 1e-4).all()
-    assert not len(difference[~asked]) or (difference[~asked] <= 0.05).mean() >= 0.95
-    # Scores that spread five times as far are less predictable: more prefixes are asked.
-    assert asked.mean() > trained(scored_twice.probed, ASKED_COLUMN).mean()
+    assert (~asked).mean() > 0.5
+    assert (difference[~asked] <= 0.05).mean() >= 0.95
 
 
 # Reports
@@ -194,5 +194,5 @@ def test_reports_distinguish_probed_from_asked_chunks(tokenizer, learnable_guard
 def test_damaged_marks_are_refused(tokenizer, learnable_guard):
     found = probed(talks(31), tokenizer, learnable_guard)
     wrong = found.remove_columns(ASKED_COLUMN).add_column(ASKED_COLUMN, [[True]] * len(found))
-    with pytest.raises(Exception, match="does not hold true or false"):
+    with pytest.raises(DataError, match="does not hold true or false"):
         read_scored(wrong, tokenizer)

@@ -113,10 +113,10 @@ def scores_by_chunk(trainer):
 
 def test_a_trainer_lowers_the_scores_of_its_data(tmp_path, tokenizer):
     pytest.importorskip("trl")
-    from support.trl_runs import make
+    from support.trl_runs import tiny_trainer
 
-    plain = make(tmp_path, tokenizer)
-    strict = make(tmp_path, tokenizer, unsafe_lookahead=1, monotone=True)
+    plain = tiny_trainer(tmp_path, tokenizer)
+    strict = tiny_trainer(tmp_path, tokenizer, unsafe_lookahead=1, monotone=True)
     changed = 0
     for given_scores, found in zip(scores_by_chunk(plain), scores_by_chunk(strict), strict=True):
         expected = stricter_scores(given_scores, threshold=0.5, unsafe_lookahead=1, monotone=True)
@@ -127,11 +127,11 @@ def test_a_trainer_lowers_the_scores_of_its_data(tmp_path, tokenizer):
 
 def test_the_loss_follows_the_warm_up(tmp_path, tokenizer):
     pytest.importorskip("trl")
-    from support.trl_runs import make
+    from support.trl_runs import tiny_trainer
 
     odds = []
     for steps in (0, 3):
-        trainer = make(tmp_path, tokenizer, kl_warmup_steps=steps, max_steps=4)
+        trainer = tiny_trainer(tmp_path, tokenizer, kl_warmup_steps=steps, max_steps=4)
         trainer.train()
         lines = [h for h in trainer.state.log_history if "grad_norm" in h]
         mass = [line["star_dss/kl_weight_mass"] for line in lines]
@@ -143,53 +143,55 @@ def test_the_loss_follows_the_warm_up(tmp_path, tokenizer):
 
 def test_scores_are_not_lowered_twice(tmp_path, tokenizer):
     pytest.importorskip("trl")
-    from support.trl_runs import make
+    from support.trl_runs import tiny_trainer
 
-    first = make(tmp_path, tokenizer, unsafe_lookahead=1)
-    again = make(tmp_path, tokenizer, first.train_dataset, unsafe_lookahead=1)
+    first = tiny_trainer(tmp_path, tokenizer, unsafe_lookahead=1)
+    again = tiny_trainer(tmp_path, tokenizer, first.train_dataset, unsafe_lookahead=1)
     assert list(scores_by_chunk(again)) == list(scores_by_chunk(first))
     with pytest.raises(DataError, match="lowered before"):
-        make(tmp_path, tokenizer, first.train_dataset, unsafe_lookahead=2)
+        tiny_trainer(tmp_path, tokenizer, first.train_dataset, unsafe_lookahead=2)
     with pytest.raises(DataError, match="lowered before"):
-        make(tmp_path, tokenizer, first.train_dataset)
+        tiny_trainer(tmp_path, tokenizer, first.train_dataset)
 
 
 def test_scored_data_that_a_trainer_cut_can_be_given_to_another(tmp_path, tokenizer):
     pytest.importorskip("trl")
-    from support.trl_runs import make
+    from support.trl_runs import tiny_trainer
 
-    scored = make(tmp_path, tokenizer).train_dataset
+    scored = tiny_trainer(tmp_path, tokenizer).train_dataset
     most = max(map(len, scored["input_ids"])) - 1
-    first = make(tmp_path, tokenizer, scored, max_length=most)
+    first = tiny_trainer(tmp_path, tokenizer, scored, max_length=most)
     assert max(map(len, first.train_dataset["star_scores"])) == most
-    again = make(tmp_path, tokenizer, first.train_dataset, max_length=most)
+    again = tiny_trainer(tmp_path, tokenizer, first.train_dataset, max_length=most)
     assert list(scores_by_chunk(again)) == list(scores_by_chunk(first))
 
 
 def test_scores_of_unknown_chunks_cannot_be_lowered(tmp_path, tokenizer):
     pytest.importorskip("trl")
-    from support.trl_runs import make
+    from support.trl_runs import tiny_trainer
 
-    scored = make(tmp_path, tokenizer).train_dataset
+    scored = tiny_trainer(tmp_path, tokenizer).train_dataset
     scored.info.description = ""
     with pytest.raises(DataError, match="does not say"):
-        make(tmp_path, tokenizer, scored, monotone=True)
+        tiny_trainer(tmp_path, tokenizer, scored, monotone=True)
 
 
 def test_rows_with_other_chunks_than_scored_are_refused(tmp_path, tokenizer):
     pytest.importorskip("trl")
-    from support.trl_runs import make
+    from support.trl_runs import tiny_trainer
 
-    scored = make(tmp_path, tokenizer).train_dataset
+    scored = tiny_trainer(tmp_path, tokenizer).train_dataset
     later = scored.map(lambda row: {"labels": without_first_label(row["labels"])})
     with pytest.raises(DataError, match="not as it was scored"):
-        make(tmp_path, tokenizer, later, monotone=True)
+        tiny_trainer(tmp_path, tokenizer, later, monotone=True)
     unbound(later)  # as in shards that another process reads
     with pytest.raises(DataError, match="not cut as they were"):
-        make(tmp_path, tokenizer, later, monotone=True)
-    joined = concatenate_datasets([scored, make(tmp_path, tokenizer, chunk_size=3).train_dataset])
+        tiny_trainer(tmp_path, tokenizer, later, monotone=True)
+    joined = concatenate_datasets(
+        [scored, tiny_trainer(tmp_path, tokenizer, chunk_size=3).train_dataset]
+    )
     with pytest.raises(DataError, match="scored separately"):
-        make(tmp_path, tokenizer, joined, monotone=True)
+        tiny_trainer(tmp_path, tokenizer, joined, monotone=True)
 
 
 def without_first_label(labels):
@@ -200,11 +202,11 @@ def without_first_label(labels):
 
 def test_evaluation_uses_the_full_kl_coef(tmp_path, tokenizer):
     pytest.importorskip("trl")
-    from support.trl_runs import make, prompt_completion
+    from support.trl_runs import prompt_completion, tiny_trainer
 
     found = []
     for steps in (0, 9):
-        trainer = make(tmp_path, tokenizer, kl_warmup_steps=steps)
+        trainer = tiny_trainer(tmp_path, tokenizer, kl_warmup_steps=steps)
         trainer.evaluate(prompt_completion())
         found.append(trainer.state.log_history[-1]["eval_star_dss/kl_weight_mass"])
     assert found[0] == found[1] > 0

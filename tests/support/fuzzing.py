@@ -30,7 +30,7 @@ class Target:
     seeds: tuple[bytes, ...] = ()
 
 
-def holds(target: Target) -> None:
+def check_target(target: Target) -> None:
     """Try a target's inputs, the same at every call; hypothesis shrinks an input that fails."""
     some = settings(
         max_examples=target.examples,

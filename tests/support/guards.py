@@ -61,3 +61,15 @@ def register_guard() -> None:
     """Register `WordGuard` by its name in this process, unless it is registered."""
     if WordGuard.name not in load_plugins().names("guard"):
         load_plugins().register(WordsPlugin(), Origin("tests", "star-dss-tests", "0"))
+
+
+def write_words_plugin(folder):
+    """Install the tests' guard as a plugin in a folder for PYTHONPATH; return the folder."""
+    (folder / "words_plugin.py").write_text(
+        "from support.guards import WordsPlugin\nwords = WordsPlugin()\n"
+    )
+    info = folder / "words_plugin-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: words-plugin\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[star_dss]\nwords = words_plugin:words\n")
+    return folder

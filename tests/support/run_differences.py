@@ -1,4 +1,4 @@
-"""Differences between two runs of the same training."""
+"""The logged numbers of training runs, and differences between two runs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ CLOSE = 1e-5
 """Largest difference of a loss or gradient norm from that of a run in one process."""
 
 
-def apart(one, other):
+def history(trainer):
+    """Return the loss and the gradient norm of each logged step."""
+    return [(h["loss"], h["grad_norm"]) for h in trainer.state.log_history if "grad_norm" in h]
+
+
+def largest_difference(one, other):
     """Return the largest difference of logged numbers, relative for numbers above 1.
 
     `one` may be the log of a resumed run: it is compared with the last lines of `other`.
@@ -18,7 +23,7 @@ def apart(one, other):
     )
 
 
-def weights_apart(one, other, lora):
+def largest_weight_difference(one, other, lora):
     """Return the largest difference of the weights of two saved models."""
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText

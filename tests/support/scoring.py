@@ -40,6 +40,11 @@ class HashGuard(StreamingGuard):
         ]
 
 
+def batches_of_three(requests):
+    """Return a plan that scores requests in their order, three at a time."""
+    return [list(range(i, min(i + 3, len(requests)))) for i in range(0, len(requests), 3)]
+
+
 class BatchGuard(Guard):
     """Score in batches of three; as on a GPU, the last bits of a score depend on the batch."""
 
@@ -51,7 +56,7 @@ class BatchGuard(Guard):
         self.batches = []
 
     def plan(self, requests):
-        return [list(range(i, min(i + 3, len(requests)))) for i in range(0, len(requests), 3)]
+        return batches_of_three(requests)
 
     def trajectories(self, requests):
         if len(self.batches) == self.fail_at:

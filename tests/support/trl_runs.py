@@ -76,7 +76,7 @@ def arguments(tmp_path, cls=StarDSSConfig, **changes):
     return cls(**{**options, **changes})
 
 
-def make(
+def tiny_trainer(
     tmp_path, tokenizer, data=None, model=None, cls=StarDSSTrainer, peft_config=None, **changes
 ):
     """Return a trainer of a tiny model; `changes` are training arguments."""
@@ -87,11 +87,6 @@ def make(
         processing_class=tokenizer,
         peft_config=peft_config,
     )
-
-
-def history(trainer):
-    """Return the loss and the gradient norm of each logged step."""
-    return [(h["loss"], h["grad_norm"]) for h in trainer.state.log_history if "grad_norm" in h]
 
 
 def lora_config(dropout=0.0):

@@ -2,7 +2,8 @@
 
 import torch
 
-from support.trl_runs import history, make
+from support.run_differences import history
+from support.trl_runs import tiny_trainer
 
 IN_ORDER = {"train_sampling_strategy": "sequential", "stream_buffer": 3}
 """Options with which a data set is read in the order of a stream; buffers do not fit batches."""
@@ -10,7 +11,7 @@ IN_ORDER = {"train_sampling_strategy": "sequential", "stream_buffer": 3}
 
 def train_in_order(tmp_path, tokenizer, data, **changes):
     """Return a trainer that was trained on a stream, or on a data set in the stream's order."""
-    trainer = make(tmp_path, tokenizer, data, **{**IN_ORDER, **changes})
+    trainer = tiny_trainer(tmp_path, tokenizer, data, **{**IN_ORDER, **changes})
     trainer.train()
     return trainer
 

@@ -4,7 +4,8 @@ import pytest
 from datasets import Dataset
 from star_dss_trl import StarDSSTrainer
 
-from support.trl_runs import ANSWERS, PROMPTS, arguments, history
+from support.run_differences import history
+from support.trl_runs import ANSWERS, PROMPTS, arguments
 from support.vision_models import MAKE, picture
 
 each_model = pytest.mark.parametrize("name", sorted(MAKE))
@@ -47,7 +48,7 @@ def asked_and_answered():
     )
 
 
-def make(tmp_path, parts, data, peft_config=None, **changes):
+def vision_trainer(tmp_path, parts, data, peft_config=None, **changes):
     """Return a trainer of a model and its processor; `changes` are training arguments."""
     model, processor = parts
     return StarDSSTrainer(

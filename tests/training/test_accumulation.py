@@ -5,7 +5,8 @@ import pytest
 pytest.importorskip("trl")
 
 from star_dss_trl import StarDSSTrainer
-from support.trl_runs import history, make, prompt_completion
+from support.run_differences import history
+from support.trl_runs import prompt_completion, tiny_trainer
 
 
 def uncounted(self, *args, **kwargs):
@@ -21,7 +22,7 @@ def test_equal_micro_batches_are_averaged(tmp_path, tokenizer, counted, monkeypa
 
     def run(steps):
         options = {"gradient_accumulation_steps": steps, "per_device_train_batch_size": 8 // steps}
-        trainer = make(tmp_path, tokenizer, data=data, max_steps=1, **options)
+        trainer = tiny_trainer(tmp_path, tokenizer, data=data, max_steps=1, **options)
         trainer.train()
         return history(trainer)[0]
 

@@ -18,7 +18,7 @@ from transformers import (
 pytest.importorskip("trl")
 
 from support.models import tiny, tiny_jamba, tiny_llama, tiny_qwen3_moe
-from support.trl_runs import arguments, lora_config, make
+from support.trl_runs import arguments, lora_config, tiny_trainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from star_dss_plugin import ConfigError, attach
@@ -82,7 +82,7 @@ def test_the_model_starts_as_its_reference(tmp_path, tokenizer, make_model, lora
         lora.target_modules = {"q_proj", "v_proj"}
     options = {"packing": True, "max_length": 64} if joined == "packing" else {"max_length": None}
     with caplog.at_level(logging.WARNING):
-        trainer = make(
+        trainer = tiny_trainer(
             tmp_path,
             tokenizer,
             model=make_model(len(tokenizer)),
@@ -99,13 +99,13 @@ def test_the_model_starts_as_its_reference(tmp_path, tokenizer, make_model, lora
 
 
 def test_rows_by_themselves_are_precomputed(tmp_path, tokenizer):
-    trainer = make(tmp_path, tokenizer, model=convolution(len(tokenizer)))
+    trainer = tiny_trainer(tmp_path, tokenizer, model=convolution(len(tokenizer)))
     assert trainer.star_dss_state.reference.kind == "precomputed"
 
 
 def test_a_reference_of_rows_by_themselves_is_refused(tmp_path, tokenizer):
     with pytest.raises(ConfigError, match=r"reads together\. Set reference='auto'"):
-        make(
+        tiny_trainer(
             tmp_path,
             tokenizer,
             model=tiny_jamba(len(tokenizer)),
@@ -121,7 +121,7 @@ def test_a_plain_trainer_that_flattens(tmp_path, tokenizer, collator):
     plain = Trainer(
         convolution(len(tokenizer)),
         args=copy.copy(arguments(tmp_path, learning_rate=1e-9, logging_steps=1)),
-        train_dataset=make(tmp_path, tokenizer).train_dataset,
+        train_dataset=tiny_trainer(tmp_path, tokenizer).train_dataset,
         processing_class=tokenizer,
         data_collator=collator() if flattens else collator(tokenizer),
     )
@@ -168,7 +168,7 @@ class WithColumns(DataCollatorWithFlattening):
 @pytest.mark.parametrize("kind", [None, "torch", "numpy"])
 @pytest.mark.parametrize("make_model", [attention, convolution])
 def test_collators_that_want_columns_of_the_users_own(tmp_path, tokenizer, make_model, kind):
-    dataset = make(tmp_path, tokenizer).train_dataset.select_columns(PACK_COLUMNS)
+    dataset = tiny_trainer(tmp_path, tokenizer).train_dataset.select_columns(PACK_COLUMNS)
     dataset = dataset.map(lambda row: {"source": "chat", "kinds": [3] * len(row["labels"])})
     plain = Trainer(
         make_model(len(tokenizer)),

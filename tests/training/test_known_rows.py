@@ -11,7 +11,7 @@ from accelerate.data_loader import IterableDatasetShard
 from datasets import Dataset
 from star_dss_trl import StarDSSTrainer
 from support.models import tiny_llama
-from support.trl_runs import ANSWERS, PROMPTS, Stop, arguments, make, prompt_completion
+from support.trl_runs import ANSWERS, PROMPTS, Stop, arguments, prompt_completion, tiny_trainer
 from torch.utils.data import DataLoader, Subset
 from transformers import TrainerCallback
 
@@ -54,7 +54,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_rows_that_changed_after_set_up_are_refused(tmp_path, tokenizer, change):
-    trainer = make(tmp_path, tokenizer)
+    trainer = tiny_trainer(tmp_path, tokenizer)
     trainer.train_dataset = CHANGES[change](trainer.train_dataset)
     with pytest.raises(DataError, match="not one that was scored when STAR-DSS was set up"):
         trainer.train()
@@ -62,7 +62,7 @@ def test_rows_that_changed_after_set_up_are_refused(tmp_path, tokenizer, change)
 
 
 def test_a_part_of_the_training_set_trains_and_is_what_is_said(tmp_path, tokenizer, capsys):
-    trainer = make(tmp_path, tokenizer)
+    trainer = tiny_trainer(tmp_path, tokenizer)
     trainer.train_dataset = trainer.train_dataset.select([1, 3, 4, 5])
     trainer.train()
     assert "4 responses scored" in capsys.readouterr().out
@@ -126,7 +126,7 @@ class Edits(TrainerCallback):
 
 
 def test_rows_that_change_while_it_trains_are_refused(tmp_path, tokenizer):
-    trainer = make(tmp_path, tokenizer, per_device_train_batch_size=1, max_steps=6)
+    trainer = tiny_trainer(tmp_path, tokenizer, per_device_train_batch_size=1, max_steps=6)
     trainer.add_callback(Edits())
     with pytest.raises(DataError, match="not one that was scored"):
         trainer.train()
@@ -135,7 +135,7 @@ def test_rows_that_change_while_it_trains_are_refused(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("value", [float("nan"), -0.1, 1.1])
 def test_a_batch_with_scores_that_are_none_stops_the_run(tmp_path, tokenizer, value):
-    trainer = make(tmp_path, tokenizer)
+    trainer = tiny_trainer(tmp_path, tokenizer)
     batch = next(iter(trainer.get_train_dataloader()))
     batch["star_scores"][0, -1] = value
     with pytest.raises(StarDSSError, match="star_score of .* no probability"):
@@ -143,7 +143,7 @@ def test_a_batch_with_scores_that_are_none_stops_the_run(tmp_path, tokenizer, va
 
 
 def test_a_step_of_which_a_part_was_not_shaped_is_stopped(tmp_path, tokenizer):
-    trainer = make(
+    trainer = tiny_trainer(
         tmp_path, tokenizer, per_device_train_batch_size=2, gradient_accumulation_steps=2
     )
     shaped, calls = trainer.training_step, []
@@ -165,15 +165,15 @@ def test_a_step_of_which_a_part_was_not_shaped_is_stopped(tmp_path, tokenizer):
 
 def test_resuming_with_other_options_is_said(tmp_path, tokenizer, caplog):
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
-    stopped = make(tmp_path, tokenizer, **settings)
+    stopped = tiny_trainer(tmp_path, tokenizer, **settings)
     stopped.add_callback(Stop())
     stopped.train()
     with caplog.at_level(logging.WARNING):
-        make(tmp_path, tokenizer, **settings).train(resume_from_checkpoint=True)
+        tiny_trainer(tmp_path, tokenizer, **settings).train(resume_from_checkpoint=True)
         assert "other options" not in caplog.text
-    stopped = make(tmp_path, tokenizer, **settings)
+    stopped = tiny_trainer(tmp_path, tokenizer, **settings)
     with caplog.at_level(logging.WARNING):
-        resumed = make(tmp_path, tokenizer, chunk_size=1, **settings | {"max_steps": 5})
+        resumed = tiny_trainer(tmp_path, tokenizer, chunk_size=1, **settings | {"max_steps": 5})
         resumed.train(resume_from_checkpoint=True)
     assert "chunk_size=1 (was 2)" in caplog.text
 
@@ -226,7 +226,7 @@ def test_rows_of_the_buffer_before_are_known_however_large_it_is(few_pass):
 def test_what_fills_up_the_last_batch_of_several_processes_is_known(tmp_path, tokenizer, few_pass):
     rows = Dataset.from_dict({"prompt": PROMPTS * 2, "completion": ANSWERS * 2})
     stream = rows.select(range(15)).map(lambda row, i: {"prompt": f"{i}"}, with_indices=True)
-    trainer = make(tmp_path, tokenizer, stream.to_iterable_dataset(), stream_buffer=1)
+    trainer = tiny_trainer(tmp_path, tokenizer, stream.to_iterable_dataset(), stream_buffer=1)
     shard = IterableDatasetShard(
         trainer.train_dataset, batch_size=2, num_processes=2, process_index=1
     )

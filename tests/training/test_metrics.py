@@ -93,12 +93,12 @@ def test_what_is_not_known_is_not_logged():
 def test_tensorboard_files_hold_every_metric(tmp_path, tokenizer, capsys, monkeypatch):
     pytest.importorskip("trl")
     pytest.importorskip("tensorboard")
-    from support.trl_runs import make
+    from support.trl_runs import tiny_trainer
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder = tmp_path / "events"
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(folder))  # transformers >= 5
-    trainer = make(tmp_path, tokenizer, report_to="tensorboard", kl_coef=2.0)
+    trainer = tiny_trainer(tmp_path, tokenizer, report_to="tensorboard", kl_coef=2.0)
     trainer.train()
     history = [line for line in trainer.state.log_history if "star_dss/ce" in line]
     assert len(history) == 3

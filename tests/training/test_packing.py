@@ -10,7 +10,8 @@ from datasets import Dataset
 pytest.importorskip("trl")
 
 from support.models import tiny_llama
-from support.trl_runs import arguments, history, lora_config, make, prompt_completion
+from support.run_differences import history
+from support.trl_runs import arguments, lora_config, prompt_completion, tiny_trainer
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, Trainer
 from trl import SFTTrainer
 
@@ -87,7 +88,7 @@ def start_from_elsewhere(trainer):
 def test_packed_documents_are_as_if_alone(
     tmp_path, tokenizer, attention, data, reference, estimator
 ):
-    trainer = make(
+    trainer = tiny_trainer(
         tmp_path,
         tokenizer,
         data(),
@@ -107,7 +108,7 @@ def test_packed_documents_are_as_if_alone(
 @pytest.mark.parametrize("data", [prompt_completion, texts])
 @pytest.mark.parametrize("lora", [False, True])
 def test_padding_free_batches_are_as_if_padded(tmp_path, tokenizer, data, lora):
-    trainer = make(
+    trainer = tiny_trainer(
         tmp_path,
         tokenizer,
         data(),
@@ -134,9 +135,9 @@ def scored_tokens(rows):
 @pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
 def test_scores_are_those_of_whole_rows(tmp_path, tokenizer, strategy):
     """Also if packing cuts a response in two."""
-    plain = make(tmp_path, tokenizer, max_length=None)
+    plain = tiny_trainer(tmp_path, tokenizer, max_length=None)
     assert any(len(row["input_ids"]) > 28 for row in plain.train_dataset)
-    packed = make(
+    packed = tiny_trainer(
         tmp_path, tokenizer, packing=True, packing_strategy=strategy, max_length=28, kl_coef=0.0
     )
     assert all(len(row["input_ids"]) <= 28 for row in packed.train_dataset)
@@ -153,7 +154,7 @@ def test_scores_are_those_of_whole_rows(tmp_path, tokenizer, strategy):
 @pytest.mark.parametrize("data", [prompt_completion, texts])
 def test_the_reference_is_the_starting_model_in_every_strategy(tmp_path, tokenizer, strategy, data):
     """The reference reads the policy's context: cut documents, and preceding other documents."""
-    trainer = make(
+    trainer = tiny_trainer(
         tmp_path,
         tokenizer,
         data(),
@@ -178,11 +179,11 @@ def test_all_safe_packed_equals_stock_packed(tmp_path, tokenizer, strategy):
         "shuffle_dataset": True,
         "per_device_train_batch_size": 2,
     }
-    ours = make(
+    ours = tiny_trainer(
         tmp_path, tokenizer, **options, guard={"preset": "test-words", "word": "☃", "safe": 1.0}
     )
     ours.train()
-    stock = make(tmp_path, tokenizer, cls=SFTTrainer, **options)
+    stock = tiny_trainer(tmp_path, tokenizer, cls=SFTTrainer, **options)
     stock.train()
     torch.testing.assert_close(
         torch.tensor(history(ours)), torch.tensor(history(stock)), rtol=1e-6, atol=1e-6
@@ -190,17 +191,17 @@ def test_all_safe_packed_equals_stock_packed(tmp_path, tokenizer, strategy):
 
 
 def test_evaluation_is_packed_like_training(tmp_path, tokenizer):
-    trainer = make(tmp_path, tokenizer, packing=True, max_length=LENGTH)
+    trainer = tiny_trainer(tmp_path, tokenizer, packing=True, max_length=LENGTH)
     late = trainer.evaluate(prompt_completion())
-    apart = make(tmp_path, tokenizer).evaluate(prompt_completion())
+    apart = tiny_trainer(tmp_path, tokenizer).evaluate(prompt_completion())
     assert late["eval_loss"] == pytest.approx(apart["eval_loss"], rel=1e-5)
     again = trainer.evaluate(trainer.train_dataset)  # packed already
     assert again["eval_loss"] == pytest.approx(late["eval_loss"], rel=1e-5)
 
 
 def test_evaluation_may_stay_unpacked(tmp_path, tokenizer):
-    trainer = make(tmp_path, tokenizer, packing=True, eval_packing=False, max_length=LENGTH)
-    apart = make(tmp_path, tokenizer).evaluate(prompt_completion())
+    trainer = tiny_trainer(tmp_path, tokenizer, packing=True, eval_packing=False, max_length=LENGTH)
+    apart = tiny_trainer(tmp_path, tokenizer).evaluate(prompt_completion())
     late = trainer.evaluate(prompt_completion())
     assert late["eval_loss"] == pytest.approx(apart["eval_loss"], rel=1e-5)
 
@@ -209,30 +210,30 @@ def test_evaluation_may_stay_unpacked(tmp_path, tokenizer):
 @pytest.mark.parametrize("mode", ["static", "rejection"])
 def test_a_cut_response_has_no_last_score(tmp_path, tokenizer, strategy, mode):
     with pytest.raises(ConfigError, match="reads the score at the end"):
-        make(tmp_path, tokenizer, packing=True, packing_strategy=strategy, loss_type=mode)
-    make(tmp_path, tokenizer, packing=True, loss_type=mode, max_length=LENGTH).train()
+        tiny_trainer(tmp_path, tokenizer, packing=True, packing_strategy=strategy, loss_type=mode)
+    tiny_trainer(tmp_path, tokenizer, packing=True, loss_type=mode, max_length=LENGTH).train()
 
 
 def test_rows_that_are_packed_already_are_refused(tmp_path, tokenizer):
-    stock = make(tmp_path, tokenizer, cls=SFTTrainer, packing=True, max_length=LENGTH)
+    stock = tiny_trainer(tmp_path, tokenizer, cls=SFTTrainer, packing=True, max_length=LENGTH)
     with pytest.raises(ConfigError, match="packed its rows already"):
         attach(stock, guard="test-words")
     with pytest.raises(DataError, match="packed already"):
-        make(tmp_path, tokenizer, stock.train_dataset, max_length=LENGTH)
+        tiny_trainer(tmp_path, tokenizer, stock.train_dataset, max_length=LENGTH)
     with pytest.raises(ConfigError, match="eval_packing is on and packing is off"):
-        make(tmp_path, tokenizer, eval_packing=True)
+        tiny_trainer(tmp_path, tokenizer, eval_packing=True)
 
 
 def test_attaching_to_a_padding_free_trainer(tmp_path, tokenizer):
-    ours = make(tmp_path, tokenizer, padding_free=True, max_length=None)
+    ours = tiny_trainer(tmp_path, tokenizer, padding_free=True, max_length=None)
     ours.train()
-    stock = make(tmp_path, tokenizer, cls=SFTTrainer, padding_free=True, max_length=None)
+    stock = tiny_trainer(tmp_path, tokenizer, cls=SFTTrainer, padding_free=True, max_length=None)
     attach(stock, guard="test-words", chunk_size=2).train()
     assert history(ours) == history(stock)
 
 
 def test_a_plain_trainer_with_a_flattening_collator(tmp_path, tokenizer):
-    rows = make(tmp_path, tokenizer).train_dataset
+    rows = tiny_trainer(tmp_path, tokenizer).train_dataset
     found = []
     for collator in (DataCollatorWithFlattening(), DataCollatorForSeq2Seq(tokenizer)):
         args = arguments(tmp_path)
@@ -253,8 +254,8 @@ def test_many_rows(tmp_path, tokenizer, strategy):
     """TRL packs a thousand rows at a time, and assumes that all columns have the same chunks."""
     words = ["the dog is bad", "hello world", "good words keep it safe, yes"]
     data = Dataset.from_dict({"text": [f"{i} {words[i % 3]}" for i in range(1100)]})
-    plain = make(tmp_path, tokenizer, data, kl_coef=0.0, max_length=None)
-    packed = make(
+    plain = tiny_trainer(tmp_path, tokenizer, data, kl_coef=0.0, max_length=None)
+    packed = tiny_trainer(
         tmp_path,
         tokenizer,
         data,
@@ -268,4 +269,4 @@ def test_many_rows(tmp_path, tokenizer, strategy):
 
 def test_a_mode_that_packing_ignores_is_refused(tmp_path, tokenizer):
     with pytest.raises(ConfigError, match="which TRL ignores when it packs"):
-        make(tmp_path, tokenizer, packing=True, truncation_mode="keep_end")
+        tiny_trainer(tmp_path, tokenizer, packing=True, truncation_mode="keep_end")

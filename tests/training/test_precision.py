@@ -9,7 +9,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 pytest.importorskip("trl")
 
 from support.models import tiny_llama
-from support.trl_runs import history, lora_config, make
+from support.run_differences import history
+from support.trl_runs import lora_config, tiny_trainer
 
 
 def halves_alone(module, query, key, value, *args, **kwargs):
@@ -44,7 +45,7 @@ def test_weights_in_32_bits_train_in_16(tmp_path, tokenizer, kind, lora, referen
     for attention in ("sdpa", kind):
         model = tiny_llama(len(tokenizer))
         model.set_attn_implementation(attention)
-        trainer = make(
+        trainer = tiny_trainer(
             tmp_path,
             tokenizer,
             model=model,

@@ -14,7 +14,7 @@ from datasets import Dataset, load_from_disk
 from star_dss_trl import StarDSSConfig, StarDSSTrainer
 from star_dss_trl.sft import parse
 from support.models import tiny_llama
-from support.talks import tokenizer_for
+from support.template_conversations import tokenizer_for
 from typer.testing import CliRunner
 
 from star_dss_plugin import ConfigError, PluginError

@@ -8,14 +8,14 @@ pytest.importorskip("trl")
 
 import torch
 from accelerate.state import AcceleratorState
-from support.trl_runs import make
+from support.trl_runs import tiny_trainer
 
 COLUMNS = ("star_scores", "ref_logps")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_deepspeed_in_16_bits_does_not_round_them(tmp_path, tokenizer, monkeypatch, dtype):
-    trainer = make(tmp_path, tokenizer)
+    trainer = tiny_trainer(tmp_path, tokenizer)
     batch = next(iter(trainer.get_train_dataloader()))
     plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(dtype=lambda: dtype))
     monkeypatch.setattr(AcceleratorState, "deepspeed_plugin", plugin)

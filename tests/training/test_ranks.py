@@ -10,7 +10,7 @@ pytest.importorskip("peft")
 import torch
 from peft import get_peft_model
 from support.models import tiny_llama
-from support.trl_runs import lora_config, make
+from support.trl_runs import lora_config, tiny_trainer
 
 from star_dss_plugin import StarDSSError
 from star_dss_plugin.training import trainer_data
@@ -50,7 +50,7 @@ def test_a_rank_that_has_the_reference_computes_it_with_one_that_has_not(
     tmp_path, tokenizer, monkeypatch, has
 ):
     """Otherwise the other rank would wait for its collectives for ever."""
-    trainer = make(tmp_path, tokenizer)
+    trainer = tiny_trainer(tmp_path, tokenizer)
     state = trainer.star_dss_state
     computed = []
     monkeypatch.setattr(

@@ -19,7 +19,7 @@ from packaging.version import Version
 from support import sharded_data, sharded_runs
 from support.forks import on_ranks
 from support.paths import ROOT, TESTS
-from support.run_differences import CLOSE, apart, weights_apart
+from support.run_differences import CLOSE, largest_difference, largest_weight_difference
 from support.sharded_cases import CASES
 from support.sharding_kinds import KINDS, RANKS, SPLIT
 
@@ -155,15 +155,15 @@ def test_two_ranks_take_the_steps_of_one_process(tmp_path, in_one_process, kind,
             continue
         assert "error" not in found[name], (name, found[name], done.stderr[-3000:])
         alone, model = in_one_process(name)
-        steps = apart(found[name]["logs"], alone["logs"])
+        steps = largest_difference(found[name]["logs"], alone["logs"])
         assert len(found[name]["evaluations"]) == len(alone["evaluations"]), name
-        evaluations = apart(
+        evaluations = largest_difference(
             [(0, 0.0), *found[name]["evaluations"]], [(0, 0.0), *alone["evaluations"]]
         )
         saved = 0.0
         if kind != "fsdp1":
             final = tmp_path / f"{kind}-{name}-{RANKS.get(kind, 2)}-final"
-            saved = weights_apart(final, model, lora="lora" in CASES[name])
+            saved = largest_weight_difference(final, model, lora="lora" in CASES[name])
         print(f"{kind} {name}: {steps:.1e}, {evaluations:.1e}, {saved:.1e}")
         assert max(steps, evaluations) < CLOSE, name
         # Adam may divide by numbers close to 0, and sums over shards of a layer round differently.
@@ -188,8 +188,8 @@ def test_two_ranks_read_a_stream_as_one_process_reads_its_rows(tmp_path, in_one_
     for name in cases:
         assert "error" not in found[name], (name, found[name], done.stderr[-3000:])
         alone, _ = in_one_process(name)
-        steps = apart(found[name]["logs"], alone["logs"])
-        evaluations = apart(found[name]["evaluations"], alone["evaluations"])
+        steps = largest_difference(found[name]["logs"], alone["logs"])
+        evaluations = largest_difference(found[name]["evaluations"], alone["evaluations"])
         print(f"ddp {name}: {steps:.1e}, {evaluations:.1e}")
         assert max(steps, evaluations) < CLOSE, name
         assert max(found[name]["kl"]) > 1e-5, name
@@ -229,7 +229,7 @@ def test_adapters_that_begin_with_other_values_on_each_rank_train(tmp_path):
     for found in results:
         assert "error" not in found[name], found[name]["error"]
         assert max(found[name]["kl"]) > 1e-7
-    assert apart(results[0][name]["logs"], alone["logs"]) < CLOSE
+    assert largest_difference(results[0][name]["logs"], alone["logs"]) < CLOSE
 
 
 def test_a_rank_that_is_killed_while_it_scores_stops_the_others(tmp_path):

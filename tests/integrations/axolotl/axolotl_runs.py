@@ -205,10 +205,6 @@ def on_two_ranks(folder, site, kind, configs, ranks=2):
     return [json.loads(path.read_text()) for path in results], done
 
 
-def history(trainer):
-    return [(h["loss"], h["grad_norm"]) for h in trainer.state.log_history if "grad_norm" in h]
-
-
 @pytest.fixture(autouse=True)
 def _light_runs(monkeypatch, tmp_path):
     """Write no prepared data, which takes a process and 15 s; run in a temporary folder."""

@@ -16,7 +16,6 @@ from axolotl_runs import (
     PROMPTS,
     chat,
     configuration,
-    history,
     output_of,
     trained,
     trainer_of,
@@ -24,6 +23,7 @@ from axolotl_runs import (
 )
 from datasets import Dataset, Features, Json
 from star_dss_axolotl.media import media_rows
+from support.run_differences import history
 from support.sounds import aligned_batch, tone
 from support.vision_models import qwen2_audio
 

@@ -10,7 +10,7 @@ pytest.importorskip("axolotl", reason="needs Axolotl: make test-axolotl")
 
 import yaml
 from support.commands import run_command
-from support.starts import FORMS, HOSTILE, write_rows
+from support.init_data import FORMS, HOSTILE, write_rows
 
 from star_dss_plugin import smollm2
 

@@ -10,12 +10,13 @@ import torch
 from axolotl.processing_strategies import ProcessingStrategy, VoxtralProcessingStrategy
 from axolotl.utils.collators.mm_chat import MultiModalChatDataCollator
 from axolotl.utils.mistral import HFMistralTokenizer
-from axolotl_runs import ANSWERS, LORA, PROMPTS, chat, configuration, history, trained, trainer_of
+from axolotl_runs import ANSWERS, LORA, PROMPTS, chat, configuration, trained, trainer_of
 from datasets import Dataset, Features, Json
 from star_dss_axolotl.check import check
 from star_dss_axolotl.media import media_rows
 from support.guards import WordGuard
 from support.mistral_models import feature_extractor, mistral3, write_tekken
+from support.run_differences import history
 from support.sounds import aligned_batch, tone
 from support.vision_models import stripes
 from transformers import VoxtralProcessor

@@ -13,7 +13,6 @@ from axolotl_runs import (
     chat,
     configuration,
     data_of,
-    history,
     loaded,
     multi_turn,
     trained,
@@ -22,6 +21,7 @@ from axolotl_runs import (
 from star_dss_axolotl import conflicts
 from star_dss_axolotl.replaced import change_settings
 from support.models import tiny_jamba
+from support.run_differences import history
 
 PACKED = {
     "sample_packing": True,

@@ -14,7 +14,6 @@ from axolotl_runs import (
     chat,
     configuration,
     data_of,
-    history,
     loaded,
     multi_turn,
     single_turn,
@@ -27,6 +26,7 @@ from datasets import IterableDataset
 from star_dss_axolotl.check import check
 from star_dss_axolotl.streams import PackedStream
 from support.guards import WordGuard
+from support.run_differences import history
 
 from star_dss_plugin import ConfigError, DataError, GuardError
 from star_dss_plugin.data.columns import SCORES_COLUMN

@@ -10,7 +10,8 @@ from axolotl.prompt_strategies.chat_template import load
 from axolotl.utils.chat_templates.base import _CHAT_TEMPLATES
 from axolotl.utils.dict import DictDefault
 from axolotl_runs import _light_runs  # noqa: F401
-from support.talks import TALKS, WITH_CALLS, tokenizer_for
+from jinja2 import TemplateError
+from support.template_conversations import TALKS, WITH_CALLS, tokenizer_for
 
 from star_dss_plugin.data.responses import find_responses
 from star_dss_plugin.data.templates.chat import ChatTokenizer
@@ -34,7 +35,7 @@ def rows_of(tokenizer, source, talk):
         data = DictDefault(type="chat_template", message_property_mappings=fields, **way)
         try:
             row = load(tokenizer, config, ds_cfg=data).tokenize_prompt({"messages": list(talk)})
-        except Exception:  # a template may refuse roles and orders of turns
+        except (TemplateError, TypeError):  # a template may refuse roles, orders of turns and calls
             continue
         row = {name: list(row[name]) for name in ("input_ids", "labels")}
         if row not in made and any(label != -100 for label in row["labels"]):
@@ -46,13 +47,17 @@ def rows_of(tokenizer, source, talk):
 def test_the_guard_reads_the_words_that_are_trained(name):
     tokenizer = tokenizer_for(SOURCES[name])
     chat = ChatTokenizer(tokenizer)
-    for talk in (*TALKS.values(), WITH_CALLS):
+    read = set()
+    for kind, talk in {**TALKS, "calls": WITH_CALLS}.items():
         for row in rows_of(tokenizer, SOURCES[name], talk):
             found = find_responses(row, chat, tokens, 5)
+            if found:
+                read.add(kind)
             for response in found:
                 check_words(tokenizer, talk, row["input_ids"], response)
             if talk is not TALKS["control words"]:  # the forged turn's tokens are an answer
                 check_against_messages(chat, talk, row["input_ids"], found)
+    assert read >= {"one turn", "turns", "the same answers"}
 
 
 def check_words(tokenizer, talk, ids, response):

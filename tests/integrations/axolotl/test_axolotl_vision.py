@@ -18,7 +18,6 @@ from axolotl_runs import (
     chat,
     configuration,
     data_of,
-    history,
     loaded,
     on_two_ranks,
     trained,
@@ -28,7 +27,7 @@ from axolotl_runs import (
 from datasets import Dataset
 from star_dss_axolotl.check import check
 from star_dss_axolotl.media import media_rows
-from support.run_differences import CLOSE, apart
+from support.run_differences import CLOSE, history, largest_difference
 from support.vision_models import gemma3, picture, smolvlm, stripes
 
 from star_dss_plugin.data.alignment import Alignment
@@ -314,6 +313,6 @@ def test_two_ranks_take_the_steps_of_one_process(tmp_path, gemma_dir, site):
         alone, vision_configuration(alone, gemma_dir, gradient_accumulation_steps=4, **run)
     )
     logs = [(n + 1, *numbers) for n, numbers in enumerate(history(trainer))]
-    steps = apart(found["logs"], logs)
+    steps = largest_difference(found["logs"], logs)
     print(f"fsdp2 images: {steps:.1e}")
     assert steps < CLOSE

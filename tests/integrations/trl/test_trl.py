@@ -10,7 +10,14 @@ pytest.importorskip("trl")
 from star_dss_trl import StarDSSTrainer
 from support.guards import WordGuard
 from support.models import tiny_llama
-from support.trl_runs import arguments, conversations, history, lora_config, make, prompt_completion
+from support.run_differences import history
+from support.trl_runs import (
+    arguments,
+    conversations,
+    lora_config,
+    prompt_completion,
+    tiny_trainer,
+)
 from trl import SFTConfig, SFTTrainer
 
 from star_dss_plugin import ConfigError, attach
@@ -19,7 +26,7 @@ from star_dss_plugin.data.provenance import provenances_of
 
 
 def test_the_trainer_scores_trains_and_logs(tmp_path, tokenizer, capsys):
-    trainer = make(tmp_path, tokenizer)
+    trainer = tiny_trainer(tmp_path, tokenizer)
     trainer.train()
     lines = [h for h in trainer.state.log_history if "grad_norm" in h]
     assert len(lines) == 3
@@ -40,7 +47,7 @@ def test_the_trainer_scores_trains_and_logs(tmp_path, tokenizer, capsys):
 
 @pytest.mark.parametrize("data", [prompt_completion, conversations], ids=["prompt", "messages"])
 def test_safe_scores_give_the_run_of_stock_sft(tmp_path, tokenizer, data):
-    ours = make(
+    ours = tiny_trainer(
         tmp_path,
         tokenizer,
         data(),
@@ -65,9 +72,11 @@ def test_safe_scores_give_the_run_of_stock_sft(tmp_path, tokenizer, data):
 
 
 def test_accumulation_does_not_change_the_gradient(tmp_path, tokenizer):
-    one = make(tmp_path, tokenizer)
+    one = tiny_trainer(tmp_path, tokenizer)
     one.train()
-    four = make(tmp_path, tokenizer, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    four = tiny_trainer(
+        tmp_path, tokenizer, per_device_train_batch_size=1, gradient_accumulation_steps=4
+    )
     four.train()
     torch.testing.assert_close(
         torch.tensor(history(one)), torch.tensor(history(four)), rtol=1e-4, atol=2e-5
@@ -75,7 +84,7 @@ def test_accumulation_does_not_change_the_gradient(tmp_path, tokenizer):
 
 
 def test_only_the_assistants_turns_are_trained(tmp_path, tokenizer):
-    trainer = make(tmp_path, tokenizer, conversations())
+    trainer = tiny_trainer(tmp_path, tokenizer, conversations())
     row = trainer.train_dataset[0]
     trained = [i for i, label in zip(row["input_ids"], row["labels"]) if label != -100]
     assert tokenizer.decode(trained) == (
@@ -85,32 +94,36 @@ def test_only_the_assistants_turns_are_trained(tmp_path, tokenizer):
 
 
 def test_scores_fall_at_the_unsafe_word(tmp_path, tokenizer):
-    trainer = make(tmp_path, tokenizer)
-    row = trainer.train_dataset[1]
-    text = ""
-    for token, label, score in zip(row["input_ids"], row["labels"], row[SCORES_COLUMN]):
-        if label == -100:
-            continue
-        text += tokenizer.decode([token])
-        if "bad" in text:
-            assert score == pytest.approx(0.1)
+    """With chunk_size 2 the token before the word has the word's score."""
+    row = tiny_trainer(tmp_path, tokenizer).train_dataset[1]
+    trained = [i for i, label in enumerate(row["labels"]) if label != -100]
+    tokens = [tokenizer.decode(row["input_ids"][i]) for i in trained]
+    assert tokens[:6] == ["no", "!", " it", " is", " a", " bad"]
+    assert [row[SCORES_COLUMN][i] for i in trained] == pytest.approx(
+        [0.9] * 4 + [0.1] * (len(trained) - 4)
+    )
 
 
 def test_the_guard_is_not_asked_again_for_cached_scores(tmp_path, tokenizer):
-    make(tmp_path, tokenizer)
+    tiny_trainer(tmp_path, tokenizer)
     before = WordGuard.loads
-    make(tmp_path, tokenizer)
+    tiny_trainer(tmp_path, tokenizer)
     assert WordGuard.loads == before
-    make(tmp_path, tokenizer, chunk_size=3)
+    tiny_trainer(tmp_path, tokenizer, chunk_size=3)
     assert WordGuard.loads > before
 
 
 def test_data_of_several_guards_names_them_all(tmp_path, tokenizer):
-    one = make(tmp_path, tokenizer).train_dataset
-    other = make(tmp_path, tokenizer, guard={"preset": "test-words", "word": "lazy"}, chunk_size=3)
+    one = tiny_trainer(tmp_path, tokenizer).train_dataset
+    other = tiny_trainer(
+        tmp_path, tokenizer, guard={"preset": "test-words", "word": "lazy"}, chunk_size=3
+    )
     joined = concatenate_datasets([one, other.train_dataset])
     assert len(provenances_of(joined)) == 2
-    assert make(tmp_path, tokenizer, joined).star_dss_state.summaries["train"].guard == "test-words"
+    assert (
+        tiny_trainer(tmp_path, tokenizer, joined).star_dss_state.summaries["train"].guard
+        == "test-words"
+    )
 
 
 def test_evaluation_uses_the_same_loss(tmp_path, tokenizer):
@@ -130,20 +143,20 @@ def test_evaluation_uses_the_same_loss(tmp_path, tokenizer):
 
 
 def test_evaluation_data_may_stay_unscored(tmp_path, tokenizer):
-    trainer = make(tmp_path, tokenizer, score_eval=False)
+    trainer = tiny_trainer(tmp_path, tokenizer, score_eval=False)
     found = trainer.evaluate(prompt_completion())
-    stock = make(tmp_path, tokenizer, cls=SFTTrainer).evaluate(prompt_completion())
+    stock = tiny_trainer(tmp_path, tokenizer, cls=SFTTrainer).evaluate(prompt_completion())
     assert found["eval_loss"] == pytest.approx(stock["eval_loss"], rel=1e-6)
     assert trainer.star_dss_state.summaries["eval"].guard == "none (score_eval is off)"
-    scored = make(tmp_path, tokenizer).evaluate(prompt_completion())
+    scored = tiny_trainer(tmp_path, tokenizer).evaluate(prompt_completion())
     assert scored["eval_loss"] != pytest.approx(stock["eval_loss"], rel=1e-3)
 
 
 def test_evaluation_data_given_after_training(tmp_path, tokenizer):
-    trainer = make(tmp_path, tokenizer, peft_config=lora_config(), reference="adapter")
+    trainer = tiny_trainer(tmp_path, tokenizer, peft_config=lora_config(), reference="adapter")
     trainer.train()
     assert trainer.evaluate(eval_dataset=conversations())["eval_loss"] > 0
-    precomputed = make(tmp_path, tokenizer)
+    precomputed = tiny_trainer(tmp_path, tokenizer)
     precomputed.train()
     with pytest.raises(ConfigError, match="came after training had started"):
         precomputed.evaluate(eval_dataset=conversations())
@@ -151,18 +164,18 @@ def test_evaluation_data_given_after_training(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("loss_type", ["nll", "dft"])
 def test_loss_types_of_trl_are_unchanged(tmp_path, tokenizer, loss_type):
-    ours = make(tmp_path, tokenizer, loss_type=loss_type, guard=None)
+    ours = tiny_trainer(tmp_path, tokenizer, loss_type=loss_type, guard=None)
     ours.train()
-    stock = make(tmp_path, tokenizer, cls=SFTTrainer, loss_type=loss_type)
+    stock = tiny_trainer(tmp_path, tokenizer, cls=SFTTrainer, loss_type=loss_type)
     stock.train()
     assert history(ours) == history(stock)
     assert not any("star_dss" in key for h in ours.state.log_history for key in h)
 
 
 def test_attach_gives_the_run_of_the_trainer(tmp_path, tokenizer):
-    ours = make(tmp_path, tokenizer)
+    ours = tiny_trainer(tmp_path, tokenizer)
     ours.train()
-    stock = make(tmp_path, tokenizer, cls=SFTTrainer)
+    stock = tiny_trainer(tmp_path, tokenizer, cls=SFTTrainer)
     assert attach(stock, guard="test-words", chunk_size=2) is stock
     assert isinstance(stock, SFTTrainer)
     stock.train()
@@ -172,10 +185,10 @@ def test_attach_gives_the_run_of_the_trainer(tmp_path, tokenizer):
 
 
 def test_a_scored_data_set_is_not_scored_again(tmp_path, tokenizer):
-    scored = make(tmp_path, tokenizer).train_dataset.remove_columns("ref_logps")
+    scored = tiny_trainer(tmp_path, tokenizer).train_dataset.remove_columns("ref_logps")
     before = WordGuard.loads
     cut = len(scored[0]["input_ids"]) - 2
-    trainer = make(tmp_path, tokenizer, scored, guard=None, max_length=cut)
+    trainer = tiny_trainer(tmp_path, tokenizer, scored, guard=None, max_length=cut)
     assert WordGuard.loads == before
     row, full = trainer.train_dataset[0], scored[0]
     assert len(row["input_ids"]) == cut
@@ -186,9 +199,9 @@ def test_a_scored_data_set_is_not_scored_again(tmp_path, tokenizer):
 
 def test_the_check_before_the_first_step_does_not_change_the_run(tmp_path, tokenizer):
     """The check draws no random numbers and logs no metrics."""
-    checked = make(tmp_path, tokenizer)
+    checked = tiny_trainer(tmp_path, tokenizer)
     checked.train()
-    unchecked = make(tmp_path, tokenizer)
+    unchecked = tiny_trainer(tmp_path, tokenizer)
     kept = [
         c for c in unchecked.callback_handler.callbacks if type(c).__name__ != "StarDSSCallback"
     ]
@@ -203,7 +216,7 @@ def test_the_check_before_the_first_step_does_not_change_the_run(tmp_path, token
 
 
 def test_scores_without_labels_train_no_user_turns(tmp_path, tokenizer):
-    scored = make(tmp_path, tokenizer, conversations()).train_dataset
+    scored = tiny_trainer(tmp_path, tokenizer, conversations()).train_dataset
     bare = scored.remove_columns(["labels", "ref_logps"])
-    again = make(tmp_path, tokenizer, bare, guard=None).train_dataset
+    again = tiny_trainer(tmp_path, tokenizer, bare, guard=None).train_dataset
     assert again["labels"] == scored["labels"]

@@ -13,15 +13,15 @@ from accelerate.state import AcceleratorState
 from peft import get_peft_model
 from star_dss_trl import StarDSSTrainer
 from support.models import tiny_llama
+from support.run_differences import history
 from support.trl_runs import (
     ANSWERS,
     PROMPTS,
     arguments,
     conversations,
-    history,
     lora_config,
-    make,
     prompt_completion,
+    tiny_trainer,
 )
 from trl import SFTConfig, SFTTrainer
 
@@ -37,7 +37,7 @@ from star_dss_plugin.data.columns import REF_COLUMN, SCORES_COLUMN
     ],
 )
 def test_a_setting_that_changes_after_setup_is_refused(tmp_path, tokenizer, name, value, message):
-    trainer = make(tmp_path, tokenizer)
+    trainer = tiny_trainer(tmp_path, tokenizer)
     owner, _, attribute = name.rpartition(".")
     setattr(getattr(trainer, owner) if owner else trainer, attribute, value)
     with pytest.raises(ConfigError, match=message):
@@ -54,7 +54,7 @@ def test_frozen_parameters_of_an_adapter_stay_frozen(tmp_path, tokenizer, option
     before = {n: p.detach().clone() for n, p in model.named_parameters() if n not in trained}
     assert trained
     assert any("lora" in name for name in before)
-    trainer = make(tmp_path, tokenizer, model=model, **options)
+    trainer = tiny_trainer(tmp_path, tokenizer, model=model, **options)
     trainer.train()
     after = dict(trainer.model.named_parameters())
     assert {name for name, p in after.items() if p.requires_grad} == trained
@@ -98,7 +98,7 @@ def test_the_check_of_the_loss_needs_rows_with_trained_tokens(tmp_path, tokenize
     rows += [{"input_ids": ids, "labels": [-100, -100, *ids[2:]]}] * 8
     settings = {"dataset_kwargs": {"skip_prepare_dataset": True}}
     data = Dataset.from_list(rows)
-    make(tmp_path, tokenizer, data, **settings).train()
+    tiny_trainer(tmp_path, tokenizer, data, **settings).train()
     wrong = Unshaped(
         tiny_llama(len(tokenizer)),
         args=arguments(tmp_path, **settings),
@@ -110,7 +110,7 @@ def test_the_check_of_the_loss_needs_rows_with_trained_tokens(tmp_path, tokenize
 
 
 def test_a_model_that_changes_after_setup_is_refused(tmp_path, tokenizer):
-    trainer = make(tmp_path, tokenizer)
+    trainer = tiny_trainer(tmp_path, tokenizer)
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             parameter.mul_(3.0)
@@ -131,7 +131,7 @@ def scored_rows(tokenizer):
 def test_a_model_that_changes_slightly_after_setup_is_refused(tmp_path, tokenizer, factor, stopped):
     """A briefly trained adapter makes such a change; safe rows have no reference to compare."""
     settings = {"dataset_kwargs": {"skip_prepare_dataset": True}}
-    trainer = make(tmp_path, tokenizer, scored_rows(tokenizer), **settings)
+    trainer = tiny_trainer(tmp_path, tokenizer, scored_rows(tokenizer), **settings)
     with torch.no_grad():
         trainer.model.lm_head.weight.mul_(factor)
     if not stopped:
@@ -142,7 +142,7 @@ def test_a_model_that_changes_slightly_after_setup_is_refused(tmp_path, tokenize
 
 
 def test_train_may_be_called_again(tmp_path, tokenizer):
-    trainer = make(tmp_path, tokenizer, learning_rate=0.3)
+    trainer = tiny_trainer(tmp_path, tokenizer, learning_rate=0.3)
     trainer.train()
     trainer.train()
 
@@ -151,7 +151,7 @@ def test_train_may_be_called_again(tmp_path, tokenizer):
 def test_attach_warns_if_the_reference_is_a_trained_model(
     tmp_path, tokenizer, model_dir, caplog, reference, warned
 ):
-    trainer = make(tmp_path, tokenizer, cls=SFTTrainer)
+    trainer = tiny_trainer(tmp_path, tokenizer, cls=SFTTrainer)
     trainer.train()
     reference = str(model_dir) if reference == "NAME" else reference
     attach(trainer, guard="test-words", reference=reference)
@@ -173,23 +173,25 @@ def test_attach_refuses_a_model_init(tmp_path, tokenizer):
 
 
 def test_evaluation_data_that_is_set_later_is_scored(tmp_path, tokenizer):
-    trainer = make(tmp_path, tokenizer)
+    trainer = tiny_trainer(tmp_path, tokenizer)
     trainer.eval_dataset = trainer.train_dataset.remove_columns([SCORES_COLUMN, REF_COLUMN])
     assert trainer.evaluate()["eval_loss"] == trainer.evaluate(trainer.train_dataset)["eval_loss"]
 
 
 def test_a_text_prompt_is_not_trained(tmp_path, tokenizer, caplog):
     rows = [{"prompt": p, "completion": a} for p, a in zip(PROMPTS, ANSWERS, strict=True)]
-    usual = make(tmp_path, tokenizer, Dataset.from_list(rows))
+    usual = tiny_trainer(tmp_path, tokenizer, Dataset.from_list(rows))
     with caplog.at_level(logging.WARNING):
-        all_tokens = make(tmp_path, tokenizer, Dataset.from_list(rows), completion_only_loss=False)
+        all_tokens = tiny_trainer(
+            tmp_path, tokenizer, Dataset.from_list(rows), completion_only_loss=False
+        )
     assert f"In {len(rows)} of {len(rows)} conversations what the user says" in caplog.text
     for column in ("labels", SCORES_COLUMN):
         assert all_tokens.train_dataset[:][column] == usual.train_dataset[:][column]
 
 
 def test_a_users_call_of_log_adds_no_metrics(tmp_path, tokenizer):
-    trainer = make(tmp_path, tokenizer)
+    trainer = tiny_trainer(tmp_path, tokenizer)
     trainer.train()
     trainer.log({"mine": 1.0})
     assert set(trainer.state.log_history[-1]) == {"mine", "epoch", "step"}
@@ -201,7 +203,7 @@ def test_a_users_call_of_log_adds_no_metrics(tmp_path, tokenizer):
 def test_a_compiled_model_trains_the_same(tmp_path, tokenizer, monkeypatch):
     found = []
     for more in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
-        trainer = make(tmp_path, tokenizer, **more)
+        trainer = tiny_trainer(tmp_path, tokenizer, **more)
         trainer.train()
         found.append(torch.tensor(history(trainer)))
     # accelerate keeps these settings for all trainers of the process.
@@ -212,24 +214,24 @@ def test_a_compiled_model_trains_the_same(tmp_path, tokenizer, monkeypatch):
 
 
 def test_attach_refuses_a_loss_type_of_trl(tmp_path, tokenizer):
-    trainer = make(tmp_path, tokenizer, cls=SFTTrainer)
+    trainer = tiny_trainer(tmp_path, tokenizer, cls=SFTTrainer)
     with pytest.raises(ConfigError, match="with which nothing is shaped"):
         attach(trainer, guard="test-words", loss_type="nll")
     assert type(trainer) is SFTTrainer
 
 
 def test_a_guard_that_scored_data_does_not_need_is_reported(tmp_path, tokenizer, caplog):
-    scored = make(tmp_path, tokenizer).train_dataset
+    scored = tiny_trainer(tmp_path, tokenizer).train_dataset
     with caplog.at_level(logging.WARNING):
-        make(tmp_path, tokenizer, scored)
+        tiny_trainer(tmp_path, tokenizer, scored)
     assert "brings its scores" not in caplog.text
     with caplog.at_level(logging.WARNING):
-        make(tmp_path, tokenizer, scored, chunk_size=9)
+        tiny_trainer(tmp_path, tokenizer, scored, chunk_size=9)
     assert "The train data set brings its scores" in caplog.text
 
 
 def test_a_data_set_that_lost_its_reference_values_is_refused(tmp_path, tokenizer):
-    trainer = make(tmp_path, tokenizer)
+    trainer = tiny_trainer(tmp_path, tokenizer)
     trainer.train_dataset = trainer.train_dataset.remove_columns(REF_COLUMN)
     with pytest.raises(StarDSSError, match="scores or reference values were changed since"):
         trainer.train()
@@ -238,14 +240,14 @@ def test_a_data_set_that_lost_its_reference_values_is_refused(tmp_path, tokenize
 def test_a_users_column_ref_logps_is_not_read(tmp_path, tokenizer):
     data = prompt_completion()
     data = data.add_column(REF_COLUMN, [-1.5] * len(data))
-    trainer = make(tmp_path, tokenizer, data, loss_type="rejection")
+    trainer = tiny_trainer(tmp_path, tokenizer, data, loss_type="rejection")
     trainer.train()
     assert REF_COLUMN not in trainer.train_dataset.column_names
 
 
 @pytest.mark.filterwarnings("ignore:`return_outputs=True`:FutureWarning")  # of predict in TRL
 def test_predict_does_not_change_the_metrics_of_the_next_evaluation(tmp_path, tokenizer):
-    trainer = make(tmp_path, tokenizer)
+    trainer = tiny_trainer(tmp_path, tokenizer)
     one, other = (trainer.train_dataset.select([i]) for i in (0, 1))
     trainer.evaluate(other)
     alone = trainer.state.log_history[-1]["eval_star_dss/mean_score"]

@@ -10,7 +10,8 @@ import torch
 pytest.importorskip("trl")
 
 from support.models import tiny_llama
-from support.trl_runs import history, make, prompt_completion
+from support.run_differences import history
+from support.trl_runs import prompt_completion, tiny_trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 from transformers.integrations import liger
@@ -41,11 +42,13 @@ def liger_calls(monkeypatch):
 @pytest.mark.filterwarnings(LIGER)
 @pytest.mark.parametrize("config", [None, {"rms_norm": True}, {"fused_linear_cross_entropy": True}])
 def test_other_kernels_of_liger_stay_on(tmp_path, tokenizer, liger_calls, caplog, config):
-    expected = make(tmp_path, tokenizer)
+    expected = tiny_trainer(tmp_path, tokenizer)
     expected.train()
     assert liger_calls == []
     with caplog.at_level(logging.WARNING):
-        trainer = make(tmp_path, tokenizer, use_liger_kernel=True, liger_kernel_config=config)
+        trainer = tiny_trainer(
+            tmp_path, tokenizer, use_liger_kernel=True, liger_kernel_config=config
+        )
     assert "switched off Liger's fused_linear_cross_entropy" in caplog.text
     trainer.train()
     assert liger_calls == [{**(config or {}), "fused_linear_cross_entropy": False}]

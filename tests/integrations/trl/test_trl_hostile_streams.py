@@ -7,7 +7,8 @@ pytest.importorskip("trl")
 from datasets import IterableDataset
 from star_dss_trl import StarDSSTrainer
 from support.models import tiny_llama
-from support.trl_runs import ANSWERS, PROMPTS, arguments, history, make, prompt_completion
+from support.run_differences import history
+from support.trl_runs import ANSWERS, PROMPTS, arguments, prompt_completion, tiny_trainer
 
 from star_dss_plugin import DataError
 
@@ -52,7 +53,7 @@ UNREADABLE = {
 @pytest.mark.parametrize("name", UNREADABLE)
 def test_a_row_that_cannot_be_read_stops_the_run_with_its_number(tmp_path, tokenizer, name):
     rows, bad = UNREADABLE[name]
-    trainer = make(tmp_path, tokenizer, stream(rows, bad), max_length=64, **RUN)
+    trainer = tiny_trainer(tmp_path, tokenizer, stream(rows, bad), max_length=64, **RUN)
     with pytest.raises(DataError, match="The train stream: Row 4: .*cannot be read: [A-Z]"):
         trainer.train()
 
@@ -63,7 +64,7 @@ def test_an_error_in_a_users_map_names_the_row(tmp_path, tokenizer):
 
     rows = stream(texts()).map(shorten)  # row 2 has no such letter
     with pytest.raises(DataError, match="The train stream: Row 2: .*ValueError: substring not"):
-        make(tmp_path, tokenizer, rows, **RUN)
+        tiny_trainer(tmp_path, tokenizer, rows, **RUN)
 
 
 def test_an_error_in_a_later_pass_names_the_row(tmp_path, tokenizer):
@@ -75,7 +76,7 @@ def test_an_error_in_a_later_pass_names_the_row(tmp_path, tokenizer):
             raise OSError("gone")
         yield from texts()
 
-    trainer = make(
+    trainer = tiny_trainer(
         tmp_path, tokenizer, IterableDataset.from_generator(read), **RUN | {"max_steps": 40}
     )
     with pytest.raises(DataError, match="The train stream: Row 0: .*OSError: gone"):
@@ -124,7 +125,7 @@ def test_data_without_any_row_is_refused(tmp_path, tokenizer, empty):
 def test_columns_with_wrong_lengths_or_values_stop_the_run(tmp_path, tokenizer, change, words):
     row = {**TOKENS, "star_scores": [1.0, 1.0, 0.5, 0.5]}
     rows = stream([row] * 8, {**row, **change}, at=5)
-    trainer = make(tmp_path, tokenizer, rows, max_length=64, **RUN)
+    trainer = tiny_trainer(tmp_path, tokenizer, rows, max_length=64, **RUN)
     with pytest.raises(DataError, match=f"Row 5: .*{words}"):
         trainer.train()
 
@@ -141,7 +142,7 @@ def test_columns_with_wrong_lengths_or_values_stop_the_run(tmp_path, tokenizer, 
 )
 def test_several_passes_over_a_short_stream_train(tmp_path, tokenizer, rows, steps):
     changes = RUN | {"max_steps": steps, "stream_buffer": 512}
-    trainer = make(tmp_path, tokenizer, stream(rows), **changes)
+    trainer = tiny_trainer(tmp_path, tokenizer, stream(rows), **changes)
     trainer.train()
     assert len(history(trainer)) == trainer.star_dss_state.shaped == steps
     assert trainer.star_dss_state.streams[0].summary.rows == len(rows)

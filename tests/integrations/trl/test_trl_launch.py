@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("trl")
 
 import yaml
-from support.guards import WordGuard
+from support.guards import WordGuard, write_words_plugin
 from support.paths import ROOT, TESTS
 from support.trl_runs import ANSWERS, PROMPTS
 from transformers import AutoModelForCausalLM
@@ -97,14 +97,7 @@ if torch.distributed.is_initialized():
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """Return a folder for PYTHONPATH with the tests' guard as an installed plugin."""
-    folder = tmp_path_factory.mktemp("site")
-    (folder / "words_plugin.py").write_text(
-        "from support.guards import WordsPlugin\nwords = WordsPlugin()\n"
-    )
-    info = folder / "words_plugin-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: words-plugin\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[star_dss]\nwords = words_plugin:words\n")
+    folder = write_words_plugin(tmp_path_factory.mktemp("site"))
     (folder / "launched.py").write_text(SITE.format(tests=str(TESTS)) + MAIN)
     return folder
 

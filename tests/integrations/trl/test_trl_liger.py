@@ -26,12 +26,15 @@ import json, pathlib, sys
 import support.interpreted_triton
 from support.guards import register_guard
 from support.models import make_tokenizer
-from support.trl_runs import history, make
+from support.trl_runs import tiny_trainer
+from support.run_differences import history
 
 register_guard()
 folder, found = pathlib.Path(sys.argv[1]), {}
 for liger in (False, True):
-    trainer = make(folder / str(liger), make_tokenizer(), max_steps=2, use_liger_kernel=liger)
+    trainer = tiny_trainer(
+        folder / str(liger), make_tokenizer(), max_steps=2, use_liger_kernel=liger
+    )
     trainer.train()
     forward = trainer.model.model.norm.forward.__func__.__module__
     found[forward] = history(trainer)

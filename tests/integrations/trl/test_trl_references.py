@@ -10,7 +10,8 @@ from datasets import Dataset
 pytest.importorskip("trl")
 from peft import LoraConfig
 from support.models import tiny_llama
-from support.trl_runs import conversations, history, lora_config, make
+from support.run_differences import history
+from support.trl_runs import conversations, lora_config, tiny_trainer
 
 from star_dss_plugin import ConfigError, StarDSSError
 
@@ -18,7 +19,7 @@ from star_dss_plugin import ConfigError, StarDSSError
 @pytest.mark.parametrize("mode", ["star_dss", "hard", "static", "rejection", "kl_only", "sft"])
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_every_loss_type_trains(tmp_path, tokenizer, mode, lora):
-    trainer = make(
+    trainer = tiny_trainer(
         tmp_path,
         tokenizer,
         loss_type=mode,
@@ -30,46 +31,60 @@ def test_every_loss_type_trains(tmp_path, tokenizer, mode, lora):
 
 
 @pytest.mark.parametrize(
-    ("estimator", "reference", "lora"),
+    ("estimator", "lora", "references"),
     [
-        ("k1", "auto", False),
-        ("k3", "adapter", True),
-        ("k2", "adapter", True),
-        ("k2", "copy", False),
-        ("full", "auto", True),
-        ("full", "auto", False),
-        ("full", "copy", True),
+        ("k2", True, ("adapter", "precomputed", "copy")),
+        ("k3", True, ("adapter", "precomputed")),
+        ("k1", False, ("precomputed", "copy")),
+        ("k2", False, ("precomputed", "copy")),
+        ("full", True, ("adapter", "copy")),
     ],
 )
-def test_every_reference_gives_the_same_trajectory(tmp_path, tokenizer, estimator, reference, lora):
-    """The twin has another kind of the same reference: precomputed for k1-k3, a copy for full."""
-    config = {"max_steps": 3, "kl_estimator": estimator, "kl_coef": 2.0}
-    ours = make(
+def test_every_reference_gives_the_same_trajectory(
+    tmp_path, tokenizer, estimator, lora, references
+):
+    runs = []
+    for reference in references:
+        trainer = tiny_trainer(
+            tmp_path,
+            tokenizer,
+            reference=reference,
+            peft_config=lora_config() if lora else None,
+            max_steps=3,
+            kl_estimator=estimator,
+            kl_coef=2.0,
+        )
+        assert trainer.star_dss_state.reference.kind == reference
+        trainer.train()
+        runs.append(trainer)
+    for other in runs[1:]:
+        torch.testing.assert_close(
+            torch.tensor(history(runs[0])), torch.tensor(history(other)), rtol=1e-4, atol=1e-5
+        )
+    assert runs[0].state.log_history[2]["star_dss/kl"] != 0
+
+
+@pytest.mark.parametrize(
+    ("estimator", "lora", "kind"),
+    [("k1", False, "precomputed"), ("full", False, "copy"), ("full", True, "adapter")],
+)
+def test_auto_chooses_the_reference_by_estimator_and_adapter(
+    tmp_path, tokenizer, estimator, lora, kind
+):
+    trainer = tiny_trainer(
         tmp_path,
         tokenizer,
-        reference=reference,
+        reference="auto",
+        kl_estimator=estimator,
         peft_config=lora_config() if lora else None,
-        **config,
     )
-    ours.train()
-    twin = make(
-        tmp_path,
-        tokenizer,
-        reference="copy" if estimator == "full" else "precomputed",
-        peft_config=lora_config() if lora else None,
-        **config,
-    )
-    twin.train()
-    torch.testing.assert_close(
-        torch.tensor(history(ours)), torch.tensor(history(twin)), rtol=1e-4, atol=1e-5
-    )
-    assert ours.state.log_history[2]["star_dss/kl"] != 0
+    assert trainer.star_dss_state.reference.kind == kind
 
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_frozen_copy_does_not_move_with_the_policy(tmp_path, tokenizer, lora):
     peft_config = lora_config() if lora else None
-    trainer = make(
+    trainer = tiny_trainer(
         tmp_path, tokenizer, reference="copy", kl_estimator="full", peft_config=peft_config
     )
     reference, batch = trainer.star_dss_state.reference, {"input_ids": torch.tensor([[5, 6, 7]])}
@@ -90,7 +105,7 @@ def test_a_frozen_copy_does_not_move_with_the_policy(tmp_path, tokenizer, lora):
 
 def test_an_outer_autocast_does_not_keep_the_references_weights(tmp_path, tokenizer):
     """Autocast caches casts by parameter; a frozen copy is another value of the same parameter."""
-    trainer = make(tmp_path, tokenizer, reference="copy", kl_estimator="full")
+    trainer = tiny_trainer(tmp_path, tokenizer, reference="copy", kl_estimator="full")
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
@@ -105,14 +120,14 @@ def test_an_outer_autocast_does_not_keep_the_references_weights(tmp_path, tokeni
 def test_a_parameter_that_becomes_trainable_after_setup_is_refused(tmp_path, tokenizer):
     model = tiny_llama(len(tokenizer))
     model.model.embed_tokens.requires_grad_(False)
-    trainer = make(tmp_path, tokenizer, model=model, reference="copy")
+    trainer = tiny_trainer(tmp_path, tokenizer, model=model, reference="copy")
     model.requires_grad_(True)
     with pytest.raises(StarDSSError, match="became trainable after STAR-DSS was set up"):
         trainer.train()
 
 
 def test_a_frozen_copy_is_refused_for_another_model(tmp_path, tokenizer):
-    trainer = make(tmp_path, tokenizer, reference="copy")
+    trainer = tiny_trainer(tmp_path, tokenizer, reference="copy")
     other = tiny_llama(len(tokenizer), num_hidden_layers=1)
     reference = trainer.star_dss_state.reference
     with (
@@ -123,21 +138,21 @@ def test_a_frozen_copy_is_refused_for_another_model(tmp_path, tokenizer):
 
 
 def test_a_trained_adapter_is_not_switched_off_for_the_reference(tmp_path, tokenizer):
-    first = make(tmp_path, tokenizer, peft_config=lora_config())
+    first = tiny_trainer(tmp_path, tokenizer, peft_config=lora_config())
     first.train()
     with pytest.raises(ConfigError, match="the adapter already changes the model"):
-        make(tmp_path, tokenizer, model=first.model, reference="adapter")
-    again = make(tmp_path, tokenizer, model=first.model)
+        tiny_trainer(tmp_path, tokenizer, model=first.model, reference="adapter")
+    again = tiny_trainer(tmp_path, tokenizer, model=first.model)
     again.train()
     assert again.state.log_history[0]["star_dss/kl"] == pytest.approx(0, abs=1e-6)
 
 
 def test_reference_log_probabilities_that_came_with_the_data_are_replaced(tmp_path, tokenizer):
-    data = make(tmp_path, tokenizer).train_dataset
+    data = tiny_trainer(tmp_path, tokenizer).train_dataset
     stale = Dataset.from_list(
         [{**row, "ref_logps": [-9.0] * len(row["input_ids"])} for row in data]
     )
-    trainer = make(tmp_path, tokenizer, stale, guard=None)
+    trainer = tiny_trainer(tmp_path, tokenizer, stale, guard=None)
     assert trainer.train_dataset["ref_logps"] == data["ref_logps"]
     trainer.train()
     assert trainer.evaluate(eval_dataset=trainer.train_dataset)["eval_loss"] > 0
@@ -145,9 +160,9 @@ def test_reference_log_probabilities_that_came_with_the_data_are_replaced(tmp_pa
 
 def test_a_named_reference_gives_the_run_of_the_own_start(tmp_path, tokenizer, model_dir):
     """model_dir holds the same weights that the trainer starts from."""
-    named = make(tmp_path, tokenizer, reference=str(model_dir))
+    named = tiny_trainer(tmp_path, tokenizer, reference=str(model_dir))
     named.train()
-    own = make(tmp_path, tokenizer)
+    own = tiny_trainer(tmp_path, tokenizer)
     own.train()
     assert history(named) == history(own)
     with pytest.raises(ConfigError, match="or a named one"):
@@ -161,14 +176,14 @@ def test_a_named_reference_with_another_tokenizer_is_refused(tmp_path, tokenizer
     changed.add_tokens(["<extra>"])
     changed.save_pretrained(other)
     with pytest.raises(ConfigError, match="another tokenizer"):
-        make(tmp_path, tokenizer, reference=str(other))
+        tiny_trainer(tmp_path, tokenizer, reference=str(other))
 
 
 def test_reference_log_probabilities_of_other_tokens_or_modes_are_replaced(tmp_path, tokenizer):
-    hard = make(tmp_path, tokenizer, loss_type="hard", threshold=0.0 + 1e-9).train_dataset
-    fresh = make(tmp_path, tokenizer).train_dataset["ref_logps"]
+    hard = tiny_trainer(tmp_path, tokenizer, loss_type="hard", threshold=0.0 + 1e-9).train_dataset
+    fresh = tiny_trainer(tmp_path, tokenizer).train_dataset["ref_logps"]
     assert hard["ref_logps"] != fresh  # rows that needed no reference hold zeros
-    assert make(tmp_path, tokenizer, hard, guard=None).train_dataset["ref_logps"] == fresh
+    assert tiny_trainer(tmp_path, tokenizer, hard, guard=None).train_dataset["ref_logps"] == fresh
 
 
 def test_another_adapter_is_another_reference(tmp_path, tokenizer):
@@ -191,7 +206,9 @@ def test_a_base_model_that_trains_too_is_no_reference(tmp_path, tokenizer):
     biased = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", bias="all")
     model = tiny_llama(len(tokenizer), attention_bias=True)
     with pytest.raises(ConfigError, match="outside the adapter are trained too"):
-        make(tmp_path, tokenizer, model=model, peft_config=biased, reference="adapter")
+        tiny_trainer(tmp_path, tokenizer, model=model, peft_config=biased, reference="adapter")
     model = tiny_llama(len(tokenizer), attention_bias=True)
-    trainer = make(tmp_path, tokenizer, model=model, peft_config=biased, kl_estimator="full")
+    trainer = tiny_trainer(
+        tmp_path, tokenizer, model=model, peft_config=biased, kl_estimator="full"
+    )
     assert trainer.star_dss_state.reference.kind == "copy"

@@ -12,7 +12,8 @@ from datasets import load_from_disk
 pytest.importorskip("trl")
 from support.forks import FORKS
 from support.guards import WordGuard, register_guard
-from support.trl_runs import Stop, history, make, prompt_completion
+from support.run_differences import history
+from support.trl_runs import Stop, prompt_completion, tiny_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from star_dss_plugin import CheckpointError, ConfigError
@@ -24,12 +25,12 @@ from star_dss_plugin.data.provenance import provenance_of
 
 def test_resuming_equals_never_having_stopped(tmp_path, tokenizer):
     config = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "kl_coef": 2.0}
-    whole = make(tmp_path / "a", tokenizer, **config)
+    whole = tiny_trainer(tmp_path / "a", tokenizer, **config)
     whole.train()
-    stopped = make(tmp_path / "b", tokenizer, **config)
+    stopped = tiny_trainer(tmp_path / "b", tokenizer, **config)
     stopped.add_callback(Stop())
     stopped.train()
-    resumed = make(tmp_path / "b", tokenizer, **config)
+    resumed = tiny_trainer(tmp_path / "b", tokenizer, **config)
     resumed.train(resume_from_checkpoint=True)
     assert history(resumed)[-2:] == history(whole)[-2:]
     for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
@@ -39,33 +40,35 @@ def test_resuming_equals_never_having_stopped(tmp_path, tokenizer):
 def test_a_checkpoint_given_as_the_model_is_no_reference(tmp_path, tokenizer):
     """The reference would be the trained model, so the KL term would not hold the policy back."""
     config = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
-    make(tmp_path, tokenizer, **config).train()
+    tiny_trainer(tmp_path, tokenizer, **config).train()
     record = (tmp_path / "out" / "star_dss.json").read_text()
     checkpoint = str(tmp_path / "out" / "checkpoint-1")
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     with pytest.raises(ConfigError, match="another model than the one that this run began with"):
-        make(tmp_path, tokenizer, model=model, **config).train(resume_from_checkpoint=checkpoint)
+        tiny_trainer(tmp_path, tokenizer, model=model, **config).train(
+            resume_from_checkpoint=checkpoint
+        )
     assert (tmp_path / "out" / "star_dss.json").read_text() == record
-    make(tmp_path, tokenizer, **config).train(resume_from_checkpoint=checkpoint)
+    tiny_trainer(tmp_path, tokenizer, **config).train(resume_from_checkpoint=checkpoint)
 
 
 def test_an_incomplete_checkpoint_is_named(tmp_path, tokenizer):
     config = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
-    make(tmp_path, tokenizer, **config).train()
+    tiny_trainer(tmp_path, tokenizer, **config).train()
     (tmp_path / "out" / "checkpoint-2" / "trainer_state.json").unlink()
     with pytest.raises(CheckpointError, match="checkpoint-2: it was not written to its end"):
-        make(tmp_path, tokenizer, **config).train(resume_from_checkpoint=True)
+        tiny_trainer(tmp_path, tokenizer, **config).train(resume_from_checkpoint=True)
 
 
 def test_a_complete_cache_may_be_read_only(tmp_path, tokenizer, monkeypatch):
-    before = make(tmp_path, tokenizer).train_dataset
+    before = tiny_trainer(tmp_path, tokenizer).train_dataset
 
     def refuse(self, *args):
         raise OSError(errno.EROFS, "Read-only file system")
 
     for writer in ("lock", "flush", "_write"):
         monkeypatch.setattr(ScoreCache, writer, refuse)
-    again = make(tmp_path, tokenizer).train_dataset
+    again = tiny_trainer(tmp_path, tokenizer).train_dataset
     for column in (SCORES_COLUMN, REF_COLUMN):
         assert list(again[column]) == list(before[column])
 
@@ -93,7 +96,7 @@ def score_in_process(by, folder, model_dir, start):
         ]
         cli.main()
     else:
-        trainer = make(folder, AutoTokenizer.from_pretrained(model_dir))
+        trainer = tiny_trainer(folder, AutoTokenizer.from_pretrained(model_dir))
         trainer.train_dataset.save_to_disk(folder / by)
 
 

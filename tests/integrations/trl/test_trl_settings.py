@@ -15,7 +15,8 @@ from peft import AdaLoraConfig, PromptTuningConfig
 from star_dss_trl import StarDSSConfig, StarDSSTrainer
 from support.guards import WordGuard
 from support.models import tiny_mixtral
-from support.trl_runs import arguments, history, lora_config, make, prompt_completion
+from support.run_differences import history
+from support.trl_runs import arguments, lora_config, prompt_completion, tiny_trainer
 from trl import SFTTrainer
 
 from star_dss_plugin import ConfigError
@@ -25,9 +26,9 @@ from star_dss_plugin.data.columns import SCORES_COLUMN
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_changes_nothing(tmp_path, tokenizer, reentrant):
     config = {"reference": "adapter", "kl_coef": 2.0, "peft_config": lora_config()}
-    plain = make(tmp_path, tokenizer, **config)
+    plain = tiny_trainer(tmp_path, tokenizer, **config)
     plain.train()
-    saving = make(
+    saving = tiny_trainer(
         tmp_path,
         tokenizer,
         **config,
@@ -54,14 +55,14 @@ def test_a_guard_that_draws_random_numbers_does_not_change_dropout(
     runs = []
     for _ in range(2):
         torch.manual_seed(1)  # TRL makes the adapter before it sets the seed
-        trainer = make(tmp_path, tokenizer, peft_config=lora_config(dropout=0.5))
+        trainer = tiny_trainer(tmp_path, tokenizer, peft_config=lora_config(dropout=0.5))
         trainer.train()
         runs.append(history(trainer))
     assert runs[0] == runs[1]
 
 
 def test_neftune_noise_is_not_part_of_the_reference(tmp_path, tokenizer):
-    trainer = make(
+    trainer = tiny_trainer(
         tmp_path,
         tokenizer,
         neftune_noise_alpha=5.0,
@@ -71,7 +72,7 @@ def test_neftune_noise_is_not_part_of_the_reference(tmp_path, tokenizer):
     )
     trainer.train()
     assert trainer.state.log_history[0]["star_dss/kl"] > 1e-4  # the policy's own noise
-    quiet = make(
+    quiet = tiny_trainer(
         tmp_path,
         tokenizer,
         reference="copy",
@@ -84,7 +85,7 @@ def test_neftune_noise_is_not_part_of_the_reference(tmp_path, tokenizer):
 
 def test_a_mixture_of_experts_keeps_its_auxiliary_loss(tmp_path, tokenizer):
     data = prompt_completion()
-    ours = make(
+    ours = tiny_trainer(
         tmp_path,
         tokenizer,
         data,
@@ -93,7 +94,7 @@ def test_a_mixture_of_experts_keeps_its_auxiliary_loss(tmp_path, tokenizer):
         guard={"preset": "test-words", "word": "☃", "safe": 1.0},
     )
     ours.train()
-    stock = make(
+    stock = tiny_trainer(
         tmp_path,
         tokenizer,
         data,
@@ -118,7 +119,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained({model!r})
 out = Path({out!r})
-trainer = trl_runs.make(out, tokenizer, per_device_train_batch_size={batch},
+trainer = trl_runs.tiny_trainer(out, tokenizer, per_device_train_batch_size={batch},
                         gradient_accumulation_steps={steps}, max_steps=3)
 from star_dss_plugin import SafetyProbe
 trainer.add_callback(SafetyProbe(trainer, ["is this bad?", "how are you?", "who is lazy?"], every=1,
@@ -213,7 +214,7 @@ def test_an_error_on_one_rank_stops_all_ranks(tmp_path, model_dir):
 
 def test_scores_stay_with_their_rows_when_the_data_is_shuffled(tmp_path, tokenizer):
     trainer = StarDSSTrainer(
-        make(tmp_path, tokenizer).model,
+        tiny_trainer(tmp_path, tokenizer).model,
         args=arguments(tmp_path, StarDSSConfig, shuffle_dataset=True),
         train_dataset=prompt_completion(),
         processing_class=tokenizer,
@@ -227,7 +228,9 @@ def test_scores_stay_with_their_rows_when_the_data_is_shuffled(tmp_path, tokeniz
 
 
 def test_the_model_card_says_how_the_loss_was_shaped(tmp_path, tokenizer):
-    trainer = make(tmp_path, tokenizer, save_strategy="steps", save_steps=1, save_total_limit=1)
+    trainer = tiny_trainer(
+        tmp_path, tokenizer, save_strategy="steps", save_steps=1, save_total_limit=1
+    )
     trainer.train()
     trainer.create_model_card()
     card = (tmp_path / "out" / "README.md").read_text()
@@ -241,7 +244,7 @@ def test_the_model_card_says_how_the_loss_was_shaped(tmp_path, tokenizer):
 
 
 def test_the_model_card_describes_the_loss_type(tmp_path, tokenizer):
-    trainer = make(tmp_path, tokenizer, loss_type="rejection", max_steps=1)
+    trainer = tiny_trainer(tmp_path, tokenizer, loss_type="rejection", max_steps=1)
     trainer.train()
     trainer.create_model_card()
     card = (tmp_path / "out" / "README.md").read_text()
@@ -253,7 +256,9 @@ def test_dora_has_the_same_reference_by_adapter_and_precomputed(tmp_path, tokeni
     for reference in ("adapter", "precomputed"):
         lora = lora_config()
         lora.use_dora = True
-        trainer = make(tmp_path, tokenizer, reference=reference, peft_config=lora, kl_coef=2.0)
+        trainer = tiny_trainer(
+            tmp_path, tokenizer, reference=reference, peft_config=lora, kl_coef=2.0
+        )
         trainer.train()
         assert any("magnitude" in name for name, _ in trainer.model.named_parameters())
         found.append(history(trainer))
@@ -263,11 +268,11 @@ def test_dora_has_the_same_reference_by_adapter_and_precomputed(tmp_path, tokeni
 def test_unsupported_adapters_and_label_smoothing_are_refused(tmp_path, tokenizer):
     tuning = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     with pytest.raises(ConfigError, match="prompt-learning adapter"):
-        make(tmp_path, tokenizer, peft_config=tuning)
+        tiny_trainer(tmp_path, tokenizer, peft_config=tuning)
     adaptive = AdaLoraConfig(
         task_type="CAUSAL_LM", init_r=4, target_r=2, total_step=3, target_modules=["q_proj"]
     )
     with pytest.raises(ConfigError, match="AdaLoRA, which adds a term of its own"):
-        make(tmp_path, tokenizer, peft_config=adaptive)
+        tiny_trainer(tmp_path, tokenizer, peft_config=adaptive)
     with pytest.raises(ConfigError, match="label_smoothing_factor is 0.1"):
-        make(tmp_path, tokenizer, label_smoothing_factor=0.1)
+        tiny_trainer(tmp_path, tokenizer, label_smoothing_factor=0.1)

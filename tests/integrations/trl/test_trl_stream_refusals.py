@@ -8,7 +8,7 @@ from datasets import Dataset, IterableDataset
 from star_dss_trl import StarDSSTrainer
 from support.guards import WordGuard
 from support.models import tiny_llama
-from support.trl_runs import ANSWERS, arguments, make, prompt_completion
+from support.trl_runs import ANSWERS, arguments, prompt_completion, tiny_trainer
 from support.trl_streams import IN_ORDER, train_in_order
 
 from star_dss_plugin import ConfigError, DataError, GuardError
@@ -30,30 +30,30 @@ REFUSED = {
 def test_options_that_do_not_work_with_a_stream_are_refused(tmp_path, tokenizer, name):
     changes, error, words = REFUSED[name]
     with pytest.raises(error, match=words):
-        make(tmp_path, tokenizer, prompt_completion().to_iterable_dataset(), **changes)
+        tiny_trainer(tmp_path, tokenizer, prompt_completion().to_iterable_dataset(), **changes)
 
 
 def test_a_stream_without_trained_tokens_is_refused(tmp_path, tokenizer):
     rows = [{"input_ids": [1, 2, 3], "labels": [-100] * 3}] * 4
     stream = Dataset.from_list(rows).to_iterable_dataset()
     with pytest.raises(DataError, match="None of the first 4 rows of the train stream"):
-        make(tmp_path, tokenizer, stream, max_length=None, guard="test-words")
+        tiny_trainer(tmp_path, tokenizer, stream, max_length=None, guard="test-words")
 
 
 def test_a_stream_without_max_steps_is_refused(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="max_steps"):
-        make(tmp_path, tokenizer, prompt_completion().to_iterable_dataset(), max_steps=-1)
+        tiny_trainer(tmp_path, tokenizer, prompt_completion().to_iterable_dataset(), max_steps=-1)
 
 
 def test_evaluating_a_stream_is_refused_if_the_reference_was_precomputed(tmp_path, tokenizer):
-    trainer = make(tmp_path, tokenizer)
+    trainer = tiny_trainer(tmp_path, tokenizer)
     with pytest.raises(ConfigError, match="reference of this run was computed before"):
         trainer.evaluate(prompt_completion().to_iterable_dataset())
 
 
 @pytest.mark.parametrize("changed", ["workers", "dispatch"])
 def test_loader_settings_that_change_after_setup_are_refused(tmp_path, tokenizer, changed):
-    trainer = make(tmp_path, tokenizer, prompt_completion().to_iterable_dataset())
+    trainer = tiny_trainer(tmp_path, tokenizer, prompt_completion().to_iterable_dataset())
     if changed == "workers":
         trainer.args.dataloader_num_workers = 1
     else:
@@ -73,11 +73,11 @@ def test_a_guard_error_stops_the_run_and_names_the_row(tmp_path, tokenizer, monk
     monkeypatch.setattr(WordGuard, "token_scores", fail_on_fox)
     data = prompt_completion().to_iterable_dataset()
     changes = {"per_device_train_batch_size": 1, "stream_buffer": 2, "max_steps": 8}
-    trainer = make(tmp_path, tokenizer, data, **changes)
+    trainer = tiny_trainer(tmp_path, tokenizer, data, **changes)
     with pytest.raises(GuardError, match="The train stream: Row 4: the guard is gone"):
         trainer.train()
     assert 0 < trainer.state.global_step <= 4
-    trainer = make(tmp_path / "b", tokenizer, data, on_guard_error="unsafe", **changes)
+    trainer = tiny_trainer(tmp_path / "b", tokenizer, data, on_guard_error="unsafe", **changes)
     with pytest.raises(GuardError, match="the guard is gone"):
         trainer.train()
 
@@ -92,7 +92,7 @@ def test_a_guard_that_scores_nothing_stops_the_run_also_with_small_buffers(
     data = {"prompt": [str(i) for i in range(64)], "completion": ANSWERS * 8}
     stream = Dataset.from_dict(data).to_iterable_dataset()
     changes = {"stream_buffer": 2, "on_guard_error": "unsafe", "max_steps": 16}
-    trainer = make(tmp_path, tokenizer, stream, **changes)
+    trainer = tiny_trainer(tmp_path, tokenizer, stream, **changes)
     with pytest.raises(GuardError, match="could not score a single one of 22 responses"):
         trainer.train()
 
@@ -100,7 +100,7 @@ def test_a_guard_that_scores_nothing_stops_the_run_also_with_small_buffers(
 @pytest.mark.parametrize("scored", [True, False])
 def test_a_stream_that_replaces_the_scored_one_is_refused(tmp_path, tokenizer, scored):
     stream = prompt_completion().to_iterable_dataset()
-    trainer = make(tmp_path, tokenizer, stream)
+    trainer = tiny_trainer(tmp_path, tokenizer, stream)
     own = trainer.train_dataset
     trainer.train_dataset = own.map(lambda row: row) if scored else stream
     with pytest.raises(DataError, match="a stream that took the place"):
@@ -108,7 +108,9 @@ def test_a_stream_that_replaces_the_scored_one_is_refused(tmp_path, tokenizer, s
 
 
 def test_a_row_that_changes_after_scoring_stops_the_run(tmp_path, tokenizer):
-    trainer = make(tmp_path, tokenizer, prompt_completion().to_iterable_dataset(), **IN_ORDER)
+    trainer = tiny_trainer(
+        tmp_path, tokenizer, prompt_completion().to_iterable_dataset(), **IN_ORDER
+    )
     stream, inner = trainer.star_dss_state.streams[0], trainer.train_dataset
 
     class Changed(IterableDataset):

@@ -9,7 +9,8 @@ pytest.importorskip("trl")
 
 from datasets import Dataset, IterableDataset, load_from_disk
 from support.guards import WordGuard
-from support.trl_runs import ANSWERS, Stop, conversations, history, make, prompt_completion
+from support.run_differences import history
+from support.trl_runs import ANSWERS, Stop, conversations, prompt_completion, tiny_trainer
 from support.trl_streams import IN_ORDER, assert_same_history, train_in_order
 
 from star_dss_plugin import score_dataset
@@ -54,7 +55,7 @@ def test_a_resumed_run_scores_no_row_again(tmp_path, tokenizer, asked_texts):
     )
     asked_texts.clear()
     cache = str(tmp_path / "cache")
-    stopped = make(
+    stopped = tiny_trainer(
         tmp_path / "b",
         tokenizer,
         prompt_completion().to_iterable_dataset(),
@@ -64,7 +65,7 @@ def test_a_resumed_run_scores_no_row_again(tmp_path, tokenizer, asked_texts):
     stopped.add_callback(Stop())
     stopped.train()
     before = list(asked_texts)
-    resumed = make(
+    resumed = tiny_trainer(
         tmp_path / "b",
         tokenizer,
         prompt_completion().to_iterable_dataset(),
@@ -111,7 +112,9 @@ def test_the_record_names_the_guard_and_the_given_scores(tmp_path, tokenizer):
 
 
 def test_the_output_and_the_model_card_count_the_rows_read(tmp_path, tokenizer, capsys):
-    trainer = make(tmp_path, tokenizer, prompt_completion().to_iterable_dataset(), **IN_ORDER)
+    trainer = tiny_trainer(
+        tmp_path, tokenizer, prompt_completion().to_iterable_dataset(), **IN_ORDER
+    )
     trainer.create_model_card()
     trainer.train()
     trainer.create_model_card()

@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset, interleave_datasets
 from star_dss_trl import StarDSSTrainer
 from star_dss_trl.sft import main
 from support.models import tiny_llama
-from support.trl_runs import arguments, conversations, lora_config, make, prompt_completion
+from support.trl_runs import arguments, conversations, lora_config, prompt_completion, tiny_trainer
 from support.trl_streams import IN_ORDER, assert_same_history, train_in_order
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
@@ -57,7 +57,7 @@ def test_a_stream_trains_as_a_data_set_of_its_rows(
 
 
 def test_scores_are_those_of_score_dataset_to_the_byte(tmp_path, tokenizer):
-    trainer = make(tmp_path, tokenizer, conversations().to_iterable_dataset(), **IN_ORDER)
+    trainer = tiny_trainer(tmp_path, tokenizer, conversations().to_iterable_dataset(), **IN_ORDER)
     scored = score_dataset(conversations(), tokenizer, guard="test-words", chunk_size=2)
     for ours, wanted in zip(trainer.train_dataset, scored, strict=True):
         for name in ("input_ids", "labels", "star_scores"):
@@ -152,11 +152,11 @@ def test_only_columns_that_are_read_must_have_one_type(tmp_path, tokenizer):
         }
         yield {"messages": "two", "input_ids": [1], "labels": [1]}
 
-    trainer = make(tmp_path, tokenizer, IterableDataset.from_generator(rows), **IN_ORDER)
+    trainer = tiny_trainer(tmp_path, tokenizer, IterableDataset.from_generator(rows), **IN_ORDER)
     trainer.train()
     assert [row["meta"] for row in trainer.train_dataset][:2] == [{"source": "0"}, 1]
     with pytest.raises(DataError, match="The train stream: Row 0, 1: rows .* differ in form"):
-        make(tmp_path, tokenizer, IterableDataset.from_generator(talks))
+        tiny_trainer(tmp_path, tokenizer, IterableDataset.from_generator(talks))
 
 
 def test_rows_with_more_columns_than_the_first_are_packed(tmp_path, tokenizer):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import trl
-from support.talks import TALKS, WITH_CALLS, tokenizer_for
+from support.template_conversations import TALKS, WITH_CALLS, tokenizer_for
 
 from star_dss_plugin.data.context import RowReader
 from star_dss_plugin.data.responses import find_responses, responses_in
@@ -135,22 +135,28 @@ def check_words(chat, talk, row, made, cut):
 
 
 def test_the_guard_reads_a_rendered_completion_without_template_text(chat):
+    why, words = "no prompt is a prefix of its conversation, or the template writes no contents", []
     for talk in (*TALKS.values(), WITH_CALLS):
         try:
             text = chat.render(talk)
             prompt = chat.render(talk[:-1], add_generation_prompt=True)
-        except DataError:
+        except DataError as error:
+            why = str(error)
             continue
         if not text.startswith(prompt):
             continue
         row = {"prompt": prompt, "completion": text[len(prompt) :]}
         made = tokenize_row(row, chat)
-        for response in find_responses({**row, **made}, chat, tokens, 5):
-            said = response.request.text
-            assert SAID.findall(said) == SAID.findall(row["completion"])
-            if not response.raw_context:
-                assert not chat.control.search(said)
-                assert "think>" not in said
+        found = find_responses({**row, **made}, chat, tokens, 5)
+        assert len(found) == 1
+        said = found[0].request.text
+        assert SAID.findall(said) == SAID.findall(row["completion"])
+        words += SAID.findall(said)
+        if not found[0].raw_context:
+            assert not chat.control.search(said)
+            assert "think>" not in said
+    if not words:
+        pytest.skip(why)
 
 
 # Templates that write calls as JSON, as XML (Qwen3.5, GLM, Nemotron) or in channels.

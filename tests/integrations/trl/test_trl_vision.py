@@ -12,9 +12,18 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from star_dss_trl import StarDSSTrainer
 from support.paths import TESTS
-from support.trl_runs import ANSWERS, PROMPTS, Stop, arguments, history, lora_config
+from support.run_differences import history
+from support.trl_runs import ANSWERS, PROMPTS, Stop, arguments, lora_config
 from support.vision_models import MAKE, gemma3, smolvlm
-from support.vision_runs import asked_and_answered, batch_of, each_model, make, numbers, talk, talks
+from support.vision_runs import (
+    asked_and_answered,
+    batch_of,
+    each_model,
+    numbers,
+    talk,
+    talks,
+    vision_trainer,
+)
 
 from star_dss_plugin.data.columns import SCORES_COLUMN
 from star_dss_plugin.training.rows.raw_rows import FillerRows, RawRowsCollator
@@ -23,7 +32,7 @@ from star_dss_plugin.training.rows.raw_rows import FillerRows, RawRowsCollator
 @each_model
 @pytest.mark.parametrize("data", [talks, asked_and_answered])
 def test_a_run_trains(tmp_path, capsys, caplog, name, data):
-    trainer = make(tmp_path, MAKE[name](), data())
+    trainer = vision_trainer(tmp_path, MAKE[name](), data())
     trainer.train()
     assert "STAR-DSS is active" in capsys.readouterr().out
     found = history(trainer)
@@ -35,7 +44,7 @@ def test_a_run_trains(tmp_path, capsys, caplog, name, data):
 def test_text_rows_train_as_they_do_without_a_processor(tmp_path):
     rows = [talk(p, a, 0) for p, a in zip(PROMPTS, ANSWERS, strict=True)]
     model, processor = smolvlm()
-    late = make(tmp_path, (model, processor), Dataset.from_list(rows))
+    late = vision_trainer(tmp_path, (model, processor), Dataset.from_list(rows))
     tokenizer = processor.tokenizer
     tokenizer.chat_template = processor.chat_template
     plain = StarDSSTrainer(
@@ -58,7 +67,7 @@ def test_text_rows_train_as_they_do_without_a_processor(tmp_path):
 @each_model
 @pytest.mark.parametrize("estimator", ["k2", "full"])
 def test_an_adapter_is_switched_off_for_the_reference(tmp_path, name, estimator):
-    trainer = make(tmp_path, MAKE[name](), talks(), lora_config(), kl_estimator=estimator)
+    trainer = vision_trainer(tmp_path, MAKE[name](), talks(), lora_config(), kl_estimator=estimator)
     assert trainer.star_dss_state.reference.kind == "adapter"
     trainer.train()
     assert len(history(trainer)) == 3
@@ -70,10 +79,10 @@ def test_a_named_reference_reads_images_too(tmp_path, name):
     folder = tmp_path / "start"
     parts[0].save_pretrained(folder)
     parts[1].tokenizer.save_pretrained(folder)
-    trainer = make(tmp_path, parts, talks(), reference=str(folder))
+    trainer = vision_trainer(tmp_path, parts, talks(), reference=str(folder))
     assert trainer.star_dss_state.reference.kind == "model"
     trainer.train()
-    copied = make(tmp_path, MAKE[name](), talks(), reference="copy")
+    copied = vision_trainer(tmp_path, MAKE[name](), talks(), reference="copy")
     copied.train()
     assert numbers(trainer) == pytest.approx(numbers(copied), abs=1e-5)
 
@@ -95,19 +104,19 @@ def test_evaluation_data_is_scored_too(tmp_path):
 
 def test_adapters_on_both_towers_train(tmp_path):
     config = LoraConfig(r=4, target_modules="all-linear", exclude_modules=["lm_head"])
-    trainer = make(tmp_path, gemma3(), talks(), config)
+    trainer = vision_trainer(tmp_path, gemma3(), talks(), config)
     trainer.train()
     assert len(history(trainer)) == 3
 
 
 def test_a_resumed_run_equals_one_that_was_not_stopped(tmp_path):
-    whole = make(tmp_path / "whole", smolvlm(), talks(), max_steps=4)
+    whole = vision_trainer(tmp_path / "whole", smolvlm(), talks(), max_steps=4)
     whole.train()
     steps = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-    first = make(tmp_path / "parts", smolvlm(), talks(), **steps)
+    first = vision_trainer(tmp_path / "parts", smolvlm(), talks(), **steps)
     first.add_callback(Stop())
     first.train()
-    second = make(tmp_path / "parts", smolvlm(), talks(), **steps)
+    second = vision_trainer(tmp_path / "parts", smolvlm(), talks(), **steps)
     second.train(resume_from_checkpoint=True)
     assert numbers(second) == pytest.approx(numbers(whole), abs=1e-5)
 
@@ -119,8 +128,8 @@ sys.path[:0] = {paths!r}
 from support.guards import register_guard
 register_guard()
 from support.vision_models import smolvlm
-from support.vision_runs import make, numbers, talks
-trainer = make(
+from support.vision_runs import vision_trainer, numbers, talks
+trainer = vision_trainer(
     Path(sys.argv[1]), smolvlm(), talks(), per_device_train_batch_size=2, dataloader_num_workers=1
 )
 trainer.train()
@@ -133,7 +142,7 @@ trainer.accelerator.end_training()
 
 @pytest.mark.slow
 def test_two_ranks_with_workers_train_as_one_process(tmp_path):
-    alone = make(tmp_path / "alone", smolvlm(), talks())
+    alone = vision_trainer(tmp_path / "alone", smolvlm(), talks())
     alone.train()
     script = tmp_path / "rank.py"
     script.write_text(RANK.format(paths=[str(TESTS)]))
@@ -153,7 +162,7 @@ def test_a_trained_adapter_of_the_vision_tower_is_not_taken_for_a_new_one(tmp_pa
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
-    trainer = make(tmp_path, (model, processor), talks())
+    trainer = vision_trainer(tmp_path, (model, processor), talks())
     assert trainer.star_dss_state.reference.kind == "copy"
 
 
@@ -171,7 +180,7 @@ class TwoRanks:
 @each_model
 def test_a_batch_without_images_gets_a_filler_row_on_two_ranks(tmp_path, name):
     """The filler row has an image, and no token of it is trained."""
-    trainer = make(tmp_path, MAKE[name](), talks(), reference="copy")
+    trainer = vision_trainer(tmp_path, MAKE[name](), talks(), reference="copy")
     collator = TwoRanks(trainer).collator
     rows = [trainer.train_dataset[i] for i in (1, 6)]
     plain, carried = trainer.data_collator(rows), collator(rows)

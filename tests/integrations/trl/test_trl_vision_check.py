@@ -11,7 +11,7 @@ import trl
 import yaml
 from star_dss_trl.check import check
 from support.vision_models import picture, smolvlm
-from support.vision_runs import make, talks
+from support.vision_runs import talks, vision_trainer
 from transformers import AutoProcessor
 
 
@@ -51,7 +51,7 @@ def test_check_counts_the_rows_with_media(tmp_path, marked):
     assert found.problems == []
     (note,) = [note for note in found.notes if note.startswith("train data")]
     assert note.endswith("; a mark in place of media in 6 rows")
-    trainer = make(tmp_path, (model, processor), talks(), assistant_only_loss=marked)
+    trainer = vision_trainer(tmp_path, (model, processor), talks(), assistant_only_loss=marked)
     summary = trainer.star_dss_state.summaries["train"]
     calls = summary.provenance["prefixes"]
     assert f"8 rows, 16 responses (0 without messages): {calls} guard calls" in note

@@ -8,7 +8,7 @@ from datasets import Dataset, Features, Image, Json, List
 from star_dss_trl import StarDSSTrainer
 from support.trl_runs import arguments
 from support.vision_models import MAKE, picture, smolvlm
-from support.vision_runs import batch_of, each_model, make, talk, talks
+from support.vision_runs import batch_of, each_model, talk, talks, vision_trainer
 from trl import SFTConfig, SFTTrainer
 
 from star_dss_plugin import attach
@@ -19,7 +19,7 @@ from star_dss_plugin.errors import ConfigError, DataError
 def test_words_that_spell_an_image_do_not_become_one(tmp_path, token):
     rows = [talk("hello", "2"), talk(f"is {token} bad?", "no")]
     with pytest.raises(DataError, match=f"Row 1.*spells {token}"):
-        make(tmp_path, smolvlm(), Dataset.from_list(rows))
+        vision_trainer(tmp_path, smolvlm(), Dataset.from_list(rows))
 
 
 @each_model
@@ -27,7 +27,7 @@ def test_an_answer_that_spells_an_image_is_refused(tmp_path, name):
     token = {"smolvlm": "<image>", "gemma3": "<start_of_image>"}[name]
     rows = [talk("hello", "2"), talk("is", f"it's {token}")]
     with pytest.raises(DataError, match=f"Row 1.*spells {token}"):
-        make(tmp_path, MAKE[name](), Dataset.from_list(rows))
+        vision_trainer(tmp_path, MAKE[name](), Dataset.from_list(rows))
 
 
 def test_an_image_that_an_assistant_says_is_refused(tmp_path):
@@ -35,24 +35,24 @@ def test_an_image_that_an_assistant_says_is_refused(tmp_path):
     row["messages"][1]["content"].insert(0, {"type": "image", "text": None})
     row["images"] *= 2
     with pytest.raises(DataError, match="Row 1.*assistant's turn holds an image"):
-        make(tmp_path, smolvlm(), Dataset.from_list([talk("hello", "2"), row]))
+        vision_trainer(tmp_path, smolvlm(), Dataset.from_list([talk("hello", "2"), row]))
 
 
 def test_a_missing_image_is_refused(tmp_path):
     row = talk("hello", "2", 2)
     row["images"].pop()
     with pytest.raises(DataError, match="Row 0.*Number of images"):
-        make(tmp_path, smolvlm(), Dataset.from_list([row]))
+        vision_trainer(tmp_path, smolvlm(), Dataset.from_list([row]))
 
 
 def test_texts_without_messages_are_refused(tmp_path):
     data = Dataset.from_list([{"text": "<image> what is it?", "images": [picture()]}])
     with pytest.raises(DataError, match="must be conversations"):
-        make(tmp_path, smolvlm(), data)
+        vision_trainer(tmp_path, smolvlm(), data)
 
 
 def test_a_row_that_changed_stops_the_run_with_its_number(tmp_path):
-    trainer = make(tmp_path, smolvlm(), talks())
+    trainer = vision_trainer(tmp_path, smolvlm(), talks())
 
     def change(row, i):
         if i == 3:
@@ -66,7 +66,7 @@ def test_a_row_that_changed_stops_the_run_with_its_number(tmp_path):
 
 
 def test_scores_that_changed_stop_the_run(tmp_path):
-    trainer = make(tmp_path, smolvlm(), talks())
+    trainer = vision_trainer(tmp_path, smolvlm(), talks())
 
     def change(row):
         row["star_text"]["star_scores"] = [1.0] * len(row["star_text"]["star_scores"])
@@ -78,7 +78,7 @@ def test_scores_that_changed_stop_the_run(tmp_path):
 
 
 def test_rows_that_were_not_scored_stop_the_run(tmp_path):
-    trainer = make(tmp_path, smolvlm(), talks())
+    trainer = vision_trainer(tmp_path, smolvlm(), talks())
     trainer.train_dataset = talks()
     with pytest.raises(DataError, match="was not scored"):
         trainer.train()
@@ -95,12 +95,12 @@ def test_attach_names_the_trainer_for_rows_with_images(tmp_path):
 def test_a_column_of_scores_is_refused(tmp_path):
     data = talks().add_column("star_scores", [[1.0]] * 8)
     with pytest.raises(DataError, match="brings star_scores"):
-        make(tmp_path, smolvlm(), data)
+        vision_trainer(tmp_path, smolvlm(), data)
 
 
 def test_a_precomputed_reference_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="in the data collator"):
-        make(tmp_path, smolvlm(), talks(), reference="precomputed")
+        vision_trainer(tmp_path, smolvlm(), talks(), reference="precomputed")
 
 
 OTHERS = {
@@ -119,7 +119,7 @@ def test_parts_of_unsupported_types_are_refused(tmp_path, kind):
     rows[1]["messages"][0]["content"].append(OTHERS[kind])
     words = f"Row 1.*the type '{OTHERS[kind]['type']}', of which .* neither words nor media"
     with pytest.raises(DataError, match=words):
-        make(tmp_path, smolvlm(), rows_with_own_keys(rows))
+        vision_trainer(tmp_path, smolvlm(), rows_with_own_keys(rows))
 
 
 def rows_with_own_keys(rows):
@@ -141,7 +141,7 @@ def test_a_text_part_that_names_an_image_too_is_refused(tmp_path):
     rows = [talk("hello", "2"), talk("is", "no")]
     rows[1]["messages"][0]["content"][1]["image"] = "a.png"
     with pytest.raises(DataError, match="Row 1.*is text and has 'image' too"):
-        make(tmp_path, smolvlm(), rows_with_own_keys(rows))
+        vision_trainer(tmp_path, smolvlm(), rows_with_own_keys(rows))
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -154,7 +154,7 @@ def test_media_that_trl_does_not_open_are_refused(tmp_path, kind, stream):
     with pytest.raises(
         DataError, match=f"Row 1.*a part of type '{kind}', and TRL opens only images"
     ):
-        make(tmp_path, smolvlm(), data.to_iterable_dataset() if stream else data)
+        vision_trainer(tmp_path, smolvlm(), data.to_iterable_dataset() if stream else data)
 
 
 @each_model

@@ -10,14 +10,14 @@ from star_dss_trl import StarDSSTrainer
 from support.guards import WordGuard
 from support.trl_runs import ANSWERS, PROMPTS, arguments
 from support.vision_models import MAKE, picture, smolvlm
-from support.vision_runs import batch_of, each_model, make, talk, talks
+from support.vision_runs import batch_of, each_model, talk, talks, vision_trainer
 
 from star_dss_plugin.data.columns import SCORES_COLUMN
 
 
 @each_model
 def test_assistant_turns_are_trained_and_scored(tmp_path, name):
-    trainer = make(tmp_path, MAKE[name](), talks())
+    trainer = vision_trainer(tmp_path, MAKE[name](), talks())
     tokenizer = trainer.processing_class.tokenizer
     batch = batch_of(trainer, range(8))
     end = "<|im_end|>" if name == "smolvlm" else "<end_of_turn>"
@@ -42,7 +42,7 @@ def test_the_guard_reads_a_mark_where_an_image_stood(tmp_path, monkeypatch):
         return real(self, responses)
 
     monkeypatch.setattr(WordGuard, "token_scores", token_scores)
-    make(tmp_path, smolvlm(), Dataset.from_list([talk("how are you?", "i am fine", 2)]))
+    vision_trainer(tmp_path, smolvlm(), Dataset.from_list([talk("how are you?", "i am fine", 2)]))
     contexts = sorted(([m["content"] for m in context], text) for context, text in read)
     first = "[image]\n[image]\nhow are you?"
     assert contexts == [
@@ -56,7 +56,7 @@ def test_rows_are_cut_with_their_scores(tmp_path):
     model, processor = smolvlm()
     args = arguments(tmp_path, max_length=40)
     trainer = StarDSSTrainer(model, args=args, train_dataset=data, processing_class=processor)
-    whole = make(tmp_path, smolvlm(), data)
+    whole = vision_trainer(tmp_path, smolvlm(), data)
     cut, full = batch_of(trainer, range(8)), batch_of(whole, range(8))
     assert cut["input_ids"].shape[1] == 40 < full["input_ids"].shape[1]
     for column in ("labels", SCORES_COLUMN):
@@ -65,7 +65,9 @@ def test_rows_are_cut_with_their_scores(tmp_path):
 
 @each_model
 def test_an_empty_answer_trains_its_end(tmp_path, name):
-    trainer = make(tmp_path, MAKE[name](), Dataset.from_list([talk("hello", ""), talk("is", "2")]))
+    trainer = vision_trainer(
+        tmp_path, MAKE[name](), Dataset.from_list([talk("hello", ""), talk("is", "2")])
+    )
     batch = batch_of(trainer, [0, 1])
     tokenizer = trainer.processing_class.tokenizer
     said = tokenizer.decode(batch["labels"][0][batch["labels"][0] != -100])
@@ -77,7 +79,7 @@ def test_an_empty_answer_trains_its_end(tmp_path, name):
 def test_an_answer_quoted_in_the_question_is_trained_in_its_own_turn(tmp_path, name):
     answer = "it's bad"
     rows = [talk(f"who said {answer} and {answer}?", answer), talk("hello", "2")]
-    trainer = make(tmp_path, MAKE[name](), Dataset.from_list(rows))
+    trainer = vision_trainer(tmp_path, MAKE[name](), Dataset.from_list(rows))
     batch = batch_of(trainer, [0])
     trained = batch["labels"][0] != -100
     tokenizer = trainer.processing_class.tokenizer
@@ -97,7 +99,7 @@ def test_images_in_the_middle_of_several_turns(tmp_path, name):
         {"type": "text", "text": " bad?"},
     ]
     row["images"] = [picture(n) for n in range(3)]
-    trainer = make(tmp_path, MAKE[name](), Dataset.from_list([row, talk("is", "no", 0)]))
+    trainer = vision_trainer(tmp_path, MAKE[name](), Dataset.from_list([row, talk("is", "no", 0)]))
     batch = batch_of(trainer, [0, 1])
     tokenizer = trainer.processing_class.tokenizer
     said = tokenizer.decode(batch["labels"][0][batch["labels"][0] != -100])
