@@ -83,6 +83,7 @@ if os.environ.get("LOCAL_RANK"):
         deepspeed.ops.__compatible_ops__.clear()
 """
 MAIN = """
+import os, sys
 from star_dss_trl.sft import main
 main()
 import torch
@@ -90,7 +91,8 @@ from accelerate.state import AcceleratorState
 print(AcceleratorState().distributed_type, flush=True)
 if torch.distributed.is_initialized():
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()  # gloo may abort if one rank ends before the other
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads may abort a process that ends in the usual way
 """
 
 

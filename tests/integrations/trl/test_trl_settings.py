@@ -2,17 +2,16 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from support.paths import ROOT, TESTS
+from support.paths import TESTS
 
 pytest.importorskip("trl")
 
 from peft import AdaLoraConfig, PromptTuningConfig
 from star_dss_trl import StarDSSConfig, StarDSSTrainer
+from support.forks import on_ranks
 from support.guards import WordGuard
 from support.models import tiny_mixtral
 from support.run_differences import history
@@ -130,43 +129,28 @@ if trainer.is_world_process_zero():
         [[h["loss"], h["grad_norm"], h["star_dss/mean_score"], h["star_dss/kl"],
           h["star_dss/kl_gradient_share"], h["star_dss/probe_safe_share"]]
          for h in trainer.state.log_history if "grad_norm" in h]))
-# Otherwise gloo may abort a process that ends while another one still communicates.
 trainer.accelerator.end_training()
 """
 
 
+def run_ranks(count, program, out, model, steps):
+    """Run a program of RANKS in processes of its own; return exit status and output."""
+    script = out / "run.py"
+    script.write_text(
+        program.format(path=SEARCHED, model=model, out=str(out), batch=2, steps=steps)
+    )
+    settings = {"ACCELERATE_USE_CPU": "1", "STAR_DSS_CACHE": str(out / "cache")}
+    return on_ranks(count, script, [], {**os.environ, **settings}, out / "log")
+
+
 @pytest.mark.slow
 def test_two_ranks_equal_one_process_with_twice_the_accumulation(tmp_path, model_dir):
-    root = ROOT
     found = {}
     for ranks, steps in ((1, 2), (2, 1)):
         out = tmp_path / str(ranks)
         out.mkdir()
-        script = out / "run.py"
-        script.write_text(
-            RANKS.format(
-                path=SEARCHED,
-                model=str(model_dir),
-                out=str(out),
-                batch=2,
-                steps=steps,
-            )
-        )
-        subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                "--nproc_per_node",
-                str(ranks),
-                str(script),
-            ],
-            check=True,
-            timeout=300,
-            cwd=root,
-            env={**os.environ, "ACCELERATE_USE_CPU": "1", "STAR_DSS_CACHE": str(out / "cache")},
-        )
+        done = run_ranks(ranks, RANKS, out, str(model_dir), steps)
+        assert done.returncode == 0, done.stderr[-4000:]
         # Each process writes its scores and its reference values once, and reads those of all.
         folders = [f for f in (out / "cache").iterdir() if f.is_dir()]
         assert [len(list(folder.glob("*.shard"))) for folder in folders] == [ranks, ranks]
@@ -177,36 +161,9 @@ def test_two_ranks_equal_one_process_with_twice_the_accumulation(tmp_path, model
 @pytest.mark.slow
 def test_an_error_on_one_rank_stops_all_ranks(tmp_path, model_dir):
     """Rank 1 fails while it scores its rows."""
-    root = ROOT
-    script = tmp_path / "run.py"
     fault = "if os.environ['RANK'] == '1': guards.WordGuard.token_scores = None"
     broken = RANKS.replace("trainer = ", f"{fault}\ntrainer = ")
-    script.write_text(
-        broken.format(
-            path=SEARCHED,
-            model=str(model_dir),
-            out=str(tmp_path),
-            batch=2,
-            steps=1,
-        )
-    )
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            "2",
-            str(script),
-        ],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=root,
-        env={**os.environ, "ACCELERATE_USE_CPU": "1", "STAR_DSS_CACHE": str(tmp_path / "cache")},
-    )
+    done = run_ranks(2, broken, tmp_path, str(model_dir), 1)
     assert done.returncode != 0
     assert "'NoneType' object is not callable" in done.stderr
     assert not (tmp_path / "history.json").exists()

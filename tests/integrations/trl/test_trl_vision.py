@@ -122,21 +122,29 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(tmp_path):
 
 
 RANK = """
-import sys, warnings
+import multiprocessing, os, sys
 from pathlib import Path
 sys.path[:0] = {paths!r}
-from support.guards import register_guard
-register_guard()
-from support.vision_models import smolvlm
-from support.vision_runs import vision_trainer, numbers, talks
-trainer = vision_trainer(
-    Path(sys.argv[1]), smolvlm(), talks(), per_device_train_batch_size=2, dataloader_num_workers=1
-)
-trainer.train()
-if trainer.is_world_process_zero():
-    print("NUMBERS", *numbers(trainer))
-# Otherwise gloo may abort a process that ends while another one still communicates.
-trainer.accelerator.end_training()
+
+
+def main():
+    from support.guards import register_guard
+    from support.vision_models import smolvlm
+    from support.vision_runs import numbers, talks, vision_trainer
+
+    register_guard()
+    workers = dict(per_device_train_batch_size=2, dataloader_num_workers=1)
+    trainer = vision_trainer(Path(sys.argv[1]), smolvlm(), talks(), **workers)
+    trainer.train()
+    if trainer.is_world_process_zero():
+        print("NUMBERS", *numbers(trainer), flush=True)
+    trainer.accelerator.end_training()
+    os._exit(0)  # gloo's threads may abort a process that ends in the usual way
+
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method("spawn")  # a worker that is forked beside threads may hang
+    main()
 """
 
 
