@@ -126,10 +126,14 @@ def _guard(given: str) -> str | Mapping[str, Any]:
     from star_dss_plugin.guards.spec import parse_guard
     from star_dss_plugin.validation import json_mapping
 
-    guard = json_mapping("guard", given) if given.lstrip().startswith("{") else given
-    parse_guard(guard)
-    found: str | Mapping[str, Any] = guard
-    return found
+    if not given.lstrip().startswith("{"):
+        parse_guard(given)
+        return given
+    from star_dss_plugin.guards.loading import load_guard
+
+    guard: Mapping[str, Any] = json_mapping("guard", given)
+    load_guard(guard).close()  # reads no weights, but checks what the mapping describes
+    return guard
 
 
 def _exists(path: Path) -> ConfigError:

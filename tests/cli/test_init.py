@@ -157,6 +157,7 @@ def test_wrong_arguments_are_refused_with_a_suggestion(workdir, monkeypatch, tok
     scored = write_rows(Path("scored"), "scored", tokenizer)
     for words, message in (
         (("trl", data, "--guard", "qwen3gard-gen-0.6b"), "Did you mean 'qwen3guard-gen-0.6b'"),
+        (("trl", data, "--guard", "{}"), "nothing in it lacks model, safe_labels"),
         (("tlr", data), "Unknown --host 'tlr'. Did you mean 'trl'?"),
         (("trl", data, "--model", "no model"), "'no model' is no folder here, and no id"),
         (("trl", data, "--model", "."), "has no config.json"),
