@@ -393,7 +393,7 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
     )
     tokenizer = AutoTokenizer.from_pretrained(folder, chat_template=CHATML)
     asked = requests(tokenizer, args.responses, args.longest)
-    rendering, groups = timed(lambda: [guard._prompts.build(i, r)[0] for i, r in enumerate(asked)])
+    rendering, groups = timed(lambda: [guard._prompts.of(i, r)[0] for i, r in enumerate(asked)])
     labels = guard._labels.ids
     dtype = getattr(torch, args.dtype)
     model = model_of(args.shape, folder, dtype, args.device)

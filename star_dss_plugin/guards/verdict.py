@@ -175,7 +175,7 @@ class VerdictGuard(Guard):
         if self._engine is None:
             self._load()
         assert self._engine is not None
-        prompts = [self._prompts.build(i, request) for i, request in enumerate(requests)]
+        prompts = [self._prompts.of(i, request) for i, request in enumerate(requests)]
         found: list[list[Trajectory]] = []
         for of_policy in zip(*prompts, strict=True):
             answers = self._engine.label_logprobs(of_policy, self._labels.ids)
@@ -260,7 +260,7 @@ class VerdictGuard(Guard):
 
     def explained(self, request: PrefixRequest) -> dict[str, str]:
         shown = {}
-        for i, prompts in enumerate(self._prompts.build(0, request)):
+        for i, prompts in enumerate(self._prompts.of(0, request)):
             prompt = prompts[0]
             which = f" {i + 1}" if len(self._prompts.templates) > 1 else ""
             shown[f"prompt{which}"] = self._template.decode(prompt)

@@ -71,7 +71,7 @@ def control(guard, ids):
 
 
 def prompt(guard, context, text):
-    return guard._prompts.build(0, PrefixRequest(tuple(context), text, (len(text),)))[0][0]
+    return guard._prompts.of(0, PrefixRequest(tuple(context), text, (len(text),)))[0][0]
 
 
 def closing(guard):
@@ -242,16 +242,16 @@ def test_the_oldest_turns_are_cut_first(narrow, context, kept):
     text = "i am fine."
     request = PrefixRequest(context, text, (4, len(text)))
     shorter = PrefixRequest(kept, text, (4, 10))
-    assert list(narrow._prompts.build(0, request)[0]) == list(narrow._prompts.build(0, shorter)[0])
+    assert list(narrow._prompts.of(0, request)[0]) == list(narrow._prompts.of(0, shorter)[0])
     assert narrow.truncates(request) == (context != kept)
-    assert [len(p) <= 200 for p in narrow._prompts.build(0, request)[0]] == [True, True]
+    assert [len(p) <= 200 for p in narrow._prompts.of(0, request)[0]] == [True, True]
     narrow.trajectories([request])
 
 
 def test_the_start_of_the_question_is_cut_next_and_never_the_template_or_the_answer(narrow):
     text = "i am fine. " * 6
     request = PrefixRequest(talk("hi", "yes", LONG + "the end."), text, tuple(range(1, len(text))))
-    (prompts,) = narrow._prompts.build(0, request)
+    (prompts,) = narrow._prompts.of(0, request)
     decode = narrow._template.decode
     start = decode(prompt(narrow, talk(""), "")).split("USER: ")[0]
     end = closing(narrow)

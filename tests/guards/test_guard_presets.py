@@ -40,7 +40,7 @@ def rendered(guard, text=TEXT, context=CONTEXT):
     """Return the guard's prompts as text, one per policy."""
     request = PrefixRequest(tuple(context), text, (len(text),))
     tokenizer = guard._template._tokenizer
-    return [tokenizer.decode(p[0]) for p in guard._prompts.build(0, request)]
+    return [tokenizer.decode(p[0]) for p in guard._prompts.of(0, request)]
 
 
 U, A = "how are you?", TEXT
@@ -105,7 +105,7 @@ def test_the_labels_continue_the_prompt(guard):
         assert words - {""}
     # Tokenized after the prompt, a label is its first token and the rest of the word.
     request = PrefixRequest(CONTEXT, TEXT, (len(TEXT),))
-    prompt = guard._prompts.build(0, request)[0][0]
+    prompt = guard._prompts.of(0, request)[0][0]
     shown = guard._template.render([*CONTEXT, {"role": "assistant", "content": TEXT}])
     whole = tokenizer(shown + groups[0][0], add_special_tokens=False)["input_ids"]
     assert whole[: len(prompt)] == prompt

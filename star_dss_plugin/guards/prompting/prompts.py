@@ -41,7 +41,7 @@ class Prompts:
         self._turns = turns
         self._max_length = max_length
 
-    def build(self, index: int, request: PrefixRequest) -> list[SharedPrompts]:
+    def of(self, index: int, request: PrefixRequest) -> list[SharedPrompts]:
         """Return the prompts up to the verdict position: per template, one prompt per prefix.
 
         Args:
