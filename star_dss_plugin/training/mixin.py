@@ -179,10 +179,14 @@ class StarDSSMixin(_Base):
         if self.star_dss_state is not None and resume_from_checkpoint:
             check_resuming(self)
             check_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Create the base class's optimizer, of parameters that are sharded as before set-up."""
         if self.star_dss_state is not None:
             assert self.model is not None
-            reshard(self.model)  # the reference was computed with it; an optimizer is made next
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+            reshard(self.model)  # the reference was computed with it
+        return super().create_optimizer(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Run the base class's epoch, unless a resumed run has already reached `max_steps`.

@@ -5,6 +5,7 @@ from __future__ import annotations
 OWN = (
     *("plain", "lora", "early", "untied", "context", "differs", "resume"),
     *("rare", "rows", "stream", "files", "vision", "padded", "fixed", "experts", "alone"),
+    "optimizer_first",
 )
 """Keys of a case that are neither options of a trainer nor of STAR-DSS."""
 
@@ -15,6 +16,7 @@ CASES = {
     # Nothing but training follows the passes that compute the reference.
     "trl-no-eval": {"eval_strategy": "no"},
     "trl-untied-no-eval": {"untied": True, "eval_strategy": "no"},
+    "trl-untied-own-optimizer": {"untied": True, "eval_strategy": "no", "optimizer_first": True},
     "trl-adapter-full": {"lora": True, "kl_estimator": "full", "reference": "adapter"},
     "trl-adapter-k2": {"lora": True, "reference": "adapter"},
     "trl-copy-full": {"kl_estimator": "full", "reference": "copy"},

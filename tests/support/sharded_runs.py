@@ -230,6 +230,8 @@ def train(kind, folder, ranks, name):
         reset()
         changes["save_strategy"] = "no"
     trainer = make_trainer(kind, folder, ranks, case, changes)
+    if CASES[name].get("optimizer_first"):
+        trainer.create_optimizer_and_scheduler(4)
     lengths = watched_lengths(trainer.model)
     trainer.train(resume_from_checkpoint=True if resume and ranks > 1 else None)
     found = {

@@ -56,7 +56,13 @@ RUNS = {
         "trl-untied-lora",
     ),
     "tp-fsdp2": ("trl-untied", "trl-untied-no-eval", "plain-untied"),
-    "fsdp2-loaded": ("trl-untied", "plain-untied", "trl-untied-copy", "trl-untied-no-eval"),
+    "fsdp2-loaded": (
+        "trl-untied",
+        "plain-untied",
+        "trl-untied-copy",
+        "trl-untied-no-eval",
+        "trl-untied-own-optimizer",
+    ),
     "zero1": (
         *("trl", "trl-lora", "trl-adapter-full", "trl-copy-full", "trl-named-full"),
         *("plain", "plain-lora", "plain-adapter-full", "plain-copy-full", "plain-named-full"),
